@@ -1,0 +1,171 @@
+"""Recipe: how the sketches of a run were made, as plain data that fits into JSON.
+
+Two recordings can be compared only if their blocks and projectors agree;
+:meth:`Recipe.require_like` is the one place that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer's recorded parameters, laid out as one matrix.
+
+    A weight is flattened to ``(rows, columns)`` and its bias stands in one more column; layers with
+    vectors only (a norm's scale and shift) are stacked into a single column.
+
+    Attributes:
+        name: Name of the module, as ``named_modules`` has it.
+        layer: Class name of the module.
+        parameters: Full names of the parameters, in the order in which the matrix holds them.
+        rows: Rows of the matrix.
+        columns: Columns of the matrix.
+    """
+
+    name: str
+    layer: str
+    parameters: tuple[str, ...]
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """Number of recorded parameters."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Trainable parameters that are not recorded, and why.
+
+    Attributes:
+        name: Name of the module that owns them.
+        layer: Class name of that module.
+        size: Number of parameters.
+        reason: Why they are not recorded.
+    """
+
+    name: str
+    layer: str
+    size: int
+    reason: str
+
+    def describe(self) -> str:
+        """Return one sentence that names the layer, its size and the reason."""
+        return f"not recorded: {self.layer} `{self.name}` ({self.size:,} parameters): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the sketches of a run were made.
+
+    Attributes:
+        blocks: Recorded layers, in the order of the sketch.
+        left_out: Trainable parameters that are not recorded.
+        projector: Class name and arguments of the projector.
+        dimension: Length ``k`` of a sketch row.
+        dtype: Number format of the rows.
+        reduction: How the training loss combines samples; visits weigh 1/n under ``"mean"``.
+        every_n_steps: Stride; one recorded step stands for this many.
+        train_ids: Half-open ranges of the ids in the training set, or ``None`` if it is not known.
+        model: Class name of the model.
+        versions: Versions of the software that recorded.
+    """
+
+    blocks: tuple[Block, ...]
+    left_out: tuple[LeftOut, ...]
+    projector: Mapping[str, str | int]
+    dimension: int
+    dtype: Literal["float32", "float64"] = "float32"
+    reduction: Literal["mean", "sum"] = "mean"
+    every_n_steps: int = 1
+    train_ids: tuple[tuple[int, int], ...] | None = None
+    model: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Number format of the rows as torch knows it."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as nested builtins, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Rebuild a recipe from :meth:`to_dict`'s result (lists may stand for tuples)."""
+        ranges = data["train_ids"]
+        return cls(
+            **{
+                **data,
+                "blocks": tuple(
+                    Block(**{**block, "parameters": tuple(block["parameters"])})
+                    for block in data["blocks"]
+                ),
+                "left_out": tuple(LeftOut(**entry) for entry in data["left_out"]),
+                "train_ids": None if ranges is None else tuple((a, b) for a, b in ranges),
+            }
+        )
+
+    def require_blocks(self, blocks: tuple[Block, ...], model: str) -> None:
+        """Raise unless ``blocks``, read off ``model``, are the recorded ones.
+
+        Raises:
+            ValueError: If a block is missing, new, or of another shape.
+        """
+        differences = _differences(self.blocks, blocks)
+        if differences:
+            raise ValueError(
+                f"`model` does not have the layers of the run, which recorded `{self.model}`: "
+                f"{'; '.join(differences[:3])}{'; ...' if len(differences) > 3 else ''}. "
+                f"Expected the model that was trained; got `{model}`. Pass the same architecture "
+                "(with the same parameters trainable)."
+            )
+
+
+def _differences(expected: tuple[Block, ...], found: tuple[Block, ...]) -> list[str]:
+    ours = {block.name: block for block in expected}
+    theirs = {block.name: block for block in found}
+    missing = [f"`{name}` is missing" for name in ours if name not in theirs]
+    added = [f"`{name}` is new" for name in theirs if name not in ours]
+    changed = [
+        f"`{name}` was recorded as {_shape(ours[name])} and is now {_shape(theirs[name])}"
+        for name in ours
+        if name in theirs and ours[name] != theirs[name]
+    ]
+    return missing + added + changed
+
+
+def _shape(block: Block) -> str:
+    return f"{block.layer} of {block.rows} x {block.columns}"
+
+
+def ranges_of(ids: Int[np.ndarray, " n"]) -> tuple[tuple[int, int], ...]:
+    """Compress sorted, distinct ids into half-open ranges.
+
+    >>> ranges_of(np.array([0, 1, 2, 7]))
+    ((0, 3), (7, 8))
+    """
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 2) != 1)
+    stops = np.append(starts[1:], len(ids))
+    return tuple((int(ids[a]), int(ids[b - 1]) + 1) for a, b in zip(starts, stops, strict=True))
+
+
+def ids_of(ranges: Iterable[tuple[int, int]]) -> Int[Tensor, " n"]:
+    """Expand half-open ranges into ids.
+
+    >>> ids_of([(0, 3), (7, 8)]).tolist()
+    [0, 1, 2, 7]
+    """
+    parts = [torch.arange(a, b) for a, b in ranges]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

@@ -1,0 +1,66 @@
+"""Step: what one optimizer step leaves behind.
+
+A step holds one *visit* per sample that took part in it: the sample's id, its weight in the loss,
+and its sketch row. Rows are as-applied contributions: together they sum to the sketch of the
+gradient that the optimizer used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Hyper-parameters of one optimizer parameter group, as one step used them.
+
+    Attributes:
+        lr: Learning rate, read before any scheduler moved it.
+        weight_decay: Coefficient of the weight decay, coupled or decoupled as the optimizer has it.
+        momentum: Momentum of SGD-like optimizers, else 0.
+        dampening: Dampening of SGD-like optimizers, else 0.
+        beta1: First-moment decay of Adam-like optimizers, else 0.
+        beta2: Second-moment decay of Adam-like optimizers, else 0.
+        eps: Term added to the denominator by Adam-like optimizers, else 0.
+        nesterov: 1 for Nesterov momentum, else 0.
+    """
+
+    lr: float
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    nesterov: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step and the visits that made it.
+
+    Attributes:
+        index: Number of optimizer steps taken before this one.
+        epoch: Epoch in which the step was taken.
+        optimizer: Class name of the optimizer.
+        groups: Hyper-parameters of each parameter group.
+        sample_ids: Which training sample each visit was, shape ``(n,)``.
+        weights: Weight of each visit in the step's loss (1/n for a mean, 1 for a sum), shape
+        ``(n,)``. sketch: One row per visit, shape ``(n, k)``.
+    """
+
+    index: int
+    epoch: int
+    optimizer: str
+    groups: tuple[ParameterGroup, ...]
+    sample_ids: Int[Tensor, " n"]
+    weights: Float[Tensor, " n"]
+    sketch: Float[Tensor, "n k"]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step (the recorder refuses runs whose groups disagree)."""
+        return self.groups[0].lr
