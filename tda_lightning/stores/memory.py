@@ -1,0 +1,54 @@
+"""MemoryStore: a run in memory, for tests and for looking at things."""
+
+from __future__ import annotations
+
+from tda_lightning.recipe import Recipe
+from tda_lightning.step import Step
+from tda_lightning.stores.store import WritableStore
+
+
+class MemoryStore(WritableStore):
+    """A run that lives in memory and dies with the process.
+
+    ``GradientRecorder(MemoryStore())`` records into it.
+    """
+
+    def __init__(self) -> None:
+        self._recipe: Recipe | None = None
+        self._steps: list[Step] = []
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the sketches were made."""
+        if self._recipe is None:
+            raise ValueError("This `MemoryStore` is empty; expected a run. Train with it first.")
+        return self._recipe
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._steps)
+
+    def read(self, position: int) -> Step:
+        """Return the step at a position."""
+        return self._steps[position]
+
+    def begin(self, recipe: Recipe) -> None:
+        """Start a new run."""
+        if self._recipe is not None:
+            raise FileExistsError(
+                f"This `MemoryStore` holds a run of {len(self)} steps already; expected an empty "
+                "one. Make a new one, or record with `existing='replace'`."
+            )
+        self._recipe = recipe
+
+    def clear(self) -> None:
+        """Forget the run."""
+        self._recipe = None
+        self._steps.clear()
+
+    def append(self, step: Step) -> None:
+        """Add a step."""
+        self._steps.append(step)
+
+    def seal(self) -> None:
+        """Do nothing: steps in memory are as safe as they get."""

@@ -1,0 +1,131 @@
+"""Segments: sealed HDF5 files of consecutive steps. The only file that knows h5py.
+
+A segment is written under a temporary name, flushed, fsynced and renamed; once it has its name it
+is whole and never changes. ``docs/file-format.md`` describes the inside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tda_lightning.step import ParameterGroup, Step
+
+_GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
+_BLOCK_BYTES = 8 * 2**20
+
+
+def write_segment(path: Path, steps: Sequence[Step]) -> None:
+    """Write steps to a new sealed segment, or leave no file of that name.
+
+    Args:
+        path: Final name of the segment.
+        steps: At least one step; all with the same number of parameter groups.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with h5py.File(partial, "w") as file:
+        _write_steps(file.create_group("steps"), steps)
+        _write_visits(file.create_group("visits"), steps)
+    make_durable(partial)
+    partial.replace(path)
+    make_durable(path.parent)
+
+
+def make_durable(path: Path) -> None:
+    """Wait until a file's or folder's content has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
+    group["index"] = np.array([step.index for step in steps], dtype=np.int64)
+    group["epoch"] = np.array([step.epoch for step in steps], dtype=np.int64)
+    group["optimizer"] = [step.optimizer for step in steps]
+    counts = [len(step.sample_ids) for step in steps]
+    group["offset"] = np.cumsum([0, *counts], dtype=np.int64)
+    hyper = np.array([[astuple(one) for one in step.groups] for step in steps], dtype=np.float64)
+    for number, name in enumerate(_GROUP_FIELDS):
+        group[name] = hyper[:, :, number]
+
+
+def _write_visits(group: h5py.Group, steps: Sequence[Step]) -> None:
+    group["sample_id"] = torch.cat([step.sample_ids for step in steps]).numpy()
+    group["weight"] = torch.cat([step.weights for step in steps]).numpy()
+    group["sketch"] = torch.cat([step.sketch for step in steps]).numpy()
+
+
+class Segment:
+    """A sealed segment, read block by block.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with h5py.File(path, "r") as file:
+            steps = file["steps"]
+            self._index = steps["index"][:].tolist()
+            self._epoch = steps["epoch"][:].tolist()
+            self._offset = steps["offset"][:].tolist()
+            self._optimizer = steps["optimizer"].asstr()[:].tolist()
+            self._hyper = np.stack([steps[name][:] for name in _GROUP_FIELDS], axis=-1).tolist()
+            row_bytes = file["visits/sketch"].dtype.itemsize * file["visits/sketch"].shape[1]
+        self._blocks = _split(self._offset, max(1, _BLOCK_BYTES // row_bytes))
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._index)
+
+    def block_around(self, position: int) -> range:
+        """Return the positions that are read together with this one."""
+        return next(block for block in self._blocks if position in block)
+
+    def visited_ids(self) -> Int[Tensor, " n"]:
+        """Return the ids of the samples in this segment, sorted."""
+        with h5py.File(self._path, "r") as file:
+            ids: Tensor = torch.unique(torch.from_numpy(file["visits/sample_id"][:]))
+        return ids
+
+    def read(self, positions: range) -> list[Step]:
+        """Read consecutive steps; their tensors share one piece of memory."""
+        first, last = self._offset[positions.start], self._offset[positions.stop]
+        with h5py.File(self._path, "r") as file:
+            visits = file["visits"]
+            ids = torch.from_numpy(visits["sample_id"][first:last])
+            weights = torch.from_numpy(visits["weight"][first:last])
+            sketch = torch.from_numpy(visits["sketch"][first:last])
+        steps = []
+        for position in positions:
+            rows = slice(self._offset[position] - first, self._offset[position + 1] - first)
+            steps.append(self._step(position, ids[rows], weights[rows], sketch[rows]))
+        return steps
+
+    def _step(self, position: int, ids: Tensor, weights: Tensor, sketch: Tensor) -> Step:
+        groups = tuple(ParameterGroup(*values) for values in self._hyper[position])
+        optimizer = self._optimizer[position]
+        index, epoch = self._index[position], self._epoch[position]
+        return Step(index, epoch, optimizer, groups, ids, weights, sketch)
+
+
+def _split(offset: Sequence[int], visits_per_block: int) -> list[range]:
+    """Cut steps into runs of at most ``visits_per_block`` visits, or of one step."""
+    blocks = []
+    start = 0
+    for stop in range(1, len(offset)):
+        is_last = stop == len(offset) - 1
+        if is_last or offset[stop + 1] - offset[start] > visits_per_block:
+            blocks.append(range(start, stop))
+            start = stop
+    return blocks

@@ -1,0 +1,109 @@
+"""Store: a sequence of steps, and the recipe they were made by, on some medium."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tda_lightning.recipe import Recipe, ids_of
+from tda_lightning.step import Step
+
+
+class Store(Sequence[Step], ABC):
+    """A recorded run: ``len``, index, slice, ``reversed`` and iteration over :class:`Step`.
+
+    Steps are read when they are asked for. A slice is a view that reads just as lazily, so
+    ``attribute(store[:100], ...)`` attributes to the first hundred steps.
+    """
+
+    @property
+    @abstractmethod
+    def recipe(self) -> Recipe:
+        """How the sketches were made."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of readable steps."""
+
+    @abstractmethod
+    def read(self, position: int) -> Step:
+        """Return the step at a position in ``range(len(self))``."""
+
+    def train_ids(self) -> Int[Tensor, " n_train"]:
+        """Return the ids of all training samples, sorted: also of those never drawn, if known."""
+        if self.recipe.train_ids is not None:
+            return ids_of(self.recipe.train_ids)
+        return self.visited_ids()
+
+    def visited_ids(self) -> Int[Tensor, " n"]:
+        """Return the ids of the samples that took part in a step, sorted."""
+        ids: Tensor = torch.unique(torch.cat([torch.unique(step.sample_ids) for step in self]))
+        return ids
+
+    @overload
+    def __getitem__(self, key: int) -> Step: ...
+    @overload
+    def __getitem__(self, key: slice) -> Store: ...
+    def __getitem__(self, key: int | slice) -> Step | Store:
+        """Return a step, or a view of several."""
+        positions = range(len(self))[key]
+        return self.read(positions) if isinstance(positions, int) else StoreSlice(self, positions)
+
+
+class StoreSlice(Store):
+    """Some of the steps of another store, in an order of their own.
+
+    Args:
+        store: The store to read from.
+        positions: Which of its steps.
+    """
+
+    def __init__(self, store: Store, positions: range) -> None:
+        self._store = store
+        self._positions = positions
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the sketches were made."""
+        return self._store.recipe
+
+    def __len__(self) -> int:
+        """Return the number of steps in the view."""
+        return len(self._positions)
+
+    def read(self, position: int) -> Step:
+        """Return the step at a position of the view."""
+        return self._store.read(self._positions[position])
+
+
+class WritableStore(Store):
+    """A store that a recorder can fill: :meth:`begin` once, :meth:`append`, :meth:`seal`."""
+
+    @abstractmethod
+    def begin(self, recipe: Recipe) -> None:
+        """Start a new run.
+
+        Raises:
+            FileExistsError: If there is a run already, or something else in its place.
+        """
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Delete the run that is there, if any.
+
+        Raises:
+            FileExistsError: If what is there is not a run.
+        """
+
+    @abstractmethod
+    def append(self, step: Step) -> None:
+        """Add a step to the run. It is safe, and readable, once sealed."""
+
+    @abstractmethod
+    def seal(self) -> None:
+        """Make every step appended so far safe and readable."""

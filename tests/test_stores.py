@@ -1,0 +1,160 @@
+"""Stores: the contract, and what a folder on disk must survive besides."""
+
+import json
+
+import h5py
+import pytest
+import torch
+
+from tda_lightning import GradientRecorder, HDF5Store, MemoryStore
+from tda_lightning.stores import segments
+from tda_lightning.stores.contract import RECIPE, StoreContract, filled, make_steps, same
+
+
+class TestMemoryStore(StoreContract):
+    def make(self, folder):
+        return MemoryStore()
+
+
+class TestHDF5Store(StoreContract):
+    def make(self, folder):
+        return HDF5Store(folder / "run")
+
+
+class TestSmallBlocks(StoreContract):
+    """The same, when a block holds a single step."""
+
+    @pytest.fixture(autouse=True)
+    def _one_step_per_block(self, monkeypatch):
+        monkeypatch.setattr(segments, "_BLOCK_BYTES", 1)
+
+    def make(self, folder):
+        return HDF5Store(folder / "run", segment_bytes=1)
+
+
+def test_a_run_is_readable_while_it_is_recorded(tmp_path):
+    store, steps = HDF5Store(tmp_path / "run"), make_steps(5)
+    store.begin(RECIPE)
+    assert len(HDF5Store.open(tmp_path / "run")) == 0
+    for step in steps[:3]:
+        store.append(step)
+    store.seal()
+    store.append(steps[3])
+    assert len(HDF5Store.open(tmp_path / "run")) == 3
+    store.seal()
+    assert all(map(same, HDF5Store.open(tmp_path / "run"), steps))
+
+
+def test_steps_are_sealed_when_they_are_large_or_old(tmp_path):
+    by_size = HDF5Store(tmp_path / "a", segment_bytes=15 * 4 * 3)
+    by_age = HDF5Store(tmp_path / "b", segment_seconds=0.0)
+    for store, expected in ((by_size, [0, 2, 3, 4]), (by_age, [1, 2, 3, 4])):
+        store.begin(RECIPE)
+        lengths = []
+        for step in make_steps(4):
+            store.append(step)
+            lengths.append(len(store))
+        assert lengths == expected
+
+
+def test_half_written_segments_are_invisible(tmp_path, monkeypatch):
+    store = filled(HDF5Store(tmp_path / "run"), make_steps(4))
+
+    def die(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(segments, "make_durable", die)
+    store.append(make_steps(5)[4])
+    with pytest.raises(KeyboardInterrupt):
+        store.seal()
+    assert list((tmp_path / "run").glob(".*.partial"))
+    assert len(HDF5Store.open(tmp_path / "run")) == 4
+
+
+def test_a_killed_beginning_can_be_begun_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.json.partial").write_text("{")
+    assert len(filled(HDF5Store(tmp_path / "run"), make_steps(2))) == 2
+
+
+def test_blocks_cover_every_step_once():
+    offset = [0, 3, 4, 9, 9, 11]
+    for visits in (1, 4, 5, 100):
+        blocks = segments._split(offset, visits)
+        assert [p for block in blocks for p in block] == [0, 1, 2, 3, 4]
+        assert all(len(b) == 1 or offset[b.stop] - offset[b.start] <= visits for b in blocks)
+
+
+def test_a_stranger_can_read_the_file_with_bare_h5py(tmp_path):
+    steps = make_steps(3)
+    filled(HDF5Store(tmp_path / "run"), steps)
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert recipe["format"] == "tda_lightning"
+    with h5py.File(tmp_path / "run" / "segment-000000.h5") as file:
+        first, last = file["steps/offset"][1:3]
+        assert file["visits/sketch"][first:last].tolist() == steps[1].sketch.tolist()
+        assert file["steps/lr"][1, 0] == steps[1].lr
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: path.write_text("mine"), "found a file"),
+        (lambda path: path.mkdir(), "found an empty folder"),
+        (lambda path: (path.mkdir(), (path / "thesis.tex").touch()), "a folder with `thesis.tex`"),
+    ],
+    ids=["a file", "empty", "a thesis"],
+)
+def test_something_else_is_not_read_as_a_run(tmp_path, prepare, message):
+    prepare(tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        HDF5Store.open(tmp_path / "run")
+
+
+def test_what_is_not_there_is_not_opened(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        HDF5Store.open(tmp_path / "run")
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    filled(HDF5Store(tmp_path / "run"), make_steps(1))
+    file = tmp_path / "run" / "recipe.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 99}))
+    with pytest.raises(ValueError, match=r"version 99; expected .* Update"):
+        HDF5Store.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("existing", ["refuse", "replace"])
+def test_a_folder_of_something_else_is_never_written_or_cleared(tmp_path, existing):
+    from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+
+    (tmp_path / "thesis.tex").write_text("all of it")
+    trainer = quiet_trainer(GradientRecorder(tmp_path, existing=existing))
+    with pytest.raises(FileExistsError, match="something else than a recorded run"):
+        trainer.fit(Plain(mlp()), loader(vectors()))
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [
+        ("thesis.tex", "all of it")
+    ]
+
+
+def test_an_existing_run_is_kept_or_replaced_as_told(tmp_path):
+    from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+
+    def train(**settings):
+        recorder = GradientRecorder(tmp_path / "run", **settings)
+        quiet_trainer(recorder, max_epochs=1).fit(Plain(mlp()), loader(vectors()))
+        return HDF5Store.open(tmp_path / "run")
+
+    first = train()
+    with pytest.raises(FileExistsError, match=r"holds a recorded run already.*existing='replace'"):
+        train()
+    assert all(map(same, HDF5Store.open(tmp_path / "run"), first))
+    assert len(train(existing="replace")) == len(first)
+
+
+def test_doubles_are_kept_as_doubles(tmp_path):
+    from dataclasses import replace
+
+    step = make_steps(1)[0]
+    store = filled(HDF5Store(tmp_path / "run"), [replace(step, sketch=step.sketch.double() / 3)])
+    assert store[0].sketch.dtype == torch.float64
