@@ -1,0 +1,162 @@
+r"""Projectors: random linear maps from gradients to sketches of dimension ``k``.
+
+Inner products survive them on average: :math:`E \langle Pa, Pb \rangle = \langle a, b \rangle`.
+A projector is a frozen set of arguments; bound to the blocks of a model it becomes a
+:class:`Sketcher`. Every map has two parts: each layer's matrix is shrunk on both sides (Kronecker)
+or taken whole, and the results of all layers are laid side by side or hashed into ``k`` columns
+(the count sketch of Charikar, Chen & Farach-Colton 2002).
+
+All randomness is raw Philox bits, keyed by the seed and the layer's name: the same on every
+machine, on every device, in every version.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from tda_lightning.random_bits import buckets, sign_matrix, signs
+from tda_lightning.recipe import Block
+from tda_lightning.sketcher import BlockMap, ColumnMap, Hashed, SideBySide, Sketcher
+
+
+@dataclass(frozen=True)
+class Projector(ABC):
+    """How gradients become sketch rows; plain arguments, no state."""
+
+    def bind(self, blocks: Sequence[Block], device: torch.device, dtype: torch.dtype) -> Sketcher:
+        """Return the linear map for these blocks, ready to be applied on ``device``."""
+        maps = [self._block_map(block).to(device, dtype) for block in blocks]
+        names = [block.name for block in blocks]
+        columns = self._column_map(names, [map_.size for map_ in maps])
+        return Sketcher(maps, columns.to(device, dtype), device, dtype)
+
+    def to_dict(self) -> dict[str, str | int]:
+        """Return the class name and the arguments, for a recipe."""
+        return {"name": type(self).__name__, **asdict(self)}
+
+    @abstractmethod
+    def _block_map(self, block: Block) -> BlockMap: ...
+
+    @abstractmethod
+    def _column_map(self, names: Sequence[str], sizes: Sequence[int]) -> ColumnMap: ...
+
+
+@dataclass(frozen=True)
+class Identity(Projector):
+    """No projection: rows are whole gradients. Exact, and as wide as the model."""
+
+    def _block_map(self, block: Block) -> BlockMap:
+        return BlockMap(block.rows, block.columns)
+
+    def _column_map(self, names: Sequence[str], sizes: Sequence[int]) -> ColumnMap:
+        return SideBySide(sizes)
+
+
+@dataclass(frozen=True)
+class Kronecker(Projector):
+    """Shrink each layer's matrix to at most ``width**2`` numbers and lay the layers side by side.
+
+    Attributes:
+        width: Side of a shrunk layer.
+        seed: Seed of the random signs.
+    """
+
+    width: int = 32
+    seed: int = 0
+
+    def _block_map(self, block: Block) -> BlockMap:
+        return _shrink(block, self.width, self.seed)
+
+    def _column_map(self, names: Sequence[str], sizes: Sequence[int]) -> ColumnMap:
+        return SideBySide(sizes)
+
+
+@dataclass(frozen=True)
+class CountSketch(Projector):
+    """Hash every parameter into one of ``dimension`` columns. Exact factors, long hash tables.
+
+    Attributes:
+        dimension: Length of a sketch row; less if the model has fewer parameters.
+        seed: Seed of hashes and signs.
+    """
+
+    dimension: int = 1024
+    seed: int = 0
+
+    def _block_map(self, block: Block) -> BlockMap:
+        return BlockMap(block.rows, block.columns)
+
+    def _column_map(self, names: Sequence[str], sizes: Sequence[int]) -> ColumnMap:
+        return _hash_or_lay_out(names, sizes, self.dimension, self.seed)
+
+
+@dataclass(frozen=True)
+class KroneckerCountSketch(Projector):
+    """Shrink each layer's matrix, then hash all layers into one row: the default.
+
+    Attributes:
+        dimension: Length of a sketch row; less if the shrunk layers need fewer.
+        width: Side of a shrunk layer.
+        seed: Seed of signs and hashes.
+    """
+
+    dimension: int = 1024
+    width: int = 32
+    seed: int = 0
+
+    def _block_map(self, block: Block) -> BlockMap:
+        return _shrink(block, self.width, self.seed)
+
+    def _column_map(self, names: Sequence[str], sizes: Sequence[int]) -> ColumnMap:
+        return _hash_or_lay_out(names, sizes, self.dimension, self.seed)
+
+
+_PROJECTORS = (Identity, Kronecker, CountSketch, KroneckerCountSketch)
+
+
+def projector_from_dict(data: Mapping[str, str | int]) -> Projector:
+    """Rebuild a projector from what a recipe says of it.
+
+    Raises:
+        ValueError: If this version does not know the projector.
+    """
+    arguments = {key: int(value) for key, value in data.items() if key != "name"}
+    for projector in _PROJECTORS:
+        if projector.__name__ == data["name"]:
+            return projector(**arguments)
+    known = ", ".join(projector.__name__ for projector in _PROJECTORS)
+    raise ValueError(
+        f"The run was sketched by a `{data['name']}`; expected one of {known}. "
+        "Read it with the version of tda_lightning that wrote it."
+    )
+
+
+def _shrink(block: Block, width: int, seed: int) -> BlockMap:
+    """Fit a block into ``width**2`` numbers; a short side leaves its room to the other."""
+    if block.size <= width**2 or block.columns == 1:
+        return BlockMap(block.rows, block.columns)
+    rows = min(block.rows, max(width, width**2 // block.columns))
+    columns = min(block.columns, width**2 // rows)
+    return BlockMap(
+        block.rows,
+        block.columns,
+        None if rows == block.rows else sign_matrix(block.rows, rows, seed, f"{block.name}/rows"),
+        None
+        if columns == block.columns
+        else sign_matrix(block.columns, columns, seed, f"{block.name}/columns"),
+    )
+
+
+def _hash_or_lay_out(
+    names: Sequence[str], sizes: Sequence[int], dimension: int, seed: int
+) -> ColumnMap:
+    if sum(sizes) <= dimension:  # Collisions would lose what there is room for.
+        return SideBySide(sizes)
+    pairs = list(zip(names, sizes, strict=True))
+    places = [buckets(size, dimension, seed, f"{name}/buckets") for name, size in pairs]
+    flips = [signs(size, seed, f"{name}/signs") for name, size in pairs]
+    return Hashed(places, flips, dimension)

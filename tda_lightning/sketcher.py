@@ -1,0 +1,158 @@
+"""Sketcher: a projector bound to the blocks of one model, a linear map ready to be applied.
+
+It has two parts. A :class:`BlockMap` shrinks one layer's gradient, or takes it whole; a
+:class:`ColumnMap` says where the results of all layers go in a row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tda_lightning.factors import GradientFactors, Operand
+
+
+class Sketcher:
+    """A projector bound to the blocks of one model.
+
+    Attributes:
+        dimension: Length ``k`` of a sketch row.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockMap],
+        columns: ColumnMap,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._blocks = blocks
+        self._columns = columns
+        self._device = device
+        self._dtype = dtype
+        self.dimension = columns.dimension
+
+    def empty_rows(self, n: int) -> Float[Tensor, "n k"]:
+        """Return ``n`` rows of zeros, to be added to."""
+        return torch.zeros(n, self.dimension, device=self._device, dtype=self._dtype)
+
+    def add_(self, rows: Float[Tensor, "n k"], block: int, factors: GradientFactors) -> None:
+        """Add the sketches of one block's per-sample gradients to ``rows``, in place."""
+        self._columns.add_(rows, block, self._blocks[block].project(factors, self._dtype))
+
+    def sketch_matrix(
+        self, block: int, matrix: Float[Tensor, "rows columns"]
+    ) -> Float[Tensor, " k"]:
+        """Sketch a gradient given as its block's matrix: the obvious form of :meth:`add_`."""
+        row = self.empty_rows(1)
+        values = self._blocks[block].project_matrix(matrix.to(self._dtype))
+        self._columns.add_(row, block, values[None])
+        return row[0]
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """The map of one block: a matrix on either side, or none.
+
+    Attributes:
+        rows: Rows of the block, before.
+        columns: Columns of the block, before.
+        left: Applied to the rows, shape ``(rows, rows after)``.
+        right: Applied to the columns, shape ``(columns, columns after)``.
+    """
+
+    rows: int
+    columns: int
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Length of the mapped and flattened block."""
+        rows = self.rows if self.left is None else self.left.shape[1]
+        columns = self.columns if self.right is None else self.right.shape[1]
+        return rows * columns
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> BlockMap:
+        """Return the same map elsewhere."""
+        left = None if self.left is None else self.left.to(device, dtype)
+        right = None if self.right is None else self.right.to(device, dtype)
+        return BlockMap(self.rows, self.columns, left, right)
+
+    def project(self, factors: GradientFactors, dtype: torch.dtype) -> Float[Tensor, "n m"]:
+        """Map per-sample gradients, shape ``(n, size)``."""
+        inputs = _apply(factors.inputs, self.right, dtype)
+        grads = _apply(factors.grad_outputs, self.left, dtype)
+        return _sum_of_outer_products(grads, inputs).flatten(1)
+
+    def project_matrix(self, matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, " m"]:
+        """Map one gradient, given as a matrix."""
+        shrunk = matrix if self.left is None else self.left.mT @ matrix
+        return (shrunk if self.right is None else shrunk @ self.right).flatten()
+
+
+def _apply(operand: Operand, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return operand.dense(dtype) if matrix is None else operand.project(matrix)
+
+
+def _sum_of_outer_products(
+    grads: Float[Tensor, "n s a"], inputs: Float[Tensor, "n s b"]
+) -> Float[Tensor, "n a b"]:
+    if grads.shape[1] == 1:  # Broadcasting beats a batch of rank-one matrix products.
+        return grads.mT * inputs
+    return grads.mT @ inputs
+
+
+class ColumnMap(ABC):
+    """Where the entries of every mapped block go in a row."""
+
+    dimension: int
+
+    @abstractmethod
+    def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
+        """Return the same map elsewhere."""
+
+    @abstractmethod
+    def add_(self, rows: Float[Tensor, "n k"], block: int, values: Float[Tensor, "n m"]) -> None:
+        """Add a block's values to ``rows``, in place."""
+
+
+class SideBySide(ColumnMap):
+    """Every block has columns of its own."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        ends = np.cumsum(sizes).tolist()
+        self._slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        self.dimension = ends[-1]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
+        """Return itself: there is nothing to move."""
+        return self
+
+    def add_(self, rows: Float[Tensor, "n k"], block: int, values: Float[Tensor, "n m"]) -> None:
+        """Add a block's values to its columns."""
+        rows[:, self._slices[block]] += values
+
+
+class Hashed(ColumnMap):
+    """Every entry goes, with a random sign, to a random column: one hash per entry."""
+
+    def __init__(self, buckets: Sequence[Tensor], signs: Sequence[Tensor], dimension: int) -> None:
+        self._buckets = buckets
+        self._signs = signs
+        self.dimension = dimension
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
+        """Return the same hash tables elsewhere."""
+        buckets = [table.to(device) for table in self._buckets]
+        return Hashed(buckets, [signs.to(device, dtype) for signs in self._signs], self.dimension)
+
+    def add_(self, rows: Float[Tensor, "n k"], block: int, values: Float[Tensor, "n m"]) -> None:
+        """Add a block's values, signed, to the columns that the hash names."""
+        rows.index_add_(1, self._buckets[block], values * self._signs[block])
