@@ -1,0 +1,111 @@
+"""RowRecorder: from a model's forward and backward pass over a batch to its sketch rows.
+
+Training and queries are recorded by this same code, under the same recipe, which is why their rows
+can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tda_lightning.capture import Capture
+from tda_lightning.factors import GradientFactors
+from tda_lightning.layers import find_rule
+from tda_lightning.projectors import Projector
+from tda_lightning.recipe import Block
+from tda_lightning.sketcher import Sketcher
+
+
+class RowRecorder:
+    """Records batch by batch: :meth:`start`, forward, :meth:`listen`, backward, :meth:`finish`.
+
+    A context manager, whose hooks are attached inside. The model's parameters are left alone.
+
+    Args:
+        model: The module to record.
+        blocks: Its layers.
+        projector: What to sketch their gradients with.
+        dtype: Number format of the rows.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[Block], projector: Projector, dtype: torch.dtype
+    ) -> None:
+        device = next(model.parameters()).device
+        self._model = model
+        self._blocks = blocks
+        self._sketcher: Sketcher = projector.bind(blocks, device, dtype)
+        self._capture = Capture(model, blocks, self._receive)
+        self._rows = self._sketcher.empty_rows(0)
+        self._sums: Tensor | None = None
+
+    @property
+    def dimension(self) -> int:
+        """Length ``k`` of a row."""
+        return self._sketcher.dimension
+
+    def __enter__(self) -> RowRecorder:
+        """Attach the hooks."""
+        self._capture.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        """Remove the hooks."""
+        self._capture.__exit__(kind, error, trace)
+
+    def start(self, n: int) -> None:
+        """Expect a forward pass over ``n`` samples."""
+        self._rows = self._sketcher.empty_rows(n)
+        self._capture.start(n)
+
+    def listen(self) -> None:
+        """Expect the backward pass of that batch's loss."""
+        self._capture.listen()
+
+    def finish(self) -> Float[Tensor, "n k"]:
+        """Return the rows of the batch: what each sample added to the gradient of the loss."""
+        self._capture.stop()
+        return self._rows
+
+    def sketch_gradient(self) -> Float[Tensor, "blocks k"]:
+        """Sketch what stands in the parameters' ``.grad`` now, block by block."""
+        sketches = []
+        for number, block in enumerate(self._blocks):
+            rule = find_rule(self._model.get_submodule(block.name))
+            assert rule is not None
+            matrix = rule.layout(self._gradients(block))
+            sketches.append(self._sketcher.sketch_matrix(number, matrix))
+        return torch.stack(sketches)
+
+    def sum_blocks(self) -> None:
+        """From now on, sum the rows of each block over all batches, for :meth:`block_sums`."""
+        self._sums = self._sketcher.empty_rows(len(self._blocks))
+
+    def block_sums(self) -> Float[Tensor, "blocks k"]:
+        """Return the sums since :meth:`sum_blocks`, and stop summing."""
+        assert self._sums is not None
+        sums, self._sums = self._sums, None
+        return sums
+
+    def _receive(self, number: int, factors: GradientFactors) -> None:
+        if self._sums is None:
+            self._sketcher.add_(self._rows, number, factors)
+            return
+        part = torch.zeros_like(self._rows)
+        self._sketcher.add_(part, number, factors)
+        self._sums[number] += part.sum(dim=0)
+        self._rows += part
+
+    def _gradients(self, block: Block) -> list[Tensor]:
+        parameters = [self._model.get_parameter(name) for name in block.parameters]
+        return [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
