@@ -1,0 +1,39 @@
+"""What a run will cost, said before its first step."""
+
+from __future__ import annotations
+
+import math
+
+from tda_lightning.callbacks.either import Trainer
+from tda_lightning.recipe import Recipe
+
+# Beside its row, a visit keeps its sample id (8 bytes) and its weight (4 bytes).
+_VISIT_BYTES = 12
+
+
+def describe_cost(trainer: Trainer, recipe: Recipe) -> str:
+    """Say in one line what is recorded, and how much disk it will take."""
+    recorded = sum(block.size for block in recipe.blocks)
+    total = recorded + sum(entry.size for entry in recipe.left_out)
+    row_bytes = recipe.dimension * recipe.torch_dtype.itemsize + _VISIT_BYTES
+    visits = _expected_visits(trainer, recipe)
+    cost = "an unknown number of visits"
+    if math.isfinite(visits):
+        cost = f"about {visits:,.0f} visits, {visits * row_bytes / 2**20:,.0f} MiB in all"
+    return (
+        f"recording {recorded / total:.1%} of the trained parameters ({len(recipe.blocks)} layers) "
+        f"in rows of {row_bytes:,} bytes; {cost}."
+    )
+
+
+def _expected_visits(trainer: Trainer, recipe: Recipe) -> float:
+    """Number of visits, or infinity if it cannot be told beforehand."""
+    if recipe.train_ids is None:
+        return math.inf
+    batches = float(trainer.num_training_batches)
+    share = batches / len(trainer.train_dataloader)  # type: ignore[arg-type]
+    per_epoch = share * sum(stop - start for start, stop in recipe.train_ids)
+    steps_per_epoch = max(1.0, batches / trainer.accumulate_grad_batches)
+    by_epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps / steps_per_epoch
+    return float(per_epoch * min(by_epochs, by_steps) / recipe.every_n_steps)

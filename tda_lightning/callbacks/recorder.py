@@ -1,0 +1,198 @@
+"""GradientRecorder: the Lightning callback that records what each sample did to each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tda_lightning.callbacks.checks import require_supported
+from tda_lightning.callbacks.either import LightningModule, Trainer
+from tda_lightning.callbacks.estimate import describe_cost
+from tda_lightning.callbacks.session import Session
+from tda_lightning.layers import find_blocks
+from tda_lightning.projectors import KroneckerCountSketch, Projector
+from tda_lightning.recipe import Recipe, ranges_of
+from tda_lightning.rows import RowRecorder
+from tda_lightning.sample_ids import IdSource, SampleLedger
+from tda_lightning.stores import HDF5Store, WritableStore
+
+
+class GradientRecorder(pl.Callback):
+    """Record, per optimizer step, a sketch of what every sample contributed to the gradient.
+
+    The training itself is not touched: weights come out bit-identical with and without the
+    callback. Afterwards, ask with :func:`tda_lightning.attribute`.
+
+    Args:
+        store: Folder to record into, or a store.
+        projector: How gradients become sketch rows.
+        layers: Names of the modules to record, with ``*`` for any characters; by default all that
+            are trained and supported.
+        every_n_steps: Record every n-th optimizer step.
+        sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
+            default the index in the dataset, learnt from the sampler.
+        reduction: How the training loss combines its samples.
+        existing: What to do if ``store`` holds a run already.
+
+    Raises:
+        ValueError: Before the first batch, if something cannot be recorded faithfully.
+        FileExistsError: Before the first batch, if ``store`` holds a run or something else.
+    """
+
+    def __init__(
+        self,
+        store: str | Path | WritableStore,
+        *,
+        projector: Projector = KroneckerCountSketch(),
+        layers: Sequence[str] | None = None,
+        every_n_steps: int = 1,
+        sample_ids: IdSource | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        existing: Literal["refuse", "replace"] = "refuse",
+    ) -> None:
+        self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
+        self.projector = projector
+        self.layers = layers
+        self.every_n_steps = every_n_steps
+        self.sample_ids = sample_ids
+        self.reduction = reduction
+        self.existing = existing
+        self._ledger = SampleLedger(sample_ids)
+        self._rows: RowRecorder | None = None
+        self._session: Session | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the training loader's sampler remember what it draws."""
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        process = strategy.process_dataloader
+
+        def process_and_watch(dataloader: object) -> object:
+            processed = process(dataloader)
+            if trainer.training:
+                self._ledger.watch(processed, lambda: trainer.training)
+            return processed
+
+        # The last stop of a loader before Lightning iterates it; later would change the data order.
+        strategy.process_dataloader = process_and_watch  # type: ignore[method-assign]
+        self._undo = [lambda: delattr(strategy, "process_dataloader"), self._ledger.release]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that everything can be recorded, begin the run and attach the hooks."""
+        require_supported(trainer, pl_module)
+        dtype = _row_dtype(pl_module)
+        blocks, left_out = find_blocks(pl_module, self.layers)
+        rows = RowRecorder(pl_module, blocks, self.projector, dtype)
+        train_ids = self._ledger.train_ids
+        recipe = Recipe(
+            blocks=blocks,
+            left_out=left_out,
+            projector=self.projector.to_dict(),
+            dimension=rows.dimension,
+            dtype="float64" if dtype == torch.float64 else "float32",
+            reduction=self.reduction,
+            every_n_steps=self.every_n_steps,
+            train_ids=None if train_ids is None else ranges_of(train_ids),
+            model=type(pl_module).__name__,
+            versions={name: version(name) for name in ("tda_lightning", "torch")},
+        )
+        if self.existing == "replace":
+            self.store.clear()
+        self.store.begin(recipe)
+        for entry in left_out:
+            rank_zero_warn(f"GradientRecorder: {entry.describe()}")
+        rank_zero_info(f"GradientRecorder: {describe_cost(trainer, recipe)}")
+        self._rows = rows.__enter__()
+        self._session = Session(rows, blocks, self.reduction)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expect the first batch of a new pass over the data."""
+        self._ledger.start_epoch()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Name the samples of the batch, and watch its forward pass if its step is due."""
+        sample_ids = self._ledger.name(batch, batch_idx)
+        assert self._session is not None
+        if trainer.global_step % self.every_n_steps == 0:
+            self._session.start_batch(sample_ids, 1 / trainer.accumulate_grad_batches)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Listen to the backward pass of the loss."""
+        assert self._session is not None
+        self._session.start_backward()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect the rows of the batch."""
+        assert self._session is not None
+        self._session.end_backward()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Read the learning rate now: at the end of the batch its scheduler has already stepped."""
+        assert self._session is not None
+        self._session.before_step(trainer.global_step, trainer.current_epoch, optimizer)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Store the step, if one was taken: before any checkpoint of it is written."""
+        assert self._session is not None
+        self._session.drop_batch()
+        step = self._session.after_step()
+        if step is not None:
+            self.store.append(step)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Seal every step that the checkpoint's weights have taken."""
+        if self._session is not None:
+            self.store.seal()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seal the run and remove everything that was installed."""
+        self._close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Do the same if training is interrupted or fails."""
+        self._close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Do the same if training never began."""
+        self._close()
+
+    def _close(self) -> None:
+        undo, self._undo = self._undo, []
+        for action in undo:
+            action()
+        if self._rows is not None:
+            self._rows.__exit__()
+            self.store.seal()
+        self._rows = self._session = None
+
+
+def _row_dtype(model: nn.Module) -> torch.dtype:
+    is_double = all(one.dtype == torch.float64 for one in model.parameters() if one.requires_grad)
+    return torch.float64 if is_double else torch.float32

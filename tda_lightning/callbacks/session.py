@@ -1,0 +1,149 @@
+"""Session: from the events of one training to its steps, without a word of Lightning.
+
+Micro-batches wait here until the optimizer step that they join.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from tda_lightning.callbacks.facts import read_groups
+from tda_lightning.conservation import require_conserved
+from tda_lightning.recipe import Block
+from tda_lightning.rows import RowRecorder
+from tda_lightning.step import ParameterGroup, Step
+
+
+@dataclass(frozen=True)
+class _Visits:
+    sample_ids: Int[Tensor, " n"]
+    weight: float
+    rows: Float[Tensor, "n k"]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    index: int
+    epoch: int
+    optimizer: str
+    groups: tuple[ParameterGroup, ...]
+    probe: Parameter | None
+    probe_norm: Tensor | None
+
+
+class Session:
+    """Turns batches and optimizer steps into :class:`Step`.
+
+    Args:
+        rows: Records the rows of a batch.
+        blocks: The recorded layers.
+        reduction: How the training loss combines the samples of a batch.
+    """
+
+    def __init__(
+        self, rows: RowRecorder, blocks: Sequence[Block], reduction: Literal["mean", "sum"]
+    ) -> None:
+        self._rows = rows
+        self._blocks = blocks
+        self._reduction = reduction
+        self._current: tuple[Int[Tensor, " n"], float] | None = None
+        self._pending: list[_Visits] = []
+        self._facts: _Facts | None = None
+        self._is_checked = False
+
+    def start_batch(self, sample_ids: Int[Tensor, " n"], share: float) -> None:
+        """Expect the forward pass of a batch.
+
+        Args:
+            sample_ids: Its samples.
+            share: Factor of its loss in the step's loss (less than 1 under accumulation).
+        """
+        n = len(sample_ids)
+        self._current = (sample_ids, share / n if self._reduction == "mean" else share)
+        if not self._is_checked and not self._pending:
+            self._rows.sum_blocks()
+        self._rows.start(n)
+
+    def start_backward(self) -> None:
+        """Expect the backward pass of that batch's loss."""
+        if self._current is not None:
+            self._rows.listen()
+
+    def end_backward(self) -> None:
+        """Keep the rows of that batch for the step they will join."""
+        if self._current is not None:
+            sample_ids, weight = self._current
+            self._pending.append(_Visits(sample_ids, weight, self._rows.finish()))
+            self._current = None
+
+    def before_step(self, index: int, epoch: int, optimizer: Optimizer) -> None:
+        """Read what the optimizer is about to use; gradients are complete and not yet clipped."""
+        if not self._pending:
+            return
+        if not self._is_checked:
+            require_conserved(self._blocks, self._rows.block_sums(), self._rows.sketch_gradient())
+            self._is_checked = True
+        probe = _smallest_with_gradient(optimizer)
+        self._facts = _Facts(
+            index=index,
+            epoch=epoch,
+            optimizer=type(optimizer).__name__,
+            groups=read_groups(optimizer),
+            probe=probe,
+            probe_norm=None if probe is None else _gradient_norm(probe),
+        )
+
+    def after_step(self) -> Step | None:
+        """Return the step that was taken since the last call, or ``None`` if none was recorded."""
+        if self._facts is None:
+            return None
+        facts, visits = self._facts, self._pending
+        self._facts, self._pending = None, []
+        clipped = _clip_coefficient(facts).cpu()
+        weights = [torch.full((len(one.sample_ids),), one.weight) for one in visits]
+        sketch = torch.cat([one.rows for one in visits]).cpu()
+        return Step(
+            index=facts.index,
+            epoch=facts.epoch,
+            optimizer=facts.optimizer,
+            groups=facts.groups,
+            sample_ids=torch.cat([one.sample_ids for one in visits]),
+            weights=torch.cat(weights) * clipped.float(),
+            sketch=sketch * clipped.to(sketch.dtype),
+        )
+
+    def drop_batch(self) -> None:
+        """Forget a batch whose loss never came."""
+        if self._current is not None:
+            self._rows.finish()
+            self._current = None
+
+
+def _smallest_with_gradient(optimizer: Optimizer) -> Parameter | None:
+    """Choose a gradient that is cheap to watch; clipping by norm scales all alike."""
+    parameters: list[Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in sorted(parameters, key=lambda one: int(one.numel())):
+        if parameter.grad is not None and bool(parameter.grad.any()):
+            return parameter
+    return None
+
+
+def _gradient_norm(parameter: Parameter) -> Tensor:
+    assert parameter.grad is not None
+    norm: Tensor = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+    return norm
+
+
+def _clip_coefficient(facts: _Facts) -> Tensor:
+    if facts.probe is None or facts.probe_norm is None or facts.probe.grad is None:
+        return torch.ones((), dtype=torch.float64)
+    # `.grad` survives, clipped, until the next step's `zero_grad`.
+    return _gradient_norm(facts.probe) / facts.probe_norm
