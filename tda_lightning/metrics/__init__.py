@@ -1,0 +1,5 @@
+"""Metrics: pure functions that tell whether an attribution is any good."""
+
+from tda_lightning.metrics.mislabel import mislabel_auc, mislabel_recall
+
+__all__ = ["mislabel_auc", "mislabel_recall"]

@@ -1,0 +1,181 @@
+"""Scores: what a method answers.
+
+Orientation is always ``(n_query, n_train)``. A positive score marks a proponent: the presence of
+that training sample lowered the query's loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The training samples that matter most to each query.
+
+    Attributes:
+        ids: Training sample ids, most extreme first, shape ``(n_query, k)``.
+        values: Their scores, shape ``(n_query, k)``.
+    """
+
+    ids: Int[Tensor, "n_query k"]
+    values: Float[Tensor, "n_query k"]
+
+    def __repr__(self) -> str:
+        """Show one line per query."""
+        shown = range(min(len(self.ids), 10))
+        lines = [f"  query {row}: {_pairs(self.ids[row], self.values[row])}" for row in shown]
+        more = ["  ..."] if len(self.ids) > 10 else []
+        return "\n".join([f"Ranking of {self.ids.shape[1]} per query", *lines, *more])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How much each training sample did for each query.
+
+    Attributes:
+        values: Scores, shape ``(n_query, n_train)``.
+        query_ids: Places of the queries in what was asked, shape ``(n_query,)``.
+        train_ids: Ids of the training samples, shape ``(n_train,)``.
+        method: The method and its hyper-parameters.
+    """
+
+    values: Float[Tensor, "n_query n_train"]
+    query_ids: Int[Tensor, " n_query"]
+    train_ids: Int[Tensor, " n_train"]
+    method: str
+
+    def proponents(self, k: int = 5) -> Ranking:
+        """Return the ``k`` training samples that lowered each query's loss most."""
+        return self._rank(k, largest=True)
+
+    def opponents(self, k: int = 5) -> Ranking:
+        """Return the ``k`` training samples that raised each query's loss most."""
+        return self._rank(k, largest=False)
+
+    def _rank(self, k: int, largest: bool) -> Ranking:
+        top = self.values.topk(_checked(k, len(self.train_ids)), dim=1, largest=largest)
+        return Ranking(self.train_ids[top.indices], top.values)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with queries as rows and training samples as columns."""
+        import pandas as pd
+
+        index = pd.Index(self.query_ids.numpy(), name="query")
+        columns = pd.Index(self.train_ids.numpy(), name="train")
+        return pd.DataFrame(self.values.numpy(), index=index, columns=columns)
+
+    def save(self, path: str | Path) -> None:
+        """Write the scores to a NumPy ``.npz`` file."""
+        _save(path, self.method, {name: getattr(self, name).numpy() for name in _MATRIX_FIELDS})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read scores written by :meth:`save`."""
+        return cls(**_load(path, _MATRIX_FIELDS))
+
+    def __repr__(self) -> str:
+        """Show the shape, the method and the best proponent of the first queries."""
+        n_query, n_train = self.values.shape
+        head = f"Scores of {n_query:,} queries x {n_train:,} training samples by {self.method}"
+        lines = [
+            f"  query {int(query)}: proponents {_pairs(*_row(self.proponents(3), row))}; "
+            f"opponents {_pairs(*_row(self.opponents(3), row))}"
+            for row, query in enumerate(self.query_ids[:3])
+            if n_train >= 3
+        ]
+        return "\n".join([head, *lines, *(["  ..."] if n_query > 3 else [])])
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """One score per training sample.
+
+    Attributes:
+        values: Scores, shape ``(n_train,)``.
+        train_ids: Ids of the training samples, shape ``(n_train,)``.
+        method: The method and its hyper-parameters.
+    """
+
+    values: Float[Tensor, " n_train"]
+    train_ids: Int[Tensor, " n_train"]
+    method: str
+
+    def highest(self, k: int = 10) -> Int[Tensor, " k"]:
+        """Return the ids of the ``k`` highest scores, highest first."""
+        return self.train_ids[self.values.topk(_checked(k, len(self.train_ids))).indices]
+
+    def lowest(self, k: int = 10) -> Int[Tensor, " k"]:
+        """Return the ids of the ``k`` lowest scores, lowest first."""
+        top = self.values.topk(_checked(k, len(self.train_ids)), largest=False)
+        return self.train_ids[top.indices]
+
+    def to_pandas(self) -> pd.Series[float]:
+        """Return a series indexed by training sample."""
+        import pandas as pd
+
+        return pd.Series(self.values.numpy(), index=pd.Index(self.train_ids.numpy(), name="train"))
+
+    def save(self, path: str | Path) -> None:
+        """Write the scores to a NumPy ``.npz`` file."""
+        _save(path, self.method, {name: getattr(self, name).numpy() for name in _VECTOR_FIELDS})
+
+    @classmethod
+    def load(cls, path: str | Path) -> SampleScores:
+        """Read scores written by :meth:`save`."""
+        return cls(**_load(path, _VECTOR_FIELDS))
+
+    def __repr__(self) -> str:
+        """Show the method and the highest scores."""
+        ids = self.highest(min(5, len(self.train_ids)))
+        values = self.values.topk(len(ids)).values
+        head = f"SampleScores of {len(self.values):,} training samples by {self.method}"
+        return f"{head}\n  highest {_pairs(ids, values)}"
+
+
+_MATRIX_FIELDS = ("values", "query_ids", "train_ids")
+_VECTOR_FIELDS = ("values", "train_ids")
+
+
+def _checked(k: int, n_train: int) -> int:
+    if not 1 <= k <= n_train:
+        raise ValueError(
+            f"`k` is {k}; expected a number from 1 to {n_train}, the number of training samples."
+        )
+    return k
+
+
+def _pairs(ids: Tensor, values: Tensor) -> str:
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return ", ".join(f"{name} ({value:+.3g})" for name, value in pairs)
+
+
+def _row(ranking: Ranking, row: int) -> tuple[Tensor, Tensor]:
+    return ranking.ids[row], ranking.values[row]
+
+
+def _save(path: str | Path, method: str, arrays: dict[str, np.ndarray]) -> None:
+    # Through an open file: given a name, NumPy would append a suffix of its own.
+    with Path(path).open("wb") as file:
+        np.savez(file, allow_pickle=False, method=np.array(method), **arrays)
+
+
+def _load(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        if set(file.files) != {*names, "method"}:
+            raise ValueError(
+                f"`{path}` holds {sorted(file.files)}; expected {sorted([*names, 'method'])}. "
+                "Load `Scores` and `SampleScores` with the class that saved them."
+            )
+        arrays = {name: torch.from_numpy(file[name]) for name in names}
+        return {**arrays, "method": str(file["method"])}
