@@ -1,0 +1,88 @@
+"""Run a user's model and leave no trace: modes, buffers, metrics, logs, random numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[None]:
+    """Put the model into ``mode`` with logging muted, and put everything back afterwards.
+
+    Args:
+        model: A LightningModule, or any module.
+        mode: Whether layers such as dropout and batch norm act as in evaluation or in training.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+        for context in (_same_modes, _same_buffers, _same_metrics, _muted):
+            stack.enter_context(context(model))
+        model.train(mode == "train")
+        yield
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    return list({one.device for one in model.parameters() if one.device.type == "cuda"})
+
+
+@contextmanager
+def _same_modes(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    copies = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, saved in copies:
+                buffer.copy_(saved)
+
+
+@contextmanager
+def _same_metrics(model: nn.Module) -> Iterator[None]:
+    # A torchmetrics.Metric, recognised by what it keeps, counts in `training_step`.
+    metrics = [one for one in model.modules() if hasattr(one, "metric_state")]
+    states = [_metric_state(metric) for metric in metrics]
+    try:
+        yield
+    finally:
+        for metric, state in zip(metrics, states, strict=True):
+            for name, value in state.items():
+                setattr(metric, name, value)
+
+
+def _metric_state(metric: Any) -> dict[str, Any]:
+    names = (*metric.metric_state, "_update_count", "_computed")
+    return {name: copy.deepcopy(getattr(metric, name)) for name in names}
+
+
+@contextmanager
+def _muted(model: nn.Module) -> Iterator[None]:
+    names = ("log", "log_dict")
+    own = {name: vars(model)[name] for name in names if name in vars(model)}
+    for name in names:
+        vars(model)[name] = _say_nothing
+    try:
+        yield
+    finally:
+        for name in names:
+            del vars(model)[name]
+        vars(model).update(own)
+
+
+def _say_nothing(*args: object, **kwargs: object) -> None:
+    return None
