@@ -1,0 +1,35 @@
+"""Training data attribution for PyTorch Lightning: which samples made the model do that."""
+
+# Record
+from tda_lightning.callbacks import GradientRecorder
+from tda_lightning.layers import layer_rule
+from tda_lightning.projectors import CountSketch, Identity, Kronecker, KroneckerCountSketch
+
+# Ask
+from tda_lightning.api import attribute, self_influence  # isort: skip
+from tda_lightning.attribution import GradientSimilarity, TracIn  # isort: skip
+from tda_lightning.scores import Ranking, SampleScores, Scores  # isort: skip
+
+# Look inside
+from tda_lightning.stores import HDF5Store, MemoryStore, Store  # isort: skip
+from tda_lightning.step import Step  # isort: skip
+
+__all__ = [
+    "CountSketch",
+    "GradientRecorder",
+    "GradientSimilarity",
+    "HDF5Store",
+    "Identity",
+    "Kronecker",
+    "KroneckerCountSketch",
+    "MemoryStore",
+    "Ranking",
+    "SampleScores",
+    "Scores",
+    "Step",
+    "Store",
+    "TracIn",
+    "attribute",
+    "layer_rule",
+    "self_influence",
+]
