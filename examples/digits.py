@@ -1,0 +1,172 @@
+"""Which training digits made a CNN say that? And which of their labels are wrong?
+
+Trains a small CNN on scikit-learn's handwritten digits, a tenth of whose labels are flipped, with
+one callback; then asks for the training samples behind some predictions, and for the flipped
+labels.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import pytorch_lightning as pl
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from tda_lightning import GradientRecorder, Ranking, attribute, self_influence
+from tda_lightning.metrics import mislabel_recall
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+
+class DigitsCNN(pl.LightningModule):
+    """A plain LightningModule: nothing in it knows that it is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(16, 32, 3, padding=1, stride=2),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Linear(512, 64),
+            nn.LayerNorm(64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = functional.cross_entropy(self(images), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def load(seed: int) -> tuple[TensorDataset, TensorDataset, Tensor]:
+    """Return training set, test set, and which training labels were flipped."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(data.target)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    train, test = order[:1497], order[1497:]
+    flipped = torch.rand(len(train), generator=generator) < 0.1
+    wrong = (labels[train] + torch.randint(1, 10, train.shape, generator=generator)) % 10
+    given = torch.where(flipped, wrong, labels[train])
+    return TensorDataset(images[train], given), TensorDataset(images[test], labels[test]), flipped
+
+
+def losses(model: nn.Module, data: TensorDataset) -> Tensor:
+    """Return the loss of every sample."""
+    images, labels = data.tensors
+    with torch.no_grad():
+        return functional.cross_entropy(model(images), labels, reduction="none")
+
+
+def easiest_and_hardest(model: nn.Module, test: TensorDataset) -> Tensor:
+    """Return the places of the test digit of lowest loss and the four of highest."""
+    order = losses(model, test).argsort()
+    return torch.cat([order[:1], order[-4:]])
+
+
+def print_answer(train: TensorDataset, truth: Tensor, best: Ranking, worst: Ranking) -> None:
+    """Print, for every query, who taught it and who taught against it."""
+    labels = train.tensors[1]
+    for row, digit in enumerate(truth.tolist()):
+        print(f"\nTest digit {row}, a {digit}:")
+        for name, ranking in (("proponents", best), ("opponents", worst)):
+            pairs = zip(ranking.ids[row].tolist(), ranking.values[row].tolist(), strict=True)
+            listed = ", ".join(f"#{i} labelled {labels[i]} ({value:+.3f})" for i, value in pairs)
+            print(f"  {name:10s} {listed}")
+
+
+def draw(
+    path: Path,
+    train: TensorDataset,
+    flipped: Tensor,
+    test: tuple[Tensor, Tensor],
+    best: Ranking,
+    worst: Ranking,
+) -> None:
+    """Save a picture: each query beside its proponents and its opponents."""
+    rows, k = best.ids.shape
+    figure, axes = plt.subplots(rows, 2 * k + 1, figsize=(1.25 * (2 * k + 1), 1.6 * rows))
+    images, labels = train.tensors
+    for row in range(rows):
+        _tile(axes[row, 0], test[0][row], f"a {test[1][row]}", "black")
+        for side, ranking, color in ((0, best, "tab:blue"), (1, worst, "tab:red")):
+            for place in range(k):
+                i = int(ranking.ids[row, place])
+                label = f"“{labels[i]}”{' (flipped)' if flipped[i] else ''}"
+                title = f"{label}\n{ranking.values[row, place]:+.3f}"
+                _tile(axes[row, 1 + side * k + place], images[i], title, color)
+    figure.suptitle(
+        "Test digit (left), the training digits that helped it most (blue) and hurt it most "
+        "(red).\n In quotes: the label that training digit carried. Below: its score.",
+        fontsize=11,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _tile(axes: plt.Axes, image: Tensor, title: str, color: str) -> None:
+    axes.imshow(image[0], cmap="gray_r")
+    axes.set_title(title, fontsize=8, color=color)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(color)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--run", type=Path, default=Path("digits.tda"), help="folder to record into"
+    )
+    parser.add_argument("--picture", type=Path, default=Path("digits.png"))
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    pl.seed_everything(options.seed)
+    train, test, flipped = load(options.seed)
+    model = DigitsCNN()
+    trainer = pl.Trainer(
+        max_epochs=options.epochs,
+        accelerator="cpu",
+        callbacks=[GradientRecorder(options.run, existing="replace")],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, DataLoader(train, batch_size=50, shuffle=True))
+
+    queries = test[easiest_and_hardest(model, test)]
+    scores = attribute(options.run, model, queries)
+    best, worst = scores.proponents(4), scores.opponents(4)
+    print_answer(train, queries[1], best, worst)
+    draw(options.picture, train, flipped, queries, best, worst)
+
+    influence = self_influence(options.run)
+    found = mislabel_recall(influence.values, flipped)
+    baseline = mislabel_recall(losses(model, train), flipped)
+    print(f"\n{int(flipped.sum())} of {len(flipped)} training labels were flipped. Among the 10 %")
+    print(f"  of highest self-influence stand {found:.1%} of them,")
+    print(f"  of highest loss after training  {baseline:.1%}.")
+    print(f"\nPicture: {options.picture}. What was kept: tda-lightning info {options.run}")
+
+
+if __name__ == "__main__":
+    main()
