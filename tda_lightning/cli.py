@@ -68,7 +68,7 @@ def _steps(store: HDF5Store) -> str:
         return "none yet"
     first, last = store[0], store[-1]
     stride = store.recipe.every_n_steps
-    every = "" if stride == 1 else f", every {stride}th"
+    every = "" if stride == 1 else f", one in {stride}"
     indices = f"index {first.index:,} to {last.index:,}{every}"
     return f"{len(store):,} ({indices}), epochs {first.epoch} to {last.epoch}"
 
@@ -105,3 +105,7 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
         + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

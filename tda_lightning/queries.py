@@ -48,7 +48,8 @@ def record_queries(
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
             take the queries or returns no loss.
     """
-    blocks, _ = find_blocks(model, [block.name for block in like.blocks])
+    left_out = {entry.name for entry in like.left_out}
+    blocks = [block for block in find_blocks(model)[0] if block.name not in left_out]
     like.require_blocks(blocks, type(model).__name__)
     projector = projector_from_dict(like.projector)
     rows = RowRecorder(model, like.blocks, projector, like.torch_dtype)

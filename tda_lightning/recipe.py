@@ -1,12 +1,12 @@
 """Recipe: how the sketches of a run were made, as plain data that fits into JSON.
 
-Two recordings can be compared only if their blocks and projectors agree;
-:meth:`Recipe.require_like` is the one place that says so.
+Queries are recorded by the recipe of the run they ask; :meth:`Recipe.require_blocks` is the one
+place that says whether a model can be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -117,7 +117,7 @@ class Recipe:
             }
         )
 
-    def require_blocks(self, blocks: tuple[Block, ...], model: str) -> None:
+    def require_blocks(self, blocks: Sequence[Block], model: str) -> None:
         """Raise unless ``blocks``, read off ``model``, are the recorded ones.
 
         Raises:
@@ -133,7 +133,7 @@ class Recipe:
             )
 
 
-def _differences(expected: tuple[Block, ...], found: tuple[Block, ...]) -> list[str]:
+def _differences(expected: Sequence[Block], found: Sequence[Block]) -> list[str]:
     ours = {block.name: block for block in expected}
     theirs = {block.name: block for block in found}
     missing = [f"`{name}` is missing" for name in ours if name not in theirs]

@@ -5,6 +5,7 @@ import pytest
 REMARKS = (
     "ignore:.*does not have many workers.*",
     "ignore:This DataLoader will create 3 worker processes.*",
+    "ignore:Starting from v1.9.0, .tensorboardX. has been removed.*",
     "ignore:The number of training batches.*smaller than the logging interval.*",
     "ignore:.*LeafSpec.*:FutureWarning",
     "ignore:.*treespec, LeafSpec.*",

@@ -1,0 +1,20 @@
+"""Sphinx configuration."""
+
+from importlib import metadata
+
+project = "tda_lightning"
+release = metadata.version("tda_lightning")
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+html_theme = "furo"
+html_title = "tda_lightning"
+exclude_patterns = ["_build"]

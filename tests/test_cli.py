@@ -1,0 +1,65 @@
+"""The command line: what it says, and one clear line when something is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+from lightning_models import Plain, loader, quiet_trainer, vectors
+from torch import nn
+
+from tda_lightning import GradientRecorder
+from tda_lightning.cli import main
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.PReLU(7)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.head(self.gate(x))
+
+
+@pytest.fixture
+def run(tmp_path):
+    recorder = GradientRecorder(tmp_path / "run", every_n_steps=2, layers=["net.head"])
+    with pytest.warns(UserWarning, match="not recorded"):
+        quiet_trainer(recorder).fit(Plain(Half()), loader(vectors()))
+    return tmp_path / "run"
+
+
+def test_info_says_what_was_recorded_and_what_was_not(run, capsys):
+    assert main(["info", str(run)]) == 0
+    said = capsys.readouterr().out
+    for expected in (
+        "a recording of `Plain`",
+        "3 (index 0 to 4, one in 2), epochs 0 to 1",
+        "of 13 in the training set",
+        "SGD, learning rate 0.1",
+        "MiB",
+        "net.head  Linear  24          77.4%  recorded",
+        "net.gate  PReLU   7           22.6%  LEFT OUT: not among `layers`",
+    ):
+        assert expected in said, said
+
+
+def test_errors_are_one_line_and_an_exit_code(tmp_path, capsys):
+    assert main(["info", str(tmp_path / "nowhere")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "There is no run at" in captured.err
+
+
+def test_an_empty_run_can_be_described(run, capsys):
+    for segment in run.glob("segment-*"):
+        segment.unlink()
+    assert main(["info", str(run)]) == 0
+    assert "none yet" in capsys.readouterr().out
+
+
+def test_the_command_is_installed(run):
+    command = [sys.executable, "-m", "tda_lightning.cli", "info", str(run)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "a recording of" in result.stdout

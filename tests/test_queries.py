@@ -1,0 +1,281 @@
+"""Queries: recorded like training, and without a trace in the model."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from torch import nn
+from torch.utils.data import Subset
+from torchmetrics.classification import MulticlassAccuracy
+
+from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore, TracIn, attribute
+from tda_lightning.queries import record_queries
+
+
+def record(model, **settings):
+    store, diary = MemoryStore(), Diary()
+    quiet_trainer(GradientRecorder(store, **settings), diary).fit(model, loader(vectors()))
+    return store, diary
+
+
+def at_weights(model, weights):
+    model.load_state_dict(weights)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"projector": Identity()}], ids=["default", "identity"])
+def test_a_batch_has_the_same_rows_in_training_and_as_a_query(settings):
+    model = Plain(mlp())
+    store, diary = record(model, **settings)
+    for step, weights, batch in zip(store, diary.weights, diary.batches, strict=True):
+        found = record_queries(at_weights(model, weights), batch, like=store.recipe)
+        torch.testing.assert_close(found, step.sketch / step.weights[:, None])
+
+
+def test_queries_of_a_summed_loss_are_not_scaled():
+    def summed(outputs, labels):
+        return nn.functional.cross_entropy(outputs, labels, reduction="sum")
+
+    model = Plain(mlp(), loss=summed, optimizer=lambda p: torch.optim.SGD(p, lr=1e-4))
+    store, diary = record(model, reduction="sum")
+    found = record_queries(at_weights(model, diary.weights[0]), diary.batches[0], like=store.recipe)
+    torch.testing.assert_close(found, store[0].sketch)
+
+
+def test_a_loader_of_queries_gives_one_row_each():
+    model = Plain(mlp())
+    store, _ = record(model)
+    whole = record_queries(model, vectors()[:], like=store.recipe)
+    parts = record_queries(
+        model, loader(vectors(), shuffle=False), like=store.recipe, progress=False
+    )
+    torch.testing.assert_close(parts, whole)
+
+
+class Busy(Plain):
+    """Logs, counts, draws random numbers and keeps batch statistics in its training step."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 3))
+        )
+        self.accuracy = MulticlassAccuracy(3)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        outputs = self.net(x + torch.rand_like(x))
+        self.accuracy(outputs, y)
+        self.log_dict({"accuracy": self.accuracy, "loss": outputs.mean()})
+        return {"loss": self.loss(outputs, y), "outputs": outputs.detach()}
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. BatchNorm1d")
+def test_asking_leaves_no_trace_in_the_model(mode):
+    model = Busy()
+    store, _ = record(model)
+    model.net.train()
+    model.net[2].eval()
+    model.net[0].weight.grad = torch.ones(5, 7)
+    before = {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "modes": [m.training for m in model.modules()],
+        "random": torch.get_rng_state(),
+        "count": model.accuracy._update_count,
+        "counted": model.accuracy.tp.clone()
+        if isinstance(model.accuracy.tp, torch.Tensor)
+        else None,
+    }
+    record_queries(model, vectors()[:5], like=store.recipe, mode=mode)
+    assert all(torch.equal(v, before["state"][k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == before["modes"]
+    assert torch.equal(torch.get_rng_state(), before["random"])
+    assert model.accuracy._update_count == before["count"]
+    assert torch.equal(model.accuracy.tp, before["counted"])
+    assert torch.equal(model.net[0].weight.grad, torch.ones(5, 7))
+    assert "log" not in vars(model)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. BatchNorm1d")
+def test_the_model_acts_as_in_evaluation_unless_told_otherwise():
+    model = Busy()
+    store, _ = record(model)
+    torch.manual_seed(0)
+    rows = {
+        m: record_queries(model, vectors()[:5], like=store.recipe, mode=m)
+        for m in ("eval", "train")
+    }
+    assert not torch.allclose(rows["eval"], rows["train"])
+
+
+def test_asking_works_on_a_model_that_has_no_trainer():
+    model = Plain(mlp())
+    store, _ = record(model)
+    stranger = Plain(mlp())
+    stranger.load_state_dict(model.state_dict())
+    scores = attribute(store, stranger, vectors()[:3], progress=False)
+    torch.testing.assert_close(
+        scores.values, attribute(store, model, vectors()[:3], progress=False).values
+    )
+    assert scores.values.shape == (3, 13)
+    assert scores.method == repr(TracIn())
+
+
+def test_queries_follow_the_module_hooks_on_batches():
+    class Doubling(Plain):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return 2 * batch[0], batch[1]
+
+    model, plain = Doubling(mlp()), Plain(mlp())
+    store, diary = record(model)
+    x, y = vectors()[:5]
+    for one in (model, plain):
+        one.load_state_dict(diary.weights[0])
+    doubled = record_queries(model, (x, y), like=store.recipe)
+    torch.testing.assert_close(doubled, record_queries(plain, (2 * x, y), like=store.recipe))
+
+
+class NoLoss(Plain):
+    answer = None
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    "answer", [None, {"accuracy": 1.0}, torch.ones(3), torch.tensor(1.0)], ids=repr
+)
+def test_a_step_without_a_loss_is_refused(answer):
+    model = NoLoss(mlp())
+    store, _ = record(Plain(mlp()))
+    model.answer = answer
+    with pytest.raises(ValueError, match=r"NoLoss.training_step.*expected the loss"):
+        attribute(store, model, vectors()[:3], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        ((torch.ones(3, 5), torch.zeros(3).long()), r"shape \(3, 5\).*shapes cannot be multiplied"),
+        (torch.ones(3, 7), r"got a tensor of shape \(3, 7\)"),
+        ((torch.ones(3, 7), torch.zeros(2).long()), r"\(3, 7\).*\(2,\)"),
+        ((torch.ones(7), torch.tensor(0)), "Linear `net.0` saw a tensor"),
+        ("what?", "holds no tensor"),
+        ({"x": torch.tensor(1.0)}, "holds no tensor with samples"),
+    ],
+    ids=["wrong width", "no labels", "too few labels", "no batch axis", "text", "scalar"],
+)
+def test_queries_of_the_wrong_shape_are_refused(queries, message):
+    model = Plain(mlp())
+    store, _ = record(model)
+    with pytest.raises(ValueError, match=message):
+        attribute(store, model, queries, progress=False)
+
+
+def test_an_empty_loader_is_refused():
+    model = Plain(mlp())
+    store, _ = record(model)
+    with pytest.raises(ValueError, match="empty loader"):
+        attribute(store, model, loader(Subset(vectors(), []), shuffle=False), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (
+            nn.Sequential(nn.Linear(7, 3)),
+            "`net.2` is missing; `net.3` is missing; `net.0` was recorded",
+        ),
+        (nn.Sequential(*mlp(), nn.Linear(3, 3)), "`net.4` is new"),
+        (mlp(classes=5), r"`net.3` was recorded as Linear of 3 x 12 and is now Linear of 5 x 12"),
+    ],
+    ids=["other layers", "one more", "other shape"],
+)
+def test_another_model_is_refused(net, message):
+    store, _ = record(Plain(mlp()))
+    with pytest.raises(ValueError, match=message):
+        attribute(store, Plain(net), vectors()[:3], progress=False)
+
+
+def test_an_empty_run_is_refused(tmp_path):
+    model = Plain(mlp())
+    store, _ = record(model)
+    empty = HDF5Store(tmp_path / "run")
+    empty.begin(store.recipe)
+    with pytest.raises(ValueError, match=r"at `.*run` has no step yet"):
+        attribute(tmp_path / "run", model, vectors()[:3])
+    with pytest.raises(FileNotFoundError, match="There is no run at"):
+        attribute(tmp_path / "elsewhere", model, vectors()[:3])
+
+
+def test_a_model_without_supported_layers_is_refused_before_the_first_batch():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(7))
+
+        def forward(self, x):
+            return (x * self.scale)[:, :3]
+
+    diary = Diary()
+    trainer = quiet_trainer(GradientRecorder(MemoryStore()), diary)
+    with pytest.raises(
+        ValueError, match=r"no layer that can be recorded.*`net`: no layer rule for `Scale`"
+    ):
+        trainer.fit(Plain(Scale()), loader(vectors()))
+    assert not diary.batches
+
+
+@pytest.mark.parametrize(
+    ("settings", "optimizer", "message"),
+    [
+        ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, None, "clipping by value"),
+        ({}, lambda p: torch.optim.LBFGS(p), "LBFGS"),
+        (
+            {},
+            lambda p: torch.optim.SGD(
+                [{"params": [one], "lr": 0.1 * (1 + i)} for i, one in enumerate(p)]
+            ),
+            "learning rates",
+        ),
+    ],
+    ids=["clip by value", "LBFGS", "several rates"],
+)
+def test_what_cannot_be_recorded_is_refused_before_the_first_batch(settings, optimizer, message):
+    model, diary = Plain(mlp()), Diary()
+    if optimizer:
+        model.optimizer = optimizer
+    trainer = quiet_trainer(GradientRecorder(MemoryStore()), diary, **settings)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(model, loader(vectors()))
+    assert not diary.batches
+
+
+def test_manual_optimization_is_refused():
+    class Manual(Plain):
+        def __init__(self):
+            super().__init__(mlp())
+            self.automatic_optimization = False
+
+    with pytest.raises(ValueError, match="manual optimization"):
+        quiet_trainer(GradientRecorder(MemoryStore())).fit(Manual(), loader(vectors()))
+
+
+def test_a_misspelt_layer_is_named():
+    recorder = GradientRecorder(MemoryStore(), layers=["net.head"])
+    with pytest.raises(
+        ValueError, match=r"`layers` names `net.head`.*\['net.0', 'net.2', 'net.3'\]"
+    ):
+        quiet_trainer(recorder).fit(Plain(mlp()), loader(vectors()))
+
+
+def test_a_frozen_run_can_be_asked_with_its_frozen_layers(tmp_path):
+    pl.seed_everything(0, verbose=False)
+    net = mlp()
+    net[0].requires_grad_(False)
+    model = Plain(net)
+    store, _ = record(model)
+    assert [block.name for block in store.recipe.blocks] == ["net.2", "net.3"]
+    assert attribute(store, model, vectors()[:3], progress=False).values.abs().max() > 0
