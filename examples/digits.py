@@ -116,7 +116,7 @@ def draw(
         "(red).\n In quotes: the label that training digit carried. Below: its score.",
         fontsize=11,
     )
-    figure.tight_layout()
+    figure.tight_layout(h_pad=1.5)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

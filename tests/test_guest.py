@@ -6,9 +6,10 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
 
 from tda_lightning import GradientRecorder, MemoryStore
+from tda_lightning.step import ParameterGroup
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -103,6 +104,48 @@ def test_nothing_is_left_behind_on_success_or_failure():
         assert not any(module._forward_hooks for module in model.modules())
         assert "process_dataloader" not in vars(trainer.strategy)
         assert len(store) == steps
+
+
+def test_steps_without_a_loss_leave_no_step_and_shift_no_id():
+    class Skips(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else loss
+
+    store, diary = MemoryStore(), Diary()
+    with pytest.warns(UserWarning, match="returned `None`"):
+        quiet_trainer(GradientRecorder(store), diary).fit(Skips(mlp()), loader(vectors()))
+    assert [step.index for step in store] == [0, 2, 3, 5]
+    assert [len(step.sample_ids) for step in store] == [5, 3, 5, 3]
+
+
+def test_a_stride_records_whole_steps():
+    store = MemoryStore()
+    recorder = GradientRecorder(store, every_n_steps=2)
+    trainer = quiet_trainer(recorder, accumulate_grad_batches=2, max_epochs=3)
+    trainer.fit(Plain(mlp()), loader(vectors()))
+    assert [step.index for step in store] == [0, 2, 4]
+    assert [len(step.sample_ids) for step in store] == [10, 10, 10]
+    with pytest.raises(ValueError, match="`every_n_steps` is 0"):
+        GradientRecorder(store, every_n_steps=0)
+
+
+def test_what_the_optimizer_used_is_recorded_before_the_scheduler_moves():
+    def optimizer(parameters):
+        adamw = torch.optim.AdamW(parameters, lr=0.1, betas=(0.8, 0.95), weight_decay=0.3, eps=1e-6)
+        decay = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: 0.5**step)
+        return {"optimizer": adamw, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    store = MemoryStore()
+    model = Plain(mlp())
+    model.configure_optimizers = lambda: optimizer(model.parameters())
+    quiet_trainer(GradientRecorder(store)).fit(model, loader(vectors()))
+    assert [step.lr for step in store] == pytest.approx([0.1 * 0.5**t for t in range(6)])
+    assert store[0].groups == (
+        ParameterGroup(lr=0.1, beta1=0.8, beta2=0.95, weight_decay=0.3, eps=1e-6),
+    )
+    assert store[0].optimizer == "AdamW"
+    assert [step.epoch for step in store] == [0, 0, 0, 1, 1, 1]
 
 
 def test_validation_and_sanity_check_leave_no_trace():

@@ -58,6 +58,10 @@ class GradientRecorder(pl.Callback):
         reduction: Literal["mean", "sum"] = "mean",
         existing: Literal["refuse", "replace"] = "refuse",
     ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(
+                f"`every_n_steps` is {every_n_steps}; expected 1 or more, and 1 records every step."
+            )
         self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
         self.projector = projector
         self.layers = layers
