@@ -1,13 +1,15 @@
 """Capture: attach hooks to layers, and hand their gradient factors out while backward runs.
 
-Forward hooks see a layer's input; a tensor hook on its output sees the output's gradient. Tensor
+Forward hooks see a layer's input; tensor hooks on its output see the output's gradient. Tensor
 hooks, unlike full backward hooks, survive in-place operations behind the layer. Each call of a
-layer closes over its own input, so a layer called twice is simply heard twice.
+layer closes over its own input, so a layer called twice is simply heard twice, and a call that is
+recomputed (by activation checkpointing) is heard when its own backward pass runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
 
@@ -16,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tda_lightning.factors import GradientFactors
-from tda_lightning.layers import Factors, find_rule
-from tda_lightning.recipe import Block
+from tda_lightning.layers import LayerCall, Source, find_tensors, sample_axis
 
 Receiver = Callable[[int, GradientFactors], None]
+# A block's number, and what it hears of one layer.
+_Listener = tuple[int, Source]
 
 
 class Capture:
@@ -30,14 +33,22 @@ class Capture:
     purposes (a gradient penalty, say) are not mistaken for the loss's.
 
     Args:
-        model: The module that owns the blocks.
-        blocks: The layers to listen to.
+        sources: The layers that feed each block.
+        batch_dims: Axis of the samples in the layers whose names match a pattern, where not 0.
         receive: Called during backward with the number of a block and the factors of one call.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], receive: Receiver) -> None:
-        self._model = model
-        self._blocks = blocks
+    def __init__(
+        self,
+        sources: Sequence[Sequence[Source]],
+        batch_dims: Mapping[str, int],
+        receive: Receiver,
+    ) -> None:
+        self._listeners: dict[nn.Module, list[_Listener]] = {}
+        for number, feeding in enumerate(sources):
+            for source in feeding:
+                self._listeners.setdefault(source.module, []).append((number, source))
+        self._batch_dims = batch_dims
         self._receive = receive
         self._handles: list[RemovableHandle] = []
         self._n: int | None = None
@@ -45,9 +56,9 @@ class Capture:
 
     def __enter__(self) -> Capture:
         """Attach the hooks."""
-        for number, block in enumerate(self._blocks):
-            module = self._model.get_submodule(block.name)
-            hook = self._forward_hook(number, block)
+        for module, listeners in self._listeners.items():
+            # In a compiled model: run the layer compiled, and the hook as it is.
+            hook = torch.compiler.disable(self._forward_hook(listeners))  # type: ignore[no-untyped-call]
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -76,49 +87,107 @@ class Capture:
         self._n = None
         self._listening = False
 
-    def _forward_hook(self, number: int, block: Block) -> Callable[..., None]:
-        rule = find_rule(self._model.get_submodule(block.name))
-        assert rule is not None
+    def _batch_dim(self, name: str) -> int:
+        return next((d for p, d in self._batch_dims.items() if fnmatchcase(name, p)), 0)
+
+    def _forward_hook(self, listeners: Sequence[_Listener]) -> Callable[..., None]:
+        name = listeners[0][1].name
+        declared = self._batch_dim(name)
 
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> None:
-            if self._n is None or not torch.is_grad_enabled() or not output.requires_grad:
+            if self._n is None or not torch.is_grad_enabled():
                 return
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            _require_batch(block, x, self._n)
-            output.register_hook(self._backward_hook(number, rule.factors, module, x.detach()))
+            inputs = list(find_tensors((args, kwargs)))
+            versions = [x._version for x in inputs]
+            precision = _current_precision(output)
+            for place, tensor in enumerate(find_tensors(output)):
+                if not tensor.requires_grad:
+                    continue
+                axis = sample_axis(module, place, declared)
+                _require_batch(name, module, inputs, tensor, axis, self._n)
+
+                def deliver(grad: Tensor, place: int = place, axis: int = axis) -> None:
+                    if self._listening:
+                        _require_unchanged(name, module, inputs, versions)
+                        self._deliver(
+                            listeners,
+                            lambda names: LayerCall(module, args, kwargs, names, place, grad, axis),
+                            precision,
+                        )
+
+                hook_gradient(tensor, inputs, deliver)
 
         return hook
 
-    def _backward_hook(
-        self, number: int, factors: Factors, module: nn.Module, x: Tensor
-    ) -> Callable[[Tensor], None]:
-        version = x._version
+    def _deliver(
+        self,
+        listeners: Sequence[_Listener],
+        make_call: Callable[[tuple[str, ...]], LayerCall],
+        precision: torch.autocast,
+    ) -> None:
+        n, self._n = self._n, None  # The generic rule calls the module again: do not hear that.
+        with torch.no_grad():
+            for number, source in listeners:
+                with precision:
+                    factors = source.rule.factors(make_call(source.names))
+                self._receive(number, factors)
+        self._n = n
 
-        def hook(grad: Tensor) -> None:
-            if not self._listening:
-                return
-            _require_unchanged(self._blocks[number], x, version)
-            with torch.no_grad():
-                self._receive(number, factors(module, x, grad.detach()))
 
-        return hook
+def _current_precision(output: Any) -> torch.autocast:
+    """Return the autocast that is on now: backward runs without it, and rules may call layers."""
+    device = next(find_tensors(output)).device.type
+    return torch.autocast(
+        device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
+    )
 
 
-def _require_batch(block: Block, x: Tensor, n: int) -> None:
-    if (x.ndim < 2 and block.layer != "Embedding") or len(x) != n:
+def hook_gradient(
+    tensor: Tensor, inputs: Sequence[Tensor], deliver: Callable[[Tensor], None]
+) -> None:
+    """Call ``deliver`` with the gradient of what ``tensor`` holds now, whatever is done to it.
+
+    A hook on a view is lost when the view is changed in place, one on its base is not; so if a
+    layer returns a view of a tensor of its own making, the hook goes there.
+    """
+    base = tensor._base
+    is_own = base is not None and not any(x is base or x._base is base for x in inputs)
+    if base is None or not is_own or not base.is_contiguous() or base.numel() != tensor.numel():
+        _register(tensor, lambda grad: deliver(grad.detach()))
+        return
+    size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def see_through(grad: Tensor) -> None:
+        deliver(grad.detach().contiguous().as_strided(size, stride, offset))
+
+    _register(base, see_through)
+
+
+def _register(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
+    tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def _require_batch(
+    name: str, module: nn.Module, inputs: Sequence[Tensor], output: Tensor, axis: int, n: int
+) -> None:
+    is_unbatched = bool(inputs) and inputs[0].is_floating_point() and inputs[0].ndim < 2
+    if is_unbatched or output.ndim <= axis or output.shape[axis] != n:
         raise ValueError(
-            f"The {block.layer} `{block.name}` saw a tensor of shape {tuple(x.shape)} in a batch "
-            f"of {n} samples; expected the samples along the first axis. Reshape its input, or "
-            f"leave the layer out with `layers=[...]`."
+            f"The {type(module).__name__} `{name}` returned a tensor of shape "
+            f"{tuple(output.shape)} in a batch of {n} samples; expected the samples along axis "
+            f"{axis}. Say where they are with `batch_dims={{'{name}': ...}}`, or leave the layer "
+            "out with `layers=[...]`."
         )
 
 
-def _require_unchanged(block: Block, x: Tensor, version: int) -> None:
-    if x._version != version:
+def _require_unchanged(
+    name: str, module: nn.Module, inputs: Sequence[Tensor], versions: Sequence[int]
+) -> None:
+    if [x._version for x in inputs] != list(versions):
         raise ValueError(
-            f"The input of the {block.layer} `{block.name}` was changed in place after the layer "
-            "had seen it; expected it unchanged until the backward pass. Use an operation that is "
-            "not in place, or leave the layer out with `layers=[...]`."
+            f"The input of the {type(module).__name__} `{name}` was changed in place after the "
+            "layer had seen it; expected it unchanged until the backward pass. Use an operation "
+            "that is not in place, or leave the layer out with `layers=[...]`."
         )

@@ -10,6 +10,7 @@ written once, and no layer type is mentioned again.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -87,20 +88,55 @@ class OneHot(Operand):
 
 
 @dataclass(frozen=True)
-class Patches2d(Operand):
-    """The patches that a 2-d convolution sees; projecting them never unfolds them.
+class GroupedDense(Operand):
+    """Rows of a matrix in which each group of positions fills one group of columns, else zeros.
+
+    Position ``(g, s)`` of a grouped convolution concerns only the g-th part of its channels.
 
     Attributes:
-        images: Padded images, shape ``(n, channels, height, width)``.
-        kernel_size: Height and width of a patch.
-        stride: Steps between patches.
-        dilation: Steps between the pixels of a patch.
+        values: Shape ``(n, s, d)``.
+        groups: Number of groups into which ``d`` is divided.
     """
 
-    images: Float[Tensor, "n c h w"]
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
+    values: Float[Tensor, "n s d"]
+    groups: int
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.values)
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
+        """Write the zeros down."""
+        return self.project(torch.eye(self.values.shape[2], dtype=dtype, device=self.values.device))
+
+    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
+        """Multiply each group with its part of ``matrix``."""
+        n, s, d = self.values.shape
+        values = self.values.to(matrix.dtype).reshape(n, s, self.groups, d // self.groups)
+        parts = matrix.reshape(self.groups, d // self.groups, -1)
+        return torch.einsum("nsgd,gdw->ngsw", values, parts).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class Patches(Operand):
+    """The patches that a convolution sees; projecting them never unfolds them.
+
+    Attributes:
+        images: Padded images, shape ``(n, channels, ...)`` with one to three axes of space.
+        kernel_size: Size of a patch.
+        stride: Steps between patches.
+        dilation: Steps between the pixels of a patch.
+        groups: Number of groups of channels; patches of one group after those of another.
+        positions: How many patches to keep along each axis of space; all by default.
+    """
+
+    images: Float[Tensor, "n c ..."]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    positions: tuple[int, ...] | None = None
 
     @property
     def n(self) -> int:
@@ -109,17 +145,28 @@ class Patches2d(Operand):
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
         """Unfold the patches."""
-        return functional.unfold(
-            self.images.to(dtype), self.kernel_size, dilation=self.dilation, stride=self.stride
-        ).mT
+        size = self.images.shape[1] // self.groups * math.prod(self.kernel_size)
+        return self.project(torch.eye(size, dtype=dtype, device=self.images.device))
 
     def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
-        """Convolve with the columns of ``matrix`` as filters."""
-        filters = matrix.mT.reshape(matrix.shape[1], self.images.shape[1], *self.kernel_size)
-        maps = functional.conv2d(
-            self.images.to(matrix.dtype), filters, stride=self.stride, dilation=self.dilation
+        """Convolve with the columns of ``matrix`` as filters, the same ones in every group."""
+        channels = self.images.shape[1] // self.groups
+        filters = matrix.mT.reshape(matrix.shape[1], channels, *self.kernel_size)
+        convolve = _CONVOLUTIONS[len(self.kernel_size)]
+        maps = convolve(
+            self.images.to(matrix.dtype),
+            filters.repeat(self.groups, *[1] * (filters.ndim - 1)),
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=self.groups,
         )
-        return maps.flatten(2).mT
+        for axis, count in enumerate(self.positions or ()):
+            maps = maps.narrow(2 + axis, 0, count)
+        by_group: Tensor = maps.reshape(self.n, self.groups, matrix.shape[1], -1)
+        return by_group.mT.flatten(1, 2)
+
+
+_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 @dataclass(frozen=True)

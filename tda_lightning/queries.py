@@ -7,7 +7,7 @@ why nobody writes a loss function again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tda_lightning.layers import find_blocks
+from tda_lightning.layers import find_tensors, survey
 from tda_lightning.projectors import projector_from_dict
 from tda_lightning.recipe import Recipe
 from tda_lightning.rows import RowRecorder
@@ -48,11 +48,10 @@ def record_queries(
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
             take the queries or returns no loss.
     """
-    left_out = {entry.name for entry in like.left_out}
-    blocks = [block for block in find_blocks(model)[0] if block.name not in left_out]
-    like.require_blocks(blocks, type(model).__name__)
+    surveyed = survey(model, leave_out=[entry.name for entry in like.left_out])
+    like.require_blocks(surveyed.blocks, type(model).__name__)
     projector = projector_from_dict(like.projector)
-    rows = RowRecorder(model, like.blocks, projector, like.torch_dtype)
+    rows = RowRecorder(model, surveyed, like.batch_dims, projector, like.torch_dtype)
     with undisturbed(model, mode), rows, torch.enable_grad():
         batches = tqdm(
             _batches(queries), desc="queries", unit="batch", leave=False, disable=not progress
@@ -113,24 +112,13 @@ def _transfer(model: Any, batch: Any) -> Any:
 
 
 def _batch_size(batch: Any) -> int:
-    first = next(_tensors(batch), None)
+    first = next(find_tensors(batch), None)
     if first is None or first.ndim == 0:
         raise ValueError(
             f"`queries` holds no tensor with samples along its first axis: got {_describe(batch)}; "
             "expected a batch such as the training loader yields, or a `DataLoader` of such."
         )
     return len(first)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        for value in batch:
-            yield from _tensors(value)
 
 
 def _describe(value: Any) -> str:

@@ -24,8 +24,10 @@ class Block:
     vectors only (a norm's scale and shift) are stacked into a single column.
 
     Attributes:
-        name: Name of the module, as ``named_modules`` has it.
+        name: Name of the module, as ``named_modules`` has it; with the parameter's name behind it
+            if the module's parameters stand in several blocks.
         layer: Class name of the module.
+        modules: Names of the modules that feed it: one, or several that share a parameter.
         parameters: Full names of the parameters, in the order in which the matrix holds them.
         rows: Rows of the matrix.
         columns: Columns of the matrix.
@@ -33,6 +35,7 @@ class Block:
 
     name: str
     layer: str
+    modules: tuple[str, ...]
     parameters: tuple[str, ...]
     rows: int
     columns: int
@@ -75,6 +78,7 @@ class Recipe:
         dimension: Length ``k`` of a sketch row.
         dtype: Number format of the rows.
         reduction: How the training loss combines samples; visits weigh 1/n under ``"mean"``.
+        batch_dims: Axis of the samples in layers whose names match a pattern, where not 0.
         every_n_steps: Stride; one recorded step stands for this many.
         train_ids: Half-open ranges of the ids in the training set, or ``None`` if it is not known.
         model: Class name of the model.
@@ -87,6 +91,7 @@ class Recipe:
     dimension: int
     dtype: Literal["float32", "float64"] = "float32"
     reduction: Literal["mean", "sum"] = "mean"
+    batch_dims: Mapping[str, int] = field(default_factory=dict)
     every_n_steps: int = 1
     train_ids: tuple[tuple[int, int], ...] | None = None
     model: str = ""
@@ -109,7 +114,13 @@ class Recipe:
             **{
                 **data,
                 "blocks": tuple(
-                    Block(**{**block, "parameters": tuple(block["parameters"])})
+                    Block(
+                        **{
+                            **block,
+                            "modules": tuple(block["modules"]),
+                            "parameters": tuple(block["parameters"]),
+                        }
+                    )
                     for block in data["blocks"]
                 ),
                 "left_out": tuple(LeftOut(**entry) for entry in data["left_out"]),

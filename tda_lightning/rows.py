@@ -6,7 +6,7 @@ can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from types import TracebackType
 
 import torch
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from tda_lightning.capture import Capture
 from tda_lightning.factors import GradientFactors
-from tda_lightning.layers import find_rule
+from tda_lightning.layers import Survey
 from tda_lightning.projectors import Projector
-from tda_lightning.recipe import Block
 from tda_lightning.sketcher import Sketcher
 
 
@@ -28,19 +27,25 @@ class RowRecorder:
 
     Args:
         model: The module to record.
-        blocks: Its layers.
+        surveyed: What of it is recorded.
+        batch_dims: Axis of the samples in layers whose names match a pattern, where not 0.
         projector: What to sketch their gradients with.
         dtype: Number format of the rows.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[Block], projector: Projector, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        surveyed: Survey,
+        batch_dims: Mapping[str, int],
+        projector: Projector,
+        dtype: torch.dtype,
     ) -> None:
         device = next(model.parameters()).device
         self._model = model
-        self._blocks = blocks
-        self._sketcher: Sketcher = projector.bind(blocks, device, dtype)
-        self._capture = Capture(model, blocks, self._receive)
+        self._surveyed = surveyed
+        self._sketcher: Sketcher = projector.bind(surveyed.blocks, device, dtype)
+        self._capture = Capture(surveyed.sources, batch_dims, self._receive)
         self._rows = self._sketcher.empty_rows(0)
         self._sums: Tensor | None = None
 
@@ -51,6 +56,7 @@ class RowRecorder:
 
     def __enter__(self) -> RowRecorder:
         """Attach the hooks."""
+        _forget_compiled_code(self._model)
         self._capture.__enter__()
         return self
 
@@ -62,6 +68,7 @@ class RowRecorder:
     ) -> None:
         """Remove the hooks."""
         self._capture.__exit__(kind, error, trace)
+        _forget_compiled_code(self._model)
 
     def start(self, n: int) -> None:
         """Expect a forward pass over ``n`` samples."""
@@ -80,16 +87,16 @@ class RowRecorder:
     def sketch_gradient(self) -> Float[Tensor, "blocks k"]:
         """Sketch what stands in the parameters' ``.grad`` now, block by block."""
         sketches = []
-        for number, block in enumerate(self._blocks):
-            rule = find_rule(self._model.get_submodule(block.name))
-            assert rule is not None
-            matrix = rule.layout(self._gradients(block))
-            sketches.append(self._sketcher.sketch_matrix(number, matrix))
+        for number, (source, *_) in enumerate(self._surveyed.sources):
+            grads = [
+                p.grad if p.grad is not None else p.new_zeros(p.shape) for p in source.parameters()
+            ]
+            sketches.append(self._sketcher.sketch_matrix(number, source.rule.layout(grads)))
         return torch.stack(sketches)
 
     def sum_blocks(self) -> None:
         """From now on, sum the rows of each block over all batches, for :meth:`block_sums`."""
-        self._sums = self._sketcher.empty_rows(len(self._blocks))
+        self._sums = self._sketcher.empty_rows(len(self._surveyed.blocks))
 
     def block_sums(self) -> Float[Tensor, "blocks k"]:
         """Return the sums since :meth:`sum_blocks`, and stop summing."""
@@ -106,6 +113,9 @@ class RowRecorder:
         self._sums[number] += part.sum(dim=0)
         self._rows += part
 
-    def _gradients(self, block: Block) -> list[Tensor]:
-        parameters = [self._model.get_parameter(name) for name in block.parameters]
-        return [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+
+def _forget_compiled_code(model: nn.Module) -> None:
+    """Make compiled models notice that hooks have come or gone: their code does not look again."""
+    is_wrapped = any("_orig_mod" in name for name, _ in model.named_modules())
+    if is_wrapped or any(one._compiled_call_impl is not None for one in model.modules()):
+        torch.compiler.reset()

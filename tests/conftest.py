@@ -6,6 +6,7 @@ REMARKS = (
     "ignore:.*does not have many workers.*",
     "ignore:This DataLoader will create 3 worker processes.*",
     "ignore:Starting from v1.9.0, .tensorboardX. has been removed.*",
+    "ignore:Found 1 module.s. in eval mode.*",
     "ignore:The number of training batches.*smaller than the logging interval.*",
     "ignore:.*LeafSpec.*:FutureWarning",
     "ignore:.*treespec, LeafSpec.*",

@@ -16,7 +16,15 @@ K, N_TRAIN, N_QUERY = 11, 13, 3
 def make_run(train_ids=((0, N_TRAIN),), stride=1, permutation=None):
     """Return a run of random rows in which samples 5 and 12 are never drawn and 3 comes often."""
     generator = torch.Generator().manual_seed(7)
-    recipe = Recipe((), (), {"name": "Identity"}, K, "float64", "mean", stride, train_ids)
+    recipe = Recipe(
+        blocks=(),
+        left_out=(),
+        projector={"name": "Identity"},
+        dimension=K,
+        dtype="float64",
+        every_n_steps=stride,
+        train_ids=train_ids,
+    )
     store = MemoryStore()
     store.begin(recipe)
     drawn = torch.tensor([i for i in range(N_TRAIN) if i not in (5, 12)])

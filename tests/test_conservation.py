@@ -3,8 +3,10 @@
 import pytest
 import torch
 from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from test_rows import NETS, data_of
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 from tda_lightning import (
     CountSketch,
@@ -14,7 +16,7 @@ from tda_lightning import (
     KroneckerCountSketch,
     MemoryStore,
 )
-from tda_lightning.layers import find_rule
+from tda_lightning.layers import survey
 
 
 class AppliedDiary(Diary):
@@ -22,7 +24,8 @@ class AppliedDiary(Diary):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
         if len(self.gradients) > len(self.applied):
-            self.applied.append({k: p.grad.clone() for k, p in module.named_parameters()})
+            pairs = [(k, p.grad) for k, p in module.named_parameters() if p.grad is not None]
+            self.applied.append({name: grad.clone() for name, grad in pairs})
 
     def __init__(self):
         super().__init__()
@@ -32,9 +35,9 @@ class AppliedDiary(Diary):
 def sketch_of(gradients, model, blocks, projector):
     sketcher = projector.bind(blocks, torch.device("cpu"), torch.float32)
     total = torch.zeros(sketcher.dimension)
-    for number, block in enumerate(blocks):
-        layout = find_rule(model.get_submodule(block.name)).layout
-        total += sketcher.sketch_matrix(number, layout([gradients[p] for p in block.parameters]))
+    for number, (source, *_) in enumerate(survey(model).sources):
+        matrix = source.rule.layout([gradients[name] for name in blocks[number].parameters])
+        total += sketcher.sketch_matrix(number, matrix)
     return total
 
 
@@ -61,6 +64,46 @@ def test_rows_sum_to_the_sketch_of_the_gradient(projector, settings):
     assert len(store) == len(diary.applied) == (4 if "accumulate_grad_batches" in settings else 6)
     for step, gradients in zip(store, diary.applied, strict=True):
         expected = sketch_of(gradients, model, store.recipe.blocks, projector)
+        assert (step.sketch.sum(dim=0) - expected).norm() / expected.norm() < 1e-5
+
+
+# What lies between the gradient that torch computes in low precision, and the same in float32.
+ROUNDING = {"32": 1e-4, "bf16-mixed": 2e-2}
+
+
+@pytest.mark.parametrize("precision", ROUNDING)
+@pytest.mark.parametrize("name", NETS)
+def test_every_architecture_conserves_its_gradient(name, precision):
+    make, shape = NETS[name]
+    torch.manual_seed(0)
+    model, store, diary = Plain(make()), MemoryStore(), AppliedDiary()
+    projector = KroneckerCountSketch(dimension=211, width=7)
+    recorder = GradientRecorder(store, projector=projector)
+    trainer = quiet_trainer(recorder, diary, max_epochs=1, precision=precision)
+    x, y = data_of(shape).tensors
+    data = TensorDataset(x.float() if x.is_floating_point() else x, y)
+    trainer.fit(model, loader(data))
+    for step, gradients in zip(store, diary.applied, strict=True):
+        expected = sketch_of(gradients, model, store.recipe.blocks, projector)
+        error = (step.sketch.sum(dim=0) - expected).norm() / expected.norm()
+        assert error < ROUNDING[precision]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("compiled_first", [False, True], ids=["fresh", "already run"])
+def test_compiled_models_are_recorded(compiled_first):
+    torch.compiler.reset()
+    net = torch.compile(mlp(), backend="eager")
+    if compiled_first:
+        net(torch.zeros(5, 7)).sum().backward()
+    store, diary = MemoryStore(), AppliedDiary()
+    model = Plain(net)
+    trainer = quiet_trainer(GradientRecorder(store, projector=Identity()), diary)
+    trainer.fit(model, loader(vectors()))
+    assert [block.name for block in store.recipe.blocks] == ["net.0", "net.2", "net.3"]
+    for step, gradients in zip(store, diary.applied, strict=True):
+        cleaned = {name.replace("_orig_mod.", ""): value for name, value in gradients.items()}
+        expected = sketch_of(cleaned, model, store.recipe.blocks, Identity())
         assert (step.sketch.sum(dim=0) - expected).norm() / expected.norm() < 1e-5
 
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from tda_lightning import CountSketch, Identity, Kronecker, KroneckerCountSketch
-from tda_lightning.factors import Dense, GradientFactors, OneHot, Patches2d, WithOnes
+from tda_lightning.factors import Dense, GradientFactors, OneHot, Patches, WithOnes
 from tda_lightning.projectors import projector_from_dict
 from tda_lightning.recipe import Block
 
 CPU = torch.device("cpu")
 BLOCKS = (
-    Block("a", "Linear", ("a.weight", "a.bias"), 11, 14),
-    Block("b", "LayerNorm", ("b.weight",), 17, 1),
-    Block("c", "Linear", ("c.weight",), 3, 11),
+    Block("a", "Linear", ("a",), ("a.weight", "a.bias"), 11, 14),
+    Block("b", "LayerNorm", ("b",), ("b.weight",), 17, 1),
+    Block("c", "Linear", ("c",), ("c.weight",), 3, 11),
 )
 
 
@@ -55,8 +55,8 @@ def test_factors_and_matrices_are_sketched_alike(projector):
     "operand",
     [
         OneHot(torch.tensor([[0, 4, 4], [2, 1, 0]]), 5),
-        Patches2d(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2)),
-        WithOnes(Patches2d(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2))),
+        Patches(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2)),
+        WithOnes(Patches(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2))),
         WithOnes(OneHot(torch.tensor([[0, 4, 4], [2, 1, 0]]), 5)),
     ],
     ids=lambda operand: type(operand).__name__,
@@ -132,7 +132,7 @@ def test_the_random_bits_are_the_documented_ones():
 def test_short_sides_are_kept_whole():
     sketcher = bind(Kronecker(width=7))
     assert [block.size for block in sketcher._blocks] == [49, 17, 33]
-    wide = Block("head", "Linear", ("w",), 3, 1000)
+    wide = Block("head", "Linear", ("head",), ("w",), 3, 1000)
     assert bind(Kronecker(width=7), [wide])._blocks[0].size == 3 * 16
 
 

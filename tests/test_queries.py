@@ -161,7 +161,7 @@ def test_a_step_without_a_loss_is_refused(answer):
         ((torch.ones(3, 5), torch.zeros(3).long()), r"shape \(3, 5\).*shapes cannot be multiplied"),
         (torch.ones(3, 7), r"got a tensor of shape \(3, 7\)"),
         ((torch.ones(3, 7), torch.zeros(2).long()), r"\(3, 7\).*\(2,\)"),
-        ((torch.ones(7), torch.tensor(0)), "Linear `net.0` saw a tensor"),
+        ((torch.ones(7), torch.tensor(0)), "Linear `net.0` returned a tensor of shape"),
         ("what?", "holds no tensor"),
         ({"x": torch.tensor(1.0)}, "holds no tensor with samples"),
     ],
@@ -211,20 +211,20 @@ def test_an_empty_run_is_refused(tmp_path):
 
 
 def test_a_model_without_supported_layers_is_refused_before_the_first_batch():
-    class Scale(nn.Module):
+    class Scaled(Plain):
         def __init__(self):
-            super().__init__()
+            super().__init__(mlp().requires_grad_(False))
             self.scale = nn.Parameter(torch.ones(7))
 
-        def forward(self, x):
-            return (x * self.scale)[:, :3]
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0] * self.scale, batch[1]), batch_idx)
 
     diary = Diary()
     trainer = quiet_trainer(GradientRecorder(MemoryStore()), diary)
     with pytest.raises(
-        ValueError, match=r"no layer that can be recorded.*`net`: no layer rule for `Scale`"
+        ValueError, match=r"no layer that can be recorded.*act outside of any layer"
     ):
-        trainer.fit(Plain(Scale()), loader(vectors()))
+        trainer.fit(Scaled(), loader(vectors()))
     assert not diary.batches
 
 

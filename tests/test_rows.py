@@ -1,15 +1,19 @@
 """Each recorded row equals its weight times ``vmap(grad)`` at that step's weights."""
 
+from typing import Any
+
 import pytest
 import torch
 from lightning_models import Diary, Plain, loader, quiet_trainer
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, Identity, MemoryStore
-from tda_lightning.layers import find_rule
+from tda_lightning.layers import survey
 
 
 class Twice(nn.Module):
@@ -23,6 +27,133 @@ class Twice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = functional.relu_(self.inner(x))
         return self.head(functional.relu_(self.inner(hidden)))
+
+
+class Tied(nn.Module):
+    """Embedding and head share one weight; the head has a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 7)
+        self.head = nn.Linear(7, 5)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embed(tokens).tanh().mean(dim=-2))
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank adapter beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(7, 5).requires_grad_(False)
+        self.down, self.up = nn.Linear(7, 2, bias=False), nn.Linear(2, 5, bias=False)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.base(x) + self.up(self.down(x))).relu())
+
+
+class Bare(nn.Module):
+    """Parameters of its own, a child besides, and tensors in and out of a nest."""
+
+    def __init__(self, entangled: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(7))
+        self.shift = nn.Parameter(torch.rand(5, 1))
+        self.inner = nn.Linear(7, 5)
+        self.entangled = entangled
+
+    def forward(self, nest: dict[str, Any]) -> dict[str, Any]:
+        hidden = self.inner(nest["x"][0] * self.scale)
+        more = (nest["x"][0][..., :5] * self.shift[:, 0]).unsqueeze(-1)
+        return {"out": (hidden, hidden * more[..., 0] if self.entangled else more), "rest": None}
+
+
+class Nested(nn.Module):
+    def __init__(self, entangled: bool = False) -> None:
+        super().__init__()
+        self.bare, self.head = Bare(entangled), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, more = self.bare({"x": (x,), "y": 3})["out"]
+        return self.head(hidden + more.reshape(len(x), 5))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, whose last hidden state and whose outputs are both used."""
+
+    def __init__(self, kind: type[nn.RNNBase], **settings: Any) -> None:
+        super().__init__()
+        self.rnn = kind(7, 5, batch_first=True, **settings)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, hidden = self.rnn(x)
+        last = (hidden[0] if isinstance(hidden, tuple) else hidden)[-1]
+        return self.head(torch.cat([outputs.mean(dim=1), last], dim=-1))
+
+
+class Attention(nn.Module):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True, **settings)
+        self.embed, self.head = nn.Linear(7, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(self.attend(x, x, x)[0].mean(dim=-2))
+
+
+class SequenceFirst(nn.Module):
+    """Samples on axis 1 inside, on axis 0 outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x.transpose(0, -2)).mean(dim=0))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(7, 7), nn.Linear(11, 3)
+        self.inner = nn.Sequential(nn.Linear(7, 11), nn.ReLU(inplace=True), nn.LayerNorm(11))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_reentrant is None:
+            return self.head(self.inner(self.first(x)))
+        return self.head(checkpoint(self.inner, self.first(x), use_reentrant=self.use_reentrant))
+
+
+class Bag(nn.Module):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(5, 7, **settings), nn.Linear(7, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.bag(tokens))
+
+
+class OffsetBag(nn.Module):
+    """Bags given by offsets, with weighted tokens of which one is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(5, 7, mode="sum", padding_idx=3)
+        self.head = nn.Linear(14, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        n, s = tokens.shape
+        weights = (tokens.flatten() + 1).to(self.bag.weight.dtype)
+        offsets = torch.arange(n) * s
+        bags = self.bag(tokens.flatten(), offsets=offsets, per_sample_weights=weights)
+        return self.head(torch.cat([bags, bags.square()], dim=1))
 
 
 class Tokens(nn.Module):
@@ -58,25 +189,44 @@ class Alternate(Diary):
         module.net.takes_part = index % 2 == 0
 
 
+def in_evaluation(module: nn.BatchNorm1d) -> nn.Module:
+    """Return a batch norm that stays with its running statistics."""
+    module.running_mean.uniform_()
+    module.running_var.uniform_(1, 2)
+    module.training = False
+    module.train = lambda mode=True: module
+    return module
+
+
 def frozen(module: nn.Module, *names: str) -> nn.Module:
     for name in names:
         module.get_parameter(name).requires_grad_(False)
     return module
 
 
-def convolution(**settings):
-    conv = nn.Conv2d(2, 5, **{"kernel_size": 3, **settings})
-    width = conv(torch.zeros(1, 2, 7, 11)).numel()
-    return nn.Sequential(conv, nn.ReLU(inplace=True), nn.Flatten(-3), nn.Linear(width, 3))
+def convolution(kind=nn.Conv2d, channels=(2, 5), then=nn.Identity, **settings):
+    """Return a convolution, something behind it, and a head."""
+    conv = kind(*channels, **{"kernel_size": 3, **settings})
+    shape = {1: LINE, 2: IMAGE, 3: VOLUME}[len(conv.kernel_size)]
+    body = nn.Sequential(conv, then(), nn.ReLU(inplace=True), nn.Flatten())
+    width = body(torch.zeros(2, channels[0], *shape[1:])).shape[1]
+    return nn.Sequential(*body, nn.Linear(width, 3))
 
 
-VECTOR, IMAGE, TOKENS, SEQUENCE = (7,), (2, 7, 11), "tokens", (5, 7)
+VECTOR, LINE, IMAGE, VOLUME = (7,), (2, 11), (2, 7, 11), (2, 5, 3, 7)
+TOKENS, SEQUENCE = "tokens", (5, 7)
 NETS = {
     "linear": (lambda: nn.Linear(7, 3), VECTOR),
     "linear without bias": (lambda: nn.Linear(7, 3, bias=False), VECTOR),
     "in-place relu": (
         lambda: nn.Sequential(nn.Linear(7, 11), nn.ReLU(inplace=True), nn.Linear(11, 3)),
         VECTOR,
+    ),
+    "in-place relu behind a view": (
+        lambda: nn.Sequential(
+            nn.Linear(7, 11), nn.ReLU(inplace=True), nn.Flatten(-2), nn.Linear(55, 3)
+        ),
+        SEQUENCE,
     ),
     "called twice": (Twice, VECTOR),
     "sequence": (
@@ -103,6 +253,66 @@ NETS = {
     "conv, same padding": (lambda: convolution(padding="same", kernel_size=(3, 5)), IMAGE),
     "conv, circular padding": (lambda: convolution(padding=1, padding_mode="circular"), IMAGE),
     "conv without bias": (lambda: convolution(bias=False), IMAGE),
+    "conv 1d": (lambda: convolution(nn.Conv1d, stride=2, padding=1), LINE),
+    "conv 3d": (lambda: convolution(nn.Conv3d, kernel_size=(2, 3, 2), padding=1), VOLUME),
+    "grouped conv": (
+        lambda: convolution(channels=(4, 6), groups=2, stride=2, padding=1),
+        (4, 7, 11),
+    ),
+    "depthwise conv without bias": (
+        lambda: convolution(nn.Conv1d, channels=(3, 6), groups=3, bias=False),
+        (3, 11),
+    ),
+    "transposed conv 1d": (
+        lambda: convolution(nn.ConvTranspose1d, stride=3, padding=2, output_padding=1),
+        LINE,
+    ),
+    "transposed conv 2d, dilated and grouped": (
+        lambda: convolution(
+            nn.ConvTranspose2d,
+            channels=(4, 6),
+            groups=2,
+            stride=(2, 1),
+            dilation=(3, 2),
+            output_padding=(2, 1),
+        ),
+        (4, 7, 11),
+    ),
+    "transposed conv without bias": (
+        lambda: convolution(nn.ConvTranspose2d, bias=False, padding=1),
+        IMAGE,
+    ),
+    "group norm": (lambda: convolution(channels=(2, 6), then=lambda: nn.GroupNorm(3, 6)), IMAGE),
+    "instance norm": (
+        lambda: convolution(then=lambda: nn.InstanceNorm2d(5, affine=True)),
+        IMAGE,
+    ),
+    "rms norm": (lambda: nn.Sequential(nn.RMSNorm(7), nn.Linear(7, 3)), VECTOR),
+    "prelu, one for all": (
+        lambda: nn.Sequential(nn.Linear(7, 5), nn.PReLU(), nn.Linear(5, 3)),
+        VECTOR,
+    ),
+    "prelu per channel": (lambda: convolution(then=lambda: nn.PReLU(5)), IMAGE),
+    "batch norm in evaluation": (
+        lambda: nn.Sequential(nn.Linear(7, 5), in_evaluation(nn.BatchNorm1d(5)), nn.Linear(5, 3)),
+        VECTOR,
+    ),
+    "tied weights": (Tied, TOKENS),
+    "low-rank adapter": (Adapted, VECTOR),
+    "bare parameters in a nest": (Nested, VECTOR),
+    "lstm": (lambda: Recurrent(nn.LSTM), SEQUENCE),
+    "gru, two layers and ways": (lambda: Recurrent(nn.GRU, num_layers=2), SEQUENCE),
+    "attention": (Attention, SEQUENCE),
+    "attention without bias": (lambda: Attention(bias=False), SEQUENCE),
+    "checkpoint": (lambda: Checkpointed(False), VECTOR),
+    "reentrant checkpoint": (lambda: Checkpointed(True), VECTOR),
+    "embedding bag, mean": (lambda: Bag(mode="mean", padding_idx=3), TOKENS),
+    "embedding bag, sum": (lambda: Bag(mode="sum"), TOKENS),
+    "embedding bag, offsets and weights": (OffsetBag, TOKENS),
+    "weight norm": (
+        lambda: nn.Sequential(weight_norm(nn.Linear(7, 5)), nn.Tanh(), nn.Linear(5, 3)),
+        VECTOR,
+    ),
     "embedding": (lambda: Tokens(None), TOKENS),
     "embedding with padding": (lambda: Tokens(2), TOKENS),
     "frozen weight": (lambda: frozen(nn.Sequential(nn.Linear(7, 3)), "0.weight"), VECTOR),
@@ -114,6 +324,10 @@ NETS = {
 }
 
 
+# vmap does not know what these call, so their reference is a loop over batches of one.
+WITHOUT_VMAP = ("lstm", "gru", "checkpoint", "embedding bag", "weight norm")
+
+
 def data_of(shape) -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(3, (13,), generator=generator)
@@ -122,18 +336,40 @@ def data_of(shape) -> TensorDataset:
     return TensorDataset(torch.randn(13, *shape, generator=generator).double(), labels)
 
 
-def reference_rows(model, weights, batch, blocks):
+def loop_of(gradient, in_dims):
+    """Return what ``vmap`` would, one sample after the other."""
+
+    def mapped(parameters, x, y):
+        per_sample = [gradient(parameters, *one) for one in zip(x, y, strict=True)]
+        return {name: torch.stack([one[name] for one in per_sample]) for name in parameters}
+
+    return mapped
+
+
+def autograd(loss):
+    """Return the gradient function of ``loss`` by plain autograd."""
+
+    def gradient(parameters, x, y):
+        leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+        found = torch.autograd.grad(loss(leaves, x, y), leaves.values(), allow_unused=True)
+        pairs = zip(leaves.items(), found, strict=True)
+        return {name: torch.zeros_like(v) if g is None else g for (name, v), g in pairs}
+
+    return gradient
+
+
+def reference_rows(model, weights, batch, blocks, mapping=vmap, differentiate=grad):
     """Return ``vmap(grad)`` of every sample's loss, laid out as the blocks say."""
 
     def loss(parameters, x, y):
         names = {name.removeprefix("net."): value for name, value in parameters.items()}
-        return functional.cross_entropy(functional_call(model.net, names, x[None])[0], y)
+        return functional.cross_entropy(functional_call(model.net, names, (x[None],))[0], y)
 
     x, y = batch
-    grads = vmap(grad(loss), in_dims=(None, 0, 0))(weights, x, y)
+    grads = mapping(differentiate(loss), in_dims=(None, 0, 0))(weights, x, y)
     matrices = []
-    for block in blocks:
-        layout = find_rule(model.get_submodule(block.name)).layout
+    for block, (source, *_) in zip(blocks, survey(model).sources, strict=True):
+        layout = source.rule.layout
         per_sample = [layout([grads[p][i] for p in block.parameters]) for i in range(len(x))]
         matrices.append(torch.stack(per_sample))
     return torch.cat([matrix.flatten(1) for matrix in matrices], dim=1)
@@ -148,11 +384,51 @@ def test_rows_are_weighted_per_sample_gradients(name):
     trainer = quiet_trainer(GradientRecorder(store, projector=Identity()), diary)
     trainer.fit(model, loader(data_of(shape)))
     assert len(store) == 6
+    model.net.use_reentrant = None  # The reference does not checkpoint.
     for step, weights, batch in zip(store, diary.weights, diary.batches, strict=True):
-        expected = reference_rows(model, weights, batch, store.recipe.blocks) / len(batch[0])
+        route = (loop_of, autograd) if any(one in name for one in WITHOUT_VMAP) else (vmap, grad)
+        reference = reference_rows(model, weights, batch, store.recipe.blocks, *route)
+        expected = reference / len(batch[0])
         error = (step.sketch - expected).norm() / expected.norm()
         assert error < 1e-10
         torch.testing.assert_close(step.weights, torch.full((len(batch[0]),), 1 / len(batch[0])))
+
+
+def test_samples_may_stand_on_another_axis():
+    model, store, diary = Plain(SequenceFirst().double()), MemoryStore(), Diary()
+    dims = {"net.encoder.*": 1}
+    recorder = GradientRecorder(store, projector=Identity(), batch_dims=dims)
+    quiet_trainer(recorder, diary, max_epochs=1).fit(model, loader(data_of(SEQUENCE), batch_size=3))
+    expected = reference_rows(model, diary.weights[0], diary.batches[0], store.recipe.blocks) / 3
+    torch.testing.assert_close(store[0].sketch, expected)
+    with pytest.raises(ValueError, match=r"net.encoder.0.*batch of 3 samples.*batch_dims="):
+        quiet_trainer(GradientRecorder(MemoryStore())).fit(model, loader(data_of(SEQUENCE), 3))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d], ids=lambda norm: norm.__name__)
+def test_batch_norm_is_recorded_as_the_batch_saw_it(norm):
+    """Rows are gradients with respect to a copy of scale and shift for every sample."""
+    shape = (5, 7, 2) if norm is nn.BatchNorm2d else (5,)
+    net = nn.Sequential(norm(5), nn.Flatten(), nn.Linear(torch.zeros(shape).numel(), 3)).double()
+    model, store, diary = Plain(net), MemoryStore(), Diary()
+    recorder = GradientRecorder(store, projector=Identity())
+    quiet_trainer(recorder, diary, max_epochs=1).fit(model, loader(data_of(shape)))
+    (x, y), weights = diary.batches[0], diary.weights[0]
+    normalized = functional.batch_norm(x, None, None, training=True)
+    copies = [
+        weights[f"net.0.{name}"].repeat(len(x), 1).requires_grad_() for name in ("weight", "bias")
+    ]
+    scale, shift = (one.reshape(len(x), 5, *[1] * (x.ndim - 2)) for one in copies)
+    hidden = (normalized * scale + shift).flatten(1)
+    outputs = functional.linear(hidden, weights["net.2.weight"], weights["net.2.bias"])
+    expected = torch.autograd.grad(functional.cross_entropy(outputs, y), copies)
+    torch.testing.assert_close(store[0].sketch[:, :10], torch.cat(expected, dim=1))
+
+
+def test_outputs_that_depend_on_each_other_are_refused():
+    recorder = GradientRecorder(MemoryStore(), projector=Identity())
+    with pytest.raises(ValueError, match=r"Bare `net.bare` is not its gradient"):
+        quiet_trainer(recorder).fit(Plain(Nested(entangled=True).double()), loader(data_of(VECTOR)))
 
 
 def test_a_layer_skipped_in_a_step_contributes_nothing_to_it():

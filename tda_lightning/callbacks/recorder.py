@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from tda_lightning.callbacks.checks import require_supported
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.estimate import describe_cost
 from tda_lightning.callbacks.session import Session
-from tda_lightning.layers import find_blocks
+from tda_lightning.layers import survey
 from tda_lightning.projectors import KroneckerCountSketch, Projector
 from tda_lightning.recipe import Recipe, ranges_of
 from tda_lightning.rows import RowRecorder
@@ -40,6 +40,8 @@ class GradientRecorder(pl.Callback):
         sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
             default the index in the dataset, learnt from the sampler.
         reduction: How the training loss combines its samples.
+        batch_dims: Axis of the samples in layers whose names match a pattern, where it is not the
+            first: ``{"encoder.*": 1}``.
         existing: What to do if ``store`` holds a run already.
 
     Raises:
@@ -56,6 +58,7 @@ class GradientRecorder(pl.Callback):
         every_n_steps: int = 1,
         sample_ids: IdSource | None = None,
         reduction: Literal["mean", "sum"] = "mean",
+        batch_dims: Mapping[str, int] | None = None,
         existing: Literal["refuse", "replace"] = "refuse",
     ) -> None:
         if every_n_steps < 1:
@@ -68,6 +71,7 @@ class GradientRecorder(pl.Callback):
         self.every_n_steps = every_n_steps
         self.sample_ids = sample_ids
         self.reduction = reduction
+        self.batch_dims = dict(batch_dims or {})
         self.existing = existing
         self._ledger = SampleLedger(sample_ids)
         self._rows: RowRecorder | None = None
@@ -95,8 +99,9 @@ class GradientRecorder(pl.Callback):
         """Check that everything can be recorded, begin the run and attach the hooks."""
         require_supported(trainer, pl_module)
         dtype = _row_dtype(pl_module)
-        blocks, left_out = find_blocks(pl_module, self.layers)
-        rows = RowRecorder(pl_module, blocks, self.projector, dtype)
+        surveyed = survey(pl_module, self.layers)
+        blocks, left_out = surveyed.blocks, surveyed.left_out
+        rows = RowRecorder(pl_module, surveyed, self.batch_dims, self.projector, dtype)
         train_ids = self._ledger.train_ids
         recipe = Recipe(
             blocks=blocks,
@@ -105,6 +110,7 @@ class GradientRecorder(pl.Callback):
             dimension=rows.dimension,
             dtype="float64" if dtype == torch.float64 else "float32",
             reduction=self.reduction,
+            batch_dims=self.batch_dims,
             every_n_steps=self.every_n_steps,
             train_ids=None if train_ids is None else ranges_of(train_ids),
             model=type(pl_module).__name__,

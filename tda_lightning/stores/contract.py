@@ -21,7 +21,7 @@ from tda_lightning.step import ParameterGroup, Step
 from tda_lightning.stores.store import WritableStore
 
 RECIPE = Recipe(
-    blocks=(Block("net", "Linear", ("net.weight", "net.bias"), 3, 5),),
+    blocks=(Block("net", "Linear", ("net",), ("net.weight", "net.bias"), 3, 5),),
     left_out=(),
     projector={"name": "Identity"},
     dimension=15,

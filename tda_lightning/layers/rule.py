@@ -1,0 +1,147 @@
+"""Rules: how a type of layer turns what hooks see into gradient factors.
+
+A rule is one function from a :class:`LayerCall` to :class:`~tda_lightning.factors.GradientFactors`
+whose outer products lie as the rule's layout lays out the layer's parameters. Layer types end in
+this folder. Add one with ``@layer_rule(MyLayer)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tda_lightning.factors import Dense, GradientFactors
+from tda_lightning.layers.tensors import find_tensors
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer, seen from its backward pass.
+
+    Attributes:
+        module: The layer.
+        args: What it was called with.
+        kwargs: What it was called with, by name.
+        names: Those of its own parameters that the block holds.
+        output: Which of the tensors in its output the gradient belongs to.
+        output_grad: Gradient of the loss with respect to that tensor, of its shape.
+        batch_dim: Axis of the samples.
+    """
+
+    module: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    names: tuple[str, ...]
+    output: int
+    output_grad: Tensor
+    batch_dim: int = 0
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor that the layer was called with, samples first."""
+        x = next(find_tensors((self.args, self.kwargs)))
+        return x if self.batch_dim == 0 else x.movedim(self.batch_dim, 0)
+
+    @property
+    def grad(self) -> Tensor:
+        """Gradient with respect to the layer's output, samples first."""
+        return self.output_grad.movedim(self.batch_dim, 0)
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return self.output_grad.shape[self.batch_dim]
+
+
+Factors = Callable[[LayerCall], GradientFactors]
+Layout = Callable[[Sequence[Tensor]], Float[Tensor, "rows columns"]]
+Obstacle = Callable[[Any], str]
+
+
+def as_matrix(tensors: Sequence[Tensor]) -> Float[Tensor, "rows columns"]:
+    """Flatten a weight to a matrix, with its bias as last column; or a bias alone to a column."""
+    first, *rest = tensors
+    matrix = first.flatten(1) if first.ndim > 1 else first[:, None]
+    return torch.cat([matrix, *(tensor[:, None] for tensor in rest)], dim=1)
+
+
+def as_column(tensors: Sequence[Tensor]) -> Float[Tensor, "rows 1"]:
+    """Stack all parameters in one column."""
+    return torch.cat([tensor.flatten() for tensor in tensors])[:, None]
+
+
+def one_column(gradients: Float[Tensor, "n d"]) -> GradientFactors:
+    """Return the factors of gradients that are simply there, for :func:`as_column`."""
+    ones = gradients.new_ones(len(gradients), 1, 1)
+    return GradientFactors(Dense(ones), Dense(gradients[:, None]))
+
+
+def no_obstacle(module: nn.Module) -> str:
+    """Say that nothing stands in the way."""
+    return ""
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How a type of layer is recorded.
+
+    Attributes:
+        factors: From a call of the layer to gradient factors.
+        parameters: The layer's own parameters that the rule knows.
+        layout: From the layer's trained parameters, or their gradients, to the block's matrix.
+        apart: Parameters that do not fit into a matrix with the others, and get blocks of their
+        own. obstacle: Why this very module cannot be recorded, or nothing.
+    """
+
+    factors: Factors
+    parameters: tuple[str, ...]
+    layout: Layout = as_matrix
+    apart: tuple[str, ...] = ()
+    obstacle: Obstacle = no_obstacle
+
+
+_RULES: dict[type[nn.Module], LayerRule] = {}
+
+
+def layer_rule(
+    layer: type[nn.Module],
+    *,
+    parameters: tuple[str, ...] = ("weight", "bias"),
+    layout: Layout = as_matrix,
+    apart: tuple[str, ...] = (),
+    obstacle: Obstacle = no_obstacle,
+) -> Callable[[Factors], Factors]:
+    """Register the decorated function, from a call to gradient factors, as the rule for ``layer``.
+
+    Args:
+        layer: The type of layer. Subclasses share the rule if they keep its ``forward``.
+        parameters: The layer's own parameters that the function takes care of.
+        layout: How the layer's trained parameters lie in the block that the factors span.
+        apart: Parameters that get blocks of their own; the function is called once per block.
+        obstacle: Says why a module of this type cannot be recorded after all, or nothing.
+    """
+
+    def register(factors: Factors) -> Factors:
+        _RULES[layer] = LayerRule(factors, parameters, layout, apart, obstacle)
+        return factors
+
+    return register
+
+
+def registered_rule(module: nn.Module) -> LayerRule | None:
+    """Return the rule registered for the type of ``module``, if it knows all its parameters."""
+    names = {name for name, _ in module.named_parameters(recurse=False)}
+    for layer in type(module).__mro__:
+        rule = _RULES.get(layer)
+        if (
+            rule
+            and type(module).forward is getattr(layer, "forward", None)
+            and names <= set(rule.parameters)
+        ):
+            return rule
+    return None
