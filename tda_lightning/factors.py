@@ -123,10 +123,11 @@ class Patches(Operand):
     """The patches that a convolution sees; projecting them never unfolds them.
 
     Attributes:
-        images: Padded images, shape ``(n, channels, ...)`` with one to three axes of space.
+        images: Images, shape ``(n, channels, ...)`` with one to three axes of space.
         kernel_size: Size of a patch.
         stride: Steps between patches.
         dilation: Steps between the pixels of a patch.
+        padding: Zeros around the images, on either side of each axis of space.
         groups: Number of groups of channels; patches of one group after those of another.
         positions: How many patches to keep along each axis of space; all by default.
     """
@@ -135,6 +136,7 @@ class Patches(Operand):
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
+    padding: tuple[int, ...]
     groups: int = 1
     positions: tuple[int, ...] | None = None
 
@@ -157,6 +159,7 @@ class Patches(Operand):
             self.images.to(matrix.dtype),
             filters.repeat(self.groups, *[1] * (filters.ndim - 1)),
             stride=self.stride,
+            padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
         )

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from tda_lightning.random_bits import buckets, sign_matrix, signs
 from tda_lightning.recipe import Block
 from tda_lightning.sketcher import BlockMap, ColumnMap, Hashed, SideBySide, Sketcher
+
+# Beyond this many hashed entries for each column of a row, a wider layer adds next to nothing.
+_ENTRIES_PER_COLUMN = 8
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,15 @@ class Projector(ABC):
 
     def bind(self, blocks: Sequence[Block], device: torch.device, dtype: torch.dtype) -> Sketcher:
         """Return the linear map for these blocks, ready to be applied on ``device``."""
-        maps = [self._block_map(block).to(device, dtype) for block in blocks]
+        chosen = self.chosen_for(blocks)
+        maps = [chosen._block_map(block).to(device, dtype) for block in blocks]
         names = [block.name for block in blocks]
-        columns = self._column_map(names, [map_.size for map_ in maps])
+        columns = chosen._column_map(names, [map_.size for map_ in maps])
         return Sketcher(maps, columns.to(device, dtype), device, dtype)
+
+    def chosen_for(self, blocks: Sequence[Block]) -> Projector:
+        """Return the projector with every argument that was left open filled in for the blocks."""
+        return self
 
     def to_dict(self) -> dict[str, str | int]:
         """Return the class name and the arguments, for a recipe."""
@@ -100,15 +108,25 @@ class KroneckerCountSketch(Projector):
 
     Attributes:
         dimension: Length of a sketch row; less if the shrunk layers need fewer.
-        width: Side of a shrunk layer.
+        width: Side of a shrunk layer; by default 32, or less for models of many layers, whose
+            shrunk matrices fill the row several times over anyway.
         seed: Seed of signs and hashes.
     """
 
     dimension: int = 1024
-    width: int = 32
+    width: int | None = None
     seed: int = 0
 
+    def chosen_for(self, blocks: Sequence[Block]) -> Projector:
+        """Choose the width, if it was left open: as wide as is of use, since width is time."""
+        if self.width is not None:
+            return self
+        matrices = sum(block.columns > 1 for block in blocks)
+        fitting = [w for w in (32, 16) if matrices * w**2 <= _ENTRIES_PER_COLUMN * self.dimension]
+        return replace(self, width=fitting[0] if fitting else 8)
+
     def _block_map(self, block: Block) -> BlockMap:
+        assert self.width is not None
         return _shrink(block, self.width, self.seed)
 
     def _column_map(self, names: Sequence[str], sizes: Sequence[int]) -> ColumnMap:

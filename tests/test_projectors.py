@@ -55,8 +55,8 @@ def test_factors_and_matrices_are_sketched_alike(projector):
     "operand",
     [
         OneHot(torch.tensor([[0, 4, 4], [2, 1, 0]]), 5),
-        Patches(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2)),
-        WithOnes(Patches(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2))),
+        Patches(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2), (1, 0)),
+        WithOnes(Patches(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2), (1, 0))),
         WithOnes(OneHot(torch.tensor([[0, 4, 4], [2, 1, 0]]), 5)),
     ],
     ids=lambda operand: type(operand).__name__,
@@ -138,6 +138,13 @@ def test_short_sides_are_kept_whole():
 
 def test_a_sketch_is_never_longer_than_what_it_holds():
     assert bind(KroneckerCountSketch(dimension=10_000, width=7)).dimension == 49 + 17 + 33
+
+
+@pytest.mark.parametrize(("layers", "width"), [(2, 32), (8, 32), (9, 16), (32, 16), (33, 8)])
+def test_the_width_is_chosen_from_the_number_of_layers(layers, width):
+    block = Block("a", "Linear", ("a",), ("a.weight",), 100, 100)
+    chosen = KroneckerCountSketch(dimension=1024).chosen_for([block] * layers)
+    assert chosen == KroneckerCountSketch(dimension=1024, width=width)
 
 
 @pytest.mark.parametrize("projector", PROJECTORS, ids=lambda p: type(p).__name__)

@@ -101,12 +101,13 @@ class GradientRecorder(pl.Callback):
         dtype = _row_dtype(pl_module)
         surveyed = survey(pl_module, self.layers)
         blocks, left_out = surveyed.blocks, surveyed.left_out
-        rows = RowRecorder(pl_module, surveyed, self.batch_dims, self.projector, dtype)
+        projector = self.projector.chosen_for(blocks)
+        rows = RowRecorder(pl_module, surveyed, self.batch_dims, projector, dtype)
         train_ids = self._ledger.train_ids
         recipe = Recipe(
             blocks=blocks,
             left_out=left_out,
-            projector=self.projector.to_dict(),
+            projector=projector.to_dict(),
             dimension=rows.dimension,
             dtype="float64" if dtype == torch.float64 else "float32",
             reduction=self.reduction,

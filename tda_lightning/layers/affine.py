@@ -46,11 +46,14 @@ def _linear(call: LayerCall) -> GradientFactors:
 @layer_rule(nn.Conv3d)
 def _convolution(call: LayerCall) -> GradientFactors:
     module = call.module
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    # The same private field that the layer's own forward pads with; it resolves padding="same".
-    padded = functional.pad(call.input, module._reversed_padding_repeated_twice, mode=mode)
+    x, padding = call.input, module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        # The same private field that the layer's own forward pads with; it resolves "same".
+        x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        padding = tuple(0 for _ in module.kernel_size)
     patches = Patches(
-        padded, module.kernel_size, module.stride, module.dilation, groups=module.groups
+        x, module.kernel_size, module.stride, module.dilation, padding, groups=module.groups
     )
     return affine(call, patches, _grouped(call.grad, module.groups), call.grad)
 
@@ -61,13 +64,12 @@ def _convolution(call: LayerCall) -> GradientFactors:
 def _transposed_convolution(call: LayerCall) -> GradientFactors:
     """A convolution run backwards: input and output gradient change places."""
     module = call.module
-    pads = [int(pad) for one in reversed(module.padding) for pad in (one, one)]
-    padded = functional.pad(call.grad, pads)
     patches = Patches(
-        padded,
+        call.grad,
         module.kernel_size,
         module.stride,
         module.dilation,
+        module.padding,
         groups=module.groups,
         positions=tuple(call.input.shape[2:]),
     )
