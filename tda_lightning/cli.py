@@ -1,4 +1,4 @@
-"""The command line: ``tda-lightning info RUN``."""
+"""The command line: ``tda-lightning info RUN`` and ``tda-lightning audit RUN``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from tda_lightning.recipe import Recipe
 from tda_lightning.stores import HDF5Store
@@ -15,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, or 1 after one clear line on the standard error."""
     options = _parser().parse_args(arguments)
     try:
-        print(info(options.run))
+        print(options.describe(options.run))
     except (OSError, ValueError) as error:
         print(f"tda-lightning: {error}", file=sys.stderr)
         return 1
@@ -40,13 +42,53 @@ def info(run: Path) -> str:
     )
 
 
+def audit(run: Path) -> str:
+    """Say how much of the gradient, and of the parameter update, the recorded rows explain.
+
+    Args:
+        run: The folder of the run.
+
+    Raises:
+        ValueError: If no step of the run was audited.
+    """
+    store = HDF5Store.open(run)
+    audits = store.audits()
+    if not audits:
+        raise ValueError(f"`{run}` has no audited step yet; expected at least the first one.")
+    explained = torch.stack([one.explained() for one in audits])
+    rows = [
+        (block.name, block.layer, f"{mean:.2%}", f"{least:.2%}")
+        for block, mean, least in zip(
+            store.recipe.blocks, explained.mean(dim=0), explained.amin(dim=0), strict=True
+        )
+    ]
+    in_all = [one.explained_in_all() for one in audits]
+    update = [one.update for one in audits]
+    left_out = len(store.recipe.left_out)
+    rows += [
+        (f"all, with {left_out} left out", "", f"{_mean(in_all):.2%}", f"{min(in_all):.2%}"),
+        ("parameter update", "", f"{_mean(update):.2%}", f"{min(update):.2%}"),
+    ]
+    head = f"{run}: {len(audits)} of {len(store):,} steps audited; share that the rows explain"
+    return "\n".join([head, *_aligned([("layer", "type", "mean", "least"), *rows])])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tda-lightning", description="Training data attribution for PyTorch Lightning."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("info", help="say what a run recorded", description=info.__doc__)
-    command.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    for name, describe, purpose in (
+        ("info", info, "say what a run recorded"),
+        ("audit", audit, "say how much of the training the recorded rows explain"),
+    ):
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+        command.set_defaults(describe=describe)
     return parser
 
 

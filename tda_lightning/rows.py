@@ -6,7 +6,7 @@ can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import torch
@@ -86,12 +86,24 @@ class RowRecorder:
 
     def sketch_gradient(self) -> Float[Tensor, "blocks k"]:
         """Sketch what stands in the parameters' ``.grad`` now, block by block."""
+        return self._sketch_each(lambda p: p.grad if p.grad is not None else torch.zeros_like(p))
+
+    def sketch_weights(self) -> Float[Tensor, "blocks k"]:
+        """Sketch the parameters themselves, block by block."""
+        return self._sketch_each(torch.Tensor.detach)
+
+    def left_out_gradient(self) -> Tensor:
+        """Return the squared norm of the gradient of all parameters that are not recorded."""
+        recorded = {one for (source, *_) in self._surveyed.sources for one in source.parameters()}
+        others = [p.grad for p in self._model.parameters() if p not in recorded]
+        squares = [grad.double().square().sum() for grad in others if grad is not None]
+        return torch.stack(squares).sum() if squares else torch.zeros(())
+
+    def _sketch_each(self, value: Callable[[Tensor], Tensor]) -> Float[Tensor, "blocks k"]:
         sketches = []
         for number, (source, *_) in enumerate(self._surveyed.sources):
-            grads = [
-                p.grad if p.grad is not None else p.new_zeros(p.shape) for p in source.parameters()
-            ]
-            sketches.append(self._sketcher.sketch_matrix(number, source.rule.layout(grads)))
+            matrix = source.rule.layout([value(one) for one in source.parameters()])
+            sketches.append(self._sketcher.sketch_matrix(number, matrix))
         return torch.stack(sketches)
 
     def sum_blocks(self) -> None:

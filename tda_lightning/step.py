@@ -39,6 +39,33 @@ class ParameterGroup:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """How much of what a step really did its recorded rows explain; squared norms, in the sketch.
+
+    Attributes:
+        gradient: Of each block's gradient, shape ``(blocks,)``.
+        deviation: Of what is between that gradient and the sum of the rows, shape ``(blocks,)``.
+        left_out: Of the gradient of all parameters that are not recorded.
+        update: Share of the recorded parameters' update that lies along the sum of the rows, from 0
+            to 1: 1 for plain SGD, less the more momentum, weight decay and preconditioning do.
+    """
+
+    gradient: Float[Tensor, " blocks"]
+    deviation: Float[Tensor, " blocks"]
+    left_out: float
+    update: float
+
+    def explained(self) -> Float[Tensor, " blocks"]:
+        """Return the share of each block's gradient that the rows explain, at most 1."""
+        return 1 - self.deviation / self.gradient.clamp_min(1e-30)
+
+    def explained_in_all(self) -> float:
+        """Return the share of the gradient of all trained parameters that the rows explain."""
+        gradient = float(self.gradient.sum())
+        return (gradient - float(self.deviation.sum())) / max(gradient + self.left_out, 1e-30)
+
+
+@dataclass(frozen=True)
 class Step:
     """One optimizer step and the visits that made it.
 
@@ -59,6 +86,7 @@ class Step:
     sample_ids: Int[Tensor, " n"]
     weights: Float[Tensor, " n"]
     sketch: Float[Tensor, "n k"]
+    audit: Audit | None = None
 
     @property
     def lr(self) -> float:

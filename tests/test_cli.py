@@ -44,6 +44,19 @@ def test_info_says_what_was_recorded_and_what_was_not(run, capsys):
         assert expected in said, said
 
 
+def test_audit_says_how_much_the_rows_explain(tmp_path, capsys):
+    recorder = GradientRecorder(tmp_path / "run", audit=2, layers=["net.head"])
+    with pytest.warns(UserWarning, match="not recorded"):
+        quiet_trainer(recorder).fit(Plain(Half()), loader(vectors()))
+    assert main(["audit", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "3 of 6 steps audited" in said[0]
+    assert said[2].split()[:4] == ["net.head", "Linear", "100.00%", "100.00%"]
+    in_all = float(said[3].split()[-2].rstrip("%"))
+    assert 0 < in_all < 100
+    assert said[4].split()[-2:] == ["100.00%", "100.00%"]
+
+
 def test_errors_are_one_line_and_an_exit_code(tmp_path, capsys):
     assert main(["info", str(tmp_path / "nowhere")]) == 1
     captured = capsys.readouterr()

@@ -118,6 +118,23 @@ def test_weights_carry_accumulation_and_clipping():
     assert (step.weights < 1 / 10).all()
 
 
+def test_an_audit_measures_the_update():
+    """All of it under SGD; with momentum, only what the momentum did not do."""
+
+    def audits(**settings):
+        store = MemoryStore()
+        model = Plain(mlp(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, **settings))
+        recorder = GradientRecorder(store, projector=Identity(), audit=1)
+        quiet_trainer(recorder).fit(model, loader(vectors()))
+        return store.audits()
+
+    assert [one.update for one in audits()] == pytest.approx([1.0] * 6, abs=1e-4)
+    momentum = audits(momentum=0.9)
+    assert momentum[0].update == pytest.approx(1.0, abs=1e-4)
+    assert all(one.update < 0.99 for one in momentum[1:])
+    assert all(one.explained_in_all() == pytest.approx(1, abs=1e-6) for one in momentum)
+
+
 def test_a_weight_that_also_acts_elsewhere_is_refused():
     class Functional(nn.Module):
         def __init__(self):

@@ -37,6 +37,8 @@ class GradientRecorder(pl.Callback):
         layers: Names of the modules to record, with ``*`` for any characters; by default all that
             are trained and supported.
         every_n_steps: Record every n-th optimizer step.
+        audit: Compare the recorded rows with the real gradient and the real update every so many
+            recorded steps (always in the first); ``tda-lightning audit`` shows what was found.
         sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
             default the index in the dataset, learnt from the sampler.
         reduction: How the training loss combines its samples.
@@ -56,6 +58,7 @@ class GradientRecorder(pl.Callback):
         projector: Projector = KroneckerCountSketch(),
         layers: Sequence[str] | None = None,
         every_n_steps: int = 1,
+        audit: int = 0,
         sample_ids: IdSource | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         batch_dims: Mapping[str, int] | None = None,
@@ -69,6 +72,7 @@ class GradientRecorder(pl.Callback):
         self.projector = projector
         self.layers = layers
         self.every_n_steps = every_n_steps
+        self.audit = audit
         self.sample_ids = sample_ids
         self.reduction = reduction
         self.batch_dims = dict(batch_dims or {})
@@ -124,7 +128,7 @@ class GradientRecorder(pl.Callback):
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
         rank_zero_info(f"GradientRecorder: {describe_cost(trainer, recipe)}")
         self._rows = rows.__enter__()
-        self._session = Session(rows, blocks, self.reduction)
+        self._session = Session(rows, blocks, self.reduction, self.audit)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect the first batch of a new pass over the data."""

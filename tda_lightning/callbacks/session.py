@@ -19,7 +19,7 @@ from tda_lightning.callbacks.facts import read_groups
 from tda_lightning.conservation import require_conserved
 from tda_lightning.recipe import Block
 from tda_lightning.rows import RowRecorder
-from tda_lightning.step import ParameterGroup, Step
+from tda_lightning.step import Audit, ParameterGroup, Step
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,17 @@ class _Facts:
     groups: tuple[ParameterGroup, ...]
     probe: Parameter | None
     probe_norm: Tensor | None
+    audited: _Audited | None
+
+
+@dataclass(frozen=True)
+class _Audited:
+    """What an audited step looked like before it was taken; sketches, block by block."""
+
+    recorded: Float[Tensor, "blocks k"]
+    gradient: Float[Tensor, "blocks k"]
+    weights: Float[Tensor, "blocks k"]
+    left_out: Tensor
 
 
 class Session:
@@ -46,18 +57,24 @@ class Session:
         rows: Records the rows of a batch.
         blocks: The recorded layers.
         reduction: How the training loss combines the samples of a batch.
+        audit_every: Audit the first recorded step and every so many after it; 0 for the first only.
     """
 
     def __init__(
-        self, rows: RowRecorder, blocks: Sequence[Block], reduction: Literal["mean", "sum"]
+        self,
+        rows: RowRecorder,
+        blocks: Sequence[Block],
+        reduction: Literal["mean", "sum"],
+        audit_every: int,
     ) -> None:
         self._rows = rows
         self._blocks = blocks
         self._reduction = reduction
+        self._audit_every = audit_every
+        self._steps = 0
         self._current: tuple[Int[Tensor, " n"], float] | None = None
         self._pending: list[_Visits] = []
         self._facts: _Facts | None = None
-        self._is_checked = False
 
     def start_batch(self, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Expect the forward pass of a batch.
@@ -68,7 +85,7 @@ class Session:
         """
         n = len(sample_ids)
         self._current = (sample_ids, share / n if self._reduction == "mean" else share)
-        if not self._is_checked and not self._pending:
+        if not self._pending and self._is_audit_due():
             self._rows.sum_blocks()
         self._rows.start(n)
 
@@ -88,9 +105,7 @@ class Session:
         """Read what the optimizer is about to use; gradients are complete and not yet clipped."""
         if not self._pending:
             return
-        if not self._is_checked:
-            require_conserved(self._blocks, self._rows.block_sums(), self._rows.sketch_gradient())
-            self._is_checked = True
+        audited = self._start_audit() if self._is_audit_due() else None
         probe = _smallest_with_gradient(optimizer)
         self._facts = _Facts(
             index=index,
@@ -99,6 +114,7 @@ class Session:
             groups=read_groups(optimizer),
             probe=probe,
             probe_norm=None if probe is None else _gradient_norm(probe),
+            audited=audited,
         )
 
     def after_step(self) -> Step | None:
@@ -107,6 +123,7 @@ class Session:
             return None
         facts, visits = self._facts, self._pending
         self._facts, self._pending = None, []
+        self._steps += 1
         clipped = _clip_coefficient(facts).cpu()
         weights = [torch.full((len(one.sample_ids),), one.weight) for one in visits]
         sketch = torch.cat([one.rows for one in visits]).cpu()
@@ -118,6 +135,27 @@ class Session:
             sample_ids=torch.cat([one.sample_ids for one in visits]),
             weights=torch.cat(weights) * clipped.float(),
             sketch=sketch * clipped.to(sketch.dtype),
+            audit=None if facts.audited is None else self._finish_audit(facts.audited),
+        )
+
+    def _is_audit_due(self) -> bool:
+        return self._steps == 0 or bool(self._audit_every and self._steps % self._audit_every == 0)
+
+    def _start_audit(self) -> _Audited:
+        rows = self._rows
+        recorded, gradient = rows.block_sums(), rows.sketch_gradient()
+        if self._steps == 0:
+            require_conserved(self._blocks, recorded, gradient)
+        return _Audited(recorded, gradient, rows.sketch_weights(), rows.left_out_gradient())
+
+    def _finish_audit(self, before: _Audited) -> Audit:
+        update = (self._rows.sketch_weights() - before.weights).sum(dim=0)
+        along = torch.nn.functional.cosine_similarity(update, before.recorded.sum(dim=0), dim=0)
+        return Audit(
+            gradient=before.gradient.square().sum(dim=1).double().cpu(),
+            deviation=(before.recorded - before.gradient).square().sum(dim=1).double().cpu(),
+            left_out=float(before.left_out),
+            update=float(along.square()),
         )
 
     def drop_batch(self) -> None:

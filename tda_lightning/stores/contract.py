@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tda_lightning.recipe import Block, Recipe
-from tda_lightning.step import ParameterGroup, Step
+from tda_lightning.step import Audit, ParameterGroup, Step
 from tda_lightning.stores.store import WritableStore
 
 RECIPE = Recipe(
@@ -98,6 +99,17 @@ class StoreContract(ABC):
         steps = [*make_steps(3), *make_steps(3, groups=2)]
         store = filled(self.make(tmp_path), steps)
         assert [len(step.groups) for step in store] == [1, 1, 1, 2, 2, 2]
+
+    def test_audits_come_back_with_their_steps(self, tmp_path: Path) -> None:
+        """Some steps have one, most have none."""
+        audit = Audit(torch.tensor([4.0]).double(), torch.tensor([1.0]).double(), 2.0, 0.5)
+        steps = make_steps(5)
+        steps[0], steps[3] = replace(steps[0], audit=audit), replace(steps[3], audit=audit)
+        store = filled(self.make(tmp_path), steps)
+        assert [step.audit is not None for step in store] == [True, False, False, True, False]
+        found = store.audits()
+        assert [one.left_out for one in found] == [2.0, 2.0]
+        assert torch.equal(found[1].explained(), audit.explained())
 
     def test_ids_are_those_of_the_recipe_and_those_visited(self, tmp_path: Path) -> None:
         """Never-drawn samples are known from the recipe."""

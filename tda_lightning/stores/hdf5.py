@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.recipe import Recipe
-from tda_lightning.step import Step
+from tda_lightning.step import Audit, Step
 from tda_lightning.stores.segments import Segment, make_durable, write_segment
 from tda_lightning.stores.store import WritableStore
 
@@ -100,6 +100,10 @@ class HDF5Store(WritableStore):
         parts = [segment.visited_ids() for segment in self._segments]
         ids: Tensor = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *parts]))
         return ids
+
+    def audits(self) -> list[Audit]:
+        """Return what the audits of the run found, without reading any sketch."""
+        return [audit for segment in self._segments for audit in segment.audits()]
 
     def begin(self, recipe: Recipe) -> None:
         """Start a new run in a folder that is empty or not there yet."""

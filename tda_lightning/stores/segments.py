@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.step import ParameterGroup, Step
+from tda_lightning.step import Audit, ParameterGroup, Step
 
 _GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
 _BLOCK_BYTES = 8 * 2**20
@@ -34,6 +34,7 @@ def write_segment(path: Path, steps: Sequence[Step]) -> None:
     with h5py.File(partial, "w") as file:
         _write_steps(file.create_group("steps"), steps)
         _write_visits(file.create_group("visits"), steps)
+        _write_audits(file.create_group("audits"), steps)
     make_durable(partial)
     partial.replace(path)
     make_durable(path.parent)
@@ -65,6 +66,29 @@ def _write_visits(group: h5py.Group, steps: Sequence[Step]) -> None:
     group["sketch"] = torch.cat([step.sketch for step in steps]).numpy()
 
 
+def _write_audits(group: h5py.Group, steps: Sequence[Step]) -> None:
+    found = [(place, step.audit) for place, step in enumerate(steps) if step.audit is not None]
+    group["step"] = np.array([place for place, _ in found], dtype=np.int64)
+    group["gradient"] = np.array([audit.gradient.tolist() for _, audit in found])
+    group["deviation"] = np.array([audit.deviation.tolist() for _, audit in found])
+    group["left_out"] = np.array([audit.left_out for _, audit in found])
+    group["update"] = np.array([audit.update for _, audit in found])
+
+
+def _read_audits(group: h5py.Group) -> dict[int, Audit]:
+    names = ("gradient", "deviation", "left_out", "update")
+    gradient, deviation, left_out, update = (group[name][:] for name in names)
+    return {
+        int(place): Audit(
+            torch.from_numpy(gradient[number]),
+            torch.from_numpy(deviation[number]),
+            float(left_out[number]),
+            float(update[number]),
+        )
+        for number, place in enumerate(group["step"][:])
+    }
+
+
 class Segment:
     """A sealed segment, read block by block.
 
@@ -81,6 +105,7 @@ class Segment:
             self._offset = steps["offset"][:].tolist()
             self._optimizer = steps["optimizer"].asstr()[:].tolist()
             self._hyper = np.stack([steps[name][:] for name in _GROUP_FIELDS], axis=-1).tolist()
+            self._audits = _read_audits(file["audits"])
             row_bytes = file["visits/sketch"].dtype.itemsize * file["visits/sketch"].shape[1]
         self._blocks = _split(self._offset, max(1, _BLOCK_BYTES // row_bytes))
 
@@ -91,6 +116,10 @@ class Segment:
     def block_around(self, position: int) -> range:
         """Return the positions that are read together with this one."""
         return next(block for block in self._blocks if position in block)
+
+    def audits(self) -> list[Audit]:
+        """Return the audits of this segment's steps, in order."""
+        return list(self._audits.values())
 
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the ids of the samples in this segment, sorted."""
@@ -116,7 +145,8 @@ class Segment:
         groups = tuple(ParameterGroup(*values) for values in self._hyper[position])
         optimizer = self._optimizer[position]
         index, epoch = self._index[position], self._epoch[position]
-        return Step(index, epoch, optimizer, groups, ids, weights, sketch)
+        audit = self._audits.get(position)
+        return Step(index, epoch, optimizer, groups, ids, weights, sketch, audit)
 
 
 def _split(offset: Sequence[int], visits_per_block: int) -> list[range]:

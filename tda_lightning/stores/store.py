@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.recipe import Recipe, ids_of
-from tda_lightning.step import Step
+from tda_lightning.step import Audit, Step
 
 
 class Store(Sequence[Step], ABC):
@@ -44,6 +44,10 @@ class Store(Sequence[Step], ABC):
         """Return the ids of the samples that took part in a step, sorted."""
         ids: Tensor = torch.unique(torch.cat([torch.unique(step.sample_ids) for step in self]))
         return ids
+
+    def audits(self) -> list[Audit]:
+        """Return what the audits of the run found, in order."""
+        return [step.audit for step in self if step.audit is not None]
 
     @overload
     def __getitem__(self, key: int) -> Step: ...
