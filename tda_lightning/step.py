@@ -75,8 +75,9 @@ class Step:
         optimizer: Class name of the optimizer.
         groups: Hyper-parameters of each parameter group.
         sample_ids: Which training sample each visit was, shape ``(n,)``.
-        weights: Weight of each visit in the step's loss (1/n for a mean, 1 for a sum), shape
-        ``(n,)``. sketch: One row per visit, shape ``(n, k)``.
+        weights: Weight of each visit in the step's loss, 1/n for a mean, shape ``(n,)``.
+        sketch: One row per visit, shape ``(n, k)``.
+        audit: What an audit of this step found, if there was one.
     """
 
     index: int

@@ -94,8 +94,8 @@ class LayerRule:
         factors: From a call of the layer to gradient factors.
         parameters: The layer's own parameters that the rule knows.
         layout: From the layer's trained parameters, or their gradients, to the block's matrix.
-        apart: Parameters that do not fit into a matrix with the others, and get blocks of their
-        own. obstacle: Why this very module cannot be recorded, or nothing.
+        apart: Parameters that do not fit into that matrix, and get blocks of their own.
+        obstacle: Why this very module cannot be recorded, or nothing.
     """
 
     factors: Factors
