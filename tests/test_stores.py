@@ -1,6 +1,7 @@
 """Stores: the contract, and what a folder on disk must survive besides."""
 
 import json
+from dataclasses import replace
 
 import h5py
 import pytest
@@ -153,8 +154,47 @@ def test_an_existing_run_is_kept_or_replaced_as_told(tmp_path):
 
 
 def test_doubles_are_kept_as_doubles(tmp_path):
-    from dataclasses import replace
-
     step = make_steps(1)[0]
     store = filled(HDF5Store(tmp_path / "run"), [replace(step, sketch=step.sketch.double() / 3)])
     assert store[0].sketch.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("storage", "error"), [("float16", 5e-4), ("bfloat16", 4e-3), ("int8", 5e-3)]
+)
+def test_rows_of_any_size_survive_being_rounded(tmp_path, storage, error):
+    """From the smallest normal float32 to the largest, in one store; none vanishes."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(11, 15, generator=generator) * torch.logspace(-37, 37, 11)[:, None] / 4
+    rows[5] = 0
+    step = replace(make_steps(11)[10], sketch=rows)
+    store = filled(HDF5Store(tmp_path / "run", storage=storage), [step])
+    found = store[0].sketch
+    assert found.dtype == torch.float32
+    assert torch.equal(found[5], torch.zeros(15))
+    relative = (found - rows).abs().amax(dim=1) / rows.abs().amax(dim=1).clamp_min(1e-45)
+    assert relative.max() < error
+
+
+@pytest.mark.parametrize("storage", ["as computed", "float16", "bfloat16", "int8"])
+def test_not_even_the_smallest_rows_vanish_and_broken_ones_stay_broken(tmp_path, storage):
+    step = make_steps(2)[1]
+    rows = torch.stack([torch.full((15,), 2e-38), torch.full((15,), torch.nan)])
+    store = filled(HDF5Store(tmp_path / "run", storage=storage), [replace(step, sketch=rows)])
+    torch.testing.assert_close(store[0].sketch[0], rows[0], rtol=1e-2, atol=0)
+    assert torch.isnan(store[0].sketch[1]).all()
+
+
+def test_fewer_bytes_are_fewer_bytes(tmp_path):
+    step = make_steps(1)[0]
+    wide = replace(
+        step,
+        sample_ids=torch.arange(100),
+        weights=torch.ones(100),
+        sketch=torch.randn(100, 1000),
+    )
+    sizes = [
+        filled(HDF5Store(tmp_path / name, storage=name), [wide]).size_on_disk
+        for name in ("as computed", "float16", "int8")
+    ]
+    assert sizes[0] > 1.8 * sizes[1] > 3.2 * sizes[2]

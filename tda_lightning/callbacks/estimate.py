@@ -7,8 +7,8 @@ import math
 from tda_lightning.callbacks.either import Trainer
 from tda_lightning.recipe import Recipe
 
-# Beside its row, a visit keeps its sample id (8 bytes) and its weight (4 bytes).
-_VISIT_BYTES = 12
+# Beside its row, a visit keeps its sample id (8 bytes), its weight (4) and its scale (8).
+_VISIT_BYTES = 20
 
 
 def describe_cost(trainer: Trainer, recipe: Recipe) -> str:

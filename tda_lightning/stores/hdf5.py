@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tda_lightning.recipe import Recipe
 from tda_lightning.step import Audit, Step
+from tda_lightning.stores.encoding import Storage
 from tda_lightning.stores.segments import Segment, make_durable, write_segment
 from tda_lightning.stores.store import WritableStore
 
@@ -33,6 +34,8 @@ class HDF5Store(WritableStore):
 
     Args:
         path: The folder.
+        storage: Number format of the rows on disk: as they were computed (float32, or float64 for
+            models in double precision), or rounded to float16, bfloat16 or int8.
         segment_bytes: Seal when the buffered rows take this much memory.
         segment_seconds: Seal when the oldest buffered step is this old.
     """
@@ -41,10 +44,12 @@ class HDF5Store(WritableStore):
         self,
         path: str | Path,
         *,
+        storage: Storage = "as computed",
         segment_bytes: int = 64 * 2**20,
         segment_seconds: float = 20.0,
     ) -> None:
         self.path = Path(path)
+        self._storage = storage
         self._segment_bytes = segment_bytes
         self._segment_seconds = segment_seconds
         self._recipe: Recipe | None = None
@@ -146,7 +151,7 @@ class HDF5Store(WritableStore):
         if not self._buffer:
             return
         file = self.path / f"segment-{len(self._segments):06d}.h5"
-        write_segment(file, self._buffer)
+        write_segment(file, self._buffer, self._storage)
         self._buffer = []
         self._buffered_bytes = 0
         self._add_segment(Segment(file))

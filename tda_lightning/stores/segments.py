@@ -18,22 +18,24 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.step import Audit, ParameterGroup, Step
+from tda_lightning.stores.encoding import Storage, decode, encode
 
 _GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
 _BLOCK_BYTES = 8 * 2**20
 
 
-def write_segment(path: Path, steps: Sequence[Step]) -> None:
+def write_segment(path: Path, steps: Sequence[Step], storage: Storage) -> None:
     """Write steps to a new sealed segment, or leave no file of that name.
 
     Args:
         path: Final name of the segment.
         steps: At least one step; all with the same number of parameter groups.
+        storage: Number format of the rows.
     """
     partial = path.with_name(f".{path.name}.partial")
     with h5py.File(partial, "w") as file:
         _write_steps(file.create_group("steps"), steps)
-        _write_visits(file.create_group("visits"), steps)
+        _write_visits(file.create_group("visits"), steps, storage)
         _write_audits(file.create_group("audits"), steps)
     make_durable(partial)
     partial.replace(path)
@@ -60,10 +62,13 @@ def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
         group[name] = hyper[:, :, number]
 
 
-def _write_visits(group: h5py.Group, steps: Sequence[Step]) -> None:
+def _write_visits(group: h5py.Group, steps: Sequence[Step], storage: Storage) -> None:
     group["sample_id"] = torch.cat([step.sample_ids for step in steps]).numpy()
     group["weight"] = torch.cat([step.weights for step in steps]).numpy()
-    group["sketch"] = torch.cat([step.sketch for step in steps]).numpy()
+    rows, scales = encode(torch.cat([step.sketch for step in steps]), storage)
+    group["sketch"] = rows
+    group["scale"] = scales
+    group.attrs["storage"] = storage
 
 
 def _write_audits(group: h5py.Group, steps: Sequence[Step]) -> None:
@@ -134,7 +139,8 @@ class Segment:
             visits = file["visits"]
             ids = torch.from_numpy(visits["sample_id"][first:last])
             weights = torch.from_numpy(visits["weight"][first:last])
-            sketch = torch.from_numpy(visits["sketch"][first:last])
+            scales = visits["scale"][first:last]
+            sketch = decode(visits["sketch"][first:last], scales, visits.attrs["storage"])
         steps = []
         for position in positions:
             rows = slice(self._offset[position] - first, self._offset[position + 1] - first)
