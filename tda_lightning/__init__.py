@@ -3,7 +3,13 @@
 # Record
 from tda_lightning.callbacks import GradientRecorder
 from tda_lightning.layers import layer_rule
-from tda_lightning.projectors import CountSketch, Identity, Kronecker, KroneckerCountSketch
+from tda_lightning.projectors import (
+    CountSketch,
+    DenseProjection,
+    Identity,
+    Kronecker,
+    KroneckerCountSketch,
+)
 
 # Ask
 from tda_lightning.api import attribute, self_influence  # isort: skip
@@ -16,6 +22,7 @@ from tda_lightning.step import Step  # isort: skip
 
 __all__ = [
     "CountSketch",
+    "DenseProjection",
     "GradientRecorder",
     "GradientSimilarity",
     "HDF5Store",

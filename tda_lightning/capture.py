@@ -101,7 +101,9 @@ class Capture:
         ) -> None:
             if self._n is None or not torch.is_grad_enabled():
                 return
-            inputs = list(find_tensors((args, kwargs)))
+            inputs = (
+                [*find_tensors(args), *find_tensors(kwargs)] if kwargs else [*find_tensors(args)]
+            )
             versions = [x._version for x in inputs]
             precision = _current_precision(output)
             for place, tensor in enumerate(find_tensors(output)):
@@ -152,7 +154,7 @@ class _Heard:
 
     def inputs(self) -> list[Tensor]:
         """Return the tensors that the layer was called with."""
-        return list(find_tensors((self.args, self.kwargs)))
+        return [*find_tensors(self.args), *find_tensors(self.kwargs)]
 
     def call(self, names: tuple[str, ...], grad: Tensor) -> LayerCall:
         """Return the call, seen from its backward pass."""

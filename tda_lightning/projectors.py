@@ -12,6 +12,7 @@ machine, on every device, in every version.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +21,18 @@ import torch
 
 from tda_lightning.random_bits import buckets, sign_matrix, signs
 from tda_lightning.recipe import Block
-from tda_lightning.sketcher import BlockMap, ColumnMap, Hashed, SideBySide, Sketcher
+from tda_lightning.sketcher import (
+    BlockMap,
+    ColumnMap,
+    Hashed,
+    Multiplied,
+    SideBySide,
+    Sketcher,
+)
 
+# A model of so many parameters is taken whole: hashing a sample's gradient then takes 20 us at
+# most.
+_SMALL_MODEL = 2**16
 # Beyond this many hashed entries for each column of a row, a wider layer adds next to nothing.
 _ENTRIES_PER_COLUMN = 8
 
@@ -103,13 +114,41 @@ class CountSketch(Projector):
 
 
 @dataclass(frozen=True)
+class DenseProjection(Projector):
+    """Multiply whole gradients with a dense matrix of random signs: the slow reference.
+
+    The matrix holds ``dimension`` times as many numbers as the model; for small models and for
+    judging the other projectors only.
+
+    Attributes:
+        dimension: Length of a sketch row.
+        seed: Seed of the signs.
+    """
+
+    dimension: int = 1024
+    seed: int = 0
+
+    def _block_map(self, block: Block) -> BlockMap:
+        return BlockMap(block.rows, block.columns)
+
+    def _column_map(self, names: Sequence[str], sizes: Sequence[int]) -> ColumnMap:
+        return Multiplied(
+            [
+                sign_matrix(size, self.dimension, self.seed, f"{name}/dense")
+                for name, size in zip(names, sizes, strict=True)
+            ]
+        )
+
+
+@dataclass(frozen=True)
 class KroneckerCountSketch(Projector):
     """Shrink each layer's matrix, then hash all layers into one row: the default.
 
     Attributes:
         dimension: Length of a sketch row; less if the shrunk layers need fewer.
-        width: Side of a shrunk layer; by default 32, or less for models of many layers, whose
-            shrunk matrices fill the row several times over anyway.
+        width: Side of a shrunk layer. By default wide enough to take small models whole (shrinking
+            costs more accuracy than hashing does), else 32, or less for models of many layers,
+            whose shrunk matrices fill the row several times over anyway.
         seed: Seed of signs and hashes.
     """
 
@@ -121,6 +160,8 @@ class KroneckerCountSketch(Projector):
         """Choose the width, if it was left open: as wide as is of use, since width is time."""
         if self.width is not None:
             return self
+        if sum(block.size for block in blocks) <= _SMALL_MODEL:
+            return replace(self, width=math.isqrt(max(block.size for block in blocks)) + 1)
         matrices = sum(block.columns > 1 for block in blocks)
         fitting = [w for w in (32, 16) if matrices * w**2 <= _ENTRIES_PER_COLUMN * self.dimension]
         return replace(self, width=fitting[0] if fitting else 8)
@@ -133,7 +174,7 @@ class KroneckerCountSketch(Projector):
         return _hash_or_lay_out(names, sizes, self.dimension, self.seed)
 
 
-_PROJECTORS = (Identity, Kronecker, CountSketch, KroneckerCountSketch)
+_PROJECTORS = (Identity, Kronecker, CountSketch, KroneckerCountSketch, DenseProjection)
 
 
 def projector_from_dict(data: Mapping[str, str | int]) -> Projector:

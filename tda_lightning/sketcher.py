@@ -156,3 +156,19 @@ class Hashed(ColumnMap):
     def add_(self, rows: Float[Tensor, "n k"], block: int, values: Float[Tensor, "n m"]) -> None:
         """Add a block's values, signed, to the columns that the hash names."""
         rows.index_add_(1, self._buckets[block], values * self._signs[block])
+
+
+class Multiplied(ColumnMap):
+    """Every entry goes to every column, with a random weight."""
+
+    def __init__(self, matrices: Sequence[Tensor]) -> None:
+        self._matrices = matrices
+        self.dimension = matrices[0].shape[1]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
+        """Return the same matrices elsewhere."""
+        return Multiplied([matrix.to(device, dtype) for matrix in self._matrices])
+
+    def add_(self, rows: Float[Tensor, "n k"], block: int, values: Float[Tensor, "n m"]) -> None:
+        """Add a block's values, multiplied with its matrix."""
+        rows.addmm_(values, self._matrices[block])

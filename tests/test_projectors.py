@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from tda_lightning import CountSketch, Identity, Kronecker, KroneckerCountSketch
+from tda_lightning import (
+    CountSketch,
+    DenseProjection,
+    Identity,
+    Kronecker,
+    KroneckerCountSketch,
+)
 from tda_lightning.factors import Dense, GradientFactors, OneHot, Patches, WithOnes
 from tda_lightning.projectors import projector_from_dict
 from tda_lightning.recipe import Block
@@ -36,6 +42,7 @@ PROJECTORS = [
     Kronecker(width=7),
     CountSketch(dimension=31),
     KroneckerCountSketch(dimension=31, width=7),
+    DenseProjection(dimension=31),
 ]
 
 
@@ -74,8 +81,9 @@ def test_operands_project_as_if_written_down(operand):
         lambda seed: Kronecker(width=5, seed=seed),
         lambda seed: CountSketch(dimension=31, seed=seed),
         lambda seed: KroneckerCountSketch(dimension=31, width=5, seed=seed),
+        lambda seed: DenseProjection(dimension=31, seed=seed),
     ],
-    ids=["Kronecker", "CountSketch", "KroneckerCountSketch"],
+    ids=["Kronecker", "CountSketch", "KroneckerCountSketch", "DenseProjection"],
 )
 def test_inner_products_are_unbiased(make):
     one, other = random_matrices(0), random_matrices(1)
@@ -140,9 +148,14 @@ def test_a_sketch_is_never_longer_than_what_it_holds():
     assert bind(KroneckerCountSketch(dimension=10_000, width=7)).dimension == 49 + 17 + 33
 
 
+def test_small_models_are_taken_whole():
+    sketcher = bind(KroneckerCountSketch(dimension=31))
+    assert [block.size for block in sketcher._blocks] == [block.size for block in BLOCKS]
+
+
 @pytest.mark.parametrize(("layers", "width"), [(2, 32), (8, 32), (9, 16), (32, 16), (33, 8)])
 def test_the_width_is_chosen_from_the_number_of_layers(layers, width):
-    block = Block("a", "Linear", ("a",), ("a.weight",), 100, 100)
+    block = Block("a", "Linear", ("a",), ("a.weight",), 200, 200)
     chosen = KroneckerCountSketch(dimension=1024).chosen_for([block] * layers)
     assert chosen == KroneckerCountSketch(dimension=1024, width=width)
 

@@ -1,6 +1,8 @@
 """Stores: the contract, and what a folder on disk must survive besides."""
 
 import json
+import shutil
+import time
 from dataclasses import replace
 
 import h5py
@@ -46,16 +48,41 @@ def test_a_run_is_readable_while_it_is_recorded(tmp_path):
     assert all(map(same, HDF5Store.open(tmp_path / "run"), steps))
 
 
-def test_steps_are_sealed_when_they_are_large_or_old(tmp_path):
-    by_size = HDF5Store(tmp_path / "a", segment_bytes=15 * 4 * 3)
-    by_age = HDF5Store(tmp_path / "b", segment_seconds=0.0)
-    for store, expected in ((by_size, [0, 2, 3, 4]), (by_age, [1, 2, 3, 4])):
-        store.begin(RECIPE)
-        lengths = []
-        for step in make_steps(4):
-            store.append(step)
-            lengths.append(len(store))
-        assert lengths == expected
+def written(path, count):
+    """Return how many steps are on disk, once there are ``count`` or after five seconds."""
+    deadline = time.monotonic() + 5
+    while len(HDF5Store.open(path)) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return len(HDF5Store.open(path))
+
+
+def test_steps_are_written_in_the_background_when_they_are_large(tmp_path):
+    store = HDF5Store(tmp_path / "run", segment_bytes=15 * 4 * 4)  # Room for four visits.
+    store.begin(RECIPE)
+    one, two, three, four = make_steps(4)
+    store.append(one)
+    store.append(two)
+    store.append(three)
+    assert written(tmp_path / "run", 2) == 2
+    store.append(four)
+    assert written(tmp_path / "run", 4) == 4
+    assert all(map(same, HDF5Store.open(tmp_path / "run"), [one, two, three, four]))
+
+
+def test_steps_are_written_in_the_background_when_they_are_old(tmp_path):
+    store = HDF5Store(tmp_path / "run", segment_seconds=0.0)
+    store.begin(RECIPE)
+    for count, step in enumerate(make_steps(3)):
+        store.append(step)
+        assert written(tmp_path / "run", count + 1) == count + 1
+
+
+def test_an_error_while_writing_is_raised_and_not_lost(tmp_path):
+    store = filled(HDF5Store(tmp_path / "run"), make_steps(2))
+    shutil.rmtree(tmp_path / "run")
+    store.append(make_steps(3)[2])
+    with pytest.raises(FileNotFoundError):
+        store.seal()
 
 
 def test_half_written_segments_are_invisible(tmp_path, monkeypatch):

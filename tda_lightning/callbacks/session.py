@@ -5,7 +5,7 @@ Micro-batches wait here until the optimizer step that they join.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,6 +75,7 @@ class Session:
         self._current: tuple[Int[Tensor, " n"], float] | None = None
         self._pending: list[_Visits] = []
         self._facts: _Facts | None = None
+        self._probes: list[Parameter] = []
 
     def start_batch(self, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Expect the forward pass of a batch.
@@ -106,7 +107,8 @@ class Session:
         if not self._pending:
             return
         audited = self._start_audit() if self._is_audit_due() else None
-        probe = _smallest_with_gradient(optimizer)
+        self._probes = self._probes or _by_size(optimizer)
+        probe = _smallest_with_gradient(self._probes)
         self._facts = _Facts(
             index=index,
             epoch=epoch,
@@ -124,17 +126,18 @@ class Session:
         facts, visits = self._facts, self._pending
         self._facts, self._pending = None, []
         self._steps += 1
-        clipped = _clip_coefficient(facts).cpu()
+        clipped = float(_clip_coefficient(facts))
         weights = [torch.full((len(one.sample_ids),), one.weight) for one in visits]
-        sketch = torch.cat([one.rows for one in visits]).cpu()
+        sketch = torch.cat([one.rows for one in visits]) if len(visits) > 1 else visits[0].rows
+        sketch = (sketch if clipped == 1 else sketch * clipped).cpu()
         return Step(
             index=facts.index,
             epoch=facts.epoch,
             optimizer=facts.optimizer,
             groups=facts.groups,
             sample_ids=torch.cat([one.sample_ids for one in visits]),
-            weights=torch.cat(weights) * clipped.float(),
-            sketch=sketch * clipped.to(sketch.dtype),
+            weights=torch.cat(weights) * clipped,
+            sketch=sketch,
             audit=None if facts.audited is None else self._finish_audit(facts.audited),
         )
 
@@ -165,13 +168,17 @@ class Session:
             self._current = None
 
 
-def _smallest_with_gradient(optimizer: Optimizer) -> Parameter | None:
+def _smallest_with_gradient(parameters: Iterable[Parameter]) -> Parameter | None:
     """Choose a gradient that is cheap to watch; clipping by norm scales all alike."""
-    parameters: list[Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in sorted(parameters, key=lambda one: int(one.numel())):
+    for parameter in parameters:
         if parameter.grad is not None and bool(parameter.grad.any()):
             return parameter
     return None
+
+
+def _by_size(optimizer: Optimizer) -> list[Parameter]:
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    return sorted(parameters, key=lambda one: int(one.numel()))
 
 
 def _gradient_norm(parameter: Parameter) -> Tensor:

@@ -32,14 +32,14 @@ def encode(
         return rows.numpy(), np.ones(len(rows))
     if storage == "bfloat16":  # HDF5 has no such type: the bits are kept as integers.
         return rows.to(torch.bfloat16).view(torch.int16).numpy(), np.ones(len(rows))
-    largest = rows.double().abs().amax(dim=1)
+    largest = rows.abs().amax(dim=1)
     scales = torch.where(largest == 0, 1.0, largest)
     parts = rows / scales[:, None]
     if storage == "float16":
-        return parts.to(torch.float16).numpy(), scales.numpy()
+        return parts.to(torch.float16).numpy(), scales.double().numpy()
     # A row that is not finite has no finite scale either, and comes back as it was: not finite.
     steps = (parts * _INT8_LIMIT).nan_to_num().round().to(torch.int8)
-    return steps.numpy(), (scales / _INT8_LIMIT).numpy()
+    return steps.numpy(), (scales.double() / _INT8_LIMIT).numpy()
 
 
 def decode(

@@ -6,6 +6,9 @@ import bisect
 import itertools
 import json
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from tda_lightning.recipe import Recipe
 from tda_lightning.step import Audit, Step
+from tda_lightning.stores.buffer import StepBuffer
 from tda_lightning.stores.encoding import Storage
 from tda_lightning.stores.segments import Segment, make_durable, write_segment
 from tda_lightning.stores.store import WritableStore
@@ -45,19 +49,20 @@ class HDF5Store(WritableStore):
         path: str | Path,
         *,
         storage: Storage = "as computed",
-        segment_bytes: int = 64 * 2**20,
+        segment_bytes: int = 16 * 2**20,
         segment_seconds: float = 20.0,
     ) -> None:
         self.path = Path(path)
         self._storage = storage
-        self._segment_bytes = segment_bytes
         self._segment_seconds = segment_seconds
         self._recipe: Recipe | None = None
         self._segments: list[Segment] = []
         self._starts: list[int] = []
+        self._count = 0
+        self._writing: Future[Segment] | None = None
         self._block: tuple[int, list[Step]] = (0, [])
-        self._buffer: list[Step] = []
-        self._buffered_bytes = 0
+        # One buffer fills while the other is being written.
+        self._buffer, self._spare = StepBuffer(segment_bytes), StepBuffer(segment_bytes)
         self._buffered_since = 0.0
 
     @classmethod
@@ -72,6 +77,7 @@ class HDF5Store(WritableStore):
         store._recipe = _read_recipe(store.path)
         for file in sorted(store.path.glob(_SEGMENTS)):
             store._add_segment(Segment(file))
+        store._count = len(store._segments)
         return store
 
     @property
@@ -116,10 +122,10 @@ class HDF5Store(WritableStore):
             raise FileExistsError(_what_is_in_the_way(self.path))
         self.path.mkdir(parents=True, exist_ok=True)
         document = {"format": FORMAT, "version": FORMAT_VERSION, "recipe": recipe.to_dict()}
-        partial = self.path / f".{_RECIPE}.partial"
-        partial.write_text(json.dumps(document, indent=1))
-        make_durable(partial)
-        partial.replace(self.path / _RECIPE)
+        unfinished = self.path / f".{_RECIPE}.partial"
+        unfinished.write_text(json.dumps(document, indent=1))
+        make_durable(unfinished)
+        unfinished.replace(self.path / _RECIPE)
         make_durable(self.path)
         self._recipe = recipe
 
@@ -131,30 +137,39 @@ class HDF5Store(WritableStore):
         for file in sorted(self._files(), key=lambda file: file.name == _RECIPE):
             file.unlink()
         self._recipe = None
-        self._segments, self._starts, self._block = [], [], (0, [])
-        self._buffer, self._buffered_bytes = [], 0
+        self._segments, self._starts, self._block, self._count = [], [], (0, []), 0
+        self._buffer.clear()
 
     def append(self, step: Step) -> None:
         """Add a step; it is sealed with others, now and then."""
-        if self._buffer and len(self._buffer[0].groups) != len(step.groups):
-            self.seal()
-        if not self._buffer:
+        if not self._buffer.has_room_for(step):
+            self._start_writing()
+        if not self._buffer.steps:
             self._buffered_since = time.monotonic()
-        self._buffer.append(step)
-        self._buffered_bytes += step.sketch.nbytes
+        self._buffer.add(step)
         age = time.monotonic() - self._buffered_since
-        if self._buffered_bytes >= self._segment_bytes or age >= self._segment_seconds:
-            self.seal()
+        if self._buffer.is_full() or age >= self._segment_seconds:
+            self._start_writing()
 
     def seal(self) -> None:
         """Write the buffered steps to a new segment, and wait until they are on disk."""
-        if not self._buffer:
-            return
-        file = self.path / f"segment-{len(self._segments):06d}.h5"
-        write_segment(file, self._buffer, self._storage)
-        self._buffer = []
-        self._buffered_bytes = 0
-        self._add_segment(Segment(file))
+        if self._buffer.steps:
+            self._start_writing()
+        self._finish_writing()
+
+    def _start_writing(self) -> None:
+        """Let the buffered steps be written while training goes on: one segment at a time."""
+        self._finish_writing()
+        file = self.path / f"segment-{self._count:06d}.h5"
+        self._writing = _in_background(partial(_write, file, self._buffer.steps, self._storage))
+        self._count += 1
+        self._buffer, self._spare = self._spare, self._buffer
+        self._buffer.clear()
+
+    def _finish_writing(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._add_segment(writing.result())
 
     def _add_segment(self, segment: Segment) -> None:
         self._starts.append(len(self))
@@ -163,6 +178,19 @@ class HDF5Store(WritableStore):
     def _files(self) -> list[Path]:
         patterns = (_SEGMENTS, _PARTIAL, _RECIPE)
         return list(itertools.chain.from_iterable(self.path.glob(one) for one in patterns))
+
+
+def _write(file: Path, steps: list[Step], storage: Storage) -> Segment:
+    write_segment(file, steps, storage)
+    return Segment(file)
+
+
+def _in_background(work: Callable[[], Segment]) -> Future[Segment]:
+    """Start the work in a thread; its result, or its error, waits in the future."""
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tda_lightning")
+    future = executor.submit(work)
+    executor.shutdown(wait=False)
+    return future
 
 
 def _read_recipe(path: Path) -> Recipe:

@@ -33,10 +33,15 @@ def write_segment(path: Path, steps: Sequence[Step], storage: Storage) -> None:
         storage: Number format of the rows.
     """
     partial = path.with_name(f".{path.name}.partial")
+    encoded = [encode(step.sketch, storage) for step in steps]
     with h5py.File(partial, "w") as file:
         _write_steps(file.create_group("steps"), steps)
-        _write_visits(file.create_group("visits"), steps, storage)
         _write_audits(file.create_group("audits"), steps)
+        _write_visits(file.create_group("visits"), steps)
+        file["visits"].attrs["storage"] = storage
+        file["visits/scale"] = np.concatenate([scales for _, scales in encoded])
+        offset = _reserve(file["visits"], "sketch", [rows for rows, _ in encoded])
+    _fill(partial, offset, [rows for rows, _ in encoded])
     make_durable(partial)
     partial.replace(path)
     make_durable(path.parent)
@@ -62,13 +67,32 @@ def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
         group[name] = hyper[:, :, number]
 
 
-def _write_visits(group: h5py.Group, steps: Sequence[Step], storage: Storage) -> None:
+def _write_visits(group: h5py.Group, steps: Sequence[Step]) -> None:
     group["sample_id"] = torch.cat([step.sample_ids for step in steps]).numpy()
     group["weight"] = torch.cat([step.weights for step in steps]).numpy()
-    rows, scales = encode(torch.cat([step.sketch for step in steps]), storage)
-    group["sketch"] = rows
-    group["scale"] = scales
-    group.attrs["storage"] = storage
+
+
+def _reserve(group: h5py.Group, name: str, arrays: Sequence[np.ndarray]) -> int:
+    """Make a contiguous dataset for the arrays' rows; return where in the file it begins."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    shape = (sum(len(array) for array in arrays), arrays[0].shape[1])
+    dtype, space = h5py.h5t.py_create(arrays[0].dtype), h5py.h5s.create_simple(shape)
+    dataset = h5py.h5d.create(group.id, name.encode(), dtype, space, properties)
+    offset: int = dataset.get_offset()
+    return offset
+
+
+def _fill(path: Path, offset: int, arrays: Sequence[np.ndarray]) -> None:
+    # Past HDF5, which would want one copy of all rows first, and hold Python's lock while it writes
+    # (0.6 ms a step beside a training step of 0.8 ms).
+    with path.open("r+b", buffering=0) as file:
+        file.seek(offset)
+        for array in arrays:
+            left = np.ascontiguousarray(array).data.cast("B")
+            while left:
+                left = left[file.write(left) :]
 
 
 def _write_audits(group: h5py.Group, steps: Sequence[Step]) -> None:
