@@ -33,8 +33,10 @@ class Operand(ABC):
         """Write the operand down."""
 
     @abstractmethod
-    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
-        """Multiply from the right, in the number format of ``matrix``."""
+    def project(
+        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
+    ) -> Float[Tensor, "n s w"]:
+        """Multiply from the right, in the number format of ``matrix``, and add ``offset``."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,11 @@ class Dense(Operand):
         """Return the values."""
         return self.values.to(dtype)
 
-    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
-        """Multiply from the right."""
-        return self.values.to(matrix.dtype) @ matrix
+    def project(
+        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
+    ) -> Float[Tensor, "n s w"]:
+        """Multiply from the right and add, in one go."""
+        return functional.linear(self.values.to(matrix.dtype), matrix.mT, offset)
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,12 @@ class OneHot(Operand):
         """Write the zeros and ones down."""
         return functional.one_hot(self.indices, self.size).to(dtype)
 
-    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
+    def project(
+        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
+    ) -> Float[Tensor, "n s w"]:
         """Look the rows of ``matrix`` up."""
-        return matrix[self.indices]
+        found = matrix[self.indices]
+        return found if offset is None else found + offset
 
 
 @dataclass(frozen=True)
@@ -110,12 +117,15 @@ class GroupedDense(Operand):
         """Write the zeros down."""
         return self.project(torch.eye(self.values.shape[2], dtype=dtype, device=self.values.device))
 
-    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
+    def project(
+        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
+    ) -> Float[Tensor, "n s w"]:
         """Multiply each group with its part of ``matrix``."""
         n, s, d = self.values.shape
         values = self.values.to(matrix.dtype).reshape(n, s, self.groups, d // self.groups)
         parts = matrix.reshape(self.groups, d // self.groups, -1)
-        return torch.einsum("nsgd,gdw->ngsw", values, parts).flatten(1, 2)
+        projected = torch.einsum("nsgd,gdw->ngsw", values, parts).flatten(1, 2)
+        return projected if offset is None else projected + offset
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,9 @@ class Patches(Operand):
         size = self.images.shape[1] // self.groups * math.prod(self.kernel_size)
         return self.project(torch.eye(size, dtype=dtype, device=self.images.device))
 
-    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
+    def project(
+        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
+    ) -> Float[Tensor, "n s w"]:
         """Convolve with the columns of ``matrix`` as filters, the same ones in every group."""
         channels = self.images.shape[1] // self.groups
         filters = matrix.mT.reshape(matrix.shape[1], channels, *self.kernel_size)
@@ -158,6 +170,7 @@ class Patches(Operand):
         maps = convolve(
             self.images.to(matrix.dtype),
             filters.repeat(self.groups, *[1] * (filters.ndim - 1)),
+            None if offset is None else offset.repeat(self.groups),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -191,9 +204,12 @@ class WithOnes(Operand):
         """Write the operand and the ones down."""
         return functional.pad(self.operand.dense(dtype), (0, 1), value=1.0)
 
-    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
+    def project(
+        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
+    ) -> Float[Tensor, "n s w"]:
         """Multiply from the right; the ones add the last row of ``matrix``."""
-        return self.operand.project(matrix[:-1]) + matrix[-1]
+        last = matrix[-1] if offset is None else matrix[-1] + offset
+        return self.operand.project(matrix[:-1], last)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,14 @@ from tda_lightning import (
     Kronecker,
     KroneckerCountSketch,
 )
-from tda_lightning.factors import Dense, GradientFactors, OneHot, Patches, WithOnes
+from tda_lightning.factors import (
+    Dense,
+    GradientFactors,
+    GroupedDense,
+    OneHot,
+    Patches,
+    WithOnes,
+)
 from tda_lightning.projectors import projector_from_dict
 from tda_lightning.recipe import Block
 
@@ -65,6 +72,7 @@ def test_factors_and_matrices_are_sketched_alike(projector):
         Patches(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2), (1, 0)),
         WithOnes(Patches(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2), (1, 0))),
         WithOnes(OneHot(torch.tensor([[0, 4, 4], [2, 1, 0]]), 5)),
+        WithOnes(GroupedDense(torch.randn(2, 3, 6).double(), 2)),
     ],
     ids=lambda operand: type(operand).__name__,
 )
@@ -73,6 +81,8 @@ def test_operands_project_as_if_written_down(operand):
     matrix = torch.randn(dense.shape[-1], 7).double()
     assert operand.n == len(dense)
     torch.testing.assert_close(operand.project(matrix), dense @ matrix)
+    offset = torch.randn(7).double()
+    torch.testing.assert_close(operand.project(matrix, offset), dense @ matrix + offset)
 
 
 @pytest.mark.parametrize(
