@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tda_lightning.factors import GradientFactors
 from tda_lightning.layers.rule import LayerCall, as_column, layer_rule, one_column
@@ -55,26 +56,18 @@ def _group_norm(call: LayerCall) -> GradientFactors:
 @layer_rule(nn.BatchNorm1d, layout=as_column)
 @layer_rule(nn.BatchNorm2d, layout=as_column)
 @layer_rule(nn.BatchNorm3d, layout=as_column)
-def _batch_norm(call: LayerCall) -> GradientFactors:
-    module, grad, x = call.module, call.grad, call.input
-    if module.training or module.running_mean is None:
-        normalized = functional.batch_norm(x, None, None, training=True, eps=module.eps)
-    else:
-        mean, variance = module.running_mean, module.running_var
-        normalized = functional.batch_norm(x, mean, variance, eps=module.eps)
-    return _scale_and_shift(call, _per_channel(grad * normalized), _per_channel(grad))
-
-
 @layer_rule(nn.InstanceNorm1d, layout=as_column)
 @layer_rule(nn.InstanceNorm2d, layout=as_column)
 @layer_rule(nn.InstanceNorm3d, layout=as_column)
-def _instance_norm(call: LayerCall) -> GradientFactors:
+def _batch_or_instance_norm(call: LayerCall) -> GradientFactors:
     module, grad, x = call.module, call.grad, call.input
-    if module.training or module.running_mean is None:
-        normalized = functional.instance_norm(x, eps=module.eps)
-    else:
+    if not module.training and module.running_mean is not None:
         mean, variance = module.running_mean, module.running_var
         normalized = functional.batch_norm(x, mean, variance, eps=module.eps)
+    elif isinstance(module, _BatchNorm):
+        normalized = functional.batch_norm(x, None, None, training=True, eps=module.eps)
+    else:
+        normalized = functional.instance_norm(x, eps=module.eps)
     return _scale_and_shift(call, _per_channel(grad * normalized), _per_channel(grad))
 
 
