@@ -425,6 +425,22 @@ def test_batch_norm_is_recorded_as_the_batch_saw_it(norm):
     torch.testing.assert_close(store[0].sketch[:, :10], torch.cat(expected, dim=1))
 
 
+@pytest.mark.parametrize("batch_size", [5, 11], ids=["other than", "as many as"])
+def test_positions_are_never_taken_for_samples(batch_size):
+    class Positions(Tokens):
+        def __init__(self):
+            super().__init__(None)
+            self.positions = nn.Embedding(11, 7)
+
+        def forward(self, tokens):
+            found = self.embed(tokens) + self.positions(torch.arange(11))
+            return self.head(self.norm(found).mean(dim=-2))
+
+    data = loader(data_of(TOKENS), batch_size)
+    with pytest.raises(ValueError, match=r"positions, it seems|net.positions.*in a batch of 5"):
+        quiet_trainer(GradientRecorder(MemoryStore())).fit(Plain(Positions()), data)
+
+
 def test_outputs_that_depend_on_each_other_are_refused():
     recorder = GradientRecorder(MemoryStore(), projector=Identity())
     with pytest.raises(ValueError, match=r"Bare `net.bare` is not its gradient"):
