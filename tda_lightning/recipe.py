@@ -79,6 +79,9 @@ class Recipe:
         dtype: Number format of the rows.
         reduction: How the training loss combines samples; visits weigh 1/n under ``"mean"``.
         batch_dims: Axis of the samples in layers whose names match a pattern, where not 0.
+        preconditioner: Whose coordinates the rows are in: the optimizer's, or nobody's. The factors
+            stand in the steps at which they change.
+        curvature: Whether steps hold rows of sampled labels.
         every_n_steps: Stride; one recorded step stands for this many.
         train_ids: Half-open ranges of the ids in the training set, or ``None`` if it is not known.
         model: Class name of the model.
@@ -92,6 +95,8 @@ class Recipe:
     dtype: Literal["float32", "float64"] = "float32"
     reduction: Literal["mean", "sum"] = "mean"
     batch_dims: Mapping[str, int] = field(default_factory=dict)
+    preconditioner: Literal["optimizer", "none"] = "none"
+    curvature: Literal["fisher", "none"] = "none"
     every_n_steps: int = 1
     train_ids: tuple[tuple[int, int], ...] | None = None
     model: str = ""

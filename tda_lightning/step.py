@@ -2,7 +2,7 @@
 
 A step holds one *visit* per sample that took part in it: the sample's id, its weight in the loss,
 and its sketch row. Rows are as-applied contributions: together they sum to the sketch of the
-gradient that the optimizer used.
+gradient that the optimizer used. What is known of the loss's curvature stands beside them.
 """
 
 from __future__ import annotations
@@ -66,6 +66,24 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class Preconditioner:
+    r"""What rows are multiplied by before they are sketched: the coordinates of an optimizer.
+
+    Entry :math:`(i, j)` of a block's gradient matrix is multiplied by ``rows[i] * columns[j]`` of
+    that block. An Adam-like optimizer moves along :math:`P g` with a diagonal :math:`P`; in the
+    coordinates :math:`P^{1/2} g` it is plain gradient descent, and inner products of rows are
+    :math:`\langle g, P g' \rangle`.
+
+    Attributes:
+        rows: Factors of the rows of every block, one block after the other.
+        columns: Factors of the columns of every block, one block after the other.
+    """
+
+    rows: Float[Tensor, " all_rows"]
+    columns: Float[Tensor, " all_columns"]
+
+
+@dataclass(frozen=True)
 class Step:
     """One optimizer step and the visits that made it.
 
@@ -78,6 +96,16 @@ class Step:
         weights: Weight of each visit in the step's loss, 1/n for a mean, shape ``(n,)``.
         sketch: One row per visit, shape ``(n, k)``.
         audit: What an audit of this step found, if there was one.
+        terms: Number of loss terms (tokens, say) that each visit's loss is the mean of, if known,
+            shape ``(n,)``.
+        curvature: What makes ``row row^T / weight * terms`` as large as the curvature of the
+            visit's loss: p / (1 - p) of the label for cross-entropy, 1 / (2 r^2) of the residual
+            for squared error, if known; shape ``(n,)``.
+        curvature_rows: Rows from labels drawn from the model's own predictions, scaled so that
+            their outer products sum, on average, to the Gauss-Newton matrix of the step's loss, if
+            recorded; shape ``(m, k)``.
+        preconditioner: The coordinates of this step's rows and of those to come, if they change
+            with it.
     """
 
     index: int
@@ -88,6 +116,10 @@ class Step:
     weights: Float[Tensor, " n"]
     sketch: Float[Tensor, "n k"]
     audit: Audit | None = None
+    terms: Float[Tensor, " n"] | None = None
+    curvature: Float[Tensor, " n"] | None = None
+    curvature_rows: Float[Tensor, "m k"] | None = None
+    preconditioner: Preconditioner | None = None
 
     @property
     def lr(self) -> float:

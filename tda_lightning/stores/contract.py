@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tda_lightning.recipe import Block, Recipe
-from tda_lightning.step import Audit, ParameterGroup, Step
+from tda_lightning.step import Audit, ParameterGroup, Preconditioner, Step
 from tda_lightning.stores.store import WritableStore
 
 RECIPE = Recipe(
@@ -50,11 +51,17 @@ def make_steps(count: int, *, groups: int = 1) -> list[Step]:
 
 def same(one: Step, other: Step) -> bool:
     """Say whether two steps hold the same."""
-    tensors = ("sample_ids", "weights", "sketch")
+    tensors = ("sample_ids", "weights", "sketch", "terms", "curvature", "curvature_rows")
     facts = ("index", "epoch", "optimizer", "groups")
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors) and all(
+    return all(_equal(getattr(one, name), getattr(other, name)) for name in tensors) and all(
         getattr(one, name) == getattr(other, name) for name in facts
     )
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 def filled(store: WritableStore, steps: Sequence[Step]) -> WritableStore:
@@ -99,6 +106,35 @@ class StoreContract(ABC):
         steps = [*make_steps(3), *make_steps(3, groups=2)]
         store = filled(self.make(tmp_path), steps)
         assert [len(step.groups) for step in store] == [1, 1, 1, 2, 2, 2]
+
+    def test_what_is_known_of_the_curvature_comes_back(self, tmp_path: Path) -> None:
+        """In the steps that know it, and in no other."""
+        steps = make_steps(5)
+        rows = torch.arange(30.0).reshape(2, 15)
+        steps[1] = replace(steps[1], terms=torch.tensor([1.0, 3.0]), curvature=torch.ones(2))
+        steps[3] = replace(steps[3], curvature_rows=rows)
+        steps[4] = replace(steps[4], curvature_rows=2 * rows[:1], terms=torch.ones(5))
+        store = filled(self.make(tmp_path), steps)
+        assert all(same(a, b) for a, b in zip(store, steps, strict=True))
+
+    def test_the_coordinates_of_a_step_are_the_last_that_began(self, tmp_path: Path) -> None:
+        """Also if that was in an earlier segment, or before the slice that is looked at."""
+        first, second = (
+            Preconditioner(torch.full((3,), value), torch.full((5,), value)) for value in (2.0, 3.0)
+        )
+        steps = make_steps(7)
+        steps[1] = replace(steps[1], preconditioner=first)
+        steps[5] = replace(steps[5], preconditioner=second)
+        store = filled(self.make(tmp_path), steps)
+        found = [store.preconditioner(position) for position in range(7)]
+        assert found[0] is None
+        assert [float(one.rows[0]) for one in found[1:] if one] == [2.0] * 4 + [3.0] * 2
+        assert [one.columns.shape for one in found[1:] if one] == [(5,)] * 6
+        in_slice, at_end = store[2:4].preconditioner(), store.preconditioner()
+        assert in_slice is not None
+        assert torch.equal(in_slice.rows, first.rows)
+        assert at_end is not None
+        assert torch.equal(at_end.rows, second.rows)
 
     def test_audits_come_back_with_their_steps(self, tmp_path: Path) -> None:
         """Some steps have one, most have none."""

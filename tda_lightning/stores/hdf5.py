@@ -16,14 +16,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.recipe import Recipe
-from tda_lightning.step import Audit, Step
+from tda_lightning.step import Audit, Preconditioner, Step
 from tda_lightning.stores.buffer import StepBuffer
 from tda_lightning.stores.encoding import Storage
 from tda_lightning.stores.segments import Segment, make_durable, write_segment
 from tda_lightning.stores.store import WritableStore
 
 FORMAT = "tda_lightning"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _RECIPE = "recipe.json"
 _SEGMENTS = "segment-*.h5"
 _PARTIAL = ".*.partial"
@@ -111,6 +111,15 @@ class HDF5Store(WritableStore):
         parts = [segment.visited_ids() for segment in self._segments]
         ids: Tensor = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *parts]))
         return ids
+
+    def preconditioner(self, position: int = -1) -> Preconditioner | None:
+        """Return the coordinates of the rows of a step, without reading any sketch."""
+        place = range(len(self))[position]
+        for start, segment in zip(reversed(self._starts), reversed(self._segments), strict=True):
+            found = segment.preconditioner(place - start)
+            if found is not None:
+                return found
+        return None
 
     def audits(self) -> list[Audit]:
         """Return what the audits of the run found, without reading any sketch."""
@@ -205,10 +214,11 @@ def _read_recipe(path: Path) -> Recipe:
             f"found {_describe(path)}. Correct the path."
         )
     document = json.loads((path / _RECIPE).read_text())
-    if document.get("format") != FORMAT or document.get("version", 0) > FORMAT_VERSION:
+    if document.get("format") != FORMAT or document.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"`{path}` is in format {document.get('format')!r}, version {document.get('version')}; "
-            f"expected {FORMAT!r}, version {FORMAT_VERSION} or older. Update tda_lightning."
+            f"expected {FORMAT!r}, version {FORMAT_VERSION}. Read it with the version of tda_lightning "
+            "that wrote it."
         )
     return Recipe.from_dict(document["recipe"])
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.step import Audit, ParameterGroup, Step
+from tda_lightning.step import Audit, ParameterGroup, Preconditioner, Step
 from tda_lightning.stores.encoding import Storage, decode, encode
 
 _GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
@@ -33,15 +33,20 @@ def write_segment(path: Path, steps: Sequence[Step], storage: Storage) -> None:
         storage: Number format of the rows.
     """
     partial = path.with_name(f".{path.name}.partial")
-    encoded = [encode(step.sketch, storage) for step in steps]
+    sketches = [encode(step.sketch, storage) for step in steps]
+    curvature = [encode(_curvature_rows(step), storage) for step in steps]
     with h5py.File(partial, "w") as file:
         _write_steps(file.create_group("steps"), steps)
         _write_audits(file.create_group("audits"), steps)
+        _write_preconditioners(file.create_group("preconditioners"), steps)
         _write_visits(file.create_group("visits"), steps)
-        file["visits"].attrs["storage"] = storage
-        file["visits/scale"] = np.concatenate([scales for _, scales in encoded])
-        offset = _reserve(file["visits"], "sketch", [rows for rows, _ in encoded])
-    _fill(partial, offset, [rows for rows, _ in encoded])
+        places = [
+            _write_rows(file["visits"], sketches, storage),
+            _write_rows(file.create_group("curvature"), curvature, storage),
+        ]
+        file["curvature/offset"] = np.cumsum([0, *(len(rows) for rows, _ in curvature)])
+    for place, encoded in zip(places, (sketches, curvature), strict=True):
+        _fill(partial, place, [rows for rows, _ in encoded])
     make_durable(partial)
     partial.replace(path)
     make_durable(path.parent)
@@ -70,6 +75,40 @@ def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
 def _write_visits(group: h5py.Group, steps: Sequence[Step]) -> None:
     group["sample_id"] = torch.cat([step.sample_ids for step in steps]).numpy()
     group["weight"] = torch.cat([step.weights for step in steps]).numpy()
+    for name in ("terms", "curvature"):
+        group[name] = torch.cat([_or_unknown(step, name) for step in steps]).numpy()
+
+
+def _or_unknown(step: Step, name: str) -> Tensor:
+    known: Tensor | None = getattr(step, name)
+    return torch.full((len(step.sample_ids),), torch.nan) if known is None else known.float()
+
+
+def _curvature_rows(step: Step) -> Tensor:
+    return step.sketch[:0] if step.curvature_rows is None else step.curvature_rows
+
+
+def _write_rows(
+    group: h5py.Group, encoded: Sequence[tuple[np.ndarray, np.ndarray]], storage: Storage
+) -> int:
+    group.attrs["storage"] = storage
+    group["scale"] = np.concatenate([scales for _, scales in encoded])
+    return _reserve(group, "sketch", [rows for rows, _ in encoded])
+
+
+def _write_preconditioners(group: h5py.Group, steps: Sequence[Step]) -> None:
+    found = [(n, one) for n, step in enumerate(steps) if (one := step.preconditioner) is not None]
+    group["step"] = np.array([place for place, _ in found], dtype=np.int64)
+    for name in ("rows", "columns"):
+        group[name] = np.array([getattr(one, name).numpy() for _, one in found])
+
+
+def _read_preconditioners(group: h5py.Group) -> dict[int, Preconditioner]:
+    rows, columns = torch.from_numpy(group["rows"][:]), torch.from_numpy(group["columns"][:])
+    return {
+        int(place): Preconditioner(rows[number], columns[number])
+        for number, place in enumerate(group["step"][:])
+    }
 
 
 def _reserve(group: h5py.Group, name: str, arrays: Sequence[np.ndarray]) -> int:
@@ -80,8 +119,8 @@ def _reserve(group: h5py.Group, name: str, arrays: Sequence[np.ndarray]) -> int:
     shape = (sum(len(array) for array in arrays), arrays[0].shape[1])
     dtype, space = h5py.h5t.py_create(arrays[0].dtype), h5py.h5s.create_simple(shape)
     dataset = h5py.h5d.create(group.id, name.encode(), dtype, space, properties)
-    offset: int = dataset.get_offset()
-    return offset
+    offset: int | None = dataset.get_offset()
+    return offset or 0  # Nothing is allocated for no rows.
 
 
 def _fill(path: Path, offset: int, arrays: Sequence[np.ndarray]) -> None:
@@ -89,7 +128,7 @@ def _fill(path: Path, offset: int, arrays: Sequence[np.ndarray]) -> None:
     # (0.6 ms a step beside a training step of 0.8 ms).
     with path.open("r+b", buffering=0) as file:
         file.seek(offset)
-        for array in arrays:
+        for array in filter(len, arrays):
             left = np.ascontiguousarray(array).data.cast("B")
             while left:
                 left = left[file.write(left) :]
@@ -135,6 +174,8 @@ class Segment:
             self._optimizer = steps["optimizer"].asstr()[:].tolist()
             self._hyper = np.stack([steps[name][:] for name in _GROUP_FIELDS], axis=-1).tolist()
             self._audits = _read_audits(file["audits"])
+            self._preconditioners = _read_preconditioners(file["preconditioners"])
+            self._curvature_offset = file["curvature/offset"][:].tolist()
             row_bytes = file["visits/sketch"].dtype.itemsize * file["visits/sketch"].shape[1]
         self._blocks = _split(self._offset, max(1, _BLOCK_BYTES // row_bytes))
 
@@ -156,27 +197,66 @@ class Segment:
             ids: Tensor = torch.unique(torch.from_numpy(file["visits/sample_id"][:]))
         return ids
 
+    def preconditioner(self, position: int) -> Preconditioner | None:
+        """Return the last one that began at this position or before it, in this segment."""
+        begun = [place for place in self._preconditioners if place <= position]
+        return self._preconditioners[max(begun)] if begun else None
+
     def read(self, positions: range) -> list[Step]:
         """Read consecutive steps; their tensors share one piece of memory."""
-        first, last = self._offset[positions.start], self._offset[positions.stop]
+        visits, curvature = self._offset, self._curvature_offset
         with h5py.File(self._path, "r") as file:
-            visits = file["visits"]
-            ids = torch.from_numpy(visits["sample_id"][first:last])
-            weights = torch.from_numpy(visits["weight"][first:last])
-            scales = visits["scale"][first:last]
-            sketch = decode(visits["sketch"][first:last], scales, visits.attrs["storage"])
-        steps = []
-        for position in positions:
-            rows = slice(self._offset[position] - first, self._offset[position + 1] - first)
-            steps.append(self._step(position, ids[rows], weights[rows], sketch[rows]))
-        return steps
+            columns = _read_columns(file["visits"], _span(visits, positions))
+            columns["sketch"] = _read_rows(file["visits"], _span(visits, positions))
+            sampled = _read_rows(file["curvature"], _span(curvature, positions))
+        return [
+            self._step(
+                place,
+                {name: _part(values, visits, positions, place) for name, values in columns.items()},
+                _part(sampled, curvature, positions, place),
+            )
+            for place in positions
+        ]
 
-    def _step(self, position: int, ids: Tensor, weights: Tensor, sketch: Tensor) -> Step:
-        groups = tuple(ParameterGroup(*values) for values in self._hyper[position])
-        optimizer = self._optimizer[position]
-        index, epoch = self._index[position], self._epoch[position]
-        audit = self._audits.get(position)
-        return Step(index, epoch, optimizer, groups, ids, weights, sketch, audit)
+    def _step(self, place: int, columns: dict[str, Tensor], sampled: Tensor) -> Step:
+        return Step(
+            index=self._index[place],
+            epoch=self._epoch[place],
+            optimizer=self._optimizer[place],
+            groups=tuple(ParameterGroup(*values) for values in self._hyper[place]),
+            sample_ids=columns["sample_id"],
+            weights=columns["weight"],
+            sketch=columns["sketch"],
+            audit=self._audits.get(place),
+            terms=_if_known(columns["terms"]),
+            curvature=_if_known(columns["curvature"]),
+            curvature_rows=sampled if len(sampled) else None,
+            preconditioner=self._preconditioners.get(place),
+        )
+
+
+_COLUMNS = ("sample_id", "weight", "terms", "curvature")
+
+
+def _span(offset: Sequence[int], positions: range) -> slice:
+    return slice(offset[positions.start], offset[positions.stop])
+
+
+def _part(values: Tensor, offset: Sequence[int], positions: range, place: int) -> Tensor:
+    first = offset[positions.start]
+    return values[offset[place] - first : offset[place + 1] - first]
+
+
+def _read_columns(group: h5py.Group, span: slice) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(group[name][span]) for name in _COLUMNS}
+
+
+def _read_rows(group: h5py.Group, span: slice) -> Tensor:
+    return decode(group["sketch"][span], group["scale"][span], group.attrs["storage"])
+
+
+def _if_known(values: Tensor) -> Tensor | None:
+    return None if bool(values.isnan().any()) else values
 
 
 def _split(offset: Sequence[int], visits_per_block: int) -> list[range]:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.recipe import Recipe, ids_of
-from tda_lightning.step import Audit, Step
+from tda_lightning.step import Audit, Preconditioner, Step
 
 
 class Store(Sequence[Step], ABC):
@@ -44,6 +44,17 @@ class Store(Sequence[Step], ABC):
         """Return the ids of the samples that took part in a step, sorted."""
         ids: Tensor = torch.unique(torch.cat([torch.unique(step.sample_ids) for step in self]))
         return ids
+
+    def preconditioner(self, position: int = -1) -> Preconditioner | None:
+        """Return the coordinates of the rows of the step at a position, or ``None`` for raw rows.
+
+        Queries about that step are to be recorded in the same ones.
+        """
+        for earlier in range(range(len(self))[position], -1, -1):
+            found = self.read(earlier).preconditioner
+            if found is not None:
+                return found
+        return None
 
     def audits(self) -> list[Audit]:
         """Return what the audits of the run found, in order."""
@@ -83,6 +94,10 @@ class StoreSlice(Store):
     def read(self, position: int) -> Step:
         """Return the step at a position of the view."""
         return self._store.read(self._positions[position])
+
+    def preconditioner(self, position: int = -1) -> Preconditioner | None:
+        """Return the coordinates of a step of the view: they may have begun before it."""
+        return self._store.preconditioner(self._positions[position])
 
 
 class WritableStore(Store):
