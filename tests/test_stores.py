@@ -144,11 +144,11 @@ def test_what_is_not_there_is_not_opened(tmp_path):
         HDF5Store.open(tmp_path / "run")
 
 
-def test_a_newer_format_is_refused(tmp_path):
+def test_another_format_is_refused(tmp_path):
     filled(HDF5Store(tmp_path / "run"), make_steps(1))
     file = tmp_path / "run" / "recipe.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": 99}))
-    with pytest.raises(ValueError, match=r"version 99; expected .* Update"):
+    with pytest.raises(ValueError, match=r"version 99; expected .* Read it with"):
         HDF5Store.open(tmp_path / "run")
 
 

@@ -217,8 +217,8 @@ def _read_recipe(path: Path) -> Recipe:
     if document.get("format") != FORMAT or document.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"`{path}` is in format {document.get('format')!r}, version {document.get('version')}; "
-            f"expected {FORMAT!r}, version {FORMAT_VERSION}. Read it with the version of tda_lightning "
-            "that wrote it."
+            f"expected {FORMAT!r}, version {FORMAT_VERSION}. Read it with the version of "
+            "tda_lightning that wrote it."
         )
     return Recipe.from_dict(document["recipe"])
 
