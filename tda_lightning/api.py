@@ -40,7 +40,7 @@ def attribute(
         ValueError: If the run is empty, the model is another one, or the queries do not fit it.
     """
     store = open_run(run)
-    rows = record_queries(model, queries, like=store.recipe, mode=mode, progress=progress)
+    rows = record_queries(model, queries, like=store, mode=mode, progress=progress)
     return method.attribute(store, rows, progress=progress)
 
 

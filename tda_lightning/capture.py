@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tda_lightning.factors import GradientFactors
@@ -31,30 +32,26 @@ class Capture:
     """Hooks on the recorded layers of a model; a context manager that attaches and detaches them.
 
     Nothing is heard outside :meth:`start` and :meth:`stop`, and factors are delivered only between
-    :meth:`listen` and :meth:`stop`, so that gradients which a training step takes for its own
-    purposes (a gradient penalty, say) are not mistaken for the loss's.
+    :meth:`listen` and :meth:`stop`, or by :meth:`rehearse`, so that gradients which a training step
+    takes for its own purposes (a gradient penalty, say) are not mistaken for the loss's.
 
     Args:
         sources: The layers that feed each block.
         batch_dims: Axis of the samples in the layers whose names match a pattern, where not 0.
-        receive: Called during backward with the number of a block and the factors of one call.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Sequence[Source]],
-        batch_dims: Mapping[str, int],
-        receive: Receiver,
-    ) -> None:
+    def __init__(self, sources: Sequence[Sequence[Source]], batch_dims: Mapping[str, int]) -> None:
         self._listeners: dict[nn.Module, list[_Listener]] = {}
         for number, feeding in enumerate(sources):
             for source in feeding:
                 self._listeners.setdefault(source.module, []).append((number, source))
         self._batch_dims = batch_dims
-        self._receive = receive
         self._handles: list[RemovableHandle] = []
         self._n: int | None = None
-        self._listening = False
+        self._receive: Receiver | None = None
+        self._rehearsing = False
+        # Where in the graph the recorded layers' outputs are: a rehearsal goes no further.
+        self._edges: list[GradientEdge] = []
 
     def __enter__(self) -> Capture:
         """Attach the hooks."""
@@ -79,15 +76,43 @@ class Capture:
     def start(self, n: int) -> None:
         """Watch the forward pass of a batch of ``n`` samples that begins now."""
         self._n = n
+        self._edges = []
 
-    def listen(self) -> None:
-        """Deliver what the backward pass that begins now shows."""
-        self._listening = True
+    def listen(self, receive: Receiver) -> None:
+        """Deliver what the backward pass that begins now shows.
+
+        Args:
+            receive: Called with the number of a block and the factors of one call.
+        """
+        self._edges = []
+        self._receive = receive
+
+    def rehearse(self, gradients: Sequence[tuple[GradientEdge, Tensor]], receive: Receiver) -> None:
+        """Deliver what other gradients would show, before the backward pass: its graph is kept.
+
+        Only gradients of the recorded layers' outputs are computed; no parameter's is.
+
+        Args:
+            gradients: Places on the graph, each with the gradient of what is there.
+            receive: Called with the number of a block and the factors of one call.
+        """
+        self._receive, self._rehearsing = receive, True
+        try:
+            torch.autograd.grad(
+                [edge for edge, _ in gradients],
+                self._edges,
+                [grad for _, grad in gradients],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        finally:
+            self._receive, self._rehearsing = None, False
 
     def stop(self) -> None:
         """Watch nothing until the next :meth:`start`."""
         self._n = None
-        self._listening = False
+        self._receive = None
+        self._edges = []
 
     def _batch_dim(self, name: str) -> int:
         return next((d for p, d in self._batch_dims.items() if fnmatchcase(name, p)), 0)
@@ -112,7 +137,8 @@ class Capture:
                 axis = sample_axis(module, place, declared)
                 _require_batch(name, module, inputs, tensor, axis, self._n)
                 heard = _Heard(module, args, kwargs, versions, place, axis, precision)
-                hook_gradient(tensor, inputs, self._backward_hook(listeners, heard))
+                edge = hook_gradient(tensor, inputs, self._backward_hook(listeners, heard))
+                self._edges.append(edge)
 
         return hook
 
@@ -124,19 +150,22 @@ class Capture:
         waiting = [heard]
 
         def hook(grad: Tensor) -> None:
-            if self._listening and waiting:
-                self._deliver(listeners, waiting.pop(), grad)
+            if self._receive is not None and waiting:
+                found = waiting[0] if self._rehearsing else waiting.pop()
+                self._deliver(listeners, found, grad, self._receive)
 
         return hook
 
-    def _deliver(self, listeners: Sequence[_Listener], heard: _Heard, grad: Tensor) -> None:
+    def _deliver(
+        self, listeners: Sequence[_Listener], heard: _Heard, grad: Tensor, receive: Receiver
+    ) -> None:
         _require_unchanged(listeners[0][1].name, heard)
         n, self._n = self._n, None  # The generic rule calls the module again: do not hear that.
         with torch.no_grad():
             for number, source in listeners:
                 with heard.precision:
                     factors = source.rule.factors(heard.call(source.names, grad))
-                self._receive(number, factors)
+                receive(number, factors)
         self._n = n
 
 
@@ -171,27 +200,27 @@ def _current_precision(output: Any) -> AbstractContextManager[Any]:
 
 def hook_gradient(
     tensor: Tensor, inputs: Sequence[Tensor], deliver: Callable[[Tensor], None]
-) -> None:
+) -> GradientEdge:
     """Call ``deliver`` with the gradient of what ``tensor`` holds now, whatever is done to it.
 
     A hook on a view is lost when the view is changed in place, one on its base is not; so if a
-    layer returns a view of a tensor of its own making, the hook goes there.
+    layer returns a view of a tensor of its own making, the hook goes there. Returns where it went.
     """
     base = tensor._base
     is_own = base is not None and not any(x is base or x._base is base for x in inputs)
     if base is None or not is_own or not base.is_contiguous() or base.numel() != tensor.numel():
-        _register(tensor, lambda grad: deliver(grad.detach()))
-        return
+        return _register(tensor, lambda grad: deliver(grad.detach()))
     size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def see_through(grad: Tensor) -> None:
         deliver(grad.detach().contiguous().as_strided(size, stride, offset))
 
-    _register(base, see_through)
+    return _register(base, see_through)
 
 
-def _register(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
+def _register(tensor: Tensor, hook: Callable[[Tensor], None]) -> GradientEdge:
     tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+    return get_gradient_edge(tensor)
 
 
 def _require_batch(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -37,6 +37,10 @@ class Operand(ABC):
         self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
     ) -> Float[Tensor, "n s w"]:
         """Multiply from the right, in the number format of ``matrix``, and add ``offset``."""
+
+    @abstractmethod
+    def select(self, samples: Int[Tensor, " m"]) -> Operand:
+        """Return the operand of some of the samples."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ class Dense(Operand):
     ) -> Float[Tensor, "n s w"]:
         """Multiply from the right and add, in one go."""
         return functional.linear(self.values.to(matrix.dtype), matrix.mT, offset)
+
+    def select(self, samples: Int[Tensor, " m"]) -> Operand:
+        """Return the operand of some of the samples."""
+        return Dense(self.values[samples])
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,10 @@ class OneHot(Operand):
         """Look the rows of ``matrix`` up."""
         found = matrix[self.indices]
         return found if offset is None else found + offset
+
+    def select(self, samples: Int[Tensor, " m"]) -> Operand:
+        """Return the operand of some of the samples."""
+        return OneHot(self.indices[samples], self.size)
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,10 @@ class GroupedDense(Operand):
         parts = matrix.reshape(self.groups, d // self.groups, -1)
         projected = torch.einsum("nsgd,gdw->ngsw", values, parts).flatten(1, 2)
         return projected if offset is None else projected + offset
+
+    def select(self, samples: Int[Tensor, " m"]) -> Operand:
+        """Return the operand of some of the samples."""
+        return GroupedDense(self.values[samples], self.groups)
 
 
 @dataclass(frozen=True)
@@ -181,6 +197,10 @@ class Patches(Operand):
         by_group: Tensor = maps.reshape(self.n, self.groups, matrix.shape[1], -1)
         return by_group.mT.flatten(1, 2)
 
+    def select(self, samples: Int[Tensor, " m"]) -> Operand:
+        """Return the operand of some of the samples."""
+        return replace(self, images=self.images[samples])
+
 
 _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
@@ -211,6 +231,10 @@ class WithOnes(Operand):
         last = matrix[-1] if offset is None else matrix[-1] + offset
         return self.operand.project(matrix[:-1], last)
 
+    def select(self, samples: Int[Tensor, " m"]) -> Operand:
+        """Return the operand of some of the samples."""
+        return WithOnes(self.operand.select(samples))
+
 
 @dataclass(frozen=True)
 class GradientFactors:
@@ -231,3 +255,7 @@ class GradientFactors:
     def n(self) -> int:
         """Number of samples."""
         return self.grad_outputs.n
+
+    def select(self, samples: Int[Tensor, " m"]) -> GradientFactors:
+        """Return the factors of some of the samples."""
+        return GradientFactors(self.inputs.select(samples), self.grad_outputs.select(samples))

@@ -20,6 +20,7 @@ from tda_lightning.layers import find_tensors, survey
 from tda_lightning.projectors import projector_from_dict
 from tda_lightning.recipe import Recipe
 from tda_lightning.rows import RowRecorder
+from tda_lightning.stores import Store
 from tda_lightning.undisturbed import undisturbed
 
 
@@ -27,7 +28,8 @@ def record_queries(
     model: nn.Module,
     queries: Any,
     *,
-    like: Recipe,
+    like: Store,
+    at: int = -1,
     mode: Literal["eval", "train"] = "eval",
     progress: bool = True,
 ) -> Float[Tensor, "n_query k"]:
@@ -36,27 +38,32 @@ def record_queries(
     Args:
         model: The LightningModule that was trained. It is left as it was.
         queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
-        like: The recipe to record by.
+        like: The run to ask: queries are recorded by its recipe.
+        at: The step of it in whose coordinates.
         mode: Whether the model acts as in evaluation or as in training.
         progress: Show a progress bar over the batches of a loader.
 
     Returns:
-        One row per query, on the CPU, shape ``(n_query, k)``. Where ``like.reduction`` is
+        One row per query, on the CPU, shape ``(n_query, k)``. Where the run's reduction is
         ``"mean"``, the loss of a batch is taken to be the mean of its samples' losses.
 
     Raises:
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
             take the queries or returns no loss.
     """
-    surveyed = survey(model, leave_out=[entry.name for entry in like.left_out])
-    like.require_blocks(surveyed.blocks, type(model).__name__)
-    projector = projector_from_dict(like.projector)
-    rows = RowRecorder(model, surveyed, like.batch_dims, projector, like.torch_dtype)
+    recipe = like.recipe
+    surveyed = survey(model, leave_out=[entry.name for entry in recipe.left_out])
+    recipe.require_blocks(surveyed.blocks, type(model).__name__)
+    projector = projector_from_dict(recipe.projector)
+    rows = RowRecorder(model, surveyed, recipe.batch_dims, projector, recipe.torch_dtype)
+    coordinates = like.preconditioner(at)
+    if coordinates is not None:
+        rows.precondition(coordinates)
     with undisturbed(model, mode), rows, torch.enable_grad():
         batches = tqdm(
             _batches(queries), desc="queries", unit="batch", leave=False, disable=not progress
         )
-        recorded = [_record_batch(model, rows, batch, like) for batch in batches]
+        recorded = [_record_batch(model, rows, batch, recipe) for batch in batches]
     if not recorded:
         raise ValueError("`queries` is an empty loader; expected at least one batch.")
     return torch.cat(recorded)
@@ -76,7 +83,7 @@ def _record_batch(
     rows.start(n)
     try:
         loss = _loss_of(model, _transfer(model, batch))
-        rows.listen()
+        rows.listen(loss)
         trained = [one for one in model.parameters() if one.requires_grad]
         # Not `backward`: the `.grad` of the user's parameters is none of our business.
         torch.autograd.grad(loss, trained, allow_unused=True)
@@ -87,7 +94,7 @@ def _record_batch(
             f"{error}"
         ) from error
     finally:
-        found = rows.finish().cpu()
+        found = rows.finish().rows.cpu()
     return found * n if recipe.reduction == "mean" else found
 
 

@@ -6,18 +6,41 @@ can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tda_lightning.capture import Capture
 from tda_lightning.factors import GradientFactors
 from tda_lightning.layers import Survey
+from tda_lightning.losses import LossSummary, sampled_gradients
 from tda_lightning.projectors import Projector
 from tda_lightning.sketcher import Sketcher
+from tda_lightning.step import Preconditioner
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """What was recorded of a batch.
+
+    Attributes:
+        rows: What each sample added to the gradient of the loss, shape ``(n, k)``.
+        terms: Number of loss terms that each sample's loss is the mean of, if known.
+        spread: Trace of each sample's Hessian at the outputs over its squared gradient there, both
+            as they are weighted in the loss of the batch, if known.
+        curvature_rows: Rows from labels of the model's own, if asked for; their outer products sum,
+            on average, to the Gauss-Newton matrix of the loss.
+    """
+
+    rows: Float[Tensor, "n k"]
+    terms: Float[Tensor, " n"] | None
+    spread: Float[Tensor, " n"] | None
+    curvature_rows: Float[Tensor, "m k"] | None
 
 
 class RowRecorder:
@@ -31,6 +54,7 @@ class RowRecorder:
         batch_dims: Axis of the samples in layers whose names match a pattern, where not 0.
         projector: What to sketch their gradients with.
         dtype: Number format of the rows.
+        sampled: Share of each batch of which rows from sampled labels are recorded too.
     """
 
     def __init__(
@@ -40,12 +64,18 @@ class RowRecorder:
         batch_dims: Mapping[str, int],
         projector: Projector,
         dtype: torch.dtype,
+        sampled: float = 0.0,
     ) -> None:
         device = next(model.parameters()).device
         self._model = model
+        self._sampled = sampled
+        self._generator = torch.Generator(device)
         self._surveyed = surveyed
         self._sketcher: Sketcher = projector.bind(surveyed.blocks, device, dtype)
-        self._capture = Capture(surveyed.sources, batch_dims, self._receive)
+        self._capture = Capture(surveyed.sources, batch_dims)
+        self._summary: LossSummary | None = None
+        self._coordinates: Preconditioner | None = None
+        self._curvature_rows: Tensor | None = None
         self._rows = self._sketcher.empty_rows(0)
         self._sums: Tensor | None = None
 
@@ -73,24 +103,71 @@ class RowRecorder:
     def start(self, n: int) -> None:
         """Expect a forward pass over ``n`` samples."""
         self._rows = self._sketcher.empty_rows(n)
+        self._summary = self._curvature_rows = None
         self._capture.start(n)
 
-    def listen(self) -> None:
+    def listen(self, loss: Tensor) -> None:
         """Expect the backward pass of that batch's loss."""
-        self._capture.listen()
+        self._summary = LossSummary(loss, len(self._rows))
+        if self._sampled:
+            self._record_curvature(loss)
+        self._capture.listen(self._receive)
 
-    def finish(self) -> Float[Tensor, "n k"]:
-        """Return the rows of the batch: what each sample added to the gradient of the loss."""
+    def finish(self) -> BatchRows:
+        """Return what was recorded of the batch."""
         self._capture.stop()
-        return self._rows
+        summary = self._summary
+        return BatchRows(
+            self._rows,
+            None if summary is None else summary.terms(),
+            None if summary is None else summary.spread(),
+            self._curvature_rows,
+        )
+
+    def precondition(self, coordinates: Preconditioner) -> None:
+        """From now on, record in these coordinates."""
+        self._coordinates = coordinates
+        self._sketcher.precondition(coordinates)
+
+    def seed(self, number: int) -> None:
+        """Begin the labels that are to be sampled anew."""
+        self._generator.manual_seed(number)
+
+    def _record_curvature(self, loss: Tensor) -> None:
+        gradients = self._sampled_gradients(loss)
+        n = len(self._rows)
+        m = max(1, round(self._sampled * n))
+        chosen = torch.randperm(n, generator=self._generator, device=self._generator.device)[:m]
+        rows = self._sketcher.empty_rows(m)
+
+        def receive(number: int, factors: GradientFactors) -> None:
+            self._sketcher.add_(rows, number, factors if m == n else factors.select(chosen))
+
+        self._capture.rehearse(gradients, receive)
+        self._curvature_rows = rows * (n / m) ** 0.5
+
+    def _sampled_gradients(self, loss: Tensor) -> list[tuple[GradientEdge, Tensor]]:
+        own = getattr(self._model, "sampled_output_gradients", None)
+        if own is not None:
+            pairs = own(loss, self._generator)
+            return [(get_gradient_edge(outputs), grad) for outputs, grad in pairs]
+        found = sampled_gradients(loss, self._generator)
+        if not found:
+            raise ValueError(
+                f"The loss of `{type(self._model).__name__}.training_step` is none that labels can "
+                "be sampled from: expected cross-entropy, binary cross-entropy, squared error, "
+                "Huber's loss, or a method `sampled_output_gradients(loss, generator)` of the "
+                "model. Write that method, or record with `curvature='none'`."
+            )
+        return found
 
     def sketch_gradient(self) -> Float[Tensor, "blocks k"]:
         """Sketch what stands in the parameters' ``.grad`` now, block by block."""
         return self._sketch_each(lambda p: p.grad if p.grad is not None else torch.zeros_like(p))
 
     def sketch_weights(self) -> Float[Tensor, "blocks k"]:
-        """Sketch the parameters themselves, block by block."""
-        return self._sketch_each(torch.Tensor.detach)
+        """Sketch the parameters themselves, block by block, in the coordinates of the rows."""
+        return self._sketch_each(torch.Tensor.detach, self._inverse_squares())
 
     def left_out_gradient(self) -> Tensor:
         """Return the squared norm of the gradient of all parameters that are not recorded."""
@@ -99,12 +176,26 @@ class RowRecorder:
         squares = [grad.double().square().sum() for grad in others if grad is not None]
         return torch.stack(squares).sum() if squares else torch.zeros(())
 
-    def _sketch_each(self, value: Callable[[Tensor], Tensor]) -> Float[Tensor, "blocks k"]:
+    def _sketch_each(
+        self, value: Callable[[Tensor], Tensor], divisors: Sequence[Tensor] | None = None
+    ) -> Float[Tensor, "blocks k"]:
         sketches = []
         for number, (source, *_) in enumerate(self._surveyed.sources):
             matrix = source.rule.layout([value(one) for one in source.parameters()])
+            if divisors is not None:
+                matrix = matrix * divisors[number].to(matrix)
             sketches.append(self._sketcher.sketch_matrix(number, matrix))
         return torch.stack(sketches)
+
+    def _inverse_squares(self) -> list[Tensor] | None:
+        """Return what turns coordinates of gradients into those of weights: their inverse."""
+        if self._coordinates is None:
+            return None
+        blocks = self._surveyed.blocks
+        rows = torch.split(self._coordinates.rows, [block.rows for block in blocks])
+        columns = torch.split(self._coordinates.columns, [block.columns for block in blocks])
+        scales = [torch.outer(r, c) for r, c in zip(rows, columns, strict=True)]
+        return [torch.where(scale > 0, scale**-2, 0) for scale in scales]
 
     def sum_blocks(self) -> None:
         """From now on, sum the rows of each block over all batches, for :meth:`block_sums`."""

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.factors import GradientFactors, Operand
+from tda_lightning.step import Preconditioner
 
 
 class Sketcher:
@@ -32,11 +33,24 @@ class Sketcher:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        self._plain = blocks
         self._blocks = blocks
         self._columns = columns
         self._device = device
         self._dtype = dtype
         self.dimension = columns.dimension
+
+    def precondition(self, coordinates: Preconditioner) -> None:
+        """From now on, multiply gradients by these factors before they are sketched."""
+        rows = coordinates.rows.to(self._device, self._dtype)
+        columns = coordinates.columns.to(self._device, self._dtype)
+        parts = zip(
+            self._plain,
+            torch.split(rows, [block.rows for block in self._plain]),
+            torch.split(columns, [block.columns for block in self._plain]),
+            strict=True,
+        )
+        self._blocks = [block.scaled(r, c) for block, r, c in parts]
 
     def empty_rows(self, n: int) -> Float[Tensor, "n k"]:
         """Return ``n`` rows of zeros, to be added to."""
@@ -65,12 +79,15 @@ class BlockMap:
         columns: Columns of the block, before.
         left: Applied to the rows, shape ``(rows, rows after)``.
         right: Applied to the columns, shape ``(columns, columns after)``.
+        scale: Multiplied with the entries of the mapped block, shape ``(1 or rows after, 1 or
+            columns after)``: what of a preconditioner concerns sides that are not mapped.
     """
 
     rows: int
     columns: int
     left: Tensor | None = None
     right: Tensor | None = None
+    scale: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -78,6 +95,16 @@ class BlockMap:
         rows = self.rows if self.left is None else self.left.shape[1]
         columns = self.columns if self.right is None else self.right.shape[1]
         return rows * columns
+
+    def scaled(self, rows: Float[Tensor, " rows"], columns: Float[Tensor, " columns"]) -> BlockMap:
+        """Return the map of blocks whose entries are multiplied by ``rows[i] * columns[j]``."""
+        one = rows.new_ones(1)
+        scale = (rows if self.left is None else one)[:, None] * (
+            columns if self.right is None else one
+        )
+        left = None if self.left is None else rows[:, None] * self.left
+        right = None if self.right is None else columns[:, None] * self.right
+        return BlockMap(self.rows, self.columns, left, right, scale)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> BlockMap:
         """Return the same map elsewhere."""
@@ -89,12 +116,14 @@ class BlockMap:
         """Map per-sample gradients, shape ``(n, size)``."""
         inputs = _apply(factors.inputs, self.right, dtype)
         grads = _apply(factors.grad_outputs, self.left, dtype)
-        return _sum_of_outer_products(grads, inputs).flatten(1)
+        products = _sum_of_outer_products(grads, inputs)
+        return (products if self.scale is None else products.mul_(self.scale)).flatten(1)
 
     def project_matrix(self, matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, " m"]:
         """Map one gradient, given as a matrix."""
         shrunk = matrix if self.left is None else self.left.mT @ matrix
-        return (shrunk if self.right is None else shrunk @ self.right).flatten()
+        shrunk = shrunk if self.right is None else shrunk @ self.right
+        return (shrunk if self.scale is None else shrunk * self.scale).flatten()
 
 
 def _apply(operand: Operand, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:

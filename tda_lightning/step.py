@@ -123,5 +123,5 @@ class Step:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step (the recorder refuses runs whose groups disagree)."""
-        return self.groups[0].lr
+        """Learning rate of the step: the largest; the rows' coordinates are relative to it."""
+        return max(group.lr for group in self.groups)

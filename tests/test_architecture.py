@@ -9,16 +9,18 @@ import tda_lightning
 
 PACKAGE = Path(tda_lightning.__file__).parent
 FLOORS = [
-    {"step", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
+    {"step", "linalg", "factors", "recipe", "random_bits", "undisturbed", "losses"},
     {"layers", "sketcher", "stores", "scores"},
     {"capture", "projectors", "sample_ids", "attribution", "metrics"},
-    {"rows", "conservation"},
+    {"rows", "conservation", "coordinates"},
     {"callbacks", "queries"},
     {"api"},
     {"cli"},
 ]
 WEST = {"factors", "layers", "random_bits", "sketcher", "projectors", "capture", "sample_ids"} | {
     "rows",
+    "losses",
+    "coordinates",
     "conservation",
     "callbacks",
     "queries",

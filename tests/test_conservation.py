@@ -32,8 +32,11 @@ class AppliedDiary(Diary):
         self.applied = []
 
 
-def sketch_of(gradients, model, blocks, projector):
+def sketch_of(gradients, model, store, position, projector):
+    blocks, coordinates = store.recipe.blocks, store.preconditioner(position)
     sketcher = projector.bind(blocks, torch.device("cpu"), torch.float32)
+    if coordinates is not None:
+        sketcher.precondition(coordinates)
     total = torch.zeros(sketcher.dimension)
     for number, (source, *_) in enumerate(survey(model).sources):
         matrix = source.rule.layout([gradients[name] for name in blocks[number].parameters])
@@ -62,8 +65,8 @@ def test_rows_sum_to_the_sketch_of_the_gradient(projector, settings):
     trainer = quiet_trainer(GradientRecorder(store, projector=projector), diary, **settings)
     trainer.fit(model, loader(vectors()))
     assert len(store) == len(diary.applied) == (4 if "accumulate_grad_batches" in settings else 6)
-    for step, gradients in zip(store, diary.applied, strict=True):
-        expected = sketch_of(gradients, model, store.recipe.blocks, projector)
+    for position, (step, gradients) in enumerate(zip(store, diary.applied, strict=True)):
+        expected = sketch_of(gradients, model, store, position, projector)
         assert (step.sketch.sum(dim=0) - expected).norm() / expected.norm() < 1e-5
 
 
@@ -83,8 +86,8 @@ def test_every_architecture_conserves_its_gradient(name, precision):
     x, y = data_of(shape).tensors
     data = TensorDataset(x.float() if x.is_floating_point() else x, y)
     trainer.fit(model, loader(data))
-    for step, gradients in zip(store, diary.applied, strict=True):
-        expected = sketch_of(gradients, model, store.recipe.blocks, projector)
+    for position, (step, gradients) in enumerate(zip(store, diary.applied, strict=True)):
+        expected = sketch_of(gradients, model, store, position, projector)
         error = (step.sketch.sum(dim=0) - expected).norm() / expected.norm()
         assert error < ROUNDING[precision]
 
@@ -101,9 +104,9 @@ def test_compiled_models_are_recorded(compiled_first):
     trainer = quiet_trainer(GradientRecorder(store, projector=Identity()), diary)
     trainer.fit(model, loader(vectors()))
     assert [block.name for block in store.recipe.blocks] == ["net.0", "net.2", "net.3"]
-    for step, gradients in zip(store, diary.applied, strict=True):
+    for position, (step, gradients) in enumerate(zip(store, diary.applied, strict=True)):
         cleaned = {name.replace("_orig_mod.", ""): value for name, value in gradients.items()}
-        expected = sketch_of(cleaned, model, store.recipe.blocks, Identity())
+        expected = sketch_of(cleaned, model, store, position, Identity())
         assert (step.sketch.sum(dim=0) - expected).norm() / expected.norm() < 1e-5
 
 

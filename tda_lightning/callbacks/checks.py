@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch.optim import LBFGS
 
 from tda_lightning.callbacks.either import LightningModule, Trainer
-from tda_lightning.callbacks.facts import read_groups
+from tda_lightning.callbacks.facts import require_one_rate
 
 
-def require_supported(trainer: Trainer, module: LightningModule) -> None:
+def require_supported(
+    trainer: Trainer, module: LightningModule, preconditioner: Literal["optimizer", "none"]
+) -> None:
     """Raise if this training has a setting under which recorded rows would not be the truth.
+
+    Args:
+        trainer: The trainer.
+        module: The model.
+        preconditioner: Whose coordinates the rows are to be in.
 
     Raises:
         ValueError: Naming the setting, what was expected, and what to do.
@@ -33,7 +42,8 @@ def require_supported(trainer: Trainer, module: LightningModule) -> None:
             _refuse(
                 "LBFGS, whose steps evaluate the loss many times", "a first-order optimizer", ""
             )
-        read_groups(optimizer)
+        if preconditioner == "none":
+            require_one_rate(optimizer)
 
 
 def _refuse(found: str, expected: str, remedy: str) -> None:

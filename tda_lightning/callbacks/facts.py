@@ -11,20 +11,23 @@ from tda_lightning.step import ParameterGroup
 
 
 def read_groups(optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
-    """Return the hyper-parameters of every parameter group as they stand.
+    """Return the hyper-parameters of every parameter group as they stand."""
+    return tuple(_read_group(group) for group in optimizer.param_groups)
+
+
+def require_one_rate(optimizer: Optimizer) -> None:
+    """Raise if the parameter groups' learning rates differ.
 
     Raises:
-        ValueError: If the groups' learning rates differ.
+        ValueError: Saying which there are.
     """
-    groups = tuple(_read_group(group) for group in optimizer.param_groups)
-    rates = sorted({group.lr for group in groups})
+    rates = sorted({group.lr for group in read_groups(optimizer)})
     if len(rates) > 1:
         raise ValueError(
             f"The parameter groups of the {type(optimizer).__name__} have learning rates {rates}; "
-            "expected one rate per step, since a sketch row mixes all layers. Use one rate, or "
-            "record only the layers of one group with `layers=[...]` and an optimizer of their own."
+            "expected one rate per step, since a raw sketch row mixes all layers. Use one rate, or "
+            "record with `preconditioner='optimizer'`."
         )
-    return groups
 
 
 def _read_group(group: Mapping[str, Any]) -> ParameterGroup:

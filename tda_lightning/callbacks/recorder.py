@@ -17,6 +17,7 @@ from tda_lightning.callbacks.checks import require_supported
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.estimate import describe_cost
 from tda_lightning.callbacks.session import Session
+from tda_lightning.coordinates import OptimizerCoordinates, has_coordinates
 from tda_lightning.layers import survey
 from tda_lightning.projectors import KroneckerCountSketch, Projector
 from tda_lightning.recipe import Recipe, ranges_of
@@ -37,6 +38,12 @@ class GradientRecorder(pl.Callback):
         layers: Names of the modules to record, with ``*`` for any characters; by default all that
             are trained and supported.
         every_n_steps: Record every n-th optimizer step.
+        preconditioner: Whether rows are in the coordinates of an adaptive optimizer, in which its
+            steps are gradient steps (see :mod:`tda_lightning.coordinates`), or raw. Without effect
+            for SGD with one learning rate.
+        curvature: With ``"fisher"``, one more backward pass per step records rows from labels that
+            are drawn from the model's own predictions, which make later answers more accurate.
+        curvature_share: Share of each batch that these rows are recorded of.
         audit: Compare the recorded rows with the real gradient and the real update every so many
             recorded steps (always in the first); ``tda-lightning audit`` shows what was found.
         sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
@@ -58,6 +65,9 @@ class GradientRecorder(pl.Callback):
         projector: Projector = KroneckerCountSketch(),
         layers: Sequence[str] | None = None,
         every_n_steps: int = 1,
+        preconditioner: Literal["optimizer", "none"] = "optimizer",
+        curvature: Literal["fisher", "none"] = "none",
+        curvature_share: float = 1.0,
         audit: int = 0,
         sample_ids: IdSource | None = None,
         reduction: Literal["mean", "sum"] = "mean",
@@ -71,7 +81,15 @@ class GradientRecorder(pl.Callback):
         self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
         self.projector = projector
         self.layers = layers
+        if not 0 < curvature_share <= 1:
+            raise ValueError(
+                f"`curvature_share` is {curvature_share}; expected a share of each batch above 0 "
+                "and up to 1. Switch sampled labels off with `curvature='none'`."
+            )
         self.every_n_steps = every_n_steps
+        self.preconditioner = preconditioner
+        self.curvature = curvature
+        self.curvature_share = curvature_share
         self.audit = audit
         self.sample_ids = sample_ids
         self.reduction = reduction
@@ -101,12 +119,16 @@ class GradientRecorder(pl.Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that everything can be recorded, begin the run and attach the hooks."""
-        require_supported(trainer, pl_module)
+        require_supported(trainer, pl_module, self.preconditioner)
         dtype = _row_dtype(pl_module)
         surveyed = survey(pl_module, self.layers)
         blocks, left_out = surveyed.blocks, surveyed.left_out
         projector = self.projector.chosen_for(blocks)
-        rows = RowRecorder(pl_module, surveyed, self.batch_dims, projector, dtype)
+        sampled = self.curvature_share if self.curvature == "fisher" else 0.0
+        rows = RowRecorder(pl_module, surveyed, self.batch_dims, projector, dtype, sampled)
+        coordinates = None
+        if self.preconditioner == "optimizer" and has_coordinates(trainer.optimizers[0]):
+            coordinates = OptimizerCoordinates(trainer.optimizers[0], surveyed)
         train_ids = self._ledger.train_ids
         recipe = Recipe(
             blocks=blocks,
@@ -116,6 +138,8 @@ class GradientRecorder(pl.Callback):
             dtype="float64" if dtype == torch.float64 else "float32",
             reduction=self.reduction,
             batch_dims=self.batch_dims,
+            preconditioner="none" if coordinates is None else "optimizer",
+            curvature=self.curvature,
             every_n_steps=self.every_n_steps,
             train_ids=None if train_ids is None else ranges_of(train_ids),
             model=type(pl_module).__name__,
@@ -128,7 +152,7 @@ class GradientRecorder(pl.Callback):
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
         rank_zero_info(f"GradientRecorder: {describe_cost(trainer, recipe)}")
         self._rows = rows.__enter__()
-        self._session = Session(rows, blocks, self.reduction, self.audit)
+        self._session = Session(rows, blocks, self.reduction, coordinates, self.audit)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect the first batch of a new pass over the data."""
@@ -141,14 +165,15 @@ class GradientRecorder(pl.Callback):
         sample_ids = self._ledger.name(batch, batch_idx)
         assert self._session is not None
         if trainer.global_step % self.every_n_steps == 0:
-            self._session.start_batch(sample_ids, 1 / trainer.accumulate_grad_batches)
+            share = 1 / trainer.accumulate_grad_batches
+            self._session.start_batch(trainer.global_step, sample_ids, share)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Listen to the backward pass of the loss."""
         assert self._session is not None
-        self._session.start_backward()
+        self._session.start_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of the batch."""

@@ -17,16 +17,25 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.facts import read_groups
 from tda_lightning.conservation import require_conserved
+from tda_lightning.coordinates import OptimizerCoordinates
 from tda_lightning.recipe import Block
-from tda_lightning.rows import RowRecorder
-from tda_lightning.step import Audit, ParameterGroup, Step
+from tda_lightning.rows import BatchRows, RowRecorder
+from tda_lightning.step import Audit, ParameterGroup, Preconditioner, Step
+
+# Labels are sampled from seeds of their own for every batch of every step.
+_SEEDS_PER_STEP = 4096
 
 
 @dataclass(frozen=True)
 class _Visits:
     sample_ids: Int[Tensor, " n"]
     weight: float
-    rows: Float[Tensor, "n k"]
+    recorded: BatchRows
+
+    def curvature(self) -> Tensor | None:
+        """Return the curvature weights: for row row^T / weight * terms."""
+        spread, terms = self.recorded.spread, self.recorded.terms
+        return None if spread is None or terms is None else self.weight * spread / terms
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Session:
         rows: Records the rows of a batch.
         blocks: The recorded layers.
         reduction: How the training loss combines the samples of a batch.
+        coordinates: The coordinates of the optimizer, unless rows are to be raw.
         audit_every: Audit the first recorded step and every so many after it; 0 for the first only.
     """
 
@@ -65,35 +75,54 @@ class Session:
         rows: RowRecorder,
         blocks: Sequence[Block],
         reduction: Literal["mean", "sum"],
+        coordinates: OptimizerCoordinates | None,
         audit_every: int,
     ) -> None:
         self._rows = rows
         self._blocks = blocks
         self._reduction = reduction
+        self._coordinates = coordinates
+        self._begun: Preconditioner | None = None
         self._audit_every = audit_every
         self._steps = 0
         self._current: tuple[Int[Tensor, " n"], float] | None = None
+        self._share = 1.0
         self._pending: list[_Visits] = []
         self._facts: _Facts | None = None
         self._probes: list[Parameter] = []
 
-    def start_batch(self, sample_ids: Int[Tensor, " n"], share: float) -> None:
+    def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Expect the forward pass of a batch.
 
         Args:
+            index: Number of optimizer steps taken so far.
             sample_ids: Its samples.
             share: Factor of its loss in the step's loss (less than 1 under accumulation).
         """
         n = len(sample_ids)
+        self._share = share
         self._current = (sample_ids, share / n if self._reduction == "mean" else share)
         if not self._pending and self._is_audit_due():
             self._rows.sum_blocks()
+        self._rows.seed(_SEEDS_PER_STEP * index + len(self._pending))
         self._rows.start(n)
 
-    def start_backward(self) -> None:
+    def start_backward(self, loss: Tensor) -> None:
         """Expect the backward pass of that batch's loss."""
         if self._current is not None:
-            self._rows.listen()
+            self._follow_coordinates(loss)
+            self._rows.listen(loss)
+
+    def _follow_coordinates(self, loss: Tensor) -> None:
+        coordinates = self._coordinates
+        # A step has one set of coordinates: that of its first batch.
+        if coordinates is None or self._pending or not coordinates.is_due():
+            return
+        gradients = {}
+        if coordinates.needs_gradients():
+            gradients = _gradients_of(loss / self._share, coordinates.parameters())
+        self._begun = coordinates.read(gradients)
+        self._rows.precondition(self._begun)
 
     def end_backward(self) -> None:
         """Keep the rows of that batch for the step they will join."""
@@ -128,8 +157,9 @@ class Session:
         self._steps += 1
         clipped = float(_clip_coefficient(facts))
         weights = [torch.full((len(one.sample_ids),), one.weight) for one in visits]
-        sketch = torch.cat([one.rows for one in visits]) if len(visits) > 1 else visits[0].rows
-        sketch = (sketch if clipped == 1 else sketch * clipped).cpu()
+        sketch = _joined([one.recorded.rows for one in visits], clipped)
+        assert sketch is not None
+        begun, self._begun = self._begun, None
         return Step(
             index=facts.index,
             epoch=facts.epoch,
@@ -139,6 +169,11 @@ class Session:
             weights=torch.cat(weights) * clipped,
             sketch=sketch,
             audit=None if facts.audited is None else self._finish_audit(facts.audited),
+            terms=_joined([one.recorded.terms for one in visits]),
+            curvature=_joined([one.curvature() for one in visits]),
+            # Curvature goes with the loss, and a row is a square root of it.
+            curvature_rows=_joined([one.recorded.curvature_rows for one in visits], clipped**0.5),
+            preconditioner=begun,
         )
 
     def _is_audit_due(self) -> bool:
@@ -166,6 +201,29 @@ class Session:
         if self._current is not None:
             self._rows.finish()
             self._current = None
+
+
+def _gradients_of(loss: Tensor, parameters: Sequence[Parameter]) -> dict[Parameter, Tensor]:
+    try:
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise ValueError(
+            "The gradient of the first steps could not be taken beforehand, which the coordinates "
+            f"of an adaptive optimizer need: {error} Expected a loss that can be differentiated "
+            "twice over one graph. Use checkpointing with `use_reentrant=False`, or record raw "
+            "rows with `GradientRecorder(preconditioner='none')`."
+        ) from error
+    pairs = zip(parameters, found, strict=True)
+    return {parameter: grad for parameter, grad in pairs if grad is not None}
+
+
+def _joined(parts: Sequence[Tensor | None], factor: float = 1.0) -> Tensor | None:
+    """Join what the batches of a step left, on the CPU; nothing, if one of them left nothing."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    whole = torch.cat(known) if len(known) > 1 else known[0]
+    return (whole if factor == 1 else whole * factor).cpu()
 
 
 def _smallest_with_gradient(parameters: Iterable[Parameter]) -> Parameter | None:

@@ -62,9 +62,9 @@ def rows_of(network: nn.Module, batch: tuple[Tensor, Tensor], projector: Project
     with recorder:
         recorder.start(len(batch[0]))
         loss = functional.cross_entropy(network(batch[0]), batch[1], reduction="sum")
-        recorder.listen()
+        recorder.listen(loss)
         torch.autograd.grad(loss, list(network.parameters()))
-        return recorder.finish()
+        return recorder.finish().rows
 
 
 def products(rows: Tensor) -> Tensor:
