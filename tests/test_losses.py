@@ -100,7 +100,7 @@ def test_sampled_gradients_average_to_the_hessian(name):
     size = outputs.numel()
     hessian = torch.autograd.functional.hessian(loss_of, leaf.detach()).reshape(size, size)
     generator = torch.Generator().manual_seed(0)
-    total, draws = torch.zeros(size, size, dtype=torch.float64), 600
+    total, draws = torch.zeros(size, size, dtype=torch.float64), 300
     for _ in range(draws):
         pairs = sampled_gradients(loss, generator)
         edges, grads = zip(*pairs, strict=True)
@@ -109,7 +109,7 @@ def test_sampled_gradients_average_to_the_hessian(name):
     noise = hessian.diagonal().norm() * size**0.5 / draws**0.5
     assert (total - hessian).norm() < 3 * noise
     diagonal = (total.diagonal() - hessian.diagonal()).norm() / hessian.diagonal().norm()
-    assert diagonal < 0.25
+    assert diagonal < 0.35
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -1,0 +1,220 @@
+"""Rows in the coordinates of an adaptive optimizer, and queries in the same ones."""
+
+import pytest
+import torch
+from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from tda_lightning import GradientRecorder, Identity, MemoryStore, TracIn, attribute
+from tda_lightning.coordinates import rank_one
+from tda_lightning.layers import survey
+from tda_lightning.queries import record_queries
+
+ADAPTIVE = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95)),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+}
+
+
+class Moments(Diary):
+    """Keeps what the optimizer divided by in every step: the square root of its second moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.moments = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        (optimizer,) = trainer.optimizers
+        group = optimizer.param_groups[0]
+        self.moments.append(
+            {name: self._moment(group, optimizer.state[p]) for name, p in module.named_parameters()}
+        )
+
+    def _moment(self, group, state):
+        for key in ("max_exp_avg_sq", "exp_avg_sq"):
+            if key in state:
+                return state[key] / (1 - group["betas"][1] ** int(state["step"]))
+        return state.get("square_avg", state.get("sum", torch.zeros(()))).clone()
+
+
+def double_vectors():
+    x, y = vectors().tensors
+    return TensorDataset(x.double(), y)
+
+
+def record(optimizer, *, epochs=2, data=None, **arguments):
+    store, diary = MemoryStore(), Moments()
+    model = Plain(mlp().double(), optimizer=optimizer)
+    recorder = GradientRecorder(store, projector=Identity(), **arguments)
+    trainer = quiet_trainer(recorder, diary, max_epochs=epochs, precision="64-true")
+    trainer.fit(model, loader(data or double_vectors()))
+    return store, diary, model
+
+
+def in_blocks(model, values):
+    """The values of parameters as the blocks' matrices."""
+    sources = [source for source, *_ in survey(model).sources]
+    named = {parameter: name for name, parameter in model.named_parameters()}
+    return [s.rule.layout([values[named[one]] for one in s.parameters()]) for s in sources]
+
+
+def per_sample_gradients(model, weights, batch):
+    x, y = batch
+    net = {name.removeprefix("net."): value for name, value in weights.items()}
+
+    def loss(w, one, label):
+        return functional.cross_entropy(functional_call(model.net, w, (one[None],)), label[None])
+
+    found = vmap(grad(loss), in_dims=(None, 0, 0))(net, x, y)
+    return {f"net.{name}": value for name, value in found.items()}
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_rows_are_gradients_times_the_root_of_the_preconditioner(name):
+    store, diary, model = record(ADAPTIVE[name])
+    for position, (step, weights, batch, moments) in enumerate(
+        zip(store, diary.weights, diary.batches, diary.moments, strict=True)
+    ):
+        gradients = per_sample_gradients(model, weights, batch)
+        samples = [
+            in_blocks(model, {k: v[i] for k, v in gradients.items()}) for i in range(len(batch[1]))
+        ]
+        factors = [rank_one(block + 0.0) for block in in_blocks(model, moments)]
+        products = [torch.outer(r, c) for r, c in factors]
+        roots = [torch.where(one > 0, one**-0.25, 0) for one in products]
+        expected = torch.stack(
+            [
+                torch.cat([(g * p).flatten() for g, p in zip(one, roots, strict=True)])
+                for one in samples
+            ]
+        )
+        found = step.sketch / step.weights[:, None].double()
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6)
+        assert step.preconditioner is not None
+        assert store.preconditioner(position) is step.preconditioner
+    assert store.recipe.preconditioner == "optimizer"
+
+
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop"])
+def test_a_batch_has_the_same_rows_in_training_and_as_a_query_at_its_step(name):
+    store, diary, model = record(ADAPTIVE[name], epochs=9)
+    assert sum(step.preconditioner is None for step in store) == 7  # 20 of 27 are the warm-up.
+    for position, (weights, batch) in enumerate(zip(diary.weights, diary.batches, strict=True)):
+        model.load_state_dict(weights)
+        found = record_queries(model, batch, like=store, at=position)
+        step = store[position]
+        torch.testing.assert_close(found, step.sketch / step.weights[:, None].double())
+
+
+def test_coordinates_are_refreshed_as_training_grows():
+    store, _, _ = record(ADAPTIVE["AdamW"], epochs=35)
+    begun = [step.index for step in store if step.preconditioner is not None]
+    assert begun == [*range(20), 39, 59, 79, 99]
+
+
+def test_plain_gradient_descent_has_no_coordinates():
+    store, _, _ = record(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), epochs=1)
+    assert store.preconditioner() is None
+    assert store.recipe.preconditioner == "none"
+
+
+def test_raw_rows_can_be_had():
+    store, diary, model = record(ADAPTIVE["AdamW"], preconditioner="none")
+    assert store.preconditioner() is None
+    gradients = per_sample_gradients(model, diary.weights[3], diary.batches[3])
+    first = in_blocks(model, {k: v[0] for k, v in gradients.items()})
+    found = store[3].sketch[0] / store[3].weights[0].double()
+    torch.testing.assert_close(found, torch.cat([one.flatten() for one in first]))
+
+
+def groups_of(rates):
+    def optimizer(parameters):
+        first, *rest = list(parameters)
+        return torch.optim.SGD([{"params": [first]}, {"params": rest, "lr": rates[1]}], lr=rates[0])
+
+    return optimizer
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.02), (0.02, 0.1), (0.1, 0.0)], ids=str)
+def test_every_group_goes_with_its_own_learning_rate(rates):
+    store, diary, model = record(groups_of(rates), epochs=1)
+    query = record_queries(model, double_vectors()[:3], like=store)
+    scores = TracIn().attribute(store, query, progress=False)
+    weights = {k: v.detach() for k, v in model.named_parameters()}
+    asked = per_sample_gradients(model, weights, double_vectors()[:3])
+    expected = torch.zeros(3, 13, dtype=torch.float64)
+    for step, at, batch in zip(store, diary.weights, diary.batches, strict=True):
+        visits = per_sample_gradients(model, at, batch)
+        for number, name in enumerate(visits):
+            rate = rates[min(number, 1)]
+            inner = asked[name].flatten(1) @ visits[name].flatten(1).mT
+            expected[:, step.sample_ids] += rate * inner * step.weights.double()
+    torch.testing.assert_close(scores.values, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_what_never_had_a_gradient_never_counts():
+    """Pixels that are dark in every training image, and bright in the query."""
+    x, y = double_vectors().tensors
+    x = x.clone()
+    x[:, 2] = 0
+    store, _, model = record(ADAPTIVE["AdamW"], data=TensorDataset(x, y), epochs=1)
+    dark, bright = x[:3].clone(), x[:3].clone()
+    rows = record_queries(model, (dark, y[:3]), like=store)
+    column = torch.zeros(11, 8, dtype=torch.bool)
+    column[:, 2] = True
+    assert rows[:, : 11 * 8][:, column.flatten()].abs().max() == 0
+    bright[:, 2] = 5.0
+    bright_rows = record_queries(model, (bright, y[:3]), like=store)
+    assert bright_rows[:, : 11 * 8][:, column.flatten()].abs().max() == 0
+
+
+def test_an_audit_measures_the_update_in_the_coordinates_of_the_optimizer():
+    """The first step of Adam without momentum is a gradient step in its own coordinates."""
+    store = MemoryStore()
+    model = Plain(
+        mlp(), optimizer=lambda p: torch.optim.Adam(p, lr=1e-3, betas=(0.0, 0.9), eps=1e-12)
+    )
+    recorder = GradientRecorder(store, projector=Identity(), audit=1)
+    quiet_trainer(recorder, max_epochs=1).fit(model, loader(vectors()))
+    raw = MemoryStore()
+    model = Plain(
+        mlp(), optimizer=lambda p: torch.optim.Adam(p, lr=1e-3, betas=(0.0, 0.9), eps=1e-12)
+    )
+    recorder = GradientRecorder(raw, projector=Identity(), audit=1, preconditioner="none")
+    quiet_trainer(recorder, max_epochs=1).fit(model, loader(vectors()))
+    for one, other in zip(store.audits(), raw.audits(), strict=True):
+        assert one.explained_in_all() == pytest.approx(1, abs=1e-5)
+        assert one.update > max(other.update, 0.7)
+
+
+def test_scores_do_not_depend_on_the_scale_of_the_loss():
+    """As Adam's steps do not."""
+
+    def scores(factor):
+        store = MemoryStore()
+        model = Plain(
+            mlp().double(),
+            loss=lambda o, y: factor * functional.cross_entropy(o, y),
+            optimizer=lambda p: torch.optim.Adam(p, lr=0.01, eps=0.0),
+        )
+        torch.manual_seed(1)
+        trainer = quiet_trainer(GradientRecorder(store), precision="64-true")
+        trainer.fit(model, loader(double_vectors()))
+        return attribute(store, model, double_vectors()[:3], progress=False).values / factor
+
+    torch.testing.assert_close(scores(1.0), scores(100.0), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.01}])
+def test_accumulated_and_clipped_steps_have_coordinates(settings):
+    store = MemoryStore()
+    model = Plain(mlp(), optimizer=ADAPTIVE["AdamW"])
+    quiet_trainer(GradientRecorder(store), **settings).fit(model, loader(vectors()))
+    assert all(step.preconditioner is not None for step in store)
+    assert all(bool(step.sketch.isfinite().all()) for step in store)

@@ -1,0 +1,216 @@
+"""Rows of sampled labels: they average to the Gauss-Newton matrix, and leave training alone."""
+
+import pytest
+import torch
+from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
+
+from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore
+
+N = 13
+
+
+def double_vectors():
+    x, y = vectors(N).tensors
+    return TensorDataset(x.double(), y)
+
+
+def record(model, data, *, settings=None, batch_size=N, **arguments):
+    store, diary = MemoryStore(), Diary()
+    recorder = GradientRecorder(store, projector=Identity(), curvature="fisher", **arguments)
+    trainer = quiet_trainer(recorder, diary, precision="64-true", **(settings or {}))
+    trainer.fit(model, loader(data, batch_size, shuffle=False))
+    return store, diary
+
+
+def standing(p):
+    """An optimizer that never moves: every step is another draw at the same weights."""
+    return torch.optim.SGD(p, lr=0.0)
+
+
+def gauss_newton(net, loss_of, x, y):
+    """The Hessian of the loss, as if the network were linear; parameters in the rows' order."""
+    weights = dict(net.named_parameters())
+    outputs = net(x).detach()
+    jacobian = jacrev(lambda w: functional_call(net, w, (x,)))(weights)
+    flat = torch.cat([_block_columns(net, name, jacobian) for name in _layers(net)], dim=-1)
+    hessian = torch.autograd.functional.hessian(lambda o: loss_of(o, y), outputs)
+    size = outputs.numel()
+    flat = flat.reshape(size, -1).detach()
+    return flat.mT @ hessian.reshape(size, size) @ flat
+
+
+def _layers(net):
+    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _block_columns(net, name, jacobian):
+    """A weight with its bias as last column, flattened, as a block has it."""
+    weight, bias = jacobian[f"{name}.weight"], jacobian[f"{name}.bias"]
+    return torch.cat([weight, bias[..., None]], dim=-1).flatten(-2)
+
+
+def linear_net(classes=3):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(7, 2), nn.Tanh(), nn.Linear(2, classes)).double()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_rows_average_to_the_gauss_newton_matrix(share):
+    data, net = double_vectors(), linear_net()
+    model = Plain(net, optimizer=standing)
+    store, _ = record(model, data, settings={"max_epochs": 300}, curvature_share=share)
+    assert store[0].curvature_rows.shape == (13 if share == 1 else 5, 25)
+    expected = gauss_newton(net, functional.cross_entropy, *data.tensors)
+    found = sum(step.curvature_rows.mT @ step.curvature_rows for step in store) / len(store)
+    error = (found - expected).norm() / expected.norm()
+    assert error < (0.06 if share == 1 else 0.12)
+
+
+class Tokens(nn.Module):
+    """Classes for each of several tokens."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.body, self.head = nn.Linear(3, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh()).mT
+
+
+def test_rows_of_sequences_average_to_the_gauss_newton_matrix():
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(
+        torch.randn(N, 7, 3, generator=generator).double(),
+        torch.randint(4, (N, 7), generator=generator),
+    )
+    net = Tokens().double()
+    store, _ = record(Plain(net, optimizer=standing), data, settings={"max_epochs": 300})
+    expected = gauss_newton(net, functional.cross_entropy, *data.tensors)
+    found = sum(step.curvature_rows.mT @ step.curvature_rows for step in store) / len(store)
+    assert (found - expected).norm() / expected.norm() < 0.06
+    assert store[0].terms.round().tolist() == [7] * N
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}],
+    ids=["plain", "accumulated", "clipped"],
+)
+def test_squared_error_of_one_output_has_its_exact_curvature(settings):
+    """The loss as the optimizer used it: accumulated, and clipped with its gradient."""
+    x = double_vectors().tensors[0][:12]
+    net = nn.Linear(7, 1).double()
+    model = Plain(net, loss=functional.mse_loss, optimizer=standing)
+    data = TensorDataset(x, x[:, :1].clone())
+    store, diary = record(model, data, batch_size=4, settings=settings)
+    for step in store:
+        inputs = torch.cat([x[step.sample_ids], torch.ones(len(step.sample_ids), 1)], dim=1)
+        expected = 2 * (inputs * step.weights[:, None].double()).mT @ inputs
+        found = step.curvature_rows.mT @ step.curvature_rows
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
+    assert len(diary.batches) == 6
+
+
+def test_empirical_rows_with_their_weights_have_the_exact_curvature_of_squared_error():
+    x, y = double_vectors().tensors
+    net = nn.Linear(7, 1).double()
+    data = TensorDataset(x, y[:, None].double())
+    model = Plain(net, loss=functional.mse_loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+    store, _ = record(model, data, batch_size=5)
+    for step in store:
+        factors = step.sketch * (step.curvature * step.terms / step.weights).sqrt()[:, None]
+        expected = step.curvature_rows.mT @ step.curvature_rows
+        torch.testing.assert_close(factors.mT @ factors, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("curvature", ["none", "fisher"])
+def test_rows_do_not_depend_on_whether_labels_are_sampled(curvature):
+    def rows(how):
+        store = MemoryStore()
+        model = Plain(mlp())
+        torch.manual_seed(5)
+        quiet_trainer(GradientRecorder(store, curvature=how)).fit(model, loader(vectors()))
+        return torch.cat([step.sketch for step in store]), model.net[0].weight
+
+    for one, other in zip(rows("none"), rows(curvature), strict=True):
+        assert torch.equal(one, other)
+
+
+class Dropping(nn.Module):
+    """Draws random numbers, keeps statistics, checkpoints, and works in place."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Sequential(nn.Linear(7, 11), nn.BatchNorm1d(11), nn.ReLU(inplace=True))
+        self.middle = nn.Sequential(nn.Linear(11, 5), nn.Dropout(0.3))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.middle, self.body(x), use_reentrant=False))
+
+
+def test_sampling_labels_leaves_training_alone():
+    def train(*callbacks):
+        torch.manual_seed(5)
+        model = Plain(Dropping(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
+        quiet_trainer(*callbacks, max_epochs=3).fit(model, loader(vectors()))
+        return model.state_dict(), torch.get_rng_state()
+
+    plain, plain_random = train()
+    recorder = GradientRecorder(MemoryStore(), curvature="fisher")
+    recorded, random = train(recorder)
+    assert all(torch.equal(recorded[name], value) for name, value in plain.items())
+    assert torch.equal(random, plain_random)
+
+
+class OwnLoss(Plain):
+    """A loss that no rule knows, with the method that tells how to sample its labels."""
+
+    def training_step(self, batch, batch_idx):
+        self.outputs = self.net(batch[0])
+        self.labels = batch[1]
+        return self.outputs.logsumexp(1).mean() - self.outputs[range(N), self.labels].mean()
+
+
+class OwnSampling(OwnLoss):
+    def sampled_output_gradients(self, loss, generator):
+        p = self.outputs.detach().softmax(dim=1)
+        drawn = torch.multinomial(p, 1, generator=generator)
+        gradient = p.scatter_add(1, drawn, -torch.ones_like(p[:, :1]))
+        return [(self.outputs, gradient / N**0.5)]
+
+
+def test_a_model_can_sample_for_a_loss_of_its_own():
+    data, net = double_vectors(), linear_net()
+    store, _ = record(OwnSampling(net, optimizer=standing), data, settings={"max_epochs": 300})
+    expected = gauss_newton(net, functional.cross_entropy, *data.tensors)
+    found = sum(step.curvature_rows.mT @ step.curvature_rows for step in store) / len(store)
+    assert (found - expected).norm() / expected.norm() < 0.06
+    assert store[0].terms is None
+
+
+def test_a_loss_that_cannot_be_sampled_is_refused():
+    with pytest.raises(ValueError, match=r"none that labels can be sampled from.*cross-entropy"):
+        record(OwnLoss(linear_net()), double_vectors())
+
+
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"`curvature_share` is 0.*above 0"):
+        GradientRecorder("run", curvature_share=0.0)
+
+
+@pytest.mark.parametrize("storage", ["as computed", "int8"])
+def test_a_recorded_run_says_that_it_holds_them(tmp_path, storage):
+    store = HDF5Store(tmp_path / "run", storage=storage)
+    model = Plain(mlp())
+    quiet_trainer(GradientRecorder(store, curvature="fisher")).fit(model, loader(vectors()))
+    run = HDF5Store.open(tmp_path / "run")
+    assert run.recipe.curvature == "fisher"
+    assert [step.curvature_rows.shape for step in run] == [step.sketch.shape for step in run]
