@@ -150,8 +150,6 @@ def _second_moment(
     state = optimizer.state.get(parameter, {})
     square = torch.zeros_like(ones) if gradient is None else gradient.detach().to(ones).square()
     moment = _running_square(group, state, square, gradient is not None)
-    largest = state.get("max_exp_avg_sq")
-    moment = moment if largest is None else moment.maximum(largest.to(moment))
     eps = float(group["eps"])  # type: ignore[arg-type]
     return torch.where(moment > 0, moment + eps**2, 0)
 
@@ -164,6 +162,8 @@ def _running_square(
     decay = _decay(group)
     before = state.get("exp_avg_sq", state.get("square_avg", torch.zeros_like(square)))
     moment = decay * before.to(square) + (1 - decay) * square if is_new else before.to(square)
+    if "max_exp_avg_sq" in state:  # amsgrad
+        moment = moment.maximum(state["max_exp_avg_sq"].to(moment))
     if "alpha" in group:  # RMSprop does not correct the bias of its first steps.
         return moment
     age = int(state.get("step", 0)) + is_new
