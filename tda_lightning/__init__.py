@@ -10,6 +10,7 @@ from tda_lightning.projectors import (
     Kronecker,
     KroneckerCountSketch,
 )
+from tda_lightning.queries import record
 
 # Ask
 from tda_lightning.api import attribute, self_influence  # isort: skip
@@ -38,5 +39,6 @@ __all__ = [
     "TracIn",
     "attribute",
     "layer_rule",
+    "record",
     "self_influence",
 ]

@@ -1,26 +1,30 @@
-"""Queries: a query is just another, smaller recording.
+"""Queries: a query is just another, smaller recording; so is a pass over data without training.
 
-The query batch goes through the user's own ``training_step`` under the recipe of the run. That is
-why nobody writes a loss function again.
+Batches go through the user's own ``training_step`` under the recipe of the run. That is why nobody
+writes a loss function again.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tda_lightning.layers import find_tensors, survey
 from tda_lightning.projectors import projector_from_dict
-from tda_lightning.recipe import Recipe
-from tda_lightning.rows import RowRecorder
-from tda_lightning.stores import Store
+from tda_lightning.recipe import ranges_of
+from tda_lightning.rows import BatchRows, RowRecorder
+from tda_lightning.sample_ids import IdSource, SampleLedger
+from tda_lightning.step import Step
+from tda_lightning.stores import MemoryStore, Store, WritableStore
 from tda_lightning.undisturbed import undisturbed
 
 
@@ -51,22 +55,112 @@ def record_queries(
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
             take the queries or returns no loss.
     """
+    with _recording(model, like, at, mode, sampled=0.0) as rows:
+        batches = _with_progress(_batches(queries), "queries", progress)
+        recorded = [_record_batch(model, rows, batch, "queries") for batch in batches]
+    if not recorded:
+        raise ValueError("`queries` is an empty loader; expected at least one batch.")
+    found = [one.rows.cpu() for one in recorded]
+    is_mean = like.recipe.reduction == "mean"
+    return torch.cat([rows * len(rows) if is_mean else rows for rows in found])
+
+
+def record(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    *,
+    like: Store,
+    labels: Literal["given", "sampled"] = "given",
+    at: int = -1,
+    mode: Literal["eval", "train"] = "eval",
+    sample_ids: IdSource | None = None,
+    store: WritableStore | None = None,
+    progress: bool = True,
+) -> Store:
+    """Record a pass over data at the weights that ``model`` has, without training.
+
+    The result is a run of its own, one step per batch: training rows anew at the final weights, or
+    their curvature, for methods that take them from elsewhere.
+
+    Args:
+        model: The LightningModule that was trained. It is left as it was.
+        loader: The training data, say, in any order.
+        like: The run whose recipe to record by.
+        labels: ``"sampled"`` adds rows from labels drawn from the model's own predictions.
+        at: The step of that run in whose coordinates.
+        mode: Whether the model acts as in evaluation or as in training.
+        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
+        store: Where to record to; into memory by default.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
+            take the batches or returns no loss.
+    """
+    result = MemoryStore() if store is None else store
+    ledger = SampleLedger(sample_ids)
+    ledger.watch(loader, lambda: True)
+    ids, curvature = ledger.train_ids, "fisher" if labels == "sampled" else "none"
+    train_ids = None if ids is None else ranges_of(ids)
+    result.begin(replace(like.recipe, train_ids=train_ids, curvature=curvature, every_n_steps=1))
+    facts = like[at]
+    try:
+        with _recording(model, like, at, mode, sampled=float(labels == "sampled")) as rows:
+            for number, batch in enumerate(_with_progress(loader, "recording", progress)):
+                named = ledger.name(batch, number)
+                rows.seed(number)
+                found = _record_batch(model, rows, batch, "loader")
+                result.append(_step(number, facts, named, found, like))
+    finally:
+        ledger.release()
+        result.seal()
+    return result
+
+
+def _step(
+    number: int, facts: Step, sample_ids: Int[Tensor, " n"], found: BatchRows, like: Store
+) -> Step:
+    n = len(sample_ids)
+    weight = 1 / n if like.recipe.reduction == "mean" else 1.0
+    return Step(
+        index=number,
+        epoch=0,
+        optimizer=facts.optimizer,
+        groups=facts.groups,
+        sample_ids=sample_ids,
+        weights=torch.full((n,), weight),
+        sketch=found.rows.cpu(),
+        terms=_on_cpu(found.terms),
+        curvature=_on_cpu(found.curvature(weight)),
+        curvature_rows=_on_cpu(found.curvature_rows),
+        preconditioner=like.preconditioner() if number == 0 else None,
+    )
+
+
+def _on_cpu(found: Tensor | None) -> Tensor | None:
+    return None if found is None else found.cpu()
+
+
+@contextmanager
+def _recording(
+    model: nn.Module, like: Store, at: int, mode: Literal["eval", "train"], sampled: float
+) -> Iterator[RowRecorder]:
+    """Record the model by the recipe of a run, and leave it as it was."""
     recipe = like.recipe
     surveyed = survey(model, leave_out=[entry.name for entry in recipe.left_out])
     recipe.require_blocks(surveyed.blocks, type(model).__name__)
     projector = projector_from_dict(recipe.projector)
-    rows = RowRecorder(model, surveyed, recipe.batch_dims, projector, recipe.torch_dtype)
+    rows = RowRecorder(model, surveyed, recipe.batch_dims, projector, recipe.torch_dtype, sampled)
     coordinates = like.preconditioner(at)
     if coordinates is not None:
         rows.precondition(coordinates)
     with undisturbed(model, mode), rows, torch.enable_grad():
-        batches = tqdm(
-            _batches(queries), desc="queries", unit="batch", leave=False, disable=not progress
-        )
-        recorded = [_record_batch(model, rows, batch, recipe) for batch in batches]
-    if not recorded:
-        raise ValueError("`queries` is an empty loader; expected at least one batch.")
-    return torch.cat(recorded)
+        yield rows
+
+
+def _with_progress(batches: Iterable[Any], name: str, progress: bool) -> Iterable[Any]:
+    bar: Iterable[Any] = tqdm(batches, desc=name, unit="batch", leave=False, disable=not progress)
+    return bar
 
 
 def _batches(queries: Any) -> Iterator[Any]:
@@ -76,11 +170,8 @@ def _batches(queries: Any) -> Iterator[Any]:
         yield queries
 
 
-def _record_batch(
-    model: nn.Module, rows: RowRecorder, batch: Any, recipe: Recipe
-) -> Float[Tensor, "n k"]:
-    n = _batch_size(batch)
-    rows.start(n)
+def _record_batch(model: nn.Module, rows: RowRecorder, batch: Any, argument: str) -> BatchRows:
+    rows.start(_batch_size(batch, argument))
     try:
         loss = _loss_of(model, _transfer(model, batch))
         rows.listen(loss)
@@ -89,13 +180,13 @@ def _record_batch(
         torch.autograd.grad(loss, trained, allow_unused=True)
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise ValueError(
-            f"`queries` could not go through `{type(model).__name__}.training_step`: expected a "
+            f"`{argument}` could not go through `{type(model).__name__}.training_step`: expected a "
             f"batch such as the training loader yields; got {_describe(batch)}, and the step said: "
             f"{error}"
         ) from error
     finally:
-        found = rows.finish().rows.cpu()
-    return found * n if recipe.reduction == "mean" else found
+        found = rows.finish()
+    return found
 
 
 def _loss_of(model: Any, batch: Any) -> Tensor:
@@ -118,12 +209,12 @@ def _transfer(model: Any, batch: Any) -> Any:
     return model.on_after_batch_transfer(batch, 0)
 
 
-def _batch_size(batch: Any) -> int:
+def _batch_size(batch: Any, argument: str) -> int:
     first = next(find_tensors(batch), None)
     if first is None or first.ndim == 0:
         raise ValueError(
-            f"`queries` holds no tensor with samples along its first axis: got {_describe(batch)}; "
-            "expected a batch such as the training loader yields, or a `DataLoader` of such."
+            f"`{argument}` holds no tensor with samples along its first axis: got "
+            f"{_describe(batch)}; expected a batch such as the training loader yields, or a `DataLoader` of such."
         )
     return len(first)
 

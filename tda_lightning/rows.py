@@ -42,6 +42,16 @@ class BatchRows:
     spread: Float[Tensor, " n"] | None
     curvature_rows: Float[Tensor, "m k"] | None
 
+    def curvature(self, weight: float) -> Float[Tensor, " n"] | None:
+        """Return each visit's curvature as a :class:`Step` holds it, if known.
+
+        Args:
+            weight: Weight of each sample's loss in the loss of the batch.
+        """
+        if self.spread is None or self.terms is None:
+            return None
+        return weight * self.spread / self.terms
+
 
 class RowRecorder:
     """Records batch by batch: :meth:`start`, forward, :meth:`listen`, backward, :meth:`finish`.

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore
+from tda_lightning import record as record_data
+from tda_lightning.queries import record_queries
 
 N = 13
 
@@ -214,3 +216,34 @@ def test_a_recorded_run_says_that_it_holds_them(tmp_path, storage):
     run = HDF5Store.open(tmp_path / "run")
     assert run.recipe.curvature == "fisher"
     assert [step.curvature_rows.shape for step in run] == [step.sketch.shape for step in run]
+
+
+def test_a_recording_without_training_has_the_rows_of_the_queries():
+    data = double_vectors()
+    model = Plain(linear_net(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
+    store, _ = record(model, data, batch_size=5)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    again = record_data(
+        model, loader(data, shuffle=True), like=store, labels="sampled", progress=False
+    )
+    asked = record_queries(model, data[:], like=store)
+    for step in again:
+        found = step.sketch / step.weights[:, None].double()
+        torch.testing.assert_close(found, asked[step.sample_ids])
+        assert step.curvature_rows.shape == step.sketch.shape
+        assert step.curvature.shape == (len(step.sample_ids),)
+    assert sorted(torch.cat([step.sample_ids for step in again]).tolist()) == list(range(N))
+    assert again.recipe.curvature == "fisher"
+    assert torch.equal(again.preconditioner().rows, store.preconditioner().rows)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_recording_without_training_can_be_kept(tmp_path):
+    data = double_vectors()
+    model = Plain(linear_net())
+    run, _ = record(model, data)
+    place = HDF5Store(tmp_path / "again")
+    record_data(model, loader(data), like=run, store=place, progress=False)
+    again = HDF5Store.open(tmp_path / "again")
+    assert len(again) == 3
+    assert again[0].curvature_rows is None

@@ -32,11 +32,6 @@ class _Visits:
     weight: float
     recorded: BatchRows
 
-    def curvature(self) -> Tensor | None:
-        """Return the curvature weights: for row row^T / weight * terms."""
-        spread, terms = self.recorded.spread, self.recorded.terms
-        return None if spread is None or terms is None else self.weight * spread / terms
-
 
 @dataclass(frozen=True)
 class _Facts:
@@ -170,7 +165,7 @@ class Session:
             sketch=sketch,
             audit=None if facts.audited is None else self._finish_audit(facts.audited),
             terms=_joined([one.recorded.terms for one in visits]),
-            curvature=_joined([one.curvature() for one in visits]),
+            curvature=_joined([one.recorded.curvature(one.weight) for one in visits]),
             # Curvature goes with the loss, and a row is a square root of it.
             curvature_rows=_joined([one.recorded.curvature_rows for one in visits], clipped**0.5),
             preconditioner=begun,

@@ -1,32 +1,15 @@
-r"""Losses: what a model's loss is made of, how curved it is, and labels of the model's own.
-
-A loss is a weighted sum of terms (samples, tokens, outputs). Where a term is the negative
-log-likelihood of a label under a distribution that the model predicts, labels :math:`\hat y` drawn
-from that distribution give gradients :math:`\hat g` at the model's outputs with
-:math:`E\,\hat g \hat g^\top = A`, the Hessian of the term there (Martens 2020, "New Insights and
-Perspectives on the Natural Gradient Method", section 5). Pulled back through the model they are
-rows of the Gauss-Newton matrix.
-
-The terms are found on the graph of the loss, whatever function made it: cross-entropy is anything
-that is linear in a log-softmax. Nothing is watched while the model runs, no random number of the
-user's is drawn, and the graph is kept.
-"""
+"""Kinds of loss functions: their terms' weights, their curvature, and labels drawn from them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
 
 Summary = tuple[Tensor, Tensor]
-# A loss function stands near the root of the graph; the model behind it may be large.
-_NODES_TO_SEARCH = 500
 
 
 class LossNode(ABC):
@@ -185,129 +168,5 @@ class HuberLoss(SquaredLoss):
         return inside.to(outputs) * (1.0 if delta is not None else 1 / width)
 
 
-_KINDS: dict[str, type[LossNode]] = {
-    "LogSoftmaxBackward0": SoftmaxLoss,
-    "BinaryCrossEntropyWithLogitsBackward0": CoinLogitsLoss,
-    "BinaryCrossEntropyBackward0": CoinLoss,
-    "MseLossBackward0": SquaredLoss,
-    "HuberLossBackward0": HuberLoss,
-    "SmoothL1LossBackward0": HuberLoss,
-}
-
-
-def find_losses(loss: Tensor) -> list[LossNode]:
-    """Return the loss functions near the root of a loss's graph, in order of their distance."""
-    waiting, seen = deque([loss.grad_fn]), {loss.grad_fn}
-    found = []
-    while waiting and len(seen) < _NODES_TO_SEARCH:
-        node: Any = waiting.popleft()
-        kind = _kind_of(node)
-        if kind is not None:
-            found.append(kind(node))
-            continue
-        for following in _following(node):
-            if following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return found
-
-
-def _kind_of(node: Any) -> type[LossNode] | None:
-    if node is None:
-        return None
-    if node.name() == "PowBackward0" and node._saved_exponent == 2:
-        return SquarePower
-    return _KINDS.get(node.name())
-
-
-def _following(node: Any) -> Iterator[Any]:
-    if node is not None:
-        yield from (following for following, _ in node.next_functions if following is not None)
-
-
 def _uniform(like: Tensor, generator: Generator) -> Tensor:
     return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-
-
-def term_weights(loss: Tensor, nodes: Sequence[LossNode]) -> list[Tensor | None]:
-    """Return the weight of every term of every loss function in ``loss``; ``None`` if unused."""
-    grads = torch.autograd.grad(
-        loss, [node.value for node in nodes], retain_graph=True, allow_unused=True
-    )
-    with torch.no_grad():
-        return [
-            None if grad is None else node.weights(grad)
-            for node, grad in zip(nodes, grads, strict=True)
-        ]
-
-
-def sampled_gradients(loss: Tensor, generator: Generator) -> list[tuple[GradientEdge, Tensor]]:
-    """Draw labels, and return gradients whose outer products average to the loss's Hessian.
-
-    Args:
-        loss: The loss of a batch, on its graph.
-        generator: Where the draws come from.
-
-    Returns:
-        Places of the model's outputs on the graph, each with a gradient: the sum over terms of the
-        square root of their weight in ``loss`` times the gradient for a drawn label.
-    """
-    nodes = find_losses(loss)
-    weights = term_weights(loss, nodes) if nodes else []
-    with torch.no_grad():
-        return [
-            (node.outputs, node.sample(generator) * weight.clamp_min(0).sqrt())
-            for node, weight in zip(nodes, weights, strict=True)
-            if weight is not None
-        ]
-
-
-class LossSummary:
-    """Per sample, from the backward pass: number of loss terms, and how curved they are.
-
-    Args:
-        loss: The loss of a batch of ``n`` samples, whose backward pass is to come.
-        n: Number of samples.
-    """
-
-    def __init__(self, loss: Tensor, n: int) -> None:
-        self._n = n
-        # Sums over a sample's terms: weights, their squares, traces, squared gradients.
-        self._sums: list[Tensor] = []
-        for node in find_losses(loss):
-            node.node.register_hook(self._hook(node))
-
-    def _hook(self, node: LossNode) -> Callable[[Any, Any], None]:
-        waiting = [node]
-
-        def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> None:
-            if waiting and inputs[0] is not None and outputs[0] is not None:
-                with torch.no_grad():
-                    self._add(waiting.pop(), outputs[0], inputs[0])
-
-        return hook
-
-    def _add(self, node: LossNode, value_grad: Tensor, outputs_grad: Tensor) -> None:
-        weights = node.weights(value_grad)
-        if weights.numel() % self._n:
-            return
-        trace, square = node.summarize(outputs_grad / torch.where(weights == 0, 1, weights))
-        squares = weights.square()
-        parts = [weights, squares, weights * trace, squares * square]
-        # Terms of one sample lie together, whether or not samples still have an axis of their own.
-        sums = [part.reshape(self._n, -1).sum(dim=1) for part in parts]
-        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
-
-    def terms(self) -> Float[Tensor, " n"] | None:
-        """Return how many terms of one weight would weigh as each sample's do, if known."""
-        if not self._sums:
-            return None
-        total, squares, _, _ = self._sums
-        return torch.where(squares > 0, total.square() / squares, 1)
-
-    def spread(self) -> Float[Tensor, " n"] | None:
-        """Return the trace of each sample's Hessian over its squared gradient, if known."""
-        if not self._sums:
-            return None
-        _, _, trace, square = self._sums
-        return torch.where(square > 0, trace / square, 0)

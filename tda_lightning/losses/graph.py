@@ -1,0 +1,96 @@
+"""The graph of a loss: the loss functions on it, and gradients of sampled labels at them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.autograd.graph import GradientEdge
+
+from tda_lightning.losses.kinds import (
+    CoinLogitsLoss,
+    CoinLoss,
+    HuberLoss,
+    LossNode,
+    SoftmaxLoss,
+    SquaredLoss,
+    SquarePower,
+)
+
+# A loss function stands near the root of the graph; the model behind it may be large.
+_NODES_TO_SEARCH = 500
+
+_KINDS: dict[str, type[LossNode]] = {
+    "LogSoftmaxBackward0": SoftmaxLoss,
+    "BinaryCrossEntropyWithLogitsBackward0": CoinLogitsLoss,
+    "BinaryCrossEntropyBackward0": CoinLoss,
+    "MseLossBackward0": SquaredLoss,
+    "HuberLossBackward0": HuberLoss,
+    "SmoothL1LossBackward0": HuberLoss,
+}
+
+
+def find_losses(loss: Tensor) -> list[LossNode]:
+    """Return the loss functions near the root of a loss's graph, in order of their distance."""
+    waiting, seen = deque([loss.grad_fn]), {loss.grad_fn}
+    found = []
+    while waiting and len(seen) < _NODES_TO_SEARCH:
+        node: Any = waiting.popleft()
+        kind = _kind_of(node)
+        if kind is not None:
+            found.append(kind(node))
+            continue
+        for following in _following(node):
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+def _kind_of(node: Any) -> type[LossNode] | None:
+    if node is None:
+        return None
+    if node.name() == "PowBackward0" and node._saved_exponent == 2:
+        return SquarePower
+    return _KINDS.get(node.name())
+
+
+def _following(node: Any) -> Iterator[Any]:
+    if node is not None:
+        yield from (following for following, _ in node.next_functions if following is not None)
+
+
+def term_weights(loss: Tensor, nodes: Sequence[LossNode]) -> list[Tensor | None]:
+    """Return the weight of every term of every loss function in ``loss``; ``None`` if unused."""
+    grads = torch.autograd.grad(
+        loss, [node.value for node in nodes], retain_graph=True, allow_unused=True
+    )
+    with torch.no_grad():
+        return [
+            None if grad is None else node.weights(grad)
+            for node, grad in zip(nodes, grads, strict=True)
+        ]
+
+
+def sampled_gradients(loss: Tensor, generator: Generator) -> list[tuple[GradientEdge, Tensor]]:
+    """Draw labels, and return gradients whose outer products average to the loss's Hessian.
+
+    Args:
+        loss: The loss of a batch, on its graph.
+        generator: Where the draws come from.
+
+    Returns:
+        Places of the model's outputs on the graph, each with a gradient: the sum over terms of the
+        square root of their weight in ``loss`` times the gradient for a drawn label.
+    """
+    nodes = find_losses(loss)
+    weights = term_weights(loss, nodes) if nodes else []
+    with torch.no_grad():
+        return [
+            (node.outputs, node.sample(generator) * weight.clamp_min(0).sqrt())
+            for node, weight in zip(nodes, weights, strict=True)
+            if weight is not None
+        ]
