@@ -100,9 +100,14 @@ def record(
     result = MemoryStore() if store is None else store
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
-    ids, curvature = ledger.train_ids, "fisher" if labels == "sampled" else "none"
-    train_ids = None if ids is None else ranges_of(ids)
-    result.begin(replace(like.recipe, train_ids=train_ids, curvature=curvature, every_n_steps=1))
+    ids = ledger.train_ids
+    recipe = replace(
+        like.recipe,
+        train_ids=None if ids is None else ranges_of(ids),
+        curvature="fisher" if labels == "sampled" else "none",
+        every_n_steps=1,
+    )
+    result.begin(recipe)
     facts = like[at]
     try:
         with _recording(model, like, at, mode, sampled=float(labels == "sampled")) as rows:
@@ -214,7 +219,8 @@ def _batch_size(batch: Any, argument: str) -> int:
     if first is None or first.ndim == 0:
         raise ValueError(
             f"`{argument}` holds no tensor with samples along its first axis: got "
-            f"{_describe(batch)}; expected a batch such as the training loader yields, or a `DataLoader` of such."
+            f"{_describe(batch)}; expected a batch such as the training loader yields, or a "
+            "`DataLoader` of such."
         )
     return len(first)
 

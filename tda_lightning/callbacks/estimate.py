@@ -7,22 +7,29 @@ import math
 from tda_lightning.callbacks.either import Trainer
 from tda_lightning.recipe import Recipe
 
-# Beside its row, a visit keeps its sample id (8 bytes), its weight (4) and its scale (8).
-_VISIT_BYTES = 20
+# Beside its row, a visit keeps its sample id and its scale (8 bytes each), its weight, terms and
+# curvature (4 each).
+_VISIT_BYTES = 28
 
 
-def describe_cost(trainer: Trainer, recipe: Recipe) -> str:
-    """Say in one line what is recorded, and how much disk it will take."""
+def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float) -> str:
+    """Say in one line what is recorded, and how much disk it will take.
+
+    Args:
+        trainer: The trainer.
+        recipe: How sketches will be made.
+        sampled: Share of the samples that have a row of sampled labels too.
+    """
     recorded = sum(block.size for block in recipe.blocks)
     total = recorded + sum(entry.size for entry in recipe.left_out)
-    row_bytes = recipe.dimension * recipe.torch_dtype.itemsize + _VISIT_BYTES
+    row_bytes = round(recipe.dimension * recipe.torch_dtype.itemsize * (1 + sampled) + _VISIT_BYTES)
     visits = _expected_visits(trainer, recipe)
     cost = "an unknown number of visits"
     if math.isfinite(visits):
         cost = f"about {visits:,.0f} visits, {visits * row_bytes / 2**20:,.0f} MiB in all"
     return (
         f"recording {recorded / total:.1%} of the trained parameters ({len(recipe.blocks)} layers) "
-        f"in rows of {row_bytes:,} bytes; {cost}."
+        f"in {row_bytes:,} bytes a visit; {cost}."
     )
 
 

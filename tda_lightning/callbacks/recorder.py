@@ -150,7 +150,7 @@ class GradientRecorder(pl.Callback):
         self.store.begin(recipe)
         for entry in left_out:
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
-        rank_zero_info(f"GradientRecorder: {describe_cost(trainer, recipe)}")
+        rank_zero_info(f"GradientRecorder: {describe_cost(trainer, recipe, sampled)}")
         self._rows = rows.__enter__()
         self._session = Session(rows, blocks, self.reduction, coordinates, self.audit)
 
