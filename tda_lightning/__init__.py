@@ -14,7 +14,7 @@ from tda_lightning.queries import record
 
 # Ask
 from tda_lightning.api import attribute, self_influence  # isort: skip
-from tda_lightning.attribution import GradientSimilarity, TracIn  # isort: skip
+from tda_lightning.attribution import GradientSimilarity, TracIn, Unrolled  # isort: skip
 from tda_lightning.scores import Ranking, SampleScores, Scores  # isort: skip
 
 # Look inside
@@ -37,6 +37,7 @@ __all__ = [
     "Step",
     "Store",
     "TracIn",
+    "Unrolled",
     "attribute",
     "layer_rule",
     "record",

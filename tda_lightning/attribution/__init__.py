@@ -1,7 +1,32 @@
 """Attribution methods: one method, one file that reads like its paper."""
 
 from tda_lightning.attribution.attributor import Attributor, SelfAttributor
+from tda_lightning.attribution.curvature import (
+    BestAvailable,
+    Curvature,
+    EmpiricalFisher,
+    LossWeighted,
+    Mixed,
+    SampledLabels,
+)
+from tda_lightning.attribution.propagator import Exponential, Linear, Propagator
 from tda_lightning.attribution.similarity import GradientSimilarity
 from tda_lightning.attribution.tracin import TracIn
+from tda_lightning.attribution.unrolled import Unrolled
 
-__all__ = ["Attributor", "GradientSimilarity", "SelfAttributor", "TracIn"]
+__all__ = [
+    "Attributor",
+    "BestAvailable",
+    "Curvature",
+    "EmpiricalFisher",
+    "Exponential",
+    "GradientSimilarity",
+    "Linear",
+    "LossWeighted",
+    "Mixed",
+    "Propagator",
+    "SampledLabels",
+    "SelfAttributor",
+    "TracIn",
+    "Unrolled",
+]

@@ -1,0 +1,132 @@
+r"""Curvature: how the Hessian of a step's loss is built from what the step left behind.
+
+Every kind gives a factor :math:`C` of a positive semi-definite matrix, so that neither the matrix
+nor its eigenvectors are ever larger than the batch requires:
+
+.. math:: H_t = C_t^\top C_t
+
+The empirical Fisher takes the outer products of the visits' own rows, :math:`\sum_i r_i r_i^\top /
+w_i`. It needs nothing else, and is too small where the model fits its data well. Rows from labels
+drawn from the model's own predictions give the Gauss-Newton matrix without bias; see Kunstner et
+al. (2019), "Limitations of the Empirical Fisher Approximation for Natural Gradient Descent".
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tda_lightning.step import Step
+
+_Known = TypeVar("_Known")
+
+
+class Curvature(ABC):
+    """A way to build the curvature of a step's loss."""
+
+    @abstractmethod
+    def factor(self, step: Step) -> Float[Tensor, "m k"]:
+        """Return rows whose outer products sum to the curvature of the step's loss.
+
+        Raises:
+            ValueError: If the step does not hold what this takes.
+        """
+
+
+@dataclass(frozen=True)
+class EmpiricalFisher(Curvature):
+    """Outer products of the visits' own gradients: any run has them.
+
+    Attributes:
+        terms: What the terms of one sample's loss (tokens, say) are to each other. If
+            ``"independent"``, the outer product of their mean is scaled up by their number.
+    """
+
+    terms: Literal["ignored", "independent"] = "ignored"
+
+    def factor(self, step: Step) -> Float[Tensor, "m k"]:
+        """Return the rows over the roots of their weights."""
+        if self.terms == "ignored":
+            return _scaled_rows(step, torch.ones_like(step.weights))
+        terms = _known(step.terms, step, "numbers of loss terms", "EmpiricalFisher()")
+        return _scaled_rows(step, terms)
+
+
+@dataclass(frozen=True)
+class LossWeighted(Curvature):
+    """The empirical Fisher, each visit as large as the curvature of its loss.
+
+    Exact for losses of one output; p / (1 - p) for the softmax of several.
+
+    Attributes:
+        limit: Largest factor. At 1, curvature is nowhere larger than the empirical Fisher's.
+    """
+
+    limit: float = math.inf
+
+    def factor(self, step: Step) -> Float[Tensor, "m k"]:
+        """Return the rows, scaled, over the roots of their weights."""
+        scale = _known(step.curvature, step, "loss curvatures", "EmpiricalFisher()")
+        terms = torch.ones_like(scale) if step.terms is None else step.terms
+        return _scaled_rows(step, scale.clamp(max=self.limit) * terms)
+
+
+@dataclass(frozen=True)
+class SampledLabels(Curvature):
+    """Outer products of gradients for labels that the model draws itself: the Gauss-Newton matrix.
+
+    Runs have them if they were recorded with curvature rows.
+    """
+
+    def factor(self, step: Step) -> Float[Tensor, "m k"]:
+        """Return the recorded rows."""
+        return _known(step.curvature_rows, step, "curvature rows", "BestAvailable()")
+
+
+@dataclass(frozen=True)
+class Mixed(Curvature):
+    """The mean of several kinds.
+
+    Attributes:
+        parts: What to average.
+    """
+
+    parts: Sequence[Curvature] = (SampledLabels(), EmpiricalFisher())
+
+    def factor(self, step: Step) -> Float[Tensor, "m k"]:
+        """Return all their rows, each kind with its share."""
+        return torch.cat([part.factor(step) for part in self.parts]) / math.sqrt(len(self.parts))
+
+
+@dataclass(frozen=True)
+class BestAvailable(Curvature):
+    """Sampled labels averaged with the empirical Fisher where a step has them, else the latter.
+
+    The default: no kind was better in the project's measurements.
+    """
+
+    def factor(self, step: Step) -> Float[Tensor, "m k"]:
+        """Return the best factor that the step allows."""
+        kind = EmpiricalFisher() if step.curvature_rows is None else Mixed()
+        return kind.factor(step)
+
+
+def _scaled_rows(step: Step, scale: Float[Tensor, " n"]) -> Float[Tensor, "n k"]:
+    # A visit that weighs nothing has a row of zeros: it keeps it.
+    return step.sketch * (scale / step.weights.clamp_min(1e-30)).sqrt()[:, None]
+
+
+def _known(value: _Known | None, step: Step, what: str, instead: str) -> _Known:
+    if value is None:
+        raise ValueError(
+            f"Expected {what} in every step of the run; step {step.index} has none. Record them "
+            f"with the `GradientRecorder`, or pass `curvature={instead}`, which does without."
+        )
+    return value

@@ -1,0 +1,90 @@
+r"""Dynamics: what an optimizer does with a gradient, as a linear recursion.
+
+SGD, with momentum :math:`\mu`, dampening :math:`\tau`, coupled decay :math:`\kappa`, and
+decoupled decay :math:`\delta`, takes the gradient :math:`g`, a buffer :math:`b` and the weights
+:math:`\theta` to
+
+.. math:: b \leftarrow \mu b + (1 - \tau)(g + \kappa \theta), \qquad
+   \theta \leftarrow (1 - \eta \delta) \theta - \eta b
+
+(Nesterov: :math:`g + \kappa \theta + \mu b` in place of :math:`b`). Adam-like optimizers are plain
+gradient descent in the coordinates in which the rows of their runs are recorded: the decay of the
+first moment delays a gradient's effect and leaves its sum alone. Their coupled decay is taken for
+none, since it is divided by the second moment, which is large where gradients are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tda_lightning.step import Step
+from tda_lightning.stores import Store
+
+# Besides all whose names end in W, as AdamW's does.
+_DECOUPLED = {"Adafactor", "Lion", "Muon"}
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """What one optimizer step does.
+
+    Attributes:
+        rate: Learning rate.
+        momentum: Share of the buffer that stays.
+        fresh: Share of the gradient that enters the buffer: one less dampening.
+        lookahead: Whether momentum is Nesterov's.
+        coupled: Weight decay added to the gradient.
+        decoupled: Weight decay applied to the weights.
+    """
+
+    rate: float
+    momentum: float
+    fresh: float
+    lookahead: bool
+    coupled: float
+    decoupled: float
+
+    @classmethod
+    def of(cls, step: Step) -> Dynamics:
+        """Read them off a step, which is taken to be its run's first if its index is 0."""
+        group = step.groups[0]
+        decoupled = step.optimizer.endswith("W") or step.optimizer in _DECOUPLED
+        coupled = not decoupled and group.beta1 == group.beta2 == 0
+        begins = step.index == 0  # torch fills an empty buffer with the whole gradient
+        return cls(
+            rate=group.lr,
+            momentum=group.momentum,
+            fresh=1.0 if begins or group.momentum == 0 else 1 - group.dampening,
+            lookahead=bool(group.nesterov),
+            coupled=group.weight_decay if coupled else 0.0,
+            decoupled=group.weight_decay if decoupled else 0.0,
+        )
+
+    @property
+    def reach(self) -> float:
+        """How far a gradient moves the weights in the end, per unit: the rate of plain descent."""
+        own = self.rate * self.lookahead
+        return own + self.rate * self._kept * self.fresh / (1 - self.momentum)
+
+    @property
+    def brisk_rate(self) -> float:
+        r"""The rate to judge overshoot by, :math:`\eta / \sqrt{1 - \mu}`.
+
+        Momentum answers a step's curvature again and again, so it must be milder to be harmless.
+        """
+        return self.rate / math.sqrt(1 - self.momentum)
+
+    @property
+    def decay(self) -> float:
+        """Weight decay of either kind."""
+        return self.coupled + self.decoupled
+
+    @property
+    def _kept(self) -> float:
+        return self.momentum if self.lookahead else 1.0
+
+
+def training_time(run: Store) -> float:
+    """Return the sum of all learning rates, as plain gradient descent would have them."""
+    return run.recipe.every_n_steps * sum(Dynamics.of(step).reach for step in run)

@@ -1,0 +1,94 @@
+"""Kinds of curvature against sums of outer products, one visit at a time."""
+
+from dataclasses import replace
+
+import least_squares as ls
+import pytest
+import torch
+from torch.optim import SGD
+
+from tda_lightning.attribution.curvature import (
+    BestAvailable,
+    EmpiricalFisher,
+    LossWeighted,
+    Mixed,
+    SampledLabels,
+)
+
+STEP = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))[2]
+WITH_TERMS = replace(STEP, terms=torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64))
+
+
+def matrix(kind, step):
+    factor = kind.factor(step)
+    return factor.mT @ factor
+
+
+def fisher(step, scale=(1.0, 1.0, 1.0)):
+    return sum(
+        s * torch.outer(row, row) / weight
+        for s, row, weight in zip(scale, step.sketch, step.weights, strict=True)
+    )
+
+
+def gauss_newton(step):
+    inputs = ls.problem().inputs[step.sample_ids]
+    return sum(2 * w * torch.outer(x, x) for w, x in zip(step.weights, inputs, strict=True))
+
+
+def test_the_empirical_fisher_is_a_sum_of_outer_products():
+    torch.testing.assert_close(matrix(EmpiricalFisher(), STEP), fisher(STEP))
+    torch.testing.assert_close(
+        matrix(EmpiricalFisher("independent"), WITH_TERMS), fisher(STEP, (1, 3, 5))
+    )
+
+
+def test_sampled_labels_give_the_gauss_newton_matrix():
+    torch.testing.assert_close(matrix(SampledLabels(), STEP), gauss_newton(STEP))
+
+
+def test_weighting_by_the_loss_gives_the_hessian_of_one_output():
+    torch.testing.assert_close(matrix(LossWeighted(), STEP), gauss_newton(STEP))
+
+
+def test_a_limit_keeps_loss_weights_gentle():
+    scale = STEP.curvature.clamp(max=1.0)
+    assert scale.min() < 1
+    assert STEP.curvature.max() > 1
+    torch.testing.assert_close(
+        matrix(LossWeighted(1.0), WITH_TERMS), fisher(STEP, scale * WITH_TERMS.terms)
+    )
+
+
+def test_mixing_is_averaging():
+    mean = (gauss_newton(STEP) + fisher(STEP)) / 2
+    torch.testing.assert_close(matrix(Mixed(), STEP), mean)
+    third = Mixed((SampledLabels(), SampledLabels(), EmpiricalFisher()))
+    torch.testing.assert_close(matrix(third, STEP), (2 * gauss_newton(STEP) + fisher(STEP)) / 3)
+
+
+def test_the_best_available_uses_sampled_labels_where_there_are_any():
+    bare = replace(STEP, curvature_rows=None)
+    torch.testing.assert_close(matrix(BestAvailable(), STEP), matrix(Mixed(), STEP))
+    torch.testing.assert_close(matrix(BestAvailable(), bare), fisher(STEP))
+
+
+def test_visits_that_weigh_nothing_bend_nothing():
+    nothing = replace(STEP, weights=torch.zeros(3).double(), sketch=torch.zeros(3, ls.D).double())
+    assert matrix(EmpiricalFisher(), nothing).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [
+        (SampledLabels(), "curvature rows"),
+        (Mixed(), "curvature rows"),
+        (LossWeighted(), "loss curvatures"),
+        (EmpiricalFisher("independent"), "numbers of loss terms"),
+    ],
+    ids=repr,
+)
+def test_what_was_not_recorded_is_missed_by_name(kind, missing):
+    bare = replace(STEP, curvature=None, curvature_rows=None)
+    with pytest.raises(ValueError, match=f"Expected {missing} in every step.*pass `curvature="):
+        kind.factor(bare)

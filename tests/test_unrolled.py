@@ -1,0 +1,203 @@
+"""Unrolled against retraining: perturb a sample's weight, take the same steps again."""
+
+from dataclasses import dataclass, replace
+
+import least_squares as ls
+import pytest
+import torch
+from torch.optim import SGD
+
+from tda_lightning import MemoryStore, TracIn, Unrolled
+from tda_lightning.attribution.curvature import (
+    Curvature,
+    LossWeighted,
+    SampledLabels,
+)
+from tda_lightning.attribution.dynamics import Dynamics
+from tda_lightning.attribution.propagator import Exponential, Linear, TamedCurvature
+from tda_lightning.step import ParameterGroup
+
+EXACT = Unrolled(SampledLabels(), Linear())
+
+
+@dataclass(frozen=True)
+class Flat(Curvature):
+    """No curvature at all."""
+
+    def factor(self, step):
+        return step.sketch[:0]
+
+
+class SGDW(SGD):
+    """SGD whose weight decay is decoupled from its learning."""
+
+    def __init__(self, params, lr, momentum, decay):
+        super().__init__(params, lr=lr, momentum=momentum)
+        self.param_groups[0]["decay"] = decay
+
+    def step(self):
+        group = self.param_groups[0]
+        shrink = 1 - group["lr"] * group["decay"]
+        for weights in group["params"]:
+            weights.data *= shrink
+        super().step()
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: SGD(p, lr=0.05),
+    "momentum": lambda p: SGD(p, lr=0.05, momentum=0.9),
+    "nesterov": lambda p: SGD(p, lr=0.05, momentum=0.8, nesterov=True),
+    "dampening": lambda p: SGD(p, lr=0.1, momentum=0.7, dampening=0.4),
+    "coupled decay": lambda p: SGD(p, lr=0.05, weight_decay=0.3),
+    "coupled decay and momentum": lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.3),
+    "coupled decay and nesterov": lambda p: SGD(
+        p, lr=0.05, momentum=0.9, weight_decay=0.3, nesterov=True
+    ),
+}
+each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def scores(method, run, q=None):
+    return method.attribute(run, ls.queries() if q is None else q, progress=False).values
+
+
+@each_optimizer
+def test_it_is_what_retraining_with_another_weight_does(optimizer):
+    problem = ls.problem(scale=0.7)
+    expected = ls.effect_of_presence(problem, optimizer, ls.queries())
+    torch.testing.assert_close(
+        scores(EXACT, ls.record(problem, optimizer)), expected, rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_it_is_what_retraining_does_with_decoupled_decay(momentum):
+    def optimizer(p):
+        return SGDW(p, lr=0.05, momentum=momentum, decay=0.5)
+
+    problem = ls.problem(scale=0.7)
+    run = MemoryStore()
+    plain = ls.record(problem, optimizer)
+    run.begin(plain.recipe)
+    for step in plain:
+        run.append(replace(step, groups=(replace(step.groups[0], weight_decay=0.5),)))
+    expected = ls.effect_of_presence(problem, optimizer, ls.queries())
+    torch.testing.assert_close(scores(EXACT, run), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_it_is_what_retraining_does_when_accumulated_batches_differ_in_size():
+    """A step's rows may come from several batches, each with weights of its own."""
+    problem = ls.problem(batch_size=5)
+    run, halves = ls.record(problem, OPTIMIZERS["momentum"]), MemoryStore()
+    halves.begin(run.recipe)
+    for step in run:
+        order = torch.tensor([3, 1, 0, 4, 2])
+        halves.append(
+            replace(
+                step,
+                sample_ids=step.sample_ids[order],
+                sketch=step.sketch[order],
+                weights=step.weights[order],
+                curvature_rows=step.curvature_rows[order],
+            )
+        )
+    torch.testing.assert_close(scores(EXACT, halves), scores(EXACT, run))
+
+
+def test_without_curvature_it_is_tracin():
+    run = ls.record(ls.problem(), OPTIMIZERS["sgd"])
+    torch.testing.assert_close(scores(Unrolled(Flat()), run), scores(TracIn(), run))
+
+
+@each_optimizer
+def test_with_a_stride_a_step_stands_for_as_many_equal_ones(optimizer):
+    if optimizer is OPTIMIZERS["dampening"]:
+        pytest.skip("only the first of all steps is undampened")
+    sparse, dense = ls.record(ls.problem(), optimizer, stride=3), MemoryStore()
+    dense.begin(replace(sparse.recipe, every_n_steps=1))
+    for step in sparse:
+        for _ in range(3):
+            dense.append(step)
+    torch.testing.assert_close(scores(EXACT, sparse), scores(EXACT, dense))
+
+
+def test_in_the_coordinates_of_adam_it_is_plain_descent():
+    problem = ls.problem()
+    sgd = ls.record(problem, OPTIMIZERS["sgd"])
+    for name, decay in (("Adam", 0.3), ("AdamW", 0.0)):
+        adam = MemoryStore()
+        adam.begin(replace(sgd.recipe, preconditioner="optimizer"))
+        for step in sgd:
+            group = replace(step.groups[0], beta1=0.9, beta2=0.999, weight_decay=decay)
+            adam.append(replace(step, optimizer=name, groups=(group,)))
+        torch.testing.assert_close(scores(EXACT, adam), scores(EXACT, sgd))
+
+
+@pytest.mark.parametrize("propagator", [Linear(), Exponential()], ids=repr)
+@pytest.mark.parametrize("nesterov", [0.0, 1.0], ids=["heavy ball", "nesterov"])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_steps_that_overshoot_do_not_make_it_explode(propagator, nesterov, momentum, batch_size):
+    """Every step of 300 overshoots tenfold and more, along one or three of five axes."""
+    wild = ls.problem(steps=300, scale=20.0, batch_size=batch_size)
+    still = ls.record(replace(wild, rates=[1.0] * 300), lambda p: SGD(p, lr=1e-9))
+    run = MemoryStore()
+    run.begin(still.recipe)
+    group = ParameterGroup(lr=0.05, momentum=momentum, nesterov=nesterov)
+    for step in still:
+        run.append(replace(step, groups=(group,)))
+    method = Unrolled(SampledLabels(), propagator)
+    furthest = max(float(d.norm()) for _, d in method.directions(run, ls.queries()))
+    reach = Dynamics.of(run[1]).reach * float(ls.queries().norm())
+    assert furthest <= (1 if momentum == 0 else 5) * reach
+
+
+@pytest.mark.parametrize("propagator", [Linear(), Linear(2.0), Exponential()], ids=repr)
+@pytest.mark.parametrize("rate", [0.0, 1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("m", [0, 3, 7])
+def test_a_tamed_curvature_is_its_rule_applied_to_every_eigenvalue(propagator, rate, m):
+    generator = torch.Generator().manual_seed(5)
+    factor = torch.randn(m, 5, generator=generator, dtype=torch.float64)
+    eigenvalues, vectors = torch.linalg.eigh(factor.mT @ factor)
+    taken = propagator.taken(rate * eigenvalues) / rate if rate else eigenvalues
+    torch.testing.assert_close(
+        TamedCurvature(factor, rate, propagator).times(ls.queries()),
+        ls.queries() @ (vectors * taken) @ vectors.mT,
+    )
+
+
+def test_for_single_outputs_loss_weighted_curvature_is_exact():
+    run = ls.record(ls.problem(), OPTIMIZERS["momentum"])
+    torch.testing.assert_close(scores(Unrolled(LossWeighted()), run), scores(EXACT, run))
+
+
+def test_it_is_linear_in_the_query():
+    run = ls.record(ls.problem(), OPTIMIZERS["nesterov"])
+    one, other = ls.queries(1), ls.queries(2)
+    torch.testing.assert_close(
+        scores(Unrolled(), run, 2 * one - 3 * other),
+        2 * scores(Unrolled(), run, one) - 3 * scores(Unrolled(), run, other),
+    )
+
+
+def test_a_slice_of_a_run_is_a_training_that_ended_there():
+    problem = ls.problem(scale=0.7)
+    short = replace(problem, batches=problem.batches[:4], rates=problem.rates[:4])
+    run = ls.record(problem, OPTIMIZERS["momentum"])
+    expected = ls.effect_of_presence(short, OPTIMIZERS["momentum"], ls.queries())
+    torch.testing.assert_close(scores(EXACT, run[:4]), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_samples_never_drawn_score_zero():
+    values = scores(Unrolled(), ls.record(ls.problem(), OPTIMIZERS["momentum"]))
+    assert values[:, ls.N_TRAIN - 1].abs().max() == 0
+    assert (values != 0).any()
+
+
+def test_the_order_of_visits_within_a_step_does_not_matter_and_names_move_scores():
+    run, renamed = ls.record(ls.problem(), OPTIMIZERS["momentum"]), MemoryStore()
+    permutation = torch.randperm(ls.N_TRAIN, generator=torch.Generator().manual_seed(2))
+    renamed.begin(run.recipe)
+    for step in run:
+        renamed.append(replace(step, sample_ids=permutation[step.sample_ids]))
+    torch.testing.assert_close(scores(Unrolled(), renamed)[:, permutation], scores(Unrolled(), run))
