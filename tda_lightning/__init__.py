@@ -14,7 +14,7 @@ from tda_lightning.queries import record
 
 # Ask
 from tda_lightning.api import attribute, self_influence  # isort: skip
-from tda_lightning.attribution import GradientSimilarity, TracIn, Unrolled  # isort: skip
+from tda_lightning.attribution import Embedding, GradientSimilarity, TracIn, Unrolled, embed  # isort: skip
 from tda_lightning.scores import Ranking, SampleScores, Scores  # isort: skip
 
 # Look inside
@@ -24,6 +24,7 @@ from tda_lightning.step import Step  # isort: skip
 __all__ = [
     "CountSketch",
     "DenseProjection",
+    "Embedding",
     "GradientRecorder",
     "GradientSimilarity",
     "HDF5Store",
@@ -39,6 +40,7 @@ __all__ = [
     "TracIn",
     "Unrolled",
     "attribute",
+    "embed",
     "layer_rule",
     "record",
     "self_influence",

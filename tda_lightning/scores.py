@@ -6,7 +6,9 @@ that training sample lowered the query's loss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +50,14 @@ class Scores:
         query_ids: Places of the queries in what was asked, shape ``(n_query,)``.
         train_ids: Ids of the training samples, shape ``(n_train,)``.
         method: The method and its hyper-parameters.
+        provenance: Where the scores come from: model, optimizer, steps covered, sketch, weights.
     """
 
     values: Float[Tensor, "n_query n_train"]
     query_ids: Int[Tensor, " n_query"]
     train_ids: Int[Tensor, " n_train"]
     method: str
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
     def proponents(self, k: int = 5) -> Ranking:
         """Return the ``k`` training samples that lowered each query's loss most."""
@@ -67,6 +71,29 @@ class Scores:
         top = self.values.topk(_checked(k, len(self.train_ids)), dim=1, largest=largest)
         return Ranking(self.train_ids[top.indices], top.values)
 
+    @classmethod
+    def mean(cls, scores: Sequence[Scores]) -> Scores:
+        """Average the scores of several trainings, or of several methods.
+
+        Raises:
+            ValueError: If they are not about the same queries and training samples.
+        """
+        first = _alike(scores, ("query_ids", "train_ids"))
+        values = torch.stack([one.values for one in scores]).mean(dim=0)
+        return replace(first, values=values, **_joined(scores, "mean"))
+
+    @classmethod
+    def concatenate(cls, scores: Sequence[Scores]) -> Scores:
+        """Put scores of several queries, one after the other, into one.
+
+        Raises:
+            ValueError: If they are not about the same training samples.
+        """
+        first = _alike(scores, ("train_ids",))
+        values = torch.cat([one.values for one in scores])
+        ids = torch.cat([one.query_ids for one in scores])
+        return replace(first, values=values, query_ids=ids, **_joined(scores, "concatenation"))
+
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with queries as rows and training samples as columns."""
         import pandas as pd
@@ -77,12 +104,12 @@ class Scores:
 
     def save(self, path: str | Path) -> None:
         """Write the scores to a NumPy ``.npz`` file."""
-        _save(path, self.method, {name: getattr(self, name).numpy() for name in _MATRIX_FIELDS})
+        save_arrays(path, self, _MATRIX_FIELDS)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
         """Read scores written by :meth:`save`."""
-        return cls(**_load(path, _MATRIX_FIELDS))
+        return cls(**load_arrays(path, _MATRIX_FIELDS))
 
     def __repr__(self) -> str:
         """Show the shape, the method and the best proponent of the first queries."""
@@ -105,11 +132,13 @@ class SampleScores:
         values: Scores, shape ``(n_train,)``.
         train_ids: Ids of the training samples, shape ``(n_train,)``.
         method: The method and its hyper-parameters.
+        provenance: Where the scores come from: model, optimizer, steps covered, sketch, weights.
     """
 
     values: Float[Tensor, " n_train"]
     train_ids: Int[Tensor, " n_train"]
     method: str
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
     def highest(self, k: int = 10) -> Int[Tensor, " k"]:
         """Return the ids of the ``k`` highest scores, highest first."""
@@ -128,12 +157,12 @@ class SampleScores:
 
     def save(self, path: str | Path) -> None:
         """Write the scores to a NumPy ``.npz`` file."""
-        _save(path, self.method, {name: getattr(self, name).numpy() for name in _VECTOR_FIELDS})
+        save_arrays(path, self, _VECTOR_FIELDS)
 
     @classmethod
     def load(cls, path: str | Path) -> SampleScores:
         """Read scores written by :meth:`save`."""
-        return cls(**_load(path, _VECTOR_FIELDS))
+        return cls(**load_arrays(path, _VECTOR_FIELDS))
 
     def __repr__(self) -> str:
         """Show the method and the highest scores."""
@@ -164,18 +193,54 @@ def _row(ranking: Ranking, row: int) -> tuple[Tensor, Tensor]:
     return ranking.ids[row], ranking.values[row]
 
 
-def _save(path: str | Path, method: str, arrays: dict[str, np.ndarray]) -> None:
+def _alike(scores: Sequence[Scores], names: tuple[str, ...]) -> Scores:
+    if not scores:
+        raise ValueError("`scores` is empty; expected at least one `Scores`.")
+    for name in names:
+        if not all(torch.equal(getattr(one, name), getattr(scores[0], name)) for one in scores):
+            raise ValueError(
+                f"`scores` differ in their `{name}`; expected the same in all of them. Attribute "
+                "the same queries to the same training set."
+            )
+    return scores[0]
+
+
+def _joined(scores: Sequence[Scores], how: str) -> dict[str, Any]:
+    """Return the method and provenance of several: what they share, or all that they say."""
+    methods = list(dict.fromkeys(one.method for one in scores))
+    method = methods[0] if len(methods) == 1 else f"{how} of {', '.join(methods)}"
+    keys = dict.fromkeys(key for one in scores for key in one.provenance)
+    said = {
+        key: dict.fromkeys(one.provenance.get(key, "unknown") for one in scores) for key in keys
+    }
+    provenance = {key: "; ".join(values) for key, values in said.items()}
+    if len(scores) > 1:
+        provenance[how] = f"of {len(scores)}"
+    return {"method": method, "provenance": provenance}
+
+
+def save_arrays(path: str | Path, answer: Any, names: tuple[str, ...]) -> None:
+    """Write some fields of an answer, its method and its provenance to a ``.npz`` file."""
+    arrays = {name: getattr(answer, name).numpy() for name in names}
+    words = {"method": answer.method, "provenance": json.dumps(dict(answer.provenance))}
     # Through an open file: given a name, NumPy would append a suffix of its own.
     with Path(path).open("wb") as file:
-        np.savez(file, allow_pickle=False, method=np.array(method), **arrays)
+        np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in words.items()}, **arrays)
 
 
-def _load(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:
+def load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Read the fields of an answer that :func:`save_arrays` wrote.
+
+    Raises:
+        ValueError: If the file holds an answer of another kind.
+    """
     with np.load(path, allow_pickle=False) as file:
-        if set(file.files) != {*names, "method"}:
+        # Files from before there was a provenance have none.
+        if set(file.files) - {"provenance"} != {*names, "method"}:
             raise ValueError(
                 f"`{path}` holds {sorted(file.files)}; expected {sorted([*names, 'method'])}. "
-                "Load `Scores` and `SampleScores` with the class that saved them."
+                "Load it with the class that saved it: `Scores`, `SampleScores` or `Embedding`."
             )
         arrays = {name: torch.from_numpy(file[name]) for name in names}
-        return {**arrays, "method": str(file["method"])}
+        provenance = json.loads(str(file["provenance"])) if "provenance" in file.files else {}
+        return {**arrays, "method": str(file["method"]), "provenance": provenance}

@@ -1,16 +1,20 @@
-"""Scores: rankings, files, data frames and what they look like."""
+"""Scores: rankings, averages, files, data frames and what they look like."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from tda_lightning import SampleScores, Scores
-from tda_lightning.metrics import mislabel_auc, mislabel_recall
+from tda_lightning.metrics import mislabel_auc, mislabel_recall, rank_agreement
 
 SCORES = Scores(
     values=torch.tensor([[0.5, -1.0, 0.0, 2.0], [-0.25, 4.0, 1.0, -3.0]]),
     query_ids=torch.arange(2),
     train_ids=torch.tensor([3, 5, 7, 11]),
     method="TracIn()",
+    provenance={"model": "Classifier", "steps": "7"},
 )
 SAMPLES = SampleScores(torch.tensor([0.5, -1.0, 2.0]), torch.tensor([3, 5, 7]), "TracIn()")
 
@@ -41,7 +45,7 @@ def test_files_give_back_what_was_saved(tmp_path, scores):
 
 def test_files_of_another_kind_are_refused(tmp_path):
     SAMPLES.save(tmp_path / "scores.npz")
-    with pytest.raises(ValueError, match="with the class that saved them"):
+    with pytest.raises(ValueError, match="with the class that saved it"):
         Scores.load(tmp_path / "scores.npz")
 
 
@@ -74,3 +78,57 @@ def test_recall_counts_what_one_would_look_at():
     values, wrong = torch.arange(20.0), torch.arange(20) % 9 == 1
     assert mislabel_recall(values, wrong, fraction=0.1) == pytest.approx(1 / 3)
     assert mislabel_recall(values, wrong, fraction=1.0) == 1.0
+
+
+def test_files_keep_where_scores_come_from_and_old_files_have_nothing_to_keep(tmp_path):
+    SCORES.save(tmp_path / "scores.npz")
+    assert Scores.load(tmp_path / "scores.npz").provenance == SCORES.provenance
+    with np.load(tmp_path / "scores.npz") as file:
+        old = {name: file[name] for name in file.files if name != "provenance"}
+    np.savez(tmp_path / "old.npz", **old)
+    assert Scores.load(tmp_path / "old.npz").provenance == {}
+
+
+def test_a_mean_averages_values_and_says_of_what():
+    other = replace(SCORES, values=3 * SCORES.values, provenance={"model": "Other", "steps": "7"})
+    mean = Scores.mean([SCORES, other])
+    torch.testing.assert_close(mean.values, 2 * SCORES.values)
+    assert mean.method == "TracIn()"
+    assert mean.provenance == {"model": "Classifier; Other", "steps": "7", "mean": "of 2"}
+    assert Scores.mean([SCORES, replace(SCORES, method="X()")]).method == "mean of TracIn(), X()"
+
+
+def test_concatenation_puts_queries_one_after_the_other():
+    later = replace(SCORES, query_ids=torch.tensor([2, 3]))
+    both = Scores.concatenate([SCORES, later])
+    assert both.query_ids.tolist() == [0, 1, 2, 3]
+    assert torch.equal(both.values, torch.cat([SCORES.values, SCORES.values]))
+
+
+@pytest.mark.parametrize("join", [Scores.mean, Scores.concatenate], ids=lambda join: join.__name__)
+def test_scores_of_different_training_sets_are_not_joined(join):
+    with pytest.raises(ValueError, match="differ in their `train_ids`; expected the same"):
+        join([SCORES, replace(SCORES, train_ids=torch.tensor([3, 5, 7, 13]))])
+    with pytest.raises(ValueError, match="expected at least one"):
+        join([])
+
+
+def test_rank_agreement_is_the_correlation_of_ranks():
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randint(7, (3, 11), generator=generator).float() for _ in range(2))
+    scores = [Scores(v, torch.arange(3), torch.arange(11), "") for v in (one, other)]
+
+    def ranks(row):
+        return torch.stack([(row < v).sum() + ((row == v).sum() + 1) / 2 for v in row])
+
+    for query, found in enumerate(rank_agreement(*scores)):
+        pair = torch.stack([ranks(one[query]), ranks(other[query])])
+        torch.testing.assert_close(found, torch.corrcoef(pair)[0, 1].double(), rtol=1e-5, atol=1e-6)
+
+
+def test_rank_agreement_is_one_for_any_rising_function_and_minus_one_for_a_falling_one():
+    rising, falling = (replace(SCORES, values=f(SCORES.values)) for f in (torch.exp, torch.neg))
+    assert rank_agreement(SCORES, rising).tolist() == pytest.approx([1, 1])
+    assert rank_agreement(SCORES, falling).tolist() == pytest.approx([-1, -1])
+    with pytest.raises(ValueError, match="differ in their `query_ids`"):
+        rank_agreement(SCORES, replace(SCORES, query_ids=torch.tensor([1, 2])))

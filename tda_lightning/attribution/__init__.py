@@ -9,6 +9,7 @@ from tda_lightning.attribution.curvature import (
     Mixed,
     SampledLabels,
 )
+from tda_lightning.attribution.embedding import Embedding, embed
 from tda_lightning.attribution.propagator import Exponential, Linear, Propagator
 from tda_lightning.attribution.similarity import GradientSimilarity
 from tda_lightning.attribution.tracin import TracIn
@@ -18,6 +19,7 @@ __all__ = [
     "Attributor",
     "BestAvailable",
     "Curvature",
+    "Embedding",
     "EmpiricalFisher",
     "Exponential",
     "GradientSimilarity",
@@ -29,4 +31,5 @@ __all__ = [
     "SelfAttributor",
     "TracIn",
     "Unrolled",
+    "embed",
 ]

@@ -11,13 +11,14 @@ so a method is a generator of a few lines, and the pass over the store is writte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from tda_lightning.attribution.moved import MovedRun
 from tda_lightning.scores import SampleScores, Scores
 from tda_lightning.step import Step
 from tda_lightning.stores import Store
@@ -43,10 +44,16 @@ class Attributor(ABC):
         """Turn the sum over a sample's visits into its score: the sum itself, by default."""
         return total
 
+    def is_linear(self) -> bool:
+        """Say whether scores are linear in the query; they are, by default."""
+        return True
+
     def attribute(
         self, run: Store, queries: Float[Tensor, "n_query k"], *, progress: bool = True
     ) -> Scores:
         """Score every training sample for every query, in one pass over the run.
+
+        The work is done where ``queries`` are, in their number format.
 
         Args:
             run: The recorded training.
@@ -57,24 +64,42 @@ class Attributor(ABC):
             Scores; samples that were never drawn have zero. Memory: the scores, and one block of
             the store.
         """
-        totals = _Totals(run.train_ids(), len(queries), queries.dtype)
-        pairs = self.directions(run, queries)
+        totals = Totals(run.train_ids(), len(queries), queries)
+        pairs = self.directions(MovedRun(run, queries), queries)
         for step, direction in _follow(pairs, len(run), progress, f"{type(self).__name__}"):
             totals.add_(step.sample_ids, step.sketch @ direction.mT)
         return Scores(
-            values=self.combine(totals.values, totals.visits).mT.contiguous(),
+            values=self.combine(totals.values, totals.visits).mT.contiguous().cpu(),
             query_ids=torch.arange(len(queries)),
             train_ids=totals.train_ids,
             method=repr(self),
+            provenance=provenance_of(run),
         )
+
+    def attribute_ensemble(
+        self,
+        runs: Sequence[Store],
+        queries: Sequence[Float[Tensor, "n_query _"]],
+        *,
+        progress: bool = True,
+    ) -> Scores:
+        """Average over several trainings: over their scores, by default.
+
+        Args:
+            runs: The recorded trainings, on the same data.
+            queries: The queries, recorded for each of them.
+            progress: Show progress bars.
+        """
+        pairs = zip(runs, queries, strict=True)
+        return Scores.mean([self.attribute(run, rows, progress=progress) for run, rows in pairs])
 
 
 class SelfAttributor(Attributor):
     """A method that also says how much a sample did for itself."""
 
     @abstractmethod
-    def own_scores(self, run: Store, step: Step) -> Float[Tensor, " n"]:
-        """Return what each visit of the step did for its own sample."""
+    def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
+        """Yield the steps of ``run`` with what each of their visits did for its own sample."""
 
     def self_influence(self, run: Store, *, progress: bool = True) -> SampleScores:
         """Score every training sample for itself, in one pass over the run.
@@ -83,27 +108,63 @@ class SelfAttributor(Attributor):
             run: The recorded training.
             progress: Show a progress bar.
         """
-        totals = _Totals(run.train_ids(), 1, run.recipe.torch_dtype)
+        totals = Totals(run.train_ids(), 1, torch.empty(0, dtype=run.recipe.torch_dtype))
         name = f"{type(self).__name__}, self-influence"
-        for step in _follow(iter(run), len(run), progress, name):
-            totals.add_(step.sample_ids, self.own_scores(run, step)[:, None])
-        values = self.combine(totals.values, totals.visits)
-        return SampleScores(values[:, 0], totals.train_ids, method=repr(self))
+        for step, own in _follow(self.own_scores(run), len(run), progress, name):
+            totals.add_(step.sample_ids, own[:, None])
+        return SampleScores(
+            values=self.combine(totals.values, totals.visits)[:, 0],
+            train_ids=totals.train_ids,
+            method=repr(self),
+            provenance=provenance_of(run),
+        )
 
 
-class _Totals:
-    """Sums over visits, one row per training sample."""
+class Totals:
+    """Sums over visits, one row per training sample.
 
-    def __init__(self, train_ids: Int[Tensor, " n_train"], width: int, dtype: torch.dtype) -> None:
+    Args:
+        train_ids: Ids of the training samples, sorted.
+        width: Length of a row.
+        like: A tensor that is where the sums shall be, and as they shall be.
+    """
+
+    def __init__(self, train_ids: Int[Tensor, " n_train"], width: int, like: Tensor) -> None:
         self.train_ids = train_ids
-        self.values = torch.zeros(len(train_ids), width, dtype=dtype)
-        self.visits = torch.zeros(len(train_ids), 1, dtype=dtype)
+        self.values = like.new_zeros(len(train_ids), width)
+        self.visits = like.new_zeros(len(train_ids), 1)
 
     def add_(self, sample_ids: Int[Tensor, " n"], values: Float[Tensor, "n width"]) -> None:
-        """Add one row per visit to the rows of its samples."""
-        places = torch.searchsorted(self.train_ids, sample_ids)
+        """Add one row per visit to the rows of its samples.
+
+        Raises:
+            ValueError: If a sample is not in the training set.
+        """
+        places = torch.searchsorted(self.train_ids, sample_ids).clamp_max(len(self.train_ids) - 1)
+        strangers = sample_ids[self.train_ids[places] != sample_ids]
+        if len(strangers):
+            raise ValueError(
+                f"Sample {int(strangers[0])} is not in the training set of the run; expected the "
+                f"{len(self.train_ids)} ids of `run.train_ids()`. Record the same data set."
+            )
+        places = places.to(values.device)
         self.values.index_add_(0, places, values)
         self.visits.index_add_(0, places, self.visits.new_ones(len(places), 1))
+
+
+def provenance_of(run: Store) -> Mapping[str, str]:
+    """Say in a few words where scores come from: which steps, of which training, sketched how."""
+    if len(run) == 0:
+        return {}
+    first, last, recipe = run[0], run[-1], run.recipe
+    stride = "" if recipe.every_n_steps == 1 else f", one in {recipe.every_n_steps}"
+    return {
+        "model": recipe.model,
+        "optimizer": last.optimizer,
+        "steps": f"{len(run)}, index {first.index} to {last.index}{stride}",
+        "projector": ", ".join(f"{key}={value}" for key, value in recipe.projector.items()),
+        "rows": f"{recipe.dimension} x {recipe.dtype}, coordinates of {recipe.preconditioner}",
+    }
 
 
 def _follow(items: Iterable, total: int, progress: bool, name: str) -> Iterator:  # type: ignore[type-arg]

@@ -47,6 +47,10 @@ class GradientSimilarity(Attributor):
         """Average over visits; samples that were never drawn keep zero."""
         return total / visits.clamp_min(1)
 
+    def is_linear(self) -> bool:
+        """Say so of inner products; a cosine is not."""
+        return self.measure == "dot"
+
     def _scaled(self, step: Step) -> Float[Tensor, "n k"]:
         return (
             unit_rows(step.sketch)

@@ -35,6 +35,8 @@ class TracIn(SelfAttributor):
         for step in run:
             yield step, run.recipe.every_n_steps * step.lr * queries
 
-    def own_scores(self, run: Store, step: Step) -> Float[Tensor, " n"]:
-        """Return the visits' squared gradient norms, as far as the step went (eq. 1 with q = i)."""
-        return run.recipe.every_n_steps * step.lr * squared_norms(step.sketch) / step.weights
+    def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
+        """Yield the visits' squared gradient norms, as far as the step went (eq. 1 with q = i)."""
+        for step in run:
+            own = squared_norms(step.sketch) / step.weights
+            yield step, run.recipe.every_n_steps * step.lr * own

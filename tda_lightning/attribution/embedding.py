@@ -1,0 +1,100 @@
+r"""Embedding: a training, asked once, answers for good.
+
+A method whose scores are linear in the query is a matrix: asked about the ``k`` unit vectors, it
+gives one vector per training sample, and the score of any query is an inner product,
+
+.. math:: s(q, i) = \langle g_q, e_i \rangle, \qquad e_{i, j} = s(\text{unit vector}_j, i)
+
+Of :class:`~tda_lightning.Unrolled` these are the data value embeddings of Wang et al. (2025),
+"Capturing the Temporal Dependence of Training Data Influence".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tda_lightning.attribution.attributor import Attributor
+from tda_lightning.scores import Scores, load_arrays, save_arrays
+from tda_lightning.stores import Store
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """One vector per training sample; queries are scored by one matrix product.
+
+    Attributes:
+        vectors: Shape ``(n_train, k)``.
+        train_ids: Ids of the training samples, shape ``(n_train,)``.
+        method: The method and its hyper-parameters.
+        provenance: Where the vectors come from.
+    """
+
+    vectors: Float[Tensor, "n_train k"]
+    train_ids: Int[Tensor, " n_train"]
+    method: str
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def attribute(self, queries: Float[Tensor, "n_query k"]) -> Scores:
+        """Score every training sample for every query, as the method would."""
+        return Scores(
+            values=(queries @ self.vectors.to(queries).mT).cpu(),
+            query_ids=torch.arange(len(queries)),
+            train_ids=self.train_ids,
+            method=self.method,
+            provenance=self.provenance,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the embedding to a NumPy ``.npz`` file."""
+        save_arrays(path, self, _FIELDS)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Embedding:
+        """Read an embedding written by :meth:`save`."""
+        return cls(**load_arrays(path, _FIELDS))
+
+    def __repr__(self) -> str:
+        """Show the shape and the method."""
+        n_train, k = self.vectors.shape
+        return f"Embedding of {n_train:,} training samples in {k:,} dimensions by {self.method}"
+
+
+_FIELDS = ("vectors", "train_ids")
+
+
+def embed(
+    run: Store,
+    method: Attributor,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Embedding:
+    """Ask a method once for all queries to come.
+
+    It costs what asking it about ``k`` queries costs, and the memory of their scores.
+
+    Args:
+        run: The recorded training.
+        method: How to attribute; its scores must be linear in the query.
+        device: Where to work.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If the method is not linear in the query.
+    """
+    if not method.is_linear():
+        raise ValueError(
+            f"`{method!r}` is not linear in the query; expected a method that is, such as "
+            "`Unrolled()`, `TracIn()` or `GradientSimilarity('dot')`. Use `attribute` instead."
+        )
+    units = torch.eye(run.recipe.dimension, dtype=run.recipe.torch_dtype, device=device)
+    scores = method.attribute(run, units, progress=progress)
+    return Embedding(
+        scores.values.mT.contiguous(), scores.train_ids, scores.method, scores.provenance
+    )

@@ -1,0 +1,52 @@
+"""A run seen from a device: steps come with their tensors where a method wants to work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from tda_lightning.recipe import Recipe
+from tda_lightning.step import Preconditioner, Step
+from tda_lightning.stores import Store
+
+
+class MovedRun(Store):
+    """A view of a run whose rows are on a device, in a number format; ids stay on the CPU.
+
+    Args:
+        run: The run to view.
+        like: A tensor that is where the rows shall be, and as they shall be.
+    """
+
+    def __init__(self, run: Store, like: Tensor) -> None:
+        self._run = run
+        self._device, self._dtype = like.device, like.dtype
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the sketches were made."""
+        return self._run.recipe
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._run)
+
+    def read(self, position: int) -> Step:
+        """Return a step, moved."""
+        step = self._run.read(position)
+        return replace(
+            step,
+            weights=step.weights.to(self._device, self._dtype),
+            sketch=step.sketch.to(self._device, self._dtype),
+            terms=self._move(step.terms),
+            curvature=self._move(step.curvature),
+            curvature_rows=self._move(step.curvature_rows),
+        )
+
+    def preconditioner(self, position: int = -1) -> Preconditioner | None:
+        """Return the coordinates of a step's rows, where they are."""
+        return self._run.preconditioner(position)
+
+    def _move(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self._device, self._dtype)
