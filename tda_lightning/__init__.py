@@ -14,7 +14,14 @@ from tda_lightning.queries import record
 
 # Ask
 from tda_lightning.api import attribute, self_influence  # isort: skip
-from tda_lightning.attribution import Embedding, GradientSimilarity, TracIn, Unrolled, embed  # isort: skip
+from tda_lightning.attribution import (  # isort: skip
+    Embedding,
+    GradientSimilarity,
+    InfluenceFunction,
+    TracIn,
+    Unrolled,
+    embed,
+)
 from tda_lightning.scores import Ranking, SampleScores, Scores  # isort: skip
 
 # Look inside
@@ -29,6 +36,7 @@ __all__ = [
     "GradientSimilarity",
     "HDF5Store",
     "Identity",
+    "InfluenceFunction",
     "Kronecker",
     "KroneckerCountSketch",
     "MemoryStore",

@@ -10,6 +10,7 @@ from tda_lightning.attribution.curvature import (
     SampledLabels,
 )
 from tda_lightning.attribution.embedding import Embedding, embed
+from tda_lightning.attribution.influence import InfluenceFunction
 from tda_lightning.attribution.propagator import Exponential, Linear, Propagator
 from tda_lightning.attribution.similarity import GradientSimilarity
 from tda_lightning.attribution.tracin import TracIn
@@ -23,6 +24,7 @@ __all__ = [
     "EmpiricalFisher",
     "Exponential",
     "GradientSimilarity",
+    "InfluenceFunction",
     "Linear",
     "LossWeighted",
     "Mixed",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -116,6 +116,15 @@ class BestAvailable(Curvature):
         """Return the best factor that the step allows."""
         kind = EmpiricalFisher() if step.curvature_rows is None else Mixed()
         return kind.factor(step)
+
+
+def mean_curvature(steps: Iterable[Step], kind: Curvature) -> Float[Tensor, "k k"]:
+    """Return the mean of the curvature of several steps: of the objective that they share."""
+    total, count = torch.zeros(()), 0
+    for count, step in enumerate(steps, start=1):
+        factor = kind.factor(step)
+        total = factor.mT @ factor if count == 1 else total.addmm_(factor.mT, factor)
+    return total / count
 
 
 def _scaled_rows(step: Step, scale: Float[Tensor, " n"]) -> Float[Tensor, "n k"]:

@@ -85,6 +85,23 @@ class Dynamics:
         return self.momentum if self.lookahead else 1.0
 
 
-def training_time(run: Store) -> float:
-    """Return the sum of all learning rates, as plain gradient descent would have them."""
-    return run.recipe.every_n_steps * sum(Dynamics.of(step).reach for step in run)
+@dataclass(frozen=True)
+class Extent:
+    """How far a training went.
+
+    Attributes:
+        time: Sum of all learning rates, as plain gradient descent would have them.
+        weight: What the weights of a step's visits sum to, on average: 1 if losses are means.
+    """
+
+    time: float
+    weight: float
+
+    @classmethod
+    def of(cls, run: Store) -> Extent:
+        """Add up the steps of a run."""
+        time = weight = 0.0
+        for step in run:
+            time += run.recipe.every_n_steps * Dynamics.of(step).reach
+            weight += float(step.weights.sum()) / len(run)
+        return cls(time, weight)

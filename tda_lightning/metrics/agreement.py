@@ -30,7 +30,8 @@ def rank_agreement(one: Scores, other: Scores) -> Float[Tensor, " n_query"]:
             )
     ours, theirs = _centred_ranks(one.values), _centred_ranks(other.values)
     norms = ours.norm(dim=1) * theirs.norm(dim=1)
-    return (ours * theirs).sum(dim=1) / norms.clamp_min(1e-30)
+    agreement: Tensor = (ours * theirs).sum(dim=1) / norms.clamp_min(1e-30)
+    return agreement
 
 
 def _centred_ranks(values: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:

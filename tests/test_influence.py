@@ -1,0 +1,135 @@
+"""Influence functions against retraining ridge regression, and the sizes that do not matter."""
+
+from dataclasses import replace
+
+import least_squares as ls
+import pytest
+import torch
+from torch.optim import SGD
+
+from tda_lightning import InfluenceFunction, MemoryStore
+from tda_lightning.attribution import BestAvailable, EmpiricalFisher, SampledLabels
+
+EXACT = InfluenceFunction(SampledLabels(), damping=0.0, rows="last visit")
+CONVERGED = ls.everything(ls.problem(steps=400))
+
+
+def ridge(p):
+    return SGD(p, lr=0.2, momentum=0.5, weight_decay=0.3)
+
+
+def scores(method, run, q=None):
+    return method.attribute(run, ls.queries() if q is None else q, progress=False).values
+
+
+def rebuilt(run, change):
+    store = MemoryStore()
+    store.begin(run.recipe)
+    for step in run:
+        store.append(change(step))
+    return store
+
+
+def test_it_is_the_derivative_of_retraining_ridge_regression():
+    expected = ls.effect_of_presence(CONVERGED, ridge, ls.queries())
+    found = scores(EXACT, ls.record(CONVERGED, ridge))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_it_is_leaving_a_share_of_one_out_up_to_the_square_of_that_share():
+    found, whole = scores(EXACT, ls.record(CONVERGED, ridge)), ls.train(CONVERGED, ridge)
+    errors = []
+    for share in (0.2, 0.1):
+        presence = torch.ones(ls.N_TRAIN, dtype=torch.float64)
+        presence[3] -= share
+        lowered = ls.queries() @ (ls.train(CONVERGED, ridge, presence) - whole)
+        errors.append((lowered - share * found[:, 3]).abs())
+    assert (errors[0] / errors[1]).tolist() == pytest.approx([4, 4, 4], rel=0.1)
+
+
+def test_gradients_and_curvature_are_averaged_over_the_run():
+    run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
+    matrix = sum(s.curvature_rows.mT @ s.curvature_rows for s in run) / len(run)
+    direction = torch.linalg.solve(matrix + 0.7 * torch.eye(ls.D), ls.queries().mT).mT
+    expected = torch.zeros(ls.N_QUERY, ls.N_TRAIN, dtype=torch.float64)
+    for sample in range(ls.N_TRAIN):
+        own = [3 * step.sketch[step.sample_ids == sample] for step in run]
+        if len(torch.cat(own)):
+            expected[:, sample] = direction @ torch.cat(own).mean(dim=0) / ls.N_TRAIN
+    found = scores(InfluenceFunction(SampledLabels(), damping=0.7), run)
+    torch.testing.assert_close(found, expected)
+
+
+def test_curvature_can_be_that_of_the_last_epoch():
+    run = ls.record(ls.problem(steps=8), lambda p: SGD(p, lr=0.1))
+    late = InfluenceFunction(damping=0.7, curvature_over="last epoch")
+    swapped = InfluenceFunction(damping=0.7, curvature_from=run[4:])
+    torch.testing.assert_close(scores(late, run), scores(swapped, run))
+    assert not torch.allclose(scores(late, run), scores(InfluenceFunction(damping=0.7), run))
+
+
+@pytest.mark.parametrize(
+    ("momentum", "stride", "time"), [(0.0, 1, 0.7), (0.9, 1, 7.0), (0.0, 3, 2.1)]
+)
+def test_damping_is_three_over_the_time_of_the_training(momentum, stride, time):
+    problem = replace(ls.problem(steps=7), rates=[1.0] * 7)
+    run = ls.record(problem, lambda p: SGD(p, lr=0.1, momentum=momentum), stride=stride)
+    torch.testing.assert_close(
+        scores(InfluenceFunction(), run), scores(InfluenceFunction(damping=3 / time), run)
+    )
+
+
+def test_it_does_not_matter_whether_losses_are_means_or_sums():
+    def as_sum(step):
+        group = replace(step.groups[0], lr=step.lr / 3)
+        return replace(
+            step,
+            groups=(group,),
+            weights=3 * step.weights,
+            sketch=3 * step.sketch,
+            curvature_rows=3**0.5 * step.curvature_rows,
+        )
+
+    mean = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
+    torch.testing.assert_close(
+        scores(InfluenceFunction(), rebuilt(mean, as_sum)), scores(InfluenceFunction(), mean)
+    )
+
+
+def test_rows_and_curvature_may_come_from_other_recordings():
+    run, other = (ls.record(ls.problem(seed=s), lambda p: SGD(p, lr=0.1)) for s in (0, 1))
+    method = InfluenceFunction(damping=0.7, rows_from=other, curvature_from=other)
+    torch.testing.assert_close(scores(method, run), scores(InfluenceFunction(damping=0.7), other))
+
+
+def test_rows_from_a_recording_of_other_data_are_refused():
+    run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
+    other = rebuilt(run, lambda step: replace(step, sample_ids=step.sample_ids + 20))
+    with pytest.raises(ValueError, match=r"Sample 2\d is not in the training set.*expected the 11"):
+        scores(InfluenceFunction(rows_from=other), run)
+
+
+@pytest.mark.parametrize("rows", ["all visits", "last visit"])
+def test_self_influence_is_a_sample_as_its_own_query(rows):
+    run = ls.record(ls.everything(ls.problem(steps=1)), lambda p: SGD(p, lr=0.1))
+    method = InfluenceFunction(EmpiricalFisher(), rows=rows)
+    own = method.self_influence(run, progress=False).values
+    values = scores(method, run, ls.N_TRAIN * run[0].sketch)
+    torch.testing.assert_close(own, values.diagonal())
+
+
+def test_it_is_linear_in_the_query_and_blind_to_samples_never_drawn():
+    run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
+    one, other = ls.queries(1), ls.queries(2)
+    method = InfluenceFunction(BestAvailable(), rows="last visit")
+    torch.testing.assert_close(
+        scores(method, run, 2 * one - other),
+        2 * scores(method, run, one) - scores(method, run, other),
+    )
+    assert scores(method, run)[:, ls.N_TRAIN - 1].abs().max() == 0
+
+
+def test_a_curvature_without_an_inverse_is_refused():
+    run = ls.record(ls.problem(steps=1), lambda p: SGD(p, lr=0.1))
+    with pytest.raises(ValueError, match="without an inverse; expected more"):
+        scores(InfluenceFunction(damping=0.0), run)
