@@ -13,6 +13,7 @@ from tda_lightning.attribution.embedding import Embedding, embed
 from tda_lightning.attribution.influence import InfluenceFunction
 from tda_lightning.attribution.propagator import Exponential, Linear, Propagator
 from tda_lightning.attribution.similarity import GradientSimilarity
+from tda_lightning.attribution.source import Source
 from tda_lightning.attribution.tracin import TracIn
 from tda_lightning.attribution.unrolled import Unrolled
 
@@ -31,6 +32,7 @@ __all__ = [
     "Propagator",
     "SampledLabels",
     "SelfAttributor",
+    "Source",
     "TracIn",
     "Unrolled",
     "embed",
