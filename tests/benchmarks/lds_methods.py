@@ -1,0 +1,106 @@
+"""The methods that the benchmark `lds.py` compares, each as one entry of a list."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from lds_bars import influence, sampled_influence, trak
+from lds_baselines import cosine, features, knn_shapley
+from lds_runs import Run
+from lds_tasks import Task
+from lds_truths import Retrainer
+from torch import Tensor
+
+from tda_lightning import GradientSimilarity, TracIn
+from tda_lightning.attribution import Attributor
+
+MODELS_OF_TRAK = 5
+NEIGHBOURS = (1, 2, 5, 10, 20, 50, 100, 200)
+Grid = Callable[[], Iterable[tuple[str, Tensor]]]
+
+# By name, what a recorder is given besides a place to record to. Every method of the library is
+# asked about each of these runs.
+RECORDINGS: dict[str, dict[str, object]] = {"": {}}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table.
+
+    Attributes:
+        name: Of the method.
+        compute: Scores at the defaults, shape ``(n_query, n_train)``; none if it has no defaults.
+        grid: Other settings, by name, and their scores.
+        mebibytes: Size of the store that the method reads.
+    """
+
+    name: str
+    compute: Callable[[], Tensor] | None
+    grid: Grid = tuple
+    mebibytes: float | None = None
+
+
+def methods_of(runs: Mapping[str, Run], retrainer: Retrainer) -> list[Entry]:
+    """Return everything that is compared on a task.
+
+    Args:
+        runs: The recorded runs, by the name of their recording.
+        retrainer: Trains more models, for the methods that need them.
+    """
+    main = runs[""]
+    return [
+        *(entry for recording, run in runs.items() for entry in of_the_library(run, recording)),
+        *without_gradients(main, "inputs", main.task.raw_points),
+        *without_gradients(main, "features", partial(features, main.learner.network)),
+        *bars(main, retrainer),
+    ]
+
+
+def of_the_library(run: Run, recording: str) -> list[Entry]:
+    """Return the methods that read a run: each at its defaults, and other settings to try."""
+    return [
+        from_run(run, recording, TracIn()),
+        from_run(run, recording, GradientSimilarity(), [GradientSimilarity("dot")]),
+    ]
+
+
+def from_run(
+    run: Run, recording: str, method: Attributor, settings: Sequence[Attributor] = ()
+) -> Entry:
+    name = ", ".join(part for part in (type(method).__name__, recording) if part)
+
+    def grid() -> Iterable[tuple[str, Tensor]]:
+        return ((repr(setting), run.scores(setting)) for setting in settings)
+
+    return Entry(name, partial(run.scores, method), grid, run.mebibytes)
+
+
+def without_gradients(run: Run, space: str, points: Callable[[Tensor], Tensor]) -> list[Entry]:
+    """Return the baselines that compare points, in one space."""
+    data = run.task.data()
+    train, queries = points(data.train.tensors[0]), points(data.queries.tensors[0])
+    labels = (data.train.tensors[1], data.queries.tensors[1])
+    shapley = partial(knn_shapley, train, queries, *labels)
+
+    def grid() -> Iterable[tuple[str, Tensor]]:
+        names = [f"{number} neighbours" for number in NEIGHBOURS]
+        return zip(names, shapley(NEIGHBOURS), strict=True)
+
+    return [
+        Entry(f"kNN-Shapley of {space}", lambda: shapley([5])[0], grid),
+        Entry(f"cosine of {space}", partial(cosine, train, queries)),
+    ]
+
+
+def bars(run: Run, retrainer: Retrainer) -> list[Entry]:
+    """Return what only tuning by the truth itself makes as good as it is here."""
+    task: Task = run.task
+
+    def of_several_models() -> Iterable[tuple[str, Tensor]]:
+        return trak(task, retrainer.others(MODELS_OF_TRAK))
+
+    return [
+        Entry("influence, exact rows", None, partial(influence, task, run.final)),
+        Entry("influence, sampled labels", None, partial(sampled_influence, task, run.final)),
+        Entry(f"TRAK of {MODELS_OF_TRAK} models, exact rows", None, of_several_models),
+    ]

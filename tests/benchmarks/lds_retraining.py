@@ -1,0 +1,102 @@
+"""Retraining of many networks at once, step for step what Lightning would do with each of them.
+
+The parameters of all members are stacked along a first axis, through which `vmap` sends forward and
+backward pass. The optimizers of torch work entry by entry, so that one of them, given the stacked
+parameters, does for each member what it would do for that member alone.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from lds_tasks import Task, sample_losses
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+Weights = dict[str, Tensor]
+
+
+def initial_weights(task: Task, seed: int) -> Weights:
+    """Return what a training with this seed starts from."""
+    torch.manual_seed(seed)
+    return {name: value.detach() for name, value in task.network().named_parameters()}
+
+
+def stacked(weights: Weights, members: int) -> Weights:
+    """Return the same weights for every member."""
+    return {name: value.expand(members, *value.shape).clone() for name, value in weights.items()}
+
+
+def member_losses(task: Task) -> Callable[[Weights, Tensor, Tensor], Tensor]:
+    """Return the function from one member's weights and a batch to the losses of its samples."""
+    network = task.network()
+
+    def losses(weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
+        return sample_losses(functional_call(network, weights, (inputs,)), targets)
+
+    return losses
+
+
+def retrain(
+    task: Task,
+    initial: Weights,
+    batches: Sequence[Tensor],
+    weighting: Tensor,
+    progress: Callable[[], object] = lambda: None,
+) -> Weights:
+    """Train every member of an ensemble.
+
+    Args:
+        task: What to train.
+        initial: Stacked weights to start from.
+        batches: Per step the places of the samples that it draws, shape ``(members, n)``, or
+            ``(n,)`` if all members draw the same.
+        weighting: What every sample's loss is multiplied with before the mean over the batch is
+            taken: zero for those left out, shape ``(members, n_train)``.
+        progress: Called after every step.
+
+    Returns:
+        Stacked weights after the last step.
+    """
+    inputs, targets = task.data().train.tensors
+    values = {name: value.clone().requires_grad_() for name, value in initial.items()}
+    optimizer = task.optimizer(values.values())
+    schedule = task.schedule(optimizer, len(batches))
+    losses_of = member_losses(task)
+    for batch in batches:
+        data_axis = 0 if batch.ndim == 2 else None
+        losses = vmap(losses_of, in_dims=(0, data_axis, data_axis))(
+            values, inputs[batch], targets[batch]
+        )  # (members, n)
+        counted = weighting.gather(1, batch.expand(len(weighting), -1))
+        # By the size of the whole batch: leaving out a sample takes away what it added, no more.
+        (losses * counted).mean(dim=1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        progress()
+    return {name: value.detach() for name, value in values.items()}
+
+
+def query_losses(task: Task, weights: Weights) -> Tensor:
+    """Return every member's loss on every query, shape ``(members, n_query)``."""
+    inputs, targets = task.data().queries.tensors
+    with torch.no_grad():
+        return vmap(member_losses(task), in_dims=(0, None, None))(weights, inputs, targets)
+
+
+def shuffled_batches(kept: Tensor, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
+    """Return per step what each member draws, if it shuffles its own samples every epoch.
+
+    Args:
+        kept: Which samples each member has, as many for each, shape ``(members, n_train)``.
+        batch_size: Samples per step.
+        epochs: Passes over a member's samples.
+        seed: Of the order.
+    """
+    own = kept.nonzero()[:, 1].unflatten(0, (len(kept), -1))  # (members, n_kept)
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[Tensor] = []
+    for _ in range(epochs):
+        order = torch.rand(own.shape, generator=generator).argsort(dim=1)
+        batches += own.gather(1, order).split(batch_size, dim=1)
+    return batches

@@ -1,0 +1,86 @@
+"""The recorded run of a task, and its own truth."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lds_retraining import Weights, initial_weights, retrain, stacked
+from lds_tasks import Learner, Task, train
+from torch import Tensor
+
+from tda_lightning import GradientRecorder, HDF5Store, attribute
+from tda_lightning.attribution import Attributor
+
+SEED = 0
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that was recorded.
+
+    Attributes:
+        task: What was trained.
+        learner: The trained module.
+        store: What was recorded.
+        seconds: How long the recorded training took.
+    """
+
+    task: Task
+    learner: Learner
+    store: HDF5Store
+    seconds: float
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """Places of the samples that each step drew, in order."""
+        return [step.sample_ids for step in self.store]
+
+    @property
+    def initial(self) -> Weights:
+        """The weights that training started from."""
+        return initial_weights(self.task, SEED)
+
+    @property
+    def final(self) -> Weights:
+        """The weights that training ended with."""
+        network = self.learner.network
+        return {name: value.detach() for name, value in network.named_parameters()}
+
+    @property
+    def mebibytes(self) -> float:
+        """Size of the store."""
+        return self.store.size_on_disk / 2**20
+
+    def scores(self, method: Attributor) -> Tensor:
+        """Ask the run about the task's queries."""
+        queries = self.task.data().queries.tensors
+        found = attribute(self.store, self.learner, queries, method=method, progress=False)
+        assert torch.equal(found.train_ids, torch.arange(len(self.task.data().train)))
+        return found.values
+
+    def require_replayable(self) -> None:
+        """Make sure that retraining without leaving anything out ends at the run's weights.
+
+        Raises:
+            RuntimeError: If it does not.
+        """
+        everything = torch.ones(1, len(self.task.data().train))
+        replayed = retrain(self.task, stacked(self.initial, 1), self.batches, everything)
+        final = self.final
+        gap = max(float((replayed[name][0] - final[name]).abs().max()) for name in final)
+        if gap > TOLERANCE:
+            raise RuntimeError(
+                f"Retraining {self.task.title!r} on all samples ends {gap:.1e} away from the "
+                f"recorded run; expected at most {TOLERANCE:.0e}. Its truth would be another's."
+            )
+
+
+def record(task: Task, folder: Path, settings: Mapping[str, object]) -> Run:
+    """Train with Lightning and the recorder."""
+    recorder = GradientRecorder(folder, existing="replace", **settings)
+    start = time.perf_counter()
+    learner = train(task, SEED, recorder)
+    return Run(task, learner, HDF5Store.open(folder), time.perf_counter() - start)

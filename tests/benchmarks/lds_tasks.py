@@ -1,0 +1,305 @@
+"""The tasks of the benchmark `lds.py`: a model, data, and how the one is trained on the other.
+
+A tenth of the training labels is wrong where there are labels; queries have their right ones. Only
+what scikit-learn and Python bring along is used.
+"""
+
+import hashlib
+import math
+import pydoc_data.topics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import pytorch_lightning as pl
+import torch
+from sklearn.datasets import load_breast_cancer, load_digits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, TensorDataset
+
+FLIPPED = 0.1
+CONTEXT = 4
+COMMON_CHARACTERS = 40
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to train on, and what to ask about.
+
+    Attributes:
+        train: Inputs and targets of the training samples.
+        queries: Inputs and targets of the queries.
+    """
+
+    train: TensorDataset
+    queries: TensorDataset
+
+    def digest(self) -> str:
+        """Return a fingerprint of every tensor."""
+        found = hashlib.sha256()
+        for tensor in (*self.train.tensors, *self.queries.tensors):
+            found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+
+class Network(nn.Module):
+    """A network that says what its last layer sees.
+
+    Attributes:
+        body: Everything but the last layer.
+        head: The last layer, linear.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.body(inputs))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training, in full.
+
+    Attributes:
+        name: How the command line calls it.
+        title: How the table calls it.
+        data: Makes the data, always the same.
+        network: Makes an untrained network from torch's random numbers.
+        optimizer: Makes the optimizer of given parameters.
+        is_cosine: Whether the learning rate falls to zero along half a cosine, step by step.
+        batch_size: Samples per step.
+        epochs: Passes over the data.
+        raw_points: Says where an input's predictions stand in a space that needs no training.
+    """
+
+    name: str
+    title: str
+    data: Callable[[], Data]
+    network: Callable[[], Network]
+    optimizer: Callable[[Iterable[Tensor]], Optimizer]
+    is_cosine: bool
+    batch_size: int
+    epochs: int
+    raw_points: Callable[[Tensor], Tensor]
+
+    def schedule(self, optimizer: Optimizer, steps: int) -> LambdaLR:
+        """Return the schedule of the learning rate over a training of so many steps."""
+        half_turn = math.pi / steps if self.is_cosine else 0.0
+        return LambdaLR(optimizer, lambda step: (1 + math.cos(half_turn * step)) / 2)
+
+    def settings(self) -> str:
+        """Return everything that a training depends on, besides its random numbers."""
+        optimizer = self.optimizer([torch.zeros(1)])
+        parts = (self.data().digest(), self.network(), optimizer, self.is_cosine)
+        return repr((*parts, self.batch_size, self.epochs))
+
+
+def sample_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return each sample's loss: the mean over its predictions."""
+    losses = cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+    return losses.unflatten(0, (len(targets), -1)).mean(dim=1)
+
+
+class Learner(pl.LightningModule):
+    """The training of a task, as a user would write it."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task, self.network = task, task.network()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        return cross_entropy(self.network(inputs).flatten(0, -2), targets.flatten())
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = self.task.optimizer(self.parameters())
+        scheduler = self.task.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def train(task: Task, seed: int, *callbacks: pl.Callback) -> Learner:
+    """Train with Lightning."""
+    torch.manual_seed(seed)
+    learner = Learner(task)
+    order = torch.Generator().manual_seed(seed)
+    loader = DataLoader(task.data().train, task.batch_size, shuffle=True, generator=order)
+    trainer = pl.Trainer(
+        max_epochs=task.epochs,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(learner, loader)
+    return learner
+
+
+def labelled(inputs: Tensor, labels: Tensor, n_train: int, n_query: int) -> Data:
+    """Split at random, and flip a tenth of the training labels to another class."""
+    chance = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(labels), generator=chance)
+    train, queries = order[:n_train], order[n_train : n_train + n_query]
+    classes = int(labels.max()) + 1
+    shifts = torch.randint(1, classes, (n_train,), generator=chance)
+    flipped = torch.rand(n_train, generator=chance) < FLIPPED
+    noisy = torch.where(flipped, (labels[train] + shifts) % classes, labels[train])
+    return Data(
+        TensorDataset(inputs[train], noisy), TensorDataset(inputs[queries], labels[queries])
+    )
+
+
+@cache
+def digits(*shape: int) -> Data:
+    found = load_digits()
+    images = torch.tensor(found.data).float().reshape(-1, *shape) / 16
+    return labelled(images, torch.tensor(found.target), n_train=1000, n_query=100)
+
+
+@cache
+def breast_cancer() -> Data:
+    found = load_breast_cancer()
+    measured = torch.tensor(found.data)
+    standard = (measured - measured.mean(dim=0)) / measured.std(dim=0)
+    return labelled(standard.float(), torch.tensor(found.target), n_train=400, n_query=100)
+
+
+@cache
+def characters(length: int, n_train: int, n_query: int) -> Data:
+    """Return stretches of Python's own help, where each character's target is the next one."""
+    text = " ".join(" ".join(pydoc_data.topics.topics.values()).lower().split())
+    text = text[: (length + 1) * (n_train + n_query)]
+    by_count = sorted(set(text), key=lambda one: (-text.count(one), one))
+    number = {one: place + 1 for place, one in enumerate(by_count[: COMMON_CHARACTERS - 1])}
+    tokens = torch.tensor([number.get(one, 0) for one in text]).unflatten(0, (-1, length + 1))
+    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))]
+    pairs = TensorDataset(tokens[:, :-1], tokens[:, 1:])
+    return Data(TensorDataset(*pairs[:n_train]), TensorDataset(*pairs[n_train:]))
+
+
+def perceptron(n_inputs: int, hidden: tuple[int, ...], classes: int) -> Network:
+    layers: list[nn.Module] = []
+    for before, after in zip((n_inputs, *hidden), hidden, strict=False):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return Network(nn.Sequential(*layers), nn.Linear(hidden[-1], classes))
+
+
+def convolutional() -> Network:
+    body = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+    )
+    return Network(body, nn.Linear(16 * 4 * 4, 10))
+
+
+class Block(nn.Module):
+    """A causal transformer block, in parts that `vmap` can follow."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_feed_forward = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.queries_keys_values, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.feed_forward = nn.Sequential(wide, nn.GELU(), narrow)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.queries_keys_values(self.before_attention(x))
+        queries, keys, values = packed.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        length = x.shape[1]
+        future = torch.full((length, length), -math.inf).triu(diagonal=1)
+        agreement = queries @ keys.mT / math.sqrt(queries.shape[-1]) + future
+        mixed = agreement.softmax(dim=-1) @ values
+        x = x + self.output(mixed.transpose(1, 2).flatten(2))
+        return x + self.feed_forward(self.before_feed_forward(x))
+
+
+class TransformerBody(nn.Module):
+    def __init__(self, length: int, width: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(COMMON_CHARACTERS, width)
+        self.positions = nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return self.norm(self.blocks(self.tokens(tokens) + self.positions(positions)))
+
+
+def transformer(length: int, width: int, heads: int, depth: int) -> Network:
+    head = nn.Linear(width, COMMON_CHARACTERS, bias=False)
+    return Network(TransformerBody(length, width, heads, depth), head)
+
+
+def one_point(inputs: Tensor) -> Tensor:
+    return inputs.flatten(1)[:, None].float()
+
+
+def last_characters(tokens: Tensor) -> Tensor:
+    """Return, per place, the last few characters as one-hot vectors; fewer at the beginning."""
+    seen = one_hot(tokens, COMMON_CHARACTERS).float()
+    length = tokens.shape[1]
+    shifted = [nn.functional.pad(seen, (0, 0, ago, 0))[:, :length] for ago in range(CONTEXT)]
+    return torch.cat(shifted, dim=-1)
+
+
+ALL = (
+    Task(
+        "digits-mlp",
+        "digits MLP, SGD",
+        partial(digits, 64),
+        partial(perceptron, 64, (64, 64), 10),
+        partial(SGD, lr=0.1),
+        is_cosine=False,
+        batch_size=50,
+        epochs=15,
+        raw_points=one_point,
+    ),
+    Task(
+        "digits-cnn",
+        "digits CNN, AdamW, cosine",
+        partial(digits, 1, 8, 8),
+        convolutional,
+        partial(AdamW, lr=3e-3),
+        is_cosine=True,
+        batch_size=50,
+        epochs=10,
+        raw_points=one_point,
+    ),
+    Task(
+        "characters",
+        "character transformer, AdamW",
+        partial(characters, length=32, n_train=600, n_query=100),
+        partial(transformer, length=32, width=32, heads=2, depth=2),
+        partial(AdamW, lr=3e-3),
+        is_cosine=False,
+        batch_size=25,
+        epochs=5,
+        raw_points=last_characters,
+    ),
+    Task(
+        "breast-cancer",
+        "breast cancer MLP, momentum",
+        breast_cancer,
+        partial(perceptron, 30, (32,), 2),
+        partial(SGD, lr=0.03, momentum=0.9),
+        is_cosine=False,
+        batch_size=40,
+        epochs=15,
+        raw_points=one_point,
+    ),
+)
+TASKS = {task.name: task for task in ALL}
