@@ -45,8 +45,9 @@ def over_dampings(queries: Tensor, train: Tensor, curvature: Tensor) -> Scored:
     left = queries @ curvature.mT @ vectors
     right = vectors.mT @ (curvature @ train.mT)
     for share in DAMPINGS:
-        floor = share * values.sum()  # as many times the damping as there are curvature rows
-        scores = (straight - left / (values + floor) @ right) / floor
+        damping = share * values.sum() / len(curvature)
+        floor = len(curvature) * damping
+        scores = (straight - left / (values + floor) @ right) / damping
         yield f"damping {share:.0e} of the trace", scores
 
 

@@ -84,19 +84,19 @@ def query_losses(task: Task, weights: Weights) -> Tensor:
         return vmap(member_losses(task), in_dims=(0, None, None))(weights, inputs, targets)
 
 
-def shuffled_batches(kept: Tensor, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
-    """Return per step what each member draws, if it shuffles its own samples every epoch.
+def shuffled_batches(kept: Tensor, batch_size: int, steps: int, seed: int) -> list[Tensor]:
+    """Return per step what each member draws, if it shuffles its own samples for every pass.
 
     Args:
         kept: Which samples each member has, as many for each, shape ``(members, n_train)``.
         batch_size: Samples per step.
-        epochs: Passes over a member's samples.
+        steps: How many.
         seed: Of the order.
     """
     own = kept.nonzero()[:, 1].unflatten(0, (len(kept), -1))  # (members, n_kept)
     generator = torch.Generator().manual_seed(seed)
     batches: list[Tensor] = []
-    for _ in range(epochs):
+    while len(batches) < steps:
         order = torch.rand(own.shape, generator=generator).argsort(dim=1)
         batches += own.gather(1, order).split(batch_size, dim=1)
-    return batches
+    return batches[:steps]

@@ -92,6 +92,11 @@ class Task:
         half_turn = math.pi / steps if self.is_cosine else 0.0
         return LambdaLR(optimizer, lambda step: (1 + math.cos(half_turn * step)) / 2)
 
+    @property
+    def steps(self) -> int:
+        """How many steps a training takes."""
+        return self.epochs * math.ceil(len(self.data().train) / self.batch_size)
+
     def settings(self) -> str:
         """Return everything that a training depends on, besides its random numbers."""
         optimizer = self.optimizer([torch.zeros(1)])
