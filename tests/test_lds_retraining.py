@@ -13,6 +13,17 @@ from lds_tasks import TASKS, Data, Task, sample_losses
 from lds_truths import Retrainer, random_subsets
 from torch.utils.data import TensorDataset
 
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Keep to one thread: for sizes like these more of them mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 EVERY_TASK = pytest.mark.parametrize("name", TASKS)
 
 
