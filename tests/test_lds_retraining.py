@@ -14,7 +14,6 @@ from lds_truths import Retrainer, random_subsets
 from torch.utils.data import TensorDataset
 
 
-
 @pytest.fixture(autouse=True)
 def one_thread():
     """Keep to one thread: for sizes like these more of them mostly wait for each other."""
