@@ -15,6 +15,7 @@ from tda_lightning.queries import record
 # Ask
 from tda_lightning.api import attribute, self_influence  # isort: skip
 from tda_lightning.attribution import (  # isort: skip
+    TRAK,
     Embedding,
     GradientSimilarity,
     InfluenceFunction,
@@ -30,6 +31,7 @@ from tda_lightning.stores import HDF5Store, MemoryStore, Store  # isort: skip
 from tda_lightning.step import Step  # isort: skip
 
 __all__ = [
+    "TRAK",
     "CountSketch",
     "DenseProjection",
     "Embedding",

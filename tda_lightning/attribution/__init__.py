@@ -15,9 +15,11 @@ from tda_lightning.attribution.propagator import Exponential, Linear, Propagator
 from tda_lightning.attribution.similarity import GradientSimilarity
 from tda_lightning.attribution.source import Source
 from tda_lightning.attribution.tracin import TracIn
+from tda_lightning.attribution.trak import TRAK
 from tda_lightning.attribution.unrolled import Unrolled
 
 __all__ = [
+    "TRAK",
     "Attributor",
     "BestAvailable",
     "Curvature",

@@ -29,6 +29,7 @@ from tda_lightning.attribution.curvature import BestAvailable, Curvature, mean_c
 from tda_lightning.attribution.dynamics import Dynamics, Extent
 from tda_lightning.attribution.moved import MovedRun
 from tda_lightning.attribution.visits import as_own_gradients, last_epoch, last_visits
+from tda_lightning.linalg import damped_root
 from tda_lightning.step import Step
 from tda_lightning.stores import Store
 
@@ -90,16 +91,7 @@ class InfluenceFunction(SelfAttributor):
         steps = source if self.curvature_over == "run" else last_epoch(source)
         matrix = mean_curvature(steps, self.curvature)
         damping = TIMES / extent.time if self.damping is None else self.damping
-        matrix.diagonal().add_(damping + Dynamics.of(run[-1]).decay)
-        root: Tensor
-        root, failed = torch.linalg.cholesky_ex(matrix)
-        if failed:
-            raise ValueError(
-                f"`damping={damping:g}` leaves the {len(matrix)} x {len(matrix)} curvature of the "
-                "run without an inverse; expected more. Leave it out for a default that suits "
-                "the run."
-            )
-        return root
+        return damped_root(matrix, damping + Dynamics.of(run[-1]).decay)
 
     def _visits(self, run: Store, like: Tensor) -> Iterator[Step]:
         source = run if self.rows_from is None else MovedRun(self.rows_from, like)

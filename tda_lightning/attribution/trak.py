@@ -1,0 +1,115 @@
+r"""TRAK: regress the model's answers on its gradients, as if it were linear in them.
+
+For a loss :math:`-\log p`, the gradient of the margin :math:`\log p / (1 - p)` is the loss's own
+gradient over :math:`1 - p`, with its sign turned. With these, :math:`\phi_i`, as features, training
+is a logistic regression, and one Newton step away from it is
+
+.. math:: s(q, i) = \phi_q^\top (\Phi^\top \Phi + \delta I)^{-1} \phi_i \, (1 - p_i)
+
+Park et al. (2023), "TRAK: Attributing Model Behavior at Scale", eqs. 13 to 17. Queries are asked
+about their loss, so :math:`\phi_q` is its gradient. Over several trainings, averages are taken of
+the part up to :math:`\phi_i` and of :math:`1 - p_i`, each by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tda_lightning.attribution.attributor import Attributor, Totals
+from tda_lightning.attribution.visits import as_own_gradients, last_visits
+from tda_lightning.linalg import damped_root
+from tda_lightning.scores import Scores
+from tda_lightning.step import Step
+from tda_lightning.stores import Store
+
+
+@dataclass(frozen=True)
+class TRAK(Attributor):
+    r"""Linear regression on gradients of margins, at each sample's last visit.
+
+    For losses that are the cross-entropy of one label per sample. Memory: two matrices of
+    :math:`k \times k` numbers.
+
+    Attributes:
+        damping: Added to the diagonal, as a multiple of the mean of the diagonal. The paper adds
+            none and takes far fewer dimensions than samples; as many want some.
+    """
+
+    damping: float = 1.0
+
+    def directions(
+        self, run: Store, queries: Float[Tensor, "n_query k"]
+    ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
+        """Look for one direction in all last visits."""
+        root = self._root(run)
+        direction = torch.cholesky_solve(queries.mT, root).mT
+        for step in last_visits(run):
+            yield as_own_gradients(step), direction
+
+    def combine(
+        self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
+    ) -> Float[Tensor, "n_train n_query"]:
+        """Average over what came twice in a sample's last step."""
+        return total / visits.clamp_min(1)
+
+    def attribute_ensemble(
+        self,
+        runs: Sequence[Store],
+        queries: Sequence[Float[Tensor, "n_query _"]],
+        *,
+        progress: bool = True,
+    ) -> Scores:
+        """Average over several trainings as the paper does (eq. 17).
+
+        Args:
+            runs: The recorded trainings, on the same data.
+            queries: The queries, recorded for each of them.
+            progress: Show progress bars.
+        """
+        doubts = [_mean_doubts(run) for run in runs]
+        pairs = zip(runs, queries, strict=True)
+        each = [self.attribute(run, rows, progress=progress) for run, rows in pairs]
+        parts = [
+            replace(scores, values=scores.values / own.to(scores.values))
+            for scores, own in zip(each, doubts, strict=True)
+        ]
+        mean = Scores.mean(parts)
+        return replace(mean, values=mean.values * torch.stack(doubts).mean(dim=0).to(mean.values))
+
+    def _root(self, run: Store) -> Float[Tensor, "k k"]:
+        """Return the Cholesky factor of the damped second moment of the features."""
+        gram = torch.zeros(())
+        for number, step in enumerate(last_visits(run)):
+            features = as_own_gradients(step).sketch / _doubts(step)[:, None]
+            gram = features.mT @ features if number == 0 else gram.addmm_(features.mT, features)
+        return damped_root(gram, self.damping * float(gram.diagonal().mean()))
+
+
+def _doubts(step: Step) -> Float[Tensor, " n"]:
+    """Return one less the probability of each visit's label."""
+    if step.curvature is None:
+        raise ValueError(
+            "`TRAK` needs the probability of every sample's label: expected loss curvatures in "
+            f"every step; step {step.index} has none. Record a cross-entropy with the "
+            "`GradientRecorder`, or use `InfluenceFunction()`, which does without."
+        )
+    if step.terms is not None and (step.terms > 1).any():
+        raise ValueError(
+            "`TRAK` is for losses of one label per sample: expected one loss term; step "
+            f"{step.index} has a sample with {int(step.terms.max())}. Use `InfluenceFunction()`."
+        )
+    return 1 / (1 + step.curvature)
+
+
+def _mean_doubts(run: Store) -> Float[Tensor, " n_train"]:
+    """Return the doubt about each training sample at its last visit, 1 if there was none."""
+    totals = Totals(run.train_ids(), 1, torch.empty(0, dtype=run.recipe.torch_dtype))
+    for step in last_visits(run):
+        totals.add_(step.sample_ids, _doubts(step)[:, None].to(totals.values))
+    means = totals.values / totals.visits.clamp_min(1)
+    return torch.where(totals.visits > 0, means, 1)[:, 0]

@@ -1,0 +1,117 @@
+"""TRAK against its formula, on a logistic regression with many classes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.func import grad, vmap
+from torch.nn.functional import cross_entropy
+
+from tda_lightning import TRAK, MemoryStore, Step
+from tda_lightning.recipe import Recipe
+from tda_lightning.step import ParameterGroup
+
+N_TRAIN, D, CLASSES, N_QUERY = 11, 3, 5, 3
+K = D * CLASSES
+
+
+def loss(weights, x, y):
+    return cross_entropy(x @ weights, y)
+
+
+def data(seed=0, n=N_TRAIN):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, D, generator=generator, dtype=torch.float64)
+    return x, torch.randint(CLASSES, (n,), generator=generator)
+
+
+def gradients(weights, x, y):
+    return vmap(grad(loss), in_dims=(None, 0, 0))(weights, x, y).flatten(1)
+
+
+def train(seed):
+    """Return a run of two epochs in which sample 10 is never drawn, and the weights in it."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(D, CLASSES, generator=generator, dtype=torch.float64)
+    x, y = data()
+    store, visited = MemoryStore(), {}
+    store.begin(Recipe((), (), {"name": "Identity"}, K, "float64", train_ids=((0, N_TRAIN),)))
+    for index, ids in enumerate([*torch.randperm(10, generator=generator).split(5)] * 2):
+        p = (x[ids] @ weights).softmax(dim=1).gather(1, y[ids, None])[:, 0]
+        g = gradients(weights, x[ids], y[ids])
+        share = torch.full((5,), 0.2, dtype=torch.float64)
+        group = ParameterGroup(lr=0.1)
+        step = Step(index, index // 2, "SGD", (group,), ids, share, g / 5, curvature=p / (1 - p))
+        store.append(step)
+        visited.update({int(i): (one, own) for i, one, own in zip(ids, p, g, strict=True)})
+        weights = weights - 0.1 * g.mean(dim=0).view_as(weights)
+    return store, weights, visited
+
+
+def queries(weights, seed=1):
+    return gradients(weights, *data(seed, N_QUERY))
+
+
+def reference(visited, q, damping):
+    """Return the two factors of eq. 17: the part up to the features, and the doubts."""
+    p = torch.stack([visited[i][0] for i in range(10)])
+    features = torch.stack([visited[i][1] / (1 - visited[i][0]) for i in range(10)])
+    gram = features.mT @ features
+    gram = gram + damping * gram.diagonal().mean() * torch.eye(K).double()
+    return q @ torch.linalg.inv(gram) @ features.mT, 1 - p
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.1, 3.0])
+def test_it_is_its_formula(damping):
+    run, weights, visited = train(0)
+    part, doubts = reference(visited, queries(weights), damping)
+    found = TRAK(damping).attribute(run, queries(weights), progress=False).values
+    torch.testing.assert_close(found[:, :10], part * doubts)
+    assert found[:, 10].abs().max() == 0
+
+
+def test_an_ensemble_averages_the_parts_by_themselves():
+    trained = [train(seed) for seed in (0, 1, 2)]
+    rows = [queries(weights) for _, weights, _ in trained]
+    parts = [reference(v, q, 1.0) for (_, _, v), q in zip(trained, rows, strict=True)]
+    expected = sum(part for part, _ in parts) / 3 * sum(doubts for _, doubts in parts) / 3
+    runs = [run for run, _, _ in trained]
+    found = TRAK().attribute_ensemble(runs, rows, progress=False)
+    torch.testing.assert_close(found.values[:, :10], expected)
+    assert found.provenance["mean"] == "of 3"
+
+
+def test_an_ensemble_of_one_is_that_one():
+    run, weights, _ = train(0)
+    rows = queries(weights)
+    alone = TRAK().attribute(run, rows, progress=False)
+    together = TRAK().attribute_ensemble([run], [rows], progress=False)
+    torch.testing.assert_close(together.values, alone.values)
+
+
+def test_it_is_linear_in_the_query():
+    run, weights, _ = train(0)
+    one, other = queries(weights, 1), queries(weights, 2)
+
+    def scores(q):
+        return TRAK().attribute(run, q, progress=False).values
+
+    torch.testing.assert_close(scores(2 * one - other), 2 * scores(one) - scores(other))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"curvature": None}, "expected loss curvatures in every step"),
+        ({"terms": torch.full((5,), 7.0).double()}, "one label per sample.*a sample with 7"),
+    ],
+    ids=["unknown", "sequences"],
+)
+def test_other_losses_are_refused(change, message):
+    run, weights, _ = train(0)
+    other = MemoryStore()
+    other.begin(run.recipe)
+    for step in run:
+        other.append(replace(step, **change))
+    with pytest.raises(ValueError, match=message):
+        TRAK().attribute(other, queries(weights), progress=False)
