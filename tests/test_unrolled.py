@@ -128,7 +128,7 @@ def test_in_the_coordinates_of_adam_it_is_plain_descent():
         adam = MemoryStore()
         adam.begin(replace(sgd.recipe, preconditioner="optimizer"))
         for step in sgd:
-            group = replace(step.groups[0], beta1=0.9, beta2=0.999, weight_decay=decay)
+            group = replace(step.groups[0], beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=decay)
             adam.append(replace(step, optimizer=name, groups=(group,)))
         torch.testing.assert_close(scores(EXACT, adam), scores(EXACT, sgd))
 

@@ -10,7 +10,7 @@ decoupled decay :math:`\delta`, takes the gradient :math:`g`, a buffer :math:`b`
 (Nesterov: :math:`g + \kappa \theta + \mu b` in place of :math:`b`). Adam-like optimizers are plain
 gradient descent in the coordinates in which the rows of their runs are recorded: the decay of the
 first moment delays a gradient's effect and leaves its sum alone. Their coupled decay is taken for
-none, since it is divided by the second moment, which is large where gradients are.
+none, since it is divided by the second moment, and then small where gradients are not.
 """
 
 from __future__ import annotations
@@ -47,13 +47,17 @@ class Dynamics:
 
     @classmethod
     def of(cls, step: Step) -> Dynamics:
-        """Read them off a step, which is taken to be its run's first if its index is 0."""
+        """Read them off a step, which is taken to be its run's first if its index is 0.
+
+        Where parameter groups differ, the learning rate is the largest, which rows are relative to;
+        the rest is the first group's.
+        """
         group = step.groups[0]
         decoupled = step.optimizer.endswith("W") or step.optimizer in _DECOUPLED
-        coupled = not decoupled and group.beta1 == group.beta2 == 0
+        coupled = not decoupled and group.eps == 0  # no second moment to divide by
         begins = step.index == 0  # torch fills an empty buffer with the whole gradient
         return cls(
-            rate=group.lr,
+            rate=step.lr,
             momentum=group.momentum,
             fresh=1.0 if begins or group.momentum == 0 else 1 - group.dampening,
             lookahead=bool(group.nesterov),
