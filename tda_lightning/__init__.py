@@ -13,7 +13,7 @@ from tda_lightning.projectors import (
 from tda_lightning.queries import record
 
 # Ask
-from tda_lightning.api import attribute, self_influence  # isort: skip
+from tda_lightning.api import attribute, self_influence, top_attributions, trajectory  # isort: skip
 from tda_lightning.attribution import (  # isort: skip
     TRAK,
     Embedding,
@@ -21,10 +21,11 @@ from tda_lightning.attribution import (  # isort: skip
     InfluenceFunction,
     Source,
     TracIn,
+    Trajectory,
     Unrolled,
     embed,
 )
-from tda_lightning.scores import Ranking, SampleScores, Scores  # isort: skip
+from tda_lightning.scores import Ranking, SampleScores, Scores, TopScores  # isort: skip
 
 # Look inside
 from tda_lightning.stores import HDF5Store, MemoryStore, Store  # isort: skip
@@ -49,11 +50,15 @@ __all__ = [
     "Source",
     "Step",
     "Store",
+    "TopScores",
     "TracIn",
+    "Trajectory",
     "Unrolled",
     "attribute",
     "embed",
     "layer_rule",
     "record",
     "self_influence",
+    "top_attributions",
+    "trajectory",
 ]

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from tda_lightning.attribution import Attributor, SelfAttributor, TracIn
+from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Trajectory
+from tda_lightning.attribution.top import top_scores
+from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.queries import record_queries
-from tda_lightning.scores import SampleScores, Scores
+from tda_lightning.scores import SampleScores, Scores, TopScores
 from tda_lightning.stores import HDF5Store, Store
+
+Run = str | Path | Store
 
 
 def attribute(
-    run: str | Path | Store,
-    model: nn.Module,
+    run: Run | list[Run] | tuple[Run, ...],
+    model: nn.Module | list[nn.Module] | tuple[nn.Module, ...],
     queries: Any,
     *,
     method: Attributor = TracIn(),
@@ -26,7 +35,9 @@ def attribute(
 
     Args:
         run: A recorded training: its folder or a store. A slice of a store asks about its steps.
-        model: The LightningModule that was trained, with the weights to ask about.
+            A list of trainings on the same data asks about their average.
+        model: The LightningModule that was trained, with the weights to ask about; a list of them
+            for a list of trainings.
         queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
         method: How to attribute.
         mode: Whether the model acts as in evaluation or as in training while queries pass through.
@@ -39,13 +50,20 @@ def attribute(
         FileNotFoundError: If there is no run at the path.
         ValueError: If the run is empty, the model is another one, or the queries do not fit it.
     """
-    store = open_run(run)
-    rows = record_queries(model, queries, like=store, mode=mode, progress=progress)
-    return method.attribute(store, rows, progress=progress)
+    stores, models = _pairs(run, model)
+    rows = [
+        _ask(store, one, queries, mode, progress) for store, one in zip(stores, models, strict=True)
+    ]
+    if isinstance(run, list | tuple):
+        scores = method.attribute_ensemble(stores, rows, progress=progress)
+    else:
+        scores = method.attribute(stores[0], rows[0], progress=progress)
+    weights = ", ".join(_fingerprint(one) for one in models)
+    return replace(scores, provenance={**scores.provenance, "weights": weights, "mode": mode})
 
 
 def self_influence(
-    run: str | Path | Store, *, method: SelfAttributor = TracIn(), progress: bool = True
+    run: Run, *, method: SelfAttributor = TracIn(), progress: bool = True
 ) -> SampleScores:
     """Say how much each training sample did for itself: high for unusual and mislabelled samples.
 
@@ -64,7 +82,76 @@ def self_influence(
     return method.self_influence(open_run(run), progress=progress)
 
 
-def open_run(run: str | Path | Store) -> Store:
+def top_attributions(
+    run: Run,
+    model: nn.Module,
+    queries: Any,
+    k: int = 5,
+    *,
+    method: Attributor = TracIn(),
+    at_once: int = 256,
+    mode: Literal["eval", "train"] = "eval",
+    progress: bool = True,
+) -> TopScores:
+    """Name the best and the worst teachers of each query; for many queries, or much data.
+
+    It keeps ``k`` of each kind per query, and never the matrix of all scores.
+
+    Args:
+        run: A recorded training: its folder or a store.
+        model: The LightningModule that was trained, with the weights to ask about.
+        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
+        k: How many of each kind to keep.
+        method: How to attribute.
+        at_once: How many queries share a pass over the run. Memory: two matrices of
+            ``(at_once, n_train)`` numbers, and the rows of all queries.
+        mode: Whether the model acts as in evaluation or as in training while queries pass through.
+        progress: Show progress bars.
+
+    Raises:
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If the run is empty, the model is another one, or the queries do not fit it.
+    """
+    store = open_run(run)
+    rows = _ask(store, model, queries, mode, progress)
+    top = top_scores(store, rows, method, k, at_once=at_once, progress=progress)
+    return replace(top, provenance={**top.provenance, "weights": _fingerprint(model), "mode": mode})
+
+
+def trajectory(
+    run: Run,
+    model: nn.Module,
+    queries: Any,
+    train_ids: Int[Tensor, " n_selected"] | Sequence[int],
+    *,
+    method: Attributor = TracIn(),
+    per: Literal["step", "epoch"] = "step",
+    mode: Literal["eval", "train"] = "eval",
+    progress: bool = True,
+) -> Trajectory:
+    """Say when in the training some samples helped or hurt; the sum over times is their score.
+
+    Args:
+        run: A recorded training: its folder or a store.
+        model: The LightningModule that was trained, with the weights to ask about.
+        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
+        train_ids: Which training samples.
+        method: How to attribute.
+        per: Whether to add up steps to epochs.
+        mode: Whether the model acts as in evaluation or as in training while queries pass through.
+        progress: Show progress bars.
+
+    Raises:
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If the run is empty, the model is another one, the queries do not fit it, or a
+            sample is not in the training set.
+    """
+    store = open_run(run)
+    rows = _ask(store, model, queries, mode, progress)
+    return contributions(store, rows, train_ids, method, per=per, progress=progress)
+
+
+def open_run(run: Run) -> Store:
     """Return the store of a run that holds at least one step.
 
     Raises:
@@ -80,5 +167,39 @@ def open_run(run: str | Path | Store) -> Store:
     return store
 
 
-def _name(run: str | Path | Store) -> str:
+def _pairs(run: Any, model: Any) -> tuple[list[Store], list[nn.Module]]:
+    """Return the stores and the models of one training or of several."""
+    several = isinstance(run, list | tuple)
+    runs = list(run) if several else [run]
+    models = list(model) if isinstance(model, list | tuple) else [model]
+    if len(runs) != len(models) or not runs:
+        raise ValueError(
+            f"There are {len(runs)} runs and {len(models)} models; expected one model for each "
+            "run. Pass two lists of the same length, or one of each."
+        )
+    return [open_run(one) for one in runs], models
+
+
+def _ask(
+    store: Store,
+    model: nn.Module,
+    queries: Any,
+    mode: Literal["eval", "train"],
+    progress: bool,
+) -> Float[Tensor, "n_query k"]:
+    """Return the rows of the queries, where the model is: methods work where their queries are."""
+    rows = record_queries(model, queries, like=store, mode=mode, progress=progress)
+    return rows.to(next(model.parameters()).device)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Return a short name for the weights of a model."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        found.update(raw.numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def _name(run: Run) -> str:
     return f"in this `{type(run).__name__}`" if isinstance(run, Store) else f"at `{run}`"

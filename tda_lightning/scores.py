@@ -125,6 +125,25 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class TopScores:
+    """The best and the worst teachers of each query.
+
+    Attributes:
+        proponents: The training samples that lowered each query's loss most.
+        opponents: Those that raised it most.
+        query_ids: Places of the queries in what was asked, shape ``(n_query,)``.
+        method: The method and its hyper-parameters.
+        provenance: Where the scores come from: model, optimizer, steps covered, sketch, weights.
+    """
+
+    proponents: Ranking
+    opponents: Ranking
+    query_ids: Int[Tensor, " n_query"]
+    method: str
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SampleScores:
     """One score per training sample.
 

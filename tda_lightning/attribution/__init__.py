@@ -15,6 +15,7 @@ from tda_lightning.attribution.propagator import Exponential, Linear, Propagator
 from tda_lightning.attribution.similarity import GradientSimilarity
 from tda_lightning.attribution.source import Source
 from tda_lightning.attribution.tracin import TracIn
+from tda_lightning.attribution.trajectory import Trajectory
 from tda_lightning.attribution.trak import TRAK
 from tda_lightning.attribution.unrolled import Unrolled
 
@@ -36,6 +37,7 @@ __all__ = [
     "SelfAttributor",
     "Source",
     "TracIn",
+    "Trajectory",
     "Unrolled",
     "embed",
 ]
