@@ -1,7 +1,10 @@
 """The benchmark's truths are only as true as its retraining: it does what Lightning does."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +137,18 @@ def test_the_brute_force_influence_solves_with_the_damped_curvature():
     queries, train, rows = (torch.randn(n, 7, generator=generator).double() for n in (3, 5, 11))
     curvature = rows.mT @ rows / len(rows)
     (name, found), *_ = reversed(list(over_dampings(queries, train, rows)))
-    assert name == "damping 1e+01 of the trace"
+    assert name == "damping 1e+01 of trace"
     damped = curvature + 10 * curvature.trace() * torch.eye(7)
     torch.testing.assert_close(found, queries @ torch.linalg.solve(damped, train.mT))
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_a_row_per_method(tmp_path):
+    script = Path(__file__).parent / "benchmarks" / "lds.py"
+    arguments = ["--tasks", "breast-cancer", "--quick", "--cache", str(tmp_path)]
+    finished = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, check=True
+    )
+    rows = [line for line in finished.stdout.splitlines() if line.startswith("| ")]
+    for name in ("TracIn", "kNN-Shapley of inputs", "cosine of features", "TRAK of 5 models"):
+        assert any(row.startswith(f"| {name}") for row in rows)

@@ -48,7 +48,7 @@ def over_dampings(queries: Tensor, train: Tensor, curvature: Tensor) -> Scored:
         damping = share * values.sum() / len(curvature)
         floor = len(curvature) * damping
         scores = (straight - left / (values + floor) @ right) / damping
-        yield f"damping {share:.0e} of the trace", scores
+        yield f"damping {share:.0e} of trace", scores
 
 
 def influence(task: Task, weights: Weights) -> Scored:

@@ -70,9 +70,13 @@ def from_run(
     name = ", ".join(part for part in (type(method).__name__, recording) if part)
 
     def grid() -> Iterable[tuple[str, Tensor]]:
-        return ((repr(setting), run.scores(setting)) for setting in settings)
+        return ((arguments_of(setting), run.scores(setting)) for setting in settings)
 
     return Entry(name, partial(run.scores, method), grid, run.mebibytes)
+
+
+def arguments_of(method: Attributor) -> str:
+    return repr(method).removeprefix(type(method).__name__).strip("()")
 
 
 def without_gradients(run: Run, space: str, points: Callable[[Tensor], Tensor]) -> list[Entry]:

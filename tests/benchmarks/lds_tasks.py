@@ -270,7 +270,7 @@ ALL = (
         partial(SGD, lr=0.1),
         is_cosine=False,
         batch_size=50,
-        epochs=15,
+        epochs=20,
         raw_points=one_point,
     ),
     Task(
@@ -281,7 +281,7 @@ ALL = (
         partial(AdamW, lr=3e-3),
         is_cosine=True,
         batch_size=50,
-        epochs=10,
+        epochs=30,
         raw_points=one_point,
     ),
     Task(
@@ -289,10 +289,10 @@ ALL = (
         "character transformer, AdamW",
         partial(characters, length=32, n_train=600, n_query=100),
         partial(transformer, length=32, width=32, heads=2, depth=2),
-        partial(AdamW, lr=3e-3),
+        partial(AdamW, lr=1e-3),
         is_cosine=False,
         batch_size=25,
-        epochs=5,
+        epochs=10,
         raw_points=last_characters,
     ),
     Task(
@@ -303,7 +303,7 @@ ALL = (
         partial(SGD, lr=0.03, momentum=0.9),
         is_cosine=False,
         batch_size=40,
-        epochs=15,
+        epochs=20,
         raw_points=one_point,
     ),
 )
