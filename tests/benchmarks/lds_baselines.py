@@ -7,7 +7,7 @@ A sample's value is the sum over its points; a query's is the mean over its own.
 from collections.abc import Iterator, Sequence
 
 import torch
-from lds_tasks import Network
+from lds_networks import Network
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 

@@ -1,7 +1,8 @@
 """The tasks of the benchmark `lds.py`: a model, data, and how the one is trained on the other.
 
 A tenth of the training labels is wrong where there are labels; queries have their right ones. Only
-what scikit-learn and Python bring along is used.
+what scikit-learn and Python bring along is used. (Python's help differs a little from version to
+version, and so does the text.)
 """
 
 import hashlib
@@ -13,9 +14,10 @@ from functools import cache, partial
 
 import pytorch_lightning as pl
 import torch
+from lds_networks import Network, convolutional, perceptron, transformer
 from sklearn.datasets import load_breast_cancer, load_digits
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot, pad
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -43,22 +45,6 @@ class Data:
         for tensor in (*self.train.tensors, *self.queries.tensors):
             found.update(tensor.contiguous().numpy().tobytes())
         return found.hexdigest()
-
-
-class Network(nn.Module):
-    """A network that says what its last layer sees.
-
-    Attributes:
-        body: Everything but the last layer.
-        head: The last layer, linear.
-    """
-
-    def __init__(self, body: nn.Module, head: nn.Linear) -> None:
-        super().__init__()
-        self.body, self.head = body, head
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.body(inputs))
 
 
 @dataclass(frozen=True)
@@ -191,64 +177,6 @@ def characters(length: int, n_train: int, n_query: int) -> Data:
     return Data(TensorDataset(*pairs[:n_train]), TensorDataset(*pairs[n_train:]))
 
 
-def perceptron(n_inputs: int, hidden: tuple[int, ...], classes: int) -> Network:
-    layers: list[nn.Module] = []
-    for before, after in zip((n_inputs, *hidden), hidden, strict=False):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return Network(nn.Sequential(*layers), nn.Linear(hidden[-1], classes))
-
-
-def convolutional() -> Network:
-    body = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3, padding=1, stride=2),
-        nn.ReLU(),
-        nn.Flatten(),
-    )
-    return Network(body, nn.Linear(16 * 4 * 4, 10))
-
-
-class Block(nn.Module):
-    """A causal transformer block, in parts that `vmap` can follow."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.before_attention, self.before_feed_forward = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.queries_keys_values, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.feed_forward = nn.Sequential(wide, nn.GELU(), narrow)
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.queries_keys_values(self.before_attention(x))
-        queries, keys, values = packed.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        length = x.shape[1]
-        future = torch.full((length, length), -math.inf).triu(diagonal=1)
-        agreement = queries @ keys.mT / math.sqrt(queries.shape[-1]) + future
-        mixed = agreement.softmax(dim=-1) @ values
-        x = x + self.output(mixed.transpose(1, 2).flatten(2))
-        return x + self.feed_forward(self.before_feed_forward(x))
-
-
-class TransformerBody(nn.Module):
-    def __init__(self, length: int, width: int, heads: int, depth: int) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(COMMON_CHARACTERS, width)
-        self.positions = nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return self.norm(self.blocks(self.tokens(tokens) + self.positions(positions)))
-
-
-def transformer(length: int, width: int, heads: int, depth: int) -> Network:
-    head = nn.Linear(width, COMMON_CHARACTERS, bias=False)
-    return Network(TransformerBody(length, width, heads, depth), head)
-
-
 def one_point(inputs: Tensor) -> Tensor:
     return inputs.flatten(1)[:, None].float()
 
@@ -257,7 +185,7 @@ def last_characters(tokens: Tensor) -> Tensor:
     """Return, per place, the last few characters as one-hot vectors; fewer at the beginning."""
     seen = one_hot(tokens, COMMON_CHARACTERS).float()
     length = tokens.shape[1]
-    shifted = [nn.functional.pad(seen, (0, 0, ago, 0))[:, :length] for ago in range(CONTEXT)]
+    shifted = [pad(seen, (0, 0, ago, 0))[:, :length] for ago in range(CONTEXT)]
     return torch.cat(shifted, dim=-1)
 
 
@@ -288,7 +216,7 @@ ALL = (
         "characters",
         "character transformer, AdamW",
         partial(characters, length=32, n_train=600, n_query=100),
-        partial(transformer, length=32, width=32, heads=2, depth=2),
+        partial(transformer, COMMON_CHARACTERS, length=32, width=32, heads=2, depth=2),
         partial(AdamW, lr=1e-3),
         is_cosine=False,
         batch_size=25,
