@@ -82,6 +82,7 @@ class Recipe:
         preconditioner: Whose coordinates the rows are in: the optimizer's, or nobody's. The factors
             stand in the steps at which they change.
         curvature: Whether steps hold rows of sampled labels.
+        ranks: Number of processes that record, each its part of every step.
         every_n_steps: Stride; one recorded step stands for this many.
         train_ids: Half-open ranges of the ids in the training set, or ``None`` if it is not known.
         model: Class name of the model.
@@ -97,6 +98,7 @@ class Recipe:
     batch_dims: Mapping[str, int] = field(default_factory=dict)
     preconditioner: Literal["optimizer", "none"] = "none"
     curvature: Literal["fisher", "none"] = "none"
+    ranks: int = 1
     every_n_steps: int = 1
     train_ids: tuple[tuple[int, int], ...] | None = None
     model: str = ""
@@ -133,6 +135,24 @@ class Recipe:
             }
         )
 
+    def require_continued_by(self, other: Recipe) -> None:
+        """Raise unless another recipe makes the same sketches, whatever software it names.
+
+        Raises:
+            ValueError: Naming what differs.
+        """
+        ours, theirs = self.to_dict(), other.to_dict()
+        changed = [name for name in ours if name != "versions" and ours[name] != theirs[name]]
+        if changed:
+            shown = "; ".join(
+                f"`{name}` was {_shorten(ours[name])} and is now {_shorten(theirs[name])}"
+                for name in changed
+            )
+            raise ValueError(
+                f"This training cannot continue the recorded run: {shown}. Expected the settings "
+                "that the run was begun with. Restore them, or record into another store."
+            )
+
     def require_blocks(self, blocks: Sequence[Block], model: str) -> None:
         """Raise unless ``blocks``, read off ``model``, are the recorded ones.
 
@@ -147,6 +167,11 @@ class Recipe:
                 f"Expected the model that was trained; got `{model}`. Pass the same architecture "
                 "(with the same parameters trainable)."
             )
+
+
+def _shorten(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def _differences(expected: Sequence[Block], found: Sequence[Block]) -> list[str]:

@@ -160,3 +160,29 @@ class StoreContract(ABC):
             store.begin(RECIPE)
         store.clear()
         assert len(filled(store, make_steps(2))) == 2
+
+    @pytest.mark.parametrize("index", [0, 1, 5, 6, 7, 100])
+    def test_a_resumed_run_keeps_the_steps_before_and_goes_on(
+        self, tmp_path: Path, index: int
+    ) -> None:
+        """Wherever it was cut, also in the middle of what was sealed together; nothing twice."""
+        steps = make_steps(7)
+        store = filled(self.make(tmp_path), steps)
+        run_id = store.run_id
+        store.resume(index)
+        kept = [step for step in steps if step.index < index]
+        assert [step.index for step in store] == [step.index for step in kept]
+        for step in steps[len(kept) :]:
+            store.append(step)
+        store.seal()
+        assert all(same(a, b) for a, b in zip(store, steps, strict=True))
+        assert store.run_id == run_id is not None
+
+    def test_every_run_has_a_name_of_its_own(self, tmp_path: Path) -> None:
+        """So that a checkpoint knows the run it belongs to."""
+        store = self.make(tmp_path)
+        assert store.run_id is None
+        first = filled(store, make_steps(2)).run_id
+        store.clear()
+        assert store.run_id is None
+        assert filled(store, make_steps(2)).run_id != first

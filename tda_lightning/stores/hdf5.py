@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,16 +15,12 @@ from torch import Tensor
 
 from tda_lightning.recipe import Recipe
 from tda_lightning.step import Audit, Preconditioner, Step
+from tda_lightning.stores import folder
 from tda_lightning.stores.buffer import StepBuffer
 from tda_lightning.stores.encoding import Storage
-from tda_lightning.stores.segments import Segment, make_durable, write_segment
+from tda_lightning.stores.segments import Segment, make_durable, partial_name, write_segment
+from tda_lightning.stores.shards import MergedShards, Shard
 from tda_lightning.stores.store import WritableStore
-
-FORMAT = "tda_lightning"
-FORMAT_VERSION = 2
-_RECIPE = "recipe.json"
-_SEGMENTS = "segment-*.h5"
-_PARTIAL = ".*.partial"
 
 
 class HDF5Store(WritableStore):
@@ -35,6 +29,8 @@ class HDF5Store(WritableStore):
     Reading holds one block of steps in memory, at most 8 MB or one step. Writing buffers steps and
     seals them, into a file that never changes again, when they are many, old, or asked to be safe.
     Whatever kills the process, every sealed step stays readable, and none is ever half there.
+    Several processes can write one run: each has segments of its own, and a step can be read once
+    all have sealed their part of it.
 
     Args:
         path: The folder.
@@ -56,11 +52,11 @@ class HDF5Store(WritableStore):
         self._storage = storage
         self._segment_seconds = segment_seconds
         self._recipe: Recipe | None = None
-        self._segments: list[Segment] = []
-        self._starts: list[int] = []
+        self._rank, self._ranks = 0, 1
+        self._own = Shard()
+        self._merged: MergedShards | None = None
         self._count = 0
         self._writing: Future[Segment] | None = None
-        self._block: tuple[int, list[Step]] = (0, [])
         # One buffer fills while the other is being written.
         self._buffer, self._spare = StepBuffer(segment_bytes), StepBuffer(segment_bytes)
         self._buffered_since = 0.0
@@ -74,18 +70,22 @@ class HDF5Store(WritableStore):
             ValueError: If what is there is not a run, or one of a newer format.
         """
         store = cls(path)
-        store._recipe = _read_recipe(store.path)
-        for file in sorted(store.path.glob(_SEGMENTS)):
-            store._add_segment(Segment(file))
-        store._count = len(store._segments)
+        store._recipe = folder.read_recipe(store.path)
+        store._ranks = store._recipe.ranks
+        store._look_again()
         return store
 
     @property
     def recipe(self) -> Recipe:
         """How the sketches were made."""
         if self._recipe is None:
-            self._recipe = _read_recipe(self.path)
+            self._recipe = folder.read_recipe(self.path)
         return self._recipe
+
+    @property
+    def run_id(self) -> str | None:
+        """What names the run that is there."""
+        return folder.read_run_id(self.path)
 
     @property
     def size_on_disk(self) -> int:
@@ -93,61 +93,56 @@ class HDF5Store(WritableStore):
         return sum(file.stat().st_size for file in self._files())
 
     def __len__(self) -> int:
-        """Return the number of sealed steps."""
-        return self._starts[-1] + len(self._segments[-1]) if self._segments else 0
+        """Return the number of steps that every process has sealed."""
+        return len(self._steps)
 
     def read(self, position: int) -> Step:
         """Return the step at a position, together with its block if that is not at hand."""
-        start, steps = self._block
-        if not start <= position < start + len(steps):
-            number = bisect.bisect_right(self._starts, position) - 1
-            segment, base = self._segments[number], self._starts[number]
-            block = segment.block_around(position - base)
-            start, steps = self._block = (base + block.start, segment.read(block))
-        return steps[position - start]
+        return self._steps.read(position)
 
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the ids of the samples that took part in a step, without reading any sketch."""
-        parts = [segment.visited_ids() for segment in self._segments]
+        parts = [segment.visited_ids() for segment in self._steps.segments]
         ids: Tensor = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *parts]))
         return ids
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
         """Return the coordinates of the rows of a step, without reading any sketch."""
-        place = range(len(self))[position]
-        for start, segment in zip(reversed(self._starts), reversed(self._segments), strict=True):
-            found = segment.preconditioner(place - start)
-            if found is not None:
-                return found
-        return None
+        return self._steps.preconditioner(range(len(self))[position])
 
     def audits(self) -> list[Audit]:
         """Return what the audits of the run found, without reading any sketch."""
-        return [audit for segment in self._segments for audit in segment.audits()]
+        return self._steps.audits()
+
+    def join(self, rank: int, ranks: int) -> None:
+        """Write as one of several processes."""
+        self._rank, self._ranks = rank, ranks
 
     def begin(self, recipe: Recipe) -> None:
         """Start a new run in a folder that is empty or not there yet."""
-        if self.path.exists() and not _is_empty(self.path):
-            raise FileExistsError(_what_is_in_the_way(self.path))
-        self.path.mkdir(parents=True, exist_ok=True)
-        document = {"format": FORMAT, "version": FORMAT_VERSION, "recipe": recipe.to_dict()}
-        unfinished = self.path / f".{_RECIPE}.partial"
-        unfinished.write_text(json.dumps(document, indent=1))
-        make_durable(unfinished)
-        unfinished.replace(self.path / _RECIPE)
-        make_durable(self.path)
+        folder.write_recipe(self.path, recipe)
         self._recipe = recipe
+
+    def resume(self, index: int) -> None:
+        """Continue the run that is there, from the optimizer step of that index on."""
+        self._finish_writing()
+        self._buffer.clear()
+        self._recipe = folder.read_recipe(self.path)
+        # The last go first: whatever interrupts this, what is left is a run without holes.
+        for file in reversed(folder.segments_of(self.path, self._rank, self._ranks)):
+            _drop_from(file, index, self._storage)
+        make_durable(self.path)
+        self._look_again()
 
     def clear(self) -> None:
         """Delete the run in the folder: its own files, and nothing else."""
-        if self.path.exists() and not _is_run(self.path) and not _is_empty(self.path):
-            raise FileExistsError(_what_is_in_the_way(self.path))
+        folder.require_clearable(self.path)
         # The recipe goes last: a clearing that is interrupted leaves something that can be cleared.
-        for file in sorted(self._files(), key=lambda file: file.name == _RECIPE):
+        for file in sorted(self._files(), key=lambda file: file.name == folder.RECIPE):
             file.unlink()
         self._recipe = None
-        self._segments, self._starts, self._block, self._count = [], [], (0, []), 0
         self._buffer.clear()
+        self._look_again()
 
     def append(self, step: Step) -> None:
         """Add a step; it is sealed with others, now and then."""
@@ -166,10 +161,22 @@ class HDF5Store(WritableStore):
             self._start_writing()
         self._finish_writing()
 
+    @property
+    def _steps(self) -> Shard | MergedShards:
+        return self._own if self._merged is None else self._merged
+
+    def _look_again(self) -> None:
+        """Take stock of the sealed segments in the folder."""
+        files = [folder.segments_of(self.path, rank, self._ranks) for rank in range(self._ranks)]
+        shards = [Shard(own) for own in files]
+        self._own = shards[self._rank]
+        self._merged = MergedShards(shards) if self._ranks > 1 else None
+        self._count = len(self._own.segments)
+
     def _start_writing(self) -> None:
         """Let the buffered steps be written while training goes on: one segment at a time."""
         self._finish_writing()
-        file = self.path / f"segment-{self._count:06d}.h5"
+        file = self.path / folder.segment_name(self._count, self._rank, self._ranks)
         self._writing = _in_background(partial(_write, file, self._buffer.steps, self._storage))
         self._count += 1
         self._buffer, self._spare = self._spare, self._buffer
@@ -178,20 +185,30 @@ class HDF5Store(WritableStore):
     def _finish_writing(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            self._add_segment(writing.result())
-
-    def _add_segment(self, segment: Segment) -> None:
-        self._starts.append(len(self))
-        self._segments.append(segment)
+            self._own.add(writing.result())
 
     def _files(self) -> list[Path]:
-        patterns = (_SEGMENTS, _PARTIAL, _RECIPE)
+        patterns = (folder.SEGMENTS, folder.PARTIAL, folder.RECIPE)
         return list(itertools.chain.from_iterable(self.path.glob(one) for one in patterns))
 
 
 def _write(file: Path, steps: list[Step], storage: Storage) -> Segment:
-    write_segment(file, steps, storage)
+    try:
+        write_segment(file, steps, storage)
+    except Exception:  # A full disk, say: leave it what room there is.
+        partial_name(file).unlink(missing_ok=True)
+        raise
     return Segment(file)
+
+
+def _drop_from(file: Path, index: int, storage: Storage) -> None:
+    """Take the steps from an index on out of a segment: by a new one in its place, or by none."""
+    segment = Segment(file)
+    kept = sum(one < index for one in segment.indices)
+    if kept == 0:
+        file.unlink()
+    elif kept < len(segment):
+        write_segment(file, segment.read(range(kept)), storage)
 
 
 def _in_background(work: Callable[[], Segment]) -> Future[Segment]:
@@ -200,55 +217,3 @@ def _in_background(work: Callable[[], Segment]) -> Future[Segment]:
     future = executor.submit(work)
     executor.shutdown(wait=False)
     return future
-
-
-def _read_recipe(path: Path) -> Recipe:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"There is no run at `{path}`: no such folder. Record one with "
-            f"`GradientRecorder({str(path)!r})`, or correct the path."
-        )
-    if not _is_run(path):
-        raise ValueError(
-            f"`{path}` is not a recorded run: expected a folder with a `{_RECIPE}`, "
-            f"found {_describe(path)}. Correct the path."
-        )
-    document = json.loads((path / _RECIPE).read_text())
-    if document.get("format") != FORMAT or document.get("version") != FORMAT_VERSION:
-        raise ValueError(
-            f"`{path}` is in format {document.get('format')!r}, version {document.get('version')}; "
-            f"expected {FORMAT!r}, version {FORMAT_VERSION}. Read it with the version of "
-            "tda_lightning that wrote it."
-        )
-    return Recipe.from_dict(document["recipe"])
-
-
-def _is_run(path: Path) -> bool:
-    return (path / _RECIPE).is_file()
-
-
-def _is_empty(path: Path) -> bool:
-    # A process killed while it began a run leaves a partial recipe: as good as nothing.
-    return path.is_dir() and all(entry.match(_PARTIAL) for entry in path.iterdir())
-
-
-def _describe(path: Path) -> str:
-    if not path.is_dir():
-        return "a file"
-    names = sorted(entry.name for entry in path.iterdir())
-    shown = ", ".join(f"`{name}`" for name in names[:3])
-    return (
-        f"a folder with {shown}{', ...' if len(names) > 3 else ''}" if names else "an empty folder"
-    )
-
-
-def _what_is_in_the_way(path: Path) -> str:
-    if _is_run(path):
-        return (
-            f"`{path}` holds a recorded run already; expected a new place. Choose another path, or "
-            "delete the old run by recording with `existing='replace'`."
-        )
-    return (
-        f"`{path}` holds something else than a recorded run, {_describe(path)}; expected an empty "
-        "or a new folder. Choose another path: nothing there was touched."
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+
 from tda_lightning.recipe import Recipe
 from tda_lightning.step import Step
 from tda_lightning.stores.store import WritableStore
@@ -15,6 +17,7 @@ class MemoryStore(WritableStore):
 
     def __init__(self) -> None:
         self._recipe: Recipe | None = None
+        self._run_id: str | None = None
         self._steps: list[Step] = []
 
     @property
@@ -23,6 +26,11 @@ class MemoryStore(WritableStore):
         if self._recipe is None:
             raise ValueError("This `MemoryStore` is empty; expected a run. Train with it first.")
         return self._recipe
+
+    @property
+    def run_id(self) -> str | None:
+        """What names the run that is there."""
+        return self._run_id
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -40,10 +48,15 @@ class MemoryStore(WritableStore):
                 "one. Make a new one, or record with `existing='replace'`."
             )
         self._recipe = recipe
+        self._run_id = uuid.uuid4().hex
+
+    def resume(self, index: int) -> None:
+        """Continue the run that is there, from the optimizer step of that index on."""
+        self._steps = [step for step in self._steps if step.index < index]
 
     def clear(self) -> None:
         """Forget the run."""
-        self._recipe = None
+        self._recipe = self._run_id = None
         self._steps.clear()
 
     def append(self, step: Step) -> None:

@@ -32,7 +32,7 @@ def write_segment(path: Path, steps: Sequence[Step], storage: Storage) -> None:
         steps: At least one step; all with the same number of parameter groups.
         storage: Number format of the rows.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_name(path)
     sketches = [encode(step.sketch, storage) for step in steps]
     curvature = [encode(_curvature_rows(step), storage) for step in steps]
     with h5py.File(partial, "w") as file:
@@ -50,6 +50,11 @@ def write_segment(path: Path, steps: Sequence[Step], storage: Storage) -> None:
     make_durable(partial)
     partial.replace(path)
     make_durable(path.parent)
+
+
+def partial_name(path: Path) -> Path:
+    """Return the name of a file that is being written: with it, it can be ignored."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def make_durable(path: Path) -> None:
@@ -168,7 +173,7 @@ class Segment:
         self._path = path
         with h5py.File(path, "r") as file:
             steps = file["steps"]
-            self._index = steps["index"][:].tolist()
+            self._index: list[int] = steps["index"][:].tolist()
             self._epoch = steps["epoch"][:].tolist()
             self._offset = steps["offset"][:].tolist()
             self._optimizer = steps["optimizer"].asstr()[:].tolist()
@@ -182,6 +187,11 @@ class Segment:
     def __len__(self) -> int:
         """Return the number of steps."""
         return len(self._index)
+
+    @property
+    def indices(self) -> list[int]:
+        """Index of every step: the number of optimizer steps taken before it."""
+        return self._index
 
     def block_around(self, position: int) -> range:
         """Return the positions that are read together with this one."""

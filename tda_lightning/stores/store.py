@@ -101,7 +101,27 @@ class StoreSlice(Store):
 
 
 class WritableStore(Store):
-    """A store that a recorder can fill: :meth:`begin` once, :meth:`append`, :meth:`seal`."""
+    """A store to fill: :meth:`begin` or :meth:`resume`, then :meth:`append` and :meth:`seal`."""
+
+    @property
+    @abstractmethod
+    def run_id(self) -> str | None:
+        """What names the run that is there, for good, or ``None`` if there is none."""
+
+    def join(self, rank: int, ranks: int) -> None:
+        """Write as one of several processes. Process 0 begins the run, the others resume it.
+
+        Args:
+            rank: Number of this process.
+            ranks: How many there are.
+
+        Raises:
+            ValueError: If the store cannot be shared.
+        """
+        raise ValueError(
+            f"A `{type(self).__name__}` cannot be written by {ranks} processes; expected a store "
+            "that they can share. Record into a folder, or train with `Trainer(devices=1)`."
+        )
 
     @abstractmethod
     def begin(self, recipe: Recipe) -> None:
@@ -109,6 +129,14 @@ class WritableStore(Store):
 
         Raises:
             FileExistsError: If there is a run already, or something else in its place.
+        """
+
+    @abstractmethod
+    def resume(self, index: int) -> None:
+        """Continue the run that is there: keep the steps before an index, and drop the others.
+
+        Args:
+            index: Number of optimizer steps that stand.
         """
 
     @abstractmethod

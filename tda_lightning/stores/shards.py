@@ -1,0 +1,125 @@
+"""Shards: what each process wrote of a run, and all of it as one sequence of steps."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tda_lightning.step import Audit, Preconditioner, Step
+from tda_lightning.stores.segments import Segment
+
+
+class Shard:
+    """Steps in the segments of one process; reading holds one block of them in memory."""
+
+    def __init__(self, files: Sequence[Path] = ()) -> None:
+        self._segments: list[Segment] = []
+        self._starts: list[int] = []
+        self._block: tuple[int, list[Step]] = (0, [])
+        for file in files:
+            self.add(Segment(file))
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return self._starts[-1] + len(self._segments[-1]) if self._segments else 0
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """The segments, in order."""
+        return self._segments
+
+    @property
+    def indices(self) -> list[int]:
+        """Index of every step: the number of optimizer steps taken before it."""
+        return [index for segment in self._segments for index in segment.indices]
+
+    def add(self, segment: Segment) -> None:
+        """Add a sealed segment behind the others."""
+        self._starts.append(len(self))
+        self._segments.append(segment)
+
+    def read(self, position: int) -> Step:
+        """Return the step at a position, together with its block if that is not at hand."""
+        start, steps = self._block
+        if not start <= position < start + len(steps):
+            number = bisect.bisect_right(self._starts, position) - 1
+            segment, base = self._segments[number], self._starts[number]
+            block = segment.block_around(position - base)
+            start, steps = self._block = (base + block.start, segment.read(block))
+        return steps[position - start]
+
+    def preconditioner(self, position: int) -> Preconditioner | None:
+        """Return the coordinates of a step, without reading any sketch."""
+        for start, segment in zip(reversed(self._starts), reversed(self._segments), strict=True):
+            found = segment.preconditioner(position - start)
+            if found is not None:
+                return found
+        return None
+
+    def audits(self) -> list[Audit]:
+        """Return all audits, in order, without reading any sketch."""
+        return [audit for segment in self._segments for audit in segment.audits()]
+
+
+class MergedShards:
+    """The steps that every process has sealed: those of equal index are parts of one step.
+
+    Args:
+        shards: Of each process, at least one.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        places = [{index: place for place, index in enumerate(one.indices)} for one in shards]
+        # What one process has not sealed yet, no other can have in whole.
+        sealed = min(max(one, default=-1) for one in places)
+        indices = sorted({index for one in places for index in one if index <= sealed})
+        self._places = [[one.get(index) for one in places] for index in indices]
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._places)
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """The segments of all processes."""
+        return [segment for shard in self._shards for segment in shard.segments]
+
+    def read(self, position: int) -> Step:
+        """Return the step at a position, with the visits of all processes."""
+        return _merge([shard.read(place) for shard, place in self._parts(position)])
+
+    def preconditioner(self, position: int) -> Preconditioner | None:
+        """Return the coordinates of a step: those of all processes are the same."""
+        shard, place = self._parts(position)[0]
+        return shard.preconditioner(place)
+
+    def audits(self) -> list[Audit]:
+        """Return all audits: those of all processes are the same."""
+        return self._shards[0].audits()
+
+    def _parts(self, position: int) -> list[tuple[Shard, int]]:
+        pairs = zip(self._shards, self._places[position], strict=True)
+        return [(shard, place) for shard, place in pairs if place is not None]
+
+
+def _merge(parts: Sequence[Step]) -> Step:
+    return replace(
+        parts[0],
+        sample_ids=torch.cat([part.sample_ids for part in parts]),
+        weights=torch.cat([part.weights for part in parts]),
+        sketch=torch.cat([part.sketch for part in parts]),
+        terms=_cat_if_known([part.terms for part in parts]),
+        curvature=_cat_if_known([part.curvature for part in parts]),
+        curvature_rows=_cat_if_known([part.curvature_rows for part in parts]),
+    )
+
+
+def _cat_if_known(parts: Sequence[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None
