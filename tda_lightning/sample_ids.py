@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,9 @@ class SampleLedger:
         self._sampler: RememberingSampler | None = None
         self._restore: Callable[[], None] | None = None
         self._ids: Int[np.ndarray, " n_train"] | None = None
-        self._last_batch = -1
+        self._loader: object = None
+        # Place of the last batch in its epoch; unknown before the first after a resumption.
+        self._last_batch: int | None = -1
 
     @property
     def train_ids(self) -> Int[np.ndarray, " n_train"] | None:
@@ -99,12 +102,11 @@ class SampleLedger:
         self.release()
         checked = _require_known_order(loader)
         attribute = "sampler" if checked.batch_sampler is None else "batch_sampler"
-        original = getattr(checked, attribute)
-        self._sampler = RememberingSampler(original, is_recording)
-        self._ids = root_ids(checked.dataset)
+        sampler = RememberingSampler(getattr(checked, attribute), is_recording)
+        self._ids, self._loader = root_ids(checked.dataset), checked
         # The loader guards these attributes against assignment, hence `object.__setattr__`.
-        object.__setattr__(checked, attribute, self._sampler)
-        self._restore = lambda: object.__setattr__(checked, attribute, original)
+        object.__setattr__(checked, attribute, sampler)
+        self._sampler, self._restore = sampler, partial(_unwrap, checked, attribute, sampler)
 
     def release(self) -> None:
         """Give the watched loader its own sampler back."""
@@ -123,16 +125,30 @@ class SampleLedger:
             return _as_ids(_look_up(batch, self._source))
         if self._sampler is None:
             raise RuntimeError(f"No training loader was seen before the first batch. {_REMEDY}")
-        skipped = batch_index - self._last_batch - 1
-        for _ in range(skipped):
+        if self._last_batch is None:
+            self._require_fresh_order(batch_index)
+            self._last_batch = batch_index - 1
+        for _ in range(batch_index - self._last_batch - 1):
             self._sampler.claim()
         self._last_batch = batch_index
         drawn = self._sampler.claim()
         return torch.as_tensor(drawn if self._ids is None else self._ids[drawn])
 
+    def start_training(self) -> None:
+        """Expect any batch next: a training that is resumed may do so in the middle of an epoch."""
+        self._last_batch = None
+
     def start_epoch(self) -> None:
         """Expect batch 0 next."""
         self._last_batch = -1
+
+    def _require_fresh_order(self, batch_index: int) -> None:
+        if batch_index and hasattr(self._loader, "load_state_dict"):
+            raise ValueError(
+                f"Cannot tell which samples the `{type(self._loader).__name__}` yields: it was "
+                f"resumed at batch {batch_index} by a state of its own, so it may have drawn "
+                f"samples that it never delivered. {_REMEDY}"
+            )
 
 
 def root_ids(dataset: Any) -> Int[np.ndarray, " n"] | None:
@@ -165,6 +181,19 @@ def _require_known_order(loader: object) -> DataLoader[Any]:
             f"they were drawn in; expected `in_order=True`. Set it, or: {_REMEDY}"
         )
     return loader
+
+
+def _unwrap(loader: DataLoader[Any], attribute: str, sampler: RememberingSampler) -> None:
+    """Take one sampler out of a loader, whatever others have been wrapped around it since."""
+    outer = getattr(loader, attribute)
+    if outer is sampler:
+        object.__setattr__(loader, attribute, sampler.wrapped)
+        return
+    while isinstance(outer, RememberingSampler):
+        if outer.wrapped is sampler:
+            outer.wrapped = sampler.wrapped
+            return
+        outer = outer.wrapped
 
 
 def _look_up(batch: Any, source: IdSource) -> Any:

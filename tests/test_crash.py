@@ -89,3 +89,71 @@ def test_everything_a_checkpoint_refers_to_is_sealed_before_it_is_written(tmp_pa
     trainer.fit(Plain(mlp()), loader(vectors()))
     assert [global_step for global_step, _ in seen] == [2, 4, 6]
     assert all(global_step == sealed for global_step, sealed in seen)
+
+
+# Children are forked from a warm process: fifty trainings need not import torch fifty times.
+KILLING = """
+import os, random, signal, sys, time, warnings
+warnings.simplefilter("ignore")
+import logging
+logging.disable(logging.CRITICAL)
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+from pytorch_lightning.callbacks import ModelCheckpoint
+from tda_lightning import GradientRecorder, HDF5Store, Identity
+
+folder = Path(sys.argv[1])
+run, last = folder / "run", folder / "last.ckpt"
+
+def fail(*_):
+    raise RuntimeError("on purpose")
+
+def train():
+    signal.signal(signal.SIGUSR1, fail)
+    store = HDF5Store(run, segment_bytes=20_000)
+    saver = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=7)
+    recorder = GradientRecorder(store, projector=Identity(), existing="replace")
+    trainer = quiet_trainer(recorder, saver, max_epochs=100_000, enable_checkpointing=True)
+    trainer.fit(Plain(mlp()), loader(vectors()), ckpt_path=last if last.exists() else None)
+
+def check():
+    # A kill before the first checkpoint may come before the run, too.
+    store = HDF5Store.open(run) if (run / "recipe.json").exists() else []
+    assert [step.index for step in store] == list(range(len(store))), [s.index for s in store]
+    for step in store:
+        assert step.sketch.shape == (len(step.sample_ids), store.recipe.dimension)
+        assert torch.isfinite(step.sketch).all() and (step.sketch != 0).any(dim=1).all()
+    if last.exists():
+        assert len(store) >= torch.load(last, weights_only=False)["global_step"]
+    return len(store)
+
+moments, lengths = random.Random(0), []
+for number in range(50):
+    child = os.fork()
+    if child == 0:
+        try:
+            train()
+        finally:
+            os._exit(1)
+    time.sleep(moments.uniform(0.05, 0.8))
+    sent = [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1][number % 3]
+    os.kill(child, sent)
+    # An exception that comes while Python tidies up is ignored, and training goes on.
+    deadline = time.monotonic() + 10
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    lengths.append(check())
+print(lengths)
+assert lengths[-1] > lengths[0] and len(set(lengths)) > 25, lengths
+"""
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_in_three_ways_the_next_run_resumes(tmp_path, request):
+    command = [sys.executable, "-c", KILLING, str(tmp_path)]
+    result = subprocess.run(command, cwd=request.path.parent, capture_output=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-2000:].decode()

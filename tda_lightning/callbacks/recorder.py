@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from tda_lightning.callbacks.checks import require_supported
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.estimate import describe_cost
+from tda_lightning.callbacks.keeper import Keeper
+from tda_lightning.callbacks.loaders import watch_loaders
 from tda_lightning.callbacks.session import Session
 from tda_lightning.coordinates import OptimizerCoordinates, has_coordinates
 from tda_lightning.layers import survey
@@ -51,7 +53,8 @@ class GradientRecorder(pl.Callback):
         reduction: How the training loss combines its samples.
         batch_dims: Axis of the samples in layers whose names match a pattern, where it is not the
             first: ``{"encoder.*": 1}``.
-        existing: What to do if ``store`` holds a run already.
+        existing: What to do if ``store`` holds a run that this training does not continue. A
+            training that is resumed, or fitted further, continues the run that it has begun.
 
     Raises:
         ValueError: Before the first batch, if something cannot be recorded faithfully.
@@ -95,6 +98,7 @@ class GradientRecorder(pl.Callback):
         self.reduction = reduction
         self.batch_dims = dict(batch_dims or {})
         self.existing = existing
+        self._keeper = Keeper(self.store, existing)
         self._ledger = SampleLedger(sample_ids)
         self._rows: RowRecorder | None = None
         self._session: Session | None = None
@@ -104,18 +108,10 @@ class GradientRecorder(pl.Callback):
         """Make the training loader's sampler remember what it draws."""
         if stage != "fit":
             return
-        strategy = trainer.strategy
-        process = strategy.process_dataloader
-
-        def process_and_watch(dataloader: object) -> object:
-            processed = process(dataloader)
-            if trainer.training:
-                self._ledger.watch(processed, lambda: trainer.training)
-            return processed
-
-        # The last stop of a loader before Lightning iterates it; later would change the data order.
-        strategy.process_dataloader = process_and_watch  # type: ignore[method-assign]
-        self._undo = [lambda: delattr(strategy, "process_dataloader"), self._ledger.release]
+        stop = watch_loaders(
+            trainer, lambda loader: self._ledger.watch(loader, lambda: trainer.training)
+        )
+        self._undo = [stop, self._ledger.release]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that everything can be recorded, begin the run and attach the hooks."""
@@ -130,6 +126,7 @@ class GradientRecorder(pl.Callback):
         if self.preconditioner == "optimizer" and has_coordinates(trainer.optimizers[0]):
             coordinates = OptimizerCoordinates(trainer.optimizers[0], surveyed)
         train_ids = self._ledger.train_ids
+        self._ledger.start_training()
         recipe = Recipe(
             blocks=blocks,
             left_out=left_out,
@@ -145,9 +142,7 @@ class GradientRecorder(pl.Callback):
             model=type(pl_module).__name__,
             versions={name: version(name) for name in ("tda_lightning", "torch")},
         )
-        if self.existing == "replace":
-            self.store.clear()
-        self.store.begin(recipe)
+        self._keeper.begin(trainer, recipe)
         for entry in left_out:
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
         rank_zero_info(f"GradientRecorder: {describe_cost(trainer, recipe, sampled)}")
@@ -200,14 +195,27 @@ class GradientRecorder(pl.Callback):
         self._session.drop_batch()
         step = self._session.after_step()
         if step is not None:
-            self.store.append(step)
+            self._keeper.append(step)
+
+    @property
+    def state_key(self) -> str:
+        """Name of this recorder in a checkpoint: recorders are told apart by their stores."""
+        return self._generate_state_key(store=str(getattr(self.store, "path", "")))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint has to know of the run, in builtins."""
+        return self._keeper.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Learn which run a checkpoint belongs to; it is continued when training starts."""
+        self._keeper.load_state(state_dict)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Seal every step that the checkpoint's weights have taken."""
         if self._session is not None:
-            self.store.seal()
+            self._keeper.seal()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seal the run and remove everything that was installed."""
@@ -229,7 +237,7 @@ class GradientRecorder(pl.Callback):
             action()
         if self._rows is not None:
             self._rows.__exit__()
-            self.store.seal()
+            self._keeper.seal()
         self._rows = self._session = None
 
 

@@ -1,0 +1,125 @@
+"""Keeper: begins a run or continues it, and keeps its steps as long as there is room for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pytorch_lightning.utilities import rank_zero_warn
+
+from tda_lightning.callbacks.either import Trainer
+from tda_lightning.recipe import Recipe
+from tda_lightning.step import Step
+from tda_lightning.stores import WritableStore
+
+
+class Keeper:
+    """Writes the steps of one training into a store.
+
+    Args:
+        store: Where they go.
+        existing: What to do with a run in the store that the training does not continue.
+
+    Attributes:
+        has_failed: Whether the store could not be written to; nothing is kept from then on.
+    """
+
+    def __init__(self, store: WritableStore, existing: Literal["refuse", "replace"]) -> None:
+        self._store = store
+        self._existing = existing
+        self._run_id: str | None = None
+        self._count = 0
+        self._checkpoint: dict[str, Any] = {}
+        self.has_failed = False
+
+    def begin(self, trainer: Trainer, recipe: Recipe) -> None:
+        """Begin the run, or continue the one that this training has begun.
+
+        Raises:
+            FileExistsError: If the store holds another run, or something else.
+            ValueError: If the store holds the run, but under another recipe.
+        """
+        taken = trainer.global_step
+        if trainer.world_size > 1:
+            self._store.join(trainer.global_rank, trainer.world_size)
+        found: BaseException | None = None
+        if trainer.is_global_zero:
+            found = _caught(lambda: self._begin_or_continue(recipe, taken))
+        # All processes fail together, or wait for each other for ever.
+        found = trainer.strategy.broadcast(found)
+        if found is not None:
+            raise found
+        if not trainer.is_global_zero:
+            self._store.resume(taken)
+        self._run_id, self._checkpoint = self._store.run_id, {}
+
+    def append(self, step: Step) -> None:
+        """Keep a step."""
+        if self._try(lambda: self._store.append(step)):
+            self._count += 1
+
+    def seal(self) -> None:
+        """Make all steps safe."""
+        self._try(self._store.seal)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint should know of the run: builtins only."""
+        return {} if self._run_id is None else {"run": self._run_id, "steps": self._count}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take what a checkpoint knows of the run that :meth:`begin` is going to continue."""
+        self._checkpoint = dict(state)
+
+    def _begin_or_continue(self, recipe: Recipe, taken: int) -> None:
+        self._count = 0
+        found, expected = self._store.run_id, self._checkpoint.get("run")
+        if taken and found is not None and expected in (None, found):
+            self._continue(recipe, taken)
+            return
+        if self._existing == "replace":
+            self._store.clear()
+        elif taken and found is not None:
+            raise FileExistsError(
+                "The checkpoint belongs to another recorded run than the one in the store; "
+                "expected the store that was recorded into when it was saved. Name that store, or "
+                "record into a new one."
+            )
+        self._store.begin(recipe)
+        if taken:
+            rank_zero_warn(
+                f"GradientRecorder: the {taken:,} steps before this checkpoint are not in the "
+                "store; recording what comes after them."
+            )
+
+    def _continue(self, recipe: Recipe, taken: int) -> None:
+        self._store.recipe.require_continued_by(recipe)
+        self._store.resume(taken)
+        self._count = len(self._store)
+        missing = self._checkpoint.get("steps", self._count) - self._count
+        if missing:
+            rank_zero_warn(
+                f"GradientRecorder: the store lacks {missing:,} steps that were recorded before "
+                "this checkpoint; continuing without them."
+            )
+
+    def _try(self, write: Callable[[], None]) -> bool:
+        """Write, unless writing has failed before; return whether it went well."""
+        if self.has_failed:
+            return False
+        try:
+            write()
+        except (OSError, RuntimeError) as error:  # HDF5 wraps some of the former in the latter.
+            self.has_failed = True
+            rank_zero_warn(
+                f"GradientRecorder: the store cannot be written to any more ({error}). Training "
+                "goes on; recording has stopped, and what was sealed before stays readable."
+            )
+        return not self.has_failed
+
+
+def _caught(work: Callable[[], None]) -> BaseException | None:
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None

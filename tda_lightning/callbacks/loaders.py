@@ -1,0 +1,49 @@
+"""Where a training loader can be watched: when Lightning has made it what it is, before it is used.
+
+That is the last thing a strategy does with a loader. Any later would change the order of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tda_lightning.callbacks.either import Trainer
+
+_Watcher = Callable[[object], None]
+
+
+class _WatchedProcess:
+    """In the place of a strategy's ``process_dataloader``, as long as somebody watches."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._process = trainer.strategy.process_dataloader
+        self.watchers: list[_Watcher] = []
+
+    def __call__(self, dataloader: object) -> object:
+        processed = self._process(dataloader)
+        if self._trainer.training:
+            for watch in self.watchers:
+                watch(processed)
+        return processed
+
+
+def watch_loaders(trainer: Trainer, watch: _Watcher) -> Callable[[], None]:
+    """Call ``watch`` with every training loader that the trainer is about to iterate.
+
+    Returns:
+        What undoes it; the trainer's strategy is as it was once all have done so.
+    """
+    strategy = trainer.strategy
+    watched = vars(strategy).get("process_dataloader")
+    if not isinstance(watched, _WatchedProcess):
+        watched = _WatchedProcess(trainer)
+        strategy.process_dataloader = watched  # type: ignore[method-assign]
+    watched.watchers.append(watch)
+
+    def undo() -> None:
+        watched.watchers.remove(watch)
+        if not watched.watchers:
+            del strategy.process_dataloader
+
+    return undo
