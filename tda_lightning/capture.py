@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from tda_lightning.broadcasts import Shared, watch_broadcasts
 from tda_lightning.factors import GradientFactors
 from tda_lightning.layers import LayerCall, Source, find_tensors, sample_axis
 
@@ -52,6 +53,7 @@ class Capture:
         self._rehearsing = False
         # Where in the graph the recorded layers' outputs are: a rehearsal goes no further.
         self._edges: list[GradientEdge] = []
+        self._shared: list[Shared] = []
 
     def __enter__(self) -> Capture:
         """Attach the hooks."""
@@ -76,7 +78,15 @@ class Capture:
     def start(self, n: int) -> None:
         """Watch the forward pass of a batch of ``n`` samples that begins now."""
         self._n = n
-        self._edges = []
+        self._edges, self._shared = [], []
+
+    def end_forward(self, loss: Tensor) -> None:
+        """Expect no more calls: the backward pass of this loss comes next, or a rehearsal of it."""
+        assert self._n is not None
+        shared, self._shared = self._shared, []
+        alone = {tensor.edge for tensor in shared}
+        with_samples = [edge for edge in self._edges if edge not in alone]
+        watch_broadcasts(loss, shared, with_samples, self._n)
 
     def listen(self, receive: Receiver) -> None:
         """Deliver what the backward pass that begins now shows.
@@ -112,7 +122,7 @@ class Capture:
         """Watch nothing until the next :meth:`start`."""
         self._n = None
         self._receive = None
-        self._edges = []
+        self._edges, self._shared = [], []
 
     def _batch_dim(self, name: str) -> int:
         return next((d for p, d in self._batch_dims.items() if fnmatchcase(name, p)), 0)
@@ -135,12 +145,26 @@ class Capture:
                 if not tensor.requires_grad:
                     continue
                 axis = sample_axis(module, place, declared)
-                _require_batch(name, module, inputs, tensor, axis, self._n)
-                heard = _Heard(module, args, kwargs, versions, place, axis, precision)
-                edge = hook_gradient(tensor, inputs, self._backward_hook(listeners, heard))
-                self._edges.append(edge)
+                is_shared = listeners[0][1].rule.is_shared(inputs[0], self._n)
+                if not is_shared:
+                    _require_batch(name, module, inputs, tensor, axis, self._n)
+                heard = _Heard(
+                    module, args, kwargs, versions, place, 0 if is_shared else axis, precision
+                )
+                deliver = self._backward_hook(listeners, heard)
+                hook_it = self._hook_shared if is_shared else hook_gradient
+                self._edges.append(hook_it(tensor, inputs, deliver, name))
 
         return hook
+
+    def _hook_shared(
+        self, tensor: Tensor, inputs: Sequence[Tensor], deliver: Callable[[Tensor], None], name: str
+    ) -> GradientEdge:
+        if self._n == 1:  # What one sample shares with nobody is its own.
+            return hook_gradient(tensor, inputs, lambda grad: deliver(grad[None]), name)
+        edge = get_gradient_edge(tensor)
+        self._shared.append(Shared(name, edge, deliver))
+        return edge
 
     def _backward_hook(
         self, listeners: Sequence[_Listener], heard: _Heard
@@ -199,7 +223,7 @@ def _current_precision(output: Any) -> AbstractContextManager[Any]:
 
 
 def hook_gradient(
-    tensor: Tensor, inputs: Sequence[Tensor], deliver: Callable[[Tensor], None]
+    tensor: Tensor, inputs: Sequence[Tensor], deliver: Callable[[Tensor], None], name: str
 ) -> GradientEdge:
     """Call ``deliver`` with the gradient of what ``tensor`` holds now, whatever is done to it.
 

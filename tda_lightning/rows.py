@@ -119,6 +119,7 @@ class RowRecorder:
     def listen(self, loss: Tensor) -> None:
         """Expect the backward pass of that batch's loss."""
         self._summary = LossSummary(loss, len(self._rows))
+        self._capture.end_forward(loss)
         if self._sampled:
             self._record_curvature(loss)
         self._capture.listen(self._receive)

@@ -9,8 +9,8 @@ import tda_lightning
 
 PACKAGE = Path(tda_lightning.__file__).parent
 FLOORS = [
-    {"step", "linalg", "factors", "recipe", "random_bits", "undisturbed", "losses"},
-    {"layers", "sketcher", "stores", "scores"},
+    {"step", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
+    {"layers", "sketcher", "stores", "scores", "losses", "broadcasts"},
     {"capture", "projectors", "sample_ids", "attribution", "metrics"},
     {"rows", "conservation", "coordinates"},
     {"callbacks", "queries"},
@@ -20,6 +20,7 @@ FLOORS = [
 WEST = {"factors", "layers", "random_bits", "sketcher", "projectors", "capture", "sample_ids"} | {
     "rows",
     "losses",
+    "broadcasts",
     "coordinates",
     "conservation",
     "callbacks",

@@ -1,5 +1,6 @@
 """Each recorded row equals its weight times ``vmap(grad)`` at that step's weights."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -425,20 +426,57 @@ def test_batch_norm_is_recorded_as_the_batch_saw_it(norm):
     torch.testing.assert_close(store[0].sketch[:, :10], torch.cat(expected, dim=1))
 
 
-@pytest.mark.parametrize("batch_size", [5, 11], ids=["other than", "as many as"])
-def test_positions_are_never_taken_for_samples(batch_size):
-    class Positions(Tokens):
-        def __init__(self):
-            super().__init__(None)
-            self.positions = nn.Embedding(11, 7)
+class Positions(Tokens):
+    """Looks positions up once for all samples."""
 
-        def forward(self, tokens):
-            found = self.embed(tokens) + self.positions(torch.arange(11))
-            return self.head(self.norm(found).mean(dim=-2))
+    def __init__(self, place, add=torch.add):
+        super().__init__(None)
+        self.positions, self.place, self.add = nn.Embedding(11, 7), place, add
 
-    data = loader(data_of(TOKENS), batch_size)
-    with pytest.raises(ValueError, match=r"positions, it seems|net.positions.*in a batch of 5"):
-        quiet_trainer(GradientRecorder(MemoryStore())).fit(Plain(Positions()), data)
+    def forward(self, tokens):
+        found = self.add(self.embed(tokens), self.place(self.positions))
+        return self.head(self.norm(found).mean(dim=-2))
+
+
+PLACES = {
+    "added": lambda embed: embed(torch.arange(11)),
+    "with an axis": lambda embed: embed(torch.arange(11)[None]),
+    "with an axis behind": lambda embed: embed(torch.arange(11)).unsqueeze(0),
+    "scaled": lambda embed: 3 * embed(torch.arange(11)),
+    "reversed": lambda embed: embed(torch.arange(11)).flip(0),
+    "twice": lambda embed: embed(torch.arange(11)) + embed(torch.arange(11)).flip(0),
+    "curved": lambda embed: embed(torch.arange(11)).softmax(-1) * embed(torch.arange(11)),
+    "of one for all": lambda embed: embed(torch.zeros(1, dtype=torch.int64)).expand(11, 7),
+}
+
+
+@pytest.mark.parametrize("batch_size", [5, 6, 11], ids=["other", "one left over", "as many"])
+@pytest.mark.parametrize("place", PLACES)
+def test_positions_that_all_samples_share_are_recorded(place, batch_size):
+    model = Plain(Positions(PLACES[place]).double())
+    store, diary = MemoryStore(), Diary()
+    recorder = GradientRecorder(store, projector=Identity(), curvature="fisher")
+    quiet_trainer(recorder, diary).fit(model, loader(data_of(TOKENS), batch_size))
+    for step, weights, batch in zip(store, diary.weights, diary.batches, strict=True):
+        expected = reference_rows(model, weights, batch, store.recipe.blocks)
+        torch.testing.assert_close(step.sketch, expected / len(batch[0]))
+        assert step.curvature_rows.shape == step.sketch.shape
+
+
+def test_subtracted_positions_are_recorded():
+    model = Plain(Positions(PLACES["added"], partial(torch.sub, alpha=2)).double())
+    store, diary = MemoryStore(), Diary()
+    trainer = quiet_trainer(GradientRecorder(store, projector=Identity()), diary, max_epochs=1)
+    trainer.fit(model, loader(data_of(TOKENS)))
+    expected = reference_rows(model, diary.weights[0], diary.batches[0], store.recipe.blocks)
+    torch.testing.assert_close(store[0].sketch, expected / 5)
+
+
+def test_positions_that_are_not_added_are_refused():
+    trainer = quiet_trainer(GradientRecorder(MemoryStore(), projector=Identity()))
+    model = Plain(Positions(PLACES["added"], torch.mul).double())
+    with pytest.raises(ValueError, match=r"`net.positions` gives.*goes into `MulBackward0`"):
+        trainer.fit(model, loader(data_of(TOKENS)))
 
 
 def test_outputs_that_depend_on_each_other_are_refused():

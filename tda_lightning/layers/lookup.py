@@ -23,23 +23,20 @@ def _mixes_samples(module: nn.Embedding | nn.EmbeddingBag) -> str:
     return ""
 
 
-@layer_rule(nn.Embedding, obstacle=_mixes_samples)
+def _are_positions(indices: Tensor, n: int) -> bool:
+    """Say whether indices are looked up once for all samples: 0, 1, 2, ... looks like samples."""
+    if indices.ndim == 0 or len(indices) != n:
+        return True
+    positions = torch.arange(n, device=indices.device, dtype=indices.dtype)
+    return n > 1 and indices.ndim == 1 and torch.equal(indices, positions)
+
+
+@layer_rule(nn.Embedding, obstacle=_mixes_samples, is_shared=_are_positions)
 def _embedding(call: LayerCall) -> GradientFactors:
-    _require_samples(call)
-    indices = call.input.reshape(call.n, -1)
-    return _looked_up(call.module, indices, flat_positions(call.grad))
-
-
-def _require_samples(call: LayerCall) -> None:
-    """Refuse positions 0, 1, 2, ..., which look like samples if there are as many of them."""
-    x = call.input
-    if x.ndim == 1 and len(x) > 1 and torch.equal(x, torch.arange(len(x), device=x.device)):
-        raise ValueError(
-            f"An Embedding of {call.module.num_embeddings} entries looked up 0 to {len(x) - 1} in "
-            f"a batch of {len(x)} samples: positions, it seems, and not samples; expected one row "
-            "of indices per sample. Call it with `positions.expand(n, -1)`, or leave the layer out "
-            "with `layers=[...]`."
-        )
+    indices = call.input
+    if _are_positions(indices, call.n):
+        indices = indices.expand(call.n, *indices.shape)
+    return _looked_up(call.module, indices.reshape(call.n, -1), flat_positions(call.grad))
 
 
 @layer_rule(nn.EmbeddingBag, obstacle=_mixes_samples)

@@ -61,6 +61,7 @@ class LayerCall:
 Factors = Callable[[LayerCall], GradientFactors]
 Layout = Callable[[Sequence[Tensor]], Float[Tensor, "rows columns"]]
 Obstacle = Callable[[Any], str]
+IsShared = Callable[[Any, int], bool]
 
 
 def as_matrix(tensors: Sequence[Tensor]) -> Float[Tensor, "rows columns"]:
@@ -86,6 +87,11 @@ def no_obstacle(module: nn.Module) -> str:
     return ""
 
 
+def never_shared(first: Tensor, n: int) -> bool:
+    """Say that every call has its samples."""
+    return False
+
+
 @dataclass(frozen=True)
 class LayerRule:
     """How a type of layer is recorded.
@@ -96,6 +102,9 @@ class LayerRule:
         layout: From the layer's trained parameters, or their gradients, to the block's matrix.
         apart: Parameters that do not fit into that matrix, and get blocks of their own.
         obstacle: Why this very module cannot be recorded, or nothing.
+        is_shared: Says, of the first tensor that the layer is called with and the number of
+            samples, whether the call is for all samples at once. The rule then sees that tensor,
+            and a gradient with an axis of samples in front.
     """
 
     factors: Factors
@@ -103,6 +112,7 @@ class LayerRule:
     layout: Layout = as_matrix
     apart: tuple[str, ...] = ()
     obstacle: Obstacle = no_obstacle
+    is_shared: IsShared = never_shared
 
 
 _RULES: dict[type[nn.Module], LayerRule] = {}
@@ -115,6 +125,7 @@ def layer_rule(
     layout: Layout = as_matrix,
     apart: tuple[str, ...] = (),
     obstacle: Obstacle = no_obstacle,
+    is_shared: IsShared = never_shared,
 ) -> Callable[[Factors], Factors]:
     """Register the decorated function, from a call to gradient factors, as the rule for ``layer``.
 
@@ -124,10 +135,12 @@ def layer_rule(
         layout: How the layer's trained parameters lie in the block that the factors span.
         apart: Parameters that get blocks of their own; the function is called once per block.
         obstacle: Says why a module of this type cannot be recorded after all, or nothing.
+        is_shared: Says whether a call is for all samples at once, from its first tensor and the
+            number of samples; the function then gets a gradient with the samples in front.
     """
 
     def register(factors: Factors) -> Factors:
-        _RULES[layer] = LayerRule(factors, parameters, layout, apart, obstacle)
+        _RULES[layer] = LayerRule(factors, parameters, layout, apart, obstacle, is_shared)
         return factors
 
     return register
