@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from tda_lightning.broadcasts import Shared, watch_broadcasts
 from tda_lightning.factors import GradientFactors
 from tda_lightning.layers import LayerCall, Source, find_tensors, sample_axis
+from tda_lightning.recipe import SampleAxis
 
 Receiver = Callable[[int, GradientFactors], None]
 # A block's number, and what it hears of one layer.
@@ -41,7 +42,9 @@ class Capture:
         batch_dims: Axis of the samples in the layers whose names match a pattern, where not 0.
     """
 
-    def __init__(self, sources: Sequence[Sequence[Source]], batch_dims: Mapping[str, int]) -> None:
+    def __init__(
+        self, sources: Sequence[Sequence[Source]], batch_dims: Mapping[str, SampleAxis]
+    ) -> None:
         self._listeners: dict[nn.Module, list[_Listener]] = {}
         for number, feeding in enumerate(sources):
             for source in feeding:
@@ -124,12 +127,13 @@ class Capture:
         self._receive = None
         self._edges, self._shared = [], []
 
-    def _batch_dim(self, name: str) -> int:
+    def _batch_dim(self, name: str) -> SampleAxis:
         return next((d for p, d in self._batch_dims.items() if fnmatchcase(name, p)), 0)
 
     def _forward_hook(self, listeners: Sequence[_Listener]) -> Callable[..., None]:
         name = listeners[0][1].name
-        declared = self._batch_dim(name)
+        is_flattened = self._batch_dim(name) == "flattened"
+        declared = 0 if is_flattened else int(self._batch_dim(name))
 
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -146,7 +150,9 @@ class Capture:
                     continue
                 axis = sample_axis(module, place, declared)
                 is_shared = listeners[0][1].rule.is_shared(inputs[0], self._n)
-                if not is_shared:
+                if is_flattened:
+                    _require_multiple(name, module, tensor, self._n)
+                elif not is_shared:
                     _require_batch(name, module, inputs, tensor, axis, self._n)
                 heard = _Heard(
                     module, args, kwargs, versions, place, 0 if is_shared else axis, precision
@@ -185,11 +191,12 @@ class Capture:
     ) -> None:
         _require_unchanged(listeners[0][1].name, heard)
         n, self._n = self._n, None  # The generic rule calls the module again: do not hear that.
+        assert n is not None
         with torch.no_grad():
             for number, source in listeners:
                 with heard.precision:
                     factors = source.rule.factors(heard.call(source.names, grad))
-                receive(number, factors)
+                receive(number, factors.regrouped(n))
         self._n = n
 
 
@@ -255,7 +262,17 @@ def _require_batch(
         raise ValueError(
             f"The {type(module).__name__} `{name}` returned a tensor of shape "
             f"{tuple(output.shape)} in a batch of {n} samples; expected the samples along axis "
-            f"{axis}. Say where they are with `batch_dims={{'{name}': ...}}`, or leave the layer "
+            f"{axis}. Say where they are with `batch_dims={{'{name}': ...}}` (an axis, or "
+            "'flattened' if it is joined with others), or leave the layer out with `layers=[...]`."
+        )
+
+
+def _require_multiple(name: str, module: nn.Module, output: Tensor, n: int) -> None:
+    if output.ndim == 0 or len(output) % n:
+        raise ValueError(
+            f"The {type(module).__name__} `{name}` returned a tensor of shape "
+            f"{tuple(output.shape)} in a batch of {n} samples; expected as many rows for each, "
+            f"since `batch_dims={{'{name}': 'flattened'}}` says so. Correct it, or leave the layer "
             "out with `layers=[...]`."
         )
 

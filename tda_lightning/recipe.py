@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+SampleAxis = int | Literal["flattened"]
+
 
 @dataclass(frozen=True)
 class Block:
@@ -78,7 +80,8 @@ class Recipe:
         dimension: Length ``k`` of a sketch row.
         dtype: Number format of the rows.
         reduction: How the training loss combines samples; visits weigh 1/n under ``"mean"``.
-        batch_dims: Axis of the samples in layers whose names match a pattern, where not 0.
+        batch_dims: Axis of the samples in layers whose names match a pattern, where not 0, or
+            ``"flattened"`` where that axis is joined with others, samples first.
         preconditioner: Whose coordinates the rows are in: the optimizer's, or nobody's. The factors
             stand in the steps at which they change.
         curvature: Whether steps hold rows of sampled labels.
@@ -95,7 +98,7 @@ class Recipe:
     dimension: int
     dtype: Literal["float32", "float64"] = "float32"
     reduction: Literal["mean", "sum"] = "mean"
-    batch_dims: Mapping[str, int] = field(default_factory=dict)
+    batch_dims: Mapping[str, SampleAxis] = field(default_factory=dict)
     preconditioner: Literal["optimizer", "none"] = "none"
     curvature: Literal["fisher", "none"] = "none"
     ranks: int = 1

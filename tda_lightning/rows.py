@@ -20,6 +20,7 @@ from tda_lightning.factors import GradientFactors
 from tda_lightning.layers import Survey
 from tda_lightning.losses import LossSummary, sampled_gradients
 from tda_lightning.projectors import Projector
+from tda_lightning.recipe import SampleAxis
 from tda_lightning.sketcher import Sketcher
 from tda_lightning.step import Preconditioner
 
@@ -61,7 +62,7 @@ class RowRecorder:
     Args:
         model: The module to record.
         surveyed: What of it is recorded.
-        batch_dims: Axis of the samples in layers whose names match a pattern, where not 0.
+        batch_dims: Axis of the samples in layers whose names match a pattern, where not the first.
         projector: What to sketch their gradients with.
         dtype: Number format of the rows.
         sampled: Share of each batch of which rows from sampled labels are recorded too.
@@ -71,7 +72,7 @@ class RowRecorder:
         self,
         model: nn.Module,
         surveyed: Survey,
-        batch_dims: Mapping[str, int],
+        batch_dims: Mapping[str, SampleAxis],
         projector: Projector,
         dtype: torch.dtype,
         sampled: float = 0.0,

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, Identity, MemoryStore
 from tda_lightning.layers import survey
+from tda_lightning.queries import record_queries
 
 
 class Twice(nn.Module):
@@ -477,6 +478,54 @@ def test_positions_that_are_not_added_are_refused():
     model = Plain(Positions(PLACES["added"], torch.mul).double())
     with pytest.raises(ValueError, match=r"`net.positions` gives.*goes into `MulBackward0`"):
         trainer.fit(model, loader(data_of(TOKENS)))
+
+
+class Flattening(nn.Module):
+    """Layers that see the tokens of all samples in a row; convolutions that see all frames."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.body = nn.LayerNorm(7), nn.Linear(7, 5)
+        self.frames = nn.Conv1d(1, 3, 2)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        n = len(x)
+        tokens = self.body(self.norm(x.reshape(n * 11, 7))).tanh()
+        frames = self.frames(tokens[:, None]).tanh()
+        return self.head(frames.reshape(n, 11, 12).mean(dim=1))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_layers_that_see_the_batch_flattened_are_recorded(share):
+    model = Plain(Flattening().double())
+    store, diary = MemoryStore(), Diary()
+    dims = {"net.body": "flattened", "net.norm": "flattened", "net.frames": "flattened"}
+    recorder = GradientRecorder(
+        store, projector=Identity(), batch_dims=dims, curvature="fisher", curvature_share=share
+    )
+    quiet_trainer(recorder, diary).fit(model, loader(data_of((11, 7))))
+    for step, weights, batch in zip(store, diary.weights, diary.batches, strict=True):
+        expected = reference_rows(model, weights, batch, store.recipe.blocks) / len(batch[0])
+        torch.testing.assert_close(step.sketch, expected)
+        assert len(step.curvature_rows) == max(1, round(share * len(batch[0])))
+    found = record_queries(model, diary.batches[-1], like=store)
+    assert found.shape == step.sketch.shape
+
+
+def test_a_flattened_batch_that_is_none_is_refused():
+    recorder = GradientRecorder(MemoryStore(), batch_dims={"net.head": "flattened"})
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(7, 3)
+
+        def forward(self, x):
+            return self.head(torch.cat([x, x[:1]]))[: len(x)]
+
+    with pytest.raises(ValueError, match=r"net.head.*expected as many rows for each"):
+        quiet_trainer(recorder).fit(Plain(Odd().double()), loader(data_of(VECTOR)))
 
 
 def test_outputs_that_depend_on_each_other_are_refused():

@@ -52,7 +52,8 @@ class GradientRecorder(pl.Callback):
             default the index in the dataset, learnt from the sampler.
         reduction: How the training loss combines its samples.
         batch_dims: Axis of the samples in layers whose names match a pattern, where it is not the
-            first: ``{"encoder.*": 1}``.
+            first: ``{"encoder.*": 1}``; or ``"flattened"`` for layers that see it joined with
+            others, as in ``x.reshape(n * length, -1)``.
         existing: What to do if ``store`` holds a run that this training does not continue. A
             training that is resumed, or fitted further, continues the run that it has begun.
 
@@ -74,7 +75,7 @@ class GradientRecorder(pl.Callback):
         audit: int = 0,
         sample_ids: IdSource | None = None,
         reduction: Literal["mean", "sum"] = "mean",
-        batch_dims: Mapping[str, int] | None = None,
+        batch_dims: Mapping[str, int | Literal["flattened"]] | None = None,
         existing: Literal["refuse", "replace"] = "refuse",
     ) -> None:
         if every_n_steps < 1:

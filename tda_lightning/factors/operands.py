@@ -1,18 +1,9 @@
-r"""GradientFactors: the one shape in which every layer's per-sample gradient passes the door.
-
-.. math:: G_i = \sum_s \mathtt{grad\_outputs}_{i,s} \, \mathtt{inputs}_{i,s}^\top
-   \quad (\text{rows} \times \text{columns})
-
-Either side may be too large to write down (a one-hot token, the patches of an image), so a side is
-known through what it is multiplied with: an :class:`Operand`. Behind this door the mathematics is
-written once, and no layer type is mentioned again.
-"""
+"""Operands: one side of a gradient, known through what it is multiplied with."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -145,67 +136,6 @@ class GroupedDense(Operand):
 
 
 @dataclass(frozen=True)
-class Patches(Operand):
-    """The patches that a convolution sees; projecting them never unfolds them.
-
-    Attributes:
-        images: Images, shape ``(n, channels, ...)`` with one to three axes of space.
-        kernel_size: Size of a patch.
-        stride: Steps between patches.
-        dilation: Steps between the pixels of a patch.
-        padding: Zeros around the images, on either side of each axis of space.
-        groups: Number of groups of channels; patches of one group after those of another.
-        positions: How many patches to keep along each axis of space; all by default.
-    """
-
-    images: Float[Tensor, "n c ..."]
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: tuple[int, ...]
-    groups: int = 1
-    positions: tuple[int, ...] | None = None
-
-    @property
-    def n(self) -> int:
-        """Number of samples."""
-        return len(self.images)
-
-    def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
-        """Unfold the patches."""
-        size = self.images.shape[1] // self.groups * math.prod(self.kernel_size)
-        return self.project(torch.eye(size, dtype=dtype, device=self.images.device))
-
-    def project(
-        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
-    ) -> Float[Tensor, "n s w"]:
-        """Convolve with the columns of ``matrix`` as filters, the same ones in every group."""
-        channels = self.images.shape[1] // self.groups
-        filters = matrix.mT.reshape(matrix.shape[1], channels, *self.kernel_size)
-        convolve = _CONVOLUTIONS[len(self.kernel_size)]
-        maps = convolve(
-            self.images.to(matrix.dtype),
-            filters.repeat(self.groups, *[1] * (filters.ndim - 1)),
-            None if offset is None else offset.repeat(self.groups),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
-        for axis, count in enumerate(self.positions or ()):
-            maps = maps.narrow(2 + axis, 0, count)
-        by_group: Tensor = maps.reshape(self.n, self.groups, matrix.shape[1], -1)
-        return by_group.mT.flatten(1, 2)
-
-    def select(self, samples: Int[Tensor, " m"]) -> Operand:
-        """Return the operand of some of the samples."""
-        return replace(self, images=self.images[samples])
-
-
-_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
-
-
-@dataclass(frozen=True)
 class WithOnes(Operand):
     """Another operand with a column of ones behind it: the input that a bias sees.
 
@@ -237,25 +167,37 @@ class WithOnes(Operand):
 
 
 @dataclass(frozen=True)
-class GradientFactors:
-    """Two factors whose outer products, summed over ``s``, are each sample's gradient.
-
-    For an embedding, whose weight is the transpose of a linear map's, the two change places, so
-    that ``grad_outputs`` always spans the rows of the weight and ``inputs`` its columns.
+class Regrouped(Operand):
+    """Another operand, several neighbours of which belong to one sample: a batch flattened.
 
     Attributes:
-        inputs: What the layer saw, ``(n, s, columns)``.
-        grad_outputs: Gradient of the loss with respect to what the layer said, ``(n, s, rows)``.
+        operand: The operand, with ``n * parts`` entries.
+        parts: How many of them make a sample.
     """
 
-    inputs: Operand
-    grad_outputs: Operand
+    operand: Operand
+    parts: int
 
     @property
     def n(self) -> int:
         """Number of samples."""
-        return self.grad_outputs.n
+        return self.operand.n // self.parts
 
-    def select(self, samples: Int[Tensor, " m"]) -> GradientFactors:
-        """Return the factors of some of the samples."""
-        return GradientFactors(self.inputs.select(samples), self.grad_outputs.select(samples))
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
+        """Write the operand down, and join what belongs together."""
+        return self._join(self.operand.dense(dtype))
+
+    def project(
+        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
+    ) -> Float[Tensor, "n s w"]:
+        """Multiply from the right, and join what belongs together."""
+        return self._join(self.operand.project(matrix, offset))
+
+    def select(self, samples: Int[Tensor, " m"]) -> Operand:
+        """Return the operand of some of the samples."""
+        within = torch.arange(self.parts, device=samples.device)
+        places = (samples[:, None] * self.parts + within).flatten()
+        return Regrouped(self.operand.select(places), self.parts)
+
+    def _join(self, values: Tensor) -> Tensor:
+        return values.reshape(self.n, -1, values.shape[2])
