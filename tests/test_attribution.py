@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from tda_lightning import GradientSimilarity, MemoryStore, Step, TracIn
+from tda_lightning import GradientSimilarity, InfluenceFunction, MemoryStore, Step, TracIn, Unrolled
 from tda_lightning.recipe import Recipe
 from tda_lightning.step import ParameterGroup
 
@@ -156,3 +156,18 @@ def test_similarity_does_not_depend_on_the_size_of_gradients():
     )
     torch.testing.assert_close(one.values, other.values)
     assert one.values.abs().max() <= 1
+
+
+def test_work_is_done_in_the_number_format_of_the_queries():
+    single, double = MemoryStore(), make_run()
+    single.begin(replace(double.recipe, dtype="float32"))
+    for step in double:
+        single.append(replace(step, sketch=step.sketch.float(), weights=step.weights.float()))
+    for method in (TracIn(), Unrolled(), InfluenceFunction(), GradientSimilarity("dot")):
+        short = method.attribute(single, queries().float(), progress=False).values
+        assert short.dtype == torch.float32
+        found = method.attribute(single, queries(), progress=False).values
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(
+            found, method.attribute(double, queries(), progress=False).values, rtol=1e-5, atol=1e-5
+        )

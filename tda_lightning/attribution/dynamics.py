@@ -7,10 +7,14 @@ decoupled decay :math:`\delta`, takes the gradient :math:`g`, a buffer :math:`b`
 .. math:: b \leftarrow \mu b + (1 - \tau)(g + \kappa \theta), \qquad
    \theta \leftarrow (1 - \eta \delta) \theta - \eta b
 
-(Nesterov: :math:`g + \kappa \theta + \mu b` in place of :math:`b`). Adam-like optimizers are plain
-gradient descent in the coordinates in which the rows of their runs are recorded: the decay of the
-first moment delays a gradient's effect and leaves its sum alone. Their coupled decay is taken for
-none, since it is divided by the second moment, and then small where gradients are not.
+(Nesterov: :math:`g + \kappa \theta + \mu b` in place of :math:`b`).
+
+Adam-like optimizers are the same in the coordinates in which the rows of their runs are recorded:
+there the second moment is gone, and the decay :math:`\beta_1` of the first is momentum with as much
+dampening, :math:`\mu = \tau = \beta_1`. It must not be left out, though it only delays: what is
+averaged over :math:`1 / (1 - \beta_1)` steps overshoots far later than each of them would. Left out
+are the correction of the first moment's bias, which makes no difference that was measured, and
+coupled decay, which is divided by the second moment and then small where gradients are not.
 """
 
 from __future__ import annotations
@@ -58,8 +62,8 @@ class Dynamics:
         begins = step.index == 0  # torch fills an empty buffer with the whole gradient
         return cls(
             rate=step.lr,
-            momentum=group.momentum,
-            fresh=1.0 if begins or group.momentum == 0 else 1 - group.dampening,
+            momentum=group.beta1 or group.momentum,
+            fresh=1 - (group.beta1 or (0.0 if begins else group.dampening)),
             lookahead=bool(group.nesterov),
             coupled=group.weight_decay if coupled else 0.0,
             decoupled=group.weight_decay if decoupled else 0.0,
@@ -73,11 +77,11 @@ class Dynamics:
 
     @property
     def brisk_rate(self) -> float:
-        r"""The rate to judge overshoot by, :math:`\eta / \sqrt{1 - \mu}`.
+        r"""The rate to judge overshoot by, :math:`\eta (1 - \tau) / \sqrt{1 - \mu}`.
 
         Momentum answers a step's curvature again and again, so it must be milder to be harmless.
         """
-        return self.rate / math.sqrt(1 - self.momentum)
+        return self.rate * self.fresh / math.sqrt(1 - self.momentum)
 
     @property
     def decay(self) -> float:
