@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from tda_lightning import GradientSimilarity, InfluenceFunction, MemoryStore, Step, TracIn, Unrolled
+from tda_lightning import (
+    TRAK,
+    GradientSimilarity,
+    InfluenceFunction,
+    MemoryStore,
+    Source,
+    Step,
+    TracIn,
+    Unrolled,
+)
 from tda_lightning.recipe import Recipe
 from tda_lightning.step import ParameterGroup
 
@@ -37,7 +46,8 @@ def make_run(train_ids=((0, N_TRAIN),), stride=1, permutation=None):
             ids = permutation[ids]
         group = ParameterGroup(lr=0.1 / (index + 1))
         weights = torch.full((n,), 1 / n, dtype=torch.float64)
-        store.append(Step(index, 0, "SGD", (group,), ids, weights, rows))
+        odds = torch.linspace(0.1, 3, n, dtype=torch.float64)
+        store.append(Step(index, 0, "SGD", (group,), ids, weights, rows, curvature=odds))
     return store
 
 
@@ -57,7 +67,8 @@ def by_double_loop(run, q, of_visit):
     return said
 
 
-METHODS = [TracIn(), GradientSimilarity(), GradientSimilarity("dot")]
+LINEAR = [TracIn(), GradientSimilarity("dot"), Unrolled(), Source(2), InfluenceFunction(), TRAK()]
+METHODS = [*LINEAR, GradientSimilarity()]
 each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 
@@ -108,7 +119,7 @@ def test_permuting_training_samples_permutes_scores(method):
     torch.testing.assert_close(permuted[:, permutation], plain)
 
 
-@pytest.mark.parametrize("method", [TracIn(), GradientSimilarity("dot")], ids=repr)
+@pytest.mark.parametrize("method", LINEAR, ids=repr)
 def test_methods_are_linear_in_the_query(method):
     def scores(q):
         return method.attribute(make_run(), q, progress=False).values
@@ -122,7 +133,9 @@ def test_methods_are_linear_in_the_query(method):
 def test_without_a_known_training_set_the_drawn_samples_are_scored(method):
     known = method.attribute(make_run(), queries(), progress=False)
     drawn = method.attribute(make_run(train_ids=None), queries(), progress=False)
-    torch.testing.assert_close(drawn.values, known.values[:, drawn.train_ids])
+    # An influence function divides by the number of training samples.
+    share = N_TRAIN / len(drawn.train_ids) if isinstance(method, InfluenceFunction) else 1
+    torch.testing.assert_close(drawn.values, share * known.values[:, drawn.train_ids])
     assert 5 not in drawn.train_ids.tolist()
 
 

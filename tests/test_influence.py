@@ -102,6 +102,12 @@ def test_rows_and_curvature_may_come_from_other_recordings():
     torch.testing.assert_close(scores(method, run), scores(InfluenceFunction(damping=0.7), other))
 
 
+def test_scores_say_that_curvature_came_from_elsewhere():
+    run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
+    found = InfluenceFunction(curvature_from=run[:2]).attribute(run, ls.queries(), progress=False)
+    assert "curvature_from=StoreSlice(2 steps), rows_from=None" in found.method
+
+
 def test_rows_from_a_recording_of_other_data_are_refused():
     run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
     other = rebuilt(run, lambda step: replace(step, sample_ids=step.sample_ids + 20))

@@ -17,7 +17,7 @@ Weight decay is curvature too, and added.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -57,8 +57,8 @@ class InfluenceFunction(SelfAttributor):
     damping: float | None = None
     curvature_over: Literal["run", "last epoch"] = "run"
     rows: Literal["all visits", "last visit"] = "all visits"
-    curvature_from: Store | None = field(default=None, repr=False)
-    rows_from: Store | None = field(default=None, repr=False)
+    curvature_from: Store | None = None
+    rows_from: Store | None = None
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]

@@ -56,6 +56,10 @@ class Store(Sequence[Step], ABC):
                 return found
         return None
 
+    def __repr__(self) -> str:
+        """Show the kind of store and its length, not its steps."""
+        return f"{type(self).__name__}({len(self)} steps)"
+
     def audits(self) -> list[Audit]:
         """Return what the audits of the run found, in order."""
         return [step.audit for step in self if step.audit is not None]
