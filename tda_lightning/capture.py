@@ -22,7 +22,14 @@ from torch.utils.hooks import RemovableHandle
 
 from tda_lightning.broadcasts import Shared, watch_broadcasts
 from tda_lightning.factors import GradientFactors
-from tda_lightning.layers import LayerCall, Source, find_tensors, sample_axis
+from tda_lightning.layers import (
+    LayerCall,
+    Source,
+    find_tensors,
+    never_draws,
+    random_state,
+    sample_axis,
+)
 from tda_lightning.recipe import SampleAxis
 
 Receiver = Callable[[int, GradientFactors], None]
@@ -57,6 +64,7 @@ class Capture:
         # Where in the graph the recorded layers' outputs are: a rehearsal goes no further.
         self._edges: list[GradientEdge] = []
         self._shared: list[Shared] = []
+        self._random_states: dict[nn.Module, Tensor] = {}
 
     def __enter__(self) -> Capture:
         """Attach the hooks."""
@@ -64,6 +72,9 @@ class Capture:
             # In a compiled model: run the layer compiled, and the hook as it is.
             hook = torch.compiler.disable(self._forward_hook(listeners))  # type: ignore[no-untyped-call]
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            if any(source.rule.draws is not never_draws for _, source in listeners):
+                remember = torch.compiler.disable(self._remember_random_state(listeners))  # type: ignore[no-untyped-call]
+                self._handles.append(module.register_forward_pre_hook(remember))
         return self
 
     def __exit__(
@@ -130,6 +141,13 @@ class Capture:
     def _batch_dim(self, name: str) -> SampleAxis:
         return next((d for p, d in self._batch_dims.items() if fnmatchcase(name, p)), 0)
 
+    def _remember_random_state(self, listeners: Sequence[_Listener]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._n is not None and listeners[0][1].rule.draws(module):
+                self._random_states[module] = random_state(next(module.parameters()).device)
+
+        return hook
+
     def _forward_hook(self, listeners: Sequence[_Listener]) -> Callable[..., None]:
         name = listeners[0][1].name
         is_flattened = self._batch_dim(name) == "flattened"
@@ -155,7 +173,14 @@ class Capture:
                 elif not is_shared:
                     _require_batch(name, module, inputs, tensor, axis, self._n)
                 heard = _Heard(
-                    module, args, kwargs, versions, place, 0 if is_shared else axis, precision
+                    module,
+                    args,
+                    kwargs,
+                    versions,
+                    place,
+                    0 if is_shared else axis,
+                    precision,
+                    self._random_states.get(module),
                 )
                 deliver = self._backward_hook(listeners, heard)
                 hook_it = self._hook_shared if is_shared else hook_gradient
@@ -211,6 +236,7 @@ class _Heard:
     place: int
     axis: int
     precision: AbstractContextManager[Any]
+    random_state: Tensor | None
 
     def inputs(self) -> list[Tensor]:
         """Return the tensors that the layer was called with."""
@@ -218,7 +244,16 @@ class _Heard:
 
     def call(self, names: tuple[str, ...], grad: Tensor) -> LayerCall:
         """Return the call, seen from its backward pass."""
-        return LayerCall(self.module, self.args, self.kwargs, names, self.place, grad, self.axis)
+        return LayerCall(
+            self.module,
+            self.args,
+            self.kwargs,
+            names,
+            self.place,
+            grad,
+            self.axis,
+            self.random_state,
+        )
 
 
 def _current_precision(output: Any) -> AbstractContextManager[Any]:

@@ -45,6 +45,8 @@ def sample_axis(module: nn.Module, place: int, declared: int) -> int:
         place: Number of the tensor among its inputs, or among its outputs.
         declared: What holds for layers that keep to one axis.
     """
+    if isinstance(module, nn.MultiheadAttention):  # Attention weights come samples first.
+        return 0 if module.batch_first or place == 1 else 1
     if isinstance(module, nn.RNNBase):  # Hidden states have the samples on axis 1, come what may.
         return 0 if module.batch_first and place == 0 else 1
     return declared

@@ -7,7 +7,8 @@ this folder. Add one with ``@layer_rule(MyLayer)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class LayerCall:
         output: Which of the tensors in its output the gradient belongs to.
         output_grad: Gradient of the loss with respect to that tensor, of its shape.
         batch_dim: Axis of the samples.
+        random_state: State of the random number generator when it was called, if it draws.
     """
 
     module: Any
@@ -40,6 +42,16 @@ class LayerCall:
     output: int
     output_grad: Tensor
     batch_dim: int = 0
+    random_state: Tensor | None = None
+
+    @contextmanager
+    def same_random_numbers(self) -> Iterator[None]:
+        """Draw what the layer drew, and leave the user's random numbers alone."""
+        device = self.output_grad.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if self.random_state is not None:
+                set_random_state(device, self.random_state)
+            yield
 
     @property
     def input(self) -> Tensor:
@@ -58,10 +70,26 @@ class LayerCall:
         return self.output_grad.shape[self.batch_dim]
 
 
+def random_state(device: torch.device) -> Tensor:
+    """Return the state of the random number generator of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Set the state of the random number generator of a device."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
 Factors = Callable[[LayerCall], GradientFactors]
 Layout = Callable[[Sequence[Tensor]], Float[Tensor, "rows columns"]]
 Obstacle = Callable[[Any], str]
 IsShared = Callable[[Any, int], bool]
+Draws = Callable[[Any], bool]
 
 
 def as_matrix(tensors: Sequence[Tensor]) -> Float[Tensor, "rows columns"]:
@@ -92,6 +120,11 @@ def never_shared(first: Tensor, n: int) -> bool:
     return False
 
 
+def never_draws(module: nn.Module) -> bool:
+    """Say that no random numbers are drawn."""
+    return False
+
+
 @dataclass(frozen=True)
 class LayerRule:
     """How a type of layer is recorded.
@@ -105,6 +138,8 @@ class LayerRule:
         is_shared: Says, of the first tensor that the layer is called with and the number of
             samples, whether the call is for all samples at once. The rule then sees that tensor,
             and a gradient with an axis of samples in front.
+        draws: Says whether a call of this very module draws random numbers that the rule wants to
+            draw again.
     """
 
     factors: Factors
@@ -113,6 +148,7 @@ class LayerRule:
     apart: tuple[str, ...] = ()
     obstacle: Obstacle = no_obstacle
     is_shared: IsShared = never_shared
+    draws: Draws = never_draws
 
 
 _RULES: dict[type[nn.Module], LayerRule] = {}
@@ -126,6 +162,7 @@ def layer_rule(
     apart: tuple[str, ...] = (),
     obstacle: Obstacle = no_obstacle,
     is_shared: IsShared = never_shared,
+    draws: Draws = never_draws,
 ) -> Callable[[Factors], Factors]:
     """Register the decorated function, from a call to gradient factors, as the rule for ``layer``.
 
@@ -137,24 +174,24 @@ def layer_rule(
         obstacle: Says why a module of this type cannot be recorded after all, or nothing.
         is_shared: Says whether a call is for all samples at once, from its first tensor and the
             number of samples; the function then gets a gradient with the samples in front.
+        draws: Says whether a call draws random numbers that the function wants to draw again.
     """
 
     def register(factors: Factors) -> Factors:
-        _RULES[layer] = LayerRule(factors, parameters, layout, apart, obstacle, is_shared)
+        _RULES[layer] = LayerRule(factors, parameters, layout, apart, obstacle, is_shared, draws)
         return factors
 
     return register
 
 
-def registered_rule(module: nn.Module) -> LayerRule | None:
-    """Return the rule registered for the type of ``module``, if it knows all its parameters."""
-    names = {name for name, _ in module.named_parameters(recurse=False)}
+def registered_rule(module: nn.Module, names: Sequence[str]) -> LayerRule | None:
+    """Return the rule registered for the type of ``module``, if it knows these parameters."""
     for layer in type(module).__mro__:
         rule = _RULES.get(layer)
         if (
             rule
             and type(module).forward is getattr(layer, "forward", None)
-            and names <= set(rule.parameters)
+            and set(names) <= set(rule.parameters)
         ):
             return rule
     return None

@@ -73,8 +73,9 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def find_rule(module: nn.Module) -> LayerRule:
     """Return the rule for the type of ``module``: a registered one, or the generic one."""
-    registered = None if _uses_children(module) else registered_rule(module)
-    return registered or generic_rule(tuple(trained_parameters(module)))
+    names = tuple(trained_parameters(module))
+    registered = None if parametrize.is_parametrized(module) else registered_rule(module, names)
+    return registered or generic_rule(names)
 
 
 def survey(
