@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,14 @@ class Capture:
     Args:
         sources: The layers that feed each block.
         batch_dims: Axis of the samples in the layers whose names match a pattern, where not 0.
+        passes: Whether several backward passes may go through one graph.
     """
 
     def __init__(
-        self, sources: Sequence[Sequence[Source]], batch_dims: Mapping[str, SampleAxis]
+        self,
+        sources: Sequence[Sequence[Source]],
+        batch_dims: Mapping[str, SampleAxis],
+        passes: Literal["one", "several"] = "one",
     ) -> None:
         self._listeners: dict[nn.Module, list[_Listener]] = {}
         for number, feeding in enumerate(sources):
@@ -60,6 +64,7 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._n: int | None = None
         self._receive: Receiver | None = None
+        self._passes = passes
         self._rehearsing = False
         # Where in the graph the recorded layers' outputs are: a rehearsal goes no further.
         self._edges: list[GradientEdge] = []
@@ -138,6 +143,9 @@ class Capture:
         self._receive = None
         self._edges, self._shared = [], []
 
+    def _keeps_heard(self) -> bool:
+        return self._rehearsing or self._passes == "several"
+
     def _batch_dim(self, name: str) -> SampleAxis:
         return next((d for p, d in self._batch_dims.items() if fnmatchcase(name, p)), 0)
 
@@ -206,7 +214,7 @@ class Capture:
 
         def hook(grad: Tensor) -> None:
             if self._receive is not None and waiting:
-                found = waiting[0] if self._rehearsing else waiting.pop()
+                found = waiting[0] if self._keeps_heard() else waiting.pop()
                 self._deliver(listeners, found, grad, self._receive)
 
         return hook

@@ -14,6 +14,7 @@ until then the gradient is taken beforehand, later the moment is refreshed now a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -78,6 +79,14 @@ class OptimizerCoordinates:
             torch.cat([rows for rows, _ in factors]).cpu(),
             torch.cat([columns for _, columns in factors]).cpu(),
         )
+
+    def state(self) -> dict[str, Any]:
+        """Return when they were read last, in builtins."""
+        return {"refreshed": self._refreshed, "rates": list(self._rates)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from coordinates that were read before: :meth:`state` tells when."""
+        self._refreshed, self._rates = int(state["refreshed"]), list(state["rates"])
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the recorded parameters."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -66,6 +67,7 @@ class RowRecorder:
         projector: What to sketch their gradients with.
         dtype: Number format of the rows.
         sampled: Share of each batch of which rows from sampled labels are recorded too.
+        passes: Whether several backward passes may go through one graph.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class RowRecorder:
         projector: Projector,
         dtype: torch.dtype,
         sampled: float = 0.0,
+        passes: Literal["one", "several"] = "one",
     ) -> None:
         device = next(model.parameters()).device
         self._model = model
@@ -83,7 +86,7 @@ class RowRecorder:
         self._generator = torch.Generator(device)
         self._surveyed = surveyed
         self._sketcher: Sketcher = projector.bind(surveyed.blocks, device, dtype)
-        self._capture = Capture(surveyed.sources, batch_dims)
+        self._capture = Capture(surveyed.sources, batch_dims, passes)
         self._summary: LossSummary | None = None
         self._coordinates: Preconditioner | None = None
         self._curvature_rows: Tensor | None = None
@@ -181,10 +184,11 @@ class RowRecorder:
         """Sketch the parameters themselves, block by block, in the coordinates of the rows."""
         return self._sketch_each(torch.Tensor.detach, self._inverse_squares())
 
-    def left_out_gradient(self) -> Tensor:
-        """Return the squared norm of the gradient of all parameters that are not recorded."""
-        recorded = {one for (source, *_) in self._surveyed.sources for one in source.parameters()}
-        others = [p.grad for p in self._model.parameters() if p not in recorded]
+    def left_out_gradient(self, trained: Sequence[nn.Parameter]) -> Tensor:
+        """Return the squared norm of the gradient of those that are trained but not recorded."""
+        feeding = self._surveyed.sources
+        recorded = {one for own in feeding if own for one in own[0].parameters()}
+        others = [p.grad for p in trained if p not in recorded]
         squares = [grad.double().square().sum() for grad in others if grad is not None]
         return torch.stack(squares).sum() if squares else torch.zeros(())
 
@@ -192,7 +196,11 @@ class RowRecorder:
         self, value: Callable[[Tensor], Tensor], divisors: Sequence[Tensor] | None = None
     ) -> Float[Tensor, "blocks k"]:
         sketches = []
-        for number, (source, *_) in enumerate(self._surveyed.sources):
+        for number, feeding in enumerate(self._surveyed.sources):
+            if not feeding:  # Another optimizer's.
+                sketches.append(self._sketcher.empty_rows(1)[0])
+                continue
+            source = feeding[0]
             matrix = source.rule.layout([value(one) for one in source.parameters()])
             if divisors is not None:
                 matrix = matrix * divisors[number].to(matrix)

@@ -132,7 +132,7 @@ def test_the_state_of_a_checkpoint_is_plain(tmp_path):
     recorder = GradientRecorder(tmp_path / "run")
     path = checkpoint_at(tmp_path, recorder, 3)
     kept = torch.load(path, weights_only=True)["callbacks"][recorder.state_key]
-    assert kept == {"run": recorder.store.run_id, "steps": 3}
+    assert kept == {"run": recorder.store.run_id, "steps": 3, "lanes": [{"taken": 3}]}
 
 
 @pytest.mark.parametrize("strip", ["callbacks", "state"])

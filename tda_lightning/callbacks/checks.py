@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch.optim import LBFGS
+from torch.optim import LBFGS, Optimizer
 
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.facts import require_one_rate
+from tda_lightning.callbacks.strategies import why_unsupported
 
 
 def require_supported(
@@ -23,13 +24,12 @@ def require_supported(
     Raises:
         ValueError: Naming the setting, what was expected, and what to do.
     """
-    if not module.automatic_optimization:
-        _refuse("manual optimization", "automatic optimization", "Return the loss instead.")
-    if trainer.world_size > 1:
-        _refuse(f"{trainer.world_size} processes", "one", "Set `Trainer(devices=1)`.")
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+    reason = why_unsupported(trainer)
+    if reason:
         _refuse(
-            "a loss scale (16-mixed)", "32, 64 or bf16 precision", "Set `precision='bf16-mixed'`."
+            f"the strategy `{type(trainer.strategy).__name__}`, where {reason}",
+            "one process, or several with `strategy='ddp'`",
+            "Set one of these.",
         )
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
         _refuse(
@@ -37,13 +37,29 @@ def require_supported(
             "clipping by norm",
             "Set `gradient_clip_algorithm='norm'`.",
         )
+    has_scale = getattr(trainer.precision_plugin, "scaler", None) is not None
     for optimizer in trainer.optimizers:
-        if isinstance(optimizer, LBFGS):
-            _refuse(
-                "LBFGS, whose steps evaluate the loss many times", "a first-order optimizer", ""
-            )
+        _require_supported_optimizer(optimizer, has_scale)
         if preconditioner == "none":
             require_one_rate(optimizer)
+
+
+def _require_supported_optimizer(optimizer: Optimizer, has_scale: bool) -> None:
+    name = type(optimizer).__name__
+    if isinstance(optimizer, LBFGS):
+        _refuse("LBFGS, whose steps evaluate the loss many times", "a first-order optimizer", "")
+    if not hasattr(optimizer, "register_step_post_hook"):
+        _refuse(
+            f"the optimizer `{name}`, which does not say when it takes a step",
+            "a `torch.optim.Optimizer` whose `__init__` was called",
+            "Derive it from that class.",
+        )
+    if has_scale and getattr(optimizer, "_step_supports_amp_scaling", False):
+        _refuse(
+            f"a fused `{name}` with a loss scale (16-mixed), which skips steps unseen",
+            "an optimizer that is not fused",
+            "Set `fused=False`.",
+        )
 
 
 def _refuse(found: str, expected: str, remedy: str) -> None:

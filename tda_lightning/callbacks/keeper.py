@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from tda_lightning.callbacks.either import Trainer
 from tda_lightning.recipe import Recipe
-from tda_lightning.step import Step
+from tda_lightning.step import Preconditioner, Step
 from tda_lightning.stores import WritableStore
 
 
@@ -32,8 +32,11 @@ class Keeper:
         self._checkpoint: dict[str, Any] = {}
         self.has_failed = False
 
-    def begin(self, trainer: Trainer, recipe: Recipe) -> None:
+    def begin(self, trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
         """Begin the run, or continue the one that this training has begun.
+
+        Returns:
+            What a checkpoint knows of the run; nothing, if it was begun anew.
 
         Raises:
             FileExistsError: If the store holds another run, or something else.
@@ -51,7 +54,20 @@ class Keeper:
             raise found
         if not trainer.is_global_zero:
             self._store.resume(taken)
-        self._run_id, self._checkpoint = self._store.run_id, {}
+            self._count = len(self._store)
+        self._run_id = self._store.run_id
+        checkpoint, self._checkpoint = self._checkpoint, {}
+        return checkpoint if self._count else {}
+
+    def coordinates(self) -> Preconditioner | None:
+        """Return the coordinates of the last step of a run that is continued, if it has any."""
+        return self._store.preconditioner() if self._count else None
+
+    def finish(self, trainer: Trainer) -> None:
+        """See what all processes have kept, once they all have."""
+        if trainer.world_size > 1:
+            trainer.strategy.barrier("tda_lightning")
+            self._store.look_again()
 
     def append(self, step: Step) -> None:
         """Keep a step."""

@@ -17,10 +17,11 @@ from tda_lightning.callbacks.checks import require_supported
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.estimate import describe_cost
 from tda_lightning.callbacks.keeper import Keeper
+from tda_lightning.callbacks.lanes import Lanes, Settings, survey_trained
 from tda_lightning.callbacks.loaders import watch_loaders
-from tda_lightning.callbacks.session import Session
-from tda_lightning.coordinates import OptimizerCoordinates, has_coordinates
-from tda_lightning.layers import survey
+from tda_lightning.callbacks.strategies import loss_scale_of, processes_of
+from tda_lightning.coordinates import has_coordinates
+from tda_lightning.layers import Survey
 from tda_lightning.projectors import KroneckerCountSketch, Projector
 from tda_lightning.recipe import Recipe, ranges_of
 from tda_lightning.rows import RowRecorder
@@ -101,8 +102,7 @@ class GradientRecorder(pl.Callback):
         self.existing = existing
         self._keeper = Keeper(self.store, existing)
         self._ledger = SampleLedger(sample_ids)
-        self._rows: RowRecorder | None = None
-        self._session: Session | None = None
+        self._lanes: Lanes | None = None
         self._undo: list[Callable[[], None]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -117,38 +117,61 @@ class GradientRecorder(pl.Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that everything can be recorded, begin the run and attach the hooks."""
         require_supported(trainer, pl_module, self.preconditioner)
-        dtype = _row_dtype(pl_module)
-        surveyed = survey(pl_module, self.layers)
-        blocks, left_out = surveyed.blocks, surveyed.left_out
-        projector = self.projector.chosen_for(blocks)
-        sampled = self.curvature_share if self.curvature == "fisher" else 0.0
-        rows = RowRecorder(pl_module, surveyed, self.batch_dims, projector, dtype, sampled)
-        coordinates = None
-        if self.preconditioner == "optimizer" and has_coordinates(trainer.optimizers[0]):
-            coordinates = OptimizerCoordinates(trainer.optimizers[0], surveyed)
-        train_ids = self._ledger.train_ids
+        lanes = self._lanes_for(trainer, pl_module)
+        recipe = self._recipe_for(trainer, pl_module, lanes)
+        state = self._keeper.begin(trainer, recipe)
+        lanes.resume(trainer.global_step, state.get("lanes", ()), self._keeper.coordinates())
         self._ledger.start_training()
-        recipe = Recipe(
-            blocks=blocks,
-            left_out=left_out,
-            projector=projector.to_dict(),
-            dimension=rows.dimension,
-            dtype="float64" if dtype == torch.float64 else "float32",
+        for entry in recipe.left_out:
+            rank_zero_warn(f"GradientRecorder: {entry.describe()}")
+        rank_zero_info(f"GradientRecorder: {describe_cost(trainer, recipe, self._sampled)}")
+        lanes.attach()
+        self._lanes = lanes
+
+    @property
+    def _sampled(self) -> float:
+        return self.curvature_share if self.curvature == "fisher" else 0.0
+
+    def _lanes_for(self, trainer: Trainer, model: LightningModule) -> Lanes:
+        surveyed = survey_trained(model, self.layers, trainer.optimizers)
+        projector = self.projector.chosen_for(surveyed.blocks)
+        has_own = any(has_coordinates(optimizer) for optimizer in trainer.optimizers)
+
+        def rows(part: Survey, passes: Literal["one", "several"]) -> RowRecorder:
+            dtype = _row_dtype(model)
+            return RowRecorder(
+                model, part, self.batch_dims, projector, dtype, self._sampled, passes
+            )
+
+        settings = Settings(
+            optimization="automatic" if model.automatic_optimization else "manual",
+            rows=rows,
+            reduction=self.reduction,
+            preconditioner=self.preconditioner if has_own else "none",
+            every_n_steps=self.every_n_steps,
+            audit=self.audit,
+            processes=processes_of(trainer),
+        )
+        return Lanes(trainer.optimizers, surveyed, projector, settings, self._keeper.append)
+
+    def _recipe_for(self, trainer: Trainer, model: LightningModule, lanes: Lanes) -> Recipe:
+        train_ids = self._ledger.train_ids
+        return Recipe(
+            blocks=lanes.surveyed.blocks,
+            left_out=lanes.surveyed.left_out,
+            projector=lanes.projector.to_dict(),
+            dimension=lanes.dimension,
+            dtype="float64" if _row_dtype(model) == torch.float64 else "float32",
             reduction=self.reduction,
             batch_dims=self.batch_dims,
-            preconditioner="none" if coordinates is None else "optimizer",
+            preconditioner=lanes.settings.preconditioner,
             curvature=self.curvature,
+            ranks=trainer.world_size,
             every_n_steps=self.every_n_steps,
             train_ids=None if train_ids is None else ranges_of(train_ids),
-            model=type(pl_module).__name__,
+            model=type(model).__name__,
             versions={name: version(name) for name in ("tda_lightning", "torch")},
         )
-        self._keeper.begin(trainer, recipe)
-        for entry in left_out:
-            rank_zero_warn(f"GradientRecorder: {entry.describe()}")
-        rank_zero_info(f"GradientRecorder: {describe_cost(trainer, recipe, sampled)}")
-        self._rows = rows.__enter__()
-        self._session = Session(rows, blocks, self.reduction, coordinates, self.audit)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect the first batch of a new pass over the data."""
@@ -159,29 +182,28 @@ class GradientRecorder(pl.Callback):
     ) -> None:
         """Name the samples of the batch, and watch its forward pass if its step is due."""
         sample_ids = self._ledger.name(batch, batch_idx)
-        assert self._session is not None
-        if trainer.global_step % self.every_n_steps == 0:
+        if self._lanes is not None:
             share = 1 / trainer.accumulate_grad_batches
-            self._session.start_batch(trainer.global_step, sample_ids, share)
+            self._lanes.start_batch(trainer.global_step, sample_ids, share)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Listen to the backward pass of the loss."""
-        assert self._session is not None
-        self._session.start_backward(loss)
+        if self._lanes is not None:
+            self._lanes.start_backward(loss, loss_scale_of(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of the batch."""
-        assert self._session is not None
-        self._session.end_backward()
+        if self._lanes is not None:
+            self._lanes.end_backward()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Read the learning rate now: at the end of the batch its scheduler has already stepped."""
-        assert self._session is not None
-        self._session.before_step(trainer.global_step, trainer.current_epoch, optimizer)
+        if self._lanes is not None:
+            self._lanes.before_step(trainer.global_step, trainer.current_epoch, optimizer)
 
     def on_train_batch_end(
         self,
@@ -191,12 +213,11 @@ class GradientRecorder(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Store the step, if one was taken: before any checkpoint of it is written."""
-        assert self._session is not None
-        self._session.drop_batch()
-        step = self._session.after_step()
-        if step is not None:
-            self._keeper.append(step)
+        """Forget what led to no step."""
+        if self._lanes is not None:
+            self._lanes.end_batch()
+            if self._keeper.has_failed and trainer.world_size == 1:
+                self._close()
 
     @property
     def state_key(self) -> str:
@@ -205,7 +226,8 @@ class GradientRecorder(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint has to know of the run, in builtins."""
-        return self._keeper.state()
+        lanes = {} if self._lanes is None else {"lanes": self._lanes.state()}
+        return {**state, **lanes} if (state := self._keeper.state()) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Learn which run a checkpoint belongs to; it is continued when training starts."""
@@ -215,12 +237,13 @@ class GradientRecorder(pl.Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Seal every step that the checkpoint's weights have taken."""
-        if self._session is not None:
+        if self._lanes is not None:
             self._keeper.seal()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seal the run and remove everything that was installed."""
         self._close()
+        self._keeper.finish(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -236,10 +259,10 @@ class GradientRecorder(pl.Callback):
         undo, self._undo = self._undo, []
         for action in undo:
             action()
-        if self._rows is not None:
-            self._rows.__exit__()
+        if self._lanes is not None:
+            lanes, self._lanes = self._lanes, None
+            lanes.detach()
             self._keeper.seal()
-        self._rows = self._session = None
 
 
 def _row_dtype(model: nn.Module) -> torch.dtype:

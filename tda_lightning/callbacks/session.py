@@ -5,9 +5,9 @@ Micro-batches wait here until the optimizer step that they join.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tda_lightning.callbacks.facts import read_groups
+from tda_lightning.callbacks.processes import Processes
 from tda_lightning.conservation import require_conserved
 from tda_lightning.coordinates import OptimizerCoordinates
 from tda_lightning.recipe import Block
@@ -27,9 +28,16 @@ _SEEDS_PER_STEP = 4096
 
 
 @dataclass(frozen=True)
-class _Visits:
+class Visits:
+    """The visits of one batch.
+
+    ``weight`` is that of a sample's loss in the loss that was seen, and ``applied`` what the
+    optimizer used of that: not its loss scale, and the share of this process.
+    """
+
     sample_ids: Int[Tensor, " n"]
     weight: float
+    applied: float
     recorded: BatchRows
 
 
@@ -63,6 +71,7 @@ class Session:
         reduction: How the training loss combines the samples of a batch.
         coordinates: The coordinates of the optimizer, unless rows are to be raw.
         audit_every: Audit the first recorded step and every so many after it; 0 for the first only.
+        processes: Who else records this training.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class Session:
         reduction: Literal["mean", "sum"],
         coordinates: OptimizerCoordinates | None,
         audit_every: int,
+        processes: Processes = Processes(),
     ) -> None:
         self._rows = rows
         self._blocks = blocks
@@ -79,10 +89,11 @@ class Session:
         self._coordinates = coordinates
         self._begun: Preconditioner | None = None
         self._audit_every = audit_every
+        self._processes = processes
         self._steps = 0
         self._current: tuple[Int[Tensor, " n"], float] | None = None
-        self._share = 1.0
-        self._pending: list[_Visits] = []
+        self._share = self._loss_scale = 1.0
+        self._pending: list[Visits] = []
         self._facts: _Facts | None = None
         self._probes: list[Parameter] = []
 
@@ -99,12 +110,19 @@ class Session:
         self._current = (sample_ids, share / n if self._reduction == "mean" else share)
         if not self._pending and self._is_audit_due():
             self._rows.sum_blocks()
-        self._rows.seed(_SEEDS_PER_STEP * index + len(self._pending))
+        batch = _SEEDS_PER_STEP * index + len(self._pending)
+        self._rows.seed(batch * self._processes.count + self._processes.rank)
         self._rows.start(n)
 
-    def start_backward(self, loss: Tensor) -> None:
-        """Expect the backward pass of that batch's loss."""
+    def start_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
+        """Expect the backward pass of that batch's loss.
+
+        Args:
+            loss: The loss.
+            loss_scale: What it was multiplied by to keep small gradients from vanishing.
+        """
         if self._current is not None:
+            self._loss_scale = loss_scale
             self._follow_coordinates(loss)
             self._rows.listen(loss)
 
@@ -115,31 +133,40 @@ class Session:
             return
         gradients = {}
         if coordinates.needs_gradients():
-            gradients = _gradients_of(loss / self._share, coordinates.parameters())
+            trained = [one for one in coordinates.parameters() if one.requires_grad]
+            found = _gradients_of(loss / self._share, trained)
+            mean, scale = self._processes.mean, self._loss_scale
+            gradients = {parameter: mean(one) / scale for parameter, one in found.items()}
         self._begun = coordinates.read(gradients)
         self._rows.precondition(self._begun)
 
     def end_backward(self) -> None:
         """Keep the rows of that batch for the step they will join."""
         if self._current is not None:
-            sample_ids, weight = self._current
-            self._pending.append(_Visits(sample_ids, weight, self._rows.finish()))
+            self._pending.append(self._visits_of(*self._current))
             self._current = None
+
+    def _visits_of(self, sample_ids: Int[Tensor, " n"], weight: float) -> Visits:
+        seen, applied = weight * self._loss_scale, self._applied()
+        return Visits(sample_ids, seen, applied, self._rows.finish())
+
+    def _applied(self) -> float:
+        return 1 / (self._loss_scale * self._processes.count)
 
     def before_step(self, index: int, epoch: int, optimizer: Optimizer) -> None:
         """Read what the optimizer is about to use; gradients are complete and not yet clipped."""
         if not self._pending:
             return
-        audited = self._start_audit() if self._is_audit_due() else None
         self._probes = self._probes or _by_size(optimizer)
-        probe = _smallest_with_gradient(self._probes)
+        probe, probe_norm = self._probe()
+        audited = self._start_audit(probe, probe_norm) if self._is_audit_due() else None
         self._facts = _Facts(
             index=index,
             epoch=epoch,
             optimizer=type(optimizer).__name__,
             groups=read_groups(optimizer),
             probe=probe,
-            probe_norm=None if probe is None else _gradient_norm(probe),
+            probe_norm=probe_norm,
             audited=audited,
         )
 
@@ -150,9 +177,13 @@ class Session:
         facts, visits = self._facts, self._pending
         self._facts, self._pending = None, []
         self._steps += 1
-        clipped = float(_clip_coefficient(facts))
-        weights = [torch.full((len(one.sample_ids),), one.weight) for one in visits]
-        sketch = _joined([one.recorded.rows for one in visits], clipped)
+        clipped = float(_clip_coefficient(facts.probe, facts.probe_norm))
+        factors = [one.applied * clipped for one in visits]
+        weights = [
+            torch.full((len(one.sample_ids),), one.weight * factor)
+            for one, factor in zip(visits, factors, strict=True)
+        ]
+        sketch = _joined([one.recorded.rows for one in visits], factors)
         assert sketch is not None
         begun, self._begun = self._begun, None
         return Step(
@@ -161,25 +192,39 @@ class Session:
             optimizer=facts.optimizer,
             groups=facts.groups,
             sample_ids=torch.cat([one.sample_ids for one in visits]),
-            weights=torch.cat(weights) * clipped,
+            weights=torch.cat(weights),
             sketch=sketch,
             audit=None if facts.audited is None else self._finish_audit(facts.audited),
             terms=_joined([one.recorded.terms for one in visits]),
             curvature=_joined([one.recorded.curvature(one.weight) for one in visits]),
             # Curvature goes with the loss, and a row is a square root of it.
-            curvature_rows=_joined([one.recorded.curvature_rows for one in visits], clipped**0.5),
+            curvature_rows=_joined(
+                [one.recorded.curvature_rows for one in visits],
+                [factor**0.5 for factor in factors],
+            ),
             preconditioner=begun,
         )
 
     def _is_audit_due(self) -> bool:
         return self._steps == 0 or bool(self._audit_every and self._steps % self._audit_every == 0)
 
-    def _start_audit(self) -> _Audited:
+    def _probe(self) -> tuple[Parameter | None, Tensor | None]:
+        """Return a gradient that is cheap to watch, and its norm before it is clipped."""
+        probe = smallest_with_gradient(self._probes)
+        return probe, None if probe is None else gradient_norm(probe)
+
+    def _block_sums(self) -> Float[Tensor, "blocks k"]:
+        return self._rows.block_sums()
+
+    def _start_audit(self, probe: Parameter | None, probe_norm: Tensor | None) -> _Audited:
         rows = self._rows
-        recorded, gradient = rows.block_sums(), rows.sketch_gradient()
+        applied = self._applied() * float(_clip_coefficient(probe, probe_norm))
+        recorded = self._processes.add(self._block_sums() * applied)
+        gradient = rows.sketch_gradient()
         if self._steps == 0:
             require_conserved(self._blocks, recorded, gradient)
-        return _Audited(recorded, gradient, rows.sketch_weights(), rows.left_out_gradient())
+        left_out = rows.left_out_gradient(self._probes)
+        return _Audited(recorded, gradient, rows.sketch_weights(), left_out)
 
     def _finish_audit(self, before: _Audited) -> Audit:
         update = (self._rows.sketch_weights() - before.weights).sum(dim=0)
@@ -191,11 +236,30 @@ class Session:
             update=float(along.square()),
         )
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint should know of this session, in builtins."""
+        # Coordinates that no stored step holds yet cannot be found again: they are read anew.
+        is_stored = self._coordinates is not None and self._begun is None
+        return self._coordinates.state() if self._coordinates and is_stored else {}
+
+    def resume(self, state: Mapping[str, Any], coordinates: Preconditioner | None) -> None:
+        """Go on where a checkpoint was saved.
+
+        Args:
+            state: What :meth:`state` returned then.
+            coordinates: Those of the last stored step.
+        """
+        if self._coordinates is not None and state and coordinates is not None:
+            self._coordinates.load_state(state)
+            self._rows.precondition(coordinates)
+
     def drop_batch(self) -> None:
-        """Forget a batch whose loss never came."""
+        """Forget a batch whose loss never came, and a step that was never taken."""
         if self._current is not None:
             self._rows.finish()
             self._current = None
+        if self._facts is not None:
+            self._facts, self._pending = None, []
 
 
 def _gradients_of(loss: Tensor, parameters: Sequence[Parameter]) -> dict[Parameter, Tensor]:
@@ -212,16 +276,20 @@ def _gradients_of(loss: Tensor, parameters: Sequence[Parameter]) -> dict[Paramet
     return {parameter: grad for parameter, grad in pairs if grad is not None}
 
 
-def _joined(parts: Sequence[Tensor | None], factor: float = 1.0) -> Tensor | None:
+def _joined(
+    parts: Sequence[Tensor | None], factors: Sequence[float] | None = None
+) -> Tensor | None:
     """Join what the batches of a step left, on the CPU; nothing, if one of them left nothing."""
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
         return None
-    whole = torch.cat(known) if len(known) > 1 else known[0]
-    return (whole if factor == 1 else whole * factor).cpu()
+    if factors is not None:
+        pairs = zip(known, factors, strict=True)
+        known = [part if factor == 1 else part * factor for part, factor in pairs]
+    return (torch.cat(known) if len(known) > 1 else known[0]).cpu()
 
 
-def _smallest_with_gradient(parameters: Iterable[Parameter]) -> Parameter | None:
+def smallest_with_gradient(parameters: Iterable[Parameter]) -> Parameter | None:
     """Choose a gradient that is cheap to watch; clipping by norm scales all alike."""
     for parameter in parameters:
         if parameter.grad is not None and bool(parameter.grad.any()):
@@ -234,14 +302,16 @@ def _by_size(optimizer: Optimizer) -> list[Parameter]:
     return sorted(parameters, key=lambda one: int(one.numel()))
 
 
-def _gradient_norm(parameter: Parameter) -> Tensor:
+def gradient_norm(parameter: Parameter) -> Tensor:
+    """Return the norm of a parameter's gradient, in double precision."""
     assert parameter.grad is not None
     norm: Tensor = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
     return norm
 
 
-def _clip_coefficient(facts: _Facts) -> Tensor:
-    if facts.probe is None or facts.probe_norm is None or facts.probe.grad is None:
+def _clip_coefficient(probe: Parameter | None, norm: Tensor | None) -> Tensor:
+    """Return what a gradient was multiplied by since it had that norm."""
+    if probe is None or norm is None or probe.grad is None:
         return torch.ones((), dtype=torch.float64)
     # `.grad` survives, clipped, until the next step's `zero_grad`.
-    return _gradient_norm(facts.probe) / facts.probe_norm
+    return gradient_norm(probe) / norm

@@ -72,7 +72,7 @@ class HDF5Store(WritableStore):
         store = cls(path)
         store._recipe = folder.read_recipe(store.path)
         store._ranks = store._recipe.ranks
-        store._look_again()
+        store.look_again()
         return store
 
     @property
@@ -132,7 +132,9 @@ class HDF5Store(WritableStore):
         for file in reversed(folder.segments_of(self.path, self._rank, self._ranks)):
             _drop_from(file, index, self._storage)
         make_durable(self.path)
-        self._look_again()
+        # Other processes may be at theirs at this moment: those are looked at when all is done.
+        self._own = Shard(folder.segments_of(self.path, self._rank, self._ranks))
+        self._merged, self._count = None, len(self._own.segments)
 
     def clear(self) -> None:
         """Delete the run in the folder: its own files, and nothing else."""
@@ -142,7 +144,7 @@ class HDF5Store(WritableStore):
             file.unlink()
         self._recipe = None
         self._buffer.clear()
-        self._look_again()
+        self.look_again()
 
     def append(self, step: Step) -> None:
         """Add a step; it is sealed with others, now and then."""
@@ -161,17 +163,17 @@ class HDF5Store(WritableStore):
             self._start_writing()
         self._finish_writing()
 
-    @property
-    def _steps(self) -> Shard | MergedShards:
-        return self._own if self._merged is None else self._merged
-
-    def _look_again(self) -> None:
-        """Take stock of the sealed segments in the folder."""
+    def look_again(self) -> None:
+        """See what has been sealed in the folder, by all processes."""
         files = [folder.segments_of(self.path, rank, self._ranks) for rank in range(self._ranks)]
         shards = [Shard(own) for own in files]
         self._own = shards[self._rank]
         self._merged = MergedShards(shards) if self._ranks > 1 else None
         self._count = len(self._own.segments)
+
+    @property
+    def _steps(self) -> Shard | MergedShards:
+        return self._own if self._merged is None else self._merged
 
     def _start_writing(self) -> None:
         """Let the buffered steps be written while training goes on: one segment at a time."""

@@ -127,6 +127,9 @@ class WritableStore(Store):
             "that they can share. Record into a folder, or train with `Trainer(devices=1)`."
         )
 
+    def look_again(self) -> None:
+        """See what other processes have sealed; by default there are none."""
+
     @abstractmethod
     def begin(self, recipe: Recipe) -> None:
         """Start a new run.

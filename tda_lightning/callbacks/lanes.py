@@ -1,0 +1,271 @@
+"""Lanes: one session for every optimizer, each with the layers that it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from tda_lightning.callbacks.manual import ManualSession
+from tda_lightning.callbacks.processes import Processes
+from tda_lightning.callbacks.session import Session
+from tda_lightning.callbacks.whole import PartOfCoordinates, WholeCoordinates
+from tda_lightning.layers import Survey, survey
+from tda_lightning.projectors import Projector
+from tda_lightning.rows import RowRecorder
+from tda_lightning.step import Preconditioner, Step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all lanes have in common.
+
+    Attributes:
+        optimization: Who takes the steps: Lightning, or the user.
+        rows: Makes what records the rows of some layers.
+        reduction: How the training loss combines the samples of a batch.
+        preconditioner: Whose coordinates rows are in.
+        every_n_steps: Record every n-th step of each optimizer.
+        audit: Audit every so many recorded steps of each optimizer.
+        processes: Who else records this training.
+    """
+
+    optimization: Literal["automatic", "manual"]
+    rows: Callable[[Survey, Literal["one", "several"]], RowRecorder]
+    reduction: Literal["mean", "sum"]
+    preconditioner: Literal["optimizer", "none"]
+    every_n_steps: int
+    audit: int
+    processes: Processes
+
+
+class Lane:
+    """The steps of one optimizer.
+
+    Args:
+        optimizer: The optimizer.
+        surveyed: All recorded layers, with those that feed this lane.
+        settings: What all lanes have in common.
+        whole: Where the coordinates of all lanes come together.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, surveyed: Survey, settings: Settings, whole: WholeCoordinates
+    ) -> None:
+        self.optimizer = optimizer
+        self.taken = 0
+        self._every_n_steps = settings.every_n_steps
+        coordinates = None
+        if settings.preconditioner == "optimizer":
+            coordinates = PartOfCoordinates(optimizer, surveyed, whole)
+        if settings.optimization == "automatic":
+            self.rows = settings.rows(surveyed, "one")
+            self.session = Session(
+                self.rows,
+                surveyed.blocks,
+                settings.reduction,
+                coordinates,
+                settings.audit,
+                settings.processes,
+            )
+            return
+        self.rows = settings.rows(surveyed, "several")
+        self.session = ManualSession(
+            self.rows,
+            surveyed.blocks,
+            settings.reduction,
+            coordinates,
+            settings.audit,
+            settings.processes,
+            list(parameters_of(optimizer)),
+            self.is_due,
+        )
+
+    def is_due(self) -> bool:
+        """Say whether the next step is to be recorded."""
+        return self.taken % self._every_n_steps == 0
+
+
+class Lanes:
+    """Passes the events of a training on to the session of each optimizer.
+
+    Args:
+        optimizers: All of them.
+        surveyed: What is recorded.
+        projector: What it is sketched with.
+        settings: What the lanes have in common.
+        keep: Called with every step that was taken.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        surveyed: Survey,
+        projector: Projector,
+        settings: Settings,
+        keep: Callable[[Step], None],
+    ) -> None:
+        self.surveyed = surveyed
+        self.projector = projector
+        self.settings = settings
+        self._keep = keep
+        self._whole = WholeCoordinates(surveyed.blocks)
+        parts = [replace(surveyed, sources=own) for own in _divided(surveyed, optimizers)]
+        self._lanes = [
+            Lane(optimizer, part, settings, self._whole)
+            for optimizer, part in zip(optimizers, parts, strict=True)
+            if any(part.sources)
+        ]
+        self._count = len(optimizers)
+        self._handles: list[Any] = []
+
+    @property
+    def dimension(self) -> int:
+        """Length ``k`` of a row."""
+        return self._lanes[0].rows.dimension
+
+    def attach(self) -> None:
+        """Begin to listen."""
+        for lane in self._lanes:
+            lane.rows.__enter__()
+            hook = lane.optimizer.register_step_post_hook(self._step_taken(lane))
+            self._handles.append(hook)
+
+    def detach(self) -> None:
+        """Leave no trace."""
+        for lane in self._lanes:
+            lane.rows.__exit__()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
+        """Expect the forward pass of a batch, where a step of it is to be recorded."""
+        for lane in self._lanes:
+            if self.settings.optimization == "manual" or lane.is_due():
+                lane.session.start_batch(index, sample_ids, share)
+
+    def start_backward(self, loss: Tensor, loss_scale: float) -> None:
+        """Expect the backward pass of a loss."""
+        for lane in self._lanes:
+            lane.session.start_backward(loss, loss_scale)
+
+    def end_backward(self) -> None:
+        """Collect the rows of that pass."""
+        for lane in self._lanes:
+            lane.session.end_backward()
+
+    def before_step(self, index: int, epoch: int, optimizer: Optimizer) -> None:
+        """Read what an optimizer is about to use."""
+        for lane in self._lanes:
+            if lane.optimizer is optimizer:
+                lane.session.before_step(index, epoch, optimizer)
+                lane.taken += 1
+
+    def end_batch(self) -> None:
+        """Forget what came to nothing."""
+        for lane in self._lanes:
+            lane.session.drop_batch()
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return what a checkpoint should know, in builtins."""
+        return [{"taken": lane.taken, **lane.session.state()} for lane in self._lanes]
+
+    def resume(
+        self,
+        steps: int,
+        states: Sequence[Mapping[str, Any]],
+        coordinates: Preconditioner | None,
+    ) -> None:
+        """Go on where a checkpoint was saved.
+
+        Args:
+            steps: Number of steps that all optimizers have taken together.
+            states: What :meth:`state` returned then, or nothing.
+            coordinates: Those of the last stored step.
+        """
+        if coordinates is not None:
+            self._whole.load(coordinates)
+        for lane, state in zip(self._lanes, states or [{}] * len(self._lanes), strict=True):
+            lane.taken = state.get("taken", steps // self._count)
+            rest = {key: value for key, value in state.items() if key != "taken"}
+            lane.session.resume(rest, coordinates)
+
+    def _step_taken(self, lane: Lane) -> Callable[..., None]:
+        # A post hook: a step that a loss scale skips, or the model, never gets here.
+        def keep(*_: object) -> None:
+            step = lane.session.after_step()
+            if step is not None:
+                self._keep(step)
+
+        return keep
+
+
+def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
+    """Yield everything that an optimizer trains."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def survey_trained(
+    model: nn.Module, layers: Sequence[str] | None, optimizers: Sequence[Optimizer]
+) -> Survey:
+    """Find out what of ``model`` is trained by some optimizer and can be recorded.
+
+    Args:
+        model: Any module.
+        layers: Names of the modules to record; all by default.
+        optimizers: All of them.
+
+    Raises:
+        ValueError: If a layer is trained in part, or by several optimizers.
+    """
+    surveyed = survey(model, layers)
+    idle = {
+        source.name
+        for feeding in surveyed.sources
+        if not _owners(feeding[0].parameters(), optimizers)
+        for source in feeding
+    }
+    if not idle:
+        return surveyed
+    reason = "its parameters are in no optimizer"
+    surveyed = survey(model, layers, leave_out=sorted(idle))
+    left_out = [
+        replace(one, reason=reason) if one.name in idle else one for one in surveyed.left_out
+    ]
+    return replace(surveyed, left_out=tuple(left_out))
+
+
+def _divided(surveyed: Survey, optimizers: Sequence[Optimizer]) -> Iterator[tuple[Any, ...]]:
+    """Yield, for each optimizer, the layers that feed each block: those that it trains."""
+    owners = []
+    for block, feeding in zip(surveyed.blocks, surveyed.sources, strict=True):
+        found = _owners(feeding[0].parameters(), optimizers)
+        if len(found) != 1 or found[0][1] != len(block.parameters):
+            raise ValueError(
+                f"The parameters of the {block.layer} `{block.name}` are trained by several "
+                "optimizers, or only in part; expected one optimizer that trains all of them. "
+                "Give them to one, freeze the others with `requires_grad_(False)`, or leave the "
+                "layer out with `layers=[...]`."
+            )
+        owners.append(found[0][0])
+    for optimizer in optimizers:
+        pairs = zip(owners, surveyed.sources, strict=True)
+        yield tuple(feeding if owner is optimizer else () for owner, feeding in pairs)
+
+
+def _owners(
+    parameters: Sequence[Parameter], optimizers: Sequence[Optimizer]
+) -> list[tuple[Optimizer, int]]:
+    """Return who trains some of the parameters, and how many."""
+    counts = [
+        (optimizer, len(set(parameters) & set(parameters_of(optimizer))))
+        for optimizer in optimizers
+    ]
+    return [(optimizer, count) for optimizer, count in counts if count]

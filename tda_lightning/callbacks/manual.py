@@ -1,0 +1,175 @@
+"""ManualSession: the steps of one optimizer, taken by the user, in whatever order it pleases him.
+
+Rows are kept by what happened to the gradients they are part of. A backward pass that left the
+gradients of this optimizer as they were is none of its business; once gradients have been zeroed,
+so have the rows. What a step used is then what stands in ``.grad``, whoever put it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from tda_lightning.callbacks.processes import Processes
+from tda_lightning.callbacks.session import Session, gradient_norm, smallest_with_gradient
+from tda_lightning.coordinates import OptimizerCoordinates
+from tda_lightning.recipe import Block
+from tda_lightning.rows import RowRecorder
+from tda_lightning.step import Step
+
+# A gradient tensor, by identity, and how often it has been written to.
+_Mark = tuple[int, int] | None
+# Two gradients that are clipped by a common norm change by the same factor, to rounding.
+_TOLERANCE = 1e-2
+
+
+class ManualSession(Session):
+    """Turns the backward passes and steps of one optimizer into :class:`Step`.
+
+    Args:
+        rows: Records the rows of a pass.
+        blocks: The recorded layers.
+        reduction: How a loss combines the samples of a batch.
+        coordinates: The coordinates of the optimizer, unless rows are to be raw.
+        audit_every: As in :class:`Session`.
+        processes: Who else records this training.
+        parameters: Everything that the optimizer trains.
+        is_due: Says whether its next step is to be recorded.
+    """
+
+    def __init__(
+        self,
+        rows: RowRecorder,
+        blocks: Sequence[Block],
+        reduction: Literal["mean", "sum"],
+        coordinates: OptimizerCoordinates | None,
+        audit_every: int,
+        processes: Processes,
+        parameters: Sequence[Parameter],
+        is_due: Callable[[], bool],
+    ) -> None:
+        super().__init__(rows, blocks, reduction, coordinates, audit_every, processes)
+        self._parameters = sorted(parameters, key=lambda one: int(one.numel()))
+        self._is_due = is_due
+        self._batch: tuple[int, Int[Tensor, " n"]] | None = None
+        self._marks: list[_Mark] = []
+        self._references: list[tuple[Parameter, Tensor]] = []
+        self._sums: Tensor | None = None
+        # Whether `.grad` still holds the gradient of a step that was taken, and has been added to.
+        self._is_used = self._is_mixed = False
+
+    def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
+        """Expect forward and backward passes over a batch."""
+        self._batch = (index, sample_ids)
+        super().start_batch(index, sample_ids, share)
+
+    def start_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
+        """Expect a backward pass, of any loss."""
+        self._forget_zeroed()
+        self._marks = _marks(self._parameters)
+        if self._current is None or not self._is_due():
+            return
+        if self._is_audit_due():
+            self._rows.sum_blocks()
+        super().start_backward(loss, loss_scale)
+
+    def end_backward(self) -> None:
+        """Keep the rows of that pass, if it has added to the gradients of this optimizer."""
+        if self._current is None or self._batch is None or not self._is_due():
+            return
+        sums = self._rows.block_sums() if self._is_audit_due() else None
+        visits = self._visits_of(*self._current)
+        marks, self._marks = self._marks, _marks(self._parameters)
+        if self._marks != marks:
+            self._pending.append(visits)
+            self._is_mixed = self._is_mixed or self._is_used
+            self._references = _references(self._parameters)
+            self._sums = sums if self._sums is None or sums is None else self._sums + sums
+        super().start_batch(*self._batch, self._share)  # More passes may come.
+
+    def before_step(self, index: int, epoch: int, optimizer: Optimizer) -> None:
+        """Read what the optimizer is about to use.
+
+        Raises:
+            ValueError: If what it is about to use is not what was recorded.
+        """
+        if not self._is_due():
+            return
+        name = type(optimizer).__name__
+        if not self._pending and smallest_with_gradient(self._parameters) is not None:
+            raise ValueError(
+                f"The {name} takes a step with gradients of a backward pass that Lightning has not "
+                "seen; expected `self.manual_backward(loss)`. Call it instead of `loss.backward()`."
+            )
+        if self._is_mixed:
+            raise ValueError(
+                f"The gradients of the {name} were not zeroed between two of its steps, so that "
+                "the second step takes the first one's samples along; expected `zero_grad()` "
+                "before the backward pass of every step. Call it."
+            )
+        self._require_common_factor(name)
+        super().before_step(index, epoch, optimizer)
+
+    def after_step(self) -> Step | None:
+        """Return the step that was taken, or ``None`` if it was not recorded."""
+        if self._facts is None and self._pending:
+            raise ValueError(
+                "There was a step of an optimizer that Lightning has not seen, so that no rate and "
+                "no number is known of it; expected the optimizers that `self.optimizers()` "
+                "returns. Take steps with those."
+            )
+        step = super().after_step()
+        self._is_used = step is not None
+        self._sums = None
+        return step
+
+    def _probe(self) -> tuple[Parameter | None, Tensor | None]:
+        if not self._references:
+            return None, None
+        probe, norm = self._references[0]
+        return probe, norm / self._loss_scale
+
+    def _block_sums(self) -> Float[Tensor, "blocks k"]:
+        assert self._sums is not None
+        return self._sums
+
+    def _forget_zeroed(self) -> None:
+        """Drop what is waiting if the gradients it is part of have been zeroed."""
+        if not (self._pending or self._is_used) or not self._are_zeroed():
+            return
+        self._pending, self._sums = [], None
+        self._is_used = self._is_mixed = False
+
+    def _are_zeroed(self) -> bool:
+        if all(one.grad is None for one in self._parameters):
+            return True
+        if _marks(self._parameters) == self._marks:
+            return False
+        return smallest_with_gradient(self._parameters) is None
+
+    def _require_common_factor(self, name: str) -> None:
+        if not self._pending or _marks(self._parameters) == self._marks:
+            return
+        factors = [gradient_norm(one) / norm for one, norm in self._references]
+        spread = float(max(factors) / min(factors) - 1) if factors else 0.0
+        if spread > _TOLERANCE:
+            raise ValueError(
+                f"The gradients of the {name} were changed between the backward pass and the step, "
+                "and not all by one factor; expected them as they were, or clipped by their norm. "
+                "Clip with `gradient_clip_algorithm='norm'`."
+            )
+
+
+def _marks(parameters: Sequence[Parameter]) -> list[_Mark]:
+    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in parameters]
+
+
+def _references(parameters: Sequence[Parameter]) -> list[tuple[Parameter, Tensor]]:
+    """Return the parameters that have a gradient other than zero, with its norm."""
+    norms = [(one, gradient_norm(one)) for one in parameters if one.grad is not None]
+    return [(one, norm) for one, norm in norms if norm > 0]

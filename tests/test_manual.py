@@ -1,0 +1,305 @@
+"""Manual optimization: every optimizer's step holds what its samples did to its own layers."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_models import loader, quiet_trainer
+from test_sample_ids import Telling
+from torch import nn
+from torch.nn.functional import cross_entropy, softplus
+
+from tda_lightning import GradientRecorder, Identity, MemoryStore
+
+
+class Manual(pl.LightningModule):
+    """Writes down, before each backward pass, the gradient of every sample's part of the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+        self.told, self.lr = [], {"net": 0.1}
+
+    def backward_from(self, losses, *parts, scale=1.0, **settings):
+        for part in parts:
+            parameters = list(getattr(self, part).parameters())
+            rows = [
+                torch.cat(
+                    [
+                        torch.zeros(p.numel()) if g is None else g.flatten()
+                        for p, g in zip(
+                            parameters,
+                            torch.autograd.grad(
+                                scale * one / len(losses),
+                                parameters,
+                                retain_graph=True,
+                                allow_unused=True,
+                            ),
+                            strict=True,
+                        )
+                    ]
+                )
+                for one in losses
+            ]
+            self.told.append((part, self.ids, torch.stack(rows)))
+        self.manual_backward(scale * losses.mean(), **settings)
+
+    def take_step(self, optimizer, part, factor=1.0):
+        """Say which of what was told the step uses."""
+        used = [one for one in self.told if one[0] == part]
+        self.told = [one for one in self.told if one[0] != part]
+        ids = torch.cat([ids for _, ids, _ in used])
+        self.truth.append((part, ids, factor * torch.cat([rows for *_, rows in used])))
+        optimizer.step()
+
+    def training_step(self, batch, batch_idx):
+        self.ids = batch[0][:, 0].long()
+        self.one_batch(batch, batch_idx)
+
+    def one_batch(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.backward_from(cross_entropy(self.net(batch[0]), batch[1], reduction="none"), "net")
+        self.take_step(optimizer, "net")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    def on_train_start(self):
+        self.truth = []
+
+
+class Accumulating(Manual):
+    def one_batch(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        losses = cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+        self.backward_from(losses, "net", scale=0.5)
+        if batch_idx % 2:
+            self.take_step(optimizer, "net")
+            optimizer.zero_grad()
+
+
+class TwoSteps(Manual):
+    def one_batch(self, batch, batch_idx):
+        for _ in range(2):
+            super().one_batch(batch, batch_idx)
+
+
+class TwoLossesOnOneGraph(Manual):
+    def one_batch(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        outputs = self.net(batch[0])
+        optimizer.zero_grad(set_to_none=False)
+        losses = cross_entropy(outputs, batch[1], reduction="none")
+        self.backward_from(losses, "net", retain_graph=True)
+        self.backward_from(outputs.square().mean(dim=1), "net")
+        self.take_step(optimizer, "net")
+
+
+class Clipped(Manual):
+    algorithm = "norm"
+
+    def one_batch(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.backward_from(cross_entropy(self.net(batch[0]), batch[1], reduction="none"), "net")
+        before = self.net[0].weight.grad.norm()
+        self.clip_gradients(optimizer, 0.05, self.algorithm)
+        self.take_step(optimizer, "net", float(self.net[0].weight.grad.norm() / before))
+
+
+class Gan(Manual):
+    """The order of Lightning's own example: each zeroes its gradients before its pass."""
+
+    def __init__(self):
+        super().__init__()
+        del self.net
+        self.maker = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 7))
+        self.judge = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 1))
+
+    def one_batch(self, batch, batch_idx):
+        makes, judges = self.optimizers()
+        self.make(batch, makes)
+        self.decide(batch, judges)
+
+    def make(self, batch, makes):
+        made = self.maker(batch[0])
+        makes.zero_grad()
+        self.backward_from(softplus(-self.judge(made)[:, 0]), "maker")
+        self.take_step(makes, "maker")
+
+    def decide(self, batch, judges):
+        judges.zero_grad()
+        real, made = self.judge(batch[0]), self.judge(self.maker(batch[0]).detach())
+        self.backward_from(softplus(-real)[:, 0] + softplus(made)[:, 0], "judge")
+        self.take_step(judges, "judge")
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.SGD(self.maker.parameters(), lr=0.1),
+            torch.optim.SGD(self.judge.parameters(), lr=0.2),
+        ]
+
+
+class GanThatToggles(Gan):
+    def one_batch(self, batch, batch_idx):
+        makes, judges = self.optimizers()
+        self.toggle_optimizer(makes)
+        self.make(batch, makes)
+        self.untoggle_optimizer(makes)
+        self.toggle_optimizer(judges)
+        self.decide(batch, judges)
+        self.untoggle_optimizer(judges)
+
+
+class GanThatZeroesLate(Gan):
+    """Gradients of the other's pass linger until a step has been taken with them."""
+
+    def one_batch(self, batch, batch_idx):
+        makes, judges = self.optimizers()
+        made = self.maker(batch[0])
+        self.backward_from(softplus(-self.judge(made)[:, 0]), "maker", "judge")
+        self.take_step(makes, "maker")
+        makes.zero_grad()
+        real = self.judge(batch[0])
+        self.backward_from(softplus(-real)[:, 0], "judge")
+        self.take_step(judges, "judge")
+        self.zero_grad()
+
+
+def record(model, **settings):
+    store = MemoryStore()
+    trainer = quiet_trainer(GradientRecorder(store, projector=Identity(), **settings))
+    trainer.fit(model, loader(Telling()))
+    return store
+
+
+def columns_of(store, part):
+    """Return the columns of a row that hold a part's parameters, as the part's own vector."""
+    places, start = {}, 0
+    for block in store.recipe.blocks:
+        matrix = torch.arange(start, start + block.size).reshape(block.rows, block.columns)
+        places[block.name] = torch.cat([matrix[:, :-1].flatten(), matrix[:, -1]])
+        start += block.size
+    return torch.cat([places[name] for name in places if name.split(".")[0] == part])
+
+
+MODELS = [
+    Manual,
+    Accumulating,
+    TwoSteps,
+    TwoLossesOnOneGraph,
+    Clipped,
+    Gan,
+    GanThatToggles,
+    GanThatZeroesLate,
+]
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_rows_of_a_step_are_what_its_samples_did_to_its_layers(model_type):
+    torch.manual_seed(3)
+    model = model_type()
+    store = record(model)
+    assert len(store) == len(model.truth)
+    for step, (part, ids, rows) in zip(store, model.truth, strict=True):
+        assert step.sample_ids.tolist() == ids.tolist()
+        assert step.lr == (0.2 if part == "judge" else 0.1)
+        own = columns_of(store, part)
+        torch.testing.assert_close(step.sketch[:, own], rows, rtol=1e-4, atol=1e-7)
+        assert step.sketch.count_nonzero() == step.sketch[:, own].count_nonzero()
+    assert [step.index for step in store] == list(range(len(store)))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_two_optimizers_have_coordinates_of_their_own(optimizer):
+    class Both(Gan):
+        def configure_optimizers(self):
+            return [
+                torch.optim.Adam(self.maker.parameters(), lr=0.01),
+                optimizer(self.judge.parameters(), lr=0.02),
+            ]
+
+    torch.manual_seed(3)
+    model = Both()
+    store = record(model, audit=1)
+    assert all(float(one.explained().min()) > 0.999 for one in store.audits())
+    for step, (part, _, _) in zip(store, model.truth, strict=True):
+        own = columns_of(store, part)
+        assert step.sketch.count_nonzero() == step.sketch[:, own].count_nonzero()
+    assert store.preconditioner() is not None
+
+
+def test_a_stride_counts_the_steps_of_each_optimizer():
+    store = record(Gan(), every_n_steps=2)
+    assert [step.index for step in store] == [0, 1, 4, 5, 8, 9]
+    assert [step.lr for step in store] == [0.1, 0.2] * 3
+
+
+class Sneaky(Manual):
+    def backward_from(self, losses, *parts, **_):
+        losses.mean().backward()
+
+    def take_step(self, optimizer, part):
+        optimizer.step()
+
+
+class Forgetful(Manual):
+    def one_batch(self, batch, batch_idx):
+        losses = cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+        self.backward_from(losses, "net")
+        self.take_step(self.optimizers(), "net")
+
+
+class ClippedByValue(Clipped):
+    algorithm = "value"
+
+
+class Raw(Manual):
+    def one_batch(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.backward_from(cross_entropy(self.net(batch[0]), batch[1], reduction="none"), "net")
+        self.take_step(optimizer, "net")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        (Sneaky, r"backward pass that Lightning has not seen.*manual_backward"),
+        (Forgetful, r"not zeroed between two of its steps.*Call it"),
+        (ClippedByValue, r"not all by one factor.*norm"),
+        (Raw, r"step of an optimizer that Lightning has not seen.*self.optimizers\(\)"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(model_type, message):
+    torch.manual_seed(5)
+    with pytest.raises(ValueError, match=message):
+        record(model_type())
+
+
+def test_layers_that_nobody_trains_are_left_out():
+    class Part(Manual):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Linear(3, 3)
+
+    with pytest.warns(UserWarning, match="`idle` .12 parameters.: its parameters are in no opt"):
+        store = record(Part())
+    assert [block.name for block in store.recipe.blocks] == ["net.0", "net.2"]
+
+
+def test_a_layer_of_two_optimizers_is_refused():
+    class Split(Manual):
+        def configure_optimizers(self):
+            first, second = self.net[0], self.net[2]
+            return [
+                torch.optim.SGD([first.weight, second.weight, second.bias], lr=0.1),
+                torch.optim.SGD([first.bias], lr=0.1),
+            ]
+
+        def one_batch(self, batch, batch_idx):
+            pass
+
+    with pytest.raises(ValueError, match=r"`net.0` are trained by several optimizers"):
+        record(Split())
