@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxtyping import Int
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -59,6 +60,7 @@ class Lane:
     ) -> None:
         self.optimizer = optimizer
         self.taken = 0
+        self._trained = self._count_trained()
         self._every_n_steps = settings.every_n_steps
         coordinates = None
         if settings.preconditioner == "optimizer":
@@ -89,6 +91,18 @@ class Lane:
     def is_due(self) -> bool:
         """Say whether the next step is to be recorded."""
         return self.taken % self._every_n_steps == 0
+
+    def warn_of_more(self) -> None:
+        """Say once if parameters have come to be trained since recording began."""
+        more, self._trained = self._count_trained() - self._trained, self._count_trained()
+        if more > 0:
+            rank_zero_warn(
+                f"GradientRecorder: {more} parameters of the {type(self.optimizer).__name__} are "
+                "not recorded, since they were not trained when recording began."
+            )
+
+    def _count_trained(self) -> int:
+        return sum(one.requires_grad for one in parameters_of(self.optimizer))
 
 
 class Lanes:
@@ -123,6 +137,7 @@ class Lanes:
         ]
         self._count = len(optimizers)
         self._handles: list[Any] = []
+        self._passes = 0
 
     @property
     def dimension(self) -> int:
@@ -146,12 +161,25 @@ class Lanes:
 
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Expect the forward pass of a batch, where a step of it is to be recorded."""
+        self._passes = 0
         for lane in self._lanes:
             if self.settings.optimization == "manual" or lane.is_due():
                 lane.session.start_batch(index, sample_ids, share)
 
     def start_backward(self, loss: Tensor, loss_scale: float) -> None:
-        """Expect the backward pass of a loss."""
+        """Expect the backward pass of a loss.
+
+        Raises:
+            ValueError: If it is the second one of an automatic step.
+        """
+        self._passes += 1
+        if self._passes > 1 and self.settings.optimization == "automatic":
+            name = type(self._lanes[0].optimizer).__name__
+            raise ValueError(
+                f"The {name} evaluates the loss more than once per step, so that no single "
+                "gradient is behind a step; expected a first-order optimizer. Use one, or train "
+                "without the callback."
+            )
         for lane in self._lanes:
             lane.session.start_backward(loss, loss_scale)
 
@@ -164,6 +192,7 @@ class Lanes:
         """Read what an optimizer is about to use."""
         for lane in self._lanes:
             if lane.optimizer is optimizer:
+                lane.warn_of_more()
                 lane.session.before_step(index, epoch, optimizer)
                 lane.taken += 1
 

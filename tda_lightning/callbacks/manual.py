@@ -1,4 +1,4 @@
-"""ManualSession: the steps of one optimizer, taken by the user, in whatever order it pleases him.
+"""ManualSession: the steps of one optimizer, taken by the user in any order.
 
 Rows are kept by what happened to the gradients they are part of. A backward pass that left the
 gradients of this optimizer as they were is none of its business; once gradients have been zeroed,
