@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tda_lightning.callbacks.gradients import gradient_norm, smallest_with_gradient
 from tda_lightning.callbacks.processes import Processes
-from tda_lightning.callbacks.session import Session, gradient_norm, smallest_with_gradient
+from tda_lightning.callbacks.session import Session
 from tda_lightning.coordinates import OptimizerCoordinates
 from tda_lightning.recipe import Block
 from tda_lightning.rows import RowRecorder

@@ -5,7 +5,7 @@ Micro-batches wait here until the optimizer step that they join.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,14 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tda_lightning.callbacks.facts import read_groups
+from tda_lightning.callbacks.gradients import (
+    by_size,
+    clip_coefficient,
+    gradient_norm,
+    gradients_of,
+    joined,
+    smallest_with_gradient,
+)
 from tda_lightning.callbacks.processes import Processes
 from tda_lightning.conservation import require_conserved
 from tda_lightning.coordinates import OptimizerCoordinates
@@ -134,7 +142,7 @@ class Session:
         gradients = {}
         if coordinates.needs_gradients():
             trained = [one for one in coordinates.parameters() if one.requires_grad]
-            found = _gradients_of(loss / self._share, trained)
+            found = gradients_of(loss / self._share, trained)
             mean, scale = self._processes.mean, self._loss_scale
             gradients = {parameter: mean(one) / scale for parameter, one in found.items()}
         self._begun = coordinates.read(gradients)
@@ -157,7 +165,7 @@ class Session:
         """Read what the optimizer is about to use; gradients are complete and not yet clipped."""
         if not self._pending:
             return
-        self._probes = self._probes or _by_size(optimizer)
+        self._probes = self._probes or by_size(optimizer)
         probe, probe_norm = self._probe()
         audited = self._start_audit(probe, probe_norm) if self._is_audit_due() else None
         self._facts = _Facts(
@@ -177,13 +185,13 @@ class Session:
         facts, visits = self._facts, self._pending
         self._facts, self._pending = None, []
         self._steps += 1
-        clipped = float(_clip_coefficient(facts.probe, facts.probe_norm))
+        clipped = float(clip_coefficient(facts.probe, facts.probe_norm))
         factors = [one.applied * clipped for one in visits]
         weights = [
             torch.full((len(one.sample_ids),), one.weight * factor)
             for one, factor in zip(visits, factors, strict=True)
         ]
-        sketch = _joined([one.recorded.rows for one in visits], factors)
+        sketch = joined([one.recorded.rows for one in visits], factors)
         assert sketch is not None
         begun, self._begun = self._begun, None
         return Step(
@@ -195,10 +203,10 @@ class Session:
             weights=torch.cat(weights),
             sketch=sketch,
             audit=None if facts.audited is None else self._finish_audit(facts.audited),
-            terms=_joined([one.recorded.terms for one in visits]),
-            curvature=_joined([one.recorded.curvature(one.weight) for one in visits]),
+            terms=joined([one.recorded.terms for one in visits]),
+            curvature=joined([one.recorded.curvature(one.weight) for one in visits]),
             # Curvature goes with the loss, and a row is a square root of it.
-            curvature_rows=_joined(
+            curvature_rows=joined(
                 [one.recorded.curvature_rows for one in visits],
                 [factor**0.5 for factor in factors],
             ),
@@ -218,7 +226,7 @@ class Session:
 
     def _start_audit(self, probe: Parameter | None, probe_norm: Tensor | None) -> _Audited:
         rows = self._rows
-        applied = self._applied() * float(_clip_coefficient(probe, probe_norm))
+        applied = self._applied() * float(clip_coefficient(probe, probe_norm))
         recorded = self._processes.add(self._block_sums() * applied)
         gradient = rows.sketch_gradient()
         if self._steps == 0:
@@ -260,58 +268,3 @@ class Session:
             self._current = None
         if self._facts is not None:
             self._facts, self._pending = None, []
-
-
-def _gradients_of(loss: Tensor, parameters: Sequence[Parameter]) -> dict[Parameter, Tensor]:
-    try:
-        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        raise ValueError(
-            "The gradient of the first steps could not be taken beforehand, which the coordinates "
-            f"of an adaptive optimizer need: {error} Expected a loss that can be differentiated "
-            "twice over one graph. Use checkpointing with `use_reentrant=False`, or record raw "
-            "rows with `GradientRecorder(preconditioner='none')`."
-        ) from error
-    pairs = zip(parameters, found, strict=True)
-    return {parameter: grad for parameter, grad in pairs if grad is not None}
-
-
-def _joined(
-    parts: Sequence[Tensor | None], factors: Sequence[float] | None = None
-) -> Tensor | None:
-    """Join what the batches of a step left, on the CPU; nothing, if one of them left nothing."""
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
-        return None
-    if factors is not None:
-        pairs = zip(known, factors, strict=True)
-        known = [part if factor == 1 else part * factor for part, factor in pairs]
-    return (torch.cat(known) if len(known) > 1 else known[0]).cpu()
-
-
-def smallest_with_gradient(parameters: Iterable[Parameter]) -> Parameter | None:
-    """Choose a gradient that is cheap to watch; clipping by norm scales all alike."""
-    for parameter in parameters:
-        if parameter.grad is not None and bool(parameter.grad.any()):
-            return parameter
-    return None
-
-
-def _by_size(optimizer: Optimizer) -> list[Parameter]:
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
-    return sorted(parameters, key=lambda one: int(one.numel()))
-
-
-def gradient_norm(parameter: Parameter) -> Tensor:
-    """Return the norm of a parameter's gradient, in double precision."""
-    assert parameter.grad is not None
-    norm: Tensor = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
-    return norm
-
-
-def _clip_coefficient(probe: Parameter | None, norm: Tensor | None) -> Tensor:
-    """Return what a gradient was multiplied by since it had that norm."""
-    if probe is None or norm is None or probe.grad is None:
-        return torch.ones((), dtype=torch.float64)
-    # `.grad` survives, clipped, until the next step's `zero_grad`.
-    return gradient_norm(probe) / norm
