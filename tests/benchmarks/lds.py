@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from tda_lightning.metrics import linear_datamodeling_score
 
-HEADINGS = (f"{'method':31s}", f"{'same run':11s}", f"{'expected':11s}", "seconds", "MiB ")
+HEADINGS = (f"{'method':31s}", f"{'same run':12s}", f"{'expected':12s}", "seconds", "  MiB")
 HEADINGS += (f"{'best tuned, same run':40s}", f"{'best tuned, expected':40s}")
 Judged = tuple[float, float]
 
