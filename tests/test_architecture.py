@@ -10,7 +10,7 @@ import tda_lightning
 PACKAGE = Path(tda_lightning.__file__).parent
 FLOORS = [
     {"step", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
-    {"layers", "sketcher", "stores", "scores", "losses", "broadcasts"},
+    {"layers", "sketcher", "stores", "scores", "losses"},
     {"capture", "projectors", "sample_ids", "attribution", "metrics"},
     {"rows", "conservation", "coordinates"},
     {"callbacks", "queries"},
@@ -20,7 +20,6 @@ FLOORS = [
 WEST = {"factors", "layers", "random_bits", "sketcher", "projectors", "capture", "sample_ids"} | {
     "rows",
     "losses",
-    "broadcasts",
     "coordinates",
     "conservation",
     "callbacks",

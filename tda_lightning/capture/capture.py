@@ -1,10 +1,4 @@
-"""Capture: attach hooks to layers, and hand their gradient factors out while backward runs.
-
-Forward hooks see a layer's input; tensor hooks on its output see the output's gradient. Tensor
-hooks, unlike full backward hooks, survive in-place operations behind the layer. Each call of a
-layer closes over its own input, so a layer called twice is simply heard twice, and a call that is
-recomputed (by activation checkpointing) is heard when its own backward pass runs.
-"""
+"""Capture: hooks on layers, and gradient factors handed out while backward runs."""
 
 from __future__ import annotations
 
@@ -20,7 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from tda_lightning.broadcasts import Shared, watch_broadcasts
+from tda_lightning.capture.broadcasts import Shared, watch_broadcasts
+from tda_lightning.capture.checks import require_batch, require_multiple, require_unchanged
+from tda_lightning.capture.hooks import hook_gradient
 from tda_lightning.factors import GradientFactors
 from tda_lightning.layers import (
     LayerCall,
@@ -177,9 +173,9 @@ class Capture:
                 axis = sample_axis(module, place, declared)
                 is_shared = listeners[0][1].rule.is_shared(inputs[0], self._n)
                 if is_flattened:
-                    _require_multiple(name, module, tensor, self._n)
+                    require_multiple(name, module, tensor, self._n)
                 elif not is_shared:
-                    _require_batch(name, module, inputs, tensor, axis, self._n)
+                    require_batch(name, module, inputs, tensor, axis, self._n)
                 heard = _Heard(
                     module,
                     args,
@@ -222,7 +218,7 @@ class Capture:
     def _deliver(
         self, listeners: Sequence[_Listener], heard: _Heard, grad: Tensor, receive: Receiver
     ) -> None:
-        _require_unchanged(listeners[0][1].name, heard)
+        require_unchanged(listeners[0][1].name, heard.module, heard.inputs(), heard.versions)
         n, self._n = self._n, None  # The generic rule calls the module again: do not hear that.
         assert n is not None
         with torch.no_grad():
@@ -270,60 +266,3 @@ def _current_precision(output: Any) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, torch.get_autocast_dtype(device))
-
-
-def hook_gradient(
-    tensor: Tensor, inputs: Sequence[Tensor], deliver: Callable[[Tensor], None], name: str
-) -> GradientEdge:
-    """Call ``deliver`` with the gradient of what ``tensor`` holds now, whatever is done to it.
-
-    A hook on a view is lost when the view is changed in place, one on its base is not; so if a
-    layer returns a view of a tensor of its own making, the hook goes there. Returns where it went.
-    """
-    base = tensor._base
-    is_own = base is not None and not any(x is base or x._base is base for x in inputs)
-    if base is None or not is_own or not base.is_contiguous() or base.numel() != tensor.numel():
-        return _register(tensor, lambda grad: deliver(grad.detach()))
-    size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset()
-
-    def see_through(grad: Tensor) -> None:
-        deliver(grad.detach().contiguous().as_strided(size, stride, offset))
-
-    return _register(base, see_through)
-
-
-def _register(tensor: Tensor, hook: Callable[[Tensor], None]) -> GradientEdge:
-    tensor.register_hook(hook)  # type: ignore[no-untyped-call]
-    return get_gradient_edge(tensor)
-
-
-def _require_batch(
-    name: str, module: nn.Module, inputs: Sequence[Tensor], output: Tensor, axis: int, n: int
-) -> None:
-    is_unbatched = bool(inputs) and inputs[0].is_floating_point() and inputs[0].ndim < 2
-    if is_unbatched or output.ndim <= axis or output.shape[axis] != n:
-        raise ValueError(
-            f"The {type(module).__name__} `{name}` returned a tensor of shape "
-            f"{tuple(output.shape)} in a batch of {n} samples; expected the samples along axis "
-            f"{axis}. Say where they are with `batch_dims={{'{name}': ...}}` (an axis, or "
-            "'flattened' if it is joined with others), or leave the layer out with `layers=[...]`."
-        )
-
-
-def _require_multiple(name: str, module: nn.Module, output: Tensor, n: int) -> None:
-    if output.ndim == 0 or len(output) % n:
-        raise ValueError(
-            f"The {type(module).__name__} `{name}` returned a tensor of shape "
-            f"{tuple(output.shape)} in a batch of {n} samples; expected as many rows for each, "
-            f"since `batch_dims={{'{name}': 'flattened'}}` says so. Correct it, or leave the layer "
-            "out with `layers=[...]`."
-        )
-
-
-def _require_unchanged(name: str, heard: _Heard) -> None:
-    if [x._version for x in heard.inputs()] != heard.versions:
-        raise ValueError(
-            f"The input of the {type(heard.module).__name__} `{name}` was changed in place after "
-            "the layer had seen it; expected it unchanged until the backward pass. Use an "
-            "operation that is not in place, or leave the layer out with `layers=[...]`."
-        )
