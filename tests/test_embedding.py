@@ -6,10 +6,10 @@ import torch
 from torch.optim import SGD
 
 from tda_lightning import Embedding, GradientSimilarity, Scores, TracIn, Unrolled, embed
-from tda_lightning.attribution import SampledLabels
+from tda_lightning.attribution import Linear, SampledLabels
 
 RUN = ls.record(ls.problem(scale=0.7), lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1))
-EXACT = Unrolled(SampledLabels())
+EXACT = Unrolled(SampledLabels(), Linear())
 
 
 @pytest.mark.parametrize("method", [TracIn(), Unrolled(), GradientSimilarity("dot")], ids=repr)

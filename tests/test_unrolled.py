@@ -213,7 +213,7 @@ def test_a_tamed_curvature_is_its_rule_applied_to_every_eigenvalue(propagator, r
 
 def test_for_single_outputs_loss_weighted_curvature_is_exact():
     run = ls.record(ls.problem(), OPTIMIZERS["momentum"])
-    torch.testing.assert_close(scores(Unrolled(LossWeighted()), run), scores(EXACT, run))
+    torch.testing.assert_close(scores(Unrolled(LossWeighted(), Linear()), run), scores(EXACT, run))
 
 
 def test_it_is_linear_in_the_query():

@@ -42,8 +42,8 @@ class Linear(Propagator):
     """Exactly what gradient descent takes away, until it overshoots.
 
     Attributes:
-        limit: Where the rule stops following. At 1 (the default) nothing is left where a step
-            overshoots; up to 2 signs turn, as in real training; beyond, products can explode.
+        limit: Where the rule stops following. At 1 nothing is left where a step overshoots; up to 2
+            signs turn, as in real training; beyond, products can explode.
     """
 
     limit: float = 1.0

@@ -26,7 +26,7 @@ from torch import Tensor
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.curvature import BestAvailable, Curvature
 from tda_lightning.attribution.dynamics import Dynamics
-from tda_lightning.attribution.propagator import Linear, Propagator, TamedCurvature
+from tda_lightning.attribution.propagator import Exponential, Propagator, TamedCurvature
 from tda_lightning.step import Step
 from tda_lightning.stores import Store
 
@@ -40,11 +40,12 @@ class Unrolled(Attributor):
 
     Attributes:
         curvature: How to build each step's curvature.
-        propagator: What is left of a displacement where a step overshoots.
+        propagator: What a step takes away. The default was as good as ``Linear()``, which is exact
+            for quadratic losses and small steps, or better on every task of the benchmark.
     """
 
     curvature: Curvature = BestAvailable()
-    propagator: Propagator = Linear()
+    propagator: Propagator = Exponential()
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]

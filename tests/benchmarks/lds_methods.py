@@ -11,8 +11,8 @@ from lds_tasks import Task
 from lds_truths import Retrainer
 from torch import Tensor
 
-from tda_lightning import GradientSimilarity, TracIn
-from tda_lightning.attribution import Attributor
+from tda_lightning import GradientSimilarity, InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.attribution import Attributor, EmpiricalFisher, Linear, SampledLabels
 
 MODELS_OF_TRAK = 5
 NEIGHBOURS = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -20,7 +20,7 @@ Grid = Callable[[], Iterable[tuple[str, Tensor]]]
 
 # By name, what a recorder is given besides a place to record to. Every method of the library is
 # asked about each of these runs.
-RECORDINGS: dict[str, dict[str, object]] = {"": {}}
+RECORDINGS: dict[str, dict[str, object]] = {"": {}, "sampled labels": {"curvature": "fisher"}}
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,32 @@ def methods_of(runs: Mapping[str, Run], retrainer: Retrainer) -> list[Entry]:
 
 def of_the_library(run: Run, recording: str) -> list[Entry]:
     """Return the methods that read a run: each at its defaults, and other settings to try."""
+    if recording:
+        return [
+            from_run(
+                run,
+                recording,
+                Unrolled(),
+                [
+                    Unrolled(propagator=Linear()),
+                    Unrolled(SampledLabels()),
+                    Unrolled(EmpiricalFisher()),
+                ],
+            ),
+            from_run(run, recording, Source(), [Source(1), Source(6), Source(3, SampledLabels())]),
+            from_run(
+                run,
+                recording,
+                InfluenceFunction(),
+                [InfluenceFunction(SampledLabels()), InfluenceFunction(rows="last visit")],
+            ),
+        ]
     return [
         from_run(run, recording, TracIn()),
         from_run(run, recording, GradientSimilarity(), [GradientSimilarity("dot")]),
+        from_run(run, recording, Unrolled(), [Unrolled(propagator=Linear())]),
+        from_run(run, recording, Source(), [Source(1), Source(6)]),
+        from_run(run, recording, InfluenceFunction(), [InfluenceFunction(rows="last visit")]),
     ]
 
 
