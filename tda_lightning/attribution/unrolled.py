@@ -40,8 +40,8 @@ class Unrolled(Attributor):
 
     Attributes:
         curvature: How to build each step's curvature.
-        propagator: What a step takes away. The default was as good as ``Linear()``, which is exact
-            for quadratic losses and small steps, or better on every task of the benchmark.
+        propagator: What a step takes away. ``Linear()`` is exact for quadratic losses and small
+            steps; the default was better, or no worse within error, on the benchmark's tasks.
     """
 
     curvature: Curvature = BestAvailable()
