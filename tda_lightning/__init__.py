@@ -28,12 +28,14 @@ from tda_lightning.attribution import (  # isort: skip
 from tda_lightning.scores import Ranking, SampleScores, Scores, TopScores  # isort: skip
 
 # Look inside
+from tda_lightning.order import DataOrder, data_order  # isort: skip
 from tda_lightning.stores import HDF5Store, MemoryStore, Store  # isort: skip
 from tda_lightning.step import Step  # isort: skip
 
 __all__ = [
     "TRAK",
     "CountSketch",
+    "DataOrder",
     "DenseProjection",
     "Embedding",
     "GradientRecorder",
@@ -55,6 +57,7 @@ __all__ = [
     "Trajectory",
     "Unrolled",
     "attribute",
+    "data_order",
     "embed",
     "layer_rule",
     "record",

@@ -1,4 +1,4 @@
-"""The command line: ``tda-lightning info RUN`` and ``tda-lightning audit RUN``."""
+"""The command line: ``tda-lightning info RUN``, ``audit RUN`` and ``data RUN``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tda_lightning.order import data_order
 from tda_lightning.recipe import Recipe
 from tda_lightning.stores import HDF5Store
 
@@ -73,6 +74,32 @@ def audit(run: Path) -> str:
     return "\n".join([head, *_aligned([("layer", "type", "mean", "least"), *rows])])
 
 
+def data(run: Path) -> str:
+    """Say in which order the samples came: which never did, which twice, which steps again.
+
+    Args:
+        run: The folder of the run.
+    """
+    store = HDF5Store.open(run)
+    order = data_order(store)
+    repeated = [f"{len(ids):,} in epoch {epoch}" for epoch, ids in order.repeated.items()]
+    same = [f"{epoch} as {earlier}" for epoch, earlier in order.same_order.items()]
+    rows = [
+        ("steps", _steps(store)),
+        ("samples", _samples(store)),
+        ("never seen", _some([str(one) for one in order.never.tolist()])),
+        ("seen again in one epoch", _some(repeated)),
+        ("steps replayed", _some([f"{index:,}" for index in order.replayed])),
+        ("epochs in the same order", _some(same)),
+    ]
+    return "\n".join([f"{run}: the order of the data", *_aligned(rows)])
+
+
+def _some(found: Sequence[str]) -> str:
+    shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+    return f"{len(found):,}: {shown}" if found else "none"
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -84,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, describe, purpose in (
         ("info", info, "say what a run recorded"),
+        ("data", data, "say which samples never came, came twice, or came again"),
         ("audit", audit, "say how much of the training the recorded rows explain"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)

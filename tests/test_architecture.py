@@ -11,7 +11,7 @@ PACKAGE = Path(tda_lightning.__file__).parent
 FLOORS = [
     {"step", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
     {"layers", "sketcher", "stores", "scores", "losses"},
-    {"capture", "projectors", "sample_ids", "attribution", "metrics"},
+    {"capture", "projectors", "sample_ids", "order", "attribution", "metrics"},
     {"rows", "conservation", "coordinates"},
     {"callbacks", "queries"},
     {"api"},

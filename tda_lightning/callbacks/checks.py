@@ -8,6 +8,7 @@ from torch.optim import LBFGS, Optimizer
 
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.facts import require_one_rate
+from tda_lightning.callbacks.loaders import training_loaders
 from tda_lightning.callbacks.strategies import why_unsupported
 
 
@@ -42,6 +43,21 @@ def require_supported(
         _require_supported_optimizer(optimizer, has_scale)
         if preconditioner == "none":
             require_one_rate(optimizer)
+
+
+def require_one_loader(trainer: Trainer) -> None:
+    """Raise if a batch is put together from several loaders, whose samples share no numbers.
+
+    Raises:
+        ValueError: Saying how many there are, and what to do.
+    """
+    count = len(training_loaders(trainer))
+    if count > 1:
+        raise ValueError(
+            f"Batches come from {count} training loaders at once, so that an index says nothing of "
+            "its dataset; expected one loader. Pass `sample_ids=` to the recorder: a function from "
+            "the batch to one integer per sample."
+        )
 
 
 def _require_supported_optimizer(optimizer: Optimizer, has_scale: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from tda_lightning.callbacks.either import Trainer
+from tda_lightning.callbacks.loaders import training_loaders
 from tda_lightning.recipe import Recipe
 
 # Beside its row, a visit keeps its sample id and its scale (8 bytes each), its weight, terms and
@@ -38,7 +39,7 @@ def _expected_visits(trainer: Trainer, recipe: Recipe) -> float:
     if recipe.train_ids is None:
         return math.inf
     batches = float(trainer.num_training_batches)
-    share = batches / len(trainer.train_dataloader)  # type: ignore[arg-type]
+    share = batches / len(training_loaders(trainer)[0])
     per_epoch = share * sum(stop - start for start, stop in recipe.train_ids)
     steps_per_epoch = max(1.0, batches / trainer.accumulate_grad_batches)
     by_epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)

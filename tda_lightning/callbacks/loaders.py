@@ -5,7 +5,8 @@ That is the last thing a strategy does with a loader. Any later would change the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from tda_lightning.callbacks.either import Trainer
 
@@ -47,3 +48,20 @@ def watch_loaders(trainer: Trainer, watch: _Watcher) -> Callable[[], None]:
             del strategy.process_dataloader
 
     return undo
+
+
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """Return the loaders that the trainer draws each batch from: one, or those of a collection."""
+    return list(_leaves(trainer.train_dataloader))
+
+
+def _leaves(loaders: Any) -> Iterator[Any]:
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, list | tuple):
+        for one in loaders:
+            yield from _leaves(one)
+    elif hasattr(loaders, "flattened"):
+        yield from loaders.flattened
+    else:
+        yield loaders

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tda_lightning.callbacks.checks import require_supported
+from tda_lightning.callbacks.checks import require_one_loader, require_supported
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.estimate import describe_cost
 from tda_lightning.callbacks.keeper import Keeper
@@ -117,6 +117,8 @@ class GradientRecorder(pl.Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that everything can be recorded, begin the run and attach the hooks."""
         require_supported(trainer, pl_module, self.preconditioner)
+        if self.sample_ids is None:
+            require_one_loader(trainer)
         lanes = self._lanes_for(trainer, pl_module)
         recipe = self._recipe_for(trainer, pl_module, lanes)
         state = self._keeper.begin(trainer, recipe)

@@ -89,6 +89,8 @@ class StoreContract(ABC):
         assert len(store) == 7
         assert all(same(a, b) for a, b in zip(store, steps, strict=True))
         assert store.recipe == RECIPE
+        visits = [(index, epoch, ids.tolist()) for index, epoch, ids in store.visits()]
+        assert visits == [(one.index, one.epoch, one.sample_ids.tolist()) for one in steps]
 
     def test_it_is_a_sequence(self, tmp_path: Path) -> None:
         """Negative indices, slices of slices, and reading backwards."""

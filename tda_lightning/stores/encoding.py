@@ -17,6 +17,7 @@ from torch import Tensor
 Storage = Literal["as computed", "float16", "bfloat16", "int8"]
 
 _INT8_LIMIT = 127
+_SMALLEST = 1e-30
 
 
 def encode(
@@ -51,4 +52,7 @@ def decode(
         return rows
     if storage == "bfloat16":
         return rows.view(torch.bfloat16).float()
-    return (rows * torch.from_numpy(scales)[:, None]).float()
+    factors = torch.from_numpy(scales)[:, None]
+    if bool((factors < _SMALLEST).any()):  # Products may have a place in float32, and scales none.
+        return (rows * factors).float()
+    return rows.float().mul_(factors.float())

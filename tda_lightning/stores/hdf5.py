@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -105,6 +105,14 @@ class HDF5Store(WritableStore):
         parts = [segment.visited_ids() for segment in self._steps.segments]
         ids: Tensor = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *parts]))
         return ids
+
+    def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
+        """Yield the index, the epoch and the sample ids of every step, without any sketch."""
+        if self._merged is not None:
+            yield from super().visits()
+            return
+        for segment in self._own.segments:
+            yield from segment.visits()
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
         """Return the coordinates of the rows of a step, without reading any sketch."""

@@ -7,7 +7,7 @@ is whole and never changes. ``docs/file-format.md`` describes the inside.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
@@ -206,6 +206,14 @@ class Segment:
         with h5py.File(self._path, "r") as file:
             ids: Tensor = torch.unique(torch.from_numpy(file["visits/sample_id"][:]))
         return ids
+
+    def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
+        """Yield the index, the epoch and the sample ids of every step, in order."""
+        with h5py.File(self._path, "r") as file:
+            ids = torch.from_numpy(file["visits/sample_id"][:])
+        places = zip(self._offset, self._offset[1:], self._index, self._epoch, strict=False)
+        for start, stop, index, epoch in places:
+            yield index, epoch, ids[start:stop]
 
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the last one that began at this position or before it, in this segment."""

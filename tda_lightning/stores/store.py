@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 import torch
@@ -44,6 +44,11 @@ class Store(Sequence[Step], ABC):
         """Return the ids of the samples that took part in a step, sorted."""
         ids: Tensor = torch.unique(torch.cat([torch.unique(step.sample_ids) for step in self]))
         return ids
+
+    def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
+        """Yield the index, the epoch and the sample ids of every step, in order."""
+        for step in self:
+            yield step.index, step.epoch, step.sample_ids
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
         """Return the coordinates of the rows of the step at a position, or ``None`` for raw rows.
