@@ -103,7 +103,7 @@ class CountSketch(Projector):
         seed: Seed of hashes and signs.
     """
 
-    dimension: int = 1024
+    dimension: int = 2048
     seed: int = 0
 
     def _block_map(self, block: Block) -> BlockMap:
@@ -125,7 +125,7 @@ class DenseProjection(Projector):
         seed: Seed of the signs.
     """
 
-    dimension: int = 1024
+    dimension: int = 2048
     seed: int = 0
 
     def _block_map(self, block: Block) -> BlockMap:
@@ -152,7 +152,7 @@ class KroneckerCountSketch(Projector):
         seed: Seed of signs and hashes.
     """
 
-    dimension: int = 1024
+    dimension: int = 2048
     width: int | None = None
     seed: int = 0
 
