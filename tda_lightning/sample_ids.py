@@ -112,7 +112,7 @@ class SampleLedger:
         """Give the watched loader its own sampler back."""
         if self._restore is not None:
             self._restore()
-            self._restore = None
+            self._restore = self._sampler = self._loader = None
 
     def name(self, batch: Any, batch_index: int) -> Int[Tensor, " n"]:
         """Return the sample ids of a batch that has just arrived.

@@ -23,7 +23,7 @@ def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float) -> str:
     """
     recorded = sum(block.size for block in recipe.blocks)
     total = recorded + sum(entry.size for entry in recipe.left_out)
-    row_bytes = round(recipe.dimension * recipe.torch_dtype.itemsize * (1 + sampled) + _VISIT_BYTES)
+    row_bytes = _visit_bytes(recipe, sampled)
     visits = _expected_visits(trainer, recipe)
     cost = "an unknown number of visits"
     if math.isfinite(visits):
@@ -32,6 +32,36 @@ def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float) -> str:
         f"recording {recorded / total:.1%} of the trained parameters ({len(recipe.blocks)} layers) "
         f"in {row_bytes:,} bytes a visit; {cost}."
     )
+
+
+def stride_within(
+    trainer: Trainer, recipe: Recipe, sampled: float, max_gb: float, ranks: int
+) -> int:
+    """Return the smallest stride with which a run will not take more than so many gigabytes.
+
+    Args:
+        trainer: The trainer.
+        recipe: How sketches will be made, with the smallest stride that is wanted.
+        sampled: Share of the samples that have a row of sampled labels too.
+        max_gb: How much disk there is, in units of 10^9 bytes.
+        ranks: Number of processes, each of which sees its part of the data.
+
+    Raises:
+        ValueError: If it cannot be told how long training will be.
+    """
+    visits = _expected_visits(trainer, recipe) * ranks
+    if not math.isfinite(visits):
+        raise ValueError(
+            "`max_gb` cannot be kept, since it cannot be told how many samples training will see; "
+            "expected a dataset with a length, and `max_epochs` or `max_steps`. Set these, or "
+            "`every_n_steps=` instead."
+        )
+    times = visits * _visit_bytes(recipe, sampled) / (max_gb * 1e9)
+    return recipe.every_n_steps * max(1, math.ceil(times))
+
+
+def _visit_bytes(recipe: Recipe, sampled: float) -> int:
+    return round(recipe.dimension * recipe.torch_dtype.itemsize * (1 + sampled) + _VISIT_BYTES)
 
 
 def _expected_visits(trainer: Trainer, recipe: Recipe) -> float:

@@ -69,6 +69,11 @@ class Keeper:
             trainer.strategy.barrier("tda_lightning")
             self._store.look_again()
 
+    def stride_of_run(self, trainer: Trainer) -> int | None:
+        """Return the stride of the run that :meth:`begin` is going to continue, if it is."""
+        is_there = trainer.global_step > 0 and self._store.run_id is not None
+        return self._store.recipe.every_n_steps if is_there else None
+
     def append(self, step: Step) -> None:
         """Keep a step."""
         if self._try(lambda: self._store.append(step)):

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxtyping import Int
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torch.nn import Parameter
+from torch import Tensor
 from torch.optim import Optimizer
 
 from tda_lightning.callbacks.manual import ManualSession
 from tda_lightning.callbacks.processes import Processes
 from tda_lightning.callbacks.session import Session
+from tda_lightning.callbacks.trained import divided, parameters_of
 from tda_lightning.callbacks.whole import PartOfCoordinates, WholeCoordinates
-from tda_lightning.layers import Survey, survey
+from tda_lightning.layers import Survey
 from tda_lightning.projectors import Projector
 from tda_lightning.rows import RowRecorder
 from tda_lightning.step import Preconditioner, Step
@@ -31,7 +31,6 @@ class Settings:
         rows: Makes what records the rows of some layers.
         reduction: How the training loss combines the samples of a batch.
         preconditioner: Whose coordinates rows are in.
-        every_n_steps: Record every n-th step of each optimizer.
         audit: Audit every so many recorded steps of each optimizer.
         processes: Who else records this training.
     """
@@ -40,7 +39,6 @@ class Settings:
     rows: Callable[[Survey, Literal["one", "several"]], RowRecorder]
     reduction: Literal["mean", "sum"]
     preconditioner: Literal["optimizer", "none"]
-    every_n_steps: int
     audit: int
     processes: Processes
 
@@ -61,7 +59,7 @@ class Lane:
         self.optimizer = optimizer
         self.taken = 0
         self._trained = self._count_trained()
-        self._every_n_steps = settings.every_n_steps
+        self.every_n_steps = 1
         coordinates = None
         if settings.preconditioner == "optimizer":
             coordinates = PartOfCoordinates(optimizer, surveyed, whole)
@@ -90,7 +88,7 @@ class Lane:
 
     def is_due(self) -> bool:
         """Say whether the next step is to be recorded."""
-        return self.taken % self._every_n_steps == 0
+        return self.taken % self.every_n_steps == 0
 
     def warn_of_more(self) -> None:
         """Say once if parameters have come to be trained since recording began."""
@@ -129,7 +127,7 @@ class Lanes:
         self.settings = settings
         self._keep = keep
         self._whole = WholeCoordinates(surveyed.blocks)
-        parts = [replace(surveyed, sources=own) for own in _divided(surveyed, optimizers)]
+        parts = [replace(surveyed, sources=own) for own in divided(surveyed, optimizers)]
         self._lanes = [
             Lane(optimizer, part, settings, self._whole)
             for optimizer, part in zip(optimizers, parts, strict=True)
@@ -144,9 +142,14 @@ class Lanes:
         """Length ``k`` of a row."""
         return self._lanes[0].rows.dimension
 
-    def attach(self) -> None:
-        """Begin to listen."""
+    def attach(self, every_n_steps: int) -> None:
+        """Begin to listen.
+
+        Args:
+            every_n_steps: Record every n-th step of each optimizer.
+        """
         for lane in self._lanes:
+            lane.every_n_steps = every_n_steps
             lane.rows.__enter__()
             hook = lane.optimizer.register_step_post_hook(self._step_taken(lane))
             self._handles.append(hook)
@@ -233,68 +236,3 @@ class Lanes:
                 self._keep(step)
 
         return keep
-
-
-def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
-    """Yield everything that an optimizer trains."""
-    for group in optimizer.param_groups:
-        yield from group["params"]
-
-
-def survey_trained(
-    model: nn.Module, layers: Sequence[str] | None, optimizers: Sequence[Optimizer]
-) -> Survey:
-    """Find out what of ``model`` is trained by some optimizer and can be recorded.
-
-    Args:
-        model: Any module.
-        layers: Names of the modules to record; all by default.
-        optimizers: All of them.
-
-    Raises:
-        ValueError: If a layer is trained in part, or by several optimizers.
-    """
-    surveyed = survey(model, layers)
-    idle = {
-        source.name
-        for feeding in surveyed.sources
-        if not _owners(feeding[0].parameters(), optimizers)
-        for source in feeding
-    }
-    if not idle:
-        return surveyed
-    reason = "its parameters are in no optimizer"
-    surveyed = survey(model, layers, leave_out=sorted(idle))
-    left_out = [
-        replace(one, reason=reason) if one.name in idle else one for one in surveyed.left_out
-    ]
-    return replace(surveyed, left_out=tuple(left_out))
-
-
-def _divided(surveyed: Survey, optimizers: Sequence[Optimizer]) -> Iterator[tuple[Any, ...]]:
-    """Yield, for each optimizer, the layers that feed each block: those that it trains."""
-    owners = []
-    for block, feeding in zip(surveyed.blocks, surveyed.sources, strict=True):
-        found = _owners(feeding[0].parameters(), optimizers)
-        if len(found) != 1 or found[0][1] != len(block.parameters):
-            raise ValueError(
-                f"The parameters of the {block.layer} `{block.name}` are trained by several "
-                "optimizers, or only in part; expected one optimizer that trains all of them. "
-                "Give them to one, freeze the others with `requires_grad_(False)`, or leave the "
-                "layer out with `layers=[...]`."
-            )
-        owners.append(found[0][0])
-    for optimizer in optimizers:
-        pairs = zip(owners, surveyed.sources, strict=True)
-        yield tuple(feeding if owner is optimizer else () for owner, feeding in pairs)
-
-
-def _owners(
-    parameters: Sequence[Parameter], optimizers: Sequence[Optimizer]
-) -> list[tuple[Optimizer, int]]:
-    """Return who trains some of the parameters, and how many."""
-    counts = [
-        (optimizer, len(set(parameters) & set(parameters_of(optimizer))))
-        for optimizer in optimizers
-    ]
-    return [(optimizer, count) for optimizer, count in counts if count]

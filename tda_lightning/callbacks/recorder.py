@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,12 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.checks import require_one_loader, require_supported
 from tda_lightning.callbacks.either import LightningModule, Trainer
-from tda_lightning.callbacks.estimate import describe_cost
+from tda_lightning.callbacks.estimate import describe_cost, stride_within
 from tda_lightning.callbacks.keeper import Keeper
-from tda_lightning.callbacks.lanes import Lanes, Settings, survey_trained
+from tda_lightning.callbacks.lanes import Lanes, Settings
 from tda_lightning.callbacks.loaders import watch_loaders
 from tda_lightning.callbacks.strategies import loss_scale_of, processes_of
+from tda_lightning.callbacks.trained import survey_trained
 from tda_lightning.coordinates import has_coordinates
 from tda_lightning.layers import Survey
 from tda_lightning.projectors import KroneckerCountSketch, Projector
@@ -41,6 +43,7 @@ class GradientRecorder(pl.Callback):
         layers: Names of the modules to record, with ``*`` for any characters; by default all that
             are trained and supported.
         every_n_steps: Record every n-th optimizer step.
+        max_gb: Record fewer steps, if the run would otherwise take more gigabytes of disk.
         preconditioner: Whether rows are in the coordinates of an adaptive optimizer, in which its
             steps are gradient steps (see :mod:`tda_lightning.coordinates`), or raw. Without effect
             for SGD with one learning rate.
@@ -70,6 +73,7 @@ class GradientRecorder(pl.Callback):
         projector: Projector = KroneckerCountSketch(),
         layers: Sequence[str] | None = None,
         every_n_steps: int = 1,
+        max_gb: float | None = None,
         preconditioner: Literal["optimizer", "none"] = "optimizer",
         curvature: Literal["fisher", "none"] = "none",
         curvature_share: float = 1.0,
@@ -92,6 +96,7 @@ class GradientRecorder(pl.Callback):
                 "and up to 1. Switch sampled labels off with `curvature='none'`."
             )
         self.every_n_steps = every_n_steps
+        self.max_gb = max_gb
         self.preconditioner = preconditioner
         self.curvature = curvature
         self.curvature_share = curvature_share
@@ -120,14 +125,14 @@ class GradientRecorder(pl.Callback):
         if self.sample_ids is None:
             require_one_loader(trainer)
         lanes = self._lanes_for(trainer, pl_module)
-        recipe = self._recipe_for(trainer, pl_module, lanes)
+        recipe = self._within_budget(trainer, self._recipe_for(trainer, pl_module, lanes))
         state = self._keeper.begin(trainer, recipe)
         lanes.resume(trainer.global_step, state.get("lanes", ()), self._keeper.coordinates())
         self._ledger.start_training()
         for entry in recipe.left_out:
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
         rank_zero_info(f"GradientRecorder: {describe_cost(trainer, recipe, self._sampled)}")
-        lanes.attach()
+        lanes.attach(recipe.every_n_steps)
         self._lanes = lanes
 
     @property
@@ -150,11 +155,24 @@ class GradientRecorder(pl.Callback):
             rows=rows,
             reduction=self.reduction,
             preconditioner=self.preconditioner if has_own else "none",
-            every_n_steps=self.every_n_steps,
             audit=self.audit,
             processes=processes_of(trainer),
         )
         return Lanes(trainer.optimizers, surveyed, projector, settings, self._keeper.append)
+
+    def _within_budget(self, trainer: Trainer, recipe: Recipe) -> Recipe:
+        if self.max_gb is None:
+            return recipe
+        # A run that is continued keeps the stride that it was begun with.
+        stride = self._keeper.stride_of_run(trainer) or stride_within(
+            trainer, recipe, self._sampled, self.max_gb, trainer.world_size
+        )
+        if stride > recipe.every_n_steps:
+            rank_zero_info(
+                f"GradientRecorder: recording one step in {stride}, to keep within {self.max_gb:g} "
+                "GB; see `max_gb`."
+            )
+        return replace(recipe, every_n_steps=stride)
 
     def _recipe_for(self, trainer: Trainer, model: LightningModule, lanes: Lanes) -> Recipe:
         train_ids = self._ledger.train_ids
@@ -183,8 +201,8 @@ class GradientRecorder(pl.Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Name the samples of the batch, and watch its forward pass if its step is due."""
-        sample_ids = self._ledger.name(batch, batch_idx)
         if self._lanes is not None:
+            sample_ids = self._ledger.name(batch, batch_idx)
             share = 1 / trainer.accumulate_grad_batches
             self._lanes.start_batch(trainer.global_step, sample_ids, share)
 
