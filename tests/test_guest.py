@@ -7,8 +7,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from torch.utils.data import WeightedRandomSampler
 
-from tda_lightning import GradientRecorder, MemoryStore
+from tda_lightning import CountSketch, GradientRecorder, MemoryStore
 from tda_lightning.step import ParameterGroup
 
 OPTIMIZERS = {
@@ -40,22 +41,65 @@ def test_weights_are_bit_identical_with_the_callback(optimizer, workers):
     assert_bit_identical(plain, recorded)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"accumulate_grad_batches": 2},
-        {"gradient_clip_val": 0.05},
-        {"limit_train_batches": 2},
-        {"precision": "bf16-mixed"},
-        {"max_steps": 3},
-        {"reload_dataloaders_every_n_epochs": 1},
-    ],
-    ids=str,
-)
-def test_weights_are_bit_identical_under(settings):
-    plain = train(OPTIMIZERS["AdamW"], **settings)
-    recorded = train(OPTIMIZERS["AdamW"], GradientRecorder(MemoryStore()), **settings)
-    assert_bit_identical(plain, recorded)
+class Losses(pl.Callback):
+    """The curve of the training loss, to the last bit."""
+
+    def __init__(self):
+        self.curve = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        self.curve.append(float(outputs["loss"]))
+
+
+# Options of the Trainer, of the loader, and of the recorder.
+MATRIX = [
+    ({}, {}, {"curvature": "fisher"}),
+    ({}, {}, {"preconditioner": "none"}),
+    ({}, {}, {"every_n_steps": 2, "audit": 1}),
+    ({}, {}, {"projector": CountSketch(64)}),
+    ({}, {"num_workers": 1, "prefetch_factor": 3}, {}),
+    ({}, {"num_workers": 3}, {}),
+    ({}, {"num_workers": 2, "persistent_workers": True}, {"curvature": "fisher"}),
+    ({}, {"drop_last": True}, {}),
+    ({}, {"sampler": WeightedRandomSampler(torch.arange(13.0), 11), "shuffle": None}, {}),
+    ({"accumulate_grad_batches": 2}, {}, {}),
+    ({"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}, {}, {"curvature": "fisher"}),
+    ({"gradient_clip_val": 0.05}, {}, {}),
+    ({"limit_train_batches": 2}, {}, {}),
+    ({"limit_train_batches": 0.7}, {"num_workers": 2}, {}),
+    ({"precision": "bf16-mixed"}, {}, {}),
+    ({"precision": "bf16-true"}, {}, {"curvature": "fisher"}),
+    ({"precision": "64-true"}, {}, {}),
+    ({"max_steps": 3}, {}, {}),
+    ({"max_steps": 7, "max_epochs": -1}, {"num_workers": 2}, {}),
+    ({"reload_dataloaders_every_n_epochs": 1}, {}, {}),
+    ({"val_check_interval": 1, "num_sanity_val_steps": 2}, {}, {}),
+    ({"overfit_batches": 2}, {"shuffle": False}, {}),
+    ({"fast_dev_run": 2}, {}, {}),
+    ({"deterministic": True, "detect_anomaly": True}, {}, {}),
+    ({"use_distributed_sampler": False, "num_nodes": 1}, {}, {"layers": ["net.0.*"]}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a .val_dataloader. but have no")
+@pytest.mark.filterwarnings("ignore:.*shuffling enabled")
+@pytest.mark.parametrize(("settings", "loading", "recording"), MATRIX, ids=str)
+def test_weights_and_losses_are_bit_identical_under(settings, loading, recording):
+    def run(*callbacks):
+        pl.seed_everything(5, verbose=False)
+        losses = Losses()
+        model = Plain(
+            torch.nn.Sequential(mlp(), torch.nn.Dropout(0.2)), optimizer=OPTIMIZERS["AdamW"]
+        )
+        trainer = quiet_trainer(*callbacks, losses, **{"max_epochs": 3, **settings})
+        trainer.fit(model, loader(vectors(), **loading), loader(vectors(), shuffle=False))
+        return model, losses.curve, torch.rand(1)
+
+    plain = run()
+    recorded = run(GradientRecorder(MemoryStore(), **recording))
+    assert_bit_identical(plain[0], recorded[0])
+    assert plain[1:] == recorded[1:]
+    assert plain[1]
 
 
 @pytest.mark.parametrize(

@@ -303,3 +303,16 @@ def test_a_layer_of_two_optimizers_is_refused():
 
     with pytest.raises(ValueError, match=r"`net.0` are trained by several optimizers"):
         record(Split())
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_weights_are_bit_identical(model_type):
+    def train(*callbacks):
+        pl.seed_everything(3, verbose=False)
+        model = model_type()
+        quiet_trainer(*callbacks).fit(model, loader(Telling()))
+        return model
+
+    plain, recorded = train(), train(GradientRecorder(MemoryStore()))
+    for one, other in zip(plain.parameters(), recorded.parameters(), strict=True):
+        assert torch.equal(one, other)
