@@ -134,13 +134,18 @@ class SampleLedger:
         drawn = self._sampler.claim()
         return torch.as_tensor(drawn if self._ids is None else self._ids[drawn])
 
-    def start_training(self) -> None:
-        """Expect any batch next: a training that is resumed may do so in the middle of an epoch."""
-        self._last_batch = None
+    def start_training(self, steps: int) -> None:
+        """Expect batch 0 next, or any: training may be resumed in the middle of an epoch.
+
+        Args:
+            steps: Number of steps that were taken before.
+        """
+        self._last_batch = None if steps else -1
 
     def start_epoch(self) -> None:
-        """Expect batch 0 next."""
-        self._last_batch = -1
+        """Expect batch 0 next, unless that is still to be seen."""
+        if self._last_batch is not None:
+            self._last_batch = -1
 
     def _require_fresh_order(self, batch_index: int) -> None:
         if batch_index and hasattr(self._loader, "load_state_dict"):

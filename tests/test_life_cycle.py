@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 import torch
 from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from pytorch_lightning import callbacks
 from pytorch_lightning.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 from test_sample_ids import Telling
 from torch.utils.data import DataLoader
@@ -47,8 +47,8 @@ def test_the_trials_of_a_tuner_are_not_recorded(finder, place, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     store, diary = MemoryStore(), Diary()
     recorder = GradientRecorder(store)
-    callbacks = [recorder, finder()] if place == "before" else [finder(), recorder]
-    trainer = quiet_trainer(*callbacks, diary, enable_checkpointing=True)
+    both = [recorder, finder()] if place == "before" else [finder(), recorder]
+    trainer = quiet_trainer(*both, diary, enable_checkpointing=True)
     model = Tuned()
     trainer.fit(model)
     told = [batch[0][:, 0].long().tolist() for batch in diary.batches]
@@ -58,12 +58,17 @@ def test_the_trials_of_a_tuner_are_not_recorded(finder, place, tmp_path, monkeyp
     assert all(step.lr == model.lr for step in store)
 
 
+averages = pytest.mark.skipif(
+    not hasattr(callbacks, "WeightAveraging"), reason="this Lightning has no WeightAveraging"
+)
+
+
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
 @pytest.mark.parametrize(
     "average",
     [
         lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
-        lambda: WeightAveraging(),
+        pytest.param(lambda: callbacks.WeightAveraging(), marks=averages),
     ],
     ids=["StochasticWeightAveraging", "WeightAveraging"],
 )

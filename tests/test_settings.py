@@ -131,6 +131,19 @@ def test_schedulers_per_step_and_per_epoch_are_seen_as_used():
         assert [step.lr for step in store] == pytest.approx([0.1 * rate for rate in rates])
 
 
+def test_a_model_that_declines_a_step_leaves_none():
+    class Declines(Plain):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            if batch_idx == 1:
+                optimizer_closure()
+            else:
+                optimizer.step(closure=optimizer_closure)
+
+    store, told = record(model=Declines(mlp()))
+    assert [step.sample_ids.tolist() for step in store] == [told[n] for n in (0, 2, 3, 5)]
+    assert_explained(store)
+
+
 def test_early_stopping_ends_the_run():
     from pytorch_lightning.callbacks import EarlyStopping
 

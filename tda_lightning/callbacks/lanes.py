@@ -169,6 +169,11 @@ class Lanes:
             if self.settings.optimization == "manual" or lane.is_due():
                 lane.session.start_batch(index, sample_ids, share)
 
+    def forget_gradients(self) -> None:
+        """Forget the rows of gradients that are about to be zeroed."""
+        for lane in self._lanes:
+            lane.session.forget_gradients()
+
     def start_backward(self, loss: Tensor, loss_scale: float) -> None:
         """Expect the backward pass of a loss.
 

@@ -93,6 +93,9 @@ class ManualSession(Session):
             self._sums = sums if self._sums is None or sums is None else self._sums + sums
         super().start_batch(*self._batch, self._share)  # More passes may come.
 
+    def forget_gradients(self) -> None:
+        """Do nothing: gradients are looked at before every pass."""
+
     def before_step(self, index: int, epoch: int, optimizer: Optimizer) -> None:
         """Read what the optimizer is about to use.
 

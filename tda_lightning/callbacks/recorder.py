@@ -128,7 +128,7 @@ class GradientRecorder(pl.Callback):
         recipe = self._within_budget(trainer, self._recipe_for(trainer, pl_module, lanes))
         state = self._keeper.begin(trainer, recipe)
         lanes.resume(trainer.global_step, state.get("lanes", ()), self._keeper.coordinates())
-        self._ledger.start_training()
+        self._ledger.start_training(trainer.global_step)
         for entry in recipe.left_out:
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
         rank_zero_info(f"GradientRecorder: {describe_cost(trainer, recipe, self._sampled)}")
@@ -205,6 +205,13 @@ class GradientRecorder(pl.Callback):
             sample_ids = self._ledger.name(batch, batch_idx)
             share = 1 / trainer.accumulate_grad_batches
             self._lanes.start_batch(trainer.global_step, sample_ids, share)
+
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Forget rows of gradients that were never used: a model may decline to take a step."""
+        if self._lanes is not None:
+            self._lanes.forget_gradients()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor

@@ -244,6 +244,13 @@ class Session:
             update=float(along.square()),
         )
 
+    def forget_gradients(self) -> None:
+        """Forget the batches whose gradients are zeroed before any step has used them."""
+        if self._pending:
+            self._pending = []
+            if self._is_audit_due():
+                self._rows.sum_blocks()
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint should know of this session, in builtins."""
         # Coordinates that no stored step holds yet cannot be found again: they are read anew.
