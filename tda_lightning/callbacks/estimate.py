@@ -7,23 +7,25 @@ import math
 from tda_lightning.callbacks.either import Trainer
 from tda_lightning.callbacks.loaders import training_loaders
 from tda_lightning.recipe import Recipe
+from tda_lightning.stores import WritableStore
 
 # Beside its row, a visit keeps its sample id and its scale (8 bytes each), its weight, terms and
 # curvature (4 each).
 _VISIT_BYTES = 28
 
 
-def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float) -> str:
+def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float, store: WritableStore) -> str:
     """Say in one line what is recorded, and how much disk it will take.
 
     Args:
         trainer: The trainer.
         recipe: How sketches will be made.
         sampled: Share of the samples that have a row of sampled labels too.
+        store: Where they will be kept.
     """
     recorded = sum(block.size for block in recipe.blocks)
     total = recorded + sum(entry.size for entry in recipe.left_out)
-    row_bytes = _visit_bytes(recipe, sampled)
+    row_bytes = _visit_bytes(recipe, sampled, store)
     visits = _expected_visits(trainer, recipe)
     cost = "an unknown number of visits"
     if math.isfinite(visits):
@@ -35,7 +37,12 @@ def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float) -> str:
 
 
 def stride_within(
-    trainer: Trainer, recipe: Recipe, sampled: float, max_gb: float, ranks: int
+    trainer: Trainer,
+    recipe: Recipe,
+    sampled: float,
+    store: WritableStore,
+    max_gb: float,
+    ranks: int,
 ) -> int:
     """Return the smallest stride with which a run will not take more than so many gigabytes.
 
@@ -43,6 +50,7 @@ def stride_within(
         trainer: The trainer.
         recipe: How sketches will be made, with the smallest stride that is wanted.
         sampled: Share of the samples that have a row of sampled labels too.
+        store: Where they will be kept.
         max_gb: How much disk there is, in units of 10^9 bytes.
         ranks: Number of processes, each of which sees its part of the data.
 
@@ -56,12 +64,13 @@ def stride_within(
             "expected a dataset with a length, and `max_epochs` or `max_steps`. Set these, or "
             "`every_n_steps=` instead."
         )
-    times = visits * _visit_bytes(recipe, sampled) / (max_gb * 1e9)
+    times = visits * _visit_bytes(recipe, sampled, store) / (max_gb * 1e9)
     return recipe.every_n_steps * max(1, math.ceil(times))
 
 
-def _visit_bytes(recipe: Recipe, sampled: float) -> int:
-    return round(recipe.dimension * recipe.torch_dtype.itemsize * (1 + sampled) + _VISIT_BYTES)
+def _visit_bytes(recipe: Recipe, sampled: float, store: WritableStore) -> int:
+    row_bytes = recipe.dimension * store.bytes_of(recipe.torch_dtype)
+    return round(row_bytes * (1 + sampled) + _VISIT_BYTES)
 
 
 def _expected_visits(trainer: Trainer, recipe: Recipe) -> float:

@@ -131,7 +131,9 @@ class GradientRecorder(pl.Callback):
         self._ledger.start_training(trainer.global_step)
         for entry in recipe.left_out:
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
-        rank_zero_info(f"GradientRecorder: {describe_cost(trainer, recipe, self._sampled)}")
+        rank_zero_info(
+            f"GradientRecorder: {describe_cost(trainer, recipe, self._sampled, self.store)}"
+        )
         lanes.attach(recipe.every_n_steps)
         self._lanes = lanes
 
@@ -165,7 +167,7 @@ class GradientRecorder(pl.Callback):
             return recipe
         # A run that is continued keeps the stride that it was begun with.
         stride = self._keeper.stride_of_run(trainer) or stride_within(
-            trainer, recipe, self._sampled, self.max_gb, trainer.world_size
+            trainer, recipe, self._sampled, self.store, self.max_gb, trainer.world_size
         )
         if stride > recipe.every_n_steps:
             rank_zero_info(

@@ -19,10 +19,12 @@ class StepBuffer:
 
     Args:
         size: Bytes of rows to make room for.
+        dtype: Number format to keep rows in, if another than they come in.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, dtype: torch.dtype | None = None) -> None:
         self._size = size
+        self._dtype = dtype
         self._rows: Tensor | None = None
         self._used = 0
         self.steps: list[Step] = []
@@ -33,7 +35,8 @@ class StepBuffer:
             return True
         first = self.steps[0]
         assert self._rows is not None
-        is_alike = step.sketch.dtype == self._rows.dtype and len(step.groups) == len(first.groups)
+        dtype = self._dtype or step.sketch.dtype
+        is_alike = dtype == self._rows.dtype and len(step.groups) == len(first.groups)
         return is_alike and self._used + len(step.sketch) <= len(self._rows)
 
     def add(self, step: Step) -> None:
@@ -58,7 +61,8 @@ class StepBuffer:
 
     def _make_room(self, rows: Tensor) -> None:
         n, k = rows.shape
-        count = max(n, self._size // (k * rows.itemsize))
+        dtype = self._dtype or rows.dtype
+        count = max(n, self._size // (k * dtype.itemsize))
         fits = self._rows is not None and self._rows.shape == (count, k)
-        if self._rows is None or not fits or self._rows.dtype != rows.dtype:
-            self._rows = torch.empty(count, k, dtype=rows.dtype)
+        if self._rows is None or not fits or self._rows.dtype != dtype:
+            self._rows = torch.empty(count, k, dtype=dtype)

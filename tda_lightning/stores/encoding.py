@@ -20,6 +20,11 @@ _INT8_LIMIT = 127
 _SMALLEST = 1e-30
 
 
+def bytes_of(storage: Storage, dtype: torch.dtype) -> int:
+    """Return how many bytes a number takes that was computed in ``dtype``."""
+    return {"as computed": dtype.itemsize, "float16": 2, "bfloat16": 2, "int8": 1}[storage]
+
+
 def encode(
     rows: Float[Tensor, "n k"], storage: Storage
 ) -> tuple[np.ndarray, Float[np.ndarray, " n"]]:
@@ -33,14 +38,17 @@ def encode(
         return rows.numpy(), np.ones(len(rows))
     if storage == "bfloat16":  # HDF5 has no such type: the bits are kept as integers.
         return rows.to(torch.bfloat16).view(torch.int16).numpy(), np.ones(len(rows))
-    largest = rows.abs().amax(dim=1)
-    scales = torch.where(largest == 0, 1.0, largest)
-    parts = rows / scales[:, None]
-    if storage == "float16":
-        return parts.to(torch.float16).numpy(), scales.double().numpy()
+    # In NumPy, since this runs beside the training: a second pool of torch's threads would fight it
+    # for the cores.
+    values = rows.numpy()
+    largest = np.abs(values).max(axis=1, initial=0.0)
+    scales = np.where(largest == 0, 1.0, largest).astype(np.float64)
     # A row that is not finite has no finite scale either, and comes back as it was: not finite.
-    steps = (parts * _INT8_LIMIT).nan_to_num().round().to(torch.int8)
-    return steps.numpy(), (scales.double() / _INT8_LIMIT).numpy()
+    with np.errstate(invalid="ignore"):
+        parts = values / scales.astype(values.dtype)[:, None]
+        if storage == "float16":
+            return parts.astype(np.float16), scales
+        return np.nan_to_num(np.rint(parts * _INT8_LIMIT)).astype(np.int8), scales / _INT8_LIMIT
 
 
 def decode(

@@ -159,6 +159,10 @@ class WritableStore(Store):
             FileExistsError: If what is there is not a run.
         """
 
+    def bytes_of(self, dtype: torch.dtype) -> int:
+        """Return how many bytes the store takes for a number of a row of this format."""
+        return dtype.itemsize
+
     @abstractmethod
     def append(self, step: Step) -> None:
         """Add a step to the run. It is safe, and readable, once sealed."""
