@@ -9,11 +9,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tda_lightning.capture import aside
+
 
 def gradients_of(loss: Tensor, parameters: Sequence[Parameter]) -> dict[Parameter, Tensor]:
     """Return the gradients of the parameters that the loss depends on; its graph is kept."""
     try:
-        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        with aside():
+            found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise ValueError(
             "The gradient of the first steps could not be taken beforehand, which the coordinates "

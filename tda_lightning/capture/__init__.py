@@ -6,6 +6,7 @@ layer closes over its own input, so a layer called twice is simply heard twice, 
 recomputed (by activation checkpointing) is heard when its own backward pass runs.
 """
 
+from tda_lightning.capture.aside import aside
 from tda_lightning.capture.capture import Capture
 
-__all__ = ["Capture"]
+__all__ = ["Capture", "aside"]

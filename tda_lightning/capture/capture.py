@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from tda_lightning.capture.aside import aside, may_hear
 from tda_lightning.capture.broadcasts import Shared, watch_broadcasts
 from tda_lightning.capture.checks import require_batch, require_multiple, require_unchanged
 from tda_lightning.capture.hooks import hook_gradient
@@ -123,13 +124,14 @@ class Capture:
         """
         self._receive, self._rehearsing = receive, True
         try:
-            torch.autograd.grad(
-                [edge for edge, _ in gradients],
-                self._edges,
-                [grad for _, grad in gradients],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            with aside(self):
+                torch.autograd.grad(
+                    [edge for edge, _ in gradients],
+                    self._edges,
+                    [grad for _, grad in gradients],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
         finally:
             self._receive, self._rehearsing = None, False
 
@@ -147,7 +149,8 @@ class Capture:
 
     def _remember_random_state(self, listeners: Sequence[_Listener]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._n is not None and listeners[0][1].rule.draws(module):
+            is_heard = self._n is not None and may_hear(self)
+            if is_heard and listeners[0][1].rule.draws(module):
                 self._random_states[module] = random_state(next(module.parameters()).device)
 
         return hook
@@ -160,7 +163,7 @@ class Capture:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> None:
-            if self._n is None or not torch.is_grad_enabled():
+            if self._n is None or not torch.is_grad_enabled() or not may_hear(self):
                 return
             inputs = (
                 [*find_tensors(args), *find_tensors(kwargs)] if kwargs else [*find_tensors(args)]
@@ -209,7 +212,7 @@ class Capture:
         waiting = [heard]
 
         def hook(grad: Tensor) -> None:
-            if self._receive is not None and waiting:
+            if self._receive is not None and waiting and may_hear(self):
                 found = waiting[0] if self._keeps_heard() else waiting.pop()
                 self._deliver(listeners, found, grad, self._receive)
 
@@ -219,14 +222,13 @@ class Capture:
         self, listeners: Sequence[_Listener], heard: _Heard, grad: Tensor, receive: Receiver
     ) -> None:
         require_unchanged(listeners[0][1].name, heard.module, heard.inputs(), heard.versions)
-        n, self._n = self._n, None  # The generic rule calls the module again: do not hear that.
+        n = self._n
         assert n is not None
-        with torch.no_grad():
+        with torch.no_grad(), aside():  # The generic rule calls the module again.
             for number, source in listeners:
                 with heard.precision:
                     factors = source.rule.factors(heard.call(source.names, grad))
                 receive(number, factors.regrouped(n))
-        self._n = n
 
 
 @dataclass(frozen=True)

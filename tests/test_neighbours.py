@@ -1,0 +1,47 @@
+"""Several callbacks in one training: none hears what another does for its own purposes."""
+
+import pytest
+import torch
+from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+from torch import nn
+
+from tda_lightning import GradientRecorder, HDF5Store, Identity
+
+NETS = {
+    "mlp": mlp,
+    # Its layer follows the generic rule, which calls the module again.
+    "recurrent": lambda: nn.Sequential(nn.Unflatten(1, (7, 1)), Recurrent(), nn.Linear(5, 3)),
+}
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells = nn.GRU(1, 5, batch_first=True)
+
+    def forward(self, x):
+        return self.cells(x)[1][0]
+
+
+def train(*callbacks, net, optimizer, **settings):
+    torch.manual_seed(3)
+    model = Plain(net(), optimizer=optimizer)
+    quiet_trainer(*callbacks, **settings).fit(model, loader(vectors()))
+
+
+@pytest.mark.parametrize("curvature", ["none", "fisher"])
+@pytest.mark.parametrize("net", NETS)
+def test_recorders_beside_each_other_record_what_each_would_alone(net, curvature, tmp_path):
+    def recorder(name):
+        store = HDF5Store(tmp_path / name)
+        return GradientRecorder(store, projector=Identity(), curvature=curvature)
+
+    def adam(parameters):
+        return torch.optim.Adam(parameters, lr=0.01)
+
+    alone, first, second = recorder("alone"), recorder("first"), recorder("second")
+    for callbacks in ([alone], [first, second]):
+        train(*callbacks, net=NETS[net], optimizer=adam, accumulate_grad_batches=2)
+    for beside in (first, second):
+        for one, other in zip(alone.store, beside.store, strict=True):
+            torch.testing.assert_close(one.sketch, other.sketch)
