@@ -6,8 +6,7 @@ writes a loss function again.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from tda_lightning.layers import find_tensors, survey
+from tda_lightning.batches import batch_size, batches_of, describe, loss_of, transfer, with_progress
+from tda_lightning.layers import survey
 from tda_lightning.projectors import projector_from_dict
 from tda_lightning.recipe import ranges_of
 from tda_lightning.rows import BatchRows, RowRecorder
@@ -56,7 +55,7 @@ def record_queries(
             take the queries or returns no loss.
     """
     with _recording(model, like, at, mode, sampled=0.0) as rows:
-        batches = _with_progress(_batches(queries), "queries", progress)
+        batches = with_progress(batches_of(queries), "queries", progress)
         recorded = [_record_batch(model, rows, batch, "queries") for batch in batches]
     if not recorded:
         raise ValueError("`queries` is an empty loader; expected at least one batch.")
@@ -111,7 +110,7 @@ def record(
     facts = like[at]
     try:
         with _recording(model, like, at, mode, sampled=float(labels == "sampled")) as rows:
-            for number, batch in enumerate(_with_progress(loader, "recording", progress)):
+            for number, batch in enumerate(with_progress(loader, "recording", progress)):
                 named = ledger.name(batch, number)
                 rows.seed(number)
                 found = _record_batch(model, rows, batch, "loader")
@@ -163,22 +162,10 @@ def _recording(
         yield rows
 
 
-def _with_progress(batches: Iterable[Any], name: str, progress: bool) -> Iterable[Any]:
-    bar: Iterable[Any] = tqdm(batches, desc=name, unit="batch", leave=False, disable=not progress)
-    return bar
-
-
-def _batches(queries: Any) -> Iterator[Any]:
-    if isinstance(queries, DataLoader):
-        yield from queries
-    else:
-        yield queries
-
-
 def _record_batch(model: nn.Module, rows: RowRecorder, batch: Any, argument: str) -> BatchRows:
-    rows.start(_batch_size(batch, argument))
+    rows.start(batch_size(batch, argument))
     try:
-        loss = _loss_of(model, _transfer(model, batch))
+        loss = loss_of(model, transfer(model, batch))
         rows.listen(loss)
         trained = [one for one in model.parameters() if one.requires_grad]
         # Not `backward`: the `.grad` of the user's parameters is none of our business.
@@ -186,50 +173,9 @@ def _record_batch(model: nn.Module, rows: RowRecorder, batch: Any, argument: str
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise ValueError(
             f"`{argument}` could not go through `{type(model).__name__}.training_step`: expected a "
-            f"batch such as the training loader yields; got {_describe(batch)}, and the step said: "
+            f"batch such as the training loader yields; got {describe(batch)}, and the step said: "
             f"{error}"
         ) from error
     finally:
         found = rows.finish()
     return found
-
-
-def _loss_of(model: Any, batch: Any) -> Tensor:
-    takes_index = "batch_idx" in inspect.signature(model.training_step).parameters
-    result = model.training_step(batch, 0) if takes_index else model.training_step(batch)
-    loss = result.get("loss") if isinstance(result, Mapping) else result
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise TypeError(
-            f"it returned {_describe(result)}; expected the loss, a tensor of one number that "
-            "depends on the parameters, or a dict with it under 'loss'"
-        )
-    return loss
-
-
-def _transfer(model: Any, batch: Any) -> Any:
-    """Do what a trainer does between the loader and ``training_step``."""
-    device = next(model.parameters()).device
-    batch = model.on_before_batch_transfer(batch, 0)
-    batch = model.transfer_batch_to_device(batch, device, 0)
-    return model.on_after_batch_transfer(batch, 0)
-
-
-def _batch_size(batch: Any, argument: str) -> int:
-    first = next(find_tensors(batch), None)
-    if first is None or first.ndim == 0:
-        raise ValueError(
-            f"`{argument}` holds no tensor with samples along its first axis: got "
-            f"{_describe(batch)}; expected a batch such as the training loader yields, or a "
-            "`DataLoader` of such."
-        )
-    return len(first)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} ({value.dtype})"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_describe(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "(" + ", ".join(_describe(one) for one in value) + ")"
-    return f"a {type(value).__name__}" if value is not None else "nothing"

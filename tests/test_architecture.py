@@ -11,7 +11,7 @@ PACKAGE = Path(tda_lightning.__file__).parent
 FLOORS = [
     {"step", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
     {"layers", "sketcher", "stores", "scores", "losses"},
-    {"capture", "projectors", "sample_ids", "order", "attribution", "metrics"},
+    {"capture", "projectors", "sample_ids", "order", "batches", "attribution", "metrics"},
     {"rows", "conservation", "coordinates"},
     {"callbacks", "queries"},
     {"api"},
@@ -19,6 +19,7 @@ FLOORS = [
 ]
 WEST = {"factors", "layers", "random_bits", "sketcher", "projectors", "capture", "sample_ids"} | {
     "rows",
+    "batches",
     "losses",
     "coordinates",
     "conservation",

@@ -1,0 +1,79 @@
+"""Batches: what a trainer does between a loader and the loss, without a trainer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tda_lightning.layers import find_tensors
+
+
+def with_progress(batches: Iterable[Any], name: str, progress: bool) -> Iterable[Any]:
+    """Return the batches, with a progress bar while they are gone through."""
+    bar: Iterable[Any] = tqdm(batches, desc=name, unit="batch", leave=False, disable=not progress)
+    return bar
+
+
+def batches_of(queries: Any) -> Iterator[Any]:
+    """Yield the batches of a loader, or the one batch."""
+    if isinstance(queries, DataLoader):
+        yield from queries
+    else:
+        yield queries
+
+
+def loss_of(model: Any, batch: Any) -> Tensor:
+    """Return what ``training_step`` makes of a batch.
+
+    Raises:
+        TypeError: If it is no loss.
+    """
+    takes_index = "batch_idx" in inspect.signature(model.training_step).parameters
+    result = model.training_step(batch, 0) if takes_index else model.training_step(batch)
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise TypeError(
+            f"it returned {describe(result)}; expected the loss, a tensor of one number that "
+            "depends on the parameters, or a dict with it under 'loss'"
+        )
+    return loss
+
+
+def transfer(model: Any, batch: Any) -> Any:
+    """Do what a trainer does between the loader and ``training_step``."""
+    device = next(model.parameters()).device
+    batch = model.on_before_batch_transfer(batch, 0)
+    batch = model.transfer_batch_to_device(batch, device, 0)
+    return model.on_after_batch_transfer(batch, 0)
+
+
+def batch_size(batch: Any, argument: str) -> int:
+    """Return the number of samples in a batch.
+
+    Raises:
+        ValueError: If it holds no tensor that tells.
+    """
+    first = next(find_tensors(batch), None)
+    if first is None or first.ndim == 0:
+        raise ValueError(
+            f"`{argument}` holds no tensor with samples along its first axis: got "
+            f"{describe(batch)}; expected a batch such as the training loader yields, or a "
+            "`DataLoader` of such."
+        )
+    return len(first)
+
+
+def describe(value: Any) -> str:
+    """Say in a few words what something is."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} ({value.dtype})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(describe(one) for one in value) + ")"
+    return f"a {type(value).__name__}" if value is not None else "nothing"
