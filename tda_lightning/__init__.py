@@ -25,6 +25,7 @@ from tda_lightning.attribution import (  # isort: skip
     Unrolled,
     embed,
 )
+from tda_lightning.targets import LogProbability, Logit, Loss, Margin  # isort: skip
 from tda_lightning.scores import Ranking, SampleScores, Scores, TopScores  # isort: skip
 
 # Look inside
@@ -45,6 +46,10 @@ __all__ = [
     "InfluenceFunction",
     "Kronecker",
     "KroneckerCountSketch",
+    "LogProbability",
+    "Logit",
+    "Loss",
+    "Margin",
     "MemoryStore",
     "Ranking",
     "SampleScores",

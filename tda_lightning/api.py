@@ -18,6 +18,7 @@ from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.queries import record_queries
 from tda_lightning.scores import SampleScores, Scores, TopScores
 from tda_lightning.stores import HDF5Store, Store
+from tda_lightning.targets import Loss, Target, name_of
 
 Run = str | Path | Store
 
@@ -28,10 +29,11 @@ def attribute(
     queries: Any,
     *,
     method: Attributor = TracIn(),
+    target: Target = Loss(),
     mode: Literal["eval", "train"] = "eval",
     progress: bool = True,
 ) -> Scores:
-    """Say which training samples lowered, or raised, the loss of each query.
+    """Say which training samples lowered, or raised, the loss of each query (or another target).
 
     Args:
         run: A recorded training: its folder or a store. A slice of a store asks about its steps.
@@ -40,6 +42,8 @@ def attribute(
             for a list of trainings.
         queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
         method: How to attribute.
+        target: What is asked about: the loss, or a function of (module, batch) that returns one
+            number per sample, to raise: :class:`~tda_lightning.Logit`, say.
         mode: Whether the model acts as in evaluation or as in training while queries pass through.
         progress: Show progress bars.
 
@@ -52,14 +56,15 @@ def attribute(
     """
     stores, models = _pairs(run, model)
     rows = [
-        _ask(store, one, queries, mode, progress) for store, one in zip(stores, models, strict=True)
+        _ask(store, one, queries, target, mode, progress)
+        for store, one in zip(stores, models, strict=True)
     ]
     if isinstance(run, list | tuple):
         scores = method.attribute_ensemble(stores, rows, progress=progress)
     else:
         scores = method.attribute(stores[0], rows[0], progress=progress)
-    weights = ", ".join(_fingerprint(one) for one in models)
-    return replace(scores, provenance={**scores.provenance, "weights": weights, "mode": mode})
+    asked = _asked(models, target, mode)
+    return replace(scores, provenance={**scores.provenance, **asked})
 
 
 def self_influence(
@@ -89,6 +94,7 @@ def top_attributions(
     k: int = 5,
     *,
     method: Attributor = TracIn(),
+    target: Target = Loss(),
     at_once: int = 256,
     mode: Literal["eval", "train"] = "eval",
     progress: bool = True,
@@ -105,6 +111,8 @@ def top_attributions(
         method: How to attribute.
         at_once: How many queries share a pass over the run. Memory: two matrices of
             ``(at_once, n_train)`` numbers, and the rows of all queries.
+        target: What is asked about: the loss, or a function of (module, batch) that returns one
+            number per sample, to raise: :class:`~tda_lightning.Logit`, say.
         mode: Whether the model acts as in evaluation or as in training while queries pass through.
         progress: Show progress bars.
 
@@ -113,9 +121,9 @@ def top_attributions(
         ValueError: If the run is empty, the model is another one, or the queries do not fit it.
     """
     store = open_run(run)
-    rows = _ask(store, model, queries, mode, progress)
+    rows = _ask(store, model, queries, target, mode, progress)
     top = top_scores(store, rows, method, k, at_once=at_once, progress=progress)
-    return replace(top, provenance={**top.provenance, "weights": _fingerprint(model), "mode": mode})
+    return replace(top, provenance={**top.provenance, **_asked([model], target, mode)})
 
 
 def trajectory(
@@ -125,6 +133,7 @@ def trajectory(
     train_ids: Int[Tensor, " n_selected"] | Sequence[int],
     *,
     method: Attributor = TracIn(),
+    target: Target = Loss(),
     per: Literal["step", "epoch"] = "step",
     mode: Literal["eval", "train"] = "eval",
     progress: bool = True,
@@ -138,6 +147,8 @@ def trajectory(
         train_ids: Which training samples.
         method: How to attribute.
         per: Whether to add up steps to epochs.
+        target: What is asked about: the loss, or a function of (module, batch) that returns one
+            number per sample, to raise: :class:`~tda_lightning.Logit`, say.
         mode: Whether the model acts as in evaluation or as in training while queries pass through.
         progress: Show progress bars.
 
@@ -147,7 +158,7 @@ def trajectory(
             sample is not in the training set.
     """
     store = open_run(run)
-    rows = _ask(store, model, queries, mode, progress)
+    rows = _ask(store, model, queries, target, mode, progress)
     return contributions(store, rows, train_ids, method, per=per, progress=progress)
 
 
@@ -184,12 +195,19 @@ def _ask(
     store: Store,
     model: nn.Module,
     queries: Any,
+    target: Target,
     mode: Literal["eval", "train"],
     progress: bool,
 ) -> Float[Tensor, "n_query k"]:
     """Return the rows of the queries, where the model is: methods work where their queries are."""
-    rows = record_queries(model, queries, like=store, mode=mode, progress=progress)
+    rows = record_queries(model, queries, like=store, target=target, mode=mode, progress=progress)
     return rows.to(next(model.parameters()).device)
+
+
+def _asked(models: Sequence[nn.Module], target: Target, mode: str) -> dict[str, str]:
+    """Say in a few words what was asked, of which weights."""
+    weights = ", ".join(_fingerprint(one) for one in models)
+    return {"target": name_of(target), "weights": weights, "mode": mode}
 
 
 def _fingerprint(model: nn.Module) -> str:

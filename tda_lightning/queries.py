@@ -24,6 +24,7 @@ from tda_lightning.rows import BatchRows, RowRecorder
 from tda_lightning.sample_ids import IdSource, SampleLedger
 from tda_lightning.step import Step
 from tda_lightning.stores import MemoryStore, Store, WritableStore
+from tda_lightning.targets import Loss, Target, name_of, per_sample
 from tda_lightning.undisturbed import undisturbed
 
 
@@ -32,36 +33,46 @@ def record_queries(
     queries: Any,
     *,
     like: Store,
+    target: Target = Loss(),
     at: int = -1,
     mode: Literal["eval", "train"] = "eval",
     progress: bool = True,
 ) -> Float[Tensor, "n_query k"]:
     """Sketch the gradient of each query's loss at the weights that ``model`` has.
 
+    Of another target, it is the gradient of the negative: what lowers it raises the target.
+
     Args:
         model: The LightningModule that was trained. It is left as it was.
         queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
         like: The run to ask: queries are recorded by its recipe.
+        target: What is asked about: a function of (module, batch) that returns one number per
+            sample, or one per sample and token, shape ``(n, T)``, each of which is a query then.
         at: The step of it in whose coordinates.
         mode: Whether the model acts as in evaluation or as in training.
         progress: Show a progress bar over the batches of a loader.
 
     Returns:
-        One row per query, on the CPU, shape ``(n_query, k)``. Where the run's reduction is
-        ``"mean"``, the loss of a batch is taken to be the mean of its samples' losses.
+        One row per query, on the CPU, shape ``(n_query, k)``; a sample's tokens lie together. Where
+        the run's reduction is ``"mean"``, the loss of a batch is taken to be the mean of its
+        samples' losses.
 
     Raises:
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
-            take the queries or returns no loss.
+            take the queries or returns no loss, or the target not its numbers.
     """
-    with _recording(model, like, at, mode, sampled=0.0) as rows:
+    passes: Literal["one", "several"] = "one" if isinstance(target, Loss) else "several"
+    with _recording(model, like, at, mode, sampled=0.0, passes=passes) as rows:
         batches = with_progress(batches_of(queries), "queries", progress)
-        recorded = [_record_batch(model, rows, batch, "queries") for batch in batches]
+        if isinstance(target, Loss):
+            is_mean = like.recipe.reduction == "mean"
+            recorded = [_record_batch(model, rows, batch, "queries").rows for batch in batches]
+            recorded = [one * len(one) if is_mean else one for one in recorded]
+        else:
+            recorded = [_record_target(model, rows, batch, target) for batch in batches]
     if not recorded:
         raise ValueError("`queries` is an empty loader; expected at least one batch.")
-    found = [one.rows.cpu() for one in recorded]
-    is_mean = like.recipe.reduction == "mean"
-    return torch.cat([rows * len(rows) if is_mean else rows for rows in found])
+    return torch.cat([one.cpu() for one in recorded])
 
 
 def record(
@@ -147,14 +158,21 @@ def _on_cpu(found: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def _recording(
-    model: nn.Module, like: Store, at: int, mode: Literal["eval", "train"], sampled: float
+    model: nn.Module,
+    like: Store,
+    at: int,
+    mode: Literal["eval", "train"],
+    sampled: float,
+    passes: Literal["one", "several"] = "one",
 ) -> Iterator[RowRecorder]:
     """Record the model by the recipe of a run, and leave it as it was."""
     recipe = like.recipe
     surveyed = survey(model, leave_out=[entry.name for entry in recipe.left_out])
     recipe.require_blocks(surveyed.blocks, type(model).__name__)
     projector = projector_from_dict(recipe.projector)
-    rows = RowRecorder(model, surveyed, recipe.batch_dims, projector, recipe.torch_dtype, sampled)
+    rows = RowRecorder(
+        model, surveyed, recipe.batch_dims, projector, recipe.torch_dtype, sampled, passes
+    )
     coordinates = like.preconditioner(at)
     if coordinates is not None:
         rows.precondition(coordinates)
@@ -179,3 +197,28 @@ def _record_batch(model: nn.Module, rows: RowRecorder, batch: Any, argument: str
     finally:
         found = rows.finish()
     return found
+
+
+def _record_target(
+    model: nn.Module, rows: RowRecorder, batch: Any, target: Target
+) -> Float[Tensor, "n_query k"]:
+    """Record the gradient of the negative target, token by token, each for all samples at once."""
+    n = batch_size(batch, "queries")
+    rows.start(n)
+    try:
+        fallen = -per_sample(target, model, transfer(model, batch), n)  # (n, T)
+        rows.listen(fallen.sum())
+        trained = [one for one in model.parameters() if one.requires_grad]
+        tokens = []
+        for number, one in enumerate(fallen.unbind(dim=1), start=1):
+            more = number < fallen.shape[1]
+            torch.autograd.grad(one.sum(), trained, allow_unused=True, retain_graph=more)
+            tokens.append(rows.take())
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"`queries` could not be asked about `{name_of(target)}`: expected a batch that the "
+            f"target can take; got {describe(batch)}, and it said: {error}"
+        ) from error
+    finally:
+        rows.finish()
+    return torch.stack(tokens, dim=1).flatten(0, 1)

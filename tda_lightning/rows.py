@@ -139,6 +139,11 @@ class RowRecorder:
             self._curvature_rows,
         )
 
+    def take(self) -> Float[Tensor, "n k"]:
+        """Return the rows of the backward pass that has just ended, and expect one more."""
+        rows, self._rows = self._rows, self._sketcher.empty_rows(len(self._rows))
+        return rows
+
     def precondition(self, coordinates: Preconditioner) -> None:
         """From now on, record in these coordinates."""
         self._coordinates = coordinates

@@ -94,6 +94,32 @@ class Scores:
         ids = torch.cat([one.query_ids for one in scores])
         return replace(first, values=values, query_ids=ids, **_joined(scores, "concatenation"))
 
+    def grouped(self, labels: Int[Tensor, " n_query"] | Sequence[int]) -> Scores:
+        """Add up the scores of queries that share a label: what a sample did for each group.
+
+        Where scores are linear in the query, these are the scores of the summed losses.
+
+        Args:
+            labels: The group of each query, shape ``(n_query,)``: of a class, a document, a token.
+
+        Returns:
+            Scores with one row per group; ``query_ids`` are the labels, sorted.
+
+        Raises:
+            ValueError: If there is not one label per query.
+        """
+        given = torch.as_tensor(labels)
+        if given.shape != self.query_ids.shape:
+            raise ValueError(
+                f"`labels` has the shape {tuple(given.shape)}; expected ({len(self.query_ids)},), "
+                "one label per query. Give queries that belong together the same number."
+            )
+        groups, places = torch.unique(given, return_inverse=True)
+        values = self.values.new_zeros(len(groups), len(self.train_ids))
+        values.index_add_(0, places, self.values)
+        provenance = {**self.provenance, "groups": f"{len(groups)} of {len(given)} queries"}
+        return replace(self, values=values, query_ids=groups, provenance=provenance)
+
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with queries as rows and training samples as columns."""
         import pandas as pd

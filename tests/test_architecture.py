@@ -12,7 +12,7 @@ FLOORS = [
     {"step", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
     {"layers", "sketcher", "stores", "scores", "losses"},
     {"capture", "projectors", "sample_ids", "order", "batches", "attribution", "metrics"},
-    {"rows", "conservation", "coordinates"},
+    {"rows", "conservation", "coordinates", "targets"},
     {"callbacks", "queries"},
     {"api"},
     {"cli"},
@@ -20,6 +20,7 @@ FLOORS = [
 WEST = {"factors", "layers", "random_bits", "sketcher", "projectors", "capture", "sample_ids"} | {
     "rows",
     "batches",
+    "targets",
     "losses",
     "coordinates",
     "conservation",
