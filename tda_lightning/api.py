@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Trajectory
+from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Trajectory, Unrolled
 from tda_lightning.attribution.top import top_scores
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.queries import record_queries
@@ -28,7 +28,7 @@ def attribute(
     model: nn.Module | list[nn.Module] | tuple[nn.Module, ...],
     queries: Any,
     *,
-    method: Attributor = TracIn(),
+    method: Attributor = Unrolled(),
     target: Target = Loss(),
     mode: Literal["eval", "train"] = "eval",
     progress: bool = True,
@@ -93,7 +93,7 @@ def top_attributions(
     queries: Any,
     k: int = 5,
     *,
-    method: Attributor = TracIn(),
+    method: Attributor = Unrolled(),
     target: Target = Loss(),
     at_once: int = 256,
     mode: Literal["eval", "train"] = "eval",
@@ -132,7 +132,7 @@ def trajectory(
     queries: Any,
     train_ids: Int[Tensor, " n_selected"] | Sequence[int],
     *,
-    method: Attributor = TracIn(),
+    method: Attributor = Unrolled(),
     target: Target = Loss(),
     per: Literal["step", "epoch"] = "step",
     mode: Literal["eval", "train"] = "eval",

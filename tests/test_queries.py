@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Subset
 from torchmetrics.classification import MulticlassAccuracy
 
-from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore, TracIn, attribute
+from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore, Unrolled, attribute
 from tda_lightning.queries import record_queries
 
 
@@ -114,7 +114,7 @@ def test_asking_works_on_a_model_that_has_no_trainer():
         scores.values, attribute(store, model, vectors()[:3], progress=False).values
     )
     assert scores.values.shape == (3, 13)
-    assert scores.method == repr(TracIn())
+    assert scores.method == repr(Unrolled())
 
 
 def test_queries_follow_the_module_hooks_on_batches():

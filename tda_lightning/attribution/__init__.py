@@ -8,6 +8,7 @@ from tda_lightning.attribution.curvature import (
     LossWeighted,
     Mixed,
     SampledLabels,
+    SampledOrEmpirical,
 )
 from tda_lightning.attribution.embedding import Embedding, embed
 from tda_lightning.attribution.influence import InfluenceFunction
@@ -34,6 +35,7 @@ __all__ = [
     "Mixed",
     "Propagator",
     "SampledLabels",
+    "SampledOrEmpirical",
     "SelfAttributor",
     "Source",
     "TracIn",

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.attribution.attributor import SelfAttributor
-from tda_lightning.attribution.curvature import BestAvailable, Curvature, mean_curvature
+from tda_lightning.attribution.curvature import Curvature, SampledOrEmpirical, mean_curvature
 from tda_lightning.attribution.dynamics import Dynamics, Extent
 from tda_lightning.attribution.moved import MovedRun
 from tda_lightning.attribution.visits import as_own_gradients, last_epoch, last_visits
@@ -53,7 +53,7 @@ class InfluenceFunction(SelfAttributor):
         rows_from: A recording to take training rows from instead.
     """
 
-    curvature: Curvature = BestAvailable()
+    curvature: Curvature = SampledOrEmpirical()
     damping: float | None = None
     curvature_over: Literal["run", "last epoch"] = "run"
     rows: Literal["all visits", "last visit"] = "all visits"

@@ -11,16 +11,30 @@ from lds_tasks import Task
 from lds_truths import Retrainer
 from torch import Tensor
 
-from tda_lightning import GradientSimilarity, InfluenceFunction, Source, TracIn, Unrolled
-from tda_lightning.attribution import Attributor, EmpiricalFisher, Linear, SampledLabels
+from tda_lightning import (
+    TRAK,
+    GradientSimilarity,
+    InfluenceFunction,
+    KroneckerCountSketch,
+    Source,
+    TracIn,
+    Unrolled,
+)
+from tda_lightning.attribution import Attributor, Linear, Mixed, SampledLabels
 
 MODELS_OF_TRAK = 5
+# The eigenvectors of a matrix of this size take seconds.
+LARGEST_FOR_SOURCE = 2048
 NEIGHBOURS = (1, 2, 5, 10, 20, 50, 100, 200)
 Grid = Callable[[], Iterable[tuple[str, Tensor]]]
 
 # By name, what a recorder is given besides a place to record to. Every method of the library is
 # asked about each of these runs.
-RECORDINGS: dict[str, dict[str, object]] = {"": {}, "sampled labels": {"curvature": "fisher"}}
+RECORDINGS: dict[str, dict[str, object]] = {
+    "": {},
+    "sampled labels": {"curvature": "fisher"},
+    "sampled labels, k = 4096": {"curvature": "fisher", "projector": KroneckerCountSketch(4096)},
+}
 
 
 @dataclass(frozen=True)
@@ -59,32 +73,27 @@ def methods_of(runs: Mapping[str, Run], retrainer: Retrainer) -> list[Entry]:
 def of_the_library(run: Run, recording: str) -> list[Entry]:
     """Return the methods that read a run: each at its defaults, and other settings to try."""
     if recording:
-        return [
-            from_run(
-                run,
-                recording,
-                Unrolled(),
-                [
-                    Unrolled(propagator=Linear()),
-                    Unrolled(SampledLabels()),
-                    Unrolled(EmpiricalFisher()),
-                ],
-            ),
-            from_run(run, recording, Source(), [Source(1), Source(6), Source(3, SampledLabels())]),
-            from_run(
-                run,
-                recording,
-                InfluenceFunction(),
-                [InfluenceFunction(SampledLabels()), InfluenceFunction(rows="last visit")],
-            ),
-        ]
+        return of_sampled_labels(run, recording)
     return [
         from_run(run, recording, TracIn()),
         from_run(run, recording, GradientSimilarity(), [GradientSimilarity("dot")]),
         from_run(run, recording, Unrolled(), [Unrolled(propagator=Linear())]),
         from_run(run, recording, Source(), [Source(1), Source(6)]),
         from_run(run, recording, InfluenceFunction(), [InfluenceFunction(rows="last visit")]),
+        *([from_run(run, recording, TRAK())] if run.has_one_label else []),
     ]
+
+
+def of_sampled_labels(run: Run, recording: str) -> list[Entry]:
+    """Return the methods that gain from rows of sampled labels."""
+    unrolled = [Unrolled(propagator=Linear()), Unrolled(SampledLabels())]
+    found = [
+        from_run(run, recording, Unrolled(), unrolled),
+        from_run(run, recording, InfluenceFunction(), [InfluenceFunction(Mixed())]),
+    ]
+    if run.store.recipe.dimension <= LARGEST_FOR_SOURCE:
+        found.append(from_run(run, recording, Source(), [Source(3, SampledLabels())]))
+    return found
 
 
 def from_run(

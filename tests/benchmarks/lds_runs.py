@@ -51,6 +51,12 @@ class Run:
         return {name: value.detach() for name, value in network.named_parameters()}
 
     @property
+    def has_one_label(self) -> bool:
+        """Whether the loss of a sample is that of one label, as TRAK wants it."""
+        terms = self.store[0].terms
+        return terms is not None and float(terms.max()) == 1
+
+    @property
     def mebibytes(self) -> float:
         """Size of the store."""
         return self.store.size_on_disk / 2**20
