@@ -14,9 +14,11 @@ from tda_lightning.queries import record
 
 # Ask
 from tda_lightning.api import attribute, self_influence, top_attributions, trajectory  # isort: skip
+from tda_lightning.by_features import attribute_by_features  # isort: skip
 from tda_lightning.attribution import (  # isort: skip
     TRAK,
     Embedding,
+    FeatureSimilarity,
     GradientSimilarity,
     InfluenceFunction,
     Source,
@@ -39,6 +41,7 @@ __all__ = [
     "DataOrder",
     "DenseProjection",
     "Embedding",
+    "FeatureSimilarity",
     "GradientRecorder",
     "GradientSimilarity",
     "HDF5Store",
@@ -62,6 +65,7 @@ __all__ = [
     "Trajectory",
     "Unrolled",
     "attribute",
+    "attribute_by_features",
     "data_order",
     "embed",
     "layer_rule",

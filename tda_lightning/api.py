@@ -206,11 +206,11 @@ def _ask(
 
 def _asked(models: Sequence[nn.Module], target: Target, mode: str) -> dict[str, str]:
     """Say in a few words what was asked, of which weights."""
-    weights = ", ".join(_fingerprint(one) for one in models)
+    weights = ", ".join(fingerprint(one) for one in models)
     return {"target": name_of(target), "weights": weights, "mode": mode}
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Return a short name for the weights of a model."""
     found = hashlib.sha256()
     for parameter in model.parameters():

@@ -27,14 +27,19 @@ def batches_of(queries: Any) -> Iterator[Any]:
         yield queries
 
 
+def step_of(model: Any, batch: Any) -> Any:
+    """Return what ``training_step`` returns."""
+    takes_index = "batch_idx" in inspect.signature(model.training_step).parameters
+    return model.training_step(batch, 0) if takes_index else model.training_step(batch)
+
+
 def loss_of(model: Any, batch: Any) -> Tensor:
     """Return what ``training_step`` makes of a batch.
 
     Raises:
         TypeError: If it is no loss.
     """
-    takes_index = "batch_idx" in inspect.signature(model.training_step).parameters
-    result = model.training_step(batch, 0) if takes_index else model.training_step(batch)
+    result = step_of(model, batch)
     loss = result.get("loss") if isinstance(result, Mapping) else result
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise TypeError(

@@ -9,12 +9,13 @@ import tda_lightning
 
 PACKAGE = Path(tda_lightning.__file__).parent
 FLOORS = [
-    {"step", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
+    {"step", "points", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
     {"layers", "sketcher", "stores", "scores", "losses"},
     {"capture", "projectors", "sample_ids", "order", "batches", "attribution", "metrics"},
     {"rows", "conservation", "coordinates", "targets"},
-    {"callbacks", "queries"},
+    {"callbacks", "queries", "features"},
     {"api"},
+    {"by_features"},
     {"cli"},
 ]
 WEST = {"factors", "layers", "random_bits", "sketcher", "projectors", "capture", "sample_ids"} | {
@@ -26,6 +27,7 @@ WEST = {"factors", "layers", "random_bits", "sketcher", "projectors", "capture",
     "conservation",
     "callbacks",
     "queries",
+    "features",
 }
 EAST = {"linalg", "scores", "attribution", "metrics"}
 FILES = sorted(PACKAGE.rglob("*.py"))

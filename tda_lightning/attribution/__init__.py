@@ -11,7 +11,9 @@ from tda_lightning.attribution.curvature import (
     SampledOrEmpirical,
 )
 from tda_lightning.attribution.embedding import Embedding, embed
+from tda_lightning.attribution.feature_similarity import FeatureSimilarity
 from tda_lightning.attribution.influence import InfluenceFunction
+from tda_lightning.attribution.point_methods import PointAttributor
 from tda_lightning.attribution.propagator import Exponential, Linear, Propagator
 from tda_lightning.attribution.similarity import GradientSimilarity
 from tda_lightning.attribution.source import Source
@@ -28,11 +30,13 @@ __all__ = [
     "Embedding",
     "EmpiricalFisher",
     "Exponential",
+    "FeatureSimilarity",
     "GradientSimilarity",
     "InfluenceFunction",
     "Linear",
     "LossWeighted",
     "Mixed",
+    "PointAttributor",
     "Propagator",
     "SampledLabels",
     "SampledOrEmpirical",

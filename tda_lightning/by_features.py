@@ -1,0 +1,55 @@
+"""A second front door: ask a model itself, where no training was recorded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from tda_lightning.api import fingerprint
+from tda_lightning.attribution import FeatureSimilarity
+from tda_lightning.attribution.point_methods import PointAttributor
+from tda_lightning.features import query_points, train_points
+from tda_lightning.sample_ids import IdSource
+from tda_lightning.scores import Scores
+
+
+def attribute_by_features(
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    queries: Any,
+    *,
+    method: PointAttributor = FeatureSimilarity(),
+    sample_ids: IdSource | None = None,
+    progress: bool = True,
+) -> Scores:
+    """Say which training samples a model takes for like the queries, or builds its outputs from.
+
+    Nothing needs to have been recorded: it costs one pass over the training data, in evaluation
+    mode, through the model's own ``training_step``.
+
+    Args:
+        model: The LightningModule that was trained, with the weights to ask about. It is left as
+            it was.
+        train_loader: The training data, in any order.
+        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
+        method: How to attribute: ``FeatureSimilarity()`` or ``RepresenterPoint()``, say.
+        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
+        progress: Show progress bars.
+
+    Returns:
+        Scores, shape ``(n_query, n_train)``. Memory: these, and the features of all samples.
+
+    Raises:
+        ValueError: If the layer or the ids cannot be found, or the data do not fit the model.
+    """
+    layer, reads = method.layer, method.reads
+    train = train_points(
+        model, train_loader, layer=layer, reads=reads, sample_ids=sample_ids, progress=progress
+    )
+    asked = query_points(model, queries, layer=layer, reads=reads, progress=progress)
+    scores = method.attribute(train, asked)
+    facts = {"model": type(model).__name__, "weights": fingerprint(model), "mode": "eval"}
+    return replace(scores, provenance={**scores.provenance, **facts})

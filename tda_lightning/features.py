@@ -1,0 +1,259 @@
+"""Features: what a layer sees of each sample, in one pass over data, in evaluation mode.
+
+Batches go through the user's own ``training_step``, whose loss also says what each sample asks of
+the layer's output. The model is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.data import DataLoader
+
+from tda_lightning.batches import (
+    batch_size,
+    batches_of,
+    describe,
+    loss_of,
+    step_of,
+    transfer,
+    with_progress,
+)
+from tda_lightning.layers import find_tensors
+from tda_lightning.points import Head, Points, concatenate
+from tda_lightning.sample_ids import IdSource, SampleLedger
+from tda_lightning.undisturbed import undisturbed
+
+Reads = Literal["features", "head"]
+
+
+def train_points(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    *,
+    layer: str | None = None,
+    reads: Reads = "features",
+    sample_ids: IdSource | None = None,
+    progress: bool = True,
+) -> Points:
+    """Take the features of training data, in one pass over a loader.
+
+    Args:
+        model: A LightningModule, with the weights to ask about. It is left as it was.
+        loader: The training data, in any order.
+        layer: Name of the layer whose input to take; by default the last ``Linear`` that is called.
+        reads: ``"head"`` takes the layer's output and the gradients there as well.
+        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
+        progress: Show a progress bar.
+
+    Returns:
+        The points, on the CPU, sorted by id.
+
+    Raises:
+        ValueError: If the layer or the ids cannot be found, or ``training_step`` cannot take a
+            batch.
+    """
+    ledger = SampleLedger(sample_ids)
+    ledger.watch(loader, lambda: True)
+    parts, ids = [], []
+    try:
+        with _watching(model, layer, reads) as watch:
+            for number, batch in enumerate(with_progress(loader, "features", progress)):
+                ids.append(ledger.name(batch, number))
+                parts.append(watch.take(batch, "train_loader"))
+    finally:
+        ledger.release()
+    points = _joined(parts, torch.cat(ids) if ids else None, "train_loader")
+    _require_once(points.ids)
+    return points.sorted()
+
+
+def query_points(
+    model: nn.Module,
+    queries: Any,
+    *,
+    layer: str | None = None,
+    reads: Reads = "features",
+    progress: bool = True,
+) -> Points:
+    """Take the features of queries; see :func:`train_points`.
+
+    Args:
+        model: A LightningModule, with the weights to ask about. It is left as it was.
+        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
+        layer: Name of the layer whose input to take; by default the last ``Linear`` that is called.
+        reads: ``"head"`` takes the layer's output and the gradients there as well.
+        progress: Show a progress bar over the batches of a loader.
+    """
+    with _watching(model, layer, reads) as watch:
+        batches = with_progress(batches_of(queries), "queries", progress)
+        return _joined([watch.take(batch, "queries") for batch in batches], None, "queries")
+
+
+@contextmanager
+def _watching(model: nn.Module, layer: str | None, reads: Reads) -> Iterator[_Watch]:
+    watch = _Watch(model, layer, reads)
+    try:
+        with undisturbed(model, "eval"), torch.set_grad_enabled(reads == "head"):
+            yield watch
+    finally:
+        watch.detach()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer saw and said, whatever is done to those tensors afterwards."""
+
+    name: str
+    module: nn.Module
+    inputs: Tensor
+    outputs: Tensor
+    place: GradientEdge | None
+
+
+def _call_of(name: str, module: nn.Module, inputs: Tensor, output: Any) -> _Call:
+    said = next(find_tensors(output), inputs)
+    place = get_gradient_edge(said) if said.requires_grad else None
+    return _Call(name, module, inputs.detach().clone(), said.detach().clone(), place)
+
+
+class _Watch:
+    """Hooks on the layers that may be meant, which remember the last call."""
+
+    def __init__(self, model: nn.Module, layer: str | None, reads: Reads) -> None:
+        self._model, self._reads = model, reads
+        self._last: _Call | None = None
+        self._chosen = layer
+        watched = _layers_meant(model, layer)
+        self._handles = [
+            module.register_forward_hook(self._hook(name), with_kwargs=True)
+            for name, module in watched.items()
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def take(self, batch: Any, argument: str) -> Points:
+        """Return the points of a batch; their ids are their places in it."""
+        n = batch_size(batch, argument)
+        self._last = None
+        try:
+            step = self._read_head if self._reads == "head" else self._read_features
+            return step(transfer(self._model, batch), n)
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"No features could be taken of `{argument}` in `{type(self._model).__name__}."
+                f"training_step`: expected a batch such as the training loader yields; got "
+                f"{describe(batch)}, and the step said: {error}"
+            ) from error
+        finally:
+            self._last = None
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            inputs = next(find_tensors([args, kwargs]), None)
+            if inputs is not None:
+                self._last = _call_of(name, module, inputs, output)
+
+        return hook
+
+    def _heard(self, n: int) -> _Call:
+        if self._last is None:
+            meant = "no Linear" if self._chosen is None else f"not `{self._chosen}`"
+            raise ValueError(f"the step called {meant}; expected a layer that it calls")
+        if self._last.inputs.ndim < 2 or len(self._last.inputs) != n:
+            raise ValueError(
+                f"`{self._last.name}` saw {describe(self._last.inputs)} in a batch of {n} samples; "
+                "expected the samples along its first axis. Name another layer with `layer=`"
+            )
+        return self._last
+
+    def _read_features(self, batch: Any, n: int) -> Points:
+        step_of(self._model, batch)
+        call = self._heard(n)
+        return Points(call.inputs.flatten(1).cpu(), torch.arange(n), call.name)
+
+    def _read_head(self, batch: Any, n: int) -> Points:
+        loss = loss_of(self._model, batch)
+        call = self._heard(n)
+        head, place = _require_head(call)
+        # The loss of a batch is taken to be the mean of its samples' losses.
+        (gradients,) = torch.autograd.grad(n * loss, place, create_graph=True)
+        weight, features = _with_bias(head, call.inputs)
+        asked = Head(
+            outputs=call.outputs.cpu(),
+            gradients=gradients.detach().cpu(),
+            slopes=_slopes(gradients, place).cpu(),
+            weight=weight.cpu(),
+        )
+        return Points(features.cpu(), torch.arange(n), call.name, asked)
+
+
+def _layers_meant(model: nn.Module, layer: str | None) -> dict[str, nn.Module]:
+    named = dict(model.named_modules())
+    if layer is None:
+        return {name: one for name, one in named.items() if isinstance(one, nn.Linear)}
+    if layer not in named or not layer:
+        raise ValueError(
+            f"`layer` names `{layer}`, which `{type(model).__name__}` has not; expected one of "
+            f"{[name for name in named if name]}. Choose one, or leave `layer` out for the last "
+            "`Linear`."
+        )
+    return {layer: named[layer]}
+
+
+def _require_head(call: _Call) -> tuple[nn.Linear, GradientEdge]:
+    if not isinstance(call.module, nn.Linear) or call.inputs.ndim != 2 or call.place is None:
+        raise ValueError(
+            f"`{call.name}` is a {type(call.module).__name__} and saw {describe(call.inputs)}; "
+            "expected a `Linear` that is called with one vector per sample. Name it with `layer=`"
+        )
+    return call.module, call.place
+
+
+def _slopes(gradients: Tensor, place: GradientEdge) -> Tensor:
+    """Return the row sums of the Hessian whose gradients these are."""
+    nothing = torch.zeros_like(gradients)
+    if not gradients.requires_grad:
+        return nothing
+    (found,) = torch.autograd.grad(gradients.sum(), place, allow_unused=True)
+    return nothing if found is None else found
+
+
+def _with_bias(head: nn.Linear, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    weight = head.weight.detach().clone()
+    if head.bias is None:
+        return weight, inputs
+    ones = inputs.new_ones(len(inputs), 1)
+    return torch.cat([weight, head.bias.detach()[:, None]], 1), torch.cat([inputs, ones], 1)
+
+
+def _joined(parts: Sequence[Points], ids: Tensor | None, argument: str) -> Points:
+    if not parts:
+        raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
+    widths = {part.features.shape[1] for part in parts}
+    if len(widths) > 1:
+        raise ValueError(
+            f"`{parts[0].layer}` saw {sorted(widths)} numbers of samples of `{argument}`; expected "
+            "as many of each. Pad all batches alike, or name a layer behind the pooling."
+        )
+    n = sum(len(part.ids) for part in parts)
+    return concatenate(parts, torch.arange(n) if ids is None else ids)
+
+
+def _require_once(ids: Int[Tensor, " n"]) -> None:
+    values, counts = np.unique(ids.numpy(), return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            f"`train_loader` draws sample {values[counts.argmax()]} {counts.max()} times in one "
+            "pass; expected every sample once. Pass a loader without a sampler that repeats."
+        )

@@ -1,0 +1,71 @@
+"""Points: what a layer saw of some samples, and what their losses asked of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """The linear layer behind the features, as it acted on them.
+
+    Attributes:
+        outputs: What it returned, shape ``(n, c)``.
+        gradients: Gradient of each sample's own loss with respect to that, shape ``(n, c)``.
+        slopes: Row sums of that loss's Hessian: zero of a softmax cross-entropy, the factor of a
+            squared error, shape ``(n, c)``.
+        weight: Its weight, with the bias as last column if it has one, shape ``(c, d)``.
+    """
+
+    outputs: Float[Tensor, "n c"]
+    gradients: Float[Tensor, "n c"]
+    slopes: Float[Tensor, "n c"]
+    weight: Float[Tensor, "c d"]
+
+    def at(self, places: Int[Tensor, " m"]) -> Head:
+        """Return the head as it acted on some of the samples."""
+        own = {name: getattr(self, name)[places] for name in _PER_SAMPLE}
+        return replace(self, **own)
+
+
+_PER_SAMPLE = ("outputs", "gradients", "slopes")
+
+
+@dataclass(frozen=True)
+class Points:
+    """Samples as a layer saw them.
+
+    Attributes:
+        features: Its inputs, flattened, shape ``(n, d)``; with a head that has a bias, the last
+            feature is one.
+        ids: Ids of the samples, shape ``(n,)``.
+        layer: Name of the layer.
+        head: The layer itself, where asked for.
+    """
+
+    features: Float[Tensor, "n d"]
+    ids: Int[Tensor, " n"]
+    layer: str
+    head: Head | None = None
+
+    def sorted(self) -> Points:
+        """Return the same points, sorted by id."""
+        order = self.ids.argsort()
+        head = None if self.head is None else self.head.at(order)
+        return replace(self, features=self.features[order], ids=self.ids[order], head=head)
+
+
+def concatenate(parts: Sequence[Points], ids: Int[Tensor, " n"]) -> Points:
+    """Put the points of several batches together, under these ids."""
+    heads = [part.head for part in parts if part.head is not None]
+    head = None
+    if heads:
+        own = {name: torch.cat([getattr(one, name) for one in heads]) for name in _PER_SAMPLE}
+        head = replace(heads[0], **own)
+    features = torch.cat([part.features for part in parts])
+    return Points(features, ids, parts[0].layer, head)

@@ -1,0 +1,148 @@
+"""What a layer sees of each sample, and similarity there."""
+
+import pytest
+import torch
+from lightning_models import Plain, loader, vectors
+from torch import nn
+from torch.nn.functional import cosine_similarity
+from torch.utils.data import Subset, TensorDataset, WeightedRandomSampler
+
+from tda_lightning import FeatureSimilarity, attribute_by_features
+from tda_lightning.features import query_points, train_points
+
+
+def network():
+    torch.manual_seed(2)
+    layers = (nn.Linear(7, 5), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(5, 3))
+    return Plain(nn.Sequential(*layers)).double()
+
+
+def data(n=13):
+    x, y = vectors(n)[:]
+    return TensorDataset(x.double(), y)
+
+
+def hidden(model, x):
+    return model.net[:2](x).detach()
+
+
+@pytest.mark.parametrize("layer", [None, "net.3", "net.0", "net.2"])
+def test_features_are_the_inputs_of_the_layer_in_the_order_of_ids(layer):
+    model, x = network(), data()[:][0]
+    found = train_points(model, loader(data()), layer=layer, progress=False)
+    torch.testing.assert_close(found.features, x if layer == "net.0" else hidden(model, x))
+    assert found.ids.tolist() == list(range(13))
+    assert found.layer == (layer or "net.3")
+
+
+def test_ids_are_those_of_the_root_dataset():
+    chosen = [11, 3, 5]
+    found = train_points(network(), loader(Subset(data(), chosen), 2), progress=False)
+    assert found.ids.tolist() == sorted(chosen)
+    torch.testing.assert_close(found.features, hidden(network(), data()[sorted(chosen)][0]))
+
+
+def test_a_batch_or_a_loader_of_queries_is_the_same():
+    whole = query_points(network(), data()[:], progress=False)
+    parts = query_points(network(), loader(data(), shuffle=False), progress=False)
+    torch.testing.assert_close(whole.features, parts.features)
+
+
+def test_a_head_is_what_the_loss_asks_of_it():
+    model, (x, y) = network(), data()[:]
+    points = train_points(model, loader(data()), reads="head", progress=False)
+    head = points.head
+    torch.testing.assert_close(points.features @ head.weight.mT, head.outputs)
+    torch.testing.assert_close(head.outputs, model.net[3](hidden(model, x)).detach())
+    asked = head.outputs.softmax(dim=1) - torch.eye(3, dtype=torch.float64)[y]
+    torch.testing.assert_close(head.gradients, asked)
+    torch.testing.assert_close(head.slopes, torch.zeros_like(asked))
+
+
+@pytest.mark.parametrize("reads", ["features", "head"])
+def test_taking_features_leaves_no_trace(reads):
+    model = network()
+    model.net.train()
+    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    batches = loader(data(), shuffle=False)
+    sampler = batches.batch_sampler
+    train_points(model, batches, reads=reads, progress=False)
+    assert batches.batch_sampler is sampler
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(m.training for m in model.net.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("measure", "reference"),
+    [
+        ("cosine", lambda q, i: cosine_similarity(q, i, dim=0)),
+        ("dot", lambda q, i: q @ i),
+        ("euclidean", lambda q, i: -(q - i).square().sum()),
+    ],
+)
+def test_similarity_is_its_formula(measure, reference):
+    model, queries = network(), data(17)[13:]
+    method = FeatureSimilarity("net.0", measure)
+    found = attribute_by_features(model, loader(data()), queries, method=method, progress=False)
+    x = data()[:][0]
+    expected = torch.stack([torch.stack([reference(q, i) for i in x]) for q in queries[0]])
+    torch.testing.assert_close(found.values, expected)
+    assert found.provenance["layer"] == "net.0"
+    assert found.method == repr(method)
+
+
+@pytest.mark.parametrize("measure", ["cosine", "euclidean"])
+def test_a_training_sample_is_its_own_best_proponent(measure):
+    model, method = network(), FeatureSimilarity("net.0", measure=measure)
+    found = attribute_by_features(model, loader(data()), data()[:], method=method, progress=False)
+    assert found.proponents(1).ids[:, 0].tolist() == list(range(13))
+
+
+def test_permuting_training_samples_permutes_scores():
+    model, order = network(), [5, 0, 3, 12, 7, 1, 2, 4, 6, 8, 9, 10, 11]
+    x, y = data()[:]
+    plain = attribute_by_features(model, loader(data()), data()[:3], progress=False)
+    moved = loader(TensorDataset(x[order], y[order]))
+    permuted = attribute_by_features(model, moved, data()[:3], progress=False)
+    torch.testing.assert_close(permuted.values, plain.values[:, order])
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("net.7", r"`layer` names `net.7`.*'net.3'.*leave `layer` out"),
+        ("unused", "the step called not `unused`"),
+    ],
+)
+def test_a_layer_that_is_not_called_is_refused(layer, message):
+    model = network()
+    model.unused = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=message):
+        query_points(model, data()[:3], layer=layer, progress=False)
+
+
+def test_a_head_that_is_no_linear_layer_of_vectors_is_refused():
+    with pytest.raises(ValueError, match=r"`net.1` is a ReLU.*expected a `Linear`"):
+        query_points(network(), data()[:3], layer="net.1", reads="head", progress=False)
+
+
+def test_samples_that_come_twice_are_refused():
+    sampler = WeightedRandomSampler([1.0] + [0.0] * 12, 13)
+    with pytest.raises(ValueError, match="draws sample 0 13 times"):
+        train_points(network(), loader(data(), shuffle=False, sampler=sampler), progress=False)
+
+
+def test_an_empty_loader_and_a_wrong_batch_are_refused():
+    with pytest.raises(ValueError, match="`queries` is an empty loader"):
+        query_points(network(), loader(Subset(data(), []), shuffle=False), progress=False)
+    with pytest.raises(ValueError, match="No features could be taken of `queries`"):
+        query_points(network(), data()[:3][0], progress=False)
+
+
+def test_models_without_linear_layers_are_refused():
+    model = Plain(nn.LayerNorm(7)).double()
+    with pytest.raises(ValueError, match="the step called no Linear"):
+        query_points(model, data()[:3], progress=False)
