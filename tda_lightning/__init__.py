@@ -14,13 +14,16 @@ from tda_lightning.queries import record
 
 # Ask
 from tda_lightning.api import attribute, self_influence, top_attributions, trajectory  # isort: skip
-from tda_lightning.by_features import attribute_by_features  # isort: skip
+from tda_lightning.by_features import attribute_by_features, representers  # isort: skip
 from tda_lightning.attribution import (  # isort: skip
     TRAK,
     Embedding,
     FeatureSimilarity,
     GradientSimilarity,
     InfluenceFunction,
+    LocalJacobianExpansion,
+    RepresenterPoint,
+    Representers,
     Source,
     TracIn,
     Trajectory,
@@ -49,12 +52,15 @@ __all__ = [
     "InfluenceFunction",
     "Kronecker",
     "KroneckerCountSketch",
+    "LocalJacobianExpansion",
     "LogProbability",
     "Logit",
     "Loss",
     "Margin",
     "MemoryStore",
     "Ranking",
+    "RepresenterPoint",
+    "Representers",
     "SampleScores",
     "Scores",
     "Source",
@@ -70,6 +76,7 @@ __all__ = [
     "embed",
     "layer_rule",
     "record",
+    "representers",
     "self_influence",
     "top_attributions",
     "trajectory",

@@ -9,8 +9,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.api import fingerprint
-from tda_lightning.attribution import FeatureSimilarity
-from tda_lightning.attribution.point_methods import PointAttributor
+from tda_lightning.attribution import (
+    FeatureSimilarity,
+    PointAttributor,
+    RepresenterPoint,
+    Representers,
+)
 from tda_lightning.features import query_points, train_points
 from tda_lightning.sample_ids import IdSource
 from tda_lightning.scores import Scores
@@ -53,3 +57,39 @@ def attribute_by_features(
     scores = method.attribute(train, asked)
     facts = {"model": type(model).__name__, "weights": fingerprint(model), "mode": "eval"}
     return replace(scores, provenance={**scores.provenance, **facts})
+
+
+def representers(
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    *,
+    method: RepresenterPoint = RepresenterPoint(),
+    sample_ids: IdSource | None = None,
+    progress: bool = True,
+) -> Representers:
+    """Decompose a model's last layer once, for all queries to come.
+
+    Args:
+        model: The LightningModule that was trained. It is left as it was: the refit is a copy's.
+        train_loader: The training data, in any order.
+        method: How to decompose.
+        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
+        progress: Show a progress bar.
+
+    Returns:
+        The training samples' features and representer values. Queries are asked by
+        ``.attribute(query_points(model, queries, reads="head"))``.
+
+    Raises:
+        ValueError: If the layer or the ids cannot be found, the data do not fit the model, the loss
+            is neither a softmax cross-entropy nor a squared error, or the refit does not arrive.
+    """
+    train = train_points(
+        model,
+        train_loader,
+        layer=method.layer,
+        reads="head",
+        sample_ids=sample_ids,
+        progress=progress,
+    )
+    return method.fit(train)

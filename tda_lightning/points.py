@@ -32,6 +32,11 @@ class Head:
         own = {name: getattr(self, name)[places] for name in _PER_SAMPLE}
         return replace(self, **own)
 
+    def double(self) -> Head:
+        """Return the head in float64."""
+        own = {name: getattr(self, name).double() for name in _PER_SAMPLE}
+        return replace(self, weight=self.weight.double(), **own)
+
 
 _PER_SAMPLE = ("outputs", "gradients", "slopes")
 

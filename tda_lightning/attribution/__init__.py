@@ -13,8 +13,10 @@ from tda_lightning.attribution.curvature import (
 from tda_lightning.attribution.embedding import Embedding, embed
 from tda_lightning.attribution.feature_similarity import FeatureSimilarity
 from tda_lightning.attribution.influence import InfluenceFunction
+from tda_lightning.attribution.jacobian_expansion import LocalJacobianExpansion
 from tda_lightning.attribution.point_methods import PointAttributor
 from tda_lightning.attribution.propagator import Exponential, Linear, Propagator
+from tda_lightning.attribution.representer import RepresenterPoint, Representers
 from tda_lightning.attribution.similarity import GradientSimilarity
 from tda_lightning.attribution.source import Source
 from tda_lightning.attribution.tracin import TracIn
@@ -34,10 +36,13 @@ __all__ = [
     "GradientSimilarity",
     "InfluenceFunction",
     "Linear",
+    "LocalJacobianExpansion",
     "LossWeighted",
     "Mixed",
     "PointAttributor",
     "Propagator",
+    "RepresenterPoint",
+    "Representers",
     "SampledLabels",
     "SampledOrEmpirical",
     "SelfAttributor",

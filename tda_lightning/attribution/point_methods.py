@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-from tda_lightning.points import Points
+from tda_lightning.points import Head, Points
 from tda_lightning.scores import Scores
 
 
@@ -29,3 +29,17 @@ class PointAttributor(ABC):
             train: The training samples, as the layer saw them.
             queries: The queries, as the layer saw them.
         """
+
+
+def head_of(points: Points) -> Head:
+    """Return the layer itself, in float64.
+
+    Raises:
+        ValueError: If it was not taken.
+    """
+    if points.head is None:
+        raise ValueError(
+            f"The points of `{points.layer}` hold features only; expected outputs and gradients as "
+            "well. Take them with `reads='head'`."
+        )
+    return points.head.double()
