@@ -156,3 +156,29 @@ def test_a_weight_that_also_acts_elsewhere_is_refused():
     with pytest.warns(UserWarning, match=r"net.layer.*not among `layers`"):
         trainer.fit(Plain(Functional()), loader(vectors()))
     assert len(store) == 6
+
+
+class Half(nn.Module):
+    """Computes in float16, and hands on float32."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.float16):
+            return self.net(x).float()
+
+
+@pytest.mark.parametrize("name", ["called twice", "layer norm", "conv", "attention"])
+def test_gradients_under_float16_autocast_are_conserved(name):
+    make, shape = NETS[name]
+    torch.manual_seed(0)
+    model, store, diary = Plain(Half(make())), MemoryStore(), AppliedDiary()
+    projector = KroneckerCountSketch(dimension=211, width=7)
+    recorder = GradientRecorder(store, projector=projector)
+    x, y = data_of(shape).tensors
+    quiet_trainer(recorder, diary).fit(model, loader(TensorDataset(x.float(), y)))
+    for position, (step, gradients) in enumerate(zip(store, diary.applied, strict=True)):
+        expected = sketch_of(gradients, model, store, position, projector)
+        assert (step.sketch.sum(dim=0) - expected).norm() / expected.norm() < 5e-3
