@@ -81,9 +81,17 @@ MATRIX = [
 ]
 
 
+def _words(settings):
+    """The settings in words that are the same in every process."""
+    return " ".join(
+        f"{name}={value if isinstance(value, int | float | str) else type(value).__name__}"
+        for name, value in settings.items()
+    )
+
+
 @pytest.mark.filterwarnings("ignore:You passed in a .val_dataloader. but have no")
 @pytest.mark.filterwarnings("ignore:.*shuffling enabled")
-@pytest.mark.parametrize(("settings", "loading", "recording"), MATRIX, ids=str)
+@pytest.mark.parametrize(("settings", "loading", "recording"), MATRIX, ids=_words)
 def test_weights_and_losses_are_bit_identical_under(settings, loading, recording):
     def run(*callbacks):
         pl.seed_everything(5, verbose=False)
