@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.batches import batch_size, batches_of, describe, loss_of, transfer, with_progress
+from tda_lightning.batches import batch_size, batches_of, describe, transfer, with_progress
 from tda_lightning.layers import survey
+from tda_lightning.passes import record_batch
 from tda_lightning.projectors import projector_from_dict
 from tda_lightning.recipe import ranges_of
 from tda_lightning.rows import BatchRows, RowRecorder
@@ -66,7 +67,7 @@ def record_queries(
         batches = with_progress(batches_of(queries), "queries", progress)
         if isinstance(target, Loss):
             is_mean = like.recipe.reduction == "mean"
-            recorded = [_record_batch(model, rows, batch, "queries").rows for batch in batches]
+            recorded = [record_batch(model, rows, batch, "queries")[1].rows for batch in batches]
             recorded = [one * len(one) if is_mean else one for one in recorded]
         else:
             recorded = [_record_target(model, rows, batch, target) for batch in batches]
@@ -124,7 +125,7 @@ def record(
             for number, batch in enumerate(with_progress(loader, "recording", progress)):
                 named = ledger.name(batch, number)
                 rows.seed(number)
-                found = _record_batch(model, rows, batch, "loader")
+                _, found = record_batch(model, rows, batch, "loader")
                 result.append(_step(number, facts, named, found, like))
     finally:
         ledger.release()
@@ -178,25 +179,6 @@ def _recording(
         rows.precondition(coordinates)
     with undisturbed(model, mode), rows, torch.enable_grad():
         yield rows
-
-
-def _record_batch(model: nn.Module, rows: RowRecorder, batch: Any, argument: str) -> BatchRows:
-    rows.start(batch_size(batch, argument))
-    try:
-        loss = loss_of(model, transfer(model, batch))
-        rows.listen(loss)
-        trained = [one for one in model.parameters() if one.requires_grad]
-        # Not `backward`: the `.grad` of the user's parameters is none of our business.
-        torch.autograd.grad(loss, trained, allow_unused=True)
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise ValueError(
-            f"`{argument}` could not go through `{type(model).__name__}.training_step`: expected a "
-            f"batch such as the training loader yields; got {describe(batch)}, and the step said: "
-            f"{error}"
-        ) from error
-    finally:
-        found = rows.finish()
-    return found
 
 
 def _record_target(
