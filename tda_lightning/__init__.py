@@ -1,7 +1,7 @@
 """Training data attribution for PyTorch Lightning: which samples made the model do that."""
 
 # Record
-from tda_lightning.callbacks import GradientRecorder
+from tda_lightning.callbacks import ContributionTracker, GradientRecorder
 from tda_lightning.layers import layer_rule
 from tda_lightning.projectors import (
     CountSketch,
@@ -31,6 +31,7 @@ from tda_lightning.attribution import (  # isort: skip
     embed,
 )
 from tda_lightning.targets import LogProbability, Logit, Loss, Margin  # isort: skip
+from tda_lightning.contributions import Contributions  # isort: skip
 from tda_lightning.scores import Ranking, SampleScores, Scores, TopScores  # isort: skip
 
 # Look inside
@@ -40,6 +41,8 @@ from tda_lightning.step import Step  # isort: skip
 
 __all__ = [
     "TRAK",
+    "ContributionTracker",
+    "Contributions",
     "CountSketch",
     "DataOrder",
     "DenseProjection",

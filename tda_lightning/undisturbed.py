@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,11 +22,27 @@ def undisturbed(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[No
         mode: Whether layers such as dropout and batch norm act as in evaluation or in training.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+        stack.enter_context(same_random_numbers(_cuda_devices(model)))
         for context in (_same_modes, _same_buffers, _same_metrics, _muted):
             stack.enter_context(context(model))
         model.train(mode == "train")
         yield
+
+
+@contextmanager
+def same_random_numbers(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Put the random numbers of torch, NumPy and Python back to where they were.
+
+    Args:
+        devices: GPUs whose random numbers to put back as well.
+    """
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

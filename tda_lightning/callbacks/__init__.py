@@ -1,5 +1,6 @@
 """Callbacks: the only rooms that know Lightning."""
 
 from tda_lightning.callbacks.recorder import GradientRecorder
+from tda_lightning.callbacks.tracker import ContributionTracker
 
-__all__ = ["GradientRecorder"]
+__all__ = ["ContributionTracker", "GradientRecorder"]

@@ -1,0 +1,112 @@
+"""Probe: a fixed set of queries whose gradients are taken again and again while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+
+from tda_lightning.batches import batch_size
+from tda_lightning.callbacks.either import LightningModule, Trainer
+from tda_lightning.passes import record_batch
+from tda_lightning.rows import RowRecorder
+from tda_lightning.undisturbed import same_random_numbers, undisturbed
+
+
+class Probe:
+    """The probes' batches, and how their gradients are taken.
+
+    Args:
+        batches: As the training loader yields them.
+        reduction: How the training loss combines the samples of a batch.
+        mode: Whether the model acts as in evaluation or as in training.
+    """
+
+    def __init__(
+        self,
+        batches: list[Any],
+        reduction: Literal["mean", "sum"],
+        mode: Literal["eval", "train"],
+    ) -> None:
+        self._batches = batches
+        self._sizes = [batch_size(batch, "probe") for batch in batches]
+        self._reduction = reduction
+        self._mode = mode
+
+    @property
+    def n_batches(self) -> int:
+        """How many passes it takes."""
+        return len(self._batches)
+
+    def __len__(self) -> int:
+        """Return the number of probes."""
+        return sum(self._sizes)
+
+    def record(
+        self, trainer: Trainer, model: LightningModule, rows: RowRecorder
+    ) -> tuple[float, Float[Tensor, "n_probe k"]]:
+        """Sketch the gradient of each probe's loss at the weights that the model has now.
+
+        Args:
+            trainer: The trainer, in whose precision the probes pass.
+            model: The model, which is left as it is.
+            rows: Records; attached, and not in the middle of a batch.
+
+        Returns:
+            The probes' mean loss, and one row for each.
+        """
+        found, total = [], 0.0
+        with undisturbed(model, self._mode), torch.enable_grad():
+            for batch, size in zip(self._batches, self._sizes, strict=True):
+                moved = trainer.precision_plugin.convert_input(batch)
+                with _precision(trainer):
+                    loss, recorded = record_batch(model, rows, moved, "probe")
+                factor = size if self._reduction == "mean" else 1
+                found.append((recorded.rows * factor).cpu())
+                total += float(loss) * factor
+        return total / len(self), torch.cat(found)
+
+
+def read_probe(probe: Any) -> list[Any]:
+    """Return the batches of a probe, read once, without touching anybody's random numbers.
+
+    Args:
+        probe: A batch, or a ``DataLoader`` of batches.
+
+    Raises:
+        ValueError: If it is empty or shuffled.
+    """
+    if not isinstance(probe, DataLoader):
+        return [probe]
+    if isinstance(probe.sampler, RandomSampler):
+        raise ValueError(
+            "`probe` is a shuffled loader, so that nobody could tell its samples apart afterwards; "
+            "expected one in a fixed order. Make it with `shuffle=False`."
+        )
+    with same_random_numbers(), _same_generator(probe.generator):
+        batches = list(probe)
+    if not batches:
+        raise ValueError("`probe` is an empty loader; expected at least one batch.")
+    return batches
+
+
+@contextmanager
+def _same_generator(generator: torch.Generator | None) -> Iterator[None]:
+    if generator is None:
+        yield
+        return
+    state = generator.get_state()
+    yield
+    generator.set_state(state)
+
+
+def _precision(trainer: Trainer) -> Any:
+    plugin = trainer.precision_plugin
+    # Without the loss scale that training has there, half precision would lose small gradients.
+    has_scale = getattr(plugin, "scaler", None) is not None
+    return nullcontext() if has_scale else plugin.forward_context()
