@@ -11,6 +11,7 @@ from tda_lightning.projectors import (
     KroneckerCountSketch,
 )
 from tda_lightning.queries import record
+from tda_lightning.snapshots import add_snapshots
 
 # Ask
 from tda_lightning.api import attribute, self_influence, top_attributions, trajectory  # isort: skip
@@ -73,6 +74,7 @@ __all__ = [
     "TracIn",
     "Trajectory",
     "Unrolled",
+    "add_snapshots",
     "attribute",
     "attribute_by_features",
     "data_order",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from tda_lightning.attribution.top import top_scores
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.queries import record_queries
 from tda_lightning.scores import SampleScores, Scores, TopScores
+from tda_lightning.snapshots import Ask, Moment, ask_at, attribute_along
 from tda_lightning.stores import HDF5Store, Store
 from tda_lightning.targets import Loss, Target, name_of
 
@@ -30,6 +32,7 @@ def attribute(
     *,
     method: Attributor = Unrolled(),
     target: Target = Loss(),
+    at: Moment = "now",
     mode: Literal["eval", "train"] = "eval",
     progress: bool = True,
 ) -> Scores:
@@ -44,6 +47,9 @@ def attribute(
         method: How to attribute.
         target: What is asked about: the loss, or a function of (module, batch) that returns one
             number per sample, to raise: :class:`~tda_lightning.Logit`, say.
+        at: At which weights: ``"now"``, those that the model has; the index of a step, those before
+            it, if the run has a snapshot of them; or ``"snapshots"``, for ``TracIn`` at the
+            snapshot nearest to each step. The model gets its own weights back.
         mode: Whether the model acts as in evaluation or as in training while queries pass through.
         progress: Show progress bars.
 
@@ -55,15 +61,22 @@ def attribute(
         ValueError: If the run is empty, the model is another one, or the queries do not fit it.
     """
     stores, models = _pairs(run, model)
-    rows = [
-        _ask(store, one, queries, target, mode, progress)
+    asks = [
+        partial(_ask, store, one, queries, target, mode, progress)
         for store, one in zip(stores, models, strict=True)
     ]
+    asked = _asked(models, target, mode)
+    if at == "snapshots":
+        parts = zip(stores, models, asks, strict=True)
+        scores = Scores.mean([attribute_along(*part, method, progress) for part in parts])
+        return replace(scores, provenance={**asked, **scores.provenance})
+    rows = [_ask_at(*part, at) for part in zip(stores, models, asks, strict=True)]
     if isinstance(run, list | tuple):
         scores = method.attribute_ensemble(stores, rows, progress=progress)
     else:
         scores = method.attribute(stores[0], rows[0], progress=progress)
-    asked = _asked(models, target, mode)
+    if at != "now":
+        asked["weights"] = f"the snapshot before step {at}"
     return replace(scores, provenance={**scores.provenance, **asked})
 
 
@@ -198,10 +211,17 @@ def _ask(
     target: Target,
     mode: Literal["eval", "train"],
     progress: bool,
+    at: int = -1,
 ) -> Float[Tensor, "n_query k"]:
     """Return the rows of the queries, where the model is: methods work where their queries are."""
-    rows = record_queries(model, queries, like=store, target=target, mode=mode, progress=progress)
+    rows = record_queries(
+        model, queries, like=store, target=target, at=at, mode=mode, progress=progress
+    )
     return rows.to(next(model.parameters()).device)
+
+
+def _ask_at(store: Store, model: nn.Module, ask: Ask, at: Moment) -> Float[Tensor, "n_query k"]:
+    return ask_at(store, model, at, ask) if isinstance(at, int) else ask(-1)
 
 
 def _asked(models: Sequence[nn.Module], target: Target, mode: str) -> dict[str, str]:

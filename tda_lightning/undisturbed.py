@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -27,6 +27,44 @@ def undisturbed(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[No
             stack.enter_context(context(model))
         model.train(mode == "train")
         yield
+
+
+@contextmanager
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the model other weights and buffers, and its own back afterwards.
+
+    Args:
+        model: Any module.
+        weights: As its ``state_dict`` has them, on any device.
+
+    Raises:
+        ValueError: If they are not those of such a model.
+    """
+    own = {name: one for name, one in model.state_dict().items() if isinstance(one, Tensor)}
+    unlike = [n for n in {*own, *weights} if _shape(own.get(n)) != _shape(weights.get(n))]
+    if unlike:
+        name = min(unlike)
+        raise ValueError(
+            f"The weights do not fit the `{type(model).__name__}`: expected `{name}` of shape "
+            f"{_shape(own.get(name))}, got {_shape(weights.get(name))}. Pass the model that was "
+            "trained."
+        )
+    copies = {name: one.detach().clone() for name, one in own.items()}
+    try:
+        _copy(own, weights)
+        yield
+    finally:
+        _copy(own, copies)
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _copy(to: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in to.items():
+            tensor.copy_(found[name])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ FLOORS = [
     {"step", "points", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
     {"layers", "sketcher", "stores", "scores", "losses"},
     {"capture", "projectors", "sample_ids", "order", "batches", "attribution", "metrics"},
-    {"rows", "conservation", "coordinates", "targets", "contributions"},
+    {"rows", "conservation", "coordinates", "targets", "contributions", "snapshots"},
     {"passes"},
     {"callbacks", "queries", "features"},
     {"api"},

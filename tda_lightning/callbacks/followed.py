@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch.nn import Module
 
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.lanes import Lane, Settings
@@ -17,7 +16,7 @@ from tda_lightning.callbacks.probe import Probe
 from tda_lightning.callbacks.strategies import processes_of
 from tda_lightning.callbacks.table import Period, Table
 from tda_lightning.callbacks.tracking import Tracking
-from tda_lightning.callbacks.trained import survey_trained
+from tda_lightning.callbacks.trained import row_dtype, survey_trained
 from tda_lightning.callbacks.whole import WholeCoordinates
 from tda_lightning.contributions import Contributions
 from tda_lightning.coordinates import has_coordinates
@@ -128,7 +127,7 @@ def follow(
     surveyed = survey_trained(model, wishes.layers, [optimizer])
     projector, remark = _projector(wishes, trainer, surveyed, len(probe))
     coordinates = wishes.preconditioner if has_coordinates(optimizer) else "none"
-    dtype = _dtype(model)
+    dtype = row_dtype(model)
 
     def rows(part: Survey, passes: Literal["one", "several"]) -> RowRecorder:
         return RowRecorder(model, part, wishes.batch_dims, projector, dtype, 0.0, passes)
@@ -176,8 +175,3 @@ def _projector(
         "their products from sketches. Pass `projector=Identity()` for exact ones, fewer probes, "
         "or fewer `layers`.",
     )
-
-
-def _dtype(model: Module) -> torch.dtype:
-    is_double = all(one.dtype == torch.float64 for one in model.parameters() if one.requires_grad)
-    return torch.float64 if is_double else torch.float32

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
 
-from tda_lightning.callbacks.either import Trainer
+from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.recipe import Recipe
 from tda_lightning.step import Preconditioner, Step
 from tda_lightning.stores import WritableStore
@@ -78,6 +79,25 @@ class Keeper:
         """Keep a step."""
         if self._try(lambda: self._store.append(step)):
             self._count += 1
+
+    def keep_weights(
+        self, trainer: Trainer, model: LightningModule, chosen: int | Sequence[int]
+    ) -> None:
+        """Keep the weights before the step to come, if it is one of the chosen ones.
+
+        Args:
+            trainer: The trainer.
+            model: The model.
+            chosen: Every how many steps, 0 for never; or which steps.
+        """
+        index = trainer.global_step
+        if isinstance(chosen, int):
+            chosen = [index] if chosen and index % chosen == 0 else []
+        if index not in chosen or not trainer.is_global_zero or index in self._store.snapshots():
+            return
+        state = model.state_dict()
+        weights = {k: v.detach().cpu().clone() for k, v in state.items() if isinstance(v, Tensor)}
+        self._try(lambda: self._store.keep_weights(index, weights))
 
     def seal(self) -> None:
         """Make all steps safe."""

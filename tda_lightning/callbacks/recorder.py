@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from tda_lightning.callbacks.checks import require_one_loader, require_supported
@@ -21,7 +21,7 @@ from tda_lightning.callbacks.keeper import Keeper
 from tda_lightning.callbacks.lanes import Lanes, Settings
 from tda_lightning.callbacks.loaders import watch_loaders
 from tda_lightning.callbacks.strategies import loss_scale_of, processes_of
-from tda_lightning.callbacks.trained import survey_trained
+from tda_lightning.callbacks.trained import row_dtype, survey_trained
 from tda_lightning.coordinates import has_coordinates
 from tda_lightning.layers import Survey
 from tda_lightning.projectors import KroneckerCountSketch, Projector
@@ -52,6 +52,8 @@ class GradientRecorder(pl.Callback):
         curvature_share: Share of each batch that these rows are recorded of.
         audit: Compare the recorded rows with the real gradient and the real update every so many
             recorded steps (always in the first); ``tda-lightning audit`` shows what was found.
+        snapshots: Keep the weights before every n-th optimizer step, or before the steps of these
+            indices, so that queries can be asked about them: ``attribute(..., at=index)``.
         sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
             default the index in the dataset, learnt from the sampler.
         reduction: How the training loss combines its samples.
@@ -78,6 +80,7 @@ class GradientRecorder(pl.Callback):
         curvature: Literal["fisher", "none"] = "none",
         curvature_share: float = 1.0,
         audit: int = 0,
+        snapshots: int | Sequence[int] = 0,
         sample_ids: IdSource | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         batch_dims: Mapping[str, int | Literal["flattened"]] | None = None,
@@ -101,6 +104,7 @@ class GradientRecorder(pl.Callback):
         self.curvature = curvature
         self.curvature_share = curvature_share
         self.audit = audit
+        self.snapshots = snapshots
         self.sample_ids = sample_ids
         self.reduction = reduction
         self.batch_dims = dict(batch_dims or {})
@@ -147,7 +151,7 @@ class GradientRecorder(pl.Callback):
         has_own = any(has_coordinates(optimizer) for optimizer in trainer.optimizers)
 
         def rows(part: Survey, passes: Literal["one", "several"]) -> RowRecorder:
-            dtype = _row_dtype(model)
+            dtype = row_dtype(model)
             return RowRecorder(
                 model, part, self.batch_dims, projector, dtype, self._sampled, passes
             )
@@ -183,7 +187,7 @@ class GradientRecorder(pl.Callback):
             left_out=lanes.surveyed.left_out,
             projector=lanes.projector.to_dict(),
             dimension=lanes.dimension,
-            dtype="float64" if _row_dtype(model) == torch.float64 else "float32",
+            dtype="float64" if row_dtype(model) == torch.float64 else "float32",
             reduction=self.reduction,
             batch_dims=self.batch_dims,
             preconditioner=lanes.settings.preconditioner,
@@ -206,6 +210,7 @@ class GradientRecorder(pl.Callback):
         if self._lanes is not None:
             sample_ids = self._ledger.name(batch, batch_idx)
             share = 1 / trainer.accumulate_grad_batches
+            self._keeper.keep_weights(trainer, pl_module, self.snapshots)
             self._lanes.start_batch(trainer.global_step, sample_ids, share)
 
     def on_before_zero_grad(
@@ -292,8 +297,3 @@ class GradientRecorder(pl.Callback):
             lanes, self._lanes = self._lanes, None
             lanes.detach()
             self._keeper.seal()
-
-
-def _row_dtype(model: nn.Module) -> torch.dtype:
-    is_double = all(one.dtype == torch.float64 for one in model.parameters() if one.requires_grad)
-    return torch.float64 if is_double else torch.float32

@@ -180,6 +180,21 @@ class StoreContract(ABC):
         assert all(same(a, b) for a, b in zip(store, steps, strict=True))
         assert store.run_id == run_id is not None
 
+    def test_weights_come_back_and_those_of_dropped_steps_do_not(self, tmp_path: Path) -> None:
+        """With the run's life: resuming keeps those that still stand, clearing keeps none."""
+        store = filled(self.make(tmp_path), make_steps(5))
+        assert store.snapshots() == []
+        for index in (4, 0, 8):
+            store.keep_weights(index, {"net.weight": torch.full((3,), float(index))})
+        assert store.snapshots() == store[1:3].snapshots() == [0, 4, 8]
+        assert torch.equal(store[1:3].weights_at(4)["net.weight"], torch.full((3,), 4.0))
+        with pytest.raises(ValueError, match="no snapshot of the weights before step 5"):
+            store.weights_at(5)
+        store.resume(4)
+        assert store.snapshots() == [0, 4]
+        store.clear()
+        assert store.snapshots() == []
+
     def test_every_run_has_a_name_of_its_own(self, tmp_path: Path) -> None:
         """So that a checkpoint knows the run it belongs to."""
         store = self.make(tmp_path)

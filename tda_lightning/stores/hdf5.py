@@ -20,6 +20,15 @@ from tda_lightning.stores.buffer import StepBuffer
 from tda_lightning.stores.encoding import Storage, bytes_of
 from tda_lightning.stores.segments import Segment, make_durable, partial_name, write_segment
 from tda_lightning.stores.shards import MergedShards, Shard
+from tda_lightning.stores.snapshots import (
+    SNAPSHOTS,
+    Weights,
+    drop_snapshots_after,
+    indices_in,
+    read_snapshot,
+    require_snapshot,
+    write_snapshot,
+)
 from tda_lightning.stores.store import WritableStore
 
 
@@ -147,6 +156,8 @@ class HDF5Store(WritableStore):
         # The last go first: whatever interrupts this, what is left is a run without holes.
         for file in reversed(folder.segments_of(self.path, self._rank, self._ranks)):
             _drop_from(file, index, self._storage)
+        if self._rank == 0:
+            drop_snapshots_after(self.path, index)
         make_durable(self.path)
         # Other processes may be at theirs at this moment: those are looked at when all is done.
         self._own = Shard(folder.segments_of(self.path, self._rank, self._ranks))
@@ -161,6 +172,19 @@ class HDF5Store(WritableStore):
         self._recipe = None
         self._buffer.clear()
         self.look_again()
+
+    def snapshots(self) -> list[int]:
+        """Return the steps before which the weights were kept, in order."""
+        return indices_in(self.path)
+
+    def weights_at(self, index: int) -> Weights:
+        """Return the model's state before a step, as it was kept."""
+        require_snapshot(self.snapshots(), index)
+        return read_snapshot(self.path, index)
+
+    def keep_weights(self, index: int, weights: Weights) -> None:
+        """Keep the model's state before a step, in a file of its own."""
+        write_snapshot(self.path, index, weights)
 
     def append(self, step: Step) -> None:
         """Add a step; it is sealed with others, now and then."""
@@ -206,7 +230,7 @@ class HDF5Store(WritableStore):
             self._own.add(writing.result())
 
     def _files(self) -> list[Path]:
-        patterns = (folder.SEGMENTS, folder.PARTIAL, folder.RECIPE)
+        patterns = (folder.SEGMENTS, SNAPSHOTS, folder.PARTIAL, folder.RECIPE)
         return list(itertools.chain.from_iterable(self.path.glob(one) for one in patterns))
 
 

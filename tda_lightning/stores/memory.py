@@ -6,6 +6,7 @@ import uuid
 
 from tda_lightning.recipe import Recipe
 from tda_lightning.step import Step
+from tda_lightning.stores.snapshots import Weights, require_snapshot
 from tda_lightning.stores.store import WritableStore
 
 
@@ -19,6 +20,7 @@ class MemoryStore(WritableStore):
         self._recipe: Recipe | None = None
         self._run_id: str | None = None
         self._steps: list[Step] = []
+        self._weights: dict[int, Weights] = {}
 
     @property
     def recipe(self) -> Recipe:
@@ -53,11 +55,26 @@ class MemoryStore(WritableStore):
     def resume(self, index: int) -> None:
         """Continue the run that is there, from the optimizer step of that index on."""
         self._steps = [step for step in self._steps if step.index < index]
+        self._weights = {at: one for at, one in self._weights.items() if at <= index}
 
     def clear(self) -> None:
         """Forget the run."""
         self._recipe = self._run_id = None
         self._steps.clear()
+        self._weights.clear()
+
+    def snapshots(self) -> list[int]:
+        """Return the steps before which the weights were kept, in order."""
+        return sorted(self._weights)
+
+    def weights_at(self, index: int) -> Weights:
+        """Return the model's state before a step, as it was kept."""
+        require_snapshot(self.snapshots(), index)
+        return self._weights[index]
+
+    def keep_weights(self, index: int, weights: Weights) -> None:
+        """Keep the model's state before a step."""
+        self._weights[index] = dict(weights)
 
     def append(self, step: Step) -> None:
         """Add a step."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tda_lightning.recipe import Recipe, ids_of
 from tda_lightning.step import Audit, Preconditioner, Step
+from tda_lightning.stores.snapshots import Weights, require_snapshot
 
 
 class Store(Sequence[Step], ABC):
@@ -61,6 +62,19 @@ class Store(Sequence[Step], ABC):
                 return found
         return None
 
+    def snapshots(self) -> list[int]:
+        """Return the steps before which the weights were kept, in order; by default none."""
+        return []
+
+    def weights_at(self, index: int) -> Weights:
+        """Return the model's state before a step, as it was kept.
+
+        Raises:
+            ValueError: If it was not.
+        """
+        require_snapshot(self.snapshots(), index)
+        raise NotImplementedError
+
     def __repr__(self) -> str:
         """Show the kind of store and its length, not its steps."""
         return f"{type(self).__name__}({len(self)} steps)"
@@ -107,6 +121,14 @@ class StoreSlice(Store):
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
         """Return the coordinates of a step of the view: they may have begun before it."""
         return self._store.preconditioner(self._positions[position])
+
+    def snapshots(self) -> list[int]:
+        """Return the steps before which the weights were kept: also those outside of the view."""
+        return self._store.snapshots()
+
+    def weights_at(self, index: int) -> Weights:
+        """Return the model's state before a step, as it was kept."""
+        return self._store.weights_at(index)
 
 
 class WritableStore(Store):
@@ -170,3 +192,15 @@ class WritableStore(Store):
     @abstractmethod
     def seal(self) -> None:
         """Make every step appended so far safe and readable."""
+
+    def keep_weights(self, index: int, weights: Weights) -> None:
+        """Keep the model's state before a step.
+
+        Args:
+            index: Number of optimizer steps taken so far.
+            weights: What ``state_dict`` returns, on the CPU; the store may keep these tensors.
+        """
+        raise ValueError(
+            f"A `{type(self).__name__}` keeps no weights; expected a store that does. Record into "
+            "a folder, or without `snapshots`."
+        )

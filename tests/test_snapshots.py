@@ -1,0 +1,149 @@
+"""Weights along the way: kept before chosen steps, and asked about afterwards."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from tda_lightning import (
+    ContributionTracker,
+    GradientRecorder,
+    HDF5Store,
+    Identity,
+    MemoryStore,
+    Source,
+    TracIn,
+    add_snapshots,
+    attribute,
+)
+from tda_lightning.queries import record_queries
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+}
+
+
+def double_vectors(n=13):
+    x, y = vectors(n).tensors
+    return TensorDataset(x.double(), y)
+
+
+def record(store, *callbacks, optimizer=OPTIMIZERS["SGD"], snapshots=0, **settings):
+    model = Plain(mlp().double(), optimizer=optimizer)
+    recorder = GradientRecorder(store, projector=Identity(), snapshots=snapshots)
+    trainer = quiet_trainer(recorder, *callbacks, precision="64-true", **settings)
+    trainer.fit(model, loader(double_vectors()))
+    return model
+
+
+def queries():
+    return double_vectors(18)[13:]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_tracin_at_snapshots_of_every_step_is_the_sum_of_exact_products(optimizer, tmp_path):
+    tracker = ContributionTracker(queries(), tmp_path / "probe.npz")
+    store = HDF5Store(tmp_path / "run", storage="as computed")
+    model = record(store, tracker, optimizer=OPTIMIZERS[optimizer], snapshots=1, max_epochs=9)
+    scores = attribute(tmp_path / "run", model, queries(), method=TracIn(), at="snapshots")
+    torch.testing.assert_close(scores.values, tracker.scores.values, rtol=1e-8, atol=1e-12)
+    assert scores.provenance["weights"] == "the nearest of 27 snapshots, steps 0 to 26"
+
+
+def test_tracin_at_snapshots_of_every_step_foretells_the_loss_of_small_steps():
+    store = MemoryStore()
+    model = record(store, optimizer=lambda p: torch.optim.SGD(p, lr=1e-4), snapshots=1)
+    after, x, y = model.state_dict(), *queries()
+    after = {name: one.clone() for name, one in after.items()}
+
+    def losses(weights):
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            return functional.cross_entropy(model.net(x), y, reduction="none")
+
+    change = losses(store.weights_at(0)) - losses(after)
+    scores = attribute(store, model, queries(), method=TracIn(), at="snapshots")
+    torch.testing.assert_close(scores.values.sum(dim=1), change, rtol=5e-3, atol=1e-9)
+
+
+def test_each_step_is_asked_about_at_its_nearest_snapshot():
+    store = MemoryStore()
+    model = record(store, snapshots=[1, 4])
+    assert store.snapshots() == [1, 4]
+    expected = torch.zeros(5, 13, dtype=torch.float64)
+    for index, steps in ((1, store[:3]), (4, store[3:])):
+        model.load_state_dict(store.weights_at(index))
+        rows = record_queries(model, queries(), like=store, at=index)
+        expected += TracIn().attribute(steps, rows).values
+    found = attribute(store, model, queries(), method=TracIn(), at="snapshots")
+    torch.testing.assert_close(found.values, expected)
+    half = attribute(store[3:], model, queries(), method=TracIn(), at="snapshots")
+    assert half.provenance["weights"] == "the nearest of 1 snapshots, steps 4 to 4"
+
+
+def test_snapshots_are_the_weights_before_their_step():
+    store, diary = MemoryStore(), Diary()
+    record(store, diary, snapshots=2, accumulate_grad_batches=2, max_epochs=3)
+    assert store.snapshots() == [0, 2, 4]
+    for index, batch in ((0, 0), (2, 3), (4, 6)):
+        for name, weight in store.weights_at(index).items():
+            assert torch.equal(weight, diary.weights[batch][name])
+
+
+@pytest.mark.parametrize("method", [TracIn(), Source()], ids=repr)
+def test_queries_at_a_step_are_those_of_a_model_with_its_weights(method):
+    store = MemoryStore()
+    model = record(store, optimizer=OPTIMIZERS["Adam"], snapshots=3)
+    own = {name: one.clone() for name, one in model.state_dict().items()}
+    found = attribute(store, model, queries(), method=method, at=3)
+    assert all(torch.equal(one, own[name]) for name, one in model.state_dict().items())
+    model.load_state_dict(store.weights_at(3))
+    rows = record_queries(model, queries(), like=store, at=3)
+    torch.testing.assert_close(found.values, method.attribute(store, rows).values)
+    assert found.provenance["weights"] == "the snapshot before step 3"
+
+
+def test_checkpoints_of_a_trainer_can_be_taken_over(tmp_path):
+    for name, snapshots in (("with", 2), ("without", 0)):
+        pl.seed_everything(5, verbose=False)
+        saved = ModelCheckpoint(tmp_path / name, every_n_train_steps=2, save_top_k=-1)
+        store = HDF5Store(tmp_path / f"{name}.tda")
+        model = record(store, saved, snapshots=snapshots, enable_checkpointing=True)
+    files = sorted((tmp_path / "without").glob("*.ckpt"))
+    add_snapshots(tmp_path / "without.tda", files)
+    one, other = (HDF5Store.open(tmp_path / f"{name}.tda") for name in ("with", "without"))
+    assert (one.snapshots(), other.snapshots()) == ([0, 2, 4], [2, 4, 6])
+    for name, weight in one.weights_at(4).items():
+        assert torch.equal(weight, other.weights_at(4)[name])
+    assert attribute(other, model, queries(), at=6).values.shape == (5, 13)
+    assert one.size_on_disk > 3 * sum(8 * p.numel() for p in model.parameters())
+
+
+def test_training_is_bit_identical_with_snapshots():
+    def weights(*callbacks):
+        pl.seed_everything(5, verbose=False)
+        model = Plain(torch.nn.Sequential(mlp(), torch.nn.Dropout(0.2)))
+        quiet_trainer(*callbacks).fit(model, loader(vectors()))
+        return list(model.parameters())
+
+    recorder = GradientRecorder(MemoryStore(), snapshots=1)
+    pairs = zip(weights(), weights(recorder), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_what_cannot_be_asked_says_so():
+    store, bare = MemoryStore(), MemoryStore()
+    model = record(store, snapshots=2)
+    record(bare)
+    with pytest.raises(ValueError, match="no snapshot of the weights before step 3; expected one"):
+        attribute(store, model, queries(), at=3)
+    with pytest.raises(ValueError, match="expected `TracIn"):
+        attribute(store, model, queries(), method=Source(), at="snapshots")
+    with pytest.raises(ValueError, match="has no snapshots; expected some"):
+        attribute(bare, model, queries(), method=TracIn(), at="snapshots")
+    with pytest.raises(ValueError, match="do not fit the `Plain`"):
+        attribute(store, Plain(mlp(d=5).double()), queries(), at=2)
