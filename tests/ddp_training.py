@@ -44,7 +44,11 @@ def train(folder, devices, given):
         sampler = DistributedSampler(data, devices, rank, shuffle=False)
     callbacks = []
     if given.get("record", True):
-        store = MemoryStore() if given.get("memory") else HDF5Store(folder / "run")
+        store = (
+            MemoryStore()
+            if given.get("memory")
+            else HDF5Store(folder / "run", storage="as computed")
+        )
         recorder = GradientRecorder(
             store,
             projector=Identity(),

@@ -138,4 +138,4 @@ def test_it_is_linear_in_the_query_and_blind_to_samples_never_drawn():
 def test_a_curvature_without_an_inverse_is_refused():
     run = ls.record(ls.problem(steps=1), lambda p: SGD(p, lr=0.1))
     with pytest.raises(ValueError, match="without an inverse; expected more"):
-        scores(InfluenceFunction(damping=0.0), run)
+        scores(InfluenceFunction(BestAvailable(), damping=0.0), run)

@@ -249,16 +249,6 @@ def test_what_cannot_be_recorded_is_refused_before_the_first_batch(settings, opt
     assert not diary.batches
 
 
-def test_manual_optimization_is_refused():
-    class Manual(Plain):
-        def __init__(self):
-            super().__init__(mlp())
-            self.automatic_optimization = False
-
-    with pytest.raises(ValueError, match="manual optimization"):
-        quiet_trainer(GradientRecorder(MemoryStore())).fit(Manual(), loader(vectors()))
-
-
 def test_a_misspelt_layer_is_named():
     recorder = GradientRecorder(MemoryStore(), layers=["net.head"])
     with pytest.raises(

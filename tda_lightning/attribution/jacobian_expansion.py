@@ -10,7 +10,7 @@ over training samples,
 
 with :math:`H` and the gradients at :math:`W^\dagger`. Sui et al. (2021), "Representer Point
 Selection via Local Jacobian Expansion for Post-hoc Classifier Explanation of Deep Neural Networks
-and Ensemble Models", theorem 3.1 with the one-step :math:`W^\dagger` of section 3.2; here for any
+and Ensemble Models", with their one-step :math:`W^\dagger`; here for any
 number of outputs, and with as much damping as the Hessian of a softmax needs to have an inverse.
 """
 

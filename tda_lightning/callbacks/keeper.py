@@ -149,7 +149,7 @@ class Keeper:
             return False
         try:
             write()
-        except (OSError, RuntimeError) as error:  # HDF5 wraps some of the former in the latter.
+        except OSError as error:
             self.has_failed = True
             rank_zero_warn(
                 f"GradientRecorder: the store cannot be written to any more ({error}). Training "

@@ -237,9 +237,12 @@ class HDF5Store(WritableStore):
 def _write(file: Path, steps: list[Step], storage: Storage) -> Segment:
     try:
         write_segment(file, steps, storage)
-    except Exception:  # A full disk, say: leave it what room there is.
+    except Exception as error:  # A full disk, say: leave it what room there is.
         partial_name(file).unlink(missing_ok=True)
-        raise
+        if isinstance(error, OSError):
+            raise
+        # HDF5 wraps some errors of the system in errors of its own.
+        raise OSError(f"writing `{file}` failed: {error}") from error
     return Segment(file)
 
 
