@@ -34,7 +34,7 @@ from tda_lightning.sketcher import (
 # most.
 _SMALL_MODEL = 2**16
 # Beyond this many hashed entries for each column of a row, a wider layer adds next to nothing.
-_ENTRIES_PER_COLUMN = 8
+_ENTRIES_PER_COLUMN = 4
 
 
 @dataclass(frozen=True)

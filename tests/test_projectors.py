@@ -166,8 +166,8 @@ def test_small_models_are_taken_whole():
 @pytest.mark.parametrize(("layers", "width"), [(2, 32), (8, 32), (9, 16), (32, 16), (33, 8)])
 def test_the_width_is_chosen_from_the_number_of_layers(layers, width):
     block = Block("a", "Linear", ("a",), ("a.weight",), 200, 200)
-    chosen = KroneckerCountSketch(dimension=1024).chosen_for([block] * layers)
-    assert chosen == KroneckerCountSketch(dimension=1024, width=width)
+    chosen = KroneckerCountSketch(dimension=2048).chosen_for([block] * layers)
+    assert chosen == KroneckerCountSketch(dimension=2048, width=width)
 
 
 @pytest.mark.parametrize("projector", PROJECTORS, ids=lambda p: type(p).__name__)

@@ -265,7 +265,12 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         store = HDF5Store(Path(folder) / "run.tda", storage=options.storage)
         projector = KroneckerCountSketch(options.dimension)
-        recorder = GradientRecorder(store, projector=projector, curvature=options.curvature)
+        recorder = GradientRecorder(
+            store,
+            projector=projector,
+            curvature=options.curvature,
+            curvature_share=options.share,
+        )
         callbacks = [observer, recorder] if record else [observer]
         limits = {"accelerator": options.device, "devices": 1, "max_epochs": -1, "max_steps": steps}
         pl.Trainer(callbacks=callbacks, **limits, **NOTHING_ELSE).fit(Training(case), loader)
@@ -416,6 +421,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of a run; by default the model's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--curvature", choices=("none", "fisher"), default="none")
+    parser.add_argument("--share", type=float, default=1.0, help="of sampled labels")
     parser.add_argument("--dimension", type=int, default=KroneckerCountSketch().dimension)
     parser.add_argument("--storage", choices=get_args(Storage), default=get_args(Storage)[0])
     parser.add_argument("--baselines", action="store_true", help=f"compare with {BASELINES}")
