@@ -211,13 +211,12 @@ def test_errors_of_writing_are_said_once(tmp_path, monkeypatch):
 
 
 def test_an_environment_variable_records_and_its_absence_does_not(tmp_path, monkeypatch):
-    from tda_lightning.callbacks.entry_point import recorders_from_environment
-
+    """Through the entry point of the installed package, without a line of code."""
     monkeypatch.delenv("TDA_LIGHTNING_STORE", raising=False)
-    assert recorders_from_environment() == []
+    quiet_trainer().fit(Plain(mlp()), loader(Telling()))
+    assert not (tmp_path / "run").exists()
     monkeypatch.setenv("TDA_LIGHTNING_STORE", str(tmp_path / "run"))
-    (recorder,) = recorders_from_environment()
-    quiet_trainer(recorder).fit(Plain(mlp()), loader(Telling()))
+    quiet_trainer().fit(Plain(mlp()), loader(Telling()))
     assert len(HDF5Store.open(tmp_path / "run")) == 6
 
 
