@@ -103,6 +103,7 @@ from pathlib import Path
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from pytorch_lightning.callbacks import ModelCheckpoint
 from tda_lightning import GradientRecorder, HDF5Store, Identity
+import pytorch_lightning as pl
 
 folder = Path(sys.argv[1])
 run, last = folder / "run", folder / "last.ckpt"
@@ -110,12 +111,17 @@ run, last = folder / "run", folder / "last.ckpt"
 def fail(*_):
     raise RuntimeError("on purpose")
 
+class Telling(pl.Callback):
+    def on_train_start(self, *_):
+        os.write(telling, b"!")
+
 def train():
     signal.signal(signal.SIGUSR1, fail)
     store = HDF5Store(run, segment_bytes=20_000)
     saver = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=7)
     recorder = GradientRecorder(store, projector=Identity(), existing="replace")
-    trainer = quiet_trainer(recorder, saver, max_epochs=100_000, enable_checkpointing=True)
+    callbacks = (recorder, saver, Telling())
+    trainer = quiet_trainer(*callbacks, max_epochs=100_000, enable_checkpointing=True)
     trainer.fit(Plain(mlp()), loader(vectors()), ckpt_path=last if last.exists() else None)
 
 def check():
@@ -132,17 +138,22 @@ def check():
 
 moments, lengths = random.Random(0), []
 for number in range(50):
+    hearing, telling = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             train()
         finally:
             os._exit(1)
-    time.sleep(moments.uniform(0.05, 0.8))
+    # Most while steps are taken, some while the run is still being looked at.
+    if number % 5:
+        os.read(hearing, 1)
+    time.sleep(moments.uniform(0.0, 0.5))
+    os.close(hearing), os.close(telling)
     sent = [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1][number % 3]
     os.kill(child, sent)
     # An exception that comes while Python tidies up is ignored, and training goes on.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 2
     while not os.waitpid(child, os.WNOHANG)[0]:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
