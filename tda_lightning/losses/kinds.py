@@ -44,17 +44,18 @@ class LossNode(ABC):
     def sample(self, generator: Generator) -> Tensor:
         """Draw a label for each term; return the unweighted terms' gradient for the outputs."""
 
-    def summarize(self, grad: Tensor) -> Summary:
+    def summarize(self, grad: Tensor, weights: Tensor) -> Summary:
         """Return the trace of each term's Hessian, and its squared gradient, for the label given.
 
         Args:
-            grad: Gradient of the unweighted terms with respect to the outputs.
+            grad: Gradient of the loss with respect to the outputs.
+            weights: Weight of every term in the loss; none is zero.
         """
-        misses = self._misses(grad).clamp(0, 1)
+        misses = (self._misses(grad) / weights).clamp(0, 1)
         return misses * (1 - misses), misses.square()
 
     def _misses(self, grad: Tensor) -> Tensor:
-        """Return 1 - p of the label: the size of the gradient of a coin's loss."""
+        """Return the weight times 1 - p of the label: the size of the gradient of a coin's loss."""
         return grad.abs()
 
 
@@ -82,7 +83,9 @@ class SoftmaxLoss(LossNode):
         return gradient
 
     def _misses(self, grad: Tensor) -> Tensor:
-        return 0.5 * grad.abs().sum(dim=self._axis, keepdim=True)
+        # A norm, since the absolute values of a large vocabulary are not to be written down.
+        total: Tensor = torch.linalg.vector_norm(grad, ord=1, dim=self._axis, keepdim=True)
+        return 0.5 * total
 
 
 class ReducedLoss(LossNode):
@@ -142,9 +145,10 @@ class SquaredLoss(ReducedLoss):
         signs = torch.where(_uniform(outputs, generator) < 0.5, -1.0, 1.0).to(outputs)
         return signs * self._hessian(outputs).sqrt()
 
-    def summarize(self, grad: Tensor) -> Summary:
+    def summarize(self, grad: Tensor, weights: Tensor) -> Summary:
         """Return the second derivative and the squared first."""
-        return self._hessian(self.node._saved_self.detach()).expand_as(grad), grad.square()
+        hessian = self._hessian(self.node._saved_self.detach()).expand_as(grad)
+        return hessian, (grad / weights).square()
 
     def _hessian(self, outputs: Tensor) -> Tensor:
         return torch.full_like(outputs, 2.0)

@@ -42,7 +42,7 @@ class LossSummary:
         weights = node.weights(value_grad)
         if weights.numel() % self._n:
             return
-        trace, square = node.summarize(outputs_grad / torch.where(weights == 0, 1, weights))
+        trace, square = node.summarize(outputs_grad, torch.where(weights == 0, 1, weights))
         squares = weights.square()
         parts = [weights, squares, weights * trace, squares * square]
         # Terms of one sample lie together, whether or not samples still have an axis of their own.
