@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from jaxtyping import Int
@@ -63,27 +64,16 @@ class Lane:
         coordinates = None
         if settings.preconditioner == "optimizer":
             coordinates = PartOfCoordinates(optimizer, surveyed, whole)
-        if settings.optimization == "automatic":
-            self.rows = settings.rows(surveyed, "one")
-            self.session = Session(
-                self.rows,
-                surveyed.blocks,
-                settings.reduction,
-                coordinates,
-                settings.audit,
-                settings.processes,
-            )
-            return
-        self.rows = settings.rows(surveyed, "several")
-        self.session = ManualSession(
+        is_manual = settings.optimization == "manual"
+        self.rows = settings.rows(surveyed, "several" if is_manual else "one")
+        session = partial(ManualSession, optimizer, self.is_due) if is_manual else Session
+        self.session = session(
             self.rows,
             surveyed.blocks,
             settings.reduction,
             coordinates,
             settings.audit,
             settings.processes,
-            list(parameters_of(optimizer)),
-            self.is_due,
         )
 
     def is_due(self) -> bool:

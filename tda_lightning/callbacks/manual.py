@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.callbacks.gradients import gradient_norm, smallest_with_gradient
+from tda_lightning.callbacks.gradients import by_size, gradient_norm, smallest_with_gradient
 from tda_lightning.callbacks.processes import Processes
 from tda_lightning.callbacks.session import Session
 from tda_lightning.coordinates import OptimizerCoordinates
@@ -33,29 +33,29 @@ class ManualSession(Session):
     """Turns the backward passes and steps of one optimizer into :class:`Step`.
 
     Args:
+        optimizer: The optimizer.
+        is_due: Says whether its next step is to be recorded.
         rows: Records the rows of a pass.
         blocks: The recorded layers.
         reduction: How a loss combines the samples of a batch.
         coordinates: The coordinates of the optimizer, unless rows are to be raw.
         audit_every: As in :class:`Session`.
         processes: Who else records this training.
-        parameters: Everything that the optimizer trains.
-        is_due: Says whether its next step is to be recorded.
     """
 
     def __init__(
         self,
+        optimizer: Optimizer,
+        is_due: Callable[[], bool],
         rows: RowRecorder,
         blocks: Sequence[Block],
         reduction: Literal["mean", "sum"],
         coordinates: OptimizerCoordinates | None,
         audit_every: int,
         processes: Processes,
-        parameters: Sequence[Parameter],
-        is_due: Callable[[], bool],
     ) -> None:
         super().__init__(rows, blocks, reduction, coordinates, audit_every, processes)
-        self._parameters = sorted(parameters, key=lambda one: int(one.numel()))
+        self._parameters = by_size(optimizer)
         self._is_due = is_due
         self._batch: tuple[int, Int[Tensor, " n"]] | None = None
         self._marks: list[_Mark] = []
