@@ -31,6 +31,8 @@ _WARM_UP = 20
 _GROWTH = 20
 
 Gradients = Mapping[nn.Parameter, Tensor]
+# A parameter's group, and its learning rate over the largest.
+_Group = tuple[Mapping[str, object], float]
 
 
 def has_coordinates(optimizer: Optimizer) -> bool:
@@ -54,6 +56,7 @@ class OptimizerCoordinates:
         self._parameters = [one for source in self._sources for one in source.parameters()]
         self._rates: list[float] = []
         self._refreshed = -1
+        self._oldest: Tensor | None = None
 
     def is_due(self) -> bool:
         """Say whether the next step has coordinates of its own."""
@@ -72,9 +75,11 @@ class OptimizerCoordinates:
         Args:
             gradients: Gradient of the next step, where :meth:`needs_gradients`; else nothing.
         """
+        self._oldest = self._find_oldest()
         self._refreshed = self._age()
         self._rates = self._relative_rates()
-        factors = [self._factors(source, gradients) for source in self._sources]
+        groups = self._groups()
+        factors = [self._factors(source, groups, gradients) for source in self._sources]
         return Preconditioner(
             torch.cat([rows for rows, _ in factors]).cpu(),
             torch.cat([columns for _, columns in factors]).cpu(),
@@ -97,18 +102,31 @@ class OptimizerCoordinates:
 
     def _age(self) -> int:
         """Return how many steps the optimizer has taken."""
-        steps = [int(state["step"]) for state in self._optimizer.state.values() if "step" in state]
-        return max(steps, default=0)
+        if self._oldest is None:
+            self._oldest = self._find_oldest()
+        return 0 if self._oldest is None else int(self._optimizer.state[self._oldest]["step"])
+
+    def _find_oldest(self) -> Tensor | None:
+        """Return a parameter that has taken all steps: reading one number a step is enough."""
+        states = self._optimizer.state
+        stepped = [parameter for parameter, state in states.items() if "step" in state]
+        return max(stepped, key=lambda one: int(states[one]["step"]), default=None)
 
     def _relative_rates(self) -> list[float]:
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         largest = max(rates)
         return [rate / largest if largest > 0 else 1.0 for rate in rates]
 
-    def _factors(self, source: Source, gradients: Gradients) -> tuple[Tensor, Tensor]:
+    def _groups(self) -> dict[nn.Parameter, _Group]:
+        pairs = zip(self._optimizer.param_groups, self._rates, strict=True)
+        return {one: (group, rate) for group, rate in pairs for one in group["params"]}
+
+    def _factors(
+        self, source: Source, groups: Mapping[nn.Parameter, _Group], gradients: Gradients
+    ) -> tuple[Tensor, Tensor]:
         moments, rates = [], []
         for parameter in source.parameters():
-            group, rate = self._group_of(parameter)
+            group, rate = groups.get(parameter, ({}, 0.0))  # In no group: it never moves.
             moment = _second_moment(self._optimizer, group, parameter, gradients.get(parameter))
             moments.append(moment)
             rates.append(torch.full_like(moment, rate))
@@ -118,12 +136,6 @@ class OptimizerCoordinates:
             _power(rows, -0.25) * _power(fast_rows, 0.5),
             _power(columns, -0.25) * _power(fast_columns, 0.5),
         )
-
-    def _group_of(self, parameter: nn.Parameter) -> tuple[Mapping[str, object], float]:
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            if any(one is parameter for one in group["params"]):
-                return group, rate
-        return {}, 0.0  # In no group: it never moves.
 
 
 def rank_one(

@@ -118,6 +118,20 @@ def test_coordinates_are_refreshed_as_training_grows():
     assert begun == [*range(20), 39, 59, 79, 99]
 
 
+def test_parameters_that_stop_early_do_not_change_when_coordinates_are_refreshed():
+    """The optimizer's age is that of its oldest parameter, not of its first."""
+
+    class Early(Plain):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.net[0].requires_grad_(self.trainer.global_step < 5)
+
+    model, store = Early(mlp().double(), optimizer=ADAPTIVE["AdamW"]), MemoryStore()
+    trainer = quiet_trainer(GradientRecorder(store), max_epochs=14, precision="64-true")
+    trainer.fit(model, loader(double_vectors()))
+    begun = [step.index for step in store if step.preconditioner is not None]
+    assert begun == [*range(20), 39]
+
+
 def test_plain_gradient_descent_has_no_coordinates():
     store, _, _ = record(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), epochs=1)
     assert store.preconditioner() is None
