@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tda_lightning.capture import Capture
 from tda_lightning.factors import GradientFactors
 from tda_lightning.layers import Survey
-from tda_lightning.losses import LossSummary, sampled_gradients
+from tda_lightning.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.projectors import Projector
 from tda_lightning.recipe import SampleAxis
 from tda_lightning.sketcher import Sketcher
@@ -116,16 +116,26 @@ class RowRecorder:
 
     def start(self, n: int) -> None:
         """Expect a forward pass over ``n`` samples."""
+        self._capture.start(n)
+        self._expect_backward(n)
+
+    def go_on(self) -> None:
+        """Expect another backward pass of that batch, through the graph of the last one or not."""
+        n = len(self._rows)
+        self._capture.go_on(n)
+        self._expect_backward(n)
+
+    def _expect_backward(self, n: int) -> None:
         self._rows = self._sketcher.empty_rows(n)
         self._summary = self._curvature_rows = None
-        self._capture.start(n)
 
     def listen(self, loss: Tensor) -> None:
         """Expect the backward pass of that batch's loss."""
-        self._summary = LossSummary(loss, len(self._rows))
+        nodes = find_losses(loss, self._capture.heard)
+        self._summary = LossSummary(nodes, len(self._rows))
         self._capture.end_forward(loss)
         if self._sampled:
-            self._record_curvature(loss)
+            self._record_curvature(loss, nodes)
         self._capture.listen(self._receive)
 
     def finish(self) -> BatchRows:
@@ -153,8 +163,8 @@ class RowRecorder:
         """Begin the labels that are to be sampled anew."""
         self._generator.manual_seed(number)
 
-    def _record_curvature(self, loss: Tensor) -> None:
-        gradients = self._sampled_gradients(loss)
+    def _record_curvature(self, loss: Tensor, nodes: Sequence[LossNode]) -> None:
+        gradients = self._sampled_gradients(loss, nodes)
         n = len(self._rows)
         m = max(1, round(self._sampled * n))
         chosen = torch.randperm(n, generator=self._generator, device=self._generator.device)[:m]
@@ -166,12 +176,14 @@ class RowRecorder:
         self._capture.rehearse(gradients, receive)
         self._curvature_rows = rows * (n / m) ** 0.5
 
-    def _sampled_gradients(self, loss: Tensor) -> list[tuple[GradientEdge, Tensor]]:
+    def _sampled_gradients(
+        self, loss: Tensor, nodes: Sequence[LossNode]
+    ) -> list[tuple[GradientEdge, Tensor]]:
         own = getattr(self._model, "sampled_output_gradients", None)
         if own is not None:
             pairs = own(loss, self._generator)
             return [(get_gradient_edge(outputs), grad) for outputs, grad in pairs]
-        found = sampled_gradients(loss, self._generator)
+        found = sampled_gradients(loss, nodes, self._generator)
         if not found:
             raise ValueError(
                 f"The loss of `{type(self._model).__name__}.training_step` is none that labels can "

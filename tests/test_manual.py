@@ -211,6 +211,19 @@ def test_rows_of_a_step_are_what_its_samples_did_to_its_layers(model_type):
     assert [step.index for step in store] == list(range(len(store)))
 
 
+def test_every_pass_through_one_graph_has_rows_of_sampled_labels():
+    """And its own loss: cross-entropy first, squares of the outputs then."""
+    store = MemoryStore()
+    recorder = GradientRecorder(store, projector=Identity(), curvature="fisher")
+    quiet_trainer(recorder, max_epochs=1).fit(TwoLossesOnOneGraph(), loader(Telling()))
+    for step in store:
+        n = len(step.sample_ids) // 2
+        assert step.terms.round().tolist() == [1] * n + [3] * n
+        norms = step.curvature_rows.norm(dim=1)
+        assert step.curvature_rows.shape == step.sketch.shape
+        assert bool((norms > 0).all())
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_two_optimizers_have_coordinates_of_their_own(optimizer):
     class Both(Gan):

@@ -91,7 +91,8 @@ class ManualSession(Session):
             self._is_mixed = self._is_mixed or self._is_used
             self._references = _references(self._parameters)
             self._sums = sums if self._sums is None or sums is None else self._sums + sums
-        super().start_batch(*self._batch, self._share)  # More passes may come.
+        self._rows.go_on()  # More passes may come.
+        self._expect_loss(*self._batch, self._share)
 
     def forget_gradients(self) -> None:
         """Do nothing: gradients are looked at before every pass."""

@@ -113,6 +113,10 @@ class Session:
             sample_ids: Its samples.
             share: Factor of its loss in the step's loss (less than 1 under accumulation).
         """
+        self._rows.start(len(sample_ids))
+        self._expect_loss(index, sample_ids, share)
+
+    def _expect_loss(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         n = len(sample_ids)
         self._share = share
         self._current = (sample_ids, share / n if self._reduction == "mean" else share)
@@ -120,7 +124,6 @@ class Session:
             self._rows.sum_blocks()
         batch = _SEEDS_PER_STEP * index + len(self._pending)
         self._rows.seed(batch * self._processes.count + self._processes.rank)
-        self._rows.start(n)
 
     def start_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
         """Expect the backward pass of that batch's loss.

@@ -87,14 +87,24 @@ class Capture:
     ) -> None:
         """Remove every hook."""
         self.stop()
+        self._edges, self._shared = [], []
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
+    @property
+    def heard(self) -> Sequence[GradientEdge]:
+        """Where in the graph the outputs are of the layers that were called since :meth:`start`."""
+        return self._edges
+
     def start(self, n: int) -> None:
         """Watch the forward pass of a batch of ``n`` samples that begins now."""
-        self._n = n
         self._edges, self._shared = [], []
+        self._n = n
+
+    def go_on(self, n: int) -> None:
+        """After :meth:`stop`, watch the same batch again: its graph may be passed once more."""
+        self._n = n
 
     def end_forward(self, loss: Tensor) -> None:
         """Expect no more calls: the backward pass of this loss comes next, or a rehearsal of it."""
@@ -110,7 +120,7 @@ class Capture:
         Args:
             receive: Called with the number of a block and the factors of one call.
         """
-        self._edges = []
+        self._forget_graph()
         self._receive = receive
 
     def rehearse(self, gradients: Sequence[tuple[GradientEdge, Tensor]], receive: Receiver) -> None:
@@ -139,7 +149,11 @@ class Capture:
         """Watch nothing until the next :meth:`start`."""
         self._n = None
         self._receive = None
-        self._edges, self._shared = [], []
+        self._forget_graph()
+
+    def _forget_graph(self) -> None:
+        if self._passes == "one":
+            self._edges, self._shared = [], []
 
     def _keeps_heard(self) -> bool:
         return self._rehearsing or self._passes == "several"
@@ -191,7 +205,9 @@ class Capture:
                 )
                 deliver = self._backward_hook(listeners, heard)
                 hook_it = self._hook_shared if is_shared else hook_gradient
-                self._edges.append(hook_it(tensor, inputs, deliver, name))
+                edge = hook_it(tensor, inputs, deliver, name)
+                if self._receive is None:  # What a checkpoint computes again is gone with its pass.
+                    self._edges.append(edge)
 
         return hook
 

@@ -13,6 +13,7 @@ user's is drawn, and the graph is kept.
 """
 
 from tda_lightning.losses.graph import find_losses, sampled_gradients, term_weights
+from tda_lightning.losses.kinds import LossNode
 from tda_lightning.losses.summary import LossSummary
 
-__all__ = ["LossSummary", "find_losses", "sampled_gradients", "term_weights"]
+__all__ = ["LossNode", "LossSummary", "find_losses", "sampled_gradients", "term_weights"]

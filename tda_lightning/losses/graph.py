@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,21 +33,46 @@ _KINDS: dict[str, type[LossNode]] = {
 }
 
 
-def find_losses(loss: Tensor) -> list[LossNode]:
-    """Return the loss functions near the root of a loss's graph, in order of their distance."""
-    waiting, seen = deque([loss.grad_fn]), {loss.grad_fn}
+def find_losses(loss: Tensor, heard: Sequence[GradientEdge]) -> list[LossNode]:
+    """Return the loss functions near the root of a loss's graph, in order of their distance.
+
+    What depends on parameters alone, such as the square of a weight, is a penalty and no loss of
+    the samples, though its nodes look the same. Samples come in through layers.
+
+    Args:
+        loss: The loss of a batch, on its graph.
+        heard: Places on the graph where layers gave something for every sample. A function that
+            none of them leads to, and that no layer holds, is left out.
+    """
+    layers = {edge.node for edge in heard}
+    waiting, seen = deque([(loss.grad_fn, False)]), {loss.grad_fn}
     found = []
     while waiting and len(seen) < _NODES_TO_SEARCH:
-        node: Any = waiting.popleft()
+        node, in_layer = waiting.popleft()
+        in_layer = in_layer or node in layers
         kind = _kind_of(node)
         if kind is not None:
-            found.append(kind(node))
+            if in_layer or _sees_samples(node, layers):
+                found.append(kind(node))
             continue
         for following in _following(node):
             if following not in seen:
                 seen.add(following)
-                waiting.append(following)
+                waiting.append((following, in_layer))
     return found
+
+
+def _sees_samples(node: Any, layers: Collection[Any]) -> bool:
+    """Say whether what goes into a node may depend on the samples: sure only where it says no."""
+    waiting, seen = deque(_following(node)), {node}
+    while waiting and len(seen) < _NODES_TO_SEARCH:
+        following = waiting.popleft()
+        # A function written in Python may hold layers that nobody hears, as checkpoints do.
+        if following in layers or isinstance(following, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(following)
+        waiting.extend(one for one in _following(following) if one not in seen)
+    return bool(waiting)
 
 
 def _kind_of(node: Any) -> type[LossNode] | None:
@@ -75,18 +100,20 @@ def term_weights(loss: Tensor, nodes: Sequence[LossNode]) -> list[Tensor | None]
         ]
 
 
-def sampled_gradients(loss: Tensor, generator: Generator) -> list[tuple[GradientEdge, Tensor]]:
+def sampled_gradients(
+    loss: Tensor, nodes: Sequence[LossNode], generator: Generator
+) -> list[tuple[GradientEdge, Tensor]]:
     """Draw labels, and return gradients whose outer products average to the loss's Hessian.
 
     Args:
         loss: The loss of a batch, on its graph.
+        nodes: Its loss functions.
         generator: Where the draws come from.
 
     Returns:
         Places of the model's outputs on the graph, each with a gradient: the sum over terms of the
         square root of their weight in ``loss`` times the gradient for a drawn label.
     """
-    nodes = find_losses(loss)
     weights = term_weights(loss, nodes) if nodes else []
     with torch.no_grad():
         return [

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.losses.graph import find_losses
 from tda_lightning.losses.kinds import LossNode
 
 
@@ -17,15 +16,15 @@ class LossSummary:
     """Per sample, from the backward pass: number of loss terms, and how curved they are.
 
     Args:
-        loss: The loss of a batch of ``n`` samples, whose backward pass is to come.
+        nodes: The loss functions of a batch of ``n`` samples, whose backward pass is to come.
         n: Number of samples.
     """
 
-    def __init__(self, loss: Tensor, n: int) -> None:
+    def __init__(self, nodes: Sequence[LossNode], n: int) -> None:
         self._n = n
         # Sums over a sample's terms: weights, their squares, traces, squared gradients.
         self._sums: list[Tensor] = []
-        for node in find_losses(loss):
+        for node in nodes:
             node.node.register_hook(self._hook(node))
 
     def _hook(self, node: LossNode) -> Callable[[Any, Any], None]:
