@@ -92,6 +92,19 @@ class StoreContract(ABC):
         visits = [(index, epoch, ids.tolist()) for index, epoch, ids in store.visits()]
         assert visits == [(one.index, one.epoch, one.sample_ids.tolist()) for one in steps]
 
+    def test_the_recipe_of_a_run_that_has_just_begun_can_be_amended(self, tmp_path: Path) -> None:
+        """It stays the same run; its steps go by the new recipe."""
+        store = self.make(tmp_path)
+        store.begin(RECIPE)
+        run_id = store.run_id
+        store.amend(replace(RECIPE, every_n_steps=3))
+        for step in make_steps(2):
+            store.append(step)
+        store.seal()
+        assert store.recipe == replace(RECIPE, every_n_steps=3)
+        assert store.run_id == run_id
+        assert len(store) == 2
+
     def test_it_is_a_sequence(self, tmp_path: Path) -> None:
         """Negative indices, slices of slices, and reading backwards."""
         steps = make_steps(7)

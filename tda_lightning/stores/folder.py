@@ -36,10 +36,19 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
     if path.exists() and not is_empty(path):
         raise FileExistsError(_what_is_in_the_way(path))
     path.mkdir(parents=True, exist_ok=True)
+    _write_document(path, uuid.uuid4().hex, recipe)
+
+
+def amend_recipe(path: Path, recipe: Recipe) -> None:
+    """Put another recipe in the place of that of the run in a folder; it stays the same run."""
+    _write_document(path, _read_document(path)["run"], recipe)
+
+
+def _write_document(path: Path, run_id: str, recipe: Recipe) -> None:
     document = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
-        "run": uuid.uuid4().hex,
+        "run": run_id,
         "recipe": recipe.to_dict(),
     }
     unfinished = partial_name(path / RECIPE)

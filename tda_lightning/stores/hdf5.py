@@ -148,6 +148,12 @@ class HDF5Store(WritableStore):
         folder.write_recipe(self.path, recipe)
         self._recipe = recipe
 
+    def amend(self, recipe: Recipe) -> None:
+        """Put another recipe in the place of that of a run that has just begun."""
+        if self._rank == 0:
+            folder.amend_recipe(self.path, recipe)
+        self._recipe = recipe
+
     def resume(self, index: int) -> None:
         """Continue the run that is there, from the optimizer step of that index on."""
         self._finish_writing()

@@ -52,6 +52,10 @@ class MemoryStore(WritableStore):
         self._recipe = recipe
         self._run_id = uuid.uuid4().hex
 
+    def amend(self, recipe: Recipe) -> None:
+        """Put another recipe in the place of that of a run that has just begun."""
+        self._recipe = recipe
+
     def resume(self, index: int) -> None:
         """Continue the run that is there, from the optimizer step of that index on."""
         self._steps = [step for step in self._steps if step.index < index]

@@ -165,6 +165,21 @@ class WritableStore(Store):
             FileExistsError: If there is a run already, or something else in its place.
         """
 
+    def amend(self, recipe: Recipe) -> None:
+        """Put another recipe in the place of that of a run that has just begun.
+
+        Args:
+            recipe: The same but for what is found out in the first batch.
+
+        Raises:
+            ValueError: If the store cannot do that.
+        """
+        raise ValueError(
+            f"A `{type(self).__name__}` keeps the recipe that a run was begun with; expected a "
+            "store that lets the stride be chosen in the first batch. Set `every_n_steps=` instead "
+            "of `max_overhead=`."
+        )
+
     @abstractmethod
     def resume(self, index: int) -> None:
         """Continue the run that is there: keep the steps before an index, and drop the others.
