@@ -131,12 +131,36 @@ class RowRecorder:
 
     def listen(self, loss: Tensor) -> None:
         """Expect the backward pass of that batch's loss."""
+        self._summary = self._end_forward(loss)
+        self._capture.listen(self._receive)
+
+    def rehearse(self, loss: Tensor, trained: Sequence[nn.Parameter]) -> None:
+        """Do all that recording the backward pass of that loss will do, to no effect.
+
+        Args:
+            loss: The loss; its graph is kept.
+            trained: What its backward pass will compute the gradients of.
+        """
+        state = self._generator.get_state()
+        self._end_forward(loss)
+        rows = self._sketcher.empty_rows(len(self._rows))
+
+        def receive(number: int, factors: GradientFactors) -> None:
+            self._sketcher.add_(rows, number, factors)
+
+        whole = [(get_gradient_edge(loss), torch.ones_like(loss))]
+        self._capture.rehearse(whole, receive, trained)
+        rows.cpu()
+        self._curvature_rows = None
+        self._generator.set_state(state)
+
+    def _end_forward(self, loss: Tensor) -> LossSummary:
         nodes = find_losses(loss, self._capture.heard)
-        self._summary = LossSummary(nodes, len(self._rows))
+        summary = LossSummary(nodes, len(self._rows))
         self._capture.end_forward(loss)
         if self._sampled:
             self._record_curvature(loss, nodes)
-        self._capture.listen(self._receive)
+        return summary
 
     def finish(self) -> BatchRows:
         """Return what was recorded of the batch."""

@@ -54,6 +54,7 @@ def train(folder, devices, given):
             projector=Identity(),
             audit=1,
             curvature=given.get("curvature", "none"),
+            max_overhead=given.get("max_overhead"),
             existing=given.get("existing", "refuse"),
         )
         callbacks.append(recorder)

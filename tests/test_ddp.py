@@ -74,6 +74,18 @@ def test_rows_of_sampled_labels_are_those_of_all_processes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("limit", "steps"), [(1e6, 6), (1e-6, 1)], ids=["loose", "tight"])
+def test_all_processes_record_the_steps_that_one_of_them_chooses(tmp_path, limit, steps):
+    plain = train(tmp_path / "plain", 2, record=False)
+    recorded = train(tmp_path / "recorded", 2, max_overhead=limit)
+    assert plain["weights"] == recorded["weights"]
+    store = HDF5Store.open(tmp_path / "recorded" / "run")
+    assert [step.index for step in store] == list(range(steps))
+    assert all(len(step.sample_ids) == 4 for step in store)
+    assert (store.recipe.every_n_steps == 1) == (limit > 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_weights_are_bit_identical_by_two_processes(tmp_path, strategy):
     plain = train(tmp_path / "plain", 2, strategy=strategy, record=False)

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from lightning_models import Diary, Plain, loader, mlp, quiet_trainer
 from pytorch_lightning import callbacks
 from pytorch_lightning.callbacks import (
     BatchSizeFinder,
@@ -16,7 +16,6 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
 )
 from test_sample_ids import Telling
-from torch.utils.data import DataLoader
 
 from tda_lightning import GradientRecorder, HDF5Store, MemoryStore
 
@@ -136,25 +135,6 @@ def test_a_model_without_a_loader_to_record_is_left_alone():
     )
     quiet_trainer(GradientRecorder(store), max_epochs=0).fit(Plain(mlp()), loader(Telling()))
     assert store.run_id is None
-
-
-@pytest.mark.parametrize(
-    ("max_gb", "stride"), [(1.0, 1), (78 * 604 / 2.5e9, 3), (78 * 604 / 4.5e9, 5)]
-)
-def test_a_budget_of_disk_chooses_the_stride(max_gb, stride, caplog):
-    store = MemoryStore()
-    recorder = GradientRecorder(store, max_gb=max_gb)
-    with caplog.at_level("INFO"):
-        quiet_trainer(recorder, max_epochs=6).fit(Plain(mlp()), loader(Telling()))
-    assert store.recipe.every_n_steps == stride
-    assert [step.index for step in store] == list(range(0, 18, stride))
-    assert (f"one step in {stride}" in caplog.text) == (stride > 1)
-
-
-def test_a_budget_of_disk_needs_to_know_how_long():
-    recorder = GradientRecorder(MemoryStore(), max_gb=1.0, sample_ids=lambda batch: range(5))
-    with pytest.raises(ValueError, match="`max_gb` cannot be kept"):
-        quiet_trainer(recorder).fit(Plain(mlp()), DataLoader(vectors(), batch_size=5))
 
 
 FULL = """

@@ -12,6 +12,30 @@ from tda_lightning.callbacks.loaders import training_loaders
 from tda_lightning.callbacks.strategies import why_unsupported
 
 
+def require_sensible(
+    every_n_steps: int, curvature_share: float, max_overhead: float | None
+) -> None:
+    """Raise if a number that a recorder was given makes no sense.
+
+    Raises:
+        ValueError: Naming the number, and what was expected.
+    """
+    if every_n_steps < 1:
+        raise ValueError(
+            f"`every_n_steps` is {every_n_steps}; expected 1 or more, and 1 records every step."
+        )
+    if not 0 < curvature_share <= 1:
+        raise ValueError(
+            f"`curvature_share` is {curvature_share}; expected a share of each batch above 0 "
+            "and up to 1. Switch sampled labels off with `curvature='none'`."
+        )
+    if max_overhead is not None and not max_overhead > 0:
+        raise ValueError(
+            f"`max_overhead` is {max_overhead}; expected a share of the time of training above 0, "
+            "such as 0.1 for 10 %, or `None` for no limit."
+        )
+
+
 def require_supported(
     trainer: Trainer, module: LightningModule, preconditioner: Literal["optimizer", "none"]
 ) -> None:

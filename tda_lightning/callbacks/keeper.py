@@ -72,8 +72,12 @@ class Keeper:
 
     def stride_of_run(self, trainer: Trainer) -> int | None:
         """Return the stride of the run that :meth:`begin` is going to continue, if it is."""
-        is_there = trainer.global_step > 0 and self._store.run_id is not None
+        is_there = self._is_continued(trainer.global_step)
         return self._store.recipe.every_n_steps if is_there else None
+
+    def amend(self, recipe: Recipe) -> None:
+        """Put another recipe in the place of that of a run which holds no steps yet."""
+        self._try(lambda: self._store.amend(recipe))
 
     def append(self, step: Step) -> None:
         """Keep a step."""
@@ -113,13 +117,12 @@ class Keeper:
 
     def _begin_or_continue(self, recipe: Recipe, taken: int) -> None:
         self._count = 0
-        found, expected = self._store.run_id, self._checkpoint.get("run")
-        if taken and found is not None and expected in (None, found):
+        if self._is_continued(taken):
             self._continue(recipe, taken)
             return
         if self._existing == "replace":
             self._store.clear()
-        elif taken and found is not None:
+        elif taken and self._store.run_id is not None:
             raise FileExistsError(
                 "The checkpoint belongs to another recorded run than the one in the store; "
                 "expected the store that was recorded into when it was saved. Name that store, or "
@@ -131,6 +134,10 @@ class Keeper:
                 f"GradientRecorder: the {taken:,} steps before this checkpoint are not in the "
                 "store; recording what comes after them."
             )
+
+    def _is_continued(self, taken: int) -> bool:
+        found, expected = self._store.run_id, self._checkpoint.get("run")
+        return taken > 0 and found is not None and expected in (None, found)
 
     def _continue(self, recipe: Recipe, taken: int) -> None:
         self._store.recipe.require_continued_by(recipe)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jaxtyping import Int
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tda_lightning.callbacks.manual import ManualSession
@@ -151,6 +152,27 @@ class Lanes:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def is_recording(self) -> bool:
+        """Say whether a step that is being taken is to be recorded."""
+        return any(lane.is_due() for lane in self._lanes)
+
+    def rehearse(self, loss: Tensor, trained: Sequence[Parameter]) -> None:
+        """Do all that recording the backward pass of a loss will do, to no effect.
+
+        Args:
+            loss: The loss of an automatic step; its graph is kept.
+            trained: What the model trains.
+        """
+        for lane in self._lanes:
+            lane.rows.rehearse(loss, trained)
+
+    def record_every(self, every_n_steps: int) -> None:
+        """From now on, record every n-th step: the one that is being taken only if it is one."""
+        for lane in self._lanes:
+            lane.every_n_steps = every_n_steps
+            if not lane.is_due():
+                lane.session.drop_batch()
 
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Expect the forward pass of a batch, where a step of it is to be recorded."""

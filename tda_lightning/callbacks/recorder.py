@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tda_lightning.callbacks.checks import require_one_loader, require_supported
+from tda_lightning.callbacks.budgets import Budgets
+from tda_lightning.callbacks.checks import (
+    require_one_loader,
+    require_sensible,
+    require_supported,
+)
 from tda_lightning.callbacks.either import LightningModule, Trainer
-from tda_lightning.callbacks.estimate import describe_cost, stride_within
 from tda_lightning.callbacks.keeper import Keeper
 from tda_lightning.callbacks.lanes import Lanes, Settings
 from tda_lightning.callbacks.loaders import watch_loaders
@@ -44,6 +47,9 @@ class GradientRecorder(pl.Callback):
             are trained and supported.
         every_n_steps: Record every n-th optimizer step.
         max_gb: Record fewer steps, if the run would otherwise take more gigabytes of disk.
+        max_overhead: Record fewer steps, if recording would otherwise add more than this share to
+            the time of training (0.1 for 10 %). That is found out by four more backward passes
+            through the first batch, six with sampled labels.
         preconditioner: Whether rows are in the coordinates of an adaptive optimizer, in which its
             steps are gradient steps (see :mod:`tda_lightning.coordinates`), or raw. Without effect
             for SGD with one learning rate.
@@ -76,6 +82,7 @@ class GradientRecorder(pl.Callback):
         layers: Sequence[str] | None = None,
         every_n_steps: int = 1,
         max_gb: float | None = None,
+        max_overhead: float | None = None,
         preconditioner: Literal["optimizer", "none"] = "optimizer",
         curvature: Literal["fisher", "none"] = "none",
         curvature_share: float = 1.0,
@@ -86,20 +93,13 @@ class GradientRecorder(pl.Callback):
         batch_dims: Mapping[str, int | Literal["flattened"]] | None = None,
         existing: Literal["refuse", "replace"] = "refuse",
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(
-                f"`every_n_steps` is {every_n_steps}; expected 1 or more, and 1 records every step."
-            )
+        require_sensible(every_n_steps, curvature_share, max_overhead)
         self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
         self.projector = projector
         self.layers = layers
-        if not 0 < curvature_share <= 1:
-            raise ValueError(
-                f"`curvature_share` is {curvature_share}; expected a share of each batch above 0 "
-                "and up to 1. Switch sampled labels off with `curvature='none'`."
-            )
         self.every_n_steps = every_n_steps
         self.max_gb = max_gb
+        self.max_overhead = max_overhead
         self.preconditioner = preconditioner
         self.curvature = curvature
         self.curvature_share = curvature_share
@@ -109,7 +109,9 @@ class GradientRecorder(pl.Callback):
         self.reduction = reduction
         self.batch_dims = dict(batch_dims or {})
         self.existing = existing
+        self._sampled = curvature_share if curvature == "fisher" else 0.0
         self._keeper = Keeper(self.store, existing)
+        self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._keeper)
         self._ledger = SampleLedger(sample_ids)
         self._lanes: Lanes | None = None
         self._undo: list[Callable[[], None]] = []
@@ -129,21 +131,16 @@ class GradientRecorder(pl.Callback):
         if self.sample_ids is None:
             require_one_loader(trainer)
         lanes = self._lanes_for(trainer, pl_module)
-        recipe = self._within_budget(trainer, self._recipe_for(trainer, pl_module, lanes))
+        recipe = self._recipe_for(trainer, pl_module, lanes)
+        recipe = self._budgets.begin(trainer, pl_module, recipe)
         state = self._keeper.begin(trainer, recipe)
         lanes.resume(trainer.global_step, state.get("lanes", ()), self._keeper.coordinates())
         self._ledger.start_training(trainer.global_step)
         for entry in recipe.left_out:
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
-        rank_zero_info(
-            f"GradientRecorder: {describe_cost(trainer, recipe, self._sampled, self.store)}"
-        )
+        self._budgets.describe(trainer, recipe)
         lanes.attach(recipe.every_n_steps)
         self._lanes = lanes
-
-    @property
-    def _sampled(self) -> float:
-        return self.curvature_share if self.curvature == "fisher" else 0.0
 
     def _lanes_for(self, trainer: Trainer, model: LightningModule) -> Lanes:
         surveyed = survey_trained(model, self.layers, trainer.optimizers)
@@ -165,20 +162,6 @@ class GradientRecorder(pl.Callback):
             processes=processes_of(trainer),
         )
         return Lanes(trainer.optimizers, surveyed, projector, settings, self._keeper.append)
-
-    def _within_budget(self, trainer: Trainer, recipe: Recipe) -> Recipe:
-        if self.max_gb is None:
-            return recipe
-        # A run that is continued keeps the stride that it was begun with.
-        stride = self._keeper.stride_of_run(trainer) or stride_within(
-            trainer, recipe, self._sampled, self.store, self.max_gb, trainer.world_size
-        )
-        if stride > recipe.every_n_steps:
-            rank_zero_info(
-                f"GradientRecorder: recording one step in {stride}, to keep within {self.max_gb:g} "
-                "GB; see `max_gb`."
-            )
-        return replace(recipe, every_n_steps=stride)
 
     def _recipe_for(self, trainer: Trainer, model: LightningModule, lanes: Lanes) -> Recipe:
         train_ids = self._ledger.train_ids
@@ -212,6 +195,7 @@ class GradientRecorder(pl.Callback):
             share = 1 / trainer.accumulate_grad_batches
             self._keeper.keep_weights(trainer, pl_module, self.snapshots)
             self._lanes.start_batch(trainer.global_step, sample_ids, share)
+            self._budgets.start_forward(pl_module)
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -225,6 +209,7 @@ class GradientRecorder(pl.Callback):
     ) -> None:
         """Listen to the backward pass of the loss."""
         if self._lanes is not None:
+            self._budgets.settle(trainer, pl_module, self._lanes, loss)
             self._lanes.start_backward(loss, loss_scale_of(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

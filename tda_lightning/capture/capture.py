@@ -123,21 +123,26 @@ class Capture:
         self._forget_graph()
         self._receive = receive
 
-    def rehearse(self, gradients: Sequence[tuple[GradientEdge, Tensor]], receive: Receiver) -> None:
+    def rehearse(
+        self,
+        gradients: Sequence[tuple[GradientEdge, Tensor]],
+        receive: Receiver,
+        inputs: Sequence[Tensor] = (),
+    ) -> None:
         """Deliver what other gradients would show, before the backward pass: its graph is kept.
-
-        Only gradients of the recorded layers' outputs are computed; no parameter's is.
 
         Args:
             gradients: Places on the graph, each with the gradient of what is there.
             receive: Called with the number of a block and the factors of one call.
+            inputs: What to go back to; by default the recorded layers' outputs, so that no
+                parameter's gradient is computed.
         """
         self._receive, self._rehearsing = receive, True
         try:
             with aside(self):
                 torch.autograd.grad(
                     [edge for edge, _ in gradients],
-                    self._edges,
+                    inputs or self._edges,
                     [grad for _, grad in gradients],
                     retain_graph=True,
                     allow_unused=True,

@@ -1,0 +1,99 @@
+"""Pace: how long a batch takes, what recording it adds, and the stride that is quick enough."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# The first pass of either kind is slower than those that follow: memory is found, code is made.
+_TRIES = 2
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a batch.
+
+    Attributes:
+        batch: Its forward and backward pass.
+        recording: What recording them adds.
+    """
+
+    batch: float
+    recording: float
+
+    @property
+    def overhead(self) -> float:
+        """What recording adds, as a share of the time without it."""
+        return self.recording / self.batch
+
+    def stride_within(self, max_overhead: float) -> int:
+        """Return the smallest stride at which recording adds no more than a share of the time.
+
+        >>> Pace(batch=0.012, recording=0.004).stride_within(0.1)
+        4
+        """
+        return max(1, math.ceil(self.overhead / max_overhead))
+
+    def describe(self) -> str:
+        """Say it in half a sentence.
+
+        >>> Pace(batch=1.5, recording=0.004).describe()
+        'a batch takes about 1.5 s, recording it adds about 4.0 ms (0 %)'
+        """
+        share = f"{100 * self.overhead:.0f} %"
+        return (
+            f"a batch takes about {_spoken(self.batch)}, recording it adds about "
+            f"{_spoken(self.recording)} ({share})"
+        )
+
+
+class Stopwatch:
+    """Takes the time of work on one device.
+
+    Args:
+        device: The device, which may lag behind the program.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._begun = self._now()
+
+    def seconds(self) -> float:
+        """Return the time since the watch was made."""
+        return self._now() - self._begun
+
+    def _now(self) -> float:
+        getattr(torch, self._device.type).synchronize()
+        return time.perf_counter()
+
+
+def take_pace(
+    forward: float, plain: Callable[[], None], recorded: Callable[[], None], device: torch.device
+) -> Pace:
+    """Take the time of both kinds of backward pass, and return what follows from it.
+
+    Args:
+        forward: Seconds that the forward pass took.
+        plain: Goes back through the graph of a loss, and keeps it.
+        recorded: Does the same, and records.
+        device: Where they do so.
+    """
+    times = [(_time(plain, device), _time(recorded, device)) for _ in range(_TRIES)]
+    backward, with_recording = (min(found) for found in zip(*times, strict=True))
+    # The one forward pass there is may have been a slow first one, and a budget is to be kept: none
+    # takes longer than its way back.
+    return Pace(min(forward, backward) + backward, max(0.0, with_recording - backward))
+
+
+def _time(work: Callable[[], None], device: torch.device) -> float:
+    watch = Stopwatch(device)
+    work()
+    return watch.seconds()
+
+
+def _spoken(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
