@@ -7,6 +7,7 @@ can be compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from tda_lightning.capture import Capture
+from tda_lightning.capture import Capture, recordable
 from tda_lightning.factors import GradientFactors
 from tda_lightning.layers import Survey
 from tda_lightning.losses import LossNode, LossSummary, find_losses, sampled_gradients
@@ -86,6 +87,7 @@ class RowRecorder:
         self._generator = torch.Generator(device)
         self._surveyed = surveyed
         self._sketcher: Sketcher = projector.bind(surveyed.blocks, device, dtype)
+        self._attached = ExitStack()
         self._capture = Capture(surveyed.sources, batch_dims, passes)
         self._summary: LossSummary | None = None
         self._coordinates: Preconditioner | None = None
@@ -100,8 +102,8 @@ class RowRecorder:
 
     def __enter__(self) -> RowRecorder:
         """Attach the hooks."""
-        _forget_compiled_code(self._model)
-        self._capture.__enter__()
+        self._attached.enter_context(recordable(self._model))
+        self._attached.enter_context(self._capture)
         return self
 
     def __exit__(
@@ -111,8 +113,7 @@ class RowRecorder:
         trace: TracebackType | None = None,
     ) -> None:
         """Remove the hooks."""
-        self._capture.__exit__(kind, error, trace)
-        _forget_compiled_code(self._model)
+        self._attached.close()
 
     def start(self, n: int) -> None:
         """Expect a forward pass over ``n`` samples."""
@@ -276,10 +277,3 @@ class RowRecorder:
         self._sketcher.add_(part, number, factors)
         self._sums[number] += part.sum(dim=0)
         self._rows += part
-
-
-def _forget_compiled_code(model: nn.Module) -> None:
-    """Make compiled models notice that hooks have come or gone: their code does not look again."""
-    is_wrapped = any("_orig_mod" in name for name, _ in model.named_modules())
-    if is_wrapped or any(one._compiled_call_impl is not None for one in model.modules()):
-        torch.compiler.reset()

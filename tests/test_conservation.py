@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
 from test_rows import NETS, data_of
 from torch import nn
@@ -108,6 +109,31 @@ def test_compiled_models_are_recorded(compiled_first):
         cleaned = {name.replace("_orig_mod.", ""): value for name, value in gradients.items()}
         expected = sketch_of(cleaned, model, store, position, Identity())
         assert (step.sketch.sum(dim=0) - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("settings", [{}, {"max_overhead": 1e6}], ids=str)
+def test_the_graph_of_a_compiled_model_is_passed_as_often_as_it_must(settings, tmp_path):
+    """For coordinates and for sampled labels, also where a smaller batch has code of its own."""
+
+    def record(net, *others):
+        torch.compiler.reset()
+        store = MemoryStore()
+        recorder = GradientRecorder(store, projector=Identity(), curvature="fisher", **settings)
+        model = Plain(net, optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
+        torch.manual_seed(1)
+        quiet_trainer(recorder, *others).fit(model, loader(vectors()))
+        return store
+
+    before = getattr(functorch_config, "donated_buffer", None)
+    plain = record(mlp())
+    other = GradientRecorder(tmp_path / "other")
+    compiled = record(torch.compile(mlp(), backend="aot_eager"), other)
+    assert getattr(functorch_config, "donated_buffer", None) == before
+    assert len(other.store) == len(compiled) == 6
+    for one, two in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(one.sketch, two.sketch, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(one.curvature_rows, two.curvature_rows, rtol=1e-3, atol=1e-5)
 
 
 def test_weights_carry_accumulation_and_clipping():

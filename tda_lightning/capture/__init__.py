@@ -8,5 +8,6 @@ recomputed (by activation checkpointing) is heard when its own backward pass run
 
 from tda_lightning.capture.aside import aside
 from tda_lightning.capture.capture import Capture
+from tda_lightning.capture.compiled import recordable
 
-__all__ = ["Capture", "aside"]
+__all__ = ["Capture", "aside", "recordable"]
