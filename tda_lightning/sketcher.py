@@ -65,7 +65,8 @@ class Sketcher:
     ) -> Float[Tensor, " k"]:
         """Sketch a gradient given as its block's matrix: the obvious form of :meth:`add_`."""
         row = self.empty_rows(1)
-        values = self._blocks[block].project_matrix(matrix.to(self._dtype))
+        # A block that is taken whole may come back as it is, and it is not ours.
+        values = self._blocks[block].project_matrix(matrix.to(self._dtype)).clone()
         self._columns.add_(row, block, values[None])
         return row[0]
 
@@ -149,7 +150,7 @@ class ColumnMap(ABC):
 
     @abstractmethod
     def add_(self, rows: Float[Tensor, "n k"], block: int, values: Float[Tensor, "n m"]) -> None:
-        """Add a block's values to ``rows``, in place."""
+        """Add a block's values to ``rows``, in place; the values may be overwritten."""
 
 
 class SideBySide(ColumnMap):
@@ -184,7 +185,7 @@ class Hashed(ColumnMap):
 
     def add_(self, rows: Float[Tensor, "n k"], block: int, values: Float[Tensor, "n m"]) -> None:
         """Add a block's values, signed, to the columns that the hash names."""
-        rows.index_add_(1, self._buckets[block], values * self._signs[block])
+        rows.index_add_(1, self._buckets[block], values.mul_(self._signs[block]))
 
 
 class Multiplied(ColumnMap):

@@ -25,6 +25,12 @@ def _per_feature(values: Tensor, size: int) -> Tensor:
     return values.reshape(len(values), -1, size).sum(dim=1)
 
 
+def _times_(values: Tensor, grad: Tensor) -> Tensor:
+    """Multiply values of one's own with a gradient: in place, since fresh memory is expensive."""
+    is_wide = torch.result_type(values, grad) == values.dtype
+    return values.mul_(grad) if is_wide else values * grad
+
+
 def _scale_and_shift(call: LayerCall, scale: Tensor, shift: Tensor) -> GradientFactors:
     """Return the factors of those of scale and shift that the block holds."""
     gradients = {"weight": scale, "bias": shift}
@@ -36,21 +42,23 @@ def _layer_norm(call: LayerCall) -> GradientFactors:
     module, grad, x = call.module, call.grad, call.input
     normalized = functional.layer_norm(x, module.normalized_shape, eps=module.eps)
     size = module.weight.numel()
-    return _scale_and_shift(call, _per_feature(grad * normalized, size), _per_feature(grad, size))
+    return _scale_and_shift(
+        call, _per_feature(_times_(normalized, grad), size), _per_feature(grad, size)
+    )
 
 
 @layer_rule(nn.RMSNorm, layout=as_column)
 def _rms_norm(call: LayerCall) -> GradientFactors:
     module, x = call.module, call.input
     normalized = functional.rms_norm(x, module.normalized_shape, eps=module.eps)
-    return one_column(_per_feature(call.grad * normalized, module.weight.numel()))
+    return one_column(_per_feature(_times_(normalized, call.grad), module.weight.numel()))
 
 
 @layer_rule(nn.GroupNorm, layout=as_column)
 def _group_norm(call: LayerCall) -> GradientFactors:
     module, grad = call.module, call.grad
     normalized = functional.group_norm(call.input, module.num_groups, eps=module.eps)
-    return _scale_and_shift(call, _per_channel(grad * normalized), _per_channel(grad))
+    return _scale_and_shift(call, _per_channel(_times_(normalized, grad)), _per_channel(grad))
 
 
 @layer_rule(nn.BatchNorm1d, layout=as_column)
@@ -68,11 +76,11 @@ def _batch_or_instance_norm(call: LayerCall) -> GradientFactors:
         normalized = functional.batch_norm(x, None, None, training=True, eps=module.eps)
     else:
         normalized = functional.instance_norm(x, eps=module.eps)
-    return _scale_and_shift(call, _per_channel(grad * normalized), _per_channel(grad))
+    return _scale_and_shift(call, _per_channel(_times_(normalized, grad)), _per_channel(grad))
 
 
 @layer_rule(nn.PReLU, parameters=("weight",), layout=as_column)
 def _prelu(call: LayerCall) -> GradientFactors:
-    gradients = _per_channel(call.grad * call.input.clamp_max(0))
+    gradients = _per_channel(_times_(call.input.clamp_max(0), call.grad))
     is_shared = call.module.weight.numel() == 1
     return one_column(gradients.sum(dim=1, keepdim=True) if is_shared else gradients)
