@@ -1,9 +1,18 @@
 """Sample ids are what the dataset really returned, for every way of loading."""
 
+import itertools
+
 import pytest
 import torch
 from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    WeightedRandomSampler,
+)
 
 from tda_lightning import GradientRecorder, MemoryStore
 
@@ -59,6 +68,21 @@ def test_a_subset_is_known_by_the_ids_of_its_root():
     store, told = record(loader(Subset(outer, [5, 0, 2, 4])), epochs=2)
     assert [step.sample_ids.tolist() for step in store] == told
     assert store.train_ids().tolist() == [1, 5, 11, 12]
+
+
+class Endless(Sampler):
+    def __iter__(self):
+        return (number * 5 % 13 for number in itertools.count())
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 5}, {"limit_train_batches": 3}], ids=str)
+def test_a_sampler_may_go_on_for_ever(settings):
+    store, diary = MemoryStore(), Diary()
+    trainer = quiet_trainer(GradientRecorder(store), diary, **settings)
+    trainer.fit(Plain(mlp()), DataLoader(Telling(), batch_size=4, sampler=Endless()))
+    told = [batch[0][:, 0].long().tolist() for batch in diary.batches]
+    assert [step.sample_ids.tolist() for step in store] == told
+    assert told[0] == [0, 5, 10, 2]
 
 
 def test_a_loader_shared_with_validation_keeps_its_place():

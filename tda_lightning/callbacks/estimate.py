@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 
 from tda_lightning.callbacks.either import Trainer
 from tda_lightning.callbacks.loaders import training_loaders
@@ -75,12 +76,20 @@ def _visit_bytes(recipe: Recipe, sampled: float, store: WritableStore) -> int:
 
 def _expected_visits(trainer: Trainer, recipe: Recipe) -> float:
     """Number of visits, or infinity if it cannot be told beforehand."""
-    if recipe.train_ids is None:
+    length = _length_of(training_loaders(trainer)[0])
+    if recipe.train_ids is None or math.isinf(length):
         return math.inf
     batches = float(trainer.num_training_batches)
-    share = batches / len(training_loaders(trainer)[0])
+    share = batches / length
     per_epoch = share * sum(stop - start for start, stop in recipe.train_ids)
     steps_per_epoch = max(1.0, batches / trainer.accumulate_grad_batches)
     by_epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
     by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps / steps_per_epoch
     return float(per_epoch * min(by_epochs, by_steps) / recipe.every_n_steps)
+
+
+def _length_of(loader: Sized) -> float:
+    try:
+        return float(len(loader))
+    except TypeError:  # A sampler may go on for ever.
+        return math.inf
