@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_models import Plain, mlp, quiet_trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from test_manual import Gan
 from test_sample_ids import Telling
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
@@ -21,6 +23,39 @@ from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore
 OPTIMIZERS = {
     "SGD": partial(torch.optim.SGD, lr=0.1),
     "AdamW": partial(torch.optim.AdamW, lr=0.01),
+}
+
+
+class SlowStore(HDF5Store):
+    """Takes its time to seal in all processes but the first, and notes who keeps weights."""
+
+    rank = os.environ.get("LOCAL_RANK", "0")
+
+    def seal(self):
+        time.sleep(0.3 * int(self.rank))
+        super().seal()
+
+    def keep_weights(self, index, weights):
+        with (self.path.parent / "writers").open("a") as file:
+            file.write(f"{self.rank}:{index} ")
+        super().keep_weights(index, weights)
+
+
+class Looks(TorchCheckpointIO):
+    """Keeps how many steps a checkpoint has taken, and how many can be read as it is written."""
+
+    def __init__(self, run):
+        self.run, self.seen = run, []
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        self.seen.append((checkpoint["global_step"], len(HDF5Store.open(self.run))))
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+STORES = {
+    "HDF5Store": partial(HDF5Store, storage="as computed"),
+    "SlowStore": partial(SlowStore, storage="as computed"),
+    "MemoryStore": lambda _: MemoryStore(),
 }
 
 
@@ -44,17 +79,13 @@ def train(folder, devices, given):
         sampler = DistributedSampler(data, devices, rank, shuffle=False)
     callbacks = []
     if given.get("record", True):
-        store = (
-            MemoryStore()
-            if given.get("memory")
-            else HDF5Store(folder / "run", storage="as computed")
-        )
         recorder = GradientRecorder(
-            store,
+            STORES[given.get("store", "HDF5Store")](folder / "run"),
             projector=Identity(),
             audit=1,
             curvature=given.get("curvature", "none"),
             max_overhead=given.get("max_overhead"),
+            snapshots=given.get("snapshots", 0),
             existing=given.get("existing", "refuse"),
         )
         callbacks.append(recorder)
@@ -66,6 +97,7 @@ def train(folder, devices, given):
         )
     if "dies" in given:
         callbacks.append(Dies(1, given["dies"]))
+    looks = Looks(folder / "run")
     pl.seed_everything(3, verbose=False)
     model = Gan() if given.get("gan") else Plain(mlp(), optimizer=OPTIMIZERS[given["optimizer"]])
     trainer = quiet_trainer(
@@ -73,14 +105,19 @@ def train(folder, devices, given):
         devices=devices,
         strategy=given.get("strategy", "ddp") if devices > 1 else "auto",
         enable_checkpointing="checkpoint" in given,
+        plugins=[looks],
         **given.get("trainer", {}),
     )
     resume = given.get("resume")
-    trainer.fit(model, DataLoader(data, batch_size=batch, sampler=sampler), ckpt_path=resume)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.fit(model, DataLoader(data, batch_size=batch, sampler=sampler), ckpt_path=resume)
     if trainer.is_global_zero:
         weights = [one.tolist() for one in model.parameters()]
         read = len(recorder.store) if given.get("record", True) else 0
-        (folder / "result.json").write_text(json.dumps({"weights": weights, "read": read}))
+        said = [str(one.message) for one in told]
+        result = {"weights": weights, "read": read, "seen": looks.seen, "warnings": said}
+        (folder / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

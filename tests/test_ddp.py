@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_models import Plain, mlp, vectors
 
-from tda_lightning import HDF5Store
+from tda_lightning import HDF5Store, TracIn, attribute
+from tda_lightning.queries import record_queries
 
 TESTS = Path(__file__).parent
 
@@ -115,8 +117,43 @@ def test_a_process_that_dies_leaves_a_readable_store_that_is_resumed(tmp_path):
 
 
 @pytest.mark.slow
+def test_checkpoints_and_snapshots_hold_what_all_processes_did(tmp_path):
+    found = train(tmp_path, 2, checkpoint=2, snapshots=2, store="SlowStore", optimizer="AdamW")
+    assert found["seen"] == [[2, 2], [4, 4], [6, 6]], "written before others had sealed their part"
+    assert (tmp_path / "writers").read_text().split() == ["0:0", "0:2", "0:4"]
+    store = HDF5Store.open(tmp_path / "run")
+    assert store.snapshots() == [0, 2, 4]
+    saved = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["state_dict"]
+    kept = store.weights_at(4)
+    assert kept.keys() == saved.keys()
+    assert all(torch.equal(kept[name], one) for name, one in saved.items())
+    model, queries = Plain(mlp()), vectors(5)[:]
+    asked = attribute(store, model, queries, method=TracIn(), at=4, progress=False)
+    model.load_state_dict(saved)
+    rows = record_queries(model, queries, like=store, at=4)
+    expected = TracIn().attribute(store, rows, progress=False)
+    torch.testing.assert_close(asked.values, expected.values)
+    assert asked.values.count_nonzero() == asked.values.numel() == 5 * 12
+
+
+@pytest.mark.slow
+def test_a_step_of_which_one_process_has_lost_its_part_is_left_out(tmp_path):
+    train(tmp_path, 2, checkpoint=2, optimizer="AdamW")
+    lost = sorted(tmp_path.glob("run/segment-*-rank-1.h5"))
+    lost[1].unlink()
+    assert [step.index for step in HDF5Store.open(tmp_path / "run")] == [0, 1, 4, 5]
+    lost[0].unlink()
+    path, longer = str(tmp_path / "step=4.ckpt"), {"max_epochs": 3}
+    said = train(tmp_path, 2, optimizer="AdamW", trainer=longer, resume=path)["warnings"]
+    assert any("the store lacks 4 steps that were recorded before this ch" in one for one in said)
+    store = HDF5Store.open(tmp_path / "run")
+    assert [step.index for step in store] == [4, 5, 6, 7, 8]
+    assert all(len(step.sample_ids) == 4 for step in store)
+
+
+@pytest.mark.slow
 def test_what_processes_cannot_share_is_refused_by_all(tmp_path):
-    said = train(tmp_path, 2, fails=True, memory=True)
+    said = train(tmp_path, 2, fails=True, store="MemoryStore")
     assert "A `MemoryStore` cannot be written by 2 processes" in said
 
 

@@ -85,6 +85,25 @@ def test_an_error_while_writing_is_raised_and_not_lost(tmp_path):
         store.seal()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_of_which_one_process_has_lost_its_part_is_left_out(tmp_path, rank):
+    stores, steps = [HDF5Store(tmp_path / "run") for _ in range(2)], make_steps(4)
+    for number, store in enumerate(stores):
+        store.join(number, 2)
+    stores[0].begin(replace(RECIPE, ranks=2))
+    stores[1].resume(0)
+    for step in steps:
+        for store in stores:
+            store.append(step)
+            store.seal()
+    assert [step.index for step in HDF5Store.open(tmp_path / "run")] == [0, 2, 4, 6]
+    (tmp_path / "run" / f"segment-000001-rank-{rank}.h5").unlink()
+    left = HDF5Store.open(tmp_path / "run")
+    assert [step.index for step in left] == [0, 4, 6]
+    for step, own in zip(left, (steps[0], *steps[2:]), strict=True):
+        assert step.sample_ids.tolist() == 2 * own.sample_ids.tolist()
+
+
 def test_half_written_segments_are_invisible(tmp_path, monkeypatch):
     store = filled(HDF5Store(tmp_path / "run"), make_steps(4))
 

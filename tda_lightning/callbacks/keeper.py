@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -46,23 +47,28 @@ class Keeper:
         taken = trainer.global_step
         if trainer.world_size > 1:
             self._store.join(trainer.global_rank, trainer.world_size)
-        found: BaseException | None = None
+        found: BaseException | bool = False
         if trainer.is_global_zero:
             found = _caught(lambda: self._begin_or_continue(recipe, taken))
         # All processes fail together, or wait for each other for ever.
         found = trainer.strategy.broadcast(found)
-        if found is not None:
+        if isinstance(found, BaseException):
             raise found
         if not trainer.is_global_zero:
             self._store.resume(taken)
             self._count = len(self._store)
+        if found:
+            self._warn_of_missing(trainer)
         self._run_id = self._store.run_id
         checkpoint, self._checkpoint = self._checkpoint, {}
-        return checkpoint if self._count else {}
+        return checkpoint if found else {}
 
-    def coordinates(self) -> Preconditioner | None:
+    def coordinates(self, trainer: Trainer) -> Preconditioner | None:
         """Return the coordinates of the last step of a run that is continued, if it has any."""
-        return self._store.preconditioner() if self._count else None
+        own = self._store.preconditioner() if self._count else None
+        # All processes go on alike, whatever one of them has lost.
+        found: Preconditioner | None = trainer.strategy.broadcast(own)
+        return found
 
     def finish(self, trainer: Trainer) -> None:
         """See what all processes have kept, once they all have."""
@@ -107,6 +113,12 @@ class Keeper:
         """Make all steps safe."""
         self._try(self._store.seal)
 
+    def seal_together(self, trainer: Trainer) -> None:
+        """Make all steps of all processes safe; to be called by all of them."""
+        self.seal()
+        if trainer.world_size > 1:
+            trainer.strategy.barrier("tda_lightning")
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint should know of the run: builtins only."""
         return {} if self._run_id is None else {"run": self._run_id, "steps": self._count}
@@ -115,11 +127,12 @@ class Keeper:
         """Take what a checkpoint knows of the run that :meth:`begin` is going to continue."""
         self._checkpoint = dict(state)
 
-    def _begin_or_continue(self, recipe: Recipe, taken: int) -> None:
+    def _begin_or_continue(self, recipe: Recipe, taken: int) -> bool:
+        """Return whether the run is continued."""
         self._count = 0
         if self._is_continued(taken):
             self._continue(recipe, taken)
-            return
+            return True
         if self._existing == "replace":
             self._store.clear()
         elif taken and self._store.run_id is not None:
@@ -134,6 +147,7 @@ class Keeper:
                 f"GradientRecorder: the {taken:,} steps before this checkpoint are not in the "
                 "store; recording what comes after them."
             )
+        return False
 
     def _is_continued(self, taken: int) -> bool:
         found, expected = self._store.run_id, self._checkpoint.get("run")
@@ -143,7 +157,13 @@ class Keeper:
         self._store.recipe.require_continued_by(recipe)
         self._store.resume(taken)
         self._count = len(self._store)
+
+    def _warn_of_missing(self, trainer: Trainer) -> None:
         missing = self._checkpoint.get("steps", self._count) - self._count
+        if trainer.world_size > 1:
+            # What one process has lost of a step, no other can show.
+            own = torch.tensor(missing, device=trainer.strategy.root_device)
+            missing = int(trainer.strategy.reduce(own, reduce_op="max"))
         if missing:
             rank_zero_warn(
                 f"GradientRecorder: the store lacks {missing:,} steps that were recorded before "
@@ -165,9 +185,8 @@ class Keeper:
         return not self.has_failed
 
 
-def _caught(work: Callable[[], None]) -> BaseException | None:
+def _caught(work: Callable[[], bool]) -> BaseException | bool:
     try:
-        work()
+        return work()
     except Exception as error:
         return error
-    return None

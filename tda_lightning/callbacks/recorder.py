@@ -134,7 +134,8 @@ class GradientRecorder(pl.Callback):
         recipe = self._recipe_for(trainer, pl_module, lanes)
         recipe = self._budgets.begin(trainer, pl_module, recipe)
         state = self._keeper.begin(trainer, recipe)
-        lanes.resume(trainer.global_step, state.get("lanes", ()), self._keeper.coordinates())
+        coordinates = self._keeper.coordinates(trainer)
+        lanes.resume(trainer.global_step, state.get("lanes", ()), coordinates)
         self._ledger.start_training(trainer.global_step)
         for entry in recipe.left_out:
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
@@ -255,9 +256,9 @@ class GradientRecorder(pl.Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Seal every step that the checkpoint's weights have taken."""
+        """Seal every step that the checkpoint's weights have taken, before it is written."""
         if self._lanes is not None:
-            self._keeper.seal()
+            self._keeper.seal_together(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seal the run and remove everything that was installed."""

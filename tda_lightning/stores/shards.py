@@ -67,7 +67,9 @@ class Shard:
 
 
 class MergedShards:
-    """The steps that every process has sealed: those of equal index are parts of one step.
+    """The steps of which every process has sealed its part: those of equal index are one step.
+
+    A part that was lost, with a process or a disk, takes the other parts of its step along.
 
     Args:
         shards: Of each process, at least one.
@@ -76,10 +78,8 @@ class MergedShards:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
         places = [{index: place for place, index in enumerate(one.indices)} for one in shards]
-        # What one process has not sealed yet, no other can have in whole.
-        sealed = min(max(one, default=-1) for one in places)
-        indices = sorted({index for one in places for index in one if index <= sealed})
-        self._places = [[one.get(index) for one in places] for index in indices]
+        indices = sorted(set.intersection(*(set(one) for one in places)))
+        self._places = [[one[index] for one in places] for index in indices]
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -104,8 +104,7 @@ class MergedShards:
         return self._shards[0].audits()
 
     def _parts(self, position: int) -> list[tuple[Shard, int]]:
-        pairs = zip(self._shards, self._places[position], strict=True)
-        return [(shard, place) for shard, place in pairs if place is not None]
+        return list(zip(self._shards, self._places[position], strict=True))
 
 
 def _merge(parts: Sequence[Step]) -> Step:
