@@ -226,10 +226,14 @@ class RowRecorder:
         """Sketch the parameters themselves, block by block, in the coordinates of the rows."""
         return self._sketch_each(torch.Tensor.detach, self._inverse_squares())
 
+    def recorded_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters whose gradients rows are parts of, each once."""
+        feeding = self._surveyed.sources
+        return list(dict.fromkeys(one for own in feeding if own for one in own[0].parameters()))
+
     def left_out_gradient(self, trained: Sequence[nn.Parameter]) -> Tensor:
         """Return the squared norm of the gradient of those that are trained but not recorded."""
-        feeding = self._surveyed.sources
-        recorded = {one for own in feeding if own for one in own[0].parameters()}
+        recorded = set(self.recorded_parameters())
         others = [p.grad for p in trained if p not in recorded]
         squares = [grad.double().square().sum() for grad in others if grad is not None]
         return torch.stack(squares).sum() if squares else torch.zeros(())

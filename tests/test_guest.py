@@ -65,6 +65,7 @@ MATRIX = [
     ({"accumulate_grad_batches": 2}, {}, {}),
     ({"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}, {}, {"curvature": "fisher"}),
     ({"gradient_clip_val": 0.05}, {}, {}),
+    ({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, {}, {}),
     ({"limit_train_batches": 2}, {}, {}),
     ({"limit_train_batches": 0.7}, {"num_workers": 2}, {}),
     ({"precision": "bf16-mixed"}, {}, {}),
@@ -91,6 +92,7 @@ def _words(settings):
 
 @pytest.mark.filterwarnings("ignore:You passed in a .val_dataloader. but have no")
 @pytest.mark.filterwarnings("ignore:.*shuffling enabled")
+@pytest.mark.filterwarnings("ignore:tda_lightning. clipping by value has bent")
 @pytest.mark.parametrize(("settings", "loading", "recording"), MATRIX, ids=_words)
 def test_weights_and_losses_are_bit_identical_under(settings, loading, recording):
     def run(*callbacks):

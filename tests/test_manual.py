@@ -97,15 +97,31 @@ class TwoLossesOnOneGraph(Manual):
 
 
 class Clipped(Manual):
-    algorithm = "norm"
+    def clip(self, optimizer):
+        self.clip_gradients(optimizer, 0.05, "norm")
+
+    def gradient(self):
+        return torch.cat([one.grad.flatten() for one in self.net.parameters()])
 
     def one_batch(self, batch, batch_idx):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.backward_from(cross_entropy(self.net(batch[0]), batch[1], reduction="none"), "net")
-        before = self.net[0].weight.grad.norm()
-        self.clip_gradients(optimizer, 0.05, self.algorithm)
-        self.take_step(optimizer, "net", float(self.net[0].weight.grad.norm() / before))
+        before = self.gradient()
+        self.clip(optimizer)
+        self.take_step(optimizer, "net", float(before @ self.gradient() / before.square().sum()))
+
+
+class ClippedByValue(Clipped):
+    def clip(self, optimizer):
+        self.clip_gradients(optimizer, 0.01, "value")
+
+
+class ClippedThreeTimes(Clipped):
+    def clip(self, optimizer):
+        self.clip_gradients(optimizer, 0.2, "norm")
+        self.clip_gradients(optimizer, 0.02, "value")
+        self.clip_gradients(optimizer, 0.05, "norm")
 
 
 class Gan(Manual):
@@ -190,13 +206,20 @@ MODELS = [
     TwoSteps,
     TwoLossesOnOneGraph,
     Clipped,
+    ClippedByValue,
+    ClippedThreeTimes,
     Gan,
     GanThatToggles,
     GanThatZeroesLate,
 ]
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+by_every_model = pytest.mark.parametrize("model_type", MODELS)
+may_bend = pytest.mark.filterwarnings("ignore:tda_lightning. clipping by value has bent")
+
+
+@may_bend
+@by_every_model
 def test_rows_of_a_step_are_what_its_samples_did_to_its_layers(model_type):
     torch.manual_seed(3)
     model = model_type()
@@ -264,8 +287,19 @@ class Forgetful(Manual):
         self.take_step(self.optimizers(), "net")
 
 
-class ClippedByValue(Clipped):
-    algorithm = "value"
+class ClippedUnseen(Clipped):
+    def clip(self, optimizer):
+        nn.utils.clip_grad_value_(self.net.parameters(), 0.01)
+
+
+class ClippedTooSoon(Manual):
+    def one_batch(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for _ in range(2):
+            self.backward_from(cross_entropy(self.net(batch[0]), batch[1], reduction="none"), "net")
+            self.clip_gradients(optimizer, 0.01, "value")
+        self.take_step(optimizer, "net")
 
 
 class Raw(Manual):
@@ -276,12 +310,14 @@ class Raw(Manual):
         self.take_step(optimizer, "net")
 
 
+@may_bend
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
         (Sneaky, r"backward pass that Lightning has not seen.*manual_backward"),
         (Forgetful, r"not zeroed between two of its steps.*Call it"),
-        (ClippedByValue, r"not all by one factor.*norm"),
+        (ClippedUnseen, r"not all by one factor.*self.clip_gradients"),
+        (ClippedTooSoon, r"clipped by value before the last backward pass.*right before the step"),
         (Raw, r"step of an optimizer that Lightning has not seen.*self.optimizers\(\)"),
     ],
 )
@@ -318,7 +354,8 @@ def test_a_layer_of_two_optimizers_is_refused():
         record(Split())
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@may_bend
+@by_every_model
 def test_weights_are_bit_identical(model_type):
     def train(*callbacks):
         pl.seed_everything(3, verbose=False)

@@ -56,12 +56,6 @@ def require_supported(
             "one process, or several with `strategy='ddp'`",
             "Set one of these.",
         )
-    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
-        _refuse(
-            "gradient clipping by value",
-            "clipping by norm",
-            "Set `gradient_clip_algorithm='norm'`.",
-        )
     has_scale = getattr(trainer.precision_plugin, "scaler", None) is not None
     for optimizer in trainer.optimizers:
         _require_supported_optimizer(optimizer, has_scale)

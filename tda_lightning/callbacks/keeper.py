@@ -34,11 +34,14 @@ class Keeper:
         self._checkpoint: dict[str, Any] = {}
         self.has_failed = False
 
-    def begin(self, trainer: Trainer, recipe: Recipe) -> dict[str, Any]:
+    def begin(
+        self, trainer: Trainer, recipe: Recipe
+    ) -> tuple[dict[str, Any], Preconditioner | None]:
         """Begin the run, or continue the one that this training has begun.
 
         Returns:
-            What a checkpoint knows of the run; nothing, if it was begun anew.
+            What a checkpoint knows of the run, and the coordinates of its last step, if it has any;
+            nothing, if it was begun anew.
 
         Raises:
             FileExistsError: If the store holds another run, or something else.
@@ -61,14 +64,9 @@ class Keeper:
             self._warn_of_missing(trainer)
         self._run_id = self._store.run_id
         checkpoint, self._checkpoint = self._checkpoint, {}
-        return checkpoint if found else {}
-
-    def coordinates(self, trainer: Trainer) -> Preconditioner | None:
-        """Return the coordinates of the last step of a run that is continued, if it has any."""
-        own = self._store.preconditioner() if self._count else None
+        coordinates = self._store.preconditioner() if self._count else None
         # All processes go on alike, whatever one of them has lost.
-        found: Preconditioner | None = trainer.strategy.broadcast(own)
-        return found
+        return checkpoint if found else {}, trainer.strategy.broadcast(coordinates)
 
     def finish(self, trainer: Trainer) -> None:
         """See what all processes have kept, once they all have."""

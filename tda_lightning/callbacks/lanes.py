@@ -23,6 +23,9 @@ from tda_lightning.projectors import Projector
 from tda_lightning.rows import RowRecorder
 from tda_lightning.step import Preconditioner, Step
 
+# A gradient that is clipped by value and keeps this cosine with what it was is as good as scaled.
+_STRAIGHT = 0.99
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -61,6 +64,7 @@ class Lane:
         self.optimizer = optimizer
         self.taken = 0
         self._trained = self._count_trained()
+        self._has_warned_of_bend = False
         self.every_n_steps = 1
         coordinates = None
         if settings.preconditioner == "optimizer":
@@ -89,6 +93,20 @@ class Lane:
                 f"GradientRecorder: {more} parameters of the {type(self.optimizer).__name__} are "
                 "not recorded, since they were not trained when recording began."
             )
+
+    def before_clipping(self, index: int, bound: float) -> None:
+        """Follow a clipping by value, and say once if it does more than to scale a gradient."""
+        bend = self.session.before_clipping(self.optimizer, bound)
+        if bend is None or bend.cosine >= _STRAIGHT or self._has_warned_of_bend:
+            return
+        self._has_warned_of_bend = True
+        rank_zero_warn(
+            f"tda_lightning: clipping by value has bent the gradient of the "
+            f"{type(self.optimizer).__name__} in step {index:,} (cosine {bend.cosine:.2f}), which "
+            "no factor does that its samples have in common. Rows of such steps are as before "
+            f"clipping, times the factor that comes nearest (here {bend.factor:.2g}). For exact "
+            "ones, set `gradient_clip_algorithm='norm'`."
+        )
 
     def _count_trained(self) -> int:
         return sum(one.requires_grad for one in parameters_of(self.optimizer))
@@ -215,6 +233,12 @@ class Lanes:
                 lane.warn_of_more()
                 lane.session.before_step(index, epoch, optimizer)
                 lane.taken += 1
+
+    def before_clipping(self, index: int, optimizer: Optimizer, bound: float) -> None:
+        """Follow what clipping by value is about to do to an optimizer's gradients."""
+        for lane in self._lanes:
+            if lane.optimizer is optimizer:
+                lane.before_clipping(index, bound)
 
     def end_batch(self) -> None:
         """Forget what came to nothing."""

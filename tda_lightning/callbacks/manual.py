@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tda_lightning.callbacks.clipping import Bend, norm_after
 from tda_lightning.callbacks.gradients import by_size, gradient_norm, smallest_with_gradient
 from tda_lightning.callbacks.processes import Processes
 from tda_lightning.callbacks.session import Session
@@ -87,6 +88,12 @@ class ManualSession(Session):
         visits = self._visits_of(*self._current)
         marks, self._marks = self._marks, _marks(self._parameters)
         if self._marks != marks:
+            if self._scale is not None:
+                raise ValueError(
+                    "Gradients were clipped by value before the last backward pass of their step, "
+                    "which has added to what was left of them; expected all passes before. Clip "
+                    "right before the step."
+                )
             self._pending.append(visits)
             self._is_mixed = self._is_mixed or self._is_used
             self._references = _references(self._parameters)
@@ -120,6 +127,20 @@ class ManualSession(Session):
         self._require_common_factor(name)
         super().before_step(index, epoch, optimizer)
 
+    def before_clipping(self, optimizer: Optimizer, bound: float) -> Bend | None:
+        """Follow what clipping by value is about to do to the gradients of a step.
+
+        Raises:
+            ValueError: If they are not what was recorded any more.
+        """
+        if not self._pending or not self._is_due():
+            return None
+        self._require_common_factor(type(optimizer).__name__)
+        self._watch_gradients(optimizer)
+        bend = super().before_clipping(optimizer, bound)
+        self._references = [(one, norm_after(one, bound)) for one, _ in self._references]
+        return bend
+
     def after_step(self) -> Step | None:
         """Return the step that was taken, or ``None`` if it was not recorded."""
         if self._facts is None and self._pending:
@@ -147,7 +168,8 @@ class ManualSession(Session):
         """Drop what is waiting if the gradients it is part of have been zeroed."""
         if not (self._pending or self._is_used) or not self._are_zeroed():
             return
-        self._pending, self._sums = [], None
+        self._forget_step()
+        self._sums = None
         self._is_used = self._is_mixed = False
 
     def _are_zeroed(self) -> bool:
@@ -165,8 +187,8 @@ class ManualSession(Session):
         if spread > _TOLERANCE:
             raise ValueError(
                 f"The gradients of the {name} were changed between the backward pass and the step, "
-                "and not all by one factor; expected them as they were, or clipped by their norm. "
-                "Clip with `gradient_clip_algorithm='norm'`."
+                "and not all by one factor; expected them as they were, or clipped. Clip with "
+                "`self.clip_gradients`."
             )
 
 

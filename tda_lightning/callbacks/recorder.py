@@ -19,6 +19,7 @@ from tda_lightning.callbacks.checks import (
     require_sensible,
     require_supported,
 )
+from tda_lightning.callbacks.clipping import watch_clipping
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.keeper import Keeper
 from tda_lightning.callbacks.lanes import Lanes, Settings
@@ -133,14 +134,14 @@ class GradientRecorder(pl.Callback):
         lanes = self._lanes_for(trainer, pl_module)
         recipe = self._recipe_for(trainer, pl_module, lanes)
         recipe = self._budgets.begin(trainer, pl_module, recipe)
-        state = self._keeper.begin(trainer, recipe)
-        coordinates = self._keeper.coordinates(trainer)
+        state, coordinates = self._keeper.begin(trainer, recipe)
         lanes.resume(trainer.global_step, state.get("lanes", ()), coordinates)
         self._ledger.start_training(trainer.global_step)
         for entry in recipe.left_out:
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
         self._budgets.describe(trainer, recipe)
         lanes.attach(recipe.every_n_steps)
+        self._undo.append(watch_clipping(trainer, lanes.before_clipping))
         self._lanes = lanes
 
     def _lanes_for(self, trainer: Trainer, model: LightningModule) -> Lanes:

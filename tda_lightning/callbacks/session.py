@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tda_lightning.callbacks.audits import Audited, begin_audit, finish_audit
+from tda_lightning.callbacks.clipping import Bend, Scale
 from tda_lightning.callbacks.facts import read_groups
 from tda_lightning.callbacks.gradients import (
     by_size,
-    clip_coefficient,
     gradient_norm,
     gradients_of,
     joined,
@@ -29,7 +30,7 @@ from tda_lightning.conservation import require_conserved
 from tda_lightning.coordinates import OptimizerCoordinates
 from tda_lightning.recipe import Block
 from tda_lightning.rows import BatchRows, RowRecorder
-from tda_lightning.step import Audit, ParameterGroup, Preconditioner, Step
+from tda_lightning.step import ParameterGroup, Preconditioner, Step
 
 # Labels are sampled from seeds of their own for every batch of every step.
 _SEEDS_PER_STEP = 4096
@@ -55,19 +56,6 @@ class _Facts:
     epoch: int
     optimizer: str
     groups: tuple[ParameterGroup, ...]
-    probe: Parameter | None
-    probe_norm: Tensor | None
-    audited: _Audited | None
-
-
-@dataclass(frozen=True)
-class _Audited:
-    """What an audited step looked like before it was taken; sketches, block by block."""
-
-    recorded: Float[Tensor, "blocks k"]
-    gradient: Float[Tensor, "blocks k"]
-    weights: Float[Tensor, "blocks k"]
-    left_out: Tensor
 
 
 class Session:
@@ -103,6 +91,8 @@ class Session:
         self._share = self._loss_scale = 1.0
         self._pending: list[Visits] = []
         self._facts: _Facts | None = None
+        self._scale: Scale | None = None
+        self._audited: Audited | None = None
         self._probes: list[Parameter] = []
 
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
@@ -168,28 +158,44 @@ class Session:
         """Read what the optimizer is about to use; gradients are complete and not yet clipped."""
         if not self._pending:
             return
-        self._probes = self._probes or by_size(optimizer)
-        probe, probe_norm = self._probe()
-        audited = self._start_audit(probe, probe_norm) if self._is_audit_due() else None
+        self._watch_gradients(optimizer)
         self._facts = _Facts(
             index=index,
             epoch=epoch,
             optimizer=type(optimizer).__name__,
             groups=read_groups(optimizer),
-            probe=probe,
-            probe_norm=probe_norm,
-            audited=audited,
         )
+
+    def before_clipping(self, optimizer: Optimizer, bound: float) -> Bend | None:
+        """Follow what clipping by value is about to do to the gradients of a step.
+
+        Args:
+            optimizer: The optimizer that is going to take it.
+            bound: Largest absolute value to be left.
+
+        Returns:
+            What it does, or ``None`` if the step is not recorded.
+        """
+        if self._scale is None:
+            return None
+        return self._scale.bend(self._rows.recorded_parameters(), bound)
+
+    def _watch_gradients(self, optimizer: Optimizer) -> None:
+        """From now on, know what becomes of the gradients of this step, and audit it if due."""
+        if self._scale is None:
+            self._probes = self._probes or by_size(optimizer)
+            self._scale = Scale(*self._probe())
+            self._audited = self._start_audit() if self._is_audit_due() else None
 
     def after_step(self) -> Step | None:
         """Return the step that was taken since the last call, or ``None`` if none was recorded."""
-        if self._facts is None:
+        if self._facts is None or self._scale is None:
             return None
-        facts, visits = self._facts, self._pending
-        self._facts, self._pending = None, []
+        facts, visits, scaled = self._facts, self._pending, self._scale.factor()
+        audit = None if self._audited is None else finish_audit(self._rows, self._audited)
+        self._forget_step()
         self._steps += 1
-        clipped = float(clip_coefficient(facts.probe, facts.probe_norm))
-        factors = [one.applied * clipped for one in visits]
+        factors = [one.applied * scaled for one in visits]
         weights = [
             torch.full((len(one.sample_ids),), one.weight * factor)
             for one, factor in zip(visits, factors, strict=True)
@@ -205,7 +211,7 @@ class Session:
             sample_ids=torch.cat([one.sample_ids for one in visits]),
             weights=torch.cat(weights),
             sketch=sketch,
-            audit=None if facts.audited is None else self._finish_audit(facts.audited),
+            audit=audit,
             terms=joined([one.recorded.terms for one in visits]),
             curvature=joined([one.recorded.curvature(one.weight) for one in visits]),
             # Curvature goes with the loss, and a row is a square root of it.
@@ -227,30 +233,19 @@ class Session:
     def _block_sums(self) -> Float[Tensor, "blocks k"]:
         return self._rows.block_sums()
 
-    def _start_audit(self, probe: Parameter | None, probe_norm: Tensor | None) -> _Audited:
-        rows = self._rows
-        applied = self._applied() * float(clip_coefficient(probe, probe_norm))
+    def _start_audit(self) -> Audited:
+        assert self._scale is not None
+        applied = self._applied() * self._scale.factor()
         recorded = self._processes.add(self._block_sums() * applied)
-        gradient = rows.sketch_gradient()
+        audited = begin_audit(self._rows, recorded, self._probes)
         if self._steps == 0:
-            require_conserved(self._blocks, recorded, gradient)
-        left_out = rows.left_out_gradient(self._probes)
-        return _Audited(recorded, gradient, rows.sketch_weights(), left_out)
-
-    def _finish_audit(self, before: _Audited) -> Audit:
-        update = (self._rows.sketch_weights() - before.weights).sum(dim=0)
-        along = torch.nn.functional.cosine_similarity(update, before.recorded.sum(dim=0), dim=0)
-        return Audit(
-            gradient=before.gradient.square().sum(dim=1).double().cpu(),
-            deviation=(before.recorded - before.gradient).square().sum(dim=1).double().cpu(),
-            left_out=float(before.left_out),
-            update=float(along.square()),
-        )
+            require_conserved(self._blocks, recorded, audited.gradient)
+        return audited
 
     def forget_gradients(self) -> None:
         """Forget the batches whose gradients are zeroed before any step has used them."""
         if self._pending:
-            self._pending = []
+            self._forget_step()
             if self._is_audit_due():
                 self._rows.sum_blocks()
 
@@ -277,4 +272,8 @@ class Session:
             self._rows.finish()
             self._current = None
         if self._facts is not None:
-            self._facts, self._pending = None, []
+            self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._facts = self._scale = self._audited = None
+        self._pending = []

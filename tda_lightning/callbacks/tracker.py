@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tda_lightning.callbacks.checks import require_one_loader, require_supported
+from tda_lightning.callbacks.clipping import watch_clipping
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.followed import Followed, Wishes, follow, require_trackable
 from tda_lightning.callbacks.loaders import watch_loaders
@@ -149,6 +150,7 @@ class ContributionTracker(pl.Callback):
             rank_zero_warn(f"ContributionTracker: {line}")
         rank_zero_info(f"ContributionTracker: {found.describe_cost()}")
         found.tracking.attach()
+        self._undo.append(watch_clipping(trainer, found.tracking.before_clipping))
         self._followed, self._is_attached = found, True
 
     def _wishes(self) -> Wishes:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.optim import Optimizer
 
 from tda_lightning.callbacks.lanes import Lane
 from tda_lightning.callbacks.table import Table
@@ -96,6 +97,11 @@ class Tracking:
             lane.session.before_step(index, epoch, lane.optimizer)
             self._probe = record_probe(lane.rows)
         lane.taken += 1
+
+    def before_clipping(self, index: int, optimizer: Optimizer, bound: float) -> None:
+        """Follow what clipping by value is about to do to an optimizer's gradients."""
+        if optimizer is self._lane.optimizer:
+            self._lane.before_clipping(index, bound)
 
     def end_batch(self) -> Summary | None:
         """Forget what came to nothing; return what a tracked step did, if there was one."""
