@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from tda_lightning.attribution.top import top_scores
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.queries import record_queries
 from tda_lightning.scores import SampleScores, Scores, TopScores
-from tda_lightning.snapshots import Ask, Moment, ask_at, attribute_along
+from tda_lightning.snapshots import Moment, describe_weights, method_at, rows_at
 from tda_lightning.stores import HDF5Store, Store
 from tda_lightning.targets import Loss, Target, name_of
 
@@ -61,22 +60,16 @@ def attribute(
         ValueError: If the run is empty, the model is another one, or the queries do not fit it.
     """
     stores, models = _pairs(run, model)
-    asks = [
-        partial(_ask, store, one, queries, target, mode, progress)
+    method = method_at(method, at)
+    rows = [
+        _ask(store, one, queries, target, at, mode, progress)
         for store, one in zip(stores, models, strict=True)
     ]
-    asked = _asked(models, target, mode)
-    if at == "snapshots":
-        parts = zip(stores, models, asks, strict=True)
-        scores = Scores.mean([attribute_along(*part, method, progress) for part in parts])
-        return replace(scores, provenance={**asked, **scores.provenance})
-    rows = [_ask_at(*part, at) for part in zip(stores, models, asks, strict=True)]
     if isinstance(run, list | tuple):
         scores = method.attribute_ensemble(stores, rows, progress=progress)
     else:
         scores = method.attribute(stores[0], rows[0], progress=progress)
-    if at != "now":
-        asked["weights"] = f"the snapshot before step {at}"
+    asked = _asked(stores, models, target, at, mode)
     return replace(scores, provenance={**scores.provenance, **asked})
 
 
@@ -108,6 +101,7 @@ def top_attributions(
     *,
     method: Attributor = Unrolled(),
     target: Target = Loss(),
+    at: Moment = "now",
     at_once: int = 256,
     mode: Literal["eval", "train"] = "eval",
     progress: bool = True,
@@ -126,6 +120,9 @@ def top_attributions(
             ``(at_once, n_train)`` numbers, and the rows of all queries.
         target: What is asked about: the loss, or a function of (module, batch) that returns one
             number per sample, to raise: :class:`~tda_lightning.Logit`, say.
+        at: At which weights: ``"now"``, those that the model has; the index of a step, those before
+            it, if the run has a snapshot of them; or ``"snapshots"``, for ``TracIn`` at the
+            snapshot nearest to each step. The model gets its own weights back.
         mode: Whether the model acts as in evaluation or as in training while queries pass through.
         progress: Show progress bars.
 
@@ -133,10 +130,11 @@ def top_attributions(
         FileNotFoundError: If there is no run at the path.
         ValueError: If the run is empty, the model is another one, or the queries do not fit it.
     """
-    store = open_run(run)
-    rows = _ask(store, model, queries, target, mode, progress)
+    store, method = open_run(run), method_at(method, at)
+    rows = _ask(store, model, queries, target, at, mode, progress)
     top = top_scores(store, rows, method, k, at_once=at_once, progress=progress)
-    return replace(top, provenance={**top.provenance, **_asked([model], target, mode)})
+    asked = _asked([store], [model], target, at, mode)
+    return replace(top, provenance={**top.provenance, **asked})
 
 
 def trajectory(
@@ -147,6 +145,7 @@ def trajectory(
     *,
     method: Attributor = Unrolled(),
     target: Target = Loss(),
+    at: Moment = "now",
     per: Literal["step", "epoch"] = "step",
     mode: Literal["eval", "train"] = "eval",
     progress: bool = True,
@@ -162,6 +161,9 @@ def trajectory(
         per: Whether to add up steps to epochs.
         target: What is asked about: the loss, or a function of (module, batch) that returns one
             number per sample, to raise: :class:`~tda_lightning.Logit`, say.
+        at: At which weights: ``"now"``, those that the model has; the index of a step, those before
+            it, if the run has a snapshot of them; or ``"snapshots"``, for ``TracIn`` at the
+            snapshot nearest to each step. The model gets its own weights back.
         mode: Whether the model acts as in evaluation or as in training while queries pass through.
         progress: Show progress bars.
 
@@ -170,8 +172,8 @@ def trajectory(
         ValueError: If the run is empty, the model is another one, the queries do not fit it, or a
             sample is not in the training set.
     """
-    store = open_run(run)
-    rows = _ask(store, model, queries, target, mode, progress)
+    store, method = open_run(run), method_at(method, at)
+    rows = _ask(store, model, queries, target, at, mode, progress)
     return contributions(store, rows, train_ids, method, per=per, progress=progress)
 
 
@@ -209,25 +211,29 @@ def _ask(
     model: nn.Module,
     queries: Any,
     target: Target,
+    at: Moment,
     mode: Literal["eval", "train"],
     progress: bool,
-    at: int = -1,
-) -> Float[Tensor, "n_query k"]:
+) -> Float[Tensor, "n_query width"]:
     """Return the rows of the queries, where the model is: methods work where their queries are."""
-    rows = record_queries(
-        model, queries, like=store, target=target, at=at, mode=mode, progress=progress
-    )
-    return rows.to(next(model.parameters()).device)
+
+    def ask(position: int) -> Float[Tensor, "n_query k"]:
+        return record_queries(
+            model, queries, like=store, target=target, at=position, mode=mode, progress=progress
+        )
+
+    return rows_at(store, model, at, ask).to(next(model.parameters()).device)
 
 
-def _ask_at(store: Store, model: nn.Module, ask: Ask, at: Moment) -> Float[Tensor, "n_query k"]:
-    return ask_at(store, model, at, ask) if isinstance(at, int) else ask(-1)
-
-
-def _asked(models: Sequence[nn.Module], target: Target, mode: str) -> dict[str, str]:
+def _asked(
+    stores: Sequence[Store], models: Sequence[nn.Module], target: Target, at: Moment, mode: str
+) -> dict[str, str]:
     """Say in a few words what was asked, of which weights."""
-    weights = ", ".join(fingerprint(one) for one in models)
-    return {"target": name_of(target), "weights": weights, "mode": mode}
+    if at == "now":
+        weights = [fingerprint(one) for one in models]
+    else:
+        weights = list(dict.fromkeys(describe_weights(one, at) for one in stores))
+    return {"target": name_of(target), "weights": ", ".join(weights), "mode": mode}
 
 
 def fingerprint(model: nn.Module) -> str:

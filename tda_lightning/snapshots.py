@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tda_lightning.attribution import Attributor, TracIn
-from tda_lightning.attribution.attributor import provenance_of
-from tda_lightning.scores import Scores
+from tda_lightning.step import Step
 from tda_lightning.stores import HDF5Store, Store, WritableStore
 from tda_lightning.undisturbed import with_weights
 
@@ -32,56 +31,75 @@ Moment = int | Literal["now", "snapshots"]
 Ask = Callable[[int], Float[Tensor, "n_query k"]]
 
 
-def ask_at(store: Store, model: nn.Module, at: int, ask: Ask) -> Float[Tensor, "n_query k"]:
-    """Ask at the weights before a step, in its coordinates (those of the nearest recorded step).
+def rows_at(store: Store, model: nn.Module, at: Moment, ask: Ask) -> Float[Tensor, "n_query width"]:
+    """Ask at some weights, in the coordinates of their step (of the nearest recorded one).
 
     Args:
         store: The run.
         model: The model, which gets its own weights back.
-        at: Index of the step.
-        ask: Takes the rows.
-
-    Raises:
-        ValueError: If there is no snapshot of that step, or it is another model's.
-    """
-    return _rows_at(store, model, at, ask, _indices(store))
-
-
-def attribute_along(
-    store: Store, model: nn.Module, ask: Ask, method: Attributor, progress: bool
-) -> Scores:
-    """Attribute every step to the queries at the snapshot nearest to it.
-
-    Args:
-        store: The run.
-        model: The model, which gets its own weights back.
+        at: Which weights.
         ask: Takes the rows of the queries.
-        method: :class:`~tda_lightning.TracIn`, whose scores are sums over steps.
-        progress: Show progress bars.
+
+    Returns:
+        The rows for :func:`method_at`: those of all snapshots that are nearest to some step lie
+        side by side.
 
     Raises:
-        ValueError: If there is no snapshot, or the method is another.
+        ValueError: If there is no such snapshot, or it is another model's.
     """
+    if at == "now":
+        return ask(-1)
+    indices = _indices(store)
+    chosen = [snapshot for snapshot, _ in _parts(store)] if at == "snapshots" else [at]
+    rows = []
+    for snapshot in chosen:
+        with with_weights(model, store.weights_at(snapshot)):
+            rows.append(ask(_nearest(snapshot, indices)))
+    return torch.cat(rows, dim=1)
+
+
+def method_at(method: Attributor, at: Moment) -> Attributor:
+    """Return the method that takes the rows of :func:`rows_at`.
+
+    Raises:
+        ValueError: If it cannot be asked along the way, as all but
+            :class:`~tda_lightning.TracIn`, whose scores are sums over steps.
+    """
+    if at != "snapshots":
+        return method
     if not isinstance(method, TracIn):
         raise ValueError(
             f'`at="snapshots"` came with `{method!r}`; expected `TracIn()`, whose scores are sums '
             "over steps. Ask this method at one moment: `at=` the index of a snapshot."
         )
-    known = store.snapshots()
-    if not known:
-        raise ValueError(
-            "The run has no snapshots; expected some. Record with `GradientRecorder(..., "
-            "snapshots=n)`, or take over checkpoints with `add_snapshots`."
-        )
-    parts = []
-    used = []
-    indices = _indices(store)
-    for snapshot, part in _parts(indices, known):
-        rows = _rows_at(store, model, snapshot, ask, indices)
-        parts.append(method.attribute(store[part], rows, progress=progress))
-        used.append(snapshot)
-    weights = f"the nearest of {len(used)} snapshots, steps {used[0]} to {used[-1]}"
-    return _summed(store, parts, weights)
+    return _Along(method)
+
+
+def describe_weights(store: Store, at: int | Literal["snapshots"]) -> str:
+    """Say which weights were asked about, in a few words."""
+    if at != "snapshots":
+        return f"the snapshot before step {at}"
+    used = [snapshot for snapshot, _ in _parts(store)]
+    return f"the nearest of {len(used)} snapshots, steps {used[0]} to {used[-1]}"
+
+
+@dataclass(frozen=True)
+class _Along(Attributor):
+    """Every step looks for the queries at the snapshot nearest to it."""
+
+    method: TracIn
+
+    def directions(
+        self, run: Store, queries: Float[Tensor, "n_query width"]
+    ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
+        """Look for what the method does, in each part of the run with the rows that are its own."""
+        parts = list(_parts(run))
+        for (_, part), rows in zip(parts, queries.chunk(len(parts), dim=1), strict=True):
+            yield from self.method.directions(run[part], rows)
+
+    def __repr__(self) -> str:
+        """Show the method."""
+        return repr(self.method)
 
 
 def add_snapshots(run: str | Path | WritableStore, checkpoints: Sequence[str | Path]) -> None:
@@ -107,13 +125,6 @@ def _indices(store: Store) -> list[int]:
     return [index for index, _, _ in store.visits()]
 
 
-def _rows_at(
-    store: Store, model: nn.Module, at: int, ask: Ask, indices: Sequence[int]
-) -> Float[Tensor, "n_query k"]:
-    with with_weights(model, store.weights_at(at)):
-        return ask(_nearest(at, indices))
-
-
 def _nearest(index: int, among: Sequence[int]) -> int:
     """Return the place of the nearest in a sorted list; of two, the earlier."""
     after = min(bisect.bisect_left(among, index), len(among) - 1)
@@ -121,22 +132,15 @@ def _nearest(index: int, among: Sequence[int]) -> int:
     return after if abs(among[after] - index) < abs(among[before] - index) else before
 
 
-def _parts(indices: Sequence[int], snapshots: Sequence[int]) -> Iterator[tuple[int, slice]]:
+def _parts(store: Store) -> Iterator[tuple[int, slice]]:
     """Yield the snapshots that are nearest to some steps, with the places of those steps."""
-    nearest = [snapshots[_nearest(index, snapshots)] for index in indices]
+    known = store.snapshots()
+    if not known:
+        raise ValueError(
+            "The run has no snapshots; expected some. Record with `GradientRecorder(..., "
+            "snapshots=n)`, or take over checkpoints with `add_snapshots`."
+        )
+    nearest = [known[_nearest(index, known)] for index in _indices(store)]
     for snapshot in dict.fromkeys(nearest):
         first = nearest.index(snapshot)
         yield snapshot, slice(first, first + nearest.count(snapshot))
-
-
-def _summed(store: Store, parts: Sequence[Scores], weights: str) -> Scores:
-    ids = store.train_ids()
-    total = parts[0].values.new_zeros(len(parts[0].values), len(ids))
-    for part in parts:
-        total.index_add_(1, torch.searchsorted(ids, part.train_ids), part.values)
-    return replace(
-        parts[0],
-        values=total,
-        train_ids=ids,
-        provenance={**provenance_of(store), "weights": weights},
-    )

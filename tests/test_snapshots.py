@@ -18,6 +18,8 @@ from tda_lightning import (
     TracIn,
     add_snapshots,
     attribute,
+    top_attributions,
+    trajectory,
 )
 from tda_lightning.queries import record_queries
 
@@ -107,6 +109,36 @@ def test_queries_at_a_step_are_those_of_a_model_with_its_weights(method):
     assert found.provenance["weights"] == "the snapshot before step 3"
 
 
+@pytest.mark.parametrize("at", [4, "snapshots"])
+def test_trajectories_and_top_scores_at_snapshots_are_parts_of_all_scores(at):
+    store, chosen = MemoryStore(), [7, 0, 12]
+    model = record(store, optimizer=OPTIMIZERS["Adam"], snapshots=2, max_epochs=3)
+    own = {name: one.clone() for name, one in model.state_dict().items()}
+    asked = {"method": TracIn(), "at": at, "progress": False}
+    scores = attribute(store, model, queries(), **asked)
+    now = attribute(store, model, queries(), method=TracIn(), progress=False)
+    assert not torch.allclose(scores.values, now.values, rtol=1e-3)
+    along = trajectory(store, model, queries(), chosen, **asked)
+    torch.testing.assert_close(along.total(), scores.values[:, chosen])
+    assert along.times.tolist() == list(range(9))
+    for at_once in (2, 256):
+        top = top_attributions(store, model, queries(), 3, at_once=at_once, **asked)
+        torch.testing.assert_close(top.proponents.values, scores.proponents(3).values)
+        assert torch.equal(top.opponents.ids, scores.opponents(3).ids)
+        assert (top.method, top.provenance) == (scores.method, scores.provenance)
+    assert all(torch.equal(one, own[name]) for name, one in model.state_dict().items())
+
+
+def test_several_trainings_are_each_asked_at_their_own_snapshots():
+    stores = [MemoryStore(), MemoryStore()]
+    models = [record(store, snapshots=n) for store, n in zip(stores, (2, 3), strict=True)]
+    asked = {"method": TracIn(), "at": "snapshots", "progress": False}
+    pairs = zip(stores, models, strict=True)
+    each = [attribute(*pair, queries(), **asked).values for pair in pairs]
+    both = attribute(stores, models, queries(), **asked)
+    torch.testing.assert_close(both.values, (each[0] + each[1]) / 2)
+
+
 def test_checkpoints_of_a_trainer_can_be_taken_over(tmp_path):
     for name, snapshots in (("with", 2), ("without", 0)):
         pl.seed_everything(5, verbose=False)
@@ -145,5 +177,9 @@ def test_what_cannot_be_asked_says_so():
         attribute(store, model, queries(), method=Source(), at="snapshots")
     with pytest.raises(ValueError, match="has no snapshots; expected some"):
         attribute(bare, model, queries(), method=TracIn(), at="snapshots")
+    with pytest.raises(ValueError, match="expected `TracIn"):
+        trajectory(store, model, queries(), [0], at="snapshots")
+    with pytest.raises(ValueError, match="no snapshot of the weights before step 3; expected one"):
+        top_attributions(store, model, queries(), at=3)
     with pytest.raises(ValueError, match="do not fit the `Plain`"):
         attribute(store, Plain(mlp(d=5).double()), queries(), at=2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
+from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.recipe import Recipe
@@ -43,6 +45,14 @@ class MovedRun(Store):
             curvature=self._move(step.curvature),
             curvature_rows=self._move(step.curvature_rows),
         )
+
+    def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
+        """Yield the index, the epoch and the sample ids of every step: nothing to be moved."""
+        return self._run.visits()
+
+    def snapshots(self) -> list[int]:
+        """Return the steps before which the weights were kept."""
+        return self._run.snapshots()
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
         """Return the coordinates of a step's rows, where they are."""
