@@ -11,14 +11,17 @@ import torch
 from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from test_resume import Interrupted, Ordered, Skipping
+from test_sample_ids import Telling
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import (
     Contributions,
     ContributionTracker,
+    CountSketch,
     GradientRecorder,
     Identity,
     MemoryStore,
@@ -332,6 +335,74 @@ def test_a_resumed_training_goes_on_where_it_stopped(optimizer, tmp_path):
     resumed = run(tmp_path / "at.ckpt", 9).contributions
     torch.testing.assert_close(resumed.values, whole.values)
     assert resumed.provenance["steps"] == "27"
+
+
+MID_EPOCH = {
+    "plain": ({}, {}),
+    "stride and periods of two": ({"every_n_steps": 2, "period": 2}, {}),
+    "accumulation": ({"period": "run"}, {"accumulate_grad_batches": 2}),
+    "ids of the user's own": ({"sample_ids": lambda batch: 100 + batch[0][:, 0].long()}, {}),
+    "clipping": ({"mode": "train"}, {"gradient_clip_val": 0.05}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("optimizer", [sgd, lambda p: torch.optim.Adam(p, lr=0.01)])
+@pytest.mark.parametrize("name", MID_EPOCH)
+def test_interrupted_in_mid_epoch_the_table_is_that_of_one_training(name, optimizer, tmp_path):
+    arguments, settings = MID_EPOCH[name]
+
+    def run(folder, until=None, resume=None):
+        sampler = Ordered(13, 2)
+        tracker = ContributionTracker(vectors(18)[13:], folder / "probe.npz", **arguments)
+        saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
+        callbacks = [tracker, saver, Skipping(sampler), *([Interrupted(until)] if until else [])]
+        trainer = quiet_trainer(*callbacks, max_epochs=4, enable_checkpointing=True, **settings)
+        data = DataLoader(Telling(), batch_size=2, sampler=sampler)
+        trainer.fit(Plain(mlp(), optimizer=optimizer), data, ckpt_path=resume)
+        return tracker
+
+    whole = run(tmp_path / "whole").contributions
+    parts, resume = tmp_path / "parts", None
+    for save, until in ((3, 5), (9, 10), (15, 16)):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            run(parts, until, resume)
+        resume = parts / f"step={save}.ckpt"
+    found = run(parts, resume=resume).contributions
+    torch.testing.assert_close(found.values, whole.values, rtol=0, atol=0)
+    assert torch.equal(found.times, whole.times)
+    assert torch.equal(found.train_ids, whole.train_ids)
+    assert found.provenance == whole.provenance
+    assert torch.equal(Contributions.load(parts / "probe.npz").values, whole.values)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"period": 2}, r"`period` was 'epoch' .* is now '2 steps'.*Restore it"),
+        ({"every_n_steps": 2}, r"`every_n_steps` was '1' .* is now '2'"),
+        ({"mode": "train"}, r"`mode` was 'eval' .* is now 'train'"),
+        ({"projector": CountSketch(53)}, r"`projector` was 'name=Identity' .* is now 'name=Count"),
+        ({"probe": vectors()[:3]}, r"contributions to 5 probes, and `probe` has 3"),
+    ],
+    ids=["period", "stride", "mode", "projector", "probe"],
+)
+def test_a_tracker_that_is_another_does_not_go_on(changed, message, tmp_path):
+    def run(resume=None, **arguments):
+        arguments = {"probe": vectors()[:5], "store": tmp_path / "probe.npz", **arguments}
+        tracker = ContributionTracker(**arguments)
+        saver = ModelCheckpoint(tmp_path, "at", every_n_train_steps=3)
+        epochs = 2 if resume else 1
+        trainer = quiet_trainer(tracker, saver, enable_checkpointing=True, max_epochs=epochs)
+        trainer.fit(Plain(mlp()), loader(vectors()), ckpt_path=resume)
+
+    run()
+    kept = (tmp_path / "probe.npz").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "at.ckpt", **changed)
+    assert (tmp_path / "probe.npz").read_bytes() == kept
 
 
 def test_a_training_that_is_fitted_further_goes_on(tmp_path):

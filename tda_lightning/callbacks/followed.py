@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,6 +73,29 @@ class Followed:
             method="ContributionTracker()",
             provenance={**self.facts, "steps": f"{table.steps}{stride}"},
         )
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint should know."""
+        return {**self.tracking.state(), "facts": self._expected()}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state` was saved.
+
+        Raises:
+            ValueError: If something else was followed then.
+        """
+        for name, now in self._expected().items():
+            before = state["facts"][name]
+            if before != now:
+                raise ValueError(
+                    f"The tracker's `{name}` was {before!r} when the checkpoint was saved and is "
+                    f"now {now!r}; expected what it was, since new contributions are added to "
+                    "those. Restore it, or follow into a new file from the beginning."
+                )
+        self.tracking.resume(state)
+
+    def _expected(self) -> dict[str, str]:
+        return {**self.facts, "every_n_steps": str(self.every_n_steps)}
 
     def describe_cost(self) -> str:
         """Say in one line what following takes."""

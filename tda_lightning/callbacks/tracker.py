@@ -144,7 +144,7 @@ class ContributionTracker(pl.Callback):
         probe = Probe(read_probe(self.probe), self.reduction, self.mode)
         found = follow(self._wishes(), trainer, pl_module, probe, self._ledger.train_ids)
         if state:
-            found.tracking.resume(state)
+            found.resume(state)
         self._ledger.start_training(trainer.global_step)
         for line in found.warnings:
             rank_zero_warn(f"ContributionTracker: {line}")
@@ -169,7 +169,7 @@ class ContributionTracker(pl.Callback):
         """Return the state to continue from; nothing, if this training begins anew."""
         state, self._state = self._state, {}
         if trainer.global_step and not state and self._followed is not None:
-            return self._followed.tracking.state()
+            return self._followed.state()
         if trainer.global_step and state:
             return state
         if self.store.exists() and self.existing == "refuse":
@@ -252,7 +252,7 @@ class ContributionTracker(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been found so far, so that a resumed training goes on from there."""
-        return {} if self._followed is None else self._followed.tracking.state()
+        return {} if self._followed is None else self._followed.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Learn what had been found when a checkpoint was saved."""
