@@ -18,6 +18,7 @@ TESTS = Path(__file__).parent
 
 # The judge's pass does not reach the maker: that is not reduced unless DDP is told so.
 GAN = {"gan": True, "strategy": "ddp_find_unused_parameters_true"}
+CLIPPED = {"trainer": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}}
 
 
 def train(folder, devices, *, fails=False, **given):
@@ -53,7 +54,7 @@ def assert_same_steps(one, other, tolerance=1e-5):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
-    [{}, {"optimizer": "AdamW"}, {"trainer": {"accumulate_grad_batches": 2}}, GAN],
+    [{}, {"optimizer": "AdamW"}, {"trainer": {"accumulate_grad_batches": 2}}, CLIPPED, GAN],
     ids=str,
 )
 def test_two_processes_record_what_one_does(tmp_path, given):

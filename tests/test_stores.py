@@ -102,6 +102,8 @@ def test_a_step_of_which_one_process_has_lost_its_part_is_left_out(tmp_path, ran
     assert [step.index for step in left] == [0, 4, 6]
     for step, own in zip(left, (steps[0], *steps[2:]), strict=True):
         assert step.sample_ids.tolist() == 2 * own.sample_ids.tolist()
+    found = [(index, epoch, ids.tolist()) for index, epoch, ids in left.visits()]
+    assert found == [(step.index, step.epoch, step.sample_ids.tolist()) for step in left]
 
 
 def test_half_written_segments_are_invisible(tmp_path, monkeypatch):

@@ -125,11 +125,7 @@ class HDF5Store(WritableStore):
 
     def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
         """Yield the index, the epoch and the sample ids of every step, without any sketch."""
-        if self._merged is not None:
-            yield from super().visits()
-            return
-        for segment in self._own.segments:
-            yield from segment.visits()
+        return self._steps.visits()
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
         """Return the coordinates of the rows of a step, without reading any sketch."""

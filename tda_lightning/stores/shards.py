@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.step import Audit, Preconditioner, Step
@@ -53,6 +54,11 @@ class Shard:
             start, steps = self._block = (base + block.start, segment.read(block))
         return steps[position - start]
 
+    def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
+        """Yield the index, the epoch and the sample ids of every step, without any sketch."""
+        for segment in self._segments:
+            yield from segment.visits()
+
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the coordinates of a step, without reading any sketch."""
         for start, segment in zip(reversed(self._starts), reversed(self._segments), strict=True):
@@ -78,8 +84,8 @@ class MergedShards:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
         places = [{index: place for place, index in enumerate(one.indices)} for one in shards]
-        indices = sorted(set.intersection(*(set(one) for one in places)))
-        self._places = [[one[index] for one in places] for index in indices]
+        self._indices = sorted(set.intersection(*(set(one) for one in places)))
+        self._places = [[one[index] for one in places] for index in self._indices]
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -93,6 +99,13 @@ class MergedShards:
     def read(self, position: int) -> Step:
         """Return the step at a position, with the visits of all processes."""
         return _merge([shard.read(place) for shard, place in self._parts(position)])
+
+    def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
+        """Yield the index, the epoch and the sample ids of every step, without any sketch."""
+        streams = [one.visits() for one in self._shards]
+        for index in self._indices:
+            parts = [next(found for found in one if found[0] == index) for one in streams]
+            yield index, parts[0][1], torch.cat([ids for _, _, ids in parts])
 
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the coordinates of a step: those of all processes are the same."""
