@@ -105,7 +105,7 @@ def train(folder, devices, given):
         devices=devices,
         strategy=given.get("strategy", "ddp") if devices > 1 else "auto",
         enable_checkpointing="checkpoint" in given,
-        plugins=[looks],
+        plugins=[looks] if "checkpoint" in given else [],
         **given.get("trainer", {}),
     )
     resume = given.get("resume")
