@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from test_conservation import AppliedDiary
+from test_settings import Scripted, ScriptedScaler
 
 from tda_lightning import GradientRecorder, Identity, MemoryStore
 from tda_lightning.stores.contract import same
@@ -118,6 +119,21 @@ def test_the_first_step_that_is_bent_is_named_once_in_each_training():
         assert f"bent the gradient of the SGD in step {step} (cosine 0." in said[0]
         assert "set `gradient_clip_algorithm='norm'`" in said[0]
         trainer.fit_loop.max_epochs = 4
+
+
+def test_a_step_whose_gradients_overflow_is_skipped_without_a_word():
+    class Overflows(Plain):
+        def training_step(self, batch, batch_idx):
+            factor = float("inf") if batch_idx == 1 else 1.0
+            return super().training_step(batch, batch_idx) * factor
+
+    store = MemoryStore()
+    plugins = [Scripted(ScriptedScaler([256.0] * 9, {1}))]
+    trainer = quiet_trainer(
+        GradientRecorder(store), plugins=plugins, max_epochs=1, gradient_clip_val=10.0, **BY_VALUE
+    )
+    trainer.fit(Overflows(mlp()), loader(vectors()))
+    assert [step.index for step in store] == [0, 2]
 
 
 def test_what_is_clipped_a_little_is_not_worth_a_word():

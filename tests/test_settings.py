@@ -216,7 +216,12 @@ def test_the_loss_scale_is_undone_and_skipped_steps_are_not_stored(accumulate):
     assert float(store[0].sketch.norm()) == pytest.approx(float(plain[0].sketch.norm()), rel=0.5)
 
 
-def test_rows_do_not_depend_on_the_loss_scale():
+BY_VALUE = {"gradient_clip_val": 0.2, "gradient_clip_algorithm": "value"}
+
+
+@pytest.mark.filterwarnings("ignore:tda_lightning. clipping by value has bent")
+@pytest.mark.parametrize("clip", [{}, {"gradient_clip_val": 0.3}, BY_VALUE], ids=str)
+def test_rows_do_not_depend_on_the_loss_scale(clip):
     def run(scale):
         torch.manual_seed(0)
         settings = {} if scale is None else {"plugins": [Scripted(ScriptedScaler([scale] * 9, ()))]}
@@ -224,7 +229,8 @@ def test_rows_do_not_depend_on_the_loss_scale():
             store := MemoryStore(), projector=Identity(), curvature="fisher"
         )
         model = Plain(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
-        quiet_trainer(recorder, **settings).fit(model, loader(Telling(), shuffle=False))
+        trainer = quiet_trainer(recorder, **settings, **clip)
+        trainer.fit(model, loader(Telling(), shuffle=False))
         return store
 
     for plain, scaled in zip(run(None), run(1024.0), strict=True):

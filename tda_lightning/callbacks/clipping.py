@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -39,19 +40,19 @@ class Bend:
 
 def bend_of(parameters: Iterable[Parameter], bound: float) -> Bend:
     """Say what clipping by value is going to make of the parameters' gradients, taken together."""
-    products = [torch.zeros(3, dtype=torch.float64)]
-    for parameter in parameters:
-        if parameter.grad is not None:
-            before = parameter.grad.detach().flatten().double()
-            after = before.clamp(-bound, bound)
-            cut = before - after
-            products.append(torch.stack([cut @ before, before @ before, after @ after]).cpu())
-    lost, square, square_after = torch.stack(products).sum(dim=0).tolist()
+    gradients = [one.grad.detach() for one in parameters if one.grad is not None]
+    products = [_products(one.flatten().double(), bound) for one in gradients]
+    lost, square, square_after = torch.stack(products).sum(dim=0).tolist() if products else (0,) * 3
     if square == 0:
         return Bend(factor=1.0, cosine=1.0)
     # From what is lost, since that is zero to the last bit where nothing is.
     factor = 1 - lost / square
     return Bend(factor, factor * (square / square_after) ** 0.5)
+
+
+def _products(before: Float[Tensor, " n"], bound: float) -> Tensor:
+    after = before.clamp(-bound, bound)
+    return torch.stack([(before - after) @ before, before @ before, after @ after])
 
 
 class Scale:

@@ -97,7 +97,8 @@ class Lane:
     def before_clipping(self, index: int, bound: float) -> None:
         """Follow a clipping by value, and say once if it does more than to scale a gradient."""
         bend = self.session.before_clipping(self.optimizer, bound)
-        if bend is None or bend.cosine >= _STRAIGHT or self._has_warned_of_bend:
+        # Not a number where gradients have overflowed: a step that is going to be skipped.
+        if bend is None or not bend.cosine < _STRAIGHT or self._has_warned_of_bend:
             return
         self._has_warned_of_bend = True
         rank_zero_warn(
