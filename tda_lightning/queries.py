@@ -20,10 +20,10 @@ from tda_lightning.batches import batch_size, batches_of, describe, transfer, wi
 from tda_lightning.layers import survey
 from tda_lightning.passes import record_batch
 from tda_lightning.projectors import projector_from_dict
-from tda_lightning.recipe import ranges_of
+from tda_lightning.recipe import Recipe, ranges_of
 from tda_lightning.rows import BatchRows, RowRecorder
 from tda_lightning.sample_ids import IdSource, SampleLedger
-from tda_lightning.step import Step
+from tda_lightning.step import Preconditioner, Step
 from tda_lightning.stores import MemoryStore, Store, WritableStore
 from tda_lightning.targets import Loss, Target, name_of, per_sample
 from tda_lightning.undisturbed import undisturbed
@@ -62,18 +62,97 @@ def record_queries(
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
             take the queries or returns no loss, or the target not its numbers.
     """
+    return query_rows(
+        model,
+        queries,
+        like.recipe,
+        target=target,
+        coordinates=like.preconditioner(at),
+        mode=mode,
+        progress=progress,
+    )
+
+
+def query_rows(
+    model: nn.Module,
+    queries: Any,
+    recipe: Recipe,
+    *,
+    target: Target = Loss(),
+    coordinates: Preconditioner | None = None,
+    mode: Literal["eval", "train"] = "eval",
+    progress: bool = True,
+) -> Float[Tensor, "n_query k"]:
+    """Sketch the gradient of each query's loss by a recipe, where there need be no run.
+
+    Args:
+        model: The LightningModule that was trained. It is left as it was.
+        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
+        recipe: How to record.
+        target: What is asked about; see :func:`record_queries`.
+        coordinates: The coordinates to record in; by default those of the gradients.
+        mode: Whether the model acts as in evaluation or as in training.
+        progress: Show a progress bar over the batches of a loader.
+
+    Returns:
+        One row per query, on the CPU, shape ``(n_query, k)``.
+
+    Raises:
+        ValueError: If the model or the queries do not fit.
+    """
     passes: Literal["one", "several"] = "one" if isinstance(target, Loss) else "several"
-    with _recording(model, like, at, mode, sampled=0.0, passes=passes) as rows:
+    with _recording(model, recipe, coordinates, mode, sampled=0.0, passes=passes) as rows:
         batches = with_progress(batches_of(queries), "queries", progress)
         if isinstance(target, Loss):
-            is_mean = like.recipe.reduction == "mean"
-            recorded = [record_batch(model, rows, batch, "queries")[1].rows for batch in batches]
-            recorded = [one * len(one) if is_mean else one for one in recorded]
+            found = [record_batch(model, rows, batch, "queries")[1] for batch in batches]
+            recorded = [_own_gradients(one, recipe) for one in found]
         else:
             recorded = [_record_target(model, rows, batch, target) for batch in batches]
     if not recorded:
         raise ValueError("`queries` is an empty loader; expected at least one batch.")
     return torch.cat([one.cpu() for one in recorded])
+
+
+def train_rows(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    recipe: Recipe,
+    *,
+    sample_ids: IdSource | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n k"]]]:
+    """Sketch, batch by batch, the gradient of each training sample's own loss.
+
+    Nothing is kept. The model is in evaluation mode, and is left as it was at the end.
+
+    Args:
+        model: The LightningModule, with the weights to ask about.
+        loader: The training data, in any order.
+        recipe: How to record.
+        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
+        progress: Show a progress bar.
+
+    Yields:
+        The ids of a batch's samples and their rows, where the model is, shape ``(n, k)``.
+
+    Raises:
+        ValueError: If the ids cannot be known, or ``training_step`` cannot take a batch.
+    """
+    ledger = SampleLedger(sample_ids)
+    ledger.watch(loader, lambda: True)
+    try:
+        with _recording(model, recipe, None, "eval", sampled=0.0) as rows:
+            for number, batch in enumerate(with_progress(loader, "training samples", progress)):
+                named = ledger.name(batch, number)
+                _, found = record_batch(model, rows, batch, "train_loader")
+                yield named, _own_gradients(found, recipe)
+    finally:
+        ledger.release()
+
+
+def _own_gradients(found: BatchRows, recipe: Recipe) -> Float[Tensor, "n k"]:
+    """Return the gradients of the samples' own losses, of rows of the loss of their batch."""
+    return found.rows * len(found.rows) if recipe.reduction == "mean" else found.rows
 
 
 def record(
@@ -121,7 +200,8 @@ def record(
     result.begin(recipe)
     facts = like[at]
     try:
-        with _recording(model, like, at, mode, sampled=float(labels == "sampled")) as rows:
+        sampled = float(labels == "sampled")
+        with _recording(model, like.recipe, like.preconditioner(at), mode, sampled) as rows:
             for number, batch in enumerate(with_progress(loader, "recording", progress)):
                 named = ledger.name(batch, number)
                 rows.seed(number)
@@ -160,21 +240,19 @@ def _on_cpu(found: Tensor | None) -> Tensor | None:
 @contextmanager
 def _recording(
     model: nn.Module,
-    like: Store,
-    at: int,
+    recipe: Recipe,
+    coordinates: Preconditioner | None,
     mode: Literal["eval", "train"],
     sampled: float,
     passes: Literal["one", "several"] = "one",
 ) -> Iterator[RowRecorder]:
-    """Record the model by the recipe of a run, and leave it as it was."""
-    recipe = like.recipe
+    """Record the model by a recipe, and leave it as it was."""
     surveyed = survey(model, leave_out=[entry.name for entry in recipe.left_out])
     recipe.require_blocks(surveyed.blocks, type(model).__name__)
     projector = projector_from_dict(recipe.projector)
     rows = RowRecorder(
         model, surveyed, recipe.batch_dims, projector, recipe.torch_dtype, sampled, passes
     )
-    coordinates = like.preconditioner(at)
     if coordinates is not None:
         rows.precondition(coordinates)
     with undisturbed(model, mode), rows, torch.enable_grad():
