@@ -16,6 +16,7 @@ from tda_lightning.snapshots import add_snapshots
 # Ask
 from tda_lightning.api import attribute, self_influence, top_attributions, trajectory  # isort: skip
 from tda_lightning.by_features import attribute_by_features, representers  # isort: skip
+from tda_lightning.by_gradients import attribute_by_gradients  # isort: skip
 from tda_lightning.attribution import (  # isort: skip
     TRAK,
     Embedding,
@@ -31,6 +32,15 @@ from tda_lightning.attribution import (  # isort: skip
     Unrolled,
     embed,
 )
+from tda_lightning.parameter_space import (  # isort: skip
+    EKFAC,
+    ConjugateGradient,
+    FullInfluenceFunction,
+    GaussNewton,
+    Hessian,
+    Lanczos,
+    Neumann,
+)
 from tda_lightning.targets import LogProbability, Logit, Loss, Margin  # isort: skip
 from tda_lightning.contributions import Contributions  # isort: skip
 from tda_lightning.scores import Ranking, SampleScores, Scores, TopScores  # isort: skip
@@ -41,7 +51,9 @@ from tda_lightning.stores import HDF5Store, MemoryStore, Store  # isort: skip
 from tda_lightning.step import Step  # isort: skip
 
 __all__ = [
+    "EKFAC",
     "TRAK",
+    "ConjugateGradient",
     "ContributionTracker",
     "Contributions",
     "CountSketch",
@@ -49,19 +61,24 @@ __all__ = [
     "DenseProjection",
     "Embedding",
     "FeatureSimilarity",
+    "FullInfluenceFunction",
+    "GaussNewton",
     "GradientRecorder",
     "GradientSimilarity",
     "HDF5Store",
+    "Hessian",
     "Identity",
     "InfluenceFunction",
     "Kronecker",
     "KroneckerCountSketch",
+    "Lanczos",
     "LocalJacobianExpansion",
     "LogProbability",
     "Logit",
     "Loss",
     "Margin",
     "MemoryStore",
+    "Neumann",
     "Ranking",
     "RepresenterPoint",
     "Representers",
@@ -77,6 +94,7 @@ __all__ = [
     "add_snapshots",
     "attribute",
     "attribute_by_features",
+    "attribute_by_gradients",
     "data_order",
     "embed",
     "layer_rule",

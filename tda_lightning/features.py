@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.data import DataLoader
@@ -29,7 +27,7 @@ from tda_lightning.batches import (
 )
 from tda_lightning.layers import find_tensors
 from tda_lightning.points import Head, Points, concatenate
-from tda_lightning.sample_ids import IdSource, SampleLedger
+from tda_lightning.sample_ids import IdSource, SampleLedger, require_once
 from tda_lightning.undisturbed import undisturbed
 
 Reads = Literal["features", "head"]
@@ -72,7 +70,7 @@ def train_points(
     finally:
         ledger.release()
     points = _joined(parts, torch.cat(ids) if ids else None, "train_loader")
-    _require_once(points.ids)
+    require_once(points.ids)
     return points.sorted()
 
 
@@ -248,12 +246,3 @@ def _joined(parts: Sequence[Points], ids: Tensor | None, argument: str) -> Point
         )
     n = sum(len(part.ids) for part in parts)
     return concatenate(parts, torch.arange(n) if ids is None else ids)
-
-
-def _require_once(ids: Int[Tensor, " n"]) -> None:
-    values, counts = np.unique(ids.numpy(), return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(
-            f"`train_loader` draws sample {values[counts.argmax()]} {counts.max()} times in one "
-            "pass; expected every sample once. Pass a loader without a sampler that repeats."
-        )

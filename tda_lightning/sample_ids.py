@@ -169,6 +169,20 @@ def root_ids(dataset: Any) -> Int[np.ndarray, " n"] | None:
     return np.arange(len(dataset)) if hasattr(dataset, "__len__") else None
 
 
+def require_once(ids: Int[Tensor, " n"]) -> None:
+    """Raise unless a pass over the training data has drawn every sample once.
+
+    Raises:
+        ValueError: Naming a sample that came again.
+    """
+    values, counts = np.unique(ids.numpy(), return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            f"`train_loader` draws sample {values[counts.argmax()]} {counts.max()} times in one "
+            "pass; expected every sample once. Pass a loader without a sampler that repeats."
+        )
+
+
 def _require_known_order(loader: object) -> DataLoader[Any]:
     if not isinstance(loader, DataLoader):
         raise ValueError(

@@ -16,7 +16,8 @@ FLOORS = [
     {"passes"},
     {"callbacks", "queries", "features"},
     {"api"},
-    {"by_features"},
+    {"by_features", "parameter_space"},
+    {"by_gradients"},
     {"cli"},
 ]
 WEST = {"factors", "layers", "random_bits", "sketcher", "projectors", "capture", "sample_ids"} | {
@@ -79,6 +80,8 @@ def test_the_wings_do_not_know_each_other(path):
         ("pytorch_lightning", "callbacks"),
         ("lightning", "callbacks"),
         ("h5py", "stores/segments.py"),
+        ("curvlinops", "parameter_space/operators.py"),
+        ("scipy", "parameter_space/operators.py"),
     ],
 )
 def test_a_library_is_known_in_one_place(library, home):

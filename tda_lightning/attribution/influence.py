@@ -97,3 +97,20 @@ class InfluenceFunction(SelfAttributor):
         source = run if self.rows_from is None else MovedRun(self.rows_from, like)
         steps = iter(source) if self.rows == "all visits" else last_visits(source)
         return map(as_own_gradients, steps)
+
+
+def damping_of(run: Store) -> float:
+    """Return the damping that a recorded run suggests: 3 / (sum of rates), and its weight decay.
+
+    It is what the default adds, for methods that know nothing of the run: for
+    ``FullInfluenceFunction``.
+
+    Raises:
+        ValueError: If the rows are in coordinates of the optimizer's, where damping is another.
+    """
+    if run.preconditioner() is not None:
+        raise ValueError(
+            f"The damping of this run is that of the coordinates of its `{run[-1].optimizer}`; "
+            "expected a run in those of the parameters, of SGD say. Pass a number as damping."
+        )
+    return TIMES / Extent.of(run).time + Dynamics.of(run[-1]).decay

@@ -1,0 +1,115 @@
+r"""Influence function with whole gradients, at the weights that the model has.
+
+.. math:: s(q, i) = \frac{1}{n} \, g_q^\top (H + \delta I)^{-1} g_i
+
+Koh & Liang (2017), "Understanding Black-box Predictions via Influence Functions", eq. 2; here with
+the sign of a presence. :math:`H` is the curvature of the mean loss over the training data. Weight
+decay that the optimizer applies is no part of the loss, and belongs to the damping.
+
+**Damping** by default is a tenth of the mean eigenvalue of the curvature, as in Grosse et al.
+(2023), "Studying Large Language Model Generalization with Influence Functions". Where the training
+was recorded, :func:`~tda_lightning.attribution.influence.damping_of` knows better.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from tda_lightning.parameter_space.curvature import GaussNewton, ModelCurvature
+from tda_lightning.parameter_space.objective import Objective
+from tda_lightning.parameter_space.solvers import ConjugateGradient, Solver
+
+if TYPE_CHECKING:
+    from tda_lightning.parameter_space.operators import Operator
+
+SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What queries look for in gradients.
+
+    Attributes:
+        directions: Damped inverse curvature times the queries' gradients, shape ``(n_query, d)``.
+        damping: That was added.
+    """
+
+    directions: Float[Tensor, "n_query d"]
+    damping: float
+
+
+@dataclass(frozen=True)
+class FullInfluenceFunction:
+    """Inverse curvature times gradient, for all parameters; scores estimate a change of the loss.
+
+    Memory: one vector of the parameters' size per query, and some more for those solved at once.
+
+    Attributes:
+        solver: How to solve with the curvature.
+        curvature: What kind of it.
+        damping: Added to its diagonal; ``None`` for a tenth of its mean eigenvalue.
+        layers: Names of the layers whose parameters count, with ``*`` for any characters; all by
+            default. The last one alone is often told from the others, and cheap.
+        at_once: How many queries to solve for together.
+    """
+
+    solver: Solver = ConjugateGradient()
+    curvature: ModelCurvature = GaussNewton()
+    damping: float | None = None
+    layers: Sequence[str] | None = None
+    at_once: int = 32
+
+    def solve(
+        self, objective: Objective, queries: Float[Tensor, "n_query d"], *, progress: bool = True
+    ) -> Solution:
+        """Solve for every query's gradient.
+
+        Args:
+            objective: What was trained, and on what.
+            queries: Gradients of the queries' losses, shape ``(n_query, d)``.
+            progress: Show a progress bar.
+
+        Raises:
+            ValueError: If the training step cannot be differentiated twice, the curvature is not
+                positive, or the solver does not arrive.
+        """
+        try:
+            return self._solve(objective, queries, progress)
+        except (RuntimeError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"`{type(objective.model).__name__}.training_step` has no curvature that could be "
+                "multiplied with: expected one that torch.func can differentiate twice; it said: "
+                f"{error}"
+            ) from error
+
+    def _solve(
+        self, objective: Objective, queries: Float[Tensor, "n_query d"], progress: bool
+    ) -> Solution:
+        with warnings.catch_warnings():
+            # torch's own forward mode is compiled with what torch has come to warn about.
+            warnings.filterwarnings("ignore", message=r"`torch.jit.script` is deprecated")
+            operator = self.solver.operator(objective, self.curvature)
+            damping = self._damping(operator)
+            inverse = self.solver.inverse(operator, damping)
+            parts = torch.split(queries, self.at_once)
+            bar = tqdm(parts, desc="solving", unit="part", leave=False, disable=not progress)
+            return Solution(torch.cat([inverse(part) for part in bar]), damping)
+
+    def _damping(self, operator: Operator) -> float:
+        found = self.damping
+        if found is None:
+            found = SHARE * self.solver.mean_eigenvalue(operator)
+        if not found > 0:
+            raise ValueError(
+                f"Damping is {found:.3g}; expected a positive number. Pass one as `damping=`: the "
+                "default is a tenth of the mean eigenvalue of the curvature."
+            )
+        return found

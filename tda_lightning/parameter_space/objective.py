@@ -1,0 +1,104 @@
+"""Objective: the mean loss over some data, as a function of some of a model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tda_lightning.batches import batch_size, transfer, with_progress
+from tda_lightning.layers import Survey
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The mean loss over some data, as a function of some of a model's parameters.
+
+    A vector of it holds the parameters one after the other, each flattened.
+
+    Attributes:
+        model: The LightningModule.
+        parameters: What is differentiated by.
+        batches: The data, where the model is.
+        sizes: Number of samples in each batch.
+        reduction: Whether the loss of a batch is the mean or the sum of its samples' losses.
+    """
+
+    model: nn.Module
+    parameters: tuple[nn.Parameter, ...]
+    batches: tuple[Any, ...]
+    sizes: tuple[int, ...]
+    reduction: Literal["mean", "sum"] = "mean"
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        loader: DataLoader[Any],
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+        progress: bool = True,
+    ) -> Objective:
+        """Take the data from a loader, once, so that every product sees the very same.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        batches = list(with_progress(loader, "curvature data", progress))
+        if not batches:
+            raise ValueError("The loader of curvature is empty; expected at least one batch.")
+        sizes = tuple(batch_size(batch, "train_loader") for batch in batches)
+        moved = tuple(transfer(model, batch) for batch in batches)
+        return cls(model, tuple(parameters), moved, sizes, reduction)
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return sum(self.sizes)
+
+    @property
+    def share(self) -> float:
+        """What makes a mean over samples of what the losses of batches make together."""
+        return 1.0 if self.reduction == "mean" else 1 / self.n
+
+    def of_samples(self, losses: Sequence[float]) -> list[float]:
+        """Return what the losses of the batches are per sample."""
+        if self.reduction == "mean":
+            return list(losses)
+        return [loss / size for loss, size in zip(losses, self.sizes, strict=True)]
+
+
+def parameters_of(surveyed: Survey) -> list[nn.Parameter]:
+    """Return the parameters of all blocks, in the order of the blocks."""
+    return [one for feeding in surveyed.sources for one in feeding[0].parameters()]
+
+
+def columns_of(surveyed: Survey) -> Int[Tensor, " d"]:
+    """Return where each column of an unprojected row stands in a vector of the parameters.
+
+    Raises:
+        ValueError: If a layer's layout does more than put its parameters into an order.
+    """
+    start, places = 0, []
+    for feeding, block in zip(surveyed.sources, surveyed.blocks, strict=True):
+        source = feeding[0]
+        sizes = [one.numel() for one in source.parameters()]
+        # Layouts are of gradients, so they take floats: in double precision, whole numbers.
+        numbers = torch.arange(start, start + sum(sizes), dtype=torch.float64)
+        parts = zip(torch.split(numbers, sizes), source.parameters(), strict=True)
+        laid_out = source.rule.layout([part.view(one.shape) for part, one in parts]).flatten()
+        if not torch.equal(laid_out.sort().values, numbers):
+            raise ValueError(
+                f"The layout of `{block.name}`, a {block.layer}, does not hold each of its "
+                "parameters once; expected an order of them. Correct the `layout` of its layer "
+                "rule, or leave the layer out with `layers=[...]`."
+            )
+        places.append(laid_out.long())
+        start += len(numbers)
+    return torch.cat(places)

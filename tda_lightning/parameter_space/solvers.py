@@ -1,0 +1,219 @@
+r"""Solvers of :math:`(H + \delta I) x = v`, where :math:`H` is only ever multiplied with.
+
+======================  ====================================================================
+`ConjugateGradient`     exact to a tolerance; the number of products grows with the root of
+                        the condition number
+`Neumann`               the series :math:`\sum_j (I - \alpha (H + \delta I))^j`, with all the
+                        data in every term; Agarwal et al. (2017), "Second-Order Stochastic
+                        Optimization for Machine Learning in Linear Time" (LiSSA)
+`Lanczos`               the largest eigenvalues alone; Schioppa et al. (2022), "Scaling Up
+                        Influence Functions", by Arnoldi's iteration, which is Lanczos' for
+                        symmetric matrices
+`EKFAC`                 another matrix, which is inverted at once: a Kronecker product for each
+                        layer, with corrected eigenvalues; George et al. (2018), "Fast
+                        Approximate Natural Gradient Descent in a Kronecker-factored
+                        Eigenbasis"; Grosse et al. (2023), "Studying Large Language Model
+                        Generalization with Influence Functions"
+======================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tda_lightning.parameter_space.curvature import GaussNewton, ModelCurvature
+from tda_lightning.parameter_space.kronecker import KroneckerFactored
+from tda_lightning.parameter_space.objective import Objective
+
+if TYPE_CHECKING:
+    from tda_lightning.parameter_space.operators import Operator
+
+Inverse = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
+
+
+class Solver(ABC):
+    """A way to solve with a damped curvature, for several right-hand sides at once."""
+
+    def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:
+        """Return the matrix that it solves with: the curvature itself, by default."""
+        return curvature.operator(objective)
+
+    def mean_eigenvalue(self, operator: Operator) -> float:
+        """Return the mean eigenvalue of that matrix."""
+        from tda_lightning.parameter_space.operators import mean_eigenvalue
+
+        return mean_eigenvalue(operator)
+
+    @abstractmethod
+    def inverse(self, operator: Operator, damping: float) -> Inverse:
+        """Return the function from right-hand sides to solutions, both as rows.
+
+        Args:
+            operator: The matrix, as :meth:`operator` gave it.
+            damping: Added to its diagonal; positive.
+
+        Raises:
+            ValueError: Also of that function, if the iteration does not arrive.
+        """
+
+
+@dataclass(frozen=True)
+class ConjugateGradient(Solver):
+    """Conjugate gradients: as exact as asked for. The default.
+
+    Attributes:
+        tolerance: Largest norm of a residual, relative to its right-hand side.
+        products: Most products with the curvature, each a few passes over the data.
+    """
+
+    tolerance: float = 1e-5
+    products: int = 1000
+
+    def inverse(self, operator: Operator, damping: float) -> Inverse:
+        """Return the solution by conjugate gradients, with its residual checked."""
+        from tda_lightning.parameter_space.operators import conjugate_gradient, damped
+
+        whole = damped(operator, damping)
+
+        def solve(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+            solved = conjugate_gradient(whole, rows.mT, self.tolerance, self.products).mT
+            limit = max(10 * self.tolerance, torch.finfo(rows.dtype).eps ** 0.5)
+            _require_arrived(self, whole, solved, rows, limit)
+            return solved
+
+        return solve
+
+
+@dataclass(frozen=True)
+class Neumann(Solver):
+    r"""The truncated Neumann series, LiSSA's recursion.
+
+    It is scaled by the largest eigenvalue :math:`\lambda`, :math:`\alpha = 2 / (\lambda + 2
+    \delta)`, so it converges where the curvature is positive semi-definite.
+
+    Attributes:
+        remainder: How much of a solution may be missing at most, where ``terms`` is left out.
+        terms: Number of terms, each one product; by default as many as the remainder takes.
+    """
+
+    remainder: float = 0.01
+    terms: int | None = None
+
+    def inverse(self, operator: Operator, damping: float) -> Inverse:
+        """Return the sum of the series, with its residual checked."""
+        from tda_lightning.parameter_space.operators import damped, eigenpairs, neumann
+
+        largest = float(_require_positive(eigenpairs(operator, 1)[0], damping).max().clamp_min(0))
+        scale, whole = 2 / (largest + 2 * damping), damped(operator, damping)
+        contraction = max(largest / (largest + 2 * damping), 1e-12)
+        terms = self.terms
+        if terms is None:
+            terms = math.ceil(math.log(self.remainder) / math.log(contraction))
+
+        def solve(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+            solved = neumann(whole, rows.mT, terms, scale).mT
+            # The first term alone leaves the whole right-hand side, at most.
+            _require_arrived(self, whole, solved, rows, 1.0 if self.terms else self.remainder)
+            return solved
+
+        return solve
+
+
+@dataclass(frozen=True)
+class Lanczos(Solver):
+    """The curvature's largest eigenvalues; it is taken to be flat in all other directions.
+
+    Exact if the rank is the curvature's own. Schioppa et al. leave the other directions out instead
+    of damping them. Memory: ``rank`` vectors of the parameters' size.
+
+    Attributes:
+        rank: Number of eigenvalues.
+    """
+
+    rank: int = 64
+
+    def inverse(self, operator: Operator, damping: float) -> Inverse:
+        """Return the inverse of the truncated curvature, damped."""
+        from tda_lightning.parameter_space.operators import eigenpairs
+
+        values, vectors = eigenpairs(operator, self.rank)
+        shrinkage = values / (damping + _require_positive(values, damping))
+
+        def solve(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+            return (rows - (rows @ vectors * shrinkage) @ vectors.mT) / damping
+
+        return solve
+
+
+@dataclass(frozen=True)
+class EKFAC(Solver):
+    """Eigenvalue-corrected Kronecker factors of the Gauss-Newton matrix, layer by layer.
+
+    The cheapest, and approximate: layers are taken to be independent. For linear and convolution
+    layers; the loss is one cross-entropy, binary cross-entropy or squared error, of outputs of
+    shape ``(n, c)``.
+
+    Attributes:
+        labels: ``"all"`` takes the expectation over the labels that the model predicts, with a
+            backward pass for each output; ``"sampled"`` draws one per sample.
+    """
+
+    labels: Literal["all", "sampled"] = "all"
+
+    def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:
+        """Return the approximation of the Gauss-Newton matrix."""
+        if curvature != GaussNewton():
+            raise ValueError(
+                f"`EKFAC` approximates the Gauss-Newton matrix of the training step; expected "
+                f"`curvature=GaussNewton()`, got `{curvature}`. Leave it out, or take another "
+                "solver."
+            )
+        return KroneckerFactored.of(objective, "type-2" if self.labels == "all" else "mc")
+
+    def mean_eigenvalue(self, operator: Operator) -> float:
+        """Return the mean of the corrected eigenvalues."""
+        assert isinstance(operator, KroneckerFactored)
+        return operator.mean_eigenvalue()
+
+    def inverse(self, operator: Operator, damping: float) -> Inverse:
+        """Return the inverse, damped."""
+        assert isinstance(operator, KroneckerFactored)
+        inverse = operator.inverse(damping)
+        return lambda rows: (inverse @ rows.mT).mT
+
+
+def _require_positive(values: Tensor, damping: float) -> Tensor:
+    """Return eigenvalues, unless damping does not make them positive."""
+    if float(values.min()) + damping <= 0:
+        raise ValueError(
+            f"The curvature has the eigenvalue {float(values.min()):.3g}, and damping "
+            f"{damping:.3g} does not make up for it. {_INDEFINITE}"
+        )
+    return values
+
+
+def _require_arrived(
+    solver: Solver, whole: Operator, solved: Tensor, rows: Tensor, limit: float
+) -> None:
+    missing = ((whole @ solved.mT).mT - rows).norm(dim=1)
+    residual = float((missing / rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)).max())
+    if not residual <= limit:  # Also if it is not a number.
+        raise ValueError(
+            f"`{solver}` has not arrived: a residual of {residual:.2g} is left, expected at most "
+            f"{limit:.2g} of the right-hand side. Allow more products or terms, or more damping. "
+            f"{_INDEFINITE}"
+        )
+
+
+_INDEFINITE = (
+    "A Hessian with large negative eigenvalues needs damping larger than these; or take "
+    "`GaussNewton()`, which has none."
+)

@@ -1,0 +1,104 @@
+"""Twice: a training step as ``torch.func`` can differentiate it twice, and gets it right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from tda_lightning.batches import step_of
+from tda_lightning.parameter_space.objective import Objective
+
+if TYPE_CHECKING:
+    from tda_lightning.parameter_space.operators import Operator
+
+
+class _Elementary(TorchFunctionMode):
+    """Computes layer norms from elementary operations.
+
+    What ``torch.func`` makes of the derivative of their own kernel under ``vmap`` is wrong (in
+    torch 2.13 at least), without a word.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        is_norm = getattr(func, "__name__", "") == "layer_norm"
+        return (_layer_norm if is_norm else func)(*args, **dict(kwargs or {}))
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(dim=axes, keepdim=True)
+    variance = (centred * centred).mean(dim=axes, keepdim=True)
+    normed = centred * (variance + eps).rsqrt()
+    scaled = normed if weight is None else normed * weight
+    return scaled if bias is None else scaled + bias
+
+
+def whole_loss(objective: Objective, number: int) -> Float[Tensor, ""]:
+    """Return what the training step makes of a batch, for ``torch.func`` to differentiate."""
+    with _Elementary():
+        return _loss(objective, number)
+
+
+def _loss(objective: Objective, number: int) -> Float[Tensor, ""]:
+    # The other kernels of attention have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        result = step_of(objective.model, objective.batches[number])
+    loss: Tensor = result["loss"] if isinstance(result, Mapping) else result
+    return loss.reshape(())
+
+
+def require_second_derivative(objective: Objective, hessian: Operator) -> None:
+    """Raise unless a Hessian's product with some vector is what backward passes give.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(hessian.shape[0], generator=generator, dtype=torch.float64)
+    vector = vector.to(hessian.device, hessian.dtype)
+    expected = torch.zeros_like(vector)
+    for number in range(len(objective.batches)):
+        expected += _share(objective, number) * _product(objective, number, vector)
+    missing = float((hessian @ vector - expected).norm() / expected.norm())
+    if not missing < 1e-3:
+        raise ValueError(
+            f"torch.func differentiates `{type(objective.model).__name__}.training_step` wrongly: "
+            f"a product with its Hessian is off by {missing:.1%} of what two backward passes "
+            "give. Take `curvature=GaussNewton()`, which needs first derivatives only."
+        )
+
+
+def _share(objective: Objective, number: int) -> float:
+    """Return the share of a batch's loss in the mean loss."""
+    size = objective.sizes[number] if objective.reduction == "mean" else 1
+    return size / objective.n
+
+
+def _product(objective: Objective, number: int, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """Return the product of a vector with the Hessian of a batch, by two backward passes."""
+    parameters = objective.parameters
+    with torch.enable_grad():
+        loss = _loss(objective, number)
+        first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        slope = torch.cat([one.flatten() for one in first]) @ vector
+        second = torch.autograd.grad(slope, parameters, materialize_grads=True)
+    return torch.cat([one.flatten() for one in second])

@@ -1,0 +1,19 @@
+"""What is said where an extra is not installed."""
+
+import sys
+
+import pytest
+from lightning_models import Plain, loader, mlp, vectors
+
+import tda_lightning.parameter_space
+from tda_lightning import attribute_by_gradients
+
+
+def test_whole_gradients_name_the_extra_that_they_need(monkeypatch):
+    name = "tda_lightning.parameter_space.operators"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(tda_lightning.parameter_space, "operators", raising=False)
+    monkeypatch.setitem(sys.modules, "curvlinops", None)
+    data = vectors()
+    with pytest.raises(ImportError, match=r"curvlinops.*pip install 'tda_lightning\[solvers\]'"):
+        attribute_by_gradients(Plain(mlp()), loader(data), data[:3], progress=False)
