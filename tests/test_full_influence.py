@@ -25,8 +25,7 @@ from tda_lightning import (
     attribute_by_gradients,
     record,
 )
-from tda_lightning.attribution import SampledLabels
-from tda_lightning.attribution.influence import damping_of
+from tda_lightning.attribution import SampledLabels, damping_of
 from tda_lightning.layers import survey
 from tda_lightning.parameter_space import Objective
 from tda_lightning.parameter_space.objective import columns_of, parameters_of

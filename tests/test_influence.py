@@ -8,7 +8,8 @@ import torch
 from torch.optim import SGD
 
 from tda_lightning import InfluenceFunction, MemoryStore
-from tda_lightning.attribution import BestAvailable, EmpiricalFisher, SampledLabels
+from tda_lightning.attribution import BestAvailable, EmpiricalFisher, SampledLabels, damping_of
+from tda_lightning.step import Preconditioner
 
 EXACT = InfluenceFunction(SampledLabels(), damping=0.0, rows="last visit")
 CONVERGED = ls.everything(ls.problem(steps=400))
@@ -139,3 +140,19 @@ def test_a_curvature_without_an_inverse_is_refused():
     run = ls.record(ls.problem(steps=1), lambda p: SGD(p, lr=0.1))
     with pytest.raises(ValueError, match="without an inverse; expected more"):
         scores(InfluenceFunction(BestAvailable(), damping=0.0), run)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_the_damping_of_a_run_is_what_the_default_adds(decay):
+    run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1, momentum=0.5, weight_decay=decay))
+    same = InfluenceFunction(damping=damping_of(run) - decay)  # which it adds by itself
+    torch.testing.assert_close(scores(same, run), scores(InfluenceFunction(), run))
+
+
+def test_the_damping_of_a_run_in_other_coordinates_is_refused():
+    def with_factors(step):
+        return replace(step, preconditioner=Preconditioner(torch.ones(2), torch.ones(3)))
+
+    run = rebuilt(ls.record(ls.problem(), lambda p: SGD(p, lr=0.1)), with_factors)
+    with pytest.raises(ValueError, match=r"coordinates of its `SGD`.*Pass a number"):
+        damping_of(run)

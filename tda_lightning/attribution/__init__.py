@@ -12,7 +12,7 @@ from tda_lightning.attribution.curvature import (
 )
 from tda_lightning.attribution.embedding import Embedding, embed
 from tda_lightning.attribution.feature_similarity import FeatureSimilarity
-from tda_lightning.attribution.influence import InfluenceFunction
+from tda_lightning.attribution.influence import InfluenceFunction, damping_of
 from tda_lightning.attribution.jacobian_expansion import LocalJacobianExpansion
 from tda_lightning.attribution.point_methods import PointAttributor
 from tda_lightning.attribution.propagator import Exponential, Linear, Propagator
@@ -50,5 +50,6 @@ __all__ = [
     "TracIn",
     "Trajectory",
     "Unrolled",
+    "damping_of",
     "embed",
 ]

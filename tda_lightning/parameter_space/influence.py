@@ -8,7 +8,7 @@ decay that the optimizer applies is no part of the loss, and belongs to the damp
 
 **Damping** by default is a tenth of the mean eigenvalue of the curvature, as in Grosse et al.
 (2023), "Studying Large Language Model Generalization with Influence Functions". Where the training
-was recorded, :func:`~tda_lightning.attribution.influence.damping_of` knows better.
+was recorded, :func:`~tda_lightning.attribution.damping_of` knows better.
 """
 
 from __future__ import annotations
