@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import numpy as np
@@ -88,6 +89,8 @@ class Recipe:
         ranks: Number of processes that record, each its part of every step.
         every_n_steps: Stride; one recorded step stands for this many.
         train_ids: Half-open ranges of the ids in the training set, or ``None`` if it is not known.
+        widths: Number of a row's columns that belong to each block, in order, or ``None`` where
+            blocks share columns.
         model: Class name of the model.
         versions: Versions of the software that recorded.
     """
@@ -106,6 +109,7 @@ class Recipe:
     train_ids: tuple[tuple[int, int], ...] | None = None
     model: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    widths: tuple[int, ...] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -119,7 +123,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Rebuild a recipe from :meth:`to_dict`'s result (lists may stand for tuples)."""
-        ranges = data["train_ids"]
+        ranges, widths = data["train_ids"], data.get("widths")
         return cls(
             **{
                 **data,
@@ -135,8 +139,37 @@ class Recipe:
                 ),
                 "left_out": tuple(LeftOut(**entry) for entry in data["left_out"]),
                 "train_ids": None if ranges is None else tuple((a, b) for a, b in ranges),
+                "widths": None if widths is None else tuple(widths),
             }
         )
+
+    def columns_of(self, layers: Sequence[str]) -> Int[Tensor, " m"]:
+        """Return which columns of a row belong to some layers.
+
+        Args:
+            layers: Names of blocks, or of the modules that feed them, with ``*`` for any
+                characters.
+
+        Raises:
+            ValueError: If a name matches none, or the layers share columns.
+        """
+        if self.widths is None:
+            name, *arguments = (f"{key}={value}" for key, value in self.projector.items())
+            raise ValueError(
+                f"The layers of this run cannot be told apart: its `{name.removeprefix('name=')}` "
+                f"({', '.join(arguments)}) adds all of them into the same columns. Record with "
+                "`GradientRecorder(layers=[...])`, or with a projector that keeps them apart: "
+                "`Kronecker()` or `Identity()`."
+            )
+        for pattern in layers:
+            if not any(_matches(block, pattern) for block in self.blocks):
+                raise ValueError(
+                    f"`layers` names `{pattern}`, which is no layer of the run; expected names out "
+                    f"of {[block.name for block in self.blocks]}. Correct the name, or use `*`."
+                )
+        chosen = [any(_matches(block, one) for one in layers) for block in self.blocks]
+        whole = torch.repeat_interleave(torch.tensor(chosen), torch.tensor(self.widths))
+        return whole.nonzero()[:, 0]
 
     def require_continued_by(self, other: Recipe) -> None:
         """Raise unless another recipe makes the same sketches, whatever software it names.
@@ -145,7 +178,9 @@ class Recipe:
             ValueError: Naming what differs.
         """
         ours, theirs = self.to_dict(), other.to_dict()
-        changed = [name for name in ours if name != "versions" and ours[name] != theirs[name]]
+        # Widths follow from the projector and the blocks.
+        told = [name for name in ours if name not in ("versions", "widths")]
+        changed = [name for name in told if ours[name] != theirs[name]]
         if changed:
             shown = "; ".join(
                 f"`{name}` was {_shorten(ours[name])} and is now {_shorten(theirs[name])}"
@@ -170,6 +205,10 @@ class Recipe:
                 f"Expected the model that was trained; got `{model}`. Pass the same architecture "
                 "(with the same parameters trainable)."
             )
+
+
+def _matches(block: Block, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in (block.name, *block.modules))
 
 
 def _shorten(value: Any) -> str:

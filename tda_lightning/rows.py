@@ -100,6 +100,11 @@ class RowRecorder:
         """Length ``k`` of a row."""
         return self._sketcher.dimension
 
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """Number of a row's columns that belong to each block, or ``None`` if they share them."""
+        return self._sketcher.widths
+
     def __enter__(self) -> RowRecorder:
         """Attach the hooks."""
         self._attached.enter_context(recordable(self._model))

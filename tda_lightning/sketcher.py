@@ -24,6 +24,7 @@ class Sketcher:
 
     Attributes:
         dimension: Length ``k`` of a sketch row.
+        widths: Number of its columns that belong to each block, or ``None`` where they share them.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Sketcher:
         self._device = device
         self._dtype = dtype
         self.dimension = columns.dimension
+        self.widths = columns.widths
 
     def precondition(self, coordinates: Preconditioner) -> None:
         """From now on, multiply gradients by these factors before they are sketched."""
@@ -143,6 +145,7 @@ class ColumnMap(ABC):
     """Where the entries of every mapped block go in a row."""
 
     dimension: int
+    widths: tuple[int, ...] | None = None
 
     @abstractmethod
     def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
@@ -160,6 +163,7 @@ class SideBySide(ColumnMap):
         ends = np.cumsum(sizes).tolist()
         self._slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
         self.dimension = ends[-1]
+        self.widths = tuple(sizes)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
         """Return itself: there is nothing to move."""

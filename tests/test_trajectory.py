@@ -74,7 +74,8 @@ def test_a_plot_has_a_line_per_sample_that_ends_at_its_score():
 
 
 def test_it_shows_its_shape_and_method():
-    assert repr(of(TracIn())) == "Trajectory of 3 samples over 8 steps, 3 queries, TracIn()"
+    shown = "Trajectory of 3 samples over 8 steps, 3 queries, TracIn(layers=None)"
+    assert repr(of(TracIn())) == shown
 
 
 @each_method

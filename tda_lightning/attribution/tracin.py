@@ -4,14 +4,16 @@ r"""TracIn: how much did the visits of a training sample push the query's loss d
 
 Pruthi et al. (2020), "Estimating Training Data Influence by Tracing Gradient Descent", eq. 1. Rows
 are as-applied contributions, so :math:`g_i^{(t)}` holds the sample's weight in its batch. The
-query's gradient is the one at the weights given, for every step.
+query's gradient is the one at the weights given, for every step. The inner product may be taken
+over the parameters of some layers only, the last one, say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,17 +28,32 @@ class TracIn(SelfAttributor):
     """Sum over steps of learning rate times inner product with the query's gradient.
 
     With a stride, each recorded step stands for the ones in between.
+
+    Attributes:
+        layers: Names of the layers whose gradients count, with ``*`` for any characters; all by
+            default. They can be told apart in runs whose projector keeps layers apart, as
+            ``Identity`` and ``Kronecker`` do; of others, record some layers only.
     """
+
+    layers: Sequence[str] | None = None
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
         """Look for the query's gradient, as far as the step went."""
+        chosen = self._chosen(run, queries)
         for step in run:
-            yield step, run.recipe.every_n_steps * step.lr * queries
+            yield step, run.recipe.every_n_steps * step.lr * chosen
 
     def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
         """Yield the visits' squared gradient norms, as far as the step went (eq. 1 with q = i)."""
         for step in run:
-            own = squared_norms(step.sketch) / step.weights
+            own = squared_norms(self._chosen(run, step.sketch)) / step.weights
             yield step, run.recipe.every_n_steps * step.lr * own
+
+    def _chosen(self, run: Store, rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Return the rows with zeros in the columns of other layers."""
+        if self.layers is None:
+            return rows
+        columns = run.recipe.columns_of(self.layers).to(rows.device)
+        return torch.zeros_like(rows).index_copy_(1, columns, rows[:, columns])

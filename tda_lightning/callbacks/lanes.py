@@ -152,6 +152,11 @@ class Lanes:
         """Length ``k`` of a row."""
         return self._lanes[0].rows.dimension
 
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """Number of a row's columns that belong to each block, or ``None`` if they share them."""
+        return self._lanes[0].rows.widths
+
     def attach(self, every_n_steps: int) -> None:
         """Begin to listen.
 

@@ -172,6 +172,7 @@ class GradientRecorder(pl.Callback):
             left_out=lanes.surveyed.left_out,
             projector=lanes.projector.to_dict(),
             dimension=lanes.dimension,
+            widths=lanes.widths,
             dtype="float64" if row_dtype(model) == torch.float64 else "float32",
             reduction=self.reduction,
             batch_dims=self.batch_dims,

@@ -28,6 +28,7 @@ RECIPE = Recipe(
     projector={"name": "Identity"},
     dimension=15,
     train_ids=((0, 7), (11, 13)),
+    widths=(15,),
 )
 
 
