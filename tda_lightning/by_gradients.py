@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.api import fingerprint
+from tda_lightning.callbacks.trained import row_dtype
 from tda_lightning.layers import survey
 from tda_lightning.parameter_space import FullInfluenceFunction, Objective, require_operators
 from tda_lightning.parameter_space.objective import columns_of, parameters_of
@@ -68,40 +71,29 @@ def attribute_by_gradients(
             be applied to it.
     """
     require_operators()
+    _say_what_is_left_out(model, method)
     surveyed = survey(model, method.layers)
     recipe = Recipe(
         blocks=surveyed.blocks,
         left_out=surveyed.left_out,
         projector=Identity().to_dict(),
         dimension=sum(block.size for block in surveyed.blocks),
-        dtype=_row_dtype(model),
+        dtype="float64" if row_dtype(model) == torch.float64 else "float32",
         reduction=reduction,
         batch_dims=dict(batch_dims or {}),
         model=type(model).__name__,
     )
-    if method.layers is None:
-        for entry in surveyed.left_out:
-            warnings.warn(f"attribute_by_gradients: {entry.describe()}", stacklevel=2)
-    order, parameters = columns_of(surveyed), parameters_of(surveyed)
     asked = query_rows(model, queries, recipe, target=target, progress=progress)
-    asked = asked[:, order.argsort()].to(parameters[0].device, parameters[0].dtype)
+    order, parameters = columns_of(surveyed), parameters_of(surveyed)
+    vectors = asked[:, order.argsort()].to(parameters[0].device, parameters[0].dtype)
     loader = train_loader if curvature_loader is None else curvature_loader
     with undisturbed(model, "eval"):
         objective = Objective.of(model, parameters, loader, reduction=reduction, progress=progress)
-        solution = method.solve(objective, asked, progress=progress)
-    directions = solution.directions[:, order].to(recipe.torch_dtype)
-    parts, ids = [], []
-    for named, rows in train_rows(
-        model, train_loader, recipe, sample_ids=sample_ids, progress=progress
-    ):
-        parts.append((directions @ rows.mT).cpu())
-        ids.append(named)
-    if not ids:
-        raise ValueError("`train_loader` is an empty loader; expected at least one batch.")
-    train_ids, places = torch.cat(ids).sort()
-    require_once(train_ids)
+        solution = method.solve(objective, vectors, progress=progress)
+    rows = train_rows(model, train_loader, recipe, sample_ids=sample_ids, progress=progress)
+    train_ids, products = _products(solution.directions[:, order].to(recipe.torch_dtype), rows)
     return Scores(
-        values=torch.cat(parts, dim=1)[:, places] / len(train_ids),
+        values=products / len(train_ids),
         query_ids=torch.arange(len(asked)),
         train_ids=train_ids,
         method=repr(method),
@@ -116,6 +108,24 @@ def attribute_by_gradients(
     )
 
 
-def _row_dtype(model: nn.Module) -> Literal["float32", "float64"]:
-    trained = [one for one in model.parameters() if one.requires_grad]
-    return "float64" if all(one.dtype == torch.float64 for one in trained) else "float32"
+def _say_what_is_left_out(model: nn.Module, method: FullInfluenceFunction) -> None:
+    """Warn of layers that were to count and cannot."""
+    patterns = ["*"] if method.layers is None else method.layers
+    for entry in survey(model).left_out:
+        if any(fnmatchcase(entry.name, pattern) for pattern in patterns):
+            warnings.warn(f"attribute_by_gradients: {entry.describe()}", stacklevel=3)
+
+
+def _products(
+    directions: Float[Tensor, "n_query d"], batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
+    """Return the ids of all samples, sorted, and the products of their rows with the directions."""
+    ids, products = [], []
+    for named, rows in batches:
+        ids.append(named)
+        products.append((directions @ rows.mT).cpu())
+    if not ids:
+        raise ValueError("`train_loader` is an empty loader; expected at least one batch.")
+    train_ids, places = torch.cat(ids).sort()
+    require_once(train_ids)
+    return train_ids, torch.cat(products, dim=1)[:, places]

@@ -50,8 +50,8 @@ def classifier():
     return Plain(mlp()).double()
 
 
-def ask(model, method=EXACT, data=DATA, queries=QUERIES, **settings):
-    batches = loader(data, 6)  # a ragged last batch
+def ask(model, method=EXACT, data=DATA, queries=QUERIES, shuffle=True, **settings):
+    batches = loader(data, 6, shuffle=shuffle)  # a ragged last batch
     return attribute_by_gradients(
         model, batches, queries, method=method, progress=False, **settings
     ).values
@@ -392,10 +392,16 @@ def test_samples_that_come_twice_and_empty_loaders_are_refused():
     empty = loader(Subset(DATA, []), shuffle=False)
     with pytest.raises(ValueError, match="loader of curvature is empty"):
         attribute_by_gradients(model, empty, QUERIES, method=EXACT, progress=False)
+    with pytest.raises(ValueError, match="`train_loader` is an empty loader"):
+        ask(model, data=Subset(DATA, []), shuffle=False, curvature_loader=loader(DATA))
 
 
-def test_parameters_that_are_not_covered_are_named():
+@pytest.mark.parametrize("layers", [None, ["*"]])
+def test_parameters_that_cannot_count_are_named(layers):
     model = Plain(nn.Linear(7, 3)).double()
     model.idle = nn.Parameter(torch.zeros(2).double())
+    method = FullInfluenceFunction(EXACT.solver, damping=DAMPING, layers=layers)
     with pytest.warns(UserWarning, match=r"attribute_by_gradients: not recorded: Plain"):
-        ask(model)
+        everything = ask(model, method)
+    chosen = ask(model, FullInfluenceFunction(EXACT.solver, damping=DAMPING, layers=["net"]))
+    assert gap(chosen, everything) < 1e-9
