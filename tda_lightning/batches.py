@@ -29,7 +29,8 @@ def batches_of(queries: Any) -> Iterator[Any]:
 
 def step_of(model: Any, batch: Any) -> Any:
     """Return what ``training_step`` returns."""
-    takes_index = "batch_idx" in inspect.signature(model.training_step).parameters
+    # As a trainer sees it: whatever the second argument is called.
+    takes_index = len(inspect.signature(model.training_step).parameters) > 1
     return model.training_step(batch, 0) if takes_index else model.training_step(batch)
 
 

@@ -261,3 +261,22 @@ def test_a_frozen_run_can_be_asked_with_its_frozen_layers(tmp_path):
     store, _ = record(model)
     assert [block.name for block in store.recipe.blocks] == ["net.2", "net.3"]
     assert attribute(store, model, vectors()[:3], progress=False).values.abs().max() > 0
+
+
+class OtherNames(Plain):
+    def training_step(self, one, number):
+        assert number in (0, 1, 2)
+        return super().training_step(one, number)
+
+
+class NoNumber(Plain):
+    def training_step(self, one):
+        return super().training_step(one, 0)
+
+
+@pytest.mark.parametrize("kind", [OtherNames, NoNumber])
+def test_a_step_may_name_its_arguments_as_it_likes(kind):
+    pl.seed_everything(0, verbose=False)
+    model = kind(mlp())
+    store, _ = record(model)
+    assert attribute(store, model, vectors()[:3], progress=False).values.abs().max() > 0
