@@ -23,7 +23,7 @@ def undisturbed(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[No
     """
     with ExitStack() as stack:
         stack.enter_context(same_random_numbers(_cuda_devices(model)))
-        for context in (_same_modes, _same_buffers, _same_metrics, _muted):
+        for context in (_same_modes, _same_buffers, same_metrics, _muted):
             stack.enter_context(context(model))
         model.train(mode == "train")
         yield
@@ -109,21 +109,31 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _same_metrics(model: nn.Module) -> Iterator[None]:
+def same_metrics(model: nn.Module) -> Iterator[None]:
+    """Let the model's metrics count on copies, and give them their own numbers back afterwards."""
     # A torchmetrics.Metric, recognised by what it keeps, counts in `training_step`.
     metrics = [one for one in model.modules() if hasattr(one, "metric_state")]
     states = [_metric_state(metric) for metric in metrics]
+    _set_states(metrics, [{k: _copied(v) for k, v in state.items()} for state in states])
     try:
         yield
     finally:
-        for metric, state in zip(metrics, states, strict=True):
-            for name, value in state.items():
-                setattr(metric, name, value)
+        _set_states(metrics, states)
 
 
 def _metric_state(metric: Any) -> dict[str, Any]:
-    names = (*metric.metric_state, "_update_count", "_computed")
-    return {name: copy.deepcopy(getattr(metric, name)) for name in names}
+    names = (*metric.metric_state, "_update_count", "_computed", "_forward_cache")
+    return {name: getattr(metric, name, None) for name in names}
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
+
+
+def _set_states(metrics: Sequence[Any], states: Sequence[Mapping[str, Any]]) -> None:
+    for metric, state in zip(metrics, states, strict=True):
+        for name, value in state.items():
+            setattr(metric, name, value)
 
 
 @contextmanager

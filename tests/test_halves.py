@@ -1,7 +1,10 @@
 """Where a training step's model ends and its loss begins, told from the step itself."""
 
+import copy
+
 import pytest
 import torch
+import torchmetrics
 from full_gradients import Dense, regression, whole
 from lightning_models import Plain, loader, mlp, vectors
 from torch import nn
@@ -105,6 +108,29 @@ class Regularised(Plain):
         return {"loss": loss + 0.05 * penalty, "other": None}
 
 
+class Counting(Plain):
+    def __init__(self, net):
+        super().__init__(net)
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
+        self.mean = torchmetrics.MeanMetric()
+
+    def training_step(self, batch, batch_idx):
+        self.log("accuracy", self.accuracy(self.net(batch[0]), batch[1]))
+        loss = super().training_step(batch, batch_idx)
+        self.mean.update(loss)
+        return loss
+
+
+@pytest.mark.parametrize("curvature", [GaussNewton(), Hessian()], ids=repr)
+def test_metrics_in_the_step_do_not_disturb_and_are_not_disturbed(curvature):
+    model, plain = Counting(network()).double(), Plain(network()).double()
+    model.mean.update(2.0)
+    expected = matrix_of(curvature, plain, LABELS, 5)
+    torch.testing.assert_close(matrix_of(curvature, model, LABELS, 5), expected)
+    assert (model.accuracy._update_count, model.mean._update_count) == (0, 1)
+    assert copy.deepcopy(model).mean.compute() == 2.0
+
+
 def test_a_penalty_on_the_weights_adds_its_own_curvature():
     y = LABELS
     expected = Dense(Plain(network()).double(), X, y).gauss_newton()
@@ -164,12 +190,13 @@ def test_half_a_cut_is_refused():
     ("loss", "y", "message"),
     [
         (SMOOTH, LABELS, "got `cross_entropy` of a tensor.* with label_smoothing, weight"),
+        (lambda o, y: functional.mse_loss(o.view(-1, 1), y.view(-1, 1)), TARGETS, "3 samples"),
         (functional.huber_loss, TARGETS, "got `huber_loss`"),
         (functional.cross_entropy, TARGETS.softmax(dim=1), "knows classes.*as labels"),
         (two_losses, TARGETS, "has 2 parts; expected one"),
         (lambda o, y: functional.cross_entropy(o, y) * y.sum(), LABELS, "no multiple"),
     ],
-    ids=["weighted", "huber", "shares", "two", "by batch"],
+    ids=["weighted", "sequences", "huber", "shares", "two", "by batch"],
 )
 def test_ekfac_refuses_losses_that_it_does_not_know(loss, y, message):
     model = Plain(network(), loss).double()

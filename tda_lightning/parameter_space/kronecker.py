@@ -50,8 +50,8 @@ class KroneckerFactored:
         _require_known_layers(objective)
         halves = Halves(objective)
         calls = [halves.only_call(number) for number in range(len(objective.batches))]
-        for call in calls:
-            _require_plain(call)
+        for call, size in zip(calls, objective.sizes, strict=True):
+            _require_plain(call, size)
         loss = _LOSSES[calls[0].name]()
         factor = _factor(objective, calls, loss)
         labels = [call.labels for call in calls]
@@ -113,18 +113,19 @@ def _require_known_layers(objective: Objective) -> None:
         )
 
 
-def _require_plain(call: LossCall) -> None:
+def _require_plain(call: LossCall, size: int) -> None:
     """Raise unless a call is one of a loss of one label per sample, none of which counts less."""
     labels = call.labels
     given = {name for name in ("weight", "pos_weight") if call.settings.get(name) is not None}
     if call.settings.get("label_smoothing"):
         given.add("label_smoothing")
-    is_known = call.name in _LOSSES and isinstance(labels, Tensor) and call.outputs.ndim == 2
-    if not is_known or given:
+    is_known = call.name in _LOSSES and isinstance(labels, Tensor)
+    if not is_known or given or call.outputs.ndim != 2 or len(call.outputs) != size:
         raise ValueError(
             f"`EKFAC` knows cross-entropy, squared error and binary cross-entropy with logits, of "
             f"outputs of shape (n, c), without weights; got `{call.name}` of "
-            f"{describe(call.outputs)}{' with ' + ', '.join(sorted(given)) if given else ''}. "
+            f"{describe(call.outputs)} for {size} samples"
+            f"{', with ' + ', '.join(sorted(given)) if given else ''}. "
             f"{_REMEDY}"
         )
     is_classes = call.name == "cross_entropy"

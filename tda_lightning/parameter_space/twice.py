@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from tda_lightning.batches import step_of
 from tda_lightning.parameter_space.objective import Objective
+from tda_lightning.undisturbed import same_metrics
 
 if TYPE_CHECKING:
     from tda_lightning.parameter_space.operators import Operator
@@ -59,8 +60,9 @@ def whole_loss(objective: Objective, number: int) -> Float[Tensor, ""]:
 
 
 def _loss(objective: Objective, number: int) -> Float[Tensor, ""]:
-    # The other kernels of attention have no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    # The other kernels of attention have no second derivative; and what a metric keeps of tensors
+    # that torch.func has wrapped is not to be seen again.
+    with sdpa_kernel(SDPBackend.MATH), same_metrics(objective.model):
         result = step_of(objective.model, objective.batches[number])
     loss: Tensor = result["loss"] if isinstance(result, Mapping) else result
     return loss.reshape(())
