@@ -73,6 +73,7 @@ def two_losses(outputs, y):
         (functional.mse_loss, TARGETS),
         (lambda o, y: ((o - y) ** 2).mean(), TARGETS),
         (lambda o, y: torch.square(y - o).sum(dim=1).mean(), TARGETS),
+        (lambda o, y: torch.pow(input=o - torch.pow(2.0, y), exponent=2).mean(), TARGETS),
         (functional.huber_loss, TARGETS),
         (functional.binary_cross_entropy_with_logits, COINS),
         (lambda o, y: functional.binary_cross_entropy_with_logits(o, y, pos_weight=WEIGHTS), COINS),
@@ -81,7 +82,7 @@ def two_losses(outputs, y):
     ],
     ids=[
         *("classes", "shares", "weighted", "focal", "focal, squared", "by hand", "nll", "squared"),
-        *("power", "square", "huber", "coins", "weighted coins", "two", "two of one"),
+        *("power", "square", "pow", "huber", "coins", "weighted coins", "two", "two of one"),
     ],
 )
 def test_the_gauss_newton_matrix_is_that_of_the_users_own_loss(loss, y):

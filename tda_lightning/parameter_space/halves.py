@@ -80,9 +80,10 @@ class _Listener(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         settings = dict(kwargs or {})
-        if getattr(func, "__name__", "") not in _HEARD:
+        outputs, *others = args or (settings.get("input"),)
+        if getattr(func, "__name__", "") not in _HEARD or not isinstance(outputs, Tensor):
             return func(*args, **settings)
-        outputs, *others = args if args else (settings.pop("input"),)
+        settings.pop("input", None)
         outputs = self._replaced(outputs)
         value = func(outputs, *others, **settings)
         labels = others[0] if others else None
@@ -214,6 +215,6 @@ def _require_all(through: Sequence[Tensor], whole: Sequence[Tensor], model: str)
     if missing > 1e-6 * size:
         raise ValueError(
             f"The loss of `{model}.training_step` is not made by torch's loss functions alone: "
-            f"expected cross-entropy, binary cross-entropy, squared error or Huber's "
-            f"loss. {_REMEDY}"
+            "expected cross-entropy, binary cross-entropy, squared error or Huber's loss. "
+            f"{_REMEDY}"
         )
