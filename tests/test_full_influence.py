@@ -70,7 +70,7 @@ def gap(found, expected):
     [
         (ConjugateGradient(tolerance=1e-10), 1e-9),
         (ConjugateGradient(), 1e-5),
-        (Neumann(remainder=1e-8), 1e-7),
+        (Neumann(remainder=1e-5), 1e-5),
         (Neumann(), 1e-2),
         (Lanczos(rank=N * 3), 1e-9),  # all that the matrix has
         (Lanczos(rank=1000), 1e-9),
@@ -140,7 +140,7 @@ def test_ekfac_inverts_its_own_matrix():
     expected = exact.scores(whole(operator), DAMPING, *QUERIES)
     assert gap(ask(model, FullInfluenceFunction(solver, damping=DAMPING)), expected) < 1e-9
     trace = float(exact.gauss_newton().trace())
-    assert solver.mean_eigenvalue(operator) * operator.shape[0] == pytest.approx(trace)
+    assert operator.mean_eigenvalue() * operator.shape[0] == pytest.approx(trace)
     sampled = ask(model, FullInfluenceFunction(EKFAC(labels="sampled"), damping=DAMPING))
     assert 0.01 < gap(sampled, expected) < 1
 
@@ -301,24 +301,30 @@ def test_curvature_may_be_that_of_other_data():
     assert gap(ask(model, curvature_loader=loader(part, 3)), expected) < 1e-8
 
 
-def test_the_default_damping_is_a_tenth_of_the_mean_eigenvalue():
-    model = Plain(nn.Linear(7, 3)).double()  # few enough parameters for an exact trace
+@pytest.mark.parametrize("solver", [EXACT.solver, Neumann(1e-4), Lanczos(rank=N * 3)], ids=repr)
+def test_the_default_damping_is_a_fiftieth_of_the_largest_eigenvalue(solver):
+    model = classifier()
     exact = dense(model)
-    mean = float(exact.gauss_newton().trace()) / 24
-    found = ask(model, FullInfluenceFunction(ConjugateGradient(1e-10)))
-    assert gap(found, exact.scores(exact.gauss_newton(), 0.1 * mean, *QUERIES)) < 1e-8
+    matrix = exact.gauss_newton()
+    damping = float(torch.linalg.eigvalsh(matrix)[-1]) / 50
+    expected = exact.scores(matrix, damping, *QUERIES)
+    assert gap(ask(model, FullInfluenceFunction(solver)), expected) < 1e-4
 
 
-def test_the_default_damping_of_a_larger_model_is_an_estimate_without_chance():
-    torch.manual_seed(3)
-    method, model = FullInfluenceFunction(ConjugateGradient(1e-10)), classifier()
-    first = attribute_by_gradients(model, loader(DATA), QUERIES, method=method, progress=False)
-    torch.manual_seed(7)
-    again = attribute_by_gradients(model, loader(DATA), QUERIES, method=method, progress=False)
-    assert first.provenance == again.provenance
-    mean = float(dense(model).gauss_newton().trace()) / 146
-    damping = float(first.provenance["curvature"].split("damping ")[1])
-    assert damping == pytest.approx(0.1 * mean, rel=0.2)
+def test_the_default_damping_of_ekfac_is_a_tenth_of_the_mean_eigenvalue():
+    model = Plain(nn.Linear(7, 3)).double()
+    damping = 0.1 * float(dense(model).gauss_newton().trace()) / 24
+    expected = ask(model, FullInfluenceFunction(EKFAC(), damping=damping))
+    assert gap(ask(model, FullInfluenceFunction(EKFAC())), expected) < 1e-9
+
+
+def test_the_default_damping_is_the_same_whatever_was_drawn_before():
+    model, found = classifier(), []
+    for seed in (3, 7):
+        torch.manual_seed(seed)
+        scores = attribute_by_gradients(model, loader(DATA), QUERIES, progress=False)
+        found.append(scores.provenance["curvature"])
+    assert found[0] == found[1]
 
 
 def test_defaults_do_in_single_precision():

@@ -238,18 +238,6 @@ def eigenpairs(operator: Operator, rank: int) -> tuple[Float[Tensor, " r"], Floa
     return values, vectors
 
 
-def mean_eigenvalue(operator: Operator, products: int = 30) -> float:
-    """Return the mean eigenvalue: exactly where that costs no more products, else by Hutch++."""
-    d = operator.shape[0]
-    if d <= products:
-        identity = torch.eye(d, device=operator.device, dtype=operator.dtype)
-        return float((operator @ identity).trace()) / d
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(0)  # The same vectors in every call.
-        trace = float(curvlinops.hutchpp_trace(operator, num_matvecs=products))
-    return trace / d
-
-
 def kronecker_mean_eigenvalue(operator: Any) -> float:
     """Return the mean eigenvalue of EKFAC's approximation."""
     trace = float(operator.trace)

@@ -36,6 +36,7 @@ from tda_lightning.parameter_space.objective import Objective
 if TYPE_CHECKING:
     from tda_lightning.parameter_space.operators import Operator
 
+SHARE_OF_LARGEST, SHARE_OF_MEAN = 0.02, 0.1
 Inverse = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 
 
@@ -46,11 +47,15 @@ class Solver(ABC):
         """Return the matrix that it solves with: the curvature itself, by default."""
         return curvature.operator(objective)
 
-    def mean_eigenvalue(self, operator: Operator) -> float:
-        """Return the mean eigenvalue of that matrix."""
-        from tda_lightning.parameter_space.operators import mean_eigenvalue
+    def default_damping(self, operator: Operator) -> float:
+        """Return the damping where none is given: by default, a share of the largest eigenvalue.
 
-        return mean_eigenvalue(operator)
+        Args:
+            operator: The matrix, as :meth:`operator` gave it.
+        """
+        from tda_lightning.parameter_space.operators import eigenpairs
+
+        return SHARE_OF_LARGEST * float(eigenpairs(operator, 1)[0].max())
 
     @abstractmethod
     def inverse(self, operator: Operator, damping: float) -> Inverse:
@@ -178,10 +183,10 @@ class EKFAC(Solver):
             )
         return KroneckerFactored.of(objective, "type-2" if self.labels == "all" else "mc")
 
-    def mean_eigenvalue(self, operator: Operator) -> float:
-        """Return the mean of the corrected eigenvalues."""
+    def default_damping(self, operator: Operator) -> float:
+        """Return a tenth of the mean eigenvalue, as in Grosse et al. (2023)."""
         assert isinstance(operator, KroneckerFactored)
-        return operator.mean_eigenvalue()
+        return SHARE_OF_MEAN * operator.mean_eigenvalue()
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
         """Return the inverse, damped."""
