@@ -12,8 +12,20 @@ that is linear in a log-softmax. Nothing is watched while the model runs, no ran
 user's is drawn, and the graph is kept.
 """
 
-from tda_lightning.losses.graph import find_losses, sampled_gradients, term_weights
+from tda_lightning.losses.graph import (
+    find_losses,
+    find_losses_and_penalties,
+    sampled_gradients,
+    term_weights,
+)
 from tda_lightning.losses.kinds import LossNode
 from tda_lightning.losses.summary import LossSummary
 
-__all__ = ["LossNode", "LossSummary", "find_losses", "sampled_gradients", "term_weights"]
+__all__ = [
+    "LossNode",
+    "LossSummary",
+    "find_losses",
+    "find_losses_and_penalties",
+    "sampled_gradients",
+    "term_weights",
+]

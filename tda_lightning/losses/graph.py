@@ -45,21 +45,32 @@ def find_losses(loss: Tensor, heard: Sequence[GradientEdge]) -> list[LossNode]:
             none of them leads to, and that no layer holds, is left out.
     """
     layers = {edge.node for edge in heard}
+    return [
+        loss_node
+        for loss_node, in_layer in _near_root(loss, layers)
+        if in_layer or _sees_samples(loss_node.node, layers)
+    ]
+
+
+def find_losses_and_penalties(loss: Tensor) -> list[LossNode]:
+    """Return the same, and what looks like one but depends on parameters alone."""
+    return [loss_node for loss_node, _ in _near_root(loss, ())]
+
+
+def _near_root(loss: Tensor, layers: Collection[Any]) -> Iterator[tuple[LossNode, bool]]:
+    """Yield what looks like a loss function, and whether a layer holds it."""
     waiting, seen = deque([(loss.grad_fn, False)]), {loss.grad_fn}
-    found = []
     while waiting and len(seen) < _NODES_TO_SEARCH:
         node, in_layer = waiting.popleft()
         in_layer = in_layer or node in layers
         kind = _kind_of(node)
         if kind is not None:
-            if in_layer or _sees_samples(node, layers):
-                found.append(kind(node))
+            yield kind(node), in_layer
             continue
         for following in _following(node):
             if following not in seen:
                 seen.add(following)
                 waiting.append((following, in_layer))
-    return found
 
 
 def _sees_samples(node: Any, layers: Collection[Any]) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from tda_lightning.losses import find_losses
+from tda_lightning.losses import find_losses_and_penalties
 from tda_lightning.parameter_space.objective import Objective
 from tda_lightning.parameter_space.twice import whole_loss
 
@@ -176,7 +176,7 @@ def _counts(call: LossCall, loss: Tensor) -> bool:
     if not call.outputs.requires_grad:
         return False
     given = _place(call.outputs)
-    for node in find_losses(loss):
+    for node in find_losses_and_penalties(loss):
         if call.value.grad_fn is node.node or tuple(node.outputs)[:2] == given:
             return True
     return False
