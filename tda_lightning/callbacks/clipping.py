@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.either import Trainer
 from tda_lightning.callbacks.gradients import clip_coefficient
+from tda_lightning.callbacks.watched import watch_method
 
 _Watcher = Callable[[int, Optimizer, float], None]
 
@@ -122,16 +123,6 @@ def watch_clipping(trainer: Trainer, watch: _Watcher) -> Callable[[], None]:
     Returns:
         What undoes it; the trainer's precision plugin is as it was once all have done so.
     """
-    plugin = trainer.precision_plugin
-    watched = vars(plugin).get("clip_gradients")
-    if not isinstance(watched, _WatchedClipping):
-        watched = _WatchedClipping(trainer)
-        plugin.clip_gradients = watched  # type: ignore[method-assign]
-    watched.watchers.append(watch)
-
-    def undo() -> None:
-        watched.watchers.remove(watch)
-        if not watched.watchers:
-            del plugin.clip_gradients
-
-    return undo
+    return watch_method(
+        trainer.precision_plugin, "clip_gradients", _WatchedClipping, trainer, watch
+    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tda_lightning.callbacks.either import Trainer
+from tda_lightning.callbacks.watched import watch_method
 
 _Watcher = Callable[[object], None]
 
@@ -35,19 +36,7 @@ def watch_loaders(trainer: Trainer, watch: _Watcher) -> Callable[[], None]:
     Returns:
         What undoes it; the trainer's strategy is as it was once all have done so.
     """
-    strategy = trainer.strategy
-    watched = vars(strategy).get("process_dataloader")
-    if not isinstance(watched, _WatchedProcess):
-        watched = _WatchedProcess(trainer)
-        strategy.process_dataloader = watched  # type: ignore[method-assign]
-    watched.watchers.append(watch)
-
-    def undo() -> None:
-        watched.watchers.remove(watch)
-        if not watched.watchers:
-            del strategy.process_dataloader
-
-    return undo
+    return watch_method(trainer.strategy, "process_dataloader", _WatchedProcess, trainer, watch)
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:
