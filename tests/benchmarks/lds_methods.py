@@ -12,7 +12,10 @@ from lds_truths import Retrainer
 from torch import Tensor
 
 from tda_lightning import (
+    EKFAC,
     TRAK,
+    ConjugateGradient,
+    FullInfluenceFunction,
     GradientSimilarity,
     InfluenceFunction,
     KroneckerCountSketch,
@@ -64,6 +67,7 @@ def methods_of(runs: Mapping[str, Run], retrainer: Retrainer) -> list[Entry]:
     main = runs[""]
     return [
         *(entry for recording, run in runs.items() for entry in of_the_library(run, recording)),
+        *by_whole_gradients(main),
         *without_gradients(main, "inputs", main.task.raw_points),
         *without_gradients(main, "features", partial(features, main.learner.network)),
         *bars(main, retrainer),
@@ -109,6 +113,17 @@ def from_run(
 
 def arguments_of(method: Attributor) -> str:
     return repr(method).removeprefix(type(method).__name__).strip("()")
+
+
+def by_whole_gradients(run: Run) -> list[Entry]:
+    """Return the methods that need the model and its data, and no run; EKFAC refuses sequences."""
+    solvers = [ConjugateGradient(), EKFAC()] if run.has_one_label else [ConjugateGradient()]
+    found = []
+    for solver in solvers:
+        method = FullInfluenceFunction(solver)
+        name = f"FullInfluenceFunction, {type(solver).__name__}"
+        found.append(Entry(name, partial(run.scores_by_gradients, method)))
+    return found
 
 
 def without_gradients(run: Run, space: str, points: Callable[[Tensor], Tensor]) -> list[Entry]:

@@ -9,8 +9,15 @@ import torch
 from lds_retraining import Weights, initial_weights, retrain, stacked
 from lds_tasks import Learner, Task, train
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from tda_lightning import GradientRecorder, HDF5Store, attribute
+from tda_lightning import (
+    FullInfluenceFunction,
+    GradientRecorder,
+    HDF5Store,
+    attribute,
+    attribute_by_gradients,
+)
 from tda_lightning.attribution import Attributor
 
 SEED = 0
@@ -67,6 +74,14 @@ class Run:
         found = attribute(self.store, self.learner, queries, method=method, progress=False)
         assert torch.equal(found.train_ids, torch.arange(len(self.task.data().train)))
         return found.values
+
+    def scores_by_gradients(self, method: FullInfluenceFunction) -> Tensor:
+        """Ask the final weights about the task's queries, with whole gradients and no run."""
+        data = self.task.data()
+        loader = DataLoader(data.train, self.task.batch_size)
+        return attribute_by_gradients(
+            self.learner, loader, data.queries.tensors, method=method, progress=False
+        ).values
 
     def require_replayable(self) -> None:
         """Make sure that retraining without leaving anything out ends at the run's weights.
