@@ -74,10 +74,22 @@ class ByLength:
         return 3
 
 
+class InBatches(Telling):
+    """Asked for several samples at once, as `batch_size=None` with a batch sampler does."""
+
+    def __getitem__(self, indices):
+        return torch.utils.data.default_collate(
+            [super(InBatches, self).__getitem__(i) for i in indices]
+        )
+
+
 @pytest.mark.parametrize(
     "data",
     [
         lambda: DataLoader(Telling(), batch_sampler=ByLength()),
+        lambda: DataLoader(
+            InBatches(), batch_size=None, sampler=BatchSampler(RandomSampler(Telling()), 4, False)
+        ),
         lambda: DataLoader(
             Telling(), batch_sampler=BatchSampler(RandomSampler(Telling()), 4, True)
         ),
@@ -85,10 +97,35 @@ class ByLength:
         lambda: CombinedLoader({"data": loader(Telling())}),
         lambda: {"data": loader(Telling())},
     ],
-    ids=["batch sampler", "torch's batch sampler", "drop last", "combined", "in a dict"],
+    ids=[
+        "batch sampler",
+        "no batches",
+        "torch's batch sampler",
+        "drop last",
+        "combined",
+        "in a dict",
+    ],
 )
 def test_ids_with_loaders_of_any_kind(data):
     store, told = record(data())
+    assert [step.sample_ids.tolist() for step in store] == told
+
+
+class Batches(InBatches):
+    """Its items are batches, whose samples have no numbers but their own."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return super().__getitem__(range(4 * index, 4 * index + 4))
+
+
+def test_items_that_are_batches_need_ids_of_their_own():
+    with pytest.raises(ValueError, match=r"If each item of the dataset is a batch.*sample_ids"):
+        record(DataLoader(Batches(), batch_size=None))
+    named = {"sample_ids": lambda batch: batch[0][:, 0].long()}
+    store, told = record(DataLoader(Batches(), batch_size=None, shuffle=True), **named)
     assert [step.sample_ids.tolist() for step in store] == told
 
 

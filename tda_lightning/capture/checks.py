@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+_ONE_ITEM = (
+    " If each item of the dataset is a batch, name its samples: pass `sample_ids=` to the recorder."
+)
+
 
 def require_batch(
     name: str, module: nn.Module, inputs: Sequence[Tensor], output: Tensor, axis: int, n: int
@@ -18,6 +22,7 @@ def require_batch(
             f"{tuple(output.shape)} in a batch of {n} samples; expected the samples along axis "
             f"{axis}. Say where they are with `batch_dims={{'{name}': ...}}` (an axis, or "
             "'flattened' if it is joined with others), or leave the layer out with `layers=[...]`."
+            f"{_ONE_ITEM if n == 1 else ''}"
         )
 
 
