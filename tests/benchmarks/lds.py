@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from lds_methods import RECORDINGS, Entry, methods_of
+from lds_methods import Entry, methods_of, recordings
 from lds_runs import Run, record
 from lds_tasks import TASKS, Task
 from lds_truths import Retrainer, Truth
@@ -92,7 +92,7 @@ def print_task(task: Task, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             name: record(task, Path(folder) / f"run {number}.tda", settings)
-            for number, (name, settings) in enumerate(RECORDINGS.items())
+            for number, (name, settings) in enumerate(recordings(options.dimension).items())
         }
         main = runs[""]
         main.require_replayable()
@@ -141,6 +141,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", default=[], help="words in their names")
     parser.add_argument("--quick", action="store_true", help="fewer subsets and seeds")
+    parser.add_argument("--dimension", type=int, default=4096, help="of the wider recording")
     parser.add_argument("--threads", type=int, default=1)
     default = Path(tempfile.gettempdir()) / "tda-lightning-lds"
     parser.add_argument("--cache", type=Path, default=default, help="folder of what was retrained")

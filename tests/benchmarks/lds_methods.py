@@ -31,13 +31,18 @@ LARGEST_FOR_SOURCE = 2048
 NEIGHBOURS = (1, 2, 5, 10, 20, 50, 100, 200)
 Grid = Callable[[], Iterable[tuple[str, Tensor]]]
 
-# By name, what a recorder is given besides a place to record to. Every method of the library is
-# asked about each of these runs.
-RECORDINGS: dict[str, dict[str, object]] = {
-    "": {},
-    "sampled labels": {"curvature": "fisher"},
-    "sampled labels, k = 4096": {"curvature": "fisher", "projector": KroneckerCountSketch(4096)},
-}
+
+def recordings(dimension: int) -> dict[str, dict[str, object]]:
+    """Return, by name, what recorders are given besides a place to record to.
+
+    Every method of the library is asked about each of these runs.
+
+    Args:
+        dimension: Length of the rows of the one that has not the default.
+    """
+    wide = {"curvature": "fisher", "projector": KroneckerCountSketch(dimension)}
+    sampled = {"curvature": "fisher"}
+    return {"": {}, "sampled labels": sampled, f"sampled labels, k = {dimension}": wide}
 
 
 @dataclass(frozen=True)
