@@ -189,6 +189,15 @@ class RowRecorder:
         self._coordinates = coordinates
         self._sketcher.precondition(coordinates)
 
+    def take_time(self, clock: Callable[[], float] | None) -> None:
+        """From now on, take the time of making rows; or no longer."""
+        self._capture.take_time(clock)
+
+    @property
+    def seconds(self) -> float:
+        """How long making rows took since then."""
+        return self._capture.seconds
+
     def seed(self, number: int) -> None:
         """Begin the labels that are to be sampled anew."""
         self._generator.manual_seed(number)

@@ -1,6 +1,7 @@
 """Budgets of disk and of time: they choose how many steps are recorded, and change nothing."""
 
 import re
+import time
 
 import pytest
 import pytorch_lightning as pl
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader
 
 from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore, TracIn, attribute
 from tda_lightning.callbacks.pace import Pace
+from tda_lightning.factors import Dense, GradientFactors, WithOnes
+from tda_lightning.layers import layer_rule
 from tda_lightning.stores.contract import same
 
 pytestmark = [
@@ -111,6 +114,43 @@ class Witness(pl.Callback):
 
     def on_before_optimizer_step(self, *_):
         self.heard = self.heard or self.caplog.text
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_the_first_batch_says_what_steps_take_and_no_other_does(batches, caplog):
+    witness = Witness(caplog)
+    with caplog.at_level("INFO"):
+        train(GradientRecorder(MemoryStore()), witness, accumulate_grad_batches=batches)
+    said = re.findall(
+        r"a batch takes about [\d.]+ m?s, recording it adds about [\d.]+ m?s \(\d+ %\), to go by",
+        witness.heard,
+    )
+    assert len(said) == 1
+    assert caplog.text.count("a batch takes about") == 1
+
+
+def test_what_the_first_batch_took_is_its_time_and_the_part_of_its_rows(caplog):
+    """Made slow on purpose: a layer takes its time forward, and its rows take more."""
+
+    class Slow(torch.nn.Linear):
+        def forward(self, x):
+            time.sleep(0.05)
+            return super().forward(x)
+
+    @layer_rule(Slow)
+    def _slow(call):
+        time.sleep(0.2)
+        return GradientFactors(WithOnes(Dense(call.input[:, None])), Dense(call.grad[:, None]))
+
+    with caplog.at_level("INFO"):
+        net = torch.nn.Sequential(Slow(7, 5), torch.nn.Linear(5, 3))
+        quiet_trainer(GradientRecorder(MemoryStore()), max_steps=2).fit(
+            Plain(net), loader(Telling())
+        )
+    said = re.findall(r"about ([\d.]+) (m?s)", caplog.text)
+    batch, recording = (float(number) * {"ms": 1, "s": 1000}[unit] for number, unit in said)
+    assert batch >= 50
+    assert recording >= 200
 
 
 @pytest.mark.parametrize("make", [lambda _: MemoryStore(), lambda folder: HDF5Store(folder / "r")])

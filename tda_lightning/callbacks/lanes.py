@@ -191,6 +191,18 @@ class Lanes:
         for lane in self._lanes:
             lane.rows.rehearse(loss, trained)
 
+    def take_time(self, clock: Callable[[], float]) -> None:
+        """Take the time of making rows, by a clock, until :meth:`time_taken`."""
+        for lane in self._lanes:
+            lane.rows.take_time(clock)
+
+    def time_taken(self) -> float:
+        """Return how long making rows took."""
+        total = sum(lane.rows.seconds for lane in self._lanes)
+        for lane in self._lanes:
+            lane.rows.take_time(None)
+        return total
+
     def record_every(self, every_n_steps: int) -> None:
         """From now on, record every n-th step: the one that is being taken only if it is one."""
         for lane in self._lanes:

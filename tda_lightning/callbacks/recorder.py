@@ -21,6 +21,7 @@ from tda_lightning.callbacks.checks import (
 )
 from tda_lightning.callbacks.clipping import watch_clipping
 from tda_lightning.callbacks.either import LightningModule, Trainer
+from tda_lightning.callbacks.first_batch import FirstBatch
 from tda_lightning.callbacks.keeper import Keeper
 from tda_lightning.callbacks.lanes import Lanes, Settings
 from tda_lightning.callbacks.loaders import watch_loaders
@@ -115,6 +116,7 @@ class GradientRecorder(pl.Callback):
         self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._keeper)
         self._ledger = SampleLedger(sample_ids)
         self._lanes: Lanes | None = None
+        self._first = FirstBatch()
         self._undo: list[Callable[[], None]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -142,7 +144,7 @@ class GradientRecorder(pl.Callback):
         self._budgets.describe(trainer, recipe)
         lanes.attach(recipe.every_n_steps)
         self._undo.append(watch_clipping(trainer, lanes.before_clipping))
-        self._lanes = lanes
+        self._lanes, self._first = lanes, FirstBatch()
 
     def _lanes_for(self, trainer: Trainer, model: LightningModule) -> Lanes:
         surveyed = survey_trained(model, self.layers, trainer.optimizers)
@@ -199,6 +201,8 @@ class GradientRecorder(pl.Callback):
             self._keeper.keep_weights(trainer, pl_module, self.snapshots)
             self._lanes.start_batch(trainer.global_step, sample_ids, share)
             self._budgets.start_forward(pl_module)
+            if self.max_overhead is None:
+                self._first.start(pl_module, self._lanes)
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -213,12 +217,13 @@ class GradientRecorder(pl.Callback):
         """Listen to the backward pass of the loss."""
         if self._lanes is not None:
             self._budgets.settle(trainer, pl_module, self._lanes, loss)
-            self._lanes.start_backward(loss, loss_scale_of(trainer))
+            self._first.start_backward(self._lanes, loss, loss_scale_of(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of the batch."""
         if self._lanes is not None:
             self._lanes.end_backward()
+            self._first.end_backward(self._lanes)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

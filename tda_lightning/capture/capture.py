@@ -67,6 +67,12 @@ class Capture:
         self._edges: list[GradientEdge] = []
         self._shared: list[Shared] = []
         self._random_states: dict[nn.Module, Tensor] = {}
+        self._clock: Callable[[], float] | None = None
+        self.seconds = 0.0
+
+    def take_time(self, clock: Callable[[], float] | None) -> None:
+        """From now on, add up in ``seconds`` how long deliveries take; or no longer."""
+        self._clock, self.seconds = clock, 0.0
 
     def __enter__(self) -> Capture:
         """Attach the hooks."""
@@ -235,7 +241,10 @@ class Capture:
         def hook(grad: Tensor) -> None:
             if self._receive is not None and waiting and may_hear(self):
                 found = waiting[0] if self._keeps_heard() else waiting.pop()
+                begun = 0.0 if self._clock is None else self._clock()
                 self._deliver(listeners, found, grad, self._receive)
+                if self._clock is not None:
+                    self.seconds += self._clock() - begun
 
         return hook
 
