@@ -125,3 +125,6 @@ if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     train(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+    # Threads of gloo that are still there when Python ends bring the process down, now and then.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
