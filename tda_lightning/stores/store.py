@@ -73,7 +73,10 @@ class Store(Sequence[Step], ABC):
             ValueError: If it was not.
         """
         require_snapshot(self.snapshots(), index)
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"`{type(self).__name__}` lists snapshots, and does not say what they hold; expected "
+            "`weights_at` beside `snapshots`."
+        )
 
     def __repr__(self) -> str:
         """Show the kind of store and its length, not its steps."""
