@@ -47,8 +47,9 @@ def attribute(
         target: What is asked about: the loss, or a function of (module, batch) that returns one
             number per sample, to raise: :class:`~tda_lightning.Logit`, say.
         at: At which weights: ``"now"``, those that the model has; the index of a step, those before
-            it, if the run has a snapshot of them; or ``"snapshots"``, for ``TracIn`` at the
-            snapshot nearest to each step. The model gets its own weights back.
+            it, if the run has a snapshot of them; or ``"snapshots"``: ``TracIn`` takes the snapshot
+            nearest to each step, other methods the mean of the queries' gradients at snapshots of
+            the later two thirds of the run. The model gets its own weights back.
         mode: Whether the model acts as in evaluation or as in training while queries pass through.
         progress: Show progress bars.
 
@@ -62,14 +63,14 @@ def attribute(
     stores, models = _pairs(run, model)
     method = method_at(method, at)
     rows = [
-        _ask(store, one, queries, target, at, mode, progress)
+        _ask(store, one, queries, target, at, method, mode, progress)
         for store, one in zip(stores, models, strict=True)
     ]
     if isinstance(run, list | tuple):
         scores = method.attribute_ensemble(stores, rows, progress=progress)
     else:
         scores = method.attribute(stores[0], rows[0], progress=progress)
-    asked = _asked(stores, models, target, at, mode)
+    asked = _asked(stores, models, target, at, method, mode)
     return replace(scores, provenance={**scores.provenance, **asked})
 
 
@@ -121,8 +122,9 @@ def top_attributions(
         target: What is asked about: the loss, or a function of (module, batch) that returns one
             number per sample, to raise: :class:`~tda_lightning.Logit`, say.
         at: At which weights: ``"now"``, those that the model has; the index of a step, those before
-            it, if the run has a snapshot of them; or ``"snapshots"``, for ``TracIn`` at the
-            snapshot nearest to each step. The model gets its own weights back.
+            it, if the run has a snapshot of them; or ``"snapshots"``: ``TracIn`` takes the snapshot
+            nearest to each step, other methods the mean of the queries' gradients at snapshots of
+            the later two thirds of the run. The model gets its own weights back.
         mode: Whether the model acts as in evaluation or as in training while queries pass through.
         progress: Show progress bars.
 
@@ -131,9 +133,9 @@ def top_attributions(
         ValueError: If the run is empty, the model is another one, or the queries do not fit it.
     """
     store, method = open_run(run), method_at(method, at)
-    rows = _ask(store, model, queries, target, at, mode, progress)
+    rows = _ask(store, model, queries, target, at, method, mode, progress)
     top = top_scores(store, rows, method, k, at_once=at_once, progress=progress)
-    asked = _asked([store], [model], target, at, mode)
+    asked = _asked([store], [model], target, at, method, mode)
     return replace(top, provenance={**top.provenance, **asked})
 
 
@@ -162,8 +164,9 @@ def trajectory(
         target: What is asked about: the loss, or a function of (module, batch) that returns one
             number per sample, to raise: :class:`~tda_lightning.Logit`, say.
         at: At which weights: ``"now"``, those that the model has; the index of a step, those before
-            it, if the run has a snapshot of them; or ``"snapshots"``, for ``TracIn`` at the
-            snapshot nearest to each step. The model gets its own weights back.
+            it, if the run has a snapshot of them; or ``"snapshots"``: ``TracIn`` takes the snapshot
+            nearest to each step, other methods the mean of the queries' gradients at snapshots of
+            the later two thirds of the run. The model gets its own weights back.
         mode: Whether the model acts as in evaluation or as in training while queries pass through.
         progress: Show progress bars.
 
@@ -173,7 +176,7 @@ def trajectory(
             sample is not in the training set.
     """
     store, method = open_run(run), method_at(method, at)
-    rows = _ask(store, model, queries, target, at, mode, progress)
+    rows = _ask(store, model, queries, target, at, method, mode, progress)
     return contributions(store, rows, train_ids, method, per=per, progress=progress)
 
 
@@ -212,6 +215,7 @@ def _ask(
     queries: Any,
     target: Target,
     at: Moment,
+    method: Attributor,
     mode: Literal["eval", "train"],
     progress: bool,
 ) -> Float[Tensor, "n_query width"]:
@@ -222,17 +226,22 @@ def _ask(
             model, queries, like=store, target=target, at=position, mode=mode, progress=progress
         )
 
-    return rows_at(store, model, at, ask).to(next(model.parameters()).device)
+    return rows_at(store, model, at, method, ask).to(next(model.parameters()).device)
 
 
 def _asked(
-    stores: Sequence[Store], models: Sequence[nn.Module], target: Target, at: Moment, mode: str
+    stores: Sequence[Store],
+    models: Sequence[nn.Module],
+    target: Target,
+    at: Moment,
+    method: Attributor,
+    mode: str,
 ) -> dict[str, str]:
     """Say in a few words what was asked, of which weights."""
     if at == "now":
         weights = [fingerprint(one) for one in models]
     else:
-        weights = list(dict.fromkeys(describe_weights(one, at) for one in stores))
+        weights = list(dict.fromkeys(describe_weights(one, at, method) for one in stores))
     return {"target": name_of(target), "weights": ", ".join(weights), "mode": mode}
 
 

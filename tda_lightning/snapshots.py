@@ -5,7 +5,13 @@ At the snapshot nearest to each step, TracIn becomes TracInCP,
 .. math:: s(q, i) = \sum_{t \,:\, i \in B_t}
    \eta_t \, \langle \nabla \ell_q(\theta_{c(t)}), \, g_i^{(t)} \rangle
 
-Pruthi et al. (2020), "Estimating Training Data Influence by Tracing Gradient Descent", sec. 3.
+Pruthi et al. (2020), "Estimating Training Data Influence by Tracing Gradient Descent", sec. 3. Its
+scores are sums over steps, so each step can look for a gradient of its own.
+
+Other methods look for the mean of a query's gradients at snapshots of the later two thirds. At the
+end of a training the loss of a query that went well has next to no gradient left, and what is left
+is this training's own; other data would have led through weights like those along the way. The
+mean agrees better with retraining (``docs/benchmarks.md``).
 """
 
 from __future__ import annotations
@@ -29,20 +35,25 @@ from tda_lightning.undisturbed import with_weights
 Moment = int | Literal["now", "snapshots"]
 # Takes the rows of the queries, in the coordinates of the step at a position.
 Ask = Callable[[int], Float[Tensor, "n_query k"]]
+# More of them change little, and each is a pass over the queries.
+MOST = 10
 
 
-def rows_at(store: Store, model: nn.Module, at: Moment, ask: Ask) -> Float[Tensor, "n_query width"]:
+def rows_at(
+    store: Store, model: nn.Module, at: Moment, method: Attributor, ask: Ask
+) -> Float[Tensor, "n_query width"]:
     """Ask at some weights, in the coordinates of their step (of the nearest recorded one).
 
     Args:
         store: The run.
         model: The model, which gets its own weights back.
         at: Which weights.
+        method: What will take the rows, as :func:`method_at` gave it.
         ask: Takes the rows of the queries.
 
     Returns:
-        The rows for :func:`method_at`: those of all snapshots that are nearest to some step lie
-        side by side.
+        The rows for that method: those of all snapshots that are nearest to some step lie side by
+        side where each step looks for its own; else their mean.
 
     Raises:
         ValueError: If there is no such snapshot, or it is another model's.
@@ -50,37 +61,54 @@ def rows_at(store: Store, model: nn.Module, at: Moment, ask: Ask) -> Float[Tenso
     if at == "now":
         return ask(-1)
     indices = _indices(store)
-    chosen = [snapshot for snapshot, _ in _parts(store)] if at == "snapshots" else [at]
     rows = []
-    for snapshot in chosen:
+    for snapshot in _chosen(store, at, method):
         with with_weights(model, store.weights_at(snapshot)):
             rows.append(ask(_nearest(snapshot, indices)))
-    return torch.cat(rows, dim=1)
+    return torch.cat(rows, dim=1) if isinstance(method, _Along) else torch.stack(rows).mean(dim=0)
 
 
 def method_at(method: Attributor, at: Moment) -> Attributor:
-    """Return the method that takes the rows of :func:`rows_at`.
-
-    Raises:
-        ValueError: If it cannot be asked along the way, as all but
-            :class:`~tda_lightning.TracIn`, whose scores are sums over steps.
-    """
-    if at != "snapshots":
-        return method
-    if not isinstance(method, TracIn):
-        raise ValueError(
-            f'`at="snapshots"` came with `{method!r}`; expected `TracIn()`, whose scores are sums '
-            "over steps. Ask this method at one moment: `at=` the index of a snapshot."
-        )
-    return _Along(method)
+    """Return the method that takes the rows of :func:`rows_at`."""
+    return _Along(method) if at == "snapshots" and isinstance(method, TracIn) else method
 
 
-def describe_weights(store: Store, at: int | Literal["snapshots"]) -> str:
+def describe_weights(store: Store, at: int | Literal["snapshots"], method: Attributor) -> str:
     """Say which weights were asked about, in a few words."""
     if at != "snapshots":
         return f"the snapshot before step {at}"
-    used = [snapshot for snapshot, _ in _parts(store)]
-    return f"the nearest of {len(used)} snapshots, steps {used[0]} to {used[-1]}"
+    used = _chosen(store, at, method)
+    kind = "nearest" if isinstance(method, _Along) else "mean"
+    return f"the {kind} of {len(used)} snapshots, steps {used[0]} to {used[-1]}"
+
+
+def later_snapshots(store: Store) -> list[int]:
+    """Return the snapshots of the later two thirds of a run; ten of them, if there are more.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    indices = _indices(store)
+    end = indices[-1] + 1
+    start = end - 2 * (end - indices[0]) / 3
+    later = [one for one in require_snapshots(store) if start <= one <= end]
+    if not later:
+        raise ValueError(
+            f"The run has no snapshots of its later two thirds, steps {start:.0f} to {end}; "
+            "expected some. Record with `GradientRecorder(..., snapshots=n)` for every n-th step, "
+            "or ask at one moment: `at=` the index of a snapshot."
+        )
+    return spread(later, MOST)
+
+
+def spread(items: Sequence[int], most: int) -> list[int]:
+    """Return all, or the middles of so many equal parts, if there are more.
+
+    >>> spread([0, 1, 2, 3, 4, 5, 6, 7, 8], 3)
+    [1, 4, 7]
+    """
+    count = min(len(items), most)
+    return [items[(2 * part + 1) * len(items) // (2 * count)] for part in range(count)]
 
 
 @dataclass(frozen=True)
@@ -132,14 +160,31 @@ def _nearest(index: int, among: Sequence[int]) -> int:
     return after if abs(among[after] - index) < abs(among[before] - index) else before
 
 
-def _parts(store: Store) -> Iterator[tuple[int, slice]]:
-    """Yield the snapshots that are nearest to some steps, with the places of those steps."""
+def require_snapshots(store: Store) -> list[int]:
+    """Return the snapshots of a run.
+
+    Raises:
+        ValueError: If it has none.
+    """
     known = store.snapshots()
     if not known:
         raise ValueError(
             "The run has no snapshots; expected some. Record with `GradientRecorder(..., "
             "snapshots=n)`, or take over checkpoints with `add_snapshots`."
         )
+    return known
+
+
+def _chosen(store: Store, at: int | Literal["snapshots"], method: Attributor) -> list[int]:
+    if at != "snapshots":
+        return [at]
+    is_per_step = isinstance(method, _Along)
+    return [one for one, _ in _parts(store)] if is_per_step else later_snapshots(store)
+
+
+def _parts(store: Store) -> Iterator[tuple[int, slice]]:
+    """Yield the snapshots that are nearest to some steps, with the places of those steps."""
+    known = require_snapshots(store)
     nearest = [known[_nearest(index, known)] for index in _indices(store)]
     for snapshot in dict.fromkeys(nearest):
         first = nearest.index(snapshot)

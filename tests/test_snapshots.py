@@ -11,11 +11,14 @@ from torch.utils.data import TensorDataset
 from tda_lightning import (
     ContributionTracker,
     GradientRecorder,
+    GradientSimilarity,
     HDF5Store,
     Identity,
+    InfluenceFunction,
     MemoryStore,
     Source,
     TracIn,
+    Unrolled,
     add_snapshots,
     attribute,
     top_attributions,
@@ -129,6 +132,38 @@ def test_trajectories_and_top_scores_at_snapshots_are_parts_of_all_scores(at):
     assert all(torch.equal(one, own[name]) for name, one in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "method", [InfluenceFunction(), Unrolled(), Source(), GradientSimilarity("dot")], ids=repr
+)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_other_methods_average_over_the_later_two_thirds(method, optimizer):
+    store = MemoryStore()
+    model = record(store, optimizer=OPTIMIZERS[optimizer], snapshots=2, max_epochs=3)
+    assert (len(store), store.snapshots()) == (9, [0, 2, 4, 6, 8])
+    asked = {"method": method, "progress": False}
+    found = attribute(store, model, queries(), at="snapshots", **asked)
+    each = [attribute(store, model, queries(), at=one, **asked).values for one in (4, 6, 8)]
+    torch.testing.assert_close(found.values, torch.stack(each).mean(dim=0))
+    assert found.provenance["weights"] == "the mean of 3 snapshots, steps 4 to 8"
+    part = attribute(store[3:], model, queries(), at="snapshots", method=TracIn(), progress=False)
+    assert part.provenance["weights"] == "the nearest of 4 snapshots, steps 2 to 8"
+
+
+def test_ten_snapshots_stand_for_many():
+    store = MemoryStore()
+    model = record(store, snapshots=1, max_epochs=11)
+    assert len(store) == 33
+    chosen = [12, 14, 16, 18, 20, 23, 25, 27, 29, 31]  # of 11 to 32
+    rows = []
+    for index in chosen:
+        model.load_state_dict(store.weights_at(index))
+        rows.append(record_queries(model, queries(), like=store, at=index))
+    found = attribute(store, model, queries(), method=Source(), at="snapshots")
+    expected = Source().attribute(store, torch.stack(rows).mean(dim=0))
+    torch.testing.assert_close(found.values, expected.values)
+    assert found.provenance["weights"] == "the mean of 10 snapshots, steps 12 to 31"
+
+
 def test_several_trainings_are_each_asked_at_their_own_snapshots():
     stores = [MemoryStore(), MemoryStore()]
     models = [record(store, snapshots=n) for store, n in zip(stores, (2, 3), strict=True)]
@@ -168,17 +203,18 @@ def test_training_is_bit_identical_with_snapshots():
 
 
 def test_what_cannot_be_asked_says_so():
-    store, bare = MemoryStore(), MemoryStore()
+    store, bare, early = MemoryStore(), MemoryStore(), MemoryStore()
     model = record(store, snapshots=2)
     record(bare)
+    record(early, snapshots=[0, 1])
     with pytest.raises(ValueError, match="no snapshot of the weights before step 3; expected one"):
         attribute(store, model, queries(), at=3)
-    with pytest.raises(ValueError, match="expected `TracIn"):
-        attribute(store, model, queries(), method=Source(), at="snapshots")
+    with pytest.raises(ValueError, match="no snapshots of its later two thirds, steps 2 to 6; exp"):
+        attribute(early, model, queries(), method=Source(), at="snapshots")
     with pytest.raises(ValueError, match="has no snapshots; expected some"):
         attribute(bare, model, queries(), method=TracIn(), at="snapshots")
-    with pytest.raises(ValueError, match="expected `TracIn"):
-        trajectory(store, model, queries(), [0], at="snapshots")
+    with pytest.raises(ValueError, match="has no snapshots; expected some"):
+        trajectory(bare, model, queries(), [0], at="snapshots")
     with pytest.raises(ValueError, match="no snapshot of the weights before step 3; expected one"):
         top_attributions(store, model, queries(), at=3)
     with pytest.raises(ValueError, match="do not fit the `Plain`"):

@@ -10,7 +10,8 @@ minimum, and the averages agree better with what retraining does on average.
 **Damping** stands for what a training of finite length leaves unlearned. Descent for a total time
 of :math:`\tau = \sum_t \eta_t` undoes :math:`1 - e^{-\tau \lambda}` of a displacement along an
 eigenvector, which :math:`\lambda / (\lambda + \delta)` resembles for a :math:`\delta` of the order
-of :math:`1 / \tau`. The default, :math:`3 / \tau`, was the best or near it on every task measured.
+of :math:`1 / \tau`. The default, :math:`1.5 / \tau`, was the best or near it on every task
+measured.
 Weight decay is curvature too, and added.
 """
 
@@ -33,7 +34,7 @@ from tda_lightning.linalg import damped_root
 from tda_lightning.step import Step
 from tda_lightning.stores import Store
 
-TIMES = 3.0
+TIMES = 1.5
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class InfluenceFunction(SelfAttributor):
 
     Attributes:
         curvature: How to build each step's curvature.
-        damping: Added to the curvature's diagonal; ``None`` for 3 / (sum of the learning rates
-            used, over 1 - momentum).
+        damping: Added to the curvature's diagonal; ``None`` for 1.5 / (sum of the learning
+            rates used, over 1 - momentum).
         curvature_over: Which steps to average curvature over.
         rows: Which visits to average a sample's gradient over.
         curvature_from: A recording to take curvature from instead, such as one at the final
@@ -100,7 +101,7 @@ class InfluenceFunction(SelfAttributor):
 
 
 def damping_of(run: Store) -> float:
-    """Return the damping that a recorded run suggests: 3 / (sum of rates), and its weight decay.
+    """Return the damping that a recorded run suggests: 1.5 / (sum of rates), and its weight decay.
 
     It is what the default adds, for methods that know nothing of the run: for
     ``FullInfluenceFunction``.
