@@ -1,6 +1,7 @@
 """Training data attribution for PyTorch Lightning: which samples made the model do that."""
 
 # Record
+from tda_lightning.anew import record
 from tda_lightning.callbacks import ContributionTracker, GradientRecorder
 from tda_lightning.layers import layer_rule
 from tda_lightning.projectors import (
@@ -10,7 +11,6 @@ from tda_lightning.projectors import (
     Kronecker,
     KroneckerCountSketch,
 )
-from tda_lightning.queries import record
 from tda_lightning.snapshots import add_snapshots
 
 # Ask
@@ -40,6 +40,7 @@ from tda_lightning.parameter_space import (  # isort: skip
     Hessian,
     Lanczos,
     Neumann,
+    Woodbury,
 )
 from tda_lightning.targets import LogProbability, Logit, Loss, Margin  # isort: skip
 from tda_lightning.contributions import Contributions  # isort: skip
@@ -91,6 +92,7 @@ __all__ = [
     "TracIn",
     "Trajectory",
     "Unrolled",
+    "Woodbury",
     "add_snapshots",
     "attribute",
     "attribute_by_features",

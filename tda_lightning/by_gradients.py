@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.api import fingerprint
-from tda_lightning.callbacks.trained import row_dtype
+from tda_lightning.api import Run, fingerprint, open_run
+from tda_lightning.attribution.dynamics import Extent
+from tda_lightning.attribution.influence import suggested_damping
 from tda_lightning.layers import survey
-from tda_lightning.parameter_space import FullInfluenceFunction, Objective, require_operators
-from tda_lightning.parameter_space.objective import columns_of, parameters_of
-from tda_lightning.projectors import Identity
-from tda_lightning.queries import query_rows, train_rows
-from tda_lightning.recipe import Recipe, SampleAxis
-from tda_lightning.sample_ids import IdSource, require_once
+from tda_lightning.parameter_space import FullInfluenceFunction
+from tda_lightning.recipe import SampleAxis
+from tda_lightning.sample_ids import IdSource
 from tda_lightning.scores import Scores
+from tda_lightning.snapshots import Moment, describe_snapshots, describe_weights
+from tda_lightning.stores import Store
 from tda_lightning.targets import Loss, Target, name_of
 from tda_lightning.undisturbed import undisturbed
+from tda_lightning.whole_gradients import WholeGradients, whole_recipe
 
 
 def attribute_by_gradients(
@@ -31,67 +31,74 @@ def attribute_by_gradients(
     train_loader: DataLoader[Any],
     queries: Any,
     *,
+    run: Run | None = None,
     method: FullInfluenceFunction = FullInfluenceFunction(),
     target: Target = Loss(),
+    at: Moment = "now",
     curvature_loader: DataLoader[Any] | None = None,
     sample_ids: IdSource | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: Literal["mean", "sum"] | None = None,
     batch_dims: Mapping[str, SampleAxis] | None = None,
     progress: bool = True,
 ) -> Scores:
     """Say which training samples lowered, or raised, the loss of each query, by whole gradients.
 
-    For small models: nothing is sketched, and nothing needs to have been recorded. It needs
-    curvlinops and SciPy: ``pip install 'tda_lightning[solvers]'``.
+    For small models: nothing is sketched. Without a run, all is asked of the weights that the model
+    has. With one that kept snapshots, gradients and curvature of the training data are means over
+    them (over ten, if there are more), in the coordinates of its optimizer: more accurate, and as
+    many passes over the data.
 
     Args:
         model: The LightningModule that was trained, with the weights to ask about. It is left as
             it was, and in evaluation mode in between.
         train_loader: The training data, in any order.
         queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
+        run: The recorded training, its folder or a store, with snapshots; see
+            ``GradientRecorder(snapshots=...)``.
         method: How to attribute.
         target: What is asked about: the loss, or a function of (module, batch) that returns one
             number per sample, to raise: :class:`~tda_lightning.Logit`, say.
+        at: At which weights queries are asked: ``"now"``, those that the model has; or, with a run,
+            the index of a snapshot, or ``"snapshots"``, for the mean of the queries' gradients at
+            those of the later two thirds.
         curvature_loader: The data to take curvature from; by default all training data. They are
             kept in memory, and gone through in every product with the curvature: fewer will do.
         sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
-        reduction: How the training loss combines its samples.
+        reduction: How the training loss combines its samples; by default as the run says, or by a
+            mean.
         batch_dims: Axis of the samples in layers whose names match a pattern, where it is not the
-            first; see ``GradientRecorder``.
+            first; by default as the run says. See ``GradientRecorder``.
         progress: Show progress bars.
 
     Returns:
         Scores, shape ``(n_query, n_train)``; positive marks a proponent. They are of the scale of
         those of ``InfluenceFunction``: what presence among the training samples does to the loss.
-        Memory: one vector of the parameters' size for each query and for each sample of a batch.
+        Memory: one vector of the parameters' size for each query and for each sample of a batch,
+        and what the solver says.
 
     Raises:
-        ImportError: If curvlinops or SciPy is not installed.
-        ValueError: If the ids cannot be known, the data do not fit the model, or the method cannot
-            be applied to it.
+        ImportError: If the solver needs curvlinops or SciPy, and they are not installed:
+            ``pip install 'tda_lightning[solvers]'``.
+        ValueError: If the ids cannot be known, the data do not fit the model, the run has no
+            snapshots, or the method cannot be applied to the model.
     """
-    require_operators()
+    method.solver.require()
+    store = _opened(run, at)
     _say_what_is_left_out(model, method)
     surveyed = survey(model, method.layers)
-    recipe = Recipe(
-        blocks=surveyed.blocks,
-        left_out=surveyed.left_out,
-        projector=Identity().to_dict(),
-        dimension=sum(block.size for block in surveyed.blocks),
-        dtype="float64" if row_dtype(model) == torch.float64 else "float32",
-        reduction=reduction,
-        batch_dims=dict(batch_dims or {}),
-        model=type(model).__name__,
-    )
-    asked = query_rows(model, queries, recipe, target=target, progress=progress)
-    order, parameters = columns_of(surveyed), parameters_of(surveyed)
-    vectors = asked[:, order.argsort()].to(parameters[0].device, parameters[0].dtype)
+    if store is not None:
+        reduction = reduction or store.recipe.reduction
+        batch_dims = store.recipe.batch_dims if batch_dims is None else batch_dims
+    recipe = whole_recipe(model, surveyed, reduction or "mean", batch_dims or {})
+    whole = WholeGradients(model, surveyed, recipe, store)
+    asked = whole.of_queries(queries, target, at, progress=progress)
     loader = train_loader if curvature_loader is None else curvature_loader
+    objective = whole.objective(loader, _damping(store), progress=progress)
     with undisturbed(model, "eval"):
-        objective = Objective.of(model, parameters, loader, reduction=reduction, progress=progress)
-        solution = method.solve(objective, vectors, progress=progress)
-    rows = train_rows(model, train_loader, recipe, sample_ids=sample_ids, progress=progress)
-    train_ids, products = _products(solution.directions[:, order].to(recipe.torch_dtype), rows)
+        solution = method.solve(objective, asked, progress=progress)
+    train_ids, products = whole.products(
+        solution.directions, train_loader, sample_ids, progress=progress
+    )
     return Scores(
         values=products / len(train_ids),
         query_ids=torch.arange(len(asked)),
@@ -99,11 +106,12 @@ def attribute_by_gradients(
         method=repr(method),
         provenance={
             "model": recipe.model,
-            "weights": fingerprint(model),
+            "weights": _weights(model, store, at),
             "mode": "eval",
             "target": name_of(target),
             "parameters": f"{recipe.dimension:,}",
             "curvature": f"of {objective.n:,} samples, damping {solution.damping:.3g}",
+            "along": describe_snapshots(whole.snapshots) if store else "no run",
         },
     )
 
@@ -116,16 +124,22 @@ def _say_what_is_left_out(model: nn.Module, method: FullInfluenceFunction) -> No
             warnings.warn(f"attribute_by_gradients: {entry.describe()}", stacklevel=3)
 
 
-def _products(
-    directions: Float[Tensor, "n_query d"], batches: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
-    """Return the ids of all samples, sorted, and the products of their rows with the directions."""
-    ids, products = [], []
-    for named, rows in batches:
-        ids.append(named)
-        products.append((directions @ rows.mT).cpu())
-    if not ids:
-        raise ValueError("`train_loader` is an empty loader; expected at least one batch.")
-    train_ids, places = torch.cat(ids).sort()
-    require_once(train_ids)
-    return train_ids, torch.cat(products, dim=1)[:, places]
+def _opened(run: Run | None, at: Moment) -> Store | None:
+    if run is None and at != "now":
+        raise ValueError(
+            f"`at={at!r}` came without a run; expected `run=`, the one that kept the snapshots, or "
+            '`at="now"`.'
+        )
+    return None if run is None else open_run(run)
+
+
+def _damping(store: Store | None) -> float | None:
+    """Return what the run suggests for a mean over samples, whatever its steps sum up."""
+    if store is None:
+        return None
+    extent = Extent.of(store)
+    return suggested_damping(store, extent) / extent.weight
+
+
+def _weights(model: nn.Module, store: Store | None, at: Moment) -> str:
+    return fingerprint(model) if store is None or at == "now" else describe_weights(store, at)

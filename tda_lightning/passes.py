@@ -5,13 +5,21 @@ So do queries and probes, in and after training; that is why nobody writes a los
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tda_lightning.batches import batch_size, describe, loss_of, transfer
+from tda_lightning.layers import survey
+from tda_lightning.projectors import projector_from_dict
+from tda_lightning.recipe import Recipe
 from tda_lightning.rows import BatchRows, RowRecorder
+from tda_lightning.step import Preconditioner
+from tda_lightning.undisturbed import undisturbed
 
 
 def record_batch(
@@ -47,3 +55,30 @@ def record_batch(
     finally:
         found = rows.finish()
     return loss.detach(), found
+
+
+def own_gradients(found: BatchRows, recipe: Recipe) -> Float[Tensor, "n k"]:
+    """Return the gradients of the samples' own losses, of rows of the loss of their batch."""
+    return found.rows * len(found.rows) if recipe.reduction == "mean" else found.rows
+
+
+@contextmanager
+def recording(
+    model: nn.Module,
+    recipe: Recipe,
+    coordinates: Preconditioner | None,
+    mode: Literal["eval", "train"],
+    sampled: float,
+    passes: Literal["one", "several"] = "one",
+) -> Iterator[RowRecorder]:
+    """Record the model by a recipe, and leave it as it was."""
+    surveyed = survey(model, leave_out=[entry.name for entry in recipe.left_out])
+    recipe.require_blocks(surveyed.blocks, type(model).__name__)
+    projector = projector_from_dict(recipe.projector)
+    rows = RowRecorder(
+        model, surveyed, recipe.batch_dims, projector, recipe.torch_dtype, sampled, passes
+    )
+    if coordinates is not None:
+        rows.precondition(coordinates)
+    with undisturbed(model, mode), rows, torch.enable_grad():
+        yield rows

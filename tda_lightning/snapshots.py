@@ -58,14 +58,19 @@ def rows_at(
     Raises:
         ValueError: If there is no such snapshot, or it is another model's.
     """
+    if at != "snapshots" or not isinstance(method, _Along):
+        return mean_rows_at(store, model, at, ask)
+    return torch.cat(list(_each(store, model, [one for one, _ in _parts(store)], ask)), dim=1)
+
+
+def mean_rows_at(
+    store: Store, model: nn.Module, at: Moment, ask: Ask
+) -> Float[Tensor, "n_query k"]:
+    """Ask at some weights; along the way, at the later snapshots, and average."""
     if at == "now":
         return ask(-1)
-    indices = _indices(store)
-    rows = []
-    for snapshot in _chosen(store, at, method):
-        with with_weights(model, store.weights_at(snapshot)):
-            rows.append(ask(_nearest(snapshot, indices)))
-    return torch.cat(rows, dim=1) if isinstance(method, _Along) else torch.stack(rows).mean(dim=0)
+    chosen = later_snapshots(store) if at == "snapshots" else [at]
+    return torch.stack(list(_each(store, model, chosen, ask))).mean(dim=0)
 
 
 def method_at(method: Attributor, at: Moment) -> Attributor:
@@ -73,13 +78,23 @@ def method_at(method: Attributor, at: Moment) -> Attributor:
     return _Along(method) if at == "snapshots" and isinstance(method, TracIn) else method
 
 
-def describe_weights(store: Store, at: int | Literal["snapshots"], method: Attributor) -> str:
+def describe_weights(store: Store, at: int | Literal["snapshots"], method: object = None) -> str:
     """Say which weights were asked about, in a few words."""
     if at != "snapshots":
         return f"the snapshot before step {at}"
-    used = _chosen(store, at, method)
-    kind = "nearest" if isinstance(method, _Along) else "mean"
-    return f"the {kind} of {len(used)} snapshots, steps {used[0]} to {used[-1]}"
+    if isinstance(method, _Along):
+        return f"the nearest of {describe_snapshots([one for one, _ in _parts(store)])}"
+    return f"the mean of {describe_snapshots(later_snapshots(store))}"
+
+
+def describe_snapshots(indices: Sequence[int]) -> str:
+    """Say how many there are, from where to where."""
+    return f"{len(indices)} snapshots, steps {indices[0]} to {indices[-1]}"
+
+
+def position_of(store: Store, snapshot: int) -> int:
+    """Return the place of the step nearest to a snapshot: the step whose coordinates are its."""
+    return _nearest(snapshot, _indices(store))
 
 
 def later_snapshots(store: Store) -> list[int]:
@@ -175,11 +190,12 @@ def require_snapshots(store: Store) -> list[int]:
     return known
 
 
-def _chosen(store: Store, at: int | Literal["snapshots"], method: Attributor) -> list[int]:
-    if at != "snapshots":
-        return [at]
-    is_per_step = isinstance(method, _Along)
-    return [one for one, _ in _parts(store)] if is_per_step else later_snapshots(store)
+def _each(
+    store: Store, model: nn.Module, chosen: Sequence[int], ask: Ask
+) -> Iterator[Float[Tensor, "n_query k"]]:
+    for snapshot in chosen:
+        with with_weights(model, store.weights_at(snapshot)):
+            yield ask(position_of(store, snapshot))
 
 
 def _parts(store: Store) -> Iterator[tuple[int, slice]]:

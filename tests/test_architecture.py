@@ -14,9 +14,10 @@ FLOORS = [
     {"capture", "projectors", "sample_ids", "order", "batches", "attribution", "metrics"},
     {"rows", "conservation", "coordinates", "targets", "contributions", "snapshots"},
     {"passes"},
-    {"callbacks", "queries", "features"},
+    {"callbacks", "queries", "features", "anew"},
     {"api"},
     {"by_features", "parameter_space"},
+    {"whole_gradients"},
     {"by_gradients"},
     {"cli"},
 ]
@@ -31,6 +32,7 @@ WEST = {"factors", "layers", "random_bits", "sketcher", "projectors", "capture",
     "passes",
     "queries",
     "features",
+    "anew",
 }
 # Scores are in neither wing: one callback answers by itself.
 EAST = {"linalg", "attribution", "metrics"}

@@ -91,8 +91,9 @@ class InfluenceFunction(SelfAttributor):
         source = run if self.curvature_from is None else MovedRun(self.curvature_from, like)
         steps = source if self.curvature_over == "run" else last_epoch(source)
         matrix = mean_curvature(steps, self.curvature)
-        damping = TIMES / extent.time if self.damping is None else self.damping
-        return damped_root(matrix, damping + Dynamics.of(run[-1]).decay)
+        if self.damping is None:
+            return damped_root(matrix, suggested_damping(run, extent))
+        return damped_root(matrix, self.damping + Dynamics.of(run[-1]).decay)
 
     def _visits(self, run: Store, like: Tensor) -> Iterator[Step]:
         source = run if self.rows_from is None else MovedRun(self.rows_from, like)
@@ -100,11 +101,16 @@ class InfluenceFunction(SelfAttributor):
         return map(as_own_gradients, steps)
 
 
+def suggested_damping(run: Store, extent: Extent) -> float:
+    """Return 1.5 / (sum of rates) and the weight decay, in the coordinates of the run's rows."""
+    return TIMES / extent.time + Dynamics.of(run[-1]).decay
+
+
 def damping_of(run: Store) -> float:
     """Return the damping that a recorded run suggests: 1.5 / (sum of rates), and its weight decay.
 
     It is what the default adds, for methods that know nothing of the run: for
-    ``FullInfluenceFunction``.
+    ``FullInfluenceFunction`` at the weights that the model has.
 
     Raises:
         ValueError: If the rows are in coordinates of the optimizer's, where damping is another.
@@ -114,4 +120,5 @@ def damping_of(run: Store) -> float:
             f"The damping of this run is that of the coordinates of its `{run[-1].optimizer}`; "
             "expected a run in those of the parameters, of SGD say. Pass a number as damping."
         )
-    return TIMES / Extent.of(run).time + Dynamics.of(run[-1]).decay
+    extent = Extent.of(run)
+    return suggested_damping(run, extent) / extent.weight

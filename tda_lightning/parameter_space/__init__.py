@@ -1,13 +1,14 @@
 """Parameter space: influence functions of small models with whole gradients, nothing sketched.
 
 Curvature is a linear operator on vectors as long as the model has parameters; it is multiplied
-with, and never written down. Operators and solvers are those of curvlinops and SciPy, an extra.
+with, and rarely written down. Operators and solvers are those of curvlinops and SciPy, an extra,
+but for ``Woodbury``, which does without.
 """
 
 from tda_lightning.parameter_space.curvature import GaussNewton, Hessian, ModelCurvature
 from tda_lightning.parameter_space.extra import require_operators
 from tda_lightning.parameter_space.influence import FullInfluenceFunction
-from tda_lightning.parameter_space.objective import Objective
+from tda_lightning.parameter_space.objective import HERE, Objective, Viewpoint
 from tda_lightning.parameter_space.solvers import (
     EKFAC,
     ConjugateGradient,
@@ -15,9 +16,11 @@ from tda_lightning.parameter_space.solvers import (
     Neumann,
     Solver,
 )
+from tda_lightning.parameter_space.woodbury import Woodbury
 
 __all__ = [
     "EKFAC",
+    "HERE",
     "ConjugateGradient",
     "FullInfluenceFunction",
     "GaussNewton",
@@ -27,5 +30,7 @@ __all__ = [
     "Neumann",
     "Objective",
     "Solver",
+    "Viewpoint",
+    "Woodbury",
     "require_operators",
 ]

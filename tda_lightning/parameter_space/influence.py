@@ -1,4 +1,4 @@
-r"""Influence function with whole gradients, at the weights that the model has.
+r"""Influence function with whole gradients, at the weights that the model has or along a run.
 
 .. math:: s(q, i) = \frac{1}{n} \, g_q^\top (H + \delta I)^{-1} g_i
 
@@ -6,12 +6,15 @@ Koh & Liang (2017), "Understanding Black-box Predictions via Influence Functions
 the sign of a presence. :math:`H` is the curvature of the mean loss over the training data. Weight
 decay that the optimizer applies is no part of the loss, and belongs to the damping.
 
-**Damping**, where none is given, is the solver's own. ``EKFAC`` takes a tenth of the mean
-eigenvalue, as Grosse et al. (2023), "Studying Large Language Model Generalization with Influence
-Functions". Exact solvers want more, since most eigenvalues of a model are tiny: they take a
-fiftieth of the largest one, so that the condition number is 51, which came close to the best on
-every task measured. Where the training was recorded, :func:`~tda_lightning.attribution.damping_of`
-may know better.
+**Along a run** that kept snapshots, :math:`H` and :math:`g_i` are means over them, each in the
+coordinates of the optimizer, for the reasons that
+:class:`~tda_lightning.InfluenceFunction` has; its sketches are what is spared.
+
+**Damping**, where none is given, is what such a run suggests, 1.5 / (sum of learning rates), or the
+solver's own. ``EKFAC`` takes a tenth of the mean eigenvalue, as Grosse et al. (2023), "Studying
+Large Language Model Generalization with Influence Functions". Exact solvers want more, since most
+eigenvalues of a model are tiny: they take a fiftieth of the largest one, so that the condition
+number is 51, which came close to the best on every task measured.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from tqdm import tqdm
 
 from tda_lightning.parameter_space.curvature import GaussNewton, ModelCurvature
 from tda_lightning.parameter_space.objective import Objective
-from tda_lightning.parameter_space.solvers import ConjugateGradient, Solver
+from tda_lightning.parameter_space.solvers import Solver
+from tda_lightning.parameter_space.woodbury import Woodbury
 
 if TYPE_CHECKING:
     from tda_lightning.parameter_space.operators import Operator
@@ -56,13 +60,14 @@ class FullInfluenceFunction:
     Attributes:
         solver: How to solve with the curvature.
         curvature: What kind of it.
-        damping: Added to its diagonal; ``None`` for what the solver takes.
+        damping: Added to its diagonal; ``None`` for what the run suggests, if there is one, or what
+            the solver takes.
         layers: Names of the layers whose parameters count, with ``*`` for any characters; all by
             default. The last one alone is often told from the others, and cheap.
         at_once: How many queries to solve for together.
     """
 
-    solver: Solver = ConjugateGradient()
+    solver: Solver = Woodbury()
     curvature: ModelCurvature = GaussNewton()
     damping: float | None = None
     layers: Sequence[str] | None = None
@@ -98,14 +103,14 @@ class FullInfluenceFunction:
             # torch's own forward mode is compiled with what torch has come to warn about.
             warnings.filterwarnings("ignore", message=r"`torch.jit.script` is deprecated")
             operator = self.solver.operator(objective, self.curvature)
-            damping = self._damping(operator)
+            damping = self._damping(objective, operator)
             inverse = self.solver.inverse(operator, damping)
             parts = torch.split(queries, self.at_once)
             bar = tqdm(parts, desc="solving", unit="part", leave=False, disable=not progress)
             return Solution(torch.cat([inverse(part) for part in bar]), damping)
 
-    def _damping(self, operator: Operator) -> float:
-        found = self.damping
+    def _damping(self, objective: Objective, operator: Operator) -> float:
+        found = objective.damping if self.damping is None else self.damping
         if found is None:
             found = self.solver.default_damping(operator)
         if not found > 0:

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.batches import batch_size, transfer, with_progress
 from tda_lightning.layers import Survey
+from tda_lightning.undisturbed import with_weights
+
+# Yields rows whose outer products sum to the Gauss-Newton matrix, of so many draws of labels.
+SampledRows = Callable[[int], Iterator[Float[Tensor, "n d"]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Viewpoint:
+    """Where to differentiate: at which weights, and in which coordinates.
+
+    Attributes:
+        weights: As the model's ``state_dict`` has them; ``None`` for those that it has.
+        scale: What gradients are multiplied by, shape ``(d,)``; ``None`` for ones.
+    """
+
+    weights: Mapping[str, Tensor] | None = None
+    scale: Float[Tensor, " d"] | None = None
+
+    def of(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Give the model these weights, and its own back afterwards."""
+        return nullcontext() if self.weights is None else with_weights(model, self.weights)
+
+
+HERE = Viewpoint()
 
 
 @dataclass(frozen=True)
@@ -27,6 +52,9 @@ class Objective:
         batches: The data, where the model is.
         sizes: Number of samples in each batch.
         reduction: Whether the loss of a batch is the mean or the sum of its samples' losses.
+        viewpoints: Where its curvature is taken: it is the mean of theirs.
+        sampled: Draws labels from the model's predictions; ``None`` where nobody said how.
+        damping: What the training itself suggests, if it is known.
     """
 
     model: nn.Module
@@ -34,6 +62,9 @@ class Objective:
     batches: tuple[Any, ...]
     sizes: tuple[int, ...]
     reduction: Literal["mean", "sum"] = "mean"
+    viewpoints: tuple[Viewpoint, ...] = (HERE,)
+    sampled: SampledRows | None = None
+    damping: float | None = None
 
     @classmethod
     def of(
@@ -61,6 +92,11 @@ class Objective:
     def n(self) -> int:
         """Number of samples."""
         return sum(self.sizes)
+
+    @property
+    def d(self) -> int:
+        """Number of parameters."""
+        return sum(one.numel() for one in self.parameters)
 
     @property
     def share(self) -> float:

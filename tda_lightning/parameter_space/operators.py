@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tda_lightning.parameter_space.objective import Objective
+from tda_lightning.parameter_space.objective import Objective, Viewpoint
 
 try:
     with warnings.catch_warnings():
@@ -168,6 +168,47 @@ class _Damped(PyTorchLinearOperator):  # type: ignore[misc]
         return [
             product + self._damping * own for product, own in zip(products, vectors, strict=True)
         ]
+
+
+class _Seen(PyTorchLinearOperator):  # type: ignore[misc]
+    """The mean of what an operator is at several weights, each in coordinates of its own."""
+
+    SELF_ADJOINT = True
+
+    def __init__(self, operator: Any, model: nn.Module, viewpoints: Sequence[Viewpoint]) -> None:
+        super().__init__(operator._in_shape, operator._out_shape)
+        self._operator, self._model, self._viewpoints = operator, model, viewpoints
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._operator.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._operator.dtype
+        return dtype
+
+    def _matmat(self, vectors: list[Tensor]) -> list[Tensor]:
+        seen = [self._product(viewpoint, vectors) for viewpoint in self._viewpoints]
+        return [torch.stack(parts).mean(dim=0) for parts in zip(*seen, strict=True)]
+
+    def _product(self, viewpoint: Viewpoint, vectors: list[Tensor]) -> list[Tensor]:
+        with viewpoint.of(self._model):
+            if viewpoint.scale is None:
+                found: list[Tensor] = self._operator._matmat(vectors)
+                return found
+            parts = torch.split(viewpoint.scale, [one[..., 0].numel() for one in vectors])
+            pairs = zip(parts, vectors, strict=True)
+            scales = [part.view(one.shape[:-1]).unsqueeze(-1) for part, one in pairs]
+            scaled = [scale * one for scale, one in zip(scales, vectors, strict=True)]
+            products = self._operator._matmat(scaled)
+            return [scale * one for scale, one in zip(scales, products, strict=True)]
+
+
+def seen_from(operator: Operator, model: nn.Module, viewpoints: Sequence[Viewpoint]) -> Operator:
+    """Return the mean of what an operator is from several viewpoints."""
+    return _Seen(operator, model, viewpoints)
 
 
 def damped(operator: Operator, damping: float) -> Operator:

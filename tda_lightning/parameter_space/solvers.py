@@ -1,6 +1,7 @@
 r"""Solvers of :math:`(H + \delta I) x = v`, where :math:`H` is only ever multiplied with.
 
 ======================  ====================================================================
+`Woodbury`              exact, for a curvature of sampled labels; in a file of its own
 `ConjugateGradient`     exact to a tolerance; the number of products grows with the root of
                         the condition number
 `Neumann`               the series :math:`\sum_j (I - \alpha (H + \delta I))^j`, with all the
@@ -30,8 +31,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.parameter_space.curvature import GaussNewton, ModelCurvature
+from tda_lightning.parameter_space.extra import require_operators
 from tda_lightning.parameter_space.kronecker import KroneckerFactored
-from tda_lightning.parameter_space.objective import Objective
+from tda_lightning.parameter_space.objective import HERE, Objective
 
 if TYPE_CHECKING:
     from tda_lightning.parameter_space.operators import Operator
@@ -43,9 +45,22 @@ Inverse = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 class Solver(ABC):
     """A way to solve with a damped curvature, for several right-hand sides at once."""
 
+    def require(self) -> None:
+        """Make sure that all it takes is installed: curvlinops and SciPy, by default.
+
+        Raises:
+            ImportError: If something is not.
+        """
+        require_operators()
+
     def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:
         """Return the matrix that it solves with: the curvature itself, by default."""
-        return curvature.operator(objective)
+        from tda_lightning.parameter_space.operators import seen_from
+
+        found = curvature.operator(objective)
+        if objective.viewpoints == (HERE,):
+            return found
+        return seen_from(found, objective.model, objective.viewpoints)
 
     def default_damping(self, operator: Operator) -> float:
         """Return the damping where none is given: by default, a share of the largest eigenvalue.
@@ -72,7 +87,7 @@ class Solver(ABC):
 
 @dataclass(frozen=True)
 class ConjugateGradient(Solver):
-    """Conjugate gradients: as exact as asked for. The default.
+    """Conjugate gradients: as exact as asked for.
 
     Attributes:
         tolerance: Largest norm of a residual, relative to its right-hand side.
@@ -180,6 +195,11 @@ class EKFAC(Solver):
                 f"`EKFAC` approximates the Gauss-Newton matrix of the training step; expected "
                 f"`curvature=GaussNewton()`, got `{curvature}`. Leave it out, or take another "
                 "solver."
+            )
+        if objective.viewpoints != (HERE,):
+            raise ValueError(
+                "`EKFAC` inverts the Kronecker factors of one moment; expected no `run=`, got a run"
+                f" with {len(objective.viewpoints)} snapshots. Leave it out, or take `Woodbury()`."
             )
         return KroneckerFactored.of(objective, "type-2" if self.labels == "all" else "mc")
 

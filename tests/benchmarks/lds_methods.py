@@ -22,8 +22,11 @@ from tda_lightning import (
     Source,
     TracIn,
     Unrolled,
+    Woodbury,
 )
 from tda_lightning.attribution import Attributor, Linear, Mixed, SampledLabels
+from tda_lightning.parameter_space import Solver
+from tda_lightning.snapshots import Moment
 
 MODELS_OF_TRAK = 5
 # The eigenvectors of a matrix of this size take seconds.
@@ -85,10 +88,13 @@ def of_the_library(run: Run, recording: str) -> list[Entry]:
         return of_sampled_labels(run, recording)
     return [
         from_run(run, recording, TracIn()),
+        from_run(run, recording, TracIn(), at="snapshots"),
         from_run(run, recording, GradientSimilarity(), [GradientSimilarity("dot")]),
         from_run(run, recording, Unrolled(), [Unrolled(propagator=Linear())]),
         from_run(run, recording, Source(), [Source(1), Source(6)]),
+        from_run(run, recording, Source(), at="snapshots"),
         from_run(run, recording, InfluenceFunction(), [InfluenceFunction(rows="last visit")]),
+        from_run(run, recording, InfluenceFunction(), at="snapshots"),
         *([from_run(run, recording, TRAK())] if run.has_one_label else []),
     ]
 
@@ -99,21 +105,28 @@ def of_sampled_labels(run: Run, recording: str) -> list[Entry]:
     found = [
         from_run(run, recording, Unrolled(), unrolled),
         from_run(run, recording, InfluenceFunction(), [InfluenceFunction(Mixed())]),
+        from_run(run, recording, InfluenceFunction(), at="snapshots"),
     ]
     if run.store.recipe.dimension <= LARGEST_FOR_SOURCE:
         found.append(from_run(run, recording, Source(), [Source(3, SampledLabels())]))
+        found.append(from_run(run, recording, Source(), at="snapshots"))
     return found
 
 
 def from_run(
-    run: Run, recording: str, method: Attributor, settings: Sequence[Attributor] = ()
+    run: Run,
+    recording: str,
+    method: Attributor,
+    settings: Sequence[Attributor] = (),
+    at: Moment = "now",
 ) -> Entry:
-    name = ", ".join(part for part in (type(method).__name__, recording) if part)
+    where = "" if at == "now" else "at snapshots"
+    name = ", ".join(part for part in (type(method).__name__, where, recording) if part)
 
     def grid() -> Iterable[tuple[str, Tensor]]:
-        return ((arguments_of(setting), run.scores(setting)) for setting in settings)
+        return ((arguments_of(setting), run.scores(setting, at)) for setting in settings)
 
-    return Entry(name, partial(run.scores, method), grid, run.mebibytes)
+    return Entry(name, partial(run.scores, method, at), grid, run.mebibytes)
 
 
 def arguments_of(method: Attributor) -> str:
@@ -121,13 +134,22 @@ def arguments_of(method: Attributor) -> str:
 
 
 def by_whole_gradients(run: Run) -> list[Entry]:
-    """Return the methods that need the model and its data, and no run; EKFAC refuses sequences."""
-    solvers = [ConjugateGradient(), EKFAC()] if run.has_one_label else [ConjugateGradient()]
+    """Return the methods that sketch nothing: at the final weights, and along the run.
+
+    Not to be waited for are EKFAC, which refuses sequences, and conjugate gradients for many terms.
+    """
+    solvers: list[Solver] = [Woodbury()]
+    if run.has_one_label:
+        solvers += [ConjugateGradient(), EKFAC()]
     found = []
     for solver in solvers:
         method = FullInfluenceFunction(solver)
         name = f"FullInfluenceFunction, {type(solver).__name__}"
         found.append(Entry(name, partial(run.scores_by_gradients, method)))
+    along = "FullInfluenceFunction along the run"
+    method = FullInfluenceFunction()
+    found.append(Entry(along, partial(run.scores_along, method, "now")))
+    found.append(Entry(f"{along}, at snapshots", partial(run.scores_along, method, "snapshots")))
     return found
 
 

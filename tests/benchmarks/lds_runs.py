@@ -19,8 +19,10 @@ from tda_lightning import (
     attribute_by_gradients,
 )
 from tda_lightning.attribution import Attributor
+from tda_lightning.snapshots import Moment
 
 SEED = 0
+SNAPSHOTS = 20
 # Of the distance that training went: rounding grows along the way.
 TOLERANCE = 1e-2
 
@@ -68,20 +70,36 @@ class Run:
         """Size of the store."""
         return self.store.size_on_disk / 2**20
 
-    def scores(self, method: Attributor) -> Tensor:
+    def scores(self, method: Attributor, at: Moment) -> Tensor:
         """Ask the run about the task's queries."""
-        queries = self.task.data().queries.tensors
-        found = attribute(self.store, self.learner, queries, method=method, progress=False)
+        queries = self._queries()
+        found = attribute(self.store, self.learner, queries, method=method, at=at, progress=False)
         assert torch.equal(found.train_ids, torch.arange(len(self.task.data().train)))
         return found.values
 
     def scores_by_gradients(self, method: FullInfluenceFunction) -> Tensor:
         """Ask the final weights about the task's queries, with whole gradients and no run."""
-        data = self.task.data()
-        loader = DataLoader(data.train, self.task.batch_size)
         return attribute_by_gradients(
-            self.learner, loader, data.queries.tensors, method=method, progress=False
+            self.learner, self._loader(), self._queries(), method=method, progress=False
         ).values
+
+    def scores_along(self, method: FullInfluenceFunction, at: Moment) -> Tensor:
+        """Ask the run's snapshots about the task's queries, with whole gradients."""
+        return attribute_by_gradients(
+            self.learner,
+            self._loader(),
+            self._queries(),
+            run=self.store,
+            method=method,
+            at=at,
+            progress=False,
+        ).values
+
+    def _loader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.task.data().train, self.task.batch_size)
+
+    def _queries(self) -> tuple[Tensor, ...]:
+        return self.task.data().queries.tensors
 
     def require_replayable(self) -> None:
         """Make sure that retraining without leaving anything out ends at the run's weights.
@@ -109,7 +127,8 @@ def distance(one: Weights, other: Weights) -> float:
 
 def record(task: Task, folder: Path, settings: Mapping[str, object]) -> Run:
     """Train with Lightning and the recorder."""
-    recorder = GradientRecorder(folder, existing="replace", **settings)
+    snapshots = task.steps // SNAPSHOTS
+    recorder = GradientRecorder(folder, existing="replace", snapshots=snapshots, **settings)
     start = time.perf_counter()
     learner = train(task, SEED, recorder)
     return Run(task, learner, HDF5Store.open(folder), time.perf_counter() - start)

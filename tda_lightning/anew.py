@@ -1,0 +1,178 @@
+"""Anew: passes over data without training, at the weights that a model has.
+
+They go through the user's own ``training_step`` under a recipe, as queries do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tda_lightning.batches import with_progress
+from tda_lightning.passes import own_gradients, record_batch, recording
+from tda_lightning.recipe import Recipe, ranges_of
+from tda_lightning.rows import BatchRows
+from tda_lightning.sample_ids import IdSource, SampleLedger
+from tda_lightning.step import Preconditioner, Step
+from tda_lightning.stores import MemoryStore, Store, WritableStore
+
+
+def record(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    *,
+    like: Store,
+    labels: Literal["given", "sampled"] = "given",
+    at: int = -1,
+    mode: Literal["eval", "train"] = "eval",
+    sample_ids: IdSource | None = None,
+    store: WritableStore | None = None,
+    progress: bool = True,
+) -> Store:
+    """Record a pass over data at the weights that ``model`` has, without training.
+
+    The result is a run of its own, one step per batch: training rows anew at the final weights, or
+    their curvature, for methods that take them from elsewhere.
+
+    Args:
+        model: The LightningModule that was trained. It is left as it was.
+        loader: The training data, say, in any order.
+        like: The run whose recipe to record by.
+        labels: ``"sampled"`` adds rows from labels drawn from the model's own predictions.
+        at: The step of that run in whose coordinates.
+        mode: Whether the model acts as in evaluation or as in training.
+        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
+        store: Where to record to; into memory by default.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
+            take the batches or returns no loss.
+    """
+    result = MemoryStore() if store is None else store
+    ledger = SampleLedger(sample_ids)
+    ledger.watch(loader, lambda: True)
+    ids = ledger.train_ids
+    recipe = replace(
+        like.recipe,
+        train_ids=None if ids is None else ranges_of(ids),
+        curvature="fisher" if labels == "sampled" else "none",
+        every_n_steps=1,
+    )
+    result.begin(recipe)
+    facts = like[at]
+    try:
+        sampled = float(labels == "sampled")
+        with recording(model, like.recipe, like.preconditioner(at), mode, sampled) as rows:
+            for number, batch in enumerate(with_progress(loader, "recording", progress)):
+                named = ledger.name(batch, number)
+                rows.seed(number)
+                _, found = record_batch(model, rows, batch, "loader")
+                result.append(_step(number, facts, named, found, like))
+    finally:
+        ledger.release()
+        result.seal()
+    return result
+
+
+def _step(
+    number: int, facts: Step, sample_ids: Int[Tensor, " n"], found: BatchRows, like: Store
+) -> Step:
+    n = len(sample_ids)
+    weight = 1 / n if like.recipe.reduction == "mean" else 1.0
+    return Step(
+        index=number,
+        epoch=0,
+        optimizer=facts.optimizer,
+        groups=facts.groups,
+        sample_ids=sample_ids,
+        weights=torch.full((n,), weight),
+        sketch=found.rows.cpu(),
+        terms=_on_cpu(found.terms),
+        curvature=_on_cpu(found.curvature(weight)),
+        curvature_rows=_on_cpu(found.curvature_rows),
+        preconditioner=like.preconditioner() if number == 0 else None,
+    )
+
+
+def _on_cpu(found: Tensor | None) -> Tensor | None:
+    return None if found is None else found.cpu()
+
+
+def train_rows(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    recipe: Recipe,
+    *,
+    coordinates: Preconditioner | None = None,
+    sample_ids: IdSource | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n k"]]]:
+    """Sketch, batch by batch, the gradient of each training sample's own loss.
+
+    Nothing is kept. The model is in evaluation mode, and is left as it was at the end.
+
+    Args:
+        model: The LightningModule, with the weights to ask about.
+        loader: The training data, in any order.
+        recipe: How to record.
+        coordinates: The coordinates to record in; by default those of the gradients.
+        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
+        progress: Show a progress bar.
+
+    Yields:
+        The ids of a batch's samples and their rows, where the model is, shape ``(n, k)``.
+
+    Raises:
+        ValueError: If the ids cannot be known, or ``training_step`` cannot take a batch.
+    """
+    ledger = SampleLedger(sample_ids)
+    ledger.watch(loader, lambda: True)
+    try:
+        with recording(model, recipe, coordinates, "eval", sampled=0.0) as rows:
+            for number, batch in enumerate(with_progress(loader, "training samples", progress)):
+                named = ledger.name(batch, number)
+                _, found = record_batch(model, rows, batch, "train_loader")
+                yield named, own_gradients(found, recipe)
+    finally:
+        ledger.release()
+
+
+def sampled_rows(
+    model: nn.Module,
+    batches: Iterable[Any],
+    recipe: Recipe,
+    *,
+    coordinates: Preconditioner | None = None,
+    seed: int = 0,
+) -> Iterator[Float[Tensor, "n k"]]:
+    """Sketch, batch by batch, gradients for labels drawn from the model's own predictions.
+
+    The model is in evaluation mode, and is left as it was at the end.
+
+    Args:
+        model: The LightningModule, with the weights to ask about.
+        batches: Training data.
+        recipe: How to record.
+        coordinates: The coordinates to record in; by default those of the gradients.
+        seed: Which labels are drawn.
+
+    Yields:
+        Rows, where the model is; on average their outer products sum to the Gauss-Newton matrix of
+        the batch's loss.
+
+    Raises:
+        ValueError: If ``training_step`` cannot take a batch, or its loss has no labels to draw.
+    """
+    with recording(model, recipe, coordinates, "eval", sampled=1.0) as rows:
+        for number, batch in enumerate(batches):
+            rows.seed(seed + number)
+            _, found = record_batch(model, rows, batch, "train_loader")
+            assert found.curvature_rows is not None
+            yield found.curvature_rows

@@ -1,0 +1,173 @@
+r"""Woodbury: a curvature that is made of few rows is inverted at once.
+
+The gradients of labels that the model draws itself, as rows :math:`C` scaled such that
+:math:`C^\top C` is the Gauss-Newton matrix on average (Kunstner et al., 2019, "Limitations of the
+Empirical Fisher Approximation for Natural Gradient Descent", section 3), are inverted by Woodbury's
+identity,
+
+.. math:: (C^\top C + \delta I)^{-1} = \frac{1}{\delta}
+   \left( I - C^\top (C C^\top + \delta I)^{-1} C \right)
+
+so that what is factorized has as many rows as there are draws, or parameters, whichever are fewer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tda_lightning.linalg import damped_root
+from tda_lightning.parameter_space.curvature import GaussNewton, ModelCurvature
+from tda_lightning.parameter_space.objective import Objective
+from tda_lightning.parameter_space.solvers import SHARE_OF_LARGEST, Inverse, Solver
+
+if TYPE_CHECKING:
+    from tda_lightning.parameter_space.operators import Operator
+
+# Below this, iterating takes longer than all eigenvalues.
+_SMALL = 64
+_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Woodbury(Solver):
+    """The Gauss-Newton matrix of sampled labels, inverted exactly. The default.
+
+    It needs nothing but a few passes over the data, and neither curvlinops nor SciPy.
+
+    Attributes:
+        draws: How many labels to draw for every prediction, in all; along a run, at least one at
+            each snapshot.
+        max_gb: Most memory for the rows, in GB: of the parameters' size, one for each sample and
+            draw, or one for each parameter, whichever are fewer.
+    """
+
+    draws: int = 4
+    max_gb: float = 8.0
+
+    def require(self) -> None:
+        """Ask for nothing."""
+
+    def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:
+        """Return the matrix of the sampled labels."""
+        if curvature != GaussNewton() or objective.sampled is None:
+            raise ValueError(
+                "`Woodbury` draws the labels of the Gauss-Newton matrix itself; expected "
+                f"`curvature=GaussNewton()`, got `{curvature}`. Leave it out, or take "
+                "`ConjugateGradient()`."
+            )
+        views = len(objective.viewpoints)
+        draws = math.ceil(self.draws / views)
+        m, d = draws * views * objective.n, objective.d
+        self._require_room(min(m, d), objective)
+        rows = objective.sampled(draws)
+        return Kept(torch.cat(list(rows))) if m < d else Accumulated(rows, d)
+
+    def default_damping(self, operator: Operator) -> float:
+        """Return a share of the largest eigenvalue."""
+        assert isinstance(operator, Kept | Accumulated)
+        return SHARE_OF_LARGEST * operator.largest()
+
+    def inverse(self, operator: Operator, damping: float) -> Inverse:
+        """Return the inverse, damped."""
+        assert isinstance(operator, Kept | Accumulated)
+        return operator.inverse(damping)
+
+    def _require_room(self, count: int, objective: Objective) -> None:
+        gigabytes = count * objective.d * objective.parameters[0].element_size() / 1e9
+        if gigabytes > self.max_gb:
+            raise ValueError(
+                f"`Woodbury` would keep {count:,} rows of {objective.d:,} numbers, "
+                f"{gigabytes:.1f} GB; expected at most {self.max_gb:g}. Allow more with `max_gb=`, "
+                "take the curvature of fewer samples with `curvature_loader=`, choose layers with "
+                "`layers=[...]`, or take `ConjugateGradient()`, which keeps nothing."
+            )
+
+
+class Kept:
+    """A curvature whose rows are kept, since there are fewer of them than parameters.
+
+    Args:
+        rows: Their outer products sum to it.
+    """
+
+    def __init__(self, rows: Float[Tensor, "m d"]) -> None:
+        self._rows = rows
+        # In double precision from here on: with little damping two large terms nearly cancel.
+        self._gram = (rows @ rows.mT).double()
+        self.shape = (rows.shape[1], rows.shape[1])
+        self.device, self.dtype = rows.device, rows.dtype
+
+    def __matmul__(self, vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
+        """Return the product with the columns of a matrix."""
+        return self._rows.mT @ (self._rows @ vectors)
+
+    def largest(self) -> float:
+        """Return the largest eigenvalue."""
+        return _largest(self._gram)
+
+    def inverse(self, damping: float) -> Inverse:
+        """Return the inverse of it plus a multiple of the identity, by Woodbury's identity."""
+        root = damped_root(self._gram, damping)
+
+        def solve(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+            inner = torch.cholesky_solve((self._rows @ vectors.mT).double(), root)
+            return (vectors - inner.mT.to(vectors) @ self._rows) / damping
+
+        return solve
+
+
+class Accumulated:
+    """A curvature that is written down, since there are more rows than parameters.
+
+    Args:
+        rows: Their outer products sum to it; batch by batch.
+        d: Number of parameters.
+    """
+
+    def __init__(self, rows: Iterable[Float[Tensor, "n d"]], d: int) -> None:
+        parts = _gathered(rows)
+        first = next(parts)
+        self._matrix = (first.mT @ first).double()
+        for part in parts:
+            self._matrix += part.mT @ part
+        self.shape, self.device, self.dtype = (d, d), first.device, first.dtype
+
+    def __matmul__(self, vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
+        """Return the product with the columns of a matrix."""
+        return (self._matrix @ vectors.double()).to(vectors)
+
+    def largest(self) -> float:
+        """Return the largest eigenvalue."""
+        return _largest(self._matrix)
+
+    def inverse(self, damping: float) -> Inverse:
+        """Return the inverse of it plus a multiple of the identity."""
+        root = damped_root(self._matrix, damping)
+        return lambda vectors: torch.cholesky_solve(vectors.mT.double(), root).mT.to(vectors)
+
+
+def _gathered(batches: Iterable[Float[Tensor, "n d"]]) -> Iterator[Float[Tensor, "m d"]]:
+    """Yield the rows of several batches at once: a matrix is added to for each."""
+    waiting: list[Tensor] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= _AT_ONCE:
+            yield torch.cat(waiting)
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting)
+
+
+def _largest(matrix: Float[Tensor, "m m"]) -> float:
+    if len(matrix) < _SMALL:
+        return float(torch.linalg.eigvalsh(matrix)[-1])
+    start = torch.randn(len(matrix), 1, generator=torch.Generator().manual_seed(0))
+    values, _ = torch.lobpcg(matrix, X=start.to(matrix), tol=1e-6)
+    return float(values[0])

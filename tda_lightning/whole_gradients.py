@@ -1,0 +1,239 @@
+"""Whole gradients: unprojected rows of a small model, at its own weights or along a run.
+
+Along a run, they are those at its snapshots, each in the coordinates of the step nearest to it:
+where the run recorded sketches, these are what it sketched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tda_lightning.anew import sampled_rows, train_rows
+from tda_lightning.batches import with_progress
+from tda_lightning.callbacks.trained import row_dtype
+from tda_lightning.layers import Survey
+from tda_lightning.parameter_space.objective import (
+    HERE,
+    Objective,
+    Viewpoint,
+    columns_of,
+    parameters_of,
+)
+from tda_lightning.projectors import Identity
+from tda_lightning.queries import query_rows
+from tda_lightning.recipe import Recipe, SampleAxis
+from tda_lightning.sample_ids import IdSource, require_once
+from tda_lightning.snapshots import (
+    MOST,
+    Moment,
+    mean_rows_at,
+    position_of,
+    require_snapshots,
+    spread,
+)
+from tda_lightning.step import Preconditioner
+from tda_lightning.stores import Store
+from tda_lightning.targets import Target
+
+
+def whole_recipe(
+    model: nn.Module,
+    surveyed: Survey,
+    reduction: Literal["mean", "sum"],
+    batch_dims: Mapping[str, SampleAxis],
+) -> Recipe:
+    """Return the recipe of rows that are not projected."""
+    return Recipe(
+        blocks=surveyed.blocks,
+        left_out=surveyed.left_out,
+        projector=Identity().to_dict(),
+        dimension=sum(block.size for block in surveyed.blocks),
+        dtype="float64" if row_dtype(model) == torch.float64 else "float32",
+        reduction=reduction,
+        batch_dims=dict(batch_dims),
+        model=type(model).__name__,
+    )
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at a model.
+
+    Attributes:
+        viewpoint: At which weights, in which coordinates.
+        coordinates: The same, as rows are recorded in them.
+    """
+
+    viewpoint: Viewpoint = HERE
+    coordinates: Preconditioner | None = None
+
+
+class WholeGradients:
+    """Takes the gradients of a model; vectors hold its parameters one after the other, flattened.
+
+    Args:
+        model: The LightningModule that was trained.
+        surveyed: What of it counts.
+        recipe: How to record: :func:`whole_recipe`.
+        run: Where to look from: its snapshots, ten at most; ``None`` for the model's own weights.
+
+    Raises:
+        ValueError: If the run has no snapshots, or did not record what counts.
+    """
+
+    def __init__(
+        self, model: nn.Module, surveyed: Survey, recipe: Recipe, run: Store | None
+    ) -> None:
+        self._model, self._recipe, self._run = model, recipe, run
+        self._parameters = parameters_of(surveyed)
+        self._order = columns_of(surveyed)
+        self._places = self._order.argsort()
+        self.snapshots = [] if run is None else spread(require_snapshots(run), MOST)
+        self._looks = [self._look(run, one) for one in self.snapshots if run] or [Look()]
+
+    def of_queries(
+        self, queries: Any, target: Target, at: Moment, *, progress: bool
+    ) -> Float[Tensor, "n_query d"]:
+        """Return the gradients of the queries' losses, or of another target."""
+
+        def ask(position: int) -> Float[Tensor, "n_query d"]:
+            coordinates = self._coordinates(position)
+            return query_rows(
+                self._model,
+                queries,
+                self._recipe,
+                target=target,
+                coordinates=coordinates,
+                progress=progress,
+            )
+
+        rows = ask(-1) if self._run is None else mean_rows_at(self._run, self._model, at, ask)
+        return self._vectors(rows)
+
+    def objective(
+        self, loader: DataLoader[Any], damping: float | None, *, progress: bool
+    ) -> Objective:
+        """Return the mean loss over some data, seen from wherever gradients are taken.
+
+        Args:
+            loader: The data.
+            damping: What the training suggests.
+            progress: Show progress bars.
+        """
+        found = Objective.of(
+            self._model,
+            self._parameters,
+            loader,
+            reduction=self._recipe.reduction,
+            progress=progress,
+        )
+        return replace(
+            found,
+            viewpoints=tuple(look.viewpoint for look in self._looks),
+            sampled=lambda draws: self._sampled(found, draws, progress),
+            damping=damping,
+        )
+
+    def _sampled(
+        self, objective: Objective, draws: int, progress: bool
+    ) -> Iterator[Float[Tensor, "n d"]]:
+        """Draw labels, and yield rows whose outer products sum to the mean over all looks."""
+        passes = [look for look in self._looks for _ in range(draws)]
+        total = objective.n * len(passes)
+        is_mean = objective.reduction == "mean"
+        for number, look in enumerate(with_progress(passes, "sampled labels", progress)):
+            with look.viewpoint.of(self._model):
+                batches = sampled_rows(
+                    self._model,
+                    objective.batches,
+                    self._recipe,
+                    coordinates=look.coordinates,
+                    seed=number * len(objective.batches),
+                )
+                for size, rows in zip(objective.sizes, batches, strict=True):
+                    share = (size if is_mean else 1) / total
+                    yield self._vectors(rows) * share**0.5
+
+    def products(
+        self,
+        directions: Float[Tensor, "n_query d"],
+        loader: DataLoader[Any],
+        sample_ids: IdSource | None,
+        *,
+        progress: bool,
+    ) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
+        """Return the ids of all samples, sorted, and their gradients' products with directions."""
+        along = directions[:, self._order].to(self._recipe.torch_dtype)
+        found = [self._products(look, along, loader, sample_ids, progress) for look in self._looks]
+        return found[0][0], torch.stack([products for _, products in found]).mean(dim=0)
+
+    def _products(
+        self,
+        look: Look,
+        directions: Float[Tensor, "n_query d"],
+        loader: DataLoader[Any],
+        sample_ids: IdSource | None,
+        progress: bool,
+    ) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
+        ids, products = [], []
+        with look.viewpoint.of(self._model):
+            for named, rows in train_rows(
+                self._model,
+                loader,
+                self._recipe,
+                coordinates=look.coordinates,
+                sample_ids=sample_ids,
+                progress=progress,
+            ):
+                ids.append(named)
+                products.append((directions @ rows.mT).cpu())
+        if not ids:
+            raise ValueError("`train_loader` is an empty loader; expected at least one batch.")
+        train_ids, places = torch.cat(ids).sort()
+        require_once(train_ids)
+        return train_ids, torch.cat(products, dim=1)[:, places]
+
+    def _vectors(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """Return rows in the order of the parameters, where these are."""
+        return rows[:, self._places].to(self._parameters[0].device, self._parameters[0].dtype)
+
+    def _look(self, run: Store, snapshot: int) -> Look:
+        coordinates = self._coordinates(position_of(run, snapshot))
+        scale = None if coordinates is None else self._scale(coordinates)
+        return Look(Viewpoint(run.weights_at(snapshot), scale), coordinates)
+
+    def _coordinates(self, position: int) -> Preconditioner | None:
+        """Return the coordinates of a step of the run, of the blocks that count."""
+        found = None if self._run is None else self._run.preconditioner(position)
+        if self._run is None or found is None:
+            return None
+        recorded = self._run.recipe.blocks
+        rows = torch.split(found.rows, [block.rows for block in recorded])
+        columns = torch.split(found.columns, [block.columns for block in recorded])
+        known = {block: pair for block, *pair in zip(recorded, rows, columns, strict=True)}
+        unknown = [block.name for block in self._recipe.blocks if block not in known]
+        if unknown:
+            raise ValueError(
+                f"The run did not record `{unknown[0]}` as it is in the model; expected the layers "
+                "of the run. Choose among these with `layers=[...]`, or leave `run=` out."
+            )
+        own = [known[block] for block in self._recipe.blocks]
+        return Preconditioner(
+            torch.cat([one for one, _ in own]), torch.cat([one for _, one in own])
+        )
+
+    def _scale(self, coordinates: Preconditioner) -> Float[Tensor, " d"]:
+        """Return what the coordinates multiply each parameter's gradient by."""
+        blocks = self._recipe.blocks
+        rows = torch.split(coordinates.rows, [block.rows for block in blocks])
+        columns = torch.split(coordinates.columns, [block.columns for block in blocks])
+        pairs = zip(rows, columns, strict=True)
+        whole = torch.cat([torch.outer(*pair).flatten() for pair in pairs])
+        return self._vectors(whole[None])[0]
