@@ -93,8 +93,8 @@ def attribute_by_gradients(
     whole = WholeGradients(model, surveyed, recipe, store)
     asked = whole.of_queries(queries, target, at, progress=progress)
     loader = train_loader if curvature_loader is None else curvature_loader
-    objective = whole.objective(loader, _damping(store), progress=progress)
     with undisturbed(model, "eval"):
+        objective = whole.objective(loader, _damping(store), progress=progress)
         solution = method.solve(objective, asked, progress=progress)
     train_ids, products = whole.products(
         solution.directions, train_loader, sample_ids, progress=progress

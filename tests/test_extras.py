@@ -6,14 +6,16 @@ import pytest
 from lightning_models import Plain, loader, mlp, vectors
 
 import tda_lightning.parameter_space
-from tda_lightning import attribute_by_gradients
+from tda_lightning import ConjugateGradient, FullInfluenceFunction, attribute_by_gradients
 
 
-def test_whole_gradients_name_the_extra_that_they_need(monkeypatch):
+def test_solvers_name_the_extra_that_they_need_and_the_default_needs_none(monkeypatch):
     name = "tda_lightning.parameter_space.operators"
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr(tda_lightning.parameter_space, "operators", raising=False)
     monkeypatch.setitem(sys.modules, "curvlinops", None)
-    data = vectors()
+    data, method = vectors(), FullInfluenceFunction(ConjugateGradient())
     with pytest.raises(ImportError, match=r"curvlinops.*pip install 'tda_lightning\[solvers\]'"):
-        attribute_by_gradients(Plain(mlp()), loader(data), data[:3], progress=False)
+        attribute_by_gradients(Plain(mlp()), loader(data), data[:3], method=method, progress=False)
+    scores = attribute_by_gradients(Plain(mlp()), loader(data), data[:3], progress=False)
+    assert scores.values.shape == (3, len(data))

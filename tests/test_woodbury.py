@@ -109,6 +109,17 @@ def test_without_noise_one_draw_is_the_gauss_newton_matrix(reduction, scale, dra
     assert gap(ask(model, method, reduction=reduction).values, expected) < 1e-10
 
 
+def test_single_precision_is_enough():
+    model = regressor()
+    expected = ask(model).values
+    x, y = NUMBERS[:]
+    train = loader(TensorDataset(x.float(), y.float()), 4, shuffle=False)
+    queries = tuple(one.float() for one in QUERIES)
+    single = attribute_by_gradients(model.float(), train, queries, method=ONE, progress=False)
+    assert single.values.dtype == torch.float32
+    assert gap(single.values.double(), expected) < 1e-3
+
+
 def trained(optimizer, store, *, batch_size=4, epochs=4, snapshots=2, **settings):
     model = regressor(OPTIMIZERS[optimizer])
     recorder = GradientRecorder(store, projector=Identity(), snapshots=snapshots, **settings)
