@@ -73,6 +73,21 @@ def test_the_best_available_uses_sampled_labels_where_there_are_any():
     torch.testing.assert_close(matrix(BestAvailable(), bare), fisher(STEP))
 
 
+BARE = replace(WITH_TERMS, curvature_rows=None)
+OWN = [EmpiricalFisher(), EmpiricalFisher("independent"), LossWeighted(), LossWeighted(1.0)]
+
+
+@pytest.mark.parametrize("kind", [*OWN, SampledLabels(), Mixed(), BestAvailable()], ids=repr)
+def test_rows_times_their_scales_are_the_factor(kind):
+    rows, scales = kind.scaled_rows(WITH_TERMS)
+    torch.testing.assert_close(rows * scales[:, None], kind.factor(WITH_TERMS))
+
+
+@pytest.mark.parametrize("kind", [*OWN, BestAvailable()], ids=repr)
+def test_a_factor_of_the_visits_own_rows_copies_none(kind):
+    assert kind.scaled_rows(BARE)[0] is BARE.sketch
+
+
 def test_visits_that_weigh_nothing_bend_nothing():
     nothing = replace(STEP, weights=torch.zeros(3).double(), sketch=torch.zeros(3, ls.D).double())
     assert matrix(EmpiricalFisher(), nothing).abs().max() == 0

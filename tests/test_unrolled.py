@@ -10,7 +10,9 @@ from torch.optim import SGD
 from tda_lightning import MemoryStore, TracIn, Unrolled
 from tda_lightning.attribution.curvature import (
     Curvature,
+    EmpiricalFisher,
     LossWeighted,
+    Mixed,
     SampledLabels,
 )
 from tda_lightning.attribution.dynamics import Dynamics
@@ -202,13 +204,36 @@ def test_with_momentum_a_limit_of_one_would_not_be_enough():
 @pytest.mark.parametrize("m", [0, 3, 7])
 def test_a_tamed_curvature_is_its_rule_applied_to_every_eigenvalue(propagator, rate, m):
     generator = torch.Generator().manual_seed(5)
-    factor = torch.randn(m, 5, generator=generator, dtype=torch.float64)
-    eigenvalues, vectors = torch.linalg.eigh(factor.mT @ factor)
+    rows = torch.randn(m, 5, generator=generator, dtype=torch.float64)
+    scales = torch.rand(m, generator=generator, dtype=torch.float64)
+    eigenvalues, vectors = torch.linalg.eigh((rows.mT * scales**2) @ rows)
     taken = propagator.taken(rate * eigenvalues) / rate if rate else eigenvalues
-    torch.testing.assert_close(
-        TamedCurvature(factor, rate, propagator).times(ls.queries()),
-        ls.queries() @ (vectors * taken) @ vectors.mT,
-    )
+    tamed, left = TamedCurvature(rows, scales, rate, propagator), ls.queries()
+    tamed.pull_(left, tamed.seen(ls.queries()))
+    torch.testing.assert_close(left, ls.queries() - ls.queries() @ (vectors * taken) @ vectors.mT)
+
+
+@each_optimizer
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize(
+    "curvature", [EmpiricalFisher(), LossWeighted(), SampledLabels(), Mixed()], ids=repr
+)
+def test_a_visit_scores_what_its_row_has_in_the_direction(optimizer, stride, curvature):
+    run, method = ls.record(ls.problem(), optimizer, stride), Unrolled(curvature)
+    followed = method.directions(run, ls.queries())
+    for (step, found), (same, direction) in zip(
+        method.visit_scores(run, ls.queries()), followed, strict=True
+    ):
+        assert step is same
+        torch.testing.assert_close(found, step.sketch @ direction.mT)
+
+
+@each_optimizer
+def test_what_was_asked_and_answered_stays_as_it_was(optimizer):
+    run, queries = ls.record(ls.problem(), optimizer), ls.queries()
+    pairs = [(d, d.clone()) for _, d in Unrolled().directions(run, queries)]
+    assert all(torch.equal(direction, then) for direction, then in pairs)
+    assert torch.equal(queries, ls.queries())
 
 
 def test_for_single_outputs_loss_weighted_curvature_is_exact():

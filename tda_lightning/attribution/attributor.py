@@ -38,6 +38,17 @@ class Attributor(ABC):
             queries: Gradient sketches of the queries' losses, shape ``(n_query, k)``.
         """
 
+    def visit_scores(
+        self, run: Store, queries: Float[Tensor, "n_query k"]
+    ) -> Iterator[tuple[Step, Float[Tensor, "n n_query"]]]:
+        """Yield the steps of ``run`` with what each visit has in each query's direction.
+
+        A method that comes by these products on the way to its directions gives them here, to
+        spare the pass one product per step.
+        """
+        for step, direction in self.directions(run, queries):
+            yield step, step.sketch @ direction.mT
+
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
     ) -> Float[Tensor, "n_train n_query"]:
@@ -65,9 +76,9 @@ class Attributor(ABC):
             the store.
         """
         totals = Totals(run.train_ids(), len(queries), queries)
-        pairs = self.directions(MovedRun(run, queries), queries)
-        for step, direction in _follow(pairs, len(run), progress, f"{type(self).__name__}"):
-            totals.add_(step.sample_ids, step.sketch @ direction.mT)
+        pairs = self.visit_scores(MovedRun(run, queries), queries)
+        for step, scores in _follow(pairs, len(run), progress, f"{type(self).__name__}"):
+            totals.add_(step.sample_ids, scores)
         return Scores(
             values=self.combine(totals.values, totals.visits).mT.contiguous().cpu(),
             query_ids=torch.arange(len(queries)),

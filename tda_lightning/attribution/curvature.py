@@ -39,9 +39,38 @@ class Curvature(ABC):
             ValueError: If the step does not hold what this takes.
         """
 
+    def scaled_rows(self, step: Step) -> tuple[Float[Tensor, "m k"], Float[Tensor, " m"]]:
+        """Return the factor as rows, and what to scale each of them by.
+
+        Where the rows are ``step.sketch`` itself, their products with a direction are also the
+        visits' scores, and need not be computed twice.
+        """
+        factor = self.factor(step)
+        return factor, factor.new_ones(len(factor))
+
+
+class _OwnRows(Curvature):
+    """A kind whose factor is the visits' own rows, each scaled by a number."""
+
+    @abstractmethod
+    def scales(self, step: Step) -> Float[Tensor, " n"]:
+        """Return the numbers.
+
+        Raises:
+            ValueError: If the step does not hold what this takes.
+        """
+
+    def factor(self, step: Step) -> Float[Tensor, "n k"]:
+        """Return the rows, scaled."""
+        return step.sketch * self.scales(step)[:, None]
+
+    def scaled_rows(self, step: Step) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"]]:
+        """Return the step's own rows, and the numbers."""
+        return step.sketch, self.scales(step)
+
 
 @dataclass(frozen=True)
-class EmpiricalFisher(Curvature):
+class EmpiricalFisher(_OwnRows):
     """Outer products of the visits' own gradients: any run has them.
 
     Attributes:
@@ -51,16 +80,16 @@ class EmpiricalFisher(Curvature):
 
     terms: Literal["ignored", "independent"] = "ignored"
 
-    def factor(self, step: Step) -> Float[Tensor, "m k"]:
-        """Return the rows over the roots of their weights."""
+    def scales(self, step: Step) -> Float[Tensor, " n"]:
+        """Return one over the roots of the visits' weights, times those of their terms if asked."""
         if self.terms == "ignored":
-            return _scaled_rows(step, torch.ones_like(step.weights))
+            return _over_weight(torch.ones_like(step.weights), step)
         terms = _known(step.terms, step, "numbers of loss terms", "EmpiricalFisher()")
-        return _scaled_rows(step, terms)
+        return _over_weight(terms, step)
 
 
 @dataclass(frozen=True)
-class LossWeighted(Curvature):
+class LossWeighted(_OwnRows):
     """The empirical Fisher, each visit as large as the curvature of its loss.
 
     Exact for losses of one output; p / (1 - p) for the softmax of several.
@@ -71,11 +100,11 @@ class LossWeighted(Curvature):
 
     limit: float = math.inf
 
-    def factor(self, step: Step) -> Float[Tensor, "m k"]:
-        """Return the rows, scaled, over the roots of their weights."""
-        scale = _known(step.curvature, step, "loss curvatures", "EmpiricalFisher()")
-        terms = torch.ones_like(scale) if step.terms is None else step.terms
-        return _scaled_rows(step, scale.clamp(max=self.limit) * terms)
+    def scales(self, step: Step) -> Float[Tensor, " n"]:
+        """Return the roots of the losses' curvatures and terms, over those of the weights."""
+        bent = _known(step.curvature, step, "loss curvatures", "EmpiricalFisher()")
+        terms = torch.ones_like(bent) if step.terms is None else step.terms
+        return _over_weight(bent.clamp(max=self.limit) * terms, step)
 
 
 @dataclass(frozen=True)
@@ -126,8 +155,14 @@ class BestAvailable(Curvature):
 
     def factor(self, step: Step) -> Float[Tensor, "m k"]:
         """Return the best factor that the step allows."""
-        kind = EmpiricalFisher() if step.curvature_rows is None else Mixed()
-        return kind.factor(step)
+        return self._kind(step).factor(step)
+
+    def scaled_rows(self, step: Step) -> tuple[Float[Tensor, "m k"], Float[Tensor, " m"]]:
+        """Return what that kind does."""
+        return self._kind(step).scaled_rows(step)
+
+    def _kind(self, step: Step) -> Curvature:
+        return EmpiricalFisher() if step.curvature_rows is None else Mixed()
 
 
 def mean_curvature(steps: Iterable[Step], kind: Curvature) -> Float[Tensor, "k k"]:
@@ -139,9 +174,9 @@ def mean_curvature(steps: Iterable[Step], kind: Curvature) -> Float[Tensor, "k k
     return total / count
 
 
-def _scaled_rows(step: Step, scale: Float[Tensor, " n"]) -> Float[Tensor, "n k"]:
+def _over_weight(squares: Float[Tensor, " n"], step: Step) -> Float[Tensor, " n"]:
     # A visit that weighs nothing has a row of zeros: it keeps it.
-    return step.sketch * (scale / step.weights.clamp_min(1e-30)).sqrt()[:, None]
+    return (squares / step.weights.clamp_min(1e-30)).sqrt()
 
 
 def _known(value: _Known | None, step: Step, what: str, instead: str) -> _Known:

@@ -73,32 +73,43 @@ class Exponential(Propagator):
 class TamedCurvature:
     r"""The curvature :math:`C^\top C` of a step, as far as a propagator follows it.
 
-    It works in the row space of ``factor``, through the eigenvectors of its small Gram matrix;
-    where no eigenvalue can be too large, it does not even compute those.
+    It works in the row space of the factor :math:`C`, through the eigenvectors of its small Gram
+    matrix; where no eigenvalue can be too large, it does not even compute those.
 
     Args:
-        factor: Rows whose outer products sum to the curvature, shape ``(m, k)``.
+        rows: The rows of the factor, before they are scaled, shape ``(m, k)``.
+        scales: What to scale each by, shape ``(m,)``.
         rate: The rate that decides what overshoots.
         propagator: The rule.
     """
 
-    def __init__(self, factor: Float[Tensor, "m k"], rate: float, propagator: Propagator) -> None:
-        self._factor = factor
-        self._taming = _taming(factor, rate, propagator)
+    def __init__(
+        self,
+        rows: Float[Tensor, "m k"],
+        scales: Float[Tensor, " m"],
+        rate: float,
+        propagator: Propagator,
+    ) -> None:
+        self._rows, self._scales = rows, scales[:, None]
+        gram = (rows @ rows.mT) * self._scales * scales
+        self._taming = _taming(gram, rate, propagator)
 
-    def times(self, rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """Return the product with every row."""
-        inner = rows @ self._factor.mT  # (n, m)
+    def seen(self, vectors: Float[Tensor, "n k"]) -> Float[Tensor, "m n"]:
+        """Return the products of the rows, before they are scaled, with some vectors."""
+        return self._rows @ vectors.mT
+
+    def pull_(self, displacements: Float[Tensor, "n k"], seen: Float[Tensor, "m n"]) -> None:
+        """Subtract from ``displacements`` the curvature's product with what was seen."""
+        inner = self._scales * seen
         if self._taming is not None:
-            inner = inner @ self._taming
-        return inner @ self._factor
+            inner = self._taming @ inner
+        displacements.addmm_((self._scales * inner).mT, self._rows, alpha=-1)
 
 
 def _taming(
-    factor: Float[Tensor, "m k"], rate: float, propagator: Propagator
+    gram: Float[Tensor, "m m"], rate: float, propagator: Propagator
 ) -> Float[Tensor, "m m"] | None:
     """Return the matrix to put between the factors, or ``None`` for the identity."""
-    gram = factor @ factor.mT
     # The fourth root of the sum of their fourth powers: no eigenvalue is larger.
     bound = float((gram @ gram).norm()) ** 0.5
     if rate * bound <= propagator.linear_up_to():

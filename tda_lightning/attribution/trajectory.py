@@ -101,14 +101,14 @@ def contributions(
     _require(chosen, run.train_ids())
     terms: dict[int, Tensor] = {}
     visits = queries.new_zeros(len(chosen), 1)
-    pairs: Any = method.directions(MovedRun(run, queries), queries)
-    for step, direction in tqdm(
+    pairs: Any = method.visit_scores(MovedRun(run, queries), queries)
+    for step, scores in tqdm(
         pairs, total=len(run), desc="trajectory", unit="step", leave=False, disable=not progress
     ):
         selected = (step.sample_ids[None, :] == chosen[:, None]).to(queries)  # (n_selected, n)
         visits += selected.sum(dim=1, keepdim=True)
         time = step.index if per == "step" else step.epoch
-        term = selected @ (step.sketch @ direction.mT)  # (n_selected, n_query)
+        term = selected @ scores  # (n_selected, n_query)
         terms[time] = terms[time] + term if time in terms else term
     times = sorted(terms)
     values = torch.stack([method.combine(terms[time], visits).mT for time in times], dim=2)

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -51,33 +50,56 @@ class Unrolled(Attributor):
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
         """Carry the query's gradient back, from the last step to the first."""
+        for step, direction, _ in self._back(run, queries):
+            yield step, direction
+
+    def visit_scores(
+        self, run: Store, queries: Float[Tensor, "n_query k"]
+    ) -> Iterator[tuple[Step, Float[Tensor, "n n_query"]]]:
+        """Take the scores from the curvature's product where its rows are the visits' own."""
+        for step, direction, scores in self._back(run, queries):
+            yield step, step.sketch @ direction.mT if scores is None else scores
+
+    def _back(
+        self, run: Store, queries: Float[Tensor, "n_query k"]
+    ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"], Float[Tensor, "n n_query"] | None]]:
+        """Yield steps and directions, with the visits' scores if they came up on the way."""
         adjoint = _Adjoint(queries)
         for step in reversed(run):
             dynamics = Dynamics.of(step)
-            factor = self.curvature.factor(step)
-            hessian = TamedCurvature(factor, dynamics.brisk_rate, self.propagator)
-            direction = torch.zeros_like(queries)
-            for _ in range(run.recipe.every_n_steps):
-                direction += adjoint.back_(dynamics, hessian)
-            yield step, direction
+            rows, scales = self.curvature.scaled_rows(step)
+            hessian = TamedCurvature(rows, scales, dynamics.brisk_rate, self.propagator)
+            direction, seen = adjoint.back_(dynamics, hessian)
+            for _ in range(run.recipe.every_n_steps - 1):
+                earlier, seen_earlier = adjoint.back_(dynamics, hessian)
+                direction += earlier
+                seen += seen_earlier
+            yield step, direction, seen if rows is step.sketch else None
 
 
 class _Adjoint:
     """What the query asks of the weights and of the momentum buffer, between two steps."""
 
     def __init__(self, queries: Float[Tensor, "n_query k"]) -> None:
-        self._weights = queries
+        self._weights = queries.clone()  # it changes in place
         self._buffer: Tensor | None = None
 
-    def back_(self, dynamics: Dynamics, hessian: TamedCurvature) -> Float[Tensor, "n_query k"]:
-        """Go back to before the step; return what the query asks of the step's gradient."""
+    def back_(
+        self, dynamics: Dynamics, hessian: TamedCurvature
+    ) -> tuple[Float[Tensor, "n_query k"], Float[Tensor, "m n_query"]]:
+        """Go back to before the step.
+
+        Returns:
+            What the query asks of the step's gradient, and what the curvature's rows see of that.
+        """
         direction = self._ask_(dynamics)
-        kept = 1 - dynamics.rate * dynamics.decoupled
-        pull = hessian.times(direction)
+        seen = hessian.seen(direction)
+        if dynamics.decoupled:
+            self._weights *= 1 - dynamics.rate * dynamics.decoupled
         if dynamics.coupled:
-            pull += dynamics.coupled * direction
-        self._weights = kept * self._weights - pull if kept != 1 else self._weights - pull
-        return direction
+            self._weights -= dynamics.coupled * direction
+        hessian.pull_(self._weights, seen)
+        return direction, seen
 
     def _ask_(self, dynamics: Dynamics) -> Float[Tensor, "n_query k"]:
         moved = dynamics.rate * self._weights
@@ -88,4 +110,5 @@ class _Adjoint:
         if self._buffer is not None:
             buffered = buffered + self._buffer
         self._buffer = dynamics.momentum * buffered
-        return dynamics.fresh * buffered + (moved if dynamics.lookahead else 0)
+        direction = dynamics.fresh * buffered
+        return direction + moved if dynamics.lookahead else direction

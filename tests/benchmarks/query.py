@@ -6,9 +6,9 @@
 A digits MLP is trained and recorded to disk; its test digits are the queries. Each method is timed
 on that HDF5 store, on the same steps in a `MemoryStore`, and against the bare products: the same
 arrays, in memory, step by step, with nothing added up, tamed or looked up. For `TracIn` that is one
-product per step. For `Unrolled` it is four: scores, the direction times the curvature's factor and
-back, and the factor's Gram matrix; or, more strictly, two, the least that an adjoint of gradient
-descent needs where the factor is made of the very rows that are scored.
+product per step. For `Unrolled`, whose curvature here is made of the very rows that are scored, it
+is three: scores, from there back to directions, and the rows' Gram matrix; or, more strictly, two,
+the least that an adjoint of gradient descent needs.
 
 All take turns, and each round gives one ratio: the table has their median, with the least and the
 greatest in brackets. Files have been read before, so they come from the page cache.
@@ -81,11 +81,10 @@ def one_product(steps: Sequence[Step], queries: Tensor) -> None:
         step.sketch @ queries.mT
 
 
-def four_products(steps: Sequence[Step], queries: Tensor) -> None:
+def three_products(steps: Sequence[Step], queries: Tensor) -> None:
     """Do what Unrolled's formula says."""
     for step in reversed(steps):
         rows = step.sketch
-        rows @ queries.mT
         (queries @ rows.mT) @ rows
         rows @ rows.mT
 
@@ -99,7 +98,7 @@ def two_products(steps: Sequence[Step], queries: Tensor) -> None:
 Bare = Callable[[Sequence[Step], Tensor], None]
 CASES: list[tuple[Attributor, Bare]] = [
     (TracIn(), one_product),
-    (Unrolled(), four_products),
+    (Unrolled(), three_products),
     (Unrolled(), two_products),
 ]
 
