@@ -19,7 +19,7 @@ from tda_lightning.passes import own_gradients, record_batch, recording
 from tda_lightning.recipe import Recipe, ranges_of
 from tda_lightning.rows import BatchRows
 from tda_lightning.sample_ids import IdSource, SampleLedger
-from tda_lightning.step import Preconditioner, Step
+from tda_lightning.step import Step
 from tda_lightning.stores import MemoryStore, Store, WritableStore
 
 
@@ -110,7 +110,6 @@ def train_rows(
     loader: DataLoader[Any],
     recipe: Recipe,
     *,
-    coordinates: Preconditioner | None = None,
     sample_ids: IdSource | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n k"]]]:
@@ -122,7 +121,6 @@ def train_rows(
         model: The LightningModule, with the weights to ask about.
         loader: The training data, in any order.
         recipe: How to record.
-        coordinates: The coordinates to record in; by default those of the gradients.
         sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
         progress: Show a progress bar.
 
@@ -135,7 +133,7 @@ def train_rows(
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
     try:
-        with recording(model, recipe, coordinates, "eval", sampled=0.0) as rows:
+        with recording(model, recipe, None, "eval", sampled=0.0) as rows:
             for number, batch in enumerate(with_progress(loader, "training samples", progress)):
                 named = ledger.name(batch, number)
                 _, found = record_batch(model, rows, batch, "train_loader")
@@ -149,7 +147,6 @@ def sampled_rows(
     batches: Iterable[Any],
     recipe: Recipe,
     *,
-    coordinates: Preconditioner | None = None,
     seed: int = 0,
 ) -> Iterator[Float[Tensor, "n k"]]:
     """Sketch, batch by batch, gradients for labels drawn from the model's own predictions.
@@ -160,7 +157,6 @@ def sampled_rows(
         model: The LightningModule, with the weights to ask about.
         batches: Training data.
         recipe: How to record.
-        coordinates: The coordinates to record in; by default those of the gradients.
         seed: Which labels are drawn.
 
     Yields:
@@ -170,7 +166,7 @@ def sampled_rows(
     Raises:
         ValueError: If ``training_step`` cannot take a batch, or its loss has no labels to draw.
     """
-    with recording(model, recipe, coordinates, "eval", sampled=1.0) as rows:
+    with recording(model, recipe, None, "eval", sampled=1.0) as rows:
         for number, batch in enumerate(batches):
             rows.seed(seed + number)
             _, found = record_batch(model, rows, batch, "train_loader")

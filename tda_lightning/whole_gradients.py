@@ -7,7 +7,7 @@ where the run recorded sketches, these are what it sketched.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -38,7 +38,6 @@ from tda_lightning.snapshots import (
     require_snapshots,
     spread,
 )
-from tda_lightning.step import Preconditioner
 from tda_lightning.stores import Store
 from tda_lightning.targets import Target
 
@@ -62,19 +61,6 @@ def whole_recipe(
     )
 
 
-@dataclass(frozen=True)
-class Look:
-    """One look at a model.
-
-    Attributes:
-        viewpoint: At which weights, in which coordinates.
-        coordinates: The same, as rows are recorded in them.
-    """
-
-    viewpoint: Viewpoint = HERE
-    coordinates: Preconditioner | None = None
-
-
 class WholeGradients:
     """Takes the gradients of a model; vectors hold its parameters one after the other, flattened.
 
@@ -95,8 +81,11 @@ class WholeGradients:
         self._parameters = parameters_of(surveyed)
         self._order = columns_of(surveyed)
         self._places = self._order.argsort()
-        self.snapshots = [] if run is None else spread(require_snapshots(run), MOST)
-        self._looks = [self._look(run, one) for one in self.snapshots if run] or [Look()]
+        self.snapshots: list[int] = []
+        self._viewpoints = [HERE]
+        if run is not None:
+            self.snapshots = spread(require_snapshots(run), MOST)
+            self._viewpoints = [self._viewpoint(run, one) for one in self.snapshots]
 
     def of_queries(
         self, queries: Any, target: Target, at: Moment, *, progress: bool
@@ -104,18 +93,10 @@ class WholeGradients:
         """Return the gradients of the queries' losses, or of another target."""
 
         def ask(position: int) -> Float[Tensor, "n_query d"]:
-            coordinates = self._coordinates(position)
-            return query_rows(
-                self._model,
-                queries,
-                self._recipe,
-                target=target,
-                coordinates=coordinates,
-                progress=progress,
-            )
+            rows = query_rows(self._model, queries, self._recipe, target=target, progress=progress)
+            return self._vectors(rows, self._scale(position))
 
-        rows = ask(-1) if self._run is None else mean_rows_at(self._run, self._model, at, ask)
-        return self._vectors(rows)
+        return ask(-1) if self._run is None else mean_rows_at(self._run, self._model, at, ask)
 
     def objective(
         self, loader: DataLoader[Any], damping: float | None, *, progress: bool
@@ -136,7 +117,7 @@ class WholeGradients:
         )
         return replace(
             found,
-            viewpoints=tuple(look.viewpoint for look in self._looks),
+            viewpoints=tuple(self._viewpoints),
             sampled=lambda draws: self._sampled(found, draws, progress),
             damping=damping,
         )
@@ -144,22 +125,17 @@ class WholeGradients:
     def _sampled(
         self, objective: Objective, draws: int, progress: bool
     ) -> Iterator[Float[Tensor, "n d"]]:
-        """Draw labels, and yield rows whose outer products sum to the mean over all looks."""
-        passes = [look for look in self._looks for _ in range(draws)]
+        """Draw labels, and yield rows whose outer products sum to the mean over all viewpoints."""
+        passes = [viewpoint for viewpoint in self._viewpoints for _ in range(draws)]
         total = objective.n * len(passes)
         is_mean = objective.reduction == "mean"
-        for number, look in enumerate(with_progress(passes, "sampled labels", progress)):
-            with look.viewpoint.of(self._model):
-                batches = sampled_rows(
-                    self._model,
-                    objective.batches,
-                    self._recipe,
-                    coordinates=look.coordinates,
-                    seed=number * len(objective.batches),
-                )
+        for number, viewpoint in enumerate(with_progress(passes, "sampled labels", progress)):
+            seed = number * len(objective.batches)
+            with viewpoint.of(self._model):
+                batches = sampled_rows(self._model, objective.batches, self._recipe, seed=seed)
                 for size, rows in zip(objective.sizes, batches, strict=True):
                     share = (size if is_mean else 1) / total
-                    yield self._vectors(rows) * share**0.5
+                    yield self._vectors(rows, viewpoint.scale) * share**0.5
 
     def products(
         self,
@@ -170,47 +146,48 @@ class WholeGradients:
         progress: bool,
     ) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
         """Return the ids of all samples, sorted, and their gradients' products with directions."""
-        along = directions[:, self._order].to(self._recipe.torch_dtype)
-        found = [self._products(look, along, loader, sample_ids, progress) for look in self._looks]
+        found = [
+            self._products(viewpoint, directions, loader, sample_ids, progress)
+            for viewpoint in self._viewpoints
+        ]
         return found[0][0], torch.stack([products for _, products in found]).mean(dim=0)
 
     def _products(
         self,
-        look: Look,
+        viewpoint: Viewpoint,
         directions: Float[Tensor, "n_query d"],
         loader: DataLoader[Any],
         sample_ids: IdSource | None,
         progress: bool,
     ) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
+        scaled = directions if viewpoint.scale is None else directions * viewpoint.scale
+        along = scaled[:, self._order].to(self._recipe.torch_dtype)
         ids, products = [], []
-        with look.viewpoint.of(self._model):
+        with viewpoint.of(self._model):
             for named, rows in train_rows(
-                self._model,
-                loader,
-                self._recipe,
-                coordinates=look.coordinates,
-                sample_ids=sample_ids,
-                progress=progress,
+                self._model, loader, self._recipe, sample_ids=sample_ids, progress=progress
             ):
                 ids.append(named)
-                products.append((directions @ rows.mT).cpu())
+                products.append((along @ rows.mT).cpu())
         if not ids:
             raise ValueError("`train_loader` is an empty loader; expected at least one batch.")
         train_ids, places = torch.cat(ids).sort()
         require_once(train_ids)
         return train_ids, torch.cat(products, dim=1)[:, places]
 
-    def _vectors(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Return rows in the order of the parameters, where these are."""
-        return rows[:, self._places].to(self._parameters[0].device, self._parameters[0].dtype)
+    def _vectors(
+        self, rows: Float[Tensor, "n d"], scale: Float[Tensor, " d"] | None
+    ) -> Float[Tensor, "n d"]:
+        """Return rows in the order of the parameters, where these are, in some coordinates."""
+        like = self._parameters[0]
+        found = rows[:, self._places].to(like.device, like.dtype)
+        return found if scale is None else found * scale
 
-    def _look(self, run: Store, snapshot: int) -> Look:
-        coordinates = self._coordinates(position_of(run, snapshot))
-        scale = None if coordinates is None else self._scale(coordinates)
-        return Look(Viewpoint(run.weights_at(snapshot), scale), coordinates)
+    def _viewpoint(self, run: Store, snapshot: int) -> Viewpoint:
+        return Viewpoint(run.weights_at(snapshot), self._scale(position_of(run, snapshot)))
 
-    def _coordinates(self, position: int) -> Preconditioner | None:
-        """Return the coordinates of a step of the run, of the blocks that count."""
+    def _scale(self, position: int) -> Float[Tensor, " d"] | None:
+        """Return what the coordinates of a step multiply each parameter's gradient by."""
         found = None if self._run is None else self._run.preconditioner(position)
         if self._run is None or found is None:
             return None
@@ -224,16 +201,5 @@ class WholeGradients:
                 f"The run did not record `{unknown[0]}` as it is in the model; expected the layers "
                 "of the run. Choose among these with `layers=[...]`, or leave `run=` out."
             )
-        own = [known[block] for block in self._recipe.blocks]
-        return Preconditioner(
-            torch.cat([one for one, _ in own]), torch.cat([one for _, one in own])
-        )
-
-    def _scale(self, coordinates: Preconditioner) -> Float[Tensor, " d"]:
-        """Return what the coordinates multiply each parameter's gradient by."""
-        blocks = self._recipe.blocks
-        rows = torch.split(coordinates.rows, [block.rows for block in blocks])
-        columns = torch.split(coordinates.columns, [block.columns for block in blocks])
-        pairs = zip(rows, columns, strict=True)
-        whole = torch.cat([torch.outer(*pair).flatten() for pair in pairs])
-        return self._vectors(whole[None])[0]
+        scales = [torch.outer(*known[block]).flatten() for block in self._recipe.blocks]
+        return self._vectors(torch.cat(scales)[None], None)[0]
