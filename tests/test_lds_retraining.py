@@ -45,7 +45,7 @@ def small(task: Task) -> Task:
 
 @EVERY_TASK
 def test_retraining_on_all_samples_ends_where_lightning_ended(name, tmp_path):
-    run = record(small(TASKS[name]), tmp_path / "run", {})
+    run = record(small(TASKS[name]), tmp_path / "run", {}, seed=0)
     found = retrain(run.task, stacked(run.initial, 3), run.batches, torch.ones(3, 17))
     for member in range(3):
         weights = {key: value[member] for key, value in found.items()}
@@ -54,7 +54,7 @@ def test_retraining_on_all_samples_ends_where_lightning_ended(name, tmp_path):
 
 @EVERY_TASK
 def test_left_out_samples_take_away_what_they_added_to_each_step(name, tmp_path):
-    run = record(small(TASKS[name]), tmp_path / "run", {})
+    run = record(small(TASKS[name]), tmp_path / "run", {}, seed=0)
     kept = random_subsets(3, 17, share=0.7)
     found = retrain(run.task, stacked(run.initial, 3), run.batches, kept.float())
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def test_left_out_samples_take_away_what_they_added_to_each_step(name, tmp_path)
 
 
 def test_members_with_batches_of_their_own_are_trained_as_if_alone(tmp_path):
-    run = record(small(TASKS["digits-cnn"]), tmp_path / "run", {})
+    run = record(small(TASKS["digits-cnn"]), tmp_path / "run", {}, seed=0)
     own = shuffled_batches(random_subsets(3, 17, share=0.6), batch_size=4, steps=7, seed=1)
     together = retrain(run.task, stacked(run.initial, 3), own, torch.ones(3, 17))
     alone = retrain(run.task, stacked(run.initial, 1), [b[2] for b in own], torch.ones(1, 17))
@@ -104,7 +104,7 @@ def test_truths_are_remembered_and_others_are_not_taken_for_them(tmp_path):
 
 
 def test_a_query_loss_is_the_mean_over_its_places(tmp_path):
-    run = record(small(TASKS["characters"]), tmp_path / "run", {})
+    run = record(small(TASKS["characters"]), tmp_path / "run", {}, seed=0)
     found = query_losses(run.task, stacked(run.final, 1))[0]
     inputs, targets = run.task.data().queries.tensors
     chances = run.learner.network(inputs).log_softmax(dim=-1)

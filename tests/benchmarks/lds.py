@@ -91,7 +91,7 @@ def print_task(task: Task, options: argparse.Namespace) -> None:
     retrainer = retrainer_of(task, options)
     with tempfile.TemporaryDirectory() as folder:
         runs = {
-            name: record(task, Path(folder) / f"run {number}.tda", settings)
+            name: record(task, Path(folder) / f"run {number}.tda", settings, options.seed)
             for number, (name, settings) in enumerate(recordings(options.dimension).items())
         }
         main = runs[""]
@@ -142,6 +142,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=[], help="words in their names")
     parser.add_argument("--quick", action="store_true", help="fewer subsets and seeds")
     parser.add_argument("--dimension", type=int, default=4096, help="of the wider recording")
+    parser.add_argument("--seed", type=int, default=0, help="of the recorded run")
     parser.add_argument("--threads", type=int, default=1)
     default = Path(tempfile.gettempdir()) / "tda-lightning-lds"
     parser.add_argument("--cache", type=Path, default=default, help="folder of what was retrained")

@@ -21,7 +21,6 @@ from tda_lightning import (
 from tda_lightning.attribution import Attributor
 from tda_lightning.snapshots import Moment
 
-SEED = 0
 SNAPSHOTS = 20
 # Of the distance that training went: rounding grows along the way.
 TOLERANCE = 1e-2
@@ -36,12 +35,14 @@ class Run:
         learner: The trained module.
         store: What was recorded.
         seconds: How long the recorded training took.
+        seed: What it began with.
     """
 
     task: Task
     learner: Learner
     store: HDF5Store
     seconds: float
+    seed: int
 
     @property
     def batches(self) -> list[Tensor]:
@@ -51,7 +52,7 @@ class Run:
     @property
     def initial(self) -> Weights:
         """The weights that training started from."""
-        return initial_weights(self.task, SEED)
+        return initial_weights(self.task, self.seed)
 
     @property
     def final(self) -> Weights:
@@ -125,10 +126,10 @@ def distance(one: Weights, other: Weights) -> float:
     return float(torch.stack(squares).sum().sqrt())
 
 
-def record(task: Task, folder: Path, settings: Mapping[str, object]) -> Run:
+def record(task: Task, folder: Path, settings: Mapping[str, object], seed: int) -> Run:
     """Train with Lightning and the recorder."""
-    snapshots = task.steps // SNAPSHOTS
+    snapshots = max(1, task.steps // SNAPSHOTS)
     recorder = GradientRecorder(folder, existing="replace", snapshots=snapshots, **settings)
     start = time.perf_counter()
-    learner = train(task, SEED, recorder)
-    return Run(task, learner, HDF5Store.open(folder), time.perf_counter() - start)
+    learner = train(task, seed, recorder)
+    return Run(task, learner, HDF5Store.open(folder), time.perf_counter() - start, seed)
