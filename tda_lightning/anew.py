@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.batches import with_progress
+from tda_lightning.batches import require_loader, with_progress
 from tda_lightning.passes import own_gradients, record_batch, recording
 from tda_lightning.recipe import Recipe, ranges_of
 from tda_lightning.rows import BatchRows
@@ -55,6 +55,7 @@ def record(
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
             take the batches or returns no loss.
     """
+    require_loader(loader, "loader")
     result = MemoryStore() if store is None else store
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
@@ -111,7 +112,6 @@ def train_rows(
     recipe: Recipe,
     *,
     sample_ids: IdSource | None = None,
-    progress: bool = True,
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n k"]]]:
     """Sketch, batch by batch, the gradient of each training sample's own loss.
 
@@ -122,7 +122,6 @@ def train_rows(
         loader: The training data, in any order.
         recipe: How to record.
         sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
-        progress: Show a progress bar.
 
     Yields:
         The ids of a batch's samples and their rows, where the model is, shape ``(n, k)``.
@@ -134,7 +133,7 @@ def train_rows(
     ledger.watch(loader, lambda: True)
     try:
         with recording(model, recipe, None, "eval", sampled=0.0) as rows:
-            for number, batch in enumerate(with_progress(loader, "training samples", progress)):
+            for number, batch in enumerate(loader):
                 named = ledger.name(batch, number)
                 _, found = record_batch(model, rows, batch, "train_loader")
                 yield named, own_gradients(found, recipe)

@@ -7,16 +7,31 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tda_lightning.layers import find_tensors
 
 
-def with_progress(batches: Iterable[Any], name: str, progress: bool) -> Iterable[Any]:
+def with_progress(
+    batches: Iterable[Any], name: str, progress: bool, unit: str = "batch"
+) -> Iterable[Any]:
     """Return the batches, with a progress bar while they are gone through."""
-    bar: Iterable[Any] = tqdm(batches, desc=name, unit="batch", leave=False, disable=not progress)
+    bar: Iterable[Any] = tqdm(batches, desc=name, unit=unit, leave=False, disable=not progress)
     return bar
+
+
+def require_loader(loader: Any, argument: str) -> None:
+    """Raise if what should yield batches is a dataset, which yields samples.
+
+    Raises:
+        ValueError: Saying so.
+    """
+    if isinstance(loader, Dataset):
+        raise ValueError(
+            f"`{argument}` is a `{type(loader).__name__}`, which yields samples; expected a loader "
+            f"of batches such as the model was trained on: `DataLoader({argument}, batch_size=50)`."
+        )
 
 
 def batches_of(queries: Any) -> Iterator[Any]:

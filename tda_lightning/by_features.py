@@ -49,6 +49,11 @@ def attribute_by_features(
     Raises:
         ValueError: If the layer or the ids cannot be found, or the data do not fit the model.
     """
+    if not isinstance(method, PointAttributor):
+        raise ValueError(
+            f"`method` is {method!r}; expected one that reads features, `FeatureSimilarity()` say. "
+            "Methods that read a recorded run are asked by `attribute`."
+        )
     layer, reads = method.layer, method.reads
     train = train_points(
         model, train_loader, layer=layer, reads=reads, sample_ids=sample_ids, progress=progress

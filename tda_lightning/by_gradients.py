@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tda_lightning.api import Run, fingerprint, open_run
 from tda_lightning.attribution.dynamics import Extent
 from tda_lightning.attribution.influence import suggested_damping
+from tda_lightning.batches import require_loader
 from tda_lightning.layers import survey
 from tda_lightning.parameter_space import FullInfluenceFunction
 from tda_lightning.recipe import SampleAxis
@@ -82,7 +83,10 @@ def attribute_by_gradients(
         ValueError: If the ids cannot be known, the data do not fit the model, the run has no
             snapshots, or the method cannot be applied to the model.
     """
-    method.solver.require()
+    _require_method(method)
+    loader = train_loader if curvature_loader is None else curvature_loader
+    require_loader(train_loader, "train_loader")
+    require_loader(loader, "curvature_loader")
     store = _opened(run, at)
     _say_what_is_left_out(model, method)
     surveyed = survey(model, method.layers)
@@ -92,7 +96,6 @@ def attribute_by_gradients(
     recipe = whole_recipe(model, surveyed, reduction or "mean", batch_dims or {})
     whole = WholeGradients(model, surveyed, recipe, store)
     asked = whole.of_queries(queries, target, at, progress=progress)
-    loader = train_loader if curvature_loader is None else curvature_loader
     with undisturbed(model, "eval"):
         objective = whole.objective(loader, _damping(store), progress=progress)
         solution = method.solve(objective, asked, progress=progress)
@@ -122,6 +125,15 @@ def _say_what_is_left_out(model: nn.Module, method: FullInfluenceFunction) -> No
     for entry in survey(model).left_out:
         if any(fnmatchcase(entry.name, pattern) for pattern in patterns):
             warnings.warn(f"attribute_by_gradients: {entry.describe()}", stacklevel=3)
+
+
+def _require_method(method: object) -> None:
+    if not isinstance(method, FullInfluenceFunction):
+        raise ValueError(
+            f"`method` is {method!r}; expected a `FullInfluenceFunction`. Others are asked by "
+            "`attribute`, of a recorded run, or by `attribute_by_features`."
+        )
+    method.solver.require()
 
 
 def _opened(run: Run | None, at: Moment) -> Store | None:

@@ -21,6 +21,7 @@ from tda_lightning.batches import (
     batches_of,
     describe,
     loss_of,
+    require_loader,
     step_of,
     transfer,
     with_progress,
@@ -59,6 +60,7 @@ def train_points(
         ValueError: If the layer or the ids cannot be found, or ``training_step`` cannot take a
             batch.
     """
+    require_loader(loader, "train_loader")
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
     parts, ids = [], []

@@ -69,12 +69,27 @@ def mean_rows_at(
     """Ask at some weights; along the way, at the later snapshots, and average."""
     if at == "now":
         return ask(-1)
+    if isinstance(at, str) and at != "snapshots":
+        raise ValueError(
+            f'`at` is {at!r}; expected "now", "snapshots", or the index of a step that has a '
+            "snapshot."
+        )
     chosen = later_snapshots(store) if at == "snapshots" else [at]
     return torch.stack(list(_each(store, model, chosen, ask))).mean(dim=0)
 
 
 def method_at(method: Attributor, at: Moment) -> Attributor:
-    """Return the method that takes the rows of :func:`rows_at`."""
+    """Return the method that takes the rows of :func:`rows_at`.
+
+    Raises:
+        ValueError: If it is none that reads a run.
+    """
+    if not isinstance(method, Attributor):
+        raise ValueError(
+            f"`method` is {method!r}; expected one that reads a run, `Unrolled()` say. "
+            "`FullInfluenceFunction` is asked by `attribute_by_gradients`; `FeatureSimilarity`, "
+            "`RepresenterPoint` and `LocalJacobianExpansion` are by `attribute_by_features`."
+        )
     return _Along(method) if at == "snapshots" and isinstance(method, TracIn) else method
 
 

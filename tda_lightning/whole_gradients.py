@@ -129,7 +129,8 @@ class WholeGradients:
         passes = [viewpoint for viewpoint in self._viewpoints for _ in range(draws)]
         total = objective.n * len(passes)
         is_mean = objective.reduction == "mean"
-        for number, viewpoint in enumerate(with_progress(passes, "sampled labels", progress)):
+        bar = with_progress(passes, "sampled labels", progress, unit="pass")
+        for number, viewpoint in enumerate(bar):
             seed = number * len(objective.batches)
             with viewpoint.of(self._model):
                 batches = sampled_rows(self._model, objective.batches, self._recipe, seed=seed)
@@ -146,10 +147,8 @@ class WholeGradients:
         progress: bool,
     ) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
         """Return the ids of all samples, sorted, and their gradients' products with directions."""
-        found = [
-            self._products(viewpoint, directions, loader, sample_ids, progress)
-            for viewpoint in self._viewpoints
-        ]
+        passes = with_progress(self._viewpoints, "training samples", progress, unit="pass")
+        found = [self._products(one, directions, loader, sample_ids) for one in passes]
         return found[0][0], torch.stack([products for _, products in found]).mean(dim=0)
 
     def _products(
@@ -158,15 +157,12 @@ class WholeGradients:
         directions: Float[Tensor, "n_query d"],
         loader: DataLoader[Any],
         sample_ids: IdSource | None,
-        progress: bool,
     ) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
         scaled = directions if viewpoint.scale is None else directions * viewpoint.scale
         along = scaled[:, self._order].to(self._recipe.torch_dtype)
         ids, products = [], []
         with viewpoint.of(self._model):
-            for named, rows in train_rows(
-                self._model, loader, self._recipe, sample_ids=sample_ids, progress=progress
-            ):
+            for named, rows in train_rows(self._model, loader, self._recipe, sample_ids=sample_ids):
                 ids.append(named)
                 products.append((along @ rows.mT).cpu())
         if not ids:

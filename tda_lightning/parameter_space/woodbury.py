@@ -51,6 +51,11 @@ class Woodbury(Solver):
     draws: int = 4
     max_gb: float = 8.0
 
+    def __post_init__(self) -> None:
+        """Raise unless there is something to draw."""
+        if self.draws < 1:
+            raise ValueError(f"`draws` is {self.draws}; expected 1 or more.")
+
     def require(self) -> None:
         """Ask for nothing."""
 
