@@ -144,14 +144,14 @@ def kronecker_factored(
     return operator
 
 
-class _Damped(PyTorchLinearOperator):  # type: ignore[misc]
-    """An operator plus a multiple of the identity."""
+class _Around(PyTorchLinearOperator):  # type: ignore[misc]
+    """A symmetric operator made of another."""
 
     SELF_ADJOINT = True
 
-    def __init__(self, operator: Any, damping: float) -> None:
+    def __init__(self, operator: Any) -> None:
         super().__init__(operator._in_shape, operator._out_shape)
-        self._operator, self._damping = operator, damping
+        self._operator = operator
 
     @property
     def device(self) -> torch.device:
@@ -162,6 +162,14 @@ class _Damped(PyTorchLinearOperator):  # type: ignore[misc]
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self._operator.dtype
         return dtype
+
+
+class _Damped(_Around):
+    """An operator plus a multiple of the identity."""
+
+    def __init__(self, operator: Any, damping: float) -> None:
+        super().__init__(operator)
+        self._damping = damping
 
     def _matmat(self, vectors: list[Tensor]) -> list[Tensor]:
         products = self._operator._matmat(vectors)
@@ -170,24 +178,12 @@ class _Damped(PyTorchLinearOperator):  # type: ignore[misc]
         ]
 
 
-class _Seen(PyTorchLinearOperator):  # type: ignore[misc]
+class _Seen(_Around):
     """The mean of what an operator is at several weights, each in coordinates of its own."""
 
-    SELF_ADJOINT = True
-
     def __init__(self, operator: Any, model: nn.Module, viewpoints: Sequence[Viewpoint]) -> None:
-        super().__init__(operator._in_shape, operator._out_shape)
-        self._operator, self._model, self._viewpoints = operator, model, viewpoints
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self._operator.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._operator.dtype
-        return dtype
+        super().__init__(operator)
+        self._model, self._viewpoints = model, viewpoints
 
     def _matmat(self, vectors: list[Tensor]) -> list[Tensor]:
         seen = [self._product(viewpoint, vectors) for viewpoint in self._viewpoints]
