@@ -137,7 +137,7 @@ class RowRecorder:
 
     def listen(self, loss: Tensor) -> None:
         """Expect the backward pass of that batch's loss."""
-        self._summary = self._end_forward(loss)
+        self._summary = LossSummary(self._end_forward(loss), len(self._rows))
         self._capture.listen(self._receive)
 
     def rehearse(self, loss: Tensor, trained: Sequence[nn.Parameter]) -> None:
@@ -160,13 +160,12 @@ class RowRecorder:
         self._curvature_rows = None
         self._generator.set_state(state)
 
-    def _end_forward(self, loss: Tensor) -> LossSummary:
+    def _end_forward(self, loss: Tensor) -> list[LossNode]:
         nodes = find_losses(loss, self._capture.heard)
-        summary = LossSummary(nodes, len(self._rows))
         self._capture.end_forward(loss)
         if self._sampled:
             self._record_curvature(loss, nodes)
-        return summary
+        return nodes
 
     def finish(self) -> BatchRows:
         """Return what was recorded of the batch."""

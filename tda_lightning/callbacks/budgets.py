@@ -124,8 +124,16 @@ def _pace_of(model: LightningModule, lanes: Lanes, loss: Tensor, forward: float)
         with aside():
             torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
 
+    def recorded() -> None:
+        lanes.rehearse(loss, trained)
+
+    def made() -> float:
+        lanes.take_time(Stopwatch(loss.device).seconds)
+        recorded()
+        return lanes.time_taken()
+
     try:
-        return take_pace(forward, plain, lambda: lanes.rehearse(loss, trained), loss.device)
+        return take_pace(forward, plain, recorded, made, loss.device)
     except RuntimeError as error:
         raise ValueError(
             f"`max_overhead` cannot be kept, since no time could be taken: {error} Expected a loss "
