@@ -99,6 +99,28 @@ def test_snapshots_are_the_weights_before_their_step():
             assert torch.equal(weight, diary.weights[batch][name])
 
 
+@pytest.mark.parametrize(
+    ("snapshots", "settings", "said"),
+    [
+        (2, {}, "; about 3 of them, 0.0 MiB"),
+        (4, {"max_steps": 5}, "; about 2 of them, 0.0 MiB"),
+        ([1, 4, 6], {}, "; about 2 of them, 0.0 MiB"),
+        (2, {"max_epochs": -1, "max_time": "00:00:00:01"}, "; an unknown number of them"),
+    ],
+    ids=repr,
+)
+def test_their_size_is_said_beforehand(snapshots, settings, said, caplog):
+    store = MemoryStore()
+    with caplog.at_level("INFO"):
+        record(store, snapshots=snapshots, **settings)
+    assert f"snapshots of the weights take 0.0 MiB each{said}" in caplog.text
+    if "max_time" not in settings:
+        assert f"about {len(store.snapshots())} of them" in caplog.text
+    caplog.clear()
+    record(MemoryStore())
+    assert "snapshots of the weights" not in caplog.text
+
+
 @pytest.mark.parametrize("method", [TracIn(), Source()], ids=repr)
 def test_queries_at_a_step_are_those_of_a_model_with_its_weights(method):
     store = MemoryStore()

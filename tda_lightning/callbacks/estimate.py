@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
+from collections.abc import Iterator, Sequence, Sized
 
-from tda_lightning.callbacks.either import Trainer
+from torch import Tensor
+
+from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.loaders import training_loaders
 from tda_lightning.recipe import Recipe
 from tda_lightning.stores import WritableStore
@@ -35,6 +37,28 @@ def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float, store: Writa
         f"recording {recorded / total:.1%} of the trained parameters ({len(recipe.blocks)} layers) "
         f"in {row_bytes:,} bytes a visit; {cost}."
     )
+
+
+def describe_snapshots(
+    trainer: Trainer, model: LightningModule, chosen: int | Sequence[int]
+) -> Iterator[str]:
+    """Say in one line how much disk the snapshots will take, if there are to be any.
+
+    Args:
+        trainer: The trainer.
+        model: The model.
+        chosen: Every how many steps, 0 for never; or before which steps.
+    """
+    if not chosen:
+        return
+    steps = _expected_steps(trainer)
+    count = steps / chosen if isinstance(chosen, int) else sum(one < steps for one in chosen)
+    held = [one for one in model.state_dict().values() if isinstance(one, Tensor)]
+    each = sum(one.numel() * one.element_size() for one in held) / 2**20
+    total = "an unknown number of them"
+    if math.isfinite(count):
+        total = f"about {math.ceil(count):,} of them, {math.ceil(count) * each:,.1f} MiB"
+    yield f"snapshots of the weights take {each:,.1f} MiB each; {total}."
 
 
 def stride_within(
@@ -79,13 +103,21 @@ def _expected_visits(trainer: Trainer, recipe: Recipe) -> float:
     length = _length_of(training_loaders(trainer)[0])
     if recipe.train_ids is None or math.isinf(length):
         return math.inf
-    batches = float(trainer.num_training_batches)
-    share = batches / length
+    share = float(trainer.num_training_batches) / length
     per_epoch = share * sum(stop - start for start, stop in recipe.train_ids)
-    steps_per_epoch = max(1.0, batches / trainer.accumulate_grad_batches)
-    by_epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps / steps_per_epoch
-    return float(per_epoch * min(by_epochs, by_steps) / recipe.every_n_steps)
+    epochs = _expected_steps(trainer) / _steps_per_epoch(trainer)
+    return float(per_epoch * epochs / recipe.every_n_steps)
+
+
+def _expected_steps(trainer: Trainer) -> float:
+    """Number of optimizer steps, or infinity if it cannot be told beforehand."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    most = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    return min(epochs * _steps_per_epoch(trainer), most)
+
+
+def _steps_per_epoch(trainer: Trainer) -> float:
+    return max(1.0, float(trainer.num_training_batches) / trainer.accumulate_grad_batches)
 
 
 def _length_of(loader: Sized) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,6 +21,7 @@ from tda_lightning.callbacks.checks import (
 )
 from tda_lightning.callbacks.clipping import watch_clipping
 from tda_lightning.callbacks.either import LightningModule, Trainer
+from tda_lightning.callbacks.estimate import describe_snapshots
 from tda_lightning.callbacks.first_batch import FirstBatch
 from tda_lightning.callbacks.keeper import Keeper
 from tda_lightning.callbacks.lanes import Lanes, Settings
@@ -142,6 +143,8 @@ class GradientRecorder(pl.Callback):
         for entry in recipe.left_out:
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
         self._budgets.describe(trainer, recipe)
+        for line in describe_snapshots(trainer, pl_module, self.snapshots):
+            rank_zero_info(f"GradientRecorder: {line}")
         lanes.attach(recipe.every_n_steps)
         self._undo.append(watch_clipping(trainer, lanes.before_clipping))
         self._lanes, self._first = lanes, FirstBatch()
