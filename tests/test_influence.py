@@ -72,11 +72,11 @@ def test_curvature_can_be_that_of_the_last_epoch():
 @pytest.mark.parametrize(
     ("momentum", "stride", "time"), [(0.0, 1, 0.7), (0.9, 1, 7.0), (0.0, 3, 2.1)]
 )
-def test_damping_is_three_over_the_time_of_the_training(momentum, stride, time):
+def test_damping_is_three_halves_over_the_time_of_the_training(momentum, stride, time):
     problem = replace(ls.problem(steps=7), rates=[1.0] * 7)
     run = ls.record(problem, lambda p: SGD(p, lr=0.1, momentum=momentum), stride=stride)
     torch.testing.assert_close(
-        scores(InfluenceFunction(), run), scores(InfluenceFunction(damping=3 / time), run)
+        scores(InfluenceFunction(), run), scores(InfluenceFunction(damping=1.5 / time), run)
     )
 
 
