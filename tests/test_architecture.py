@@ -9,7 +9,7 @@ import tda_lightning
 
 PACKAGE = Path(tda_lightning.__file__).parent
 FLOORS = [
-    {"step", "points", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
+    {"arguments", "step", "points", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
     {"layers", "sketcher", "stores", "scores", "losses"},
     {"capture", "projectors", "sample_ids", "order", "batches", "attribution", "metrics"},
     {"rows", "conservation", "coordinates", "targets", "contributions", "snapshots"},
