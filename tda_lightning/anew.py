@@ -65,6 +65,7 @@ def record(
         train_ids=None if ids is None else ranges_of(ids),
         curvature="fisher" if labels == "sampled" else "none",
         every_n_steps=1,
+        is_training=False,
     )
     result.begin(recipe)
     facts = like[at]

@@ -88,6 +88,7 @@ class Recipe:
         curvature: Whether steps hold rows of sampled labels.
         ranks: Number of processes that record, each its part of every step.
         every_n_steps: Stride; one recorded step stands for this many.
+        is_training: Whether steps moved the weights; ``False`` for passes that were recorded anew.
         train_ids: Half-open ranges of the ids in the training set, or ``None`` if it is not known.
         widths: Number of a row's columns that belong to each block, in order, or ``None`` where
             blocks share columns.
@@ -110,6 +111,7 @@ class Recipe:
     model: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     widths: tuple[int, ...] | None = None
+    is_training: bool = True
 
     @property
     def torch_dtype(self) -> torch.dtype:

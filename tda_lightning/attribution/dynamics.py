@@ -94,6 +94,21 @@ class Dynamics:
         return self.momentum if self.lookahead else 1.0
 
 
+def require_training(run: Store) -> None:
+    """Raise unless the steps of a run moved the weights.
+
+    Raises:
+        ValueError: If it is a pass that was recorded without training.
+    """
+    if not run.recipe.is_training:
+        raise ValueError(
+            "The run is a pass that was recorded without training: its steps moved nothing, and "
+            "what followed from them cannot be asked. Expected the run of a training; give the "
+            "pass to `InfluenceFunction(curvature_from=...)` or `rows_from=`, or compare gradients "
+            "with `GradientSimilarity()`."
+        )
+
+
 @dataclass(frozen=True)
 class Extent:
     """How far a training went.

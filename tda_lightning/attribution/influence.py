@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tda_lightning.attribution.attributor import SelfAttributor
 from tda_lightning.attribution.curvature import Curvature, SampledOrEmpirical, mean_curvature
-from tda_lightning.attribution.dynamics import Dynamics, Extent
+from tda_lightning.attribution.dynamics import Dynamics, Extent, require_training
 from tda_lightning.attribution.moved import MovedRun
 from tda_lightning.attribution.visits import as_own_gradients, last_epoch, last_visits
 from tda_lightning.linalg import damped_root
@@ -103,6 +103,7 @@ class InfluenceFunction(SelfAttributor):
 
 def suggested_damping(run: Store, extent: Extent) -> float:
     """Return 1.5 / (sum of rates) and the weight decay, in the coordinates of the run's rows."""
+    require_training(run)
     return TIMES / extent.time + Dynamics.of(run[-1]).decay
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.curvature import BestAvailable, Curvature, mean_curvature
-from tda_lightning.attribution.dynamics import Dynamics, Extent
+from tda_lightning.attribution.dynamics import Dynamics, Extent, require_training
 from tda_lightning.attribution.propagator import Exponential, Propagator
 from tda_lightning.step import Step
 from tda_lightning.stores import Store
@@ -55,6 +55,7 @@ class Source(Attributor):
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
         """Look for one direction in all steps of a segment; go from the last segment back."""
+        require_training(run)
         remaining = queries
         for steps in reversed(_cut(run, self.segments)):
             segment = self._average(steps)

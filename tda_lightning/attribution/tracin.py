@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.attribution.attributor import SelfAttributor
+from tda_lightning.attribution.dynamics import require_training
 from tda_lightning.linalg import squared_norms
 from tda_lightning.step import Step
 from tda_lightning.stores import Store
@@ -41,12 +42,14 @@ class TracIn(SelfAttributor):
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
         """Look for the query's gradient, as far as the step went."""
+        require_training(run)
         chosen = self._chosen(run, queries)
         for step in run:
             yield step, run.recipe.every_n_steps * step.lr * chosen
 
     def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
         """Yield the visits' squared gradient norms, as far as the step went (eq. 1 with q = i)."""
+        require_training(run)
         for step in run:
             own = squared_norms(self._chosen(run, step.sketch)) / step.weights
             yield step, run.recipe.every_n_steps * step.lr * own

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.curvature import BestAvailable, Curvature
-from tda_lightning.attribution.dynamics import Dynamics
+from tda_lightning.attribution.dynamics import Dynamics, require_training
 from tda_lightning.attribution.propagator import Exponential, Propagator, TamedCurvature
 from tda_lightning.step import Step
 from tda_lightning.stores import Store
@@ -64,6 +64,7 @@ class Unrolled(Attributor):
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"], Float[Tensor, "n n_query"] | None]]:
         """Yield steps and directions, with the visits' scores if they came up on the way."""
+        require_training(run)
         adjoint = _Adjoint(queries)
         for step in reversed(run):
             dynamics = Dynamics.of(step)
