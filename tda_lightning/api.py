@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Trajectory, Unrolled
 from tda_lightning.attribution.top import top_scores
 from tda_lightning.attribution.trajectory import contributions
+from tda_lightning.batches import kept_batches
 from tda_lightning.queries import record_queries
 from tda_lightning.scores import SampleScores, Scores, TopScores
 from tda_lightning.snapshots import Moment, describe_weights, method_at, rows_at
@@ -61,6 +62,7 @@ def attribute(
         ValueError: If the run is empty, the model is another one, or the queries do not fit it.
     """
     stores, models = _pairs(run, model)
+    queries = kept_batches(queries) if len(stores) > 1 else queries
     method = method_at(method, at)
     rows = [
         _ask(store, one, queries, target, at, method, mode, progress)
@@ -220,6 +222,8 @@ def _ask(
     progress: bool,
 ) -> Float[Tensor, "n_query width"]:
     """Return the rows of the queries, where the model is: methods work where their queries are."""
+    if at == "snapshots":
+        queries = kept_batches(queries)
 
     def ask(position: int) -> Float[Tensor, "n_query k"]:
         return record_queries(

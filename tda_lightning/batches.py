@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -34,12 +34,22 @@ def require_loader(loader: Any, argument: str) -> None:
         )
 
 
-def batches_of(queries: Any) -> Iterator[Any]:
-    """Yield the batches of a loader, or the one batch."""
-    if isinstance(queries, DataLoader):
-        yield from queries
-    else:
-        yield queries
+class Batches(list[Any]):
+    """The batches of a loader, kept: every pass over them is the same."""
+
+
+def kept_batches(queries: Any) -> Any:
+    """Return queries that can be gone through again: a shuffled loader has another order then.
+
+    Args:
+        queries: A batch, or a loader of batches.
+    """
+    return Batches(queries) if isinstance(queries, DataLoader) else queries
+
+
+def batches_of(queries: Any) -> Iterable[Any]:
+    """Return the batches of a loader, or the one batch."""
+    return queries if isinstance(queries, DataLoader | Batches) else [queries]
 
 
 def step_of(model: Any, batch: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import (
     ContributionTracker,
@@ -241,3 +241,28 @@ def test_what_cannot_be_asked_says_so():
         top_attributions(store, model, queries(), at=3)
     with pytest.raises(ValueError, match="do not fit the `Plain`"):
         attribute(store, Plain(mlp(d=5).double()), queries(), at=2)
+
+
+def shuffled(data):
+    chance = torch.Generator().manual_seed(0)
+    return DataLoader(TensorDataset(*data), batch_size=3, shuffle=True, generator=chance)
+
+
+@pytest.mark.parametrize("method", [TracIn(), InfluenceFunction()], ids=lambda m: type(m).__name__)
+def test_a_loader_of_queries_that_shuffles_has_one_order_at_all_snapshots(method):
+    store = MemoryStore()
+    model, data = record(store, snapshots=1), queries()
+    found = attribute(store, model, shuffled(data), method=method, at="snapshots", progress=False)
+    in_order = [torch.cat(parts) for parts in zip(*shuffled(data), strict=True)]
+    same = attribute(store, model, in_order, method=method, at="snapshots", progress=False)
+    torch.testing.assert_close(found.values, same.values)
+
+
+def test_a_loader_of_queries_that_shuffles_has_one_order_in_all_trainings():
+    stores = [MemoryStore(), MemoryStore()]
+    models, data = [record(store) for store in stores], queries()
+    found = attribute(stores, models, shuffled(data), progress=False)
+    in_order = [torch.cat(parts) for parts in zip(*shuffled(data), strict=True)]
+    torch.testing.assert_close(
+        found.values, attribute(stores, models, in_order, progress=False).values
+    )
