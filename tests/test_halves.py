@@ -181,12 +181,6 @@ def test_losses_that_are_not_torchs_are_refused(loss):
         matrix_of(GaussNewton(), model, TARGETS)
 
 
-def test_half_a_cut_is_refused():
-    curvature = GaussNewton(outputs=lambda module, batch: module.net(batch[0]))
-    with pytest.raises(ValueError, match="one of `outputs` and `loss`; expected both"):
-        matrix_of(curvature, Plain(network()).double(), LABELS)
-
-
 @pytest.mark.parametrize(
     ("loss", "y", "message"),
     [

@@ -229,11 +229,6 @@ def test_what_cannot_be_asked_says_so():
         ask(part, run=partly)
 
 
-def test_no_draw_is_no_curvature():
-    with pytest.raises(ValueError, match="`draws` is 0; expected 1 or more"):
-        Woodbury(draws=0)
-
-
 def test_ekfac_is_of_one_moment():
     pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
     store = MemoryStore()

@@ -54,15 +54,21 @@ class GaussNewton(ModelCurvature):
     outputs: Callable[[nn.Module, Any], Tensor] | None = field(default=None, repr=False)
     loss: Callable[[Tensor, Any], Tensor] | None = field(default=None, repr=False)
 
-    def operator(self, objective: Objective) -> Operator:
-        """Return the matrix of the mean loss, as a linear operator."""
-        from tda_lightning.parameter_space.operators import gauss_newton
-
+    def __post_init__(self) -> None:
+        """Raise unless there are two functions, or none."""
         if (self.outputs is None) != (self.loss is None):
             raise ValueError(
                 "`GaussNewton` was given one of `outputs` and `loss`; expected both, or neither. "
                 "Pass the other as well."
             )
+        for name, given in (("outputs", self.outputs), ("loss", self.loss)):
+            if given is not None:
+                _require_function(name, given)
+
+    def operator(self, objective: Objective) -> Operator:
+        """Return the matrix of the mean loss, as a linear operator."""
+        from tda_lightning.parameter_space.operators import gauss_newton
+
         if self.outputs is None or self.loss is None:
             halves = Halves(objective)
             return gauss_newton(objective, halves.outputs, halves.loss)
@@ -89,3 +95,11 @@ class Hessian(ModelCurvature):
         found = hessian(objective, lambda number: whole_loss(objective, number))
         require_second_derivative(objective, found)
         return found
+
+
+def _require_function(name: str, given: object) -> None:
+    if not callable(given):
+        raise ValueError(
+            f"`{name}` is {given!r}; expected a function, such as `outputs=lambda module, batch: "
+            "module(batch[0])` with `loss=lambda outputs, batch: cross_entropy(outputs, batch[1])`."
+        )

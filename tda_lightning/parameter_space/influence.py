@@ -22,13 +22,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from tda_lightning.arguments import require_kind, require_positive, require_whole
 from tda_lightning.parameter_space.curvature import GaussNewton, ModelCurvature
 from tda_lightning.parameter_space.objective import Objective
 from tda_lightning.parameter_space.solvers import Solver
@@ -72,6 +73,16 @@ class FullInfluenceFunction:
     damping: float | None = None
     layers: Sequence[str] | None = None
     at_once: int = 32
+
+    def __post_init__(self) -> None:
+        """Raise unless these are what they are said to be."""
+        require_kind("solver", self.solver, Solver, "`Woodbury()`")
+        require_kind("curvature", self.curvature, ModelCurvature, "`GaussNewton()`")
+        if self.damping is not None:
+            require_positive("damping", self.damping)
+        if self.layers is not None:
+            _require_names(self.layers)
+        require_whole("at_once", self.at_once, least=1)
 
     def solve(
         self, objective: Objective, queries: Float[Tensor, "n_query d"], *, progress: bool = True
@@ -119,3 +130,13 @@ class FullInfluenceFunction:
                 "default is a share of the curvature's own eigenvalues."
             )
         return found
+
+
+def _require_names(layers: Any) -> None:
+    """Raise unless layers are named, in a list: a string would be taken for a list of letters."""
+    is_list = isinstance(layers, Sequence) and not isinstance(layers, str)
+    if not is_list or not layers or not all(isinstance(one, str) for one in layers):
+        raise ValueError(
+            f'`layers` is {layers!r}; expected a list of names, such as `["head"]`. Leave it out '
+            "for all layers."
+        )

@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.arguments import require_choice, require_positive, require_whole
 from tda_lightning.parameter_space.curvature import GaussNewton, ModelCurvature
 from tda_lightning.parameter_space.extra import require_operators
 from tda_lightning.parameter_space.kronecker import KroneckerFactored
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from tda_lightning.parameter_space.operators import Operator
 
 SHARE_OF_LARGEST, SHARE_OF_MEAN = 0.02, 0.1
+Labels = Literal["all", "sampled"]
 Inverse = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 
 
@@ -97,6 +99,11 @@ class ConjugateGradient(Solver):
     tolerance: float = 1e-5
     products: int = 1000
 
+    def __post_init__(self) -> None:
+        """Raise unless there is something to arrive at, and a way to go."""
+        require_positive("tolerance", self.tolerance)
+        require_whole("products", self.products, least=1)
+
     def inverse(self, operator: Operator, damping: float) -> Inverse:
         """Return the solution by conjugate gradients, with its residual checked."""
         from tda_lightning.parameter_space.operators import conjugate_gradient, damped
@@ -126,6 +133,16 @@ class Neumann(Solver):
 
     remainder: float = 0.01
     terms: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise unless the series has a first term and an end."""
+        require_positive("remainder", self.remainder)
+        if self.remainder >= 1:
+            raise ValueError(
+                f"`remainder` is {self.remainder!r}; expected a share of the solution, below 1."
+            )
+        if self.terms is not None:
+            require_whole("terms", self.terms, least=1)
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
         """Return the sum of the series, with its residual checked."""
@@ -160,6 +177,10 @@ class Lanczos(Solver):
 
     rank: int = 64
 
+    def __post_init__(self) -> None:
+        """Raise unless there is an eigenvalue to find."""
+        require_whole("rank", self.rank, least=1)
+
     def inverse(self, operator: Operator, damping: float) -> Inverse:
         """Return the inverse of the truncated curvature, damped."""
         from tda_lightning.parameter_space.operators import eigenpairs
@@ -186,7 +207,11 @@ class EKFAC(Solver):
             backward pass for each output; ``"sampled"`` draws one per sample.
     """
 
-    labels: Literal["all", "sampled"] = "all"
+    labels: Labels = "all"
+
+    def __post_init__(self) -> None:
+        """Raise unless the labels are of a known kind."""
+        require_choice("labels", self.labels, Labels)
 
     def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:
         """Return the approximation of the Gauss-Newton matrix."""

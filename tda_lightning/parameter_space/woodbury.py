@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.arguments import require_positive, require_whole
 from tda_lightning.linalg import damped_root
 from tda_lightning.parameter_space.curvature import GaussNewton, ModelCurvature
 from tda_lightning.parameter_space.objective import Objective
@@ -52,9 +53,9 @@ class Woodbury(Solver):
     max_gb: float = 8.0
 
     def __post_init__(self) -> None:
-        """Raise unless there is something to draw."""
-        if self.draws < 1:
-            raise ValueError(f"`draws` is {self.draws}; expected 1 or more.")
+        """Raise unless there is something to draw, and room for it."""
+        require_whole("draws", self.draws, least=1)
+        require_positive("max_gb", self.max_gb)
 
     def require(self) -> None:
         """Ask for nothing."""
