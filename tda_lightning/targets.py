@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from tda_lightning.arguments import require_choice, require_whole
 from tda_lightning.batches import describe, loss_of
 
 Target = Callable[[nn.Module, Any], Tensor]
+ClassAxis = Literal[1, -1] | None
 
 _INPUTS = ("x", "input", "inputs", "image", "images", "input_ids", "pixel_values", "features")
 _LABELS = ("y", "label", "labels", "target", "targets")
@@ -47,6 +49,8 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
     try:
         found = module(inputs)
     except NotImplementedError as error:
+        if "forward" not in str(error):  # something that `forward` does is not implemented
+            raise
         raise ValueError(
             f"`{type(module).__name__}` has no `forward`; expected one that turns a batch's inputs "
             "into logits. Write it, or say how: "
@@ -93,25 +97,42 @@ class Logit:
 
     Attributes:
         index: The class; that of each sample's label if left out.
-        outputs: Returns the logits, classes along the last axis, from module and batch.
+        outputs: Returns the logits from module and batch.
         labels: Returns the labels from a batch.
+        class_axis: Axis of the classes; by default told from the shapes of logits and labels.
     """
 
     index: int | None = None
     outputs: Callable[[nn.Module, Any], Tensor] = field(default=outputs_of, repr=False)
     labels: Callable[[Any], Tensor] = field(default=labels_of, repr=False)
+    class_axis: ClassAxis = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raise unless every argument is one that can be."""
+        _require_fields(self)
+        if self.index is not None:
+            require_whole("index", self.index, least=0)
 
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "*n"]:
         """Return one logit per label, or per place where a label would be."""
-        logits = _require_classes(self.outputs(module, batch))
+        outputs = self.outputs(module, batch)
         if self.index is None:
-            return _at(logits, self.labels(batch))
-        if not 0 <= self.index < logits.shape[-1]:
+            labels = self.labels(batch)
+            logits = _classes_last(outputs, labels, self.class_axis)
+            return _at(logits, _checked(labels, logits))
+        logits = _classes_last(outputs, self._labels_if_any(batch), self.class_axis)
+        if self.index >= logits.shape[-1]:
             raise ValueError(
                 f"`Logit(index={self.index})` names no class: the model gives {logits.shape[-1]} "
                 f"logits; expected an index from 0 to {logits.shape[-1] - 1}."
             )
         return logits[..., self.index]
+
+    def _labels_if_any(self, batch: Any) -> Any:
+        try:
+            return self.labels(batch)
+        except (ValueError, TypeError, LookupError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -119,17 +140,24 @@ class LogProbability:
     """The log-probability of each sample's label.
 
     Attributes:
-        outputs: Returns the logits, classes along the last axis, from module and batch.
+        outputs: Returns the logits from module and batch.
         labels: Returns the labels from a batch.
+        class_axis: Axis of the classes; by default told from the shapes of logits and labels.
     """
 
     outputs: Callable[[nn.Module, Any], Tensor] = field(default=outputs_of, repr=False)
     labels: Callable[[Any], Tensor] = field(default=labels_of, repr=False)
+    class_axis: ClassAxis = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raise unless every argument is one that can be."""
+        _require_fields(self)
 
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "*n"]:
         """Return one log-probability per label."""
-        logits = _require_classes(self.outputs(module, batch))
-        return _at(logits.log_softmax(dim=-1), self.labels(batch))
+        outputs, labels = self.outputs(module, batch), self.labels(batch)
+        logits = _classes_last(outputs, labels, self.class_axis)
+        return _at(logits.log_softmax(dim=-1), _checked(labels, logits))
 
 
 @dataclass(frozen=True)
@@ -137,19 +165,26 @@ class Margin:
     r"""How much the label stands out: :math:`\log \frac{p}{1 - p}` of its probability (TRAK's).
 
     Attributes:
-        outputs: Returns the logits, classes along the last axis, from module and batch.
+        outputs: Returns the logits from module and batch.
         labels: Returns the labels from a batch.
+        class_axis: Axis of the classes; by default told from the shapes of logits and labels.
     """
 
     outputs: Callable[[nn.Module, Any], Tensor] = field(default=outputs_of, repr=False)
     labels: Callable[[Any], Tensor] = field(default=labels_of, repr=False)
+    class_axis: ClassAxis = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raise unless every argument is one that can be."""
+        _require_fields(self)
 
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "*n"]:
         """Return one margin per label."""
-        logits, labels = _require_classes(self.outputs(module, batch)), self.labels(batch)
-        own = _at(logits, labels)
-        others = logits.scatter(-1, labels[..., None], -torch.inf)
-        return own - others.logsumexp(dim=-1)
+        outputs, labels = self.outputs(module, batch), self.labels(batch)
+        logits = _classes_last(outputs, labels, self.class_axis)
+        places = _checked(labels, logits)
+        others = logits.scatter(-1, places[..., None], -torch.inf)
+        return _at(logits, places) - others.logsumexp(dim=-1)
 
 
 def per_sample(target: Target, module: nn.Module, batch: Any, n: int) -> Float[Tensor, "n tokens"]:
@@ -157,7 +192,13 @@ def per_sample(target: Target, module: nn.Module, batch: Any, n: int) -> Float[T
 
     Raises:
         TypeError: If it is not one number per sample, or per sample and token.
+        ValueError: If it is no function.
     """
+    if isinstance(target, type) or not callable(target):
+        raise ValueError(
+            f"the target is {target!r}; expected an object such as `Margin()`, or a function of "
+            "(module, batch)"
+        )
     found = target(module, batch)
     is_tensor = isinstance(found, Tensor)
     if not is_tensor or found.ndim not in (1, 2) or len(found) != n or not found.requires_grad:
@@ -184,26 +225,72 @@ def _under(batch: Mapping[str, Any], names: tuple[str, ...], what: str, argument
     )
 
 
-def _require_classes(logits: Tensor) -> Tensor:
-    if logits.ndim < 2 or logits.shape[-1] < 2:
+def _require_fields(target: Logit | LogProbability | Margin) -> None:
+    functions = {"outputs": "module, batch: module.net(batch[0])", "labels": "batch: batch[1]"}
+    for name, example in functions.items():
+        if not callable(getattr(target, name)):
+            raise ValueError(
+                f"`{name}` is {getattr(target, name)!r}; expected a function, such as "
+                f"`{name}=lambda {example}`."
+            )
+    if target.class_axis is not None:
+        require_choice("class_axis", target.class_axis, Literal[1, -1])
+
+
+def _classes_last(logits: Any, labels: Any, axis: ClassAxis) -> Tensor:
+    """Return the logits with their classes along the last axis."""
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
         raise ValueError(
-            f"The model gives {describe(logits)}; expected logits with classes along the last "
-            "axis, at least two. Pass `outputs=`, or a function of (module, batch) as target."
+            f"The model gives {describe(logits)}; expected logits, with samples along the first "
+            "axis and classes along another. Pass `outputs=`, or a function of (module, batch) as "
+            "target."
         )
-    return logits
+    found: Tensor = logits.movedim(_told_axis(logits, labels) if axis is None else axis, -1)
+    if found.shape[-1] < 2:
+        raise ValueError(
+            f"The model gives {describe(logits)}; expected logits of at least two classes. Pass "
+            "`outputs=`, or a function of (module, batch) as target."
+        )
+    return found
+
+
+def _told_axis(logits: Tensor, labels: Any) -> Literal[1, -1]:
+    """Tell the axis of classes: axis 1, as torch's losses take them, or the last."""
+    if logits.ndim == 2:
+        return -1
+    given = getattr(labels, "shape", None)
+    after_one, last = logits.shape[:1] + logits.shape[2:], logits.shape[:-1]
+    if after_one == last or given not in (after_one, last):
+        raise ValueError(
+            f"Logits are {describe(logits)}, and labels are {describe(labels)}: whether classes "
+            "are along axis 1, as in torch's losses, or the last cannot be told from these shapes; "
+            "expected one label for each place. Say which: `class_axis=1` or `class_axis=-1`."
+        )
+    return 1 if given == after_one else -1
 
 
 # Labels are the user's: of any shape and format until they are checked.
-def _at(values: Float[Tensor, "*n classes"], labels: Tensor) -> Float[Tensor, "*n"]:
-    classes = values.shape[-1]
-    if labels.shape != values.shape[:-1] or labels.is_floating_point():
+def _checked(labels: Any, logits: Float[Tensor, "*n classes"]) -> Int64[Tensor, "*n"]:
+    classes = logits.shape[-1]
+    if not _holds_integers(labels) or labels.shape != logits.shape[:-1]:
         raise ValueError(
-            f"Labels are {describe(labels)} beside logits of shape {tuple(values.shape)}; expected "
-            f"integers of shape {tuple(values.shape[:-1])}. Pass `labels=`."
+            f"Labels are {describe(labels)} beside logits of {classes} classes; expected integers "
+            f"of shape {tuple(logits.shape[:-1])}. Pass `labels=`."
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"Labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to "
             f"{classes - 1}. Write a target that leaves out what is to be ignored."
         )
-    return values.gather(-1, labels[..., None])[..., 0]
+    places: Tensor = labels.long()
+    return places
+
+
+def _holds_integers(labels: Any) -> bool:
+    if not isinstance(labels, Tensor) or labels.dtype == torch.bool:
+        return False
+    return not (labels.is_floating_point() or labels.is_complex())
+
+
+def _at(values: Float[Tensor, "*n classes"], places: Int64[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    return values.gather(-1, places[..., None])[..., 0]
