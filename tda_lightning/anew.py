@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,23 +15,27 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.batches import require_loader, with_progress
 from tda_lightning.passes import own_gradients, record_batch, recording
 from tda_lightning.recipe import Recipe, ranges_of
 from tda_lightning.rows import BatchRows
 from tda_lightning.sample_ids import IdSource, SampleLedger
-from tda_lightning.step import Step
-from tda_lightning.stores import MemoryStore, Store, WritableStore
+from tda_lightning.step import Preconditioner, Step
+from tda_lightning.stores import HDF5Store, MemoryStore, Store, WritableStore
+
+Labels = Literal["given", "sampled"]
+Mode = Literal["eval", "train"]
 
 
 def record(
     model: nn.Module,
     loader: DataLoader[Any],
     *,
-    like: Store,
-    labels: Literal["given", "sampled"] = "given",
+    like: str | Path | Store,
+    labels: Labels = "given",
     at: int = -1,
-    mode: Literal["eval", "train"] = "eval",
+    mode: Mode = "eval",
     sample_ids: IdSource | None = None,
     store: WritableStore | None = None,
     progress: bool = True,
@@ -43,51 +48,85 @@ def record(
     Args:
         model: The LightningModule that was trained. It is left as it was.
         loader: The training data, say, in any order.
-        like: The run whose recipe to record by.
+        like: The run whose recipe to record by: its folder or a store.
         labels: ``"sampled"`` adds rows from labels drawn from the model's own predictions.
-        at: The step of that run in whose coordinates.
+        at: In the coordinates of which step of that run: its place, -1 for the last.
         mode: Whether the model acts as in evaluation or as in training.
         sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
         store: Where to record to; into memory by default.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
-            take the batches or returns no loss.
+        FileNotFoundError: If there is no run at the path of ``like``.
+        ValueError: If the model's layers are not the recorded ones, if ``training_step`` cannot
+            take the batches or returns no loss, or if there are no batches.
     """
     require_loader(loader, "loader")
-    result = MemoryStore() if store is None else store
+    require_choice("labels", labels, Labels)
+    require_choice("mode", mode, Mode)
+    run, result = _opened(like, at), MemoryStore() if store is None else store
+    require_kind("store", result, WritableStore, '`HDF5Store("anew.tda")`')
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
+    facts, coordinates = run[at], run.preconditioner(at)
+    sampled = float(labels == "sampled")
+    started = False
+    try:
+        with recording(model, run.recipe, coordinates, mode, sampled) as rows:
+            for number, batch in enumerate(with_progress(loader, "recording", progress)):
+                named = ledger.name(batch, number)
+                rows.seed(number)
+                _, found = record_batch(model, rows, batch, "loader")
+                if not started:
+                    result.begin(_recipe(run, ledger, labels))
+                    started = True
+                result.append(_step(number, facts, named, found, run, coordinates))
+    finally:
+        ledger.release()
+        if started:
+            result.seal()
+    if not started:
+        raise ValueError("`loader` is an empty loader; expected at least one batch.")
+    return result
+
+
+def _opened(like: str | Path | Store, at: int) -> Store:
+    if not isinstance(like, str | Path | Store):
+        raise ValueError(
+            f"`like` is a `{type(like).__name__}`; expected the folder of a recorded run, or its "
+            "store."
+        )
+    run = like if isinstance(like, Store) else HDF5Store.open(like)
+    steps = len(run)
+    if not isinstance(at, int) or not -steps <= at < steps:
+        raise ValueError(
+            f"`at` is {at!r}, and `like` has {steps} steps; expected the place of one of them, "
+            "such as -1 for the last."
+        )
+    return run
+
+
+def _recipe(run: Store, ledger: SampleLedger, labels: Labels) -> Recipe:
     ids = ledger.train_ids
-    recipe = replace(
-        like.recipe,
+    return replace(
+        run.recipe,
         train_ids=None if ids is None else ranges_of(ids),
         curvature="fisher" if labels == "sampled" else "none",
         every_n_steps=1,
         is_training=False,
     )
-    result.begin(recipe)
-    facts = like[at]
-    try:
-        sampled = float(labels == "sampled")
-        with recording(model, like.recipe, like.preconditioner(at), mode, sampled) as rows:
-            for number, batch in enumerate(with_progress(loader, "recording", progress)):
-                named = ledger.name(batch, number)
-                rows.seed(number)
-                _, found = record_batch(model, rows, batch, "loader")
-                result.append(_step(number, facts, named, found, like))
-    finally:
-        ledger.release()
-        result.seal()
-    return result
 
 
 def _step(
-    number: int, facts: Step, sample_ids: Int[Tensor, " n"], found: BatchRows, like: Store
+    number: int,
+    facts: Step,
+    sample_ids: Int[Tensor, " n"],
+    found: BatchRows,
+    run: Store,
+    coordinates: Preconditioner | None,
 ) -> Step:
     n = len(sample_ids)
-    weight = 1 / n if like.recipe.reduction == "mean" else 1.0
+    weight = 1 / n if run.recipe.reduction == "mean" else 1.0
     return Step(
         index=number,
         epoch=0,
@@ -99,7 +138,7 @@ def _step(
         terms=_on_cpu(found.terms),
         curvature=_on_cpu(found.curvature(weight)),
         curvature_rows=_on_cpu(found.curvature_rows),
-        preconditioner=like.preconditioner() if number == 0 else None,
+        preconditioner=coordinates if number == 0 else None,
     )
 
 
@@ -148,6 +187,7 @@ def sampled_rows(
     recipe: Recipe,
     *,
     seed: int = 0,
+    argument: str = "train_loader",
 ) -> Iterator[Float[Tensor, "n k"]]:
     """Sketch, batch by batch, gradients for labels drawn from the model's own predictions.
 
@@ -158,6 +198,7 @@ def sampled_rows(
         batches: Training data.
         recipe: How to record.
         seed: Which labels are drawn.
+        argument: What the data are called where the user has passed them.
 
     Yields:
         Rows, where the model is; on average their outer products sum to the Gauss-Newton matrix of
@@ -169,6 +210,6 @@ def sampled_rows(
     with recording(model, recipe, None, "eval", sampled=1.0) as rows:
         for number, batch in enumerate(batches):
             rows.seed(seed + number)
-            _, found = record_batch(model, rows, batch, "train_loader")
+            _, found = record_batch(model, rows, batch, argument)
             assert found.curvature_rows is not None
             yield found.curvature_rows
