@@ -6,16 +6,18 @@ that training sample lowered the query's loss.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tda_lightning.archives import load_arrays as load_arrays
+from tda_lightning.archives import save_arrays as save_arrays
+from tda_lightning.extras import needs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +70,7 @@ class Scores:
         return self._rank(k, largest=False)
 
     def _rank(self, k: int, largest: bool) -> Ranking:
-        top = self.values.topk(_checked(k, len(self.train_ids)), dim=1, largest=largest)
+        top = self.values.topk(require_rank(k, len(self.train_ids)), dim=1, largest=largest)
         return Ranking(self.train_ids[top.indices], top.values)
 
     @classmethod
@@ -108,7 +110,13 @@ class Scores:
         Raises:
             ValueError: If there is not one label per query.
         """
-        given = torch.as_tensor(labels)
+        try:
+            given = torch.as_tensor(labels)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`labels` are no numbers: {error}; expected one whole number per query, the same "
+                "for queries that belong together."
+            ) from error
         if given.shape != self.query_ids.shape:
             raise ValueError(
                 f"`labels` has the shape {tuple(given.shape)}; expected ({len(self.query_ids)},), "
@@ -122,7 +130,8 @@ class Scores:
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with queries as rows and training samples as columns."""
-        import pandas as pd
+        with needs("pandas"):
+            import pandas as pd
 
         index = pd.Index(self.query_ids.numpy(), name="query")
         columns = pd.Index(self.train_ids.numpy(), name="train")
@@ -168,6 +177,22 @@ class TopScores:
     method: str
     provenance: Mapping[str, str] = field(default_factory=dict)
 
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with a row per query and rank; the most extreme have rank 0."""
+        with needs("pandas"):
+            import pandas as pd
+
+        queries, ranks = self.query_ids.tolist(), range(self.proponents.ids.shape[1])
+        return pd.DataFrame(
+            {
+                "proponent": self.proponents.ids.flatten().numpy(),
+                "proponent_score": self.proponents.values.flatten().numpy(),
+                "opponent": self.opponents.ids.flatten().numpy(),
+                "opponent_score": self.opponents.values.flatten().numpy(),
+            },
+            index=pd.MultiIndex.from_product([queries, ranks], names=["query", "rank"]),
+        )
+
 
 @dataclass(frozen=True)
 class SampleScores:
@@ -187,16 +212,17 @@ class SampleScores:
 
     def highest(self, k: int = 10) -> Int[Tensor, " k"]:
         """Return the ids of the ``k`` highest scores, highest first."""
-        return self.train_ids[self.values.topk(_checked(k, len(self.train_ids))).indices]
+        return self.train_ids[self.values.topk(require_rank(k, len(self.train_ids))).indices]
 
     def lowest(self, k: int = 10) -> Int[Tensor, " k"]:
         """Return the ids of the ``k`` lowest scores, lowest first."""
-        top = self.values.topk(_checked(k, len(self.train_ids)), largest=False)
+        top = self.values.topk(require_rank(k, len(self.train_ids)), largest=False)
         return self.train_ids[top.indices]
 
     def to_pandas(self) -> pd.Series[float]:
         """Return a series indexed by training sample."""
-        import pandas as pd
+        with needs("pandas"):
+            import pandas as pd
 
         return pd.Series(self.values.numpy(), index=pd.Index(self.train_ids.numpy(), name="train"))
 
@@ -221,10 +247,15 @@ _MATRIX_FIELDS = ("values", "query_ids", "train_ids")
 _VECTOR_FIELDS = ("values", "train_ids")
 
 
-def _checked(k: int, n_train: int) -> int:
-    if not 1 <= k <= n_train:
+def require_rank(k: int, n_train: int) -> int:
+    """Return how many training samples to name, if there are as many.
+
+    Raises:
+        ValueError: If there are not, or it is no number.
+    """
+    if not isinstance(k, int) or not 1 <= k <= n_train:
         raise ValueError(
-            f"`k` is {k}; expected a number from 1 to {n_train}, the number of training samples."
+            f"`k` is {k!r}; expected a number from 1 to {n_train}, the number of training samples."
         )
     return k
 
@@ -239,15 +270,16 @@ def _row(ranking: Ranking, row: int) -> tuple[Tensor, Tensor]:
 
 
 def _alike(scores: Sequence[Scores], names: tuple[str, ...]) -> Scores:
-    if not scores:
-        raise ValueError("`scores` is empty; expected at least one `Scores`.")
+    if not isinstance(scores, list | tuple) or not scores:
+        raise ValueError(f"`scores` is {scores!r}; expected at least one `Scores`, in a list.")
     for name in names:
         if not all(torch.equal(getattr(one, name), getattr(scores[0], name)) for one in scores):
             raise ValueError(
                 f"`scores` differ in their `{name}`; expected the same in all of them. Attribute "
                 "the same queries to the same training set."
             )
-    return scores[0]
+    first: Scores = scores[0]
+    return first
 
 
 def _joined(scores: Sequence[Scores], how: str) -> dict[str, Any]:
@@ -262,30 +294,3 @@ def _joined(scores: Sequence[Scores], how: str) -> dict[str, Any]:
     if len(scores) > 1:
         provenance[how] = f"of {len(scores)}"
     return {"method": method, "provenance": provenance}
-
-
-def save_arrays(path: str | Path, answer: Any, names: tuple[str, ...]) -> None:
-    """Write some fields of an answer, its method and its provenance to a ``.npz`` file."""
-    arrays = {name: getattr(answer, name).numpy() for name in names}
-    words = {"method": answer.method, "provenance": json.dumps(dict(answer.provenance))}
-    # Through an open file: given a name, NumPy would append a suffix of its own.
-    with Path(path).open("wb") as file:
-        np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in words.items()}, **arrays)
-
-
-def load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Read the fields of an answer that :func:`save_arrays` wrote.
-
-    Raises:
-        ValueError: If the file holds an answer of another kind.
-    """
-    with np.load(path, allow_pickle=False) as file:
-        # Files from before there was a provenance have none.
-        if set(file.files) - {"provenance"} != {*names, "method"}:
-            raise ValueError(
-                f"`{path}` holds {sorted(file.files)}; expected {sorted([*names, 'method'])}. "
-                "Load it with the class that saved it: `Scores`, `SampleScores` or `Embedding`."
-            )
-        arrays = {name: torch.from_numpy(file[name]) for name in names}
-        provenance = json.loads(str(file["provenance"])) if "provenance" in file.files else {}
-        return {**arrays, "method": str(file["method"]), "provenance": provenance}

@@ -9,7 +9,8 @@ import tda_lightning
 
 PACKAGE = Path(tda_lightning.__file__).parent
 FLOORS = [
-    {"arguments", "step", "points", "linalg", "factors", "recipe", "random_bits", "undisturbed"},
+    {"archives", "arguments", "extras", "random_bits", "undisturbed"}
+    | {"step", "points", "linalg", "factors", "recipe"},
     {"layers", "sketcher", "stores", "scores", "losses"},
     {"capture", "projectors", "sample_ids", "order", "batches", "attribution", "metrics"},
     {"rows", "conservation", "coordinates", "targets", "contributions", "snapshots"},

@@ -1,12 +1,13 @@
 """Scores: rankings, averages, files, data frames and what they look like."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from tda_lightning import SampleScores, Scores
+from tda_lightning import SampleScores, Scores, TopScores
 from tda_lightning.metrics import mislabel_auc, mislabel_recall, rank_agreement
 
 SCORES = Scores(
@@ -132,3 +133,30 @@ def test_rank_agreement_is_one_for_any_rising_function_and_minus_one_for_a_falli
     assert rank_agreement(SCORES, falling).tolist() == pytest.approx([-1, -1])
     with pytest.raises(ValueError, match="differ in their `query_ids`"):
         rank_agreement(SCORES, replace(SCORES, query_ids=torch.tensor([1, 2])))
+
+
+def test_top_scores_make_a_data_frame_of_ranks():
+    top = TopScores(SCORES.proponents(2), SCORES.opponents(2), SCORES.query_ids, "TracIn()")
+    frame = top.to_pandas()
+    assert frame.loc[(0, 0)].tolist() == [11, 2.0, 5, -1.0]
+    assert frame.loc[(1, 1)].tolist() == [7, 1.0, 3, -0.25]
+    assert frame.index.names == ["query", "rank"]
+
+
+@pytest.mark.parametrize("content", [b"nothing of the kind", b""], ids=["words", "nothing"])
+def test_files_that_hold_no_answer_are_named(tmp_path, content):
+    (tmp_path / "scores.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"scores\.npz` holds no answer that was saved"):
+        Scores.load(tmp_path / "scores.npz")
+
+
+def test_a_file_of_one_array_is_named(tmp_path):
+    np.save(tmp_path / "scores.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="holds a single array; expected what `save` wrote"):
+        Scores.load(tmp_path / "scores.npy")
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'tda_lightning\[pandas\]'"):
+        SCORES.to_pandas()

@@ -12,6 +12,7 @@ from tda_lightning import (
     InfluenceFunction,
     Source,
     TracIn,
+    Trajectory,
     Unrolled,
 )
 from tda_lightning.attribution.top import top_scores
@@ -90,3 +91,22 @@ def test_top_scores_are_the_extremes_of_all_scores(method, at_once):
         torch.testing.assert_close(found.values, expected.values)
         assert torch.equal(found.ids, expected.ids)
     assert (top.method, top.provenance) == (scores.method, scores.provenance)
+
+
+def test_trajectories_are_saved_and_loaded_as_they_were(tmp_path):
+    found = of(Unrolled(), "epoch")
+    found.save(tmp_path / "when.npz")
+    again = Trajectory.load(tmp_path / "when.npz")
+    assert (again.per, again.method, again.provenance) == ("epoch", found.method, found.provenance)
+    assert all(
+        torch.equal(getattr(again, name), getattr(found, name))
+        for name in ("values", "times", "train_ids", "query_ids")
+    )
+
+
+def test_a_trajectory_of_one_epoch_can_be_seen():
+    run = RUN[:4]
+    found = contributions(run, ls.queries(), CHOSEN, TracIn(), per="epoch", progress=False)
+    lines = found.plot().get_lines()[: len(CHOSEN)]
+    assert [line.get_marker() for line in lines] == ["o"] * len(CHOSEN)
+    pyplot.close("all")

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.archives import load_arrays, save_arrays
 from tda_lightning.attribution.attributor import Attributor
-from tda_lightning.scores import Scores, load_arrays, save_arrays
+from tda_lightning.scores import Scores
 from tda_lightning.stores import Store
 
 
@@ -88,7 +89,7 @@ def embed(
     Raises:
         ValueError: If the method is not linear in the query.
     """
-    if not method.is_linear():
+    if not isinstance(method, Attributor) or not method.is_linear():
         raise ValueError(
             f"`{method!r}` is not linear in the query; expected a method that is, such as "
             "`Unrolled()`, `TracIn()` or `GradientSimilarity('dot')`. Use `attribute` instead."
