@@ -12,17 +12,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tda_lightning.arguments import require_choice, require_kind, require_whole
 from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Trajectory, Unrolled
 from tda_lightning.attribution.top import top_scores
-from tda_lightning.attribution.trajectory import contributions
+from tda_lightning.attribution.trajectory import Period, chosen_ids, contributions
 from tda_lightning.batches import kept_batches
 from tda_lightning.queries import record_queries
-from tda_lightning.scores import SampleScores, Scores, TopScores
+from tda_lightning.scores import SampleScores, Scores, TopScores, require_rank
 from tda_lightning.snapshots import Moment, describe_weights, method_at, rows_at
 from tda_lightning.stores import HDF5Store, Store
 from tda_lightning.targets import Loss, Target, name_of
 
 Run = str | Path | Store
+Mode = Literal["eval", "train"]
 
 
 def attribute(
@@ -33,7 +35,7 @@ def attribute(
     method: Attributor = Unrolled(),
     target: Target = Loss(),
     at: Moment = "now",
-    mode: Literal["eval", "train"] = "eval",
+    mode: Mode = "eval",
     progress: bool = True,
 ) -> Scores:
     """Say which training samples lowered, or raised, the loss of each query (or another target).
@@ -93,6 +95,7 @@ def self_influence(
         FileNotFoundError: If there is no run at the path.
         ValueError: If the run is empty.
     """
+    require_kind("method", method, SelfAttributor, "`TracIn()` or `InfluenceFunction()`")
     return method.self_influence(open_run(run), progress=progress)
 
 
@@ -106,7 +109,7 @@ def top_attributions(
     target: Target = Loss(),
     at: Moment = "now",
     at_once: int = 256,
-    mode: Literal["eval", "train"] = "eval",
+    mode: Mode = "eval",
     progress: bool = True,
 ) -> TopScores:
     """Name the best and the worst teachers of each query; for many queries, or much data.
@@ -135,6 +138,8 @@ def top_attributions(
         ValueError: If the run is empty, the model is another one, or the queries do not fit it.
     """
     store, method = open_run(run), method_at(method, at)
+    require_rank(k, len(store.train_ids()))
+    require_whole("at_once", at_once, least=1)
     rows = _ask(store, model, queries, target, at, method, mode, progress)
     top = top_scores(store, rows, method, k, at_once=at_once, progress=progress)
     asked = _asked([store], [model], target, at, method, mode)
@@ -150,8 +155,8 @@ def trajectory(
     method: Attributor = Unrolled(),
     target: Target = Loss(),
     at: Moment = "now",
-    per: Literal["step", "epoch"] = "step",
-    mode: Literal["eval", "train"] = "eval",
+    per: Period = "step",
+    mode: Mode = "eval",
     progress: bool = True,
 ) -> Trajectory:
     """Say when in the training some samples helped or hurt; the sum over times is their score.
@@ -178,8 +183,11 @@ def trajectory(
             sample is not in the training set.
     """
     store, method = open_run(run), method_at(method, at)
+    chosen = chosen_ids(store, train_ids)
     rows = _ask(store, model, queries, target, at, method, mode, progress)
-    return contributions(store, rows, train_ids, method, per=per, progress=progress)
+    found = contributions(store, rows, chosen, method, per=per, progress=progress)
+    asked = _asked([store], [model], target, at, method, mode)
+    return replace(found, provenance={**found.provenance, **asked})
 
 
 def open_run(run: Run) -> Store:
@@ -189,6 +197,11 @@ def open_run(run: Run) -> Store:
         FileNotFoundError: If there is no run at the path.
         ValueError: If the run is empty.
     """
+    if not isinstance(run, str | Path | Store):
+        raise ValueError(
+            f"`run` is a `{type(run).__name__}`; expected the folder of a recorded run, or its "
+            "store. Ask several trainings with `attribute([run, ...], [model, ...], queries)`."
+        )
     store = run if isinstance(run, Store) else HDF5Store.open(run)
     if len(store) == 0:
         raise ValueError(
@@ -218,10 +231,12 @@ def _ask(
     target: Target,
     at: Moment,
     method: Attributor,
-    mode: Literal["eval", "train"],
+    mode: Mode,
     progress: bool,
 ) -> Float[Tensor, "n_query width"]:
     """Return the rows of the queries, where the model is: methods work where their queries are."""
+    require_choice("mode", mode, Mode)
+    method.require(store)
     if at == "snapshots":
         queries = kept_batches(queries)
 

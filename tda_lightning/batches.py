@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -31,6 +31,20 @@ def require_loader(loader: Any, argument: str) -> None:
         raise ValueError(
             f"`{argument}` is a `{type(loader).__name__}`, which yields samples; expected a loader "
             f"of batches such as the model was trained on: `DataLoader({argument}, batch_size=50)`."
+        )
+
+
+def require_model(model: Any) -> None:
+    """Raise unless something is a module that can be trained by a trainer.
+
+    Raises:
+        ValueError: Saying so.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "training_step"):
+        shown = repr(model) if isinstance(model, type) else f"a `{type(model).__name__}`"
+        raise ValueError(
+            f"`model` is {shown}; expected the LightningModule that was trained: an object with a "
+            "`training_step`."
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tda_lightning.batches import batch_size, describe, loss_of, transfer
+from tda_lightning.batches import batch_size, describe, loss_of, require_model, transfer
 from tda_lightning.layers import survey
 from tda_lightning.projectors import projector_from_dict
 from tda_lightning.recipe import Recipe
@@ -72,6 +72,7 @@ def recording(
     passes: Literal["one", "several"] = "one",
 ) -> Iterator[RowRecorder]:
     """Record the model by a recipe, and leave it as it was."""
+    require_model(model)
     surveyed = survey(model, leave_out=[entry.name for entry in recipe.left_out])
     recipe.require_blocks(surveyed.blocks, type(model).__name__)
     projector = projector_from_dict(recipe.projector)

@@ -102,7 +102,25 @@ def query_rows(
             recorded = [_record_target(model, rows, batch, target) for batch in batches]
     if not recorded:
         raise ValueError("`queries` is an empty loader; expected at least one batch.")
-    return torch.cat([one.cpu() for one in recorded])
+    gradients = torch.cat([one.cpu() for one in recorded])
+    _require_finite(gradients, model)
+    return gradients
+
+
+def _require_finite(rows: Float[Tensor, "n_query k"], model: nn.Module) -> None:
+    if torch.isfinite(rows).all():
+        return
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"The weights of `model` are not finite: `{name}` holds NaN or infinity. Expected "
+                "those of a training that did not diverge; load earlier ones, from a checkpoint."
+            )
+    query = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
+    raise ValueError(
+        f"The gradient of query {query} is not finite, though the weights are; expected a query "
+        "whose loss has one. Look for NaN or infinity in its inputs and targets."
+    )
 
 
 def _record_target(

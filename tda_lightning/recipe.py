@@ -155,6 +155,11 @@ class Recipe:
         Raises:
             ValueError: If a name matches none, or the layers share columns.
         """
+        if isinstance(layers, str) or not layers:
+            raise ValueError(
+                f"`layers` is {layers!r}; expected a list of names, of one layer at least, such as "
+                f"[{self.blocks[-1].name!r}]."
+            )
         if self.widths is None:
             name, *arguments = (f"{key}={value}" for key, value in self.projector.items())
             raise ValueError(
@@ -192,6 +197,25 @@ class Recipe:
                 f"This training cannot continue the recorded run: {shown}. Expected the settings "
                 "that the run was begun with. Restore them, or record into another store."
             )
+
+    def require_alike(self, other: Recipe, argument: str) -> None:
+        """Raise unless the rows of another recording can stand for this one's.
+
+        Args:
+            other: The recipe of the other.
+            argument: What the other is called where the user has passed it.
+
+        Raises:
+            ValueError: Naming what differs.
+        """
+        for name in ("projector", "blocks", "dimension", "preconditioner"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"`{argument}` was not sketched as the run was: its {name} is "
+                    f"{_shorten(theirs)}, the run's is {_shorten(ours)}. Expected rows of the same "
+                    "kind; record them with `record(model, loader, like=run)`."
+                )
 
     def require_blocks(self, blocks: Sequence[Block], model: str) -> None:
         """Raise unless ``blocks``, read off ``model``, are the recorded ones.

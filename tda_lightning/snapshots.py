@@ -119,7 +119,7 @@ def later_snapshots(store: Store) -> list[int]:
         ValueError: If there are none.
     """
     indices = _indices(store)
-    end = indices[-1] + 1
+    end = indices[-1] + store.recipe.every_n_steps
     start = end - 2 * (end - indices[0]) / 3
     later = [one for one in require_snapshots(store) if start <= one <= end]
     if not later:

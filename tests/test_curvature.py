@@ -13,6 +13,7 @@ from tda_lightning.attribution.curvature import (
     LossWeighted,
     Mixed,
     SampledLabels,
+    mean_curvature,
 )
 
 STEP = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))[2]
@@ -107,3 +108,30 @@ def test_what_was_not_recorded_is_missed_by_name(kind, missing):
     bare = replace(STEP, curvature=None, curvature_rows=None)
     with pytest.raises(ValueError, match=f"Expected {missing} in every step.*pass `curvature="):
         kind.factor(bare)
+
+
+def batches_of(sizes, reduction):
+    """Return steps that see the rows of eleven samples once, in batches of some sizes."""
+    own = torch.randn(11, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for ids in torch.arange(11).split(sizes):
+        weights = torch.ones(len(ids), dtype=torch.float64)
+        if reduction == "mean":
+            weights /= len(ids)
+        yield replace(
+            STEP,
+            sample_ids=ids,
+            weights=weights,
+            sketch=own[ids] * weights[:, None],
+            curvature=None,
+        )
+
+
+def test_every_visit_counts_alike_in_a_mean_over_steps_of_several_sizes():
+    whole, kind = mean_curvature(batches_of([11], "mean"), EmpiricalFisher()), EmpiricalFisher()
+    torch.testing.assert_close(mean_curvature(batches_of([5, 5, 1], "mean"), kind), whole)
+    torch.testing.assert_close(mean_curvature(batches_of([3, 7, 1], "sum"), kind) * 3, whole * 11)
+
+
+def test_steps_of_weight_zero_have_no_curvature():
+    nothing = replace(STEP, weights=torch.zeros_like(STEP.weights))
+    assert not mean_curvature([nothing], SampledLabels()).any()

@@ -103,6 +103,35 @@ def test_rows_and_curvature_may_come_from_other_recordings():
     torch.testing.assert_close(scores(method, run), scores(InfluenceFunction(damping=0.7), other))
 
 
+@pytest.mark.parametrize("argument", ["rows_from", "curvature_from"])
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"projector": {"name": "CountSketch", "seed": 5}}, "its projector is {'name': 'CountSk"),
+        ({"dimension": 7}, "its dimension is 7, the run's is 5"),
+        ({"preconditioner": "optimizer"}, "its preconditioner is 'optimizer', the run's is 'none'"),
+    ],
+    ids=["projector", "dimension", "coordinates"],
+)
+def test_recordings_that_were_sketched_otherwise_are_refused(argument, other, said):
+    run, strange = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1)), MemoryStore()
+    strange.begin(replace(run.recipe, **other))
+    with pytest.raises(ValueError, match=f"`{argument}` was not sketched as the run was: {said}"):
+        scores(InfluenceFunction(**{argument: strange}), run)
+
+
+def test_recordings_without_steps_are_refused():
+    run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
+    with pytest.raises(ValueError, match="`curvature_from` holds no step; expected one"):
+        scores(InfluenceFunction(curvature_from=run[:0]), run)
+
+
+def test_a_training_that_did_not_move_gives_no_damping():
+    still = ls.record(replace(ls.problem(steps=9), rates=[0.0] * 9), lambda p: SGD(p, lr=0.1))
+    with pytest.raises(ValueError, match="sum to 0, and a damping follows from that sum"):
+        scores(InfluenceFunction(), still)
+
+
 def test_scores_say_that_curvature_came_from_elsewhere():
     run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
     found = InfluenceFunction(curvature_from=run[:2]).attribute(run, ls.queries(), progress=False)

@@ -266,3 +266,13 @@ def test_a_loader_of_queries_that_shuffles_has_one_order_in_all_trainings():
     torch.testing.assert_close(
         found.values, attribute(stores, models, in_order, progress=False).values
     )
+
+
+def test_snapshots_after_the_last_recorded_step_of_a_stride_belong_to_the_run():
+    store = MemoryStore()
+    model = Plain(mlp().double())
+    recorder = GradientRecorder(store, projector=Identity(), snapshots=[5], every_n_steps=4)
+    quiet_trainer(recorder, precision="64-true").fit(model, loader(double_vectors()))
+    assert [step.index for step in store] == [0, 4]
+    found = attribute(store, model, queries(), at="snapshots", progress=False)
+    assert found.provenance["weights"] == "the mean of 1 snapshots, steps 5 to 5"

@@ -4,6 +4,8 @@ import pytest
 from unchecked import what_is_said
 
 CALLS = """
+from tda_lightning import attribution
+
 calls = {
     "a method of whole gradients": lambda: attribute(
         store, model, queries, method=FullInfluenceFunction()
@@ -21,6 +23,32 @@ calls = {
         model, batches, queries, curvature_loader=data
     ),
     "a dataset for features": lambda: attribute_by_features(model, data, queries),
+    "another model": lambda: attribute(store, None, queries),
+    "a class of models": lambda: attribute(store, Plain, queries),
+    "a run that is none": lambda: attribute(3, model, queries),
+    "run and model in turn": lambda: attribute(model, store, queries),
+    "several runs for one": lambda: self_influence([store, store]),
+    "no self-influence": lambda: self_influence(store, method=Unrolled()),
+    "another mode": lambda: attribute(store, model, queries, mode="training"),
+    "another period": lambda: trajectory(store, model, queries, [3], per="batch"),
+    "ids that are no numbers": lambda: trajectory(store, model, queries, [1.7]),
+    "another kind of visits": lambda: InfluenceFunction(rows="last"),
+    "another kind of steps": lambda: InfluenceFunction(curvature_over="whole run"),
+    "a path to rows": lambda: InfluenceFunction(rows_from="run.tda"),
+    "an infinite damping": lambda: InfluenceFunction(damping=float("inf")),
+    "a negative damping": lambda: TRAK(damping=-1.0),
+    "curvature by its name": lambda: InfluenceFunction(curvature="fisher"),
+    "other terms": lambda: attribution.EmpiricalFisher("x"),
+    "a rule that takes nothing": lambda: attribution.Linear(limit=-1),
+    "nothing to average": lambda: attribution.Mixed(()),
+    "layers as one word": lambda: attribute(store, model, queries, method=TracIn(layers="net.2")),
+    "no layers": lambda: attribute(store, model, queries, method=TracIn(layers=[])),
+    "no queries at once": lambda: top_attributions(store, model, queries, k=1, at_once=0),
+    "too many to name": lambda: top_attributions(store, model, queries, k=99),
+    "no linear method": lambda: embed(store, FeatureSimilarity()),
+    "scores that are one": lambda: Scores.mean(attribute(store, model, queries)),
+    "labels that are words": lambda: attribute(store, model, queries).grouped(["a", "b", "c"]),
+    "no such query": lambda: trajectory(store, model, queries, [3]).plot(query=99),
     "a dataset to record": lambda: record(model, data, like=store),
 }
 """
@@ -33,6 +61,32 @@ EXPECTED = {
     "a dataset for the curvature": "`curvature_loader` is a `TensorDataset`, which yields samples",
     "a dataset for features": "batches such as the model was trained on: `DataLoader(train_loader,",
     "a dataset to record": "`loader` is a `TensorDataset`, which yields samples; expected a loader",
+    "another model": "`model` is a `NoneType`; expected the LightningModule that was trained",
+    "a class of models": "Plain'>; expected the LightningModule that was trained: an object",
+    "a run that is none": "`run` is a `int`; expected the folder of a recorded run, or its store",
+    "run and model in turn": "`run` is a `Plain`; expected the folder of a recorded run",
+    "several runs for one": "`run` is a `list`; expected the folder of a recorded run",
+    "no self-influence": "expected an object such as `TracIn()` or `InfluenceFunction()`",
+    "another mode": "`mode` is 'training'; expected one of 'eval', 'train'",
+    "another period": "`per` is 'batch'; expected one of 'step', 'epoch'",
+    "ids that are no numbers": "`train_ids` is [1.7]; expected a list of whole numbers",
+    "another kind of visits": "`rows` is 'last'; expected one of 'all visits', 'last visit'",
+    "another kind of steps": "`curvature_over` is 'whole run'; expected one of 'run', 'last epoch'",
+    "a path to rows": "`rows_from` is 'run.tda'; expected an object such as `record(...)` returns",
+    "an infinite damping": "`damping` is inf; expected a finite number of 0 or more",
+    "a negative damping": "`damping` is -1.0; expected a finite number of 0 or more",
+    "curvature by its name": "`curvature` is 'fisher'; expected an object such as `Sampled",
+    "other terms": "`terms` is 'x'; expected one of 'ignored', 'independent'",
+    "a rule that takes nothing": "`limit` is -1; expected a finite number above 0",
+    "nothing to average": "`parts` is empty; expected kinds of curvature",
+    "layers as one word": "`layers` is 'net.2'; expected a list of names",
+    "no layers": "`layers` is []; expected a list of names, of one layer at least",
+    "no queries at once": "`at_once` is 0; expected a whole number of 1 or more",
+    "too many to name": "`k` is 99; expected a number from 1 to 13",
+    "no linear method": "is not linear in the query; expected a method that is",
+    "scores that are one": "expected at least one `Scores`, in a list",
+    "labels that are words": "`labels` are no numbers",
+    "no such query": "`query` is 99; expected a place from 0 to 2",
     "another moment": '`at` is \'snapshot\'; expected "now", "snapshots", or the index',
 }
 

@@ -38,6 +38,15 @@ class Attributor(ABC):
             queries: Gradient sketches of the queries' losses, shape ``(n_query, k)``.
         """
 
+    def require(self, run: Store) -> None:
+        """Raise unless this run can be asked; all are that have steps, if a method says no more.
+
+        Raises:
+            ValueError: Saying what is missing.
+        """
+        if len(run) == 0:
+            raise ValueError("The run has no step; expected at least one. Take more of it.")
+
     def visit_scores(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n n_query"]]]:
@@ -52,7 +61,10 @@ class Attributor(ABC):
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
     ) -> Float[Tensor, "n_train n_query"]:
-        """Turn the sum over a sample's visits into its score: the sum itself, by default."""
+        """Turn the sum over a sample's visits into its score: the sum itself, by default.
+
+        The sums may be changed in place.
+        """
         return total
 
     def is_linear(self) -> bool:
@@ -72,9 +84,10 @@ class Attributor(ABC):
             progress: Show a progress bar.
 
         Returns:
-            Scores; samples that were never drawn have zero. Memory: the scores, and one block of
-            the store.
+            Scores; samples that were never drawn have zero. Memory: twice the scores, one block of
+            the store, and what the method says.
         """
+        self.require(run)
         totals = Totals(run.train_ids(), len(queries), queries)
         pairs = self.visit_scores(MovedRun(run, queries), queries)
         for step, scores in _follow(pairs, len(run), progress, f"{type(self).__name__}"):
@@ -119,9 +132,12 @@ class SelfAttributor(Attributor):
             run: The recorded training.
             progress: Show a progress bar.
         """
-        totals = Totals(run.train_ids(), 1, torch.empty(0, dtype=run.recipe.torch_dtype))
+        self.require(run)
+        like = torch.empty(0, dtype=run.recipe.torch_dtype)
+        totals = Totals(run.train_ids(), 1, like)
         name = f"{type(self).__name__}, self-influence"
-        for step, own in _follow(self.own_scores(run), len(run), progress, name):
+        pairs = self.own_scores(MovedRun(run, like))
+        for step, own in _follow(pairs, len(run), progress, name):
             totals.add_(step.sample_ids, own[:, None])
         return SampleScores(
             values=self.combine(totals.values, totals.visits)[:, 0],

@@ -23,9 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.step import Step
 
 _Known = TypeVar("_Known")
+Terms = Literal["ignored", "independent"]
 
 
 class Curvature(ABC):
@@ -78,7 +80,11 @@ class EmpiricalFisher(_OwnRows):
             ``"independent"``, the outer product of their mean is scaled up by their number.
     """
 
-    terms: Literal["ignored", "independent"] = "ignored"
+    terms: Terms = "ignored"
+
+    def __post_init__(self) -> None:
+        """Raise unless what terms are to each other is one of what they can be."""
+        require_choice("terms", self.terms, Terms)
 
     def scales(self, step: Step) -> Float[Tensor, " n"]:
         """Return one over the roots of the visits' weights, times those of their terms if asked."""
@@ -99,6 +105,11 @@ class LossWeighted(_OwnRows):
     """
 
     limit: float = math.inf
+
+    def __post_init__(self) -> None:
+        """Raise unless the limit leaves some curvature."""
+        if not self.limit > 0:
+            raise ValueError(f"`limit` is {self.limit!r}; expected a number above 0.")
 
     def scales(self, step: Step) -> Float[Tensor, " n"]:
         """Return the roots of the losses' curvatures and terms, over those of the weights."""
@@ -128,6 +139,15 @@ class Mixed(Curvature):
     """
 
     parts: Sequence[Curvature] = (SampledLabels(), EmpiricalFisher())
+
+    def __post_init__(self) -> None:
+        """Raise unless there is something to average."""
+        if not self.parts:
+            raise ValueError(
+                "`parts` is empty; expected kinds of curvature, `SampledLabels()` say."
+            )
+        for part in self.parts:
+            require_kind("parts", part, Curvature, "`SampledLabels()`")
 
     def factor(self, step: Step) -> Float[Tensor, "m k"]:
         """Return all their rows, each kind with its share."""
@@ -166,12 +186,18 @@ class BestAvailable(Curvature):
 
 
 def mean_curvature(steps: Iterable[Step], kind: Curvature) -> Float[Tensor, "k k"]:
-    """Return the mean of the curvature of several steps: of the objective that they share."""
-    total, count = torch.zeros(()), 0
+    """Return the mean of the curvature of several steps: of the objective that they share.
+
+    Every visit counts alike: a step of fewer visits, as the last of an epoch may be, says less.
+    """
+    total, weight, visits, count = torch.zeros(()), 0.0, 0, 0
     for count, step in enumerate(steps, start=1):
-        factor = kind.factor(step)
-        total = factor.mT @ factor if count == 1 else total.addmm_(factor.mT, factor)
-    return total / count
+        factor, own, n = kind.factor(step), float(step.weights.sum()), len(step.weights)
+        if count == 1:
+            total = factor.new_zeros(factor.shape[1], factor.shape[1])
+        total.addmm_(factor.mT, factor, alpha=n / own if own > 0 else 0.0)
+        weight, visits = weight + own, visits + n
+    return total.mul_(weight / max(count * visits, 1))
 
 
 def _over_weight(squares: Float[Tensor, " n"], step: Step) -> Float[Tensor, " n"]:

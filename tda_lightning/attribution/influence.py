@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.arguments import require_choice, require_kind, require_not_negative
 from tda_lightning.attribution.attributor import SelfAttributor
 from tda_lightning.attribution.curvature import Curvature, SampledOrEmpirical, mean_curvature
 from tda_lightning.attribution.dynamics import Dynamics, Extent, require_training
@@ -35,18 +36,20 @@ from tda_lightning.step import Step
 from tda_lightning.stores import Store
 
 TIMES = 1.5
+Steps = Literal["run", "last epoch"]
+Visits = Literal["all visits", "last visit"]
 
 
 @dataclass(frozen=True)
 class InfluenceFunction(SelfAttributor):
     r"""Inverse curvature times gradient; scores estimate a change of the query's loss.
 
-    Memory: two matrices of :math:`k \times k` numbers.
+    Memory: three matrices of :math:`k \times k` numbers.
 
     Attributes:
         curvature: How to build each step's curvature.
-        damping: Added to the curvature's diagonal; ``None`` for 1.5 / (sum of the learning
-            rates used, over 1 - momentum).
+        damping: Added to the curvature's diagonal, besides the run's weight decay; ``None`` for
+            1.5 / (sum of the learning rates used, over 1 - momentum).
         curvature_over: Which steps to average curvature over.
         rows: Which visits to average a sample's gradient over.
         curvature_from: A recording to take curvature from instead, such as one at the final
@@ -56,10 +59,32 @@ class InfluenceFunction(SelfAttributor):
 
     curvature: Curvature = SampledOrEmpirical()
     damping: float | None = None
-    curvature_over: Literal["run", "last epoch"] = "run"
-    rows: Literal["all visits", "last visit"] = "all visits"
+    curvature_over: Steps = "run"
+    rows: Visits = "all visits"
     curvature_from: Store | None = None
     rows_from: Store | None = None
+
+    def __post_init__(self) -> None:
+        """Raise unless every argument is one of those there are."""
+        require_kind("curvature", self.curvature, Curvature, "`SampledLabels()`")
+        require_choice("curvature_over", self.curvature_over, Steps)
+        require_choice("rows", self.rows, Visits)
+        if self.damping is not None:
+            require_not_negative("damping", self.damping)
+        for name in ("curvature_from", "rows_from"):
+            if getattr(self, name) is not None:
+                require_kind(name, getattr(self, name), Store, "`record(...)` returns")
+
+    def require(self, run: Store) -> None:
+        """Raise unless other recordings can stand for the run's."""
+        super().require(run)
+        others = {"curvature_from": self.curvature_from, "rows_from": self.rows_from}
+        for name, other in others.items():
+            if other is None:
+                continue
+            run.recipe.require_alike(other.recipe, name)
+            if len(other) == 0:
+                raise ValueError(f"`{name}` holds no step; expected one. Record some batches.")
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
@@ -84,7 +109,7 @@ class InfluenceFunction(SelfAttributor):
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
     ) -> Float[Tensor, "n_train n_query"]:
         """Average over visits; samples that were never drawn keep zero."""
-        return total / visits.clamp_min(1)
+        return total.div_(visits.clamp_min(1))
 
     def _root(self, run: Store, extent: Extent, like: Tensor) -> Float[Tensor, "k k"]:
         """Return the Cholesky factor of the damped curvature."""
@@ -102,8 +127,17 @@ class InfluenceFunction(SelfAttributor):
 
 
 def suggested_damping(run: Store, extent: Extent) -> float:
-    """Return 1.5 / (sum of rates) and the weight decay, in the coordinates of the run's rows."""
+    """Return 1.5 / (sum of rates) and the weight decay, in the coordinates of the run's rows.
+
+    Raises:
+        ValueError: If the run moved nothing.
+    """
     require_training(run)
+    if extent.time == 0:
+        raise ValueError(
+            "The learning rates of these steps sum to 0, and a damping follows from that sum; "
+            "expected steps that moved the weights. Take more of them, or pass `damping=`."
+        )
     return TIMES / extent.time + Dynamics.of(run[-1]).decay
 
 

@@ -35,8 +35,13 @@ class MovedRun(Store):
         return len(self._run)
 
     def read(self, position: int) -> Step:
-        """Return a step, moved."""
+        """Return a step, moved.
+
+        Raises:
+            ValueError: If its rows are not finite.
+        """
         step = self._run.read(position)
+        _require_finite(step, position)
         return replace(
             step,
             weights=step.weights.to(self._device, self._dtype),
@@ -60,3 +65,15 @@ class MovedRun(Store):
 
     def _move(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self._device, self._dtype)
+
+
+def _require_finite(step: Step, position: int) -> None:
+    rows = [step.sketch] if step.curvature_rows is None else [step.sketch, step.curvature_rows]
+    # A sum takes a fraction of the time, and is finite only if its terms are.
+    if all(one.sum().isfinite() for one in rows) or all(one.isfinite().all() for one in rows):
+        return
+    raise ValueError(
+        f"Step {step.index} of the run has gradients that are not finite: the training diverged "
+        "there, or a sample holds NaN. Expected finite rows; ask about the steps before it, "
+        f"`run[:{position}]` with the weights of that time."
+    )

@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.arguments import require_positive
+
 
 class Propagator(ABC):
     r"""A rule for what a step takes away along an eigenvector: :math:`1 - \varphi(x)`."""
@@ -47,6 +49,10 @@ class Linear(Propagator):
     """
 
     limit: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise unless the rule takes something away."""
+        require_positive("limit", self.limit)
 
     def taken(self, x: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
         """Return ``x``, or the limit if that is less."""

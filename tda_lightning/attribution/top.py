@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from tda_lightning.arguments import require_whole
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.scores import Ranking, TopScores
 from tda_lightning.stores import Store
@@ -34,6 +35,7 @@ def top_scores(
         at_once: Queries in a block. Memory: two matrices of ``(at_once, n_train)`` numbers.
         progress: Show a progress bar.
     """
+    require_whole("at_once", at_once, least=1)
     best, worst, found = [], [], None
     blocks = torch.split(queries, at_once)
     for block in tqdm(blocks, desc="queries", unit="block", leave=False, disable=not progress):

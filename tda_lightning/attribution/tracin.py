@@ -42,17 +42,22 @@ class TracIn(SelfAttributor):
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
         """Look for the query's gradient, as far as the step went."""
-        require_training(run)
         chosen = self._chosen(run, queries)
         for step in run:
             yield step, run.recipe.every_n_steps * step.lr * chosen
 
     def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
         """Yield the visits' squared gradient norms, as far as the step went (eq. 1 with q = i)."""
-        require_training(run)
         for step in run:
             own = squared_norms(self._chosen(run, step.sketch)) / step.weights
             yield step, run.recipe.every_n_steps * step.lr * own
+
+    def require(self, run: Store) -> None:
+        """Raise unless the run moved weights and the layers can be told apart."""
+        super().require(run)
+        require_training(run)
+        if self.layers is not None:
+            run.recipe.columns_of(self.layers)
 
     def _chosen(self, run: Store, rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """Return the rows with zeros in the columns of other layers."""

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.arguments import require_not_negative
 from tda_lightning.attribution.attributor import Attributor, Totals
 from tda_lightning.attribution.visits import as_own_gradients, last_visits
 from tda_lightning.linalg import damped_root
@@ -42,6 +43,10 @@ class TRAK(Attributor):
 
     damping: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Raise unless the damping is a number that can be added."""
+        require_not_negative("damping", self.damping)
+
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
@@ -55,7 +60,7 @@ class TRAK(Attributor):
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
     ) -> Float[Tensor, "n_train n_query"]:
         """Average over what came twice in a sample's last step."""
-        return total / visits.clamp_min(1)
+        return total.div_(visits.clamp_min(1))
 
     def attribute_ensemble(
         self,
