@@ -81,6 +81,21 @@ def test_an_ensemble_averages_the_parts_by_themselves():
     assert found.provenance["mean"] == "of 3"
 
 
+def test_a_sample_that_was_fitted_to_rounding_leaves_no_doubt():
+    (run, weights, visited), (later, *_) = train(0), train(1)
+    sure = MemoryStore()
+    sure.begin(later.recipe)
+    for step in later:
+        fitted = step.sample_ids == 4
+        curvature = torch.where(fitted, 0.0, step.curvature)  # as it is recorded without gradient
+        rows = torch.where(fitted[:, None], 0.0, step.sketch)
+        sure.append(replace(step, sketch=rows, curvature=curvature))
+    rows = [queries(weights), queries(weights)]
+    part, doubts = reference(visited, rows[0], 1.0)
+    found = TRAK().attribute_ensemble([run, sure], rows, progress=False).values
+    torch.testing.assert_close(found[:, 4], part[:, 4] / 2 * doubts[4] / 2)
+
+
 def test_an_ensemble_of_one_is_that_one():
     run, weights, _ = train(0)
     rows = queries(weights)

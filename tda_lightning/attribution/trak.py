@@ -80,7 +80,7 @@ class TRAK(Attributor):
         pairs = zip(runs, queries, strict=True)
         each = [self.attribute(run, rows, progress=progress) for run, rows in pairs]
         parts = [
-            replace(scores, values=scores.values / own.to(scores.values))
+            replace(scores, values=_over(scores.values, own))
             for scores, own in zip(each, doubts, strict=True)
         ]
         mean = Scores.mean(parts)
@@ -90,7 +90,7 @@ class TRAK(Attributor):
         """Return the Cholesky factor of the damped second moment of the features."""
         gram = torch.zeros(())
         for number, step in enumerate(last_visits(run)):
-            features = as_own_gradients(step).sketch / _doubts(step)[:, None]
+            features = _over(as_own_gradients(step).sketch.mT, _doubts(step)).mT
             gram = features.mT @ features if number == 0 else gram.addmm_(features.mT, features)
         return damped_root(gram, self.damping * float(gram.diagonal().mean()))
 
@@ -108,7 +108,14 @@ def _doubts(step: Step) -> Float[Tensor, " n"]:
             "`TRAK` is for losses of one label per sample: expected one loss term; step "
             f"{step.index} has a sample with {int(step.terms.max())}. Use `InfluenceFunction()`."
         )
-    return 1 / (1 + step.curvature)
+    # Where there is no gradient left there is no doubt, and its curvature could not be told.
+    is_sure = (step.curvature == 0) & (step.sketch == 0).all(dim=1)
+    return torch.where(is_sure, 0, 1 / (1 + step.curvature))
+
+
+def _over(values: Float[Tensor, "_ n"], doubts: Float[Tensor, " n"]) -> Float[Tensor, "_ n"]:
+    """Divide by doubts; what is zero where there is none stays zero."""
+    return values / torch.where(doubts == 0, 1, doubts).to(values)
 
 
 def _mean_doubts(run: Store) -> Float[Tensor, " n_train"]:
