@@ -26,6 +26,12 @@ class ParameterGroup:
         beta2: Second-moment decay of Adam-like optimizers, else 0.
         eps: Term added to the denominator by Adam-like optimizers, else 0.
         nesterov: 1 for Nesterov momentum, else 0.
+        share: Share of all recorded parameters, whoever trains them, that the group holds; 0 in
+            every group of a step where it is not known.
+        decoupled: 1 if the optimizer was told to decouple its weight decay, else 0: then its name
+            tells.
+        descent: 1 if its steps are known to be gradient steps in the coordinates of the rows, else
+            0: then the optimizer's name tells.
     """
 
     lr: float
@@ -36,6 +42,9 @@ class ParameterGroup:
     beta2: float = 0.0
     eps: float = 0.0
     nesterov: float = 0.0
+    share: float = 0.0
+    decoupled: float = 0.0
+    descent: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A good guest: weights bit-identical with and without the callback, and nothing left behind."""
 
 import contextlib
+from dataclasses import replace
 
 import lightning.pytorch
 import pytest
@@ -195,9 +196,10 @@ def test_what_the_optimizer_used_is_recorded_before_the_scheduler_moves():
     model.configure_optimizers = lambda: optimizer(model.parameters())
     quiet_trainer(GradientRecorder(store)).fit(model, loader(vectors()))
     assert [step.lr for step in store] == pytest.approx([0.1 * 0.5**t for t in range(6)])
-    assert store[0].groups == (
-        ParameterGroup(lr=0.1, beta1=0.8, beta2=0.95, weight_decay=0.3, eps=1e-6),
-    )
+    (group,) = store[0].groups
+    settings = {"lr": 0.1, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.3, "eps": 1e-6}
+    expected = ParameterGroup(**settings, share=1.0, descent=1.0)
+    assert replace(group, decoupled=0.0) == expected  # Only newer versions of torch say that.
     assert store[0].optimizer == "AdamW"
     assert [step.epoch for step in store] == [0, 0, 0, 1, 1, 1]
 

@@ -146,6 +146,17 @@ def test_a_stranger_can_read_the_file_with_bare_h5py(tmp_path):
         assert file["steps/lr"][1, 0] == steps[1].lr
 
 
+def test_segments_of_older_versions_tell_less_of_their_groups(tmp_path):
+    steps = make_steps(3, groups=2)
+    filled(HDF5Store(tmp_path / "run"), steps)
+    for path in (tmp_path / "run").glob("segment-*.h5"):
+        with h5py.File(path, "r+") as file:
+            for name in ("share", "decoupled", "descent"):
+                del file["steps"][name]
+    for found, step in zip(HDF5Store.open(tmp_path / "run"), steps, strict=True):
+        assert found.groups == tuple(replace(group, share=0.0) for group in step.groups)
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [

@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.nn import Parameter
+from torch.optim import ASGD, SGD, Optimizer
 
+from tda_lightning.callbacks.whole import PartOfCoordinates
 from tda_lightning.step import ParameterGroup
 
 
-def read_groups(optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
-    """Return the hyper-parameters of every parameter group as they stand."""
-    return tuple(_read_group(group) for group in optimizer.param_groups)
+@dataclass(frozen=True)
+class Recorded:
+    """What of an optimizer is recorded, and in which coordinates.
+
+    Attributes:
+        sizes: Of its recorded parameters.
+        total: Sum of the sizes of all that are recorded, whoever trains them.
+        coordinates: Those of its rows, unless they are raw.
+    """
+
+    sizes: Mapping[Parameter, int]
+    total: int
+    coordinates: PartOfCoordinates | None
+
+    def share(self, group: Mapping[str, Any]) -> float:
+        """Return the share of all recorded parameters that a parameter group holds."""
+        return sum(self.sizes.get(one, 0) for one in group["params"]) / self.total
+
+    def is_descent(self, optimizer: Optimizer) -> bool:
+        """Say whether steps are known to be gradient steps in the coordinates of the rows."""
+        is_known = self.coordinates is not None and self.coordinates.are_known()
+        return is_known or isinstance(optimizer, SGD | ASGD)
+
+
+def read_groups(
+    optimizer: Optimizer, recorded: Recorded | None = None
+) -> tuple[ParameterGroup, ...]:
+    """Return the hyper-parameters of every parameter group as they stand.
+
+    Args:
+        optimizer: The optimizer.
+        recorded: What of it is recorded, if that is to be told as well.
+    """
+    groups = optimizer.param_groups
+    if recorded is None:
+        return tuple(_read_group(group, 0.0, 0.0) for group in groups)
+    descent = float(recorded.is_descent(optimizer))
+    return tuple(_read_group(group, recorded.share(group), descent) for group in groups)
 
 
 def require_one_rate(optimizer: Optimizer) -> None:
@@ -30,8 +68,11 @@ def require_one_rate(optimizer: Optimizer) -> None:
         )
 
 
-def _read_group(group: Mapping[str, Any]) -> ParameterGroup:
-    beta1, beta2 = group.get("betas", (0.0, 0.0))
+def _read_group(group: Mapping[str, Any], share: float, descent: float) -> ParameterGroup:
+    # Others have none, or three, as Adan does: of these the first two.
+    betas: Sequence[float] = group.get("betas", ())
+    beta1, beta2, *_ = (*betas, 0.0, 0.0)
+    eps = group.get("eps", 0.0)
     return ParameterGroup(
         lr=float(group["lr"]),
         weight_decay=float(group.get("weight_decay", 0.0)),
@@ -39,6 +80,10 @@ def _read_group(group: Mapping[str, Any]) -> ParameterGroup:
         dampening=float(group.get("dampening", 0.0)),
         beta1=float(beta1),
         beta2=float(beta2),
-        eps=float(group.get("eps", 0.0)),
+        # Adafactor has a pair: neither is what others add to a denominator.
+        eps=0.0 if isinstance(eps, tuple | list) else float(eps),
         nesterov=float(group.get("nesterov", False)),
+        share=share,
+        decoupled=float(group.get("decoupled_weight_decay", False)),
+        descent=descent,
     )

@@ -19,7 +19,7 @@ from tda_lightning.callbacks.clipping import Bend, norm_after
 from tda_lightning.callbacks.gradients import by_size, gradient_norm, smallest_with_gradient
 from tda_lightning.callbacks.processes import Processes
 from tda_lightning.callbacks.session import Session
-from tda_lightning.coordinates import OptimizerCoordinates
+from tda_lightning.callbacks.whole import PartOfCoordinates
 from tda_lightning.recipe import Block
 from tda_lightning.rows import RowRecorder
 from tda_lightning.step import Step
@@ -51,7 +51,7 @@ class ManualSession(Session):
         rows: RowRecorder,
         blocks: Sequence[Block],
         reduction: Literal["mean", "sum"],
-        coordinates: OptimizerCoordinates | None,
+        coordinates: PartOfCoordinates | None,
         audit_every: int,
         processes: Processes,
     ) -> None:

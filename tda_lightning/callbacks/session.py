@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.audits import Audited, begin_audit, finish_audit
 from tda_lightning.callbacks.clipping import Bend, Scale
-from tda_lightning.callbacks.facts import read_groups
+from tda_lightning.callbacks.facts import Recorded, read_groups
 from tda_lightning.callbacks.gradients import (
     by_size,
     gradient_norm,
@@ -26,8 +26,8 @@ from tda_lightning.callbacks.gradients import (
     smallest_with_gradient,
 )
 from tda_lightning.callbacks.processes import Processes
+from tda_lightning.callbacks.whole import PartOfCoordinates
 from tda_lightning.conservation import require_conserved
-from tda_lightning.coordinates import OptimizerCoordinates
 from tda_lightning.recipe import Block
 from tda_lightning.rows import BatchRows, RowRecorder
 from tda_lightning.step import ParameterGroup, Preconditioner, Step
@@ -75,7 +75,7 @@ class Session:
         rows: RowRecorder,
         blocks: Sequence[Block],
         reduction: Literal["mean", "sum"],
-        coordinates: OptimizerCoordinates | None,
+        coordinates: PartOfCoordinates | None,
         audit_every: int,
         processes: Processes = Processes(),
     ) -> None:
@@ -83,6 +83,8 @@ class Session:
         self._blocks = blocks
         self._reduction = reduction
         self._coordinates = coordinates
+        sizes = {one: int(one.numel()) for one in rows.recorded_parameters()}
+        self._recorded = Recorded(sizes, sum(block.size for block in blocks), coordinates)
         self._begun: Preconditioner | None = None
         self._audit_every = audit_every
         self._processes = processes
@@ -163,7 +165,7 @@ class Session:
             index=index,
             epoch=epoch,
             optimizer=type(optimizer).__name__,
-            groups=read_groups(optimizer),
+            groups=read_groups(optimizer, self._recorded),
         )
 
     def before_clipping(self, optimizer: Optimizer, bound: float) -> Bend | None:

@@ -58,6 +58,10 @@ class PartOfCoordinates(OptimizerCoordinates):
         sources = tuple(feeding for feeding in surveyed.sources if feeding)
         super().__init__(optimizer, Survey(blocks, sources, surveyed.left_out))
 
+    def are_known(self) -> bool:
+        """Say whether the optimizer's steps are gradient steps in these coordinates."""
+        return self._is_adaptive()
+
     def read(self, gradients: Gradients) -> Preconditioner:
         """Return the coordinates of the next step, and the last known ones of other optimizers."""
         return self._whole.with_part(self._numbers, super().read(gradients))

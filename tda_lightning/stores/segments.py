@@ -77,6 +77,11 @@ def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
         group[name] = hyper[:, :, number]
 
 
+def _hyper(group: h5py.Group, name: str) -> np.ndarray:
+    # Segments of older runs lack some columns: zeros, for what is not known.
+    return group[name][:] if name in group else np.zeros(group["lr"].shape)
+
+
 def _write_visits(group: h5py.Group, steps: Sequence[Step]) -> None:
     group["sample_id"] = torch.cat([step.sample_ids for step in steps]).numpy()
     group["weight"] = torch.cat([step.weights for step in steps]).numpy()
@@ -177,7 +182,7 @@ class Segment:
             self._epoch = steps["epoch"][:].tolist()
             self._offset = steps["offset"][:].tolist()
             self._optimizer = steps["optimizer"].asstr()[:].tolist()
-            self._hyper = np.stack([steps[name][:] for name in _GROUP_FIELDS], axis=-1).tolist()
+            self._hyper = np.stack([_hyper(steps, name) for name in _GROUP_FIELDS], -1).tolist()
             self._audits = _read_audits(file["audits"])
             self._preconditioners = _read_preconditioners(file["preconditioners"])
             self._curvature_offset = file["curvature/offset"][:].tolist()
