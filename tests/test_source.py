@@ -92,7 +92,19 @@ def test_it_is_linear_in_the_query_and_blind_to_samples_never_drawn():
     assert scores(Source(), run)[:, ls.N_TRAIN - 1].abs().max() == 0
 
 
-@pytest.mark.parametrize("segments", [0, STEPS + 1])
-def test_more_segments_than_steps_are_refused(segments):
-    with pytest.raises(ValueError, match=f"`segments` is {segments}; expected a number from 1 to"):
-        scores(Source(segments), run_of())
+def test_more_segments_than_steps_are_refused():
+    message = rf"`segments` is {STEPS + 1}; expected a number from 1 to {STEPS}"
+    with pytest.raises(ValueError, match=message):
+        scores(Source(STEPS + 1), run_of())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_by_default_there_are_three_segments_or_as_many_as_steps(steps):
+    run = run_of()[:steps]
+    torch.testing.assert_close(scores(Source(), run), scores(Source(min(3, steps)), run))
+
+
+@pytest.mark.parametrize("segments", [0, -1, True])
+def test_segments_that_are_no_number_of_segments_are_refused(segments):
+    with pytest.raises(ValueError, match=r"`segments` is .*; expected a whole number of 1 or more"):
+        Source(segments)

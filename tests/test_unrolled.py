@@ -162,7 +162,7 @@ def test_in_the_coordinates_of_adam_it_is_what_retraining_with_adam_does(decay):
 
 def test_coupled_decay_divided_by_a_second_moment_is_taken_for_none():
     raw, run = ls.record(ls.problem(), OPTIMIZERS["sgd"]), MemoryStore()
-    run.begin(raw.recipe)
+    run.begin(replace(raw.recipe, preconditioner="optimizer"))
     for step in raw:
         group = replace(step.groups[0], eps=1e-8, weight_decay=0.3)
         run.append(replace(step, optimizer="RMSprop", groups=(group,)))

@@ -26,12 +26,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.arguments import require_kind, require_whole
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.curvature import BestAvailable, Curvature, mean_curvature
-from tda_lightning.attribution.dynamics import Dynamics, Extent, require_training
+from tda_lightning.attribution.dynamics import (
+    Extent,
+    require_training,
+    warn_of_approximations,
+)
 from tda_lightning.attribution.propagator import Exponential, Propagator
 from tda_lightning.step import Step
 from tda_lightning.stores import Store
+
+# As many as in the paper.
+_SEGMENTS = 3
 
 
 @dataclass(frozen=True)
@@ -39,39 +47,54 @@ class Source(Attributor):
     r"""Unrolled differentiation of averaged segments.
 
     It costs two passes, an eigendecomposition of a :math:`k \times k` matrix per segment, and the
-    memory of three such matrices.
+    memory of four such matrices.
 
     Attributes:
-        segments: How many segments to cut the run into, of equal length.
+        segments: How many segments to cut the run into, of equal length; ``None`` for three, or one
+            per step where there are fewer.
         curvature: How to build each step's curvature.
         propagator: What is left of a displacement where a step overshoots.
     """
 
-    segments: int = 3
+    segments: int | None = None
     curvature: Curvature = BestAvailable()
     propagator: Propagator = Exponential()
+
+    def __post_init__(self) -> None:
+        """Check what Python does not."""
+        if self.segments is not None:
+            require_whole("segments", self.segments, least=1)
+        require_kind("curvature", self.curvature, Curvature, "`BestAvailable()`")
+        require_kind("propagator", self.propagator, Propagator, "`Exponential()` or `Linear()`")
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
         """Look for one direction in all steps of a segment; go from the last segment back."""
         require_training(run)
+        warn_of_approximations(run)
         remaining = queries
         for steps in reversed(_cut(run, self.segments)):
-            segment = self._average(steps)
-            inside = remaining @ segment.vectors  # (n_query, k), along eigenvectors
-            direction = inside * segment.reached @ segment.vectors.mT
-            remaining = inside * segment.left @ segment.vectors.mT
+            direction, remaining = self._back(steps, remaining)
             for step in steps:
                 yield step, direction
 
+    def _back(
+        self, steps: Store, remaining: Float[Tensor, "n_query k"]
+    ) -> tuple[Float[Tensor, "n_query k"], Float[Tensor, "n_query k"]]:
+        """Return what is looked for in the steps of a segment, and before it."""
+        segment = self._average(steps)
+        inside = remaining @ segment.vectors  # (n_query, k), along eigenvectors
+        direction = inside * segment.reached @ segment.vectors.mT
+        return direction, inside * segment.left @ segment.vectors.mT
+
     def _average(self, steps: Store) -> _Segment:
         count, stride = len(steps), steps.recipe.every_n_steps
-        rate = Extent.of(steps).time / (count * stride)
+        extent = Extent.of(steps)
+        rate = extent.time / (count * stride)
         eigenvalues, vectors = torch.linalg.eigh(mean_curvature(steps, self.curvature))
         # Decay acts on top of the propagator, as it does where steps are unrolled.
-        decay = rate * Dynamics.of(steps[-1]).decay
-        taken = self.propagator.taken(rate * eigenvalues.clamp_min(0)) + decay
+        taken = self.propagator.taken(rate * eigenvalues.clamp_min(0)) + rate * extent.decay
         gone = _gone_after(count * stride, taken)
         series = gone / taken.clamp_min(torch.finfo(taken.dtype).tiny)
         series[taken == 0] = count * stride
@@ -100,11 +123,14 @@ class _Segment:
     reached: Float[Tensor, " k"]
 
 
-def _cut(run: Store, segments: int) -> list[Store]:
-    if not 1 <= segments <= len(run):
+def _cut(run: Store, segments: int | None) -> list[Store]:
+    if segments is None:
+        segments = min(_SEGMENTS, len(run))
+    if segments > len(run):
         raise ValueError(
             f"`segments` is {segments}; expected a number from 1 to {len(run)}, the number of "
-            "recorded steps."
+            "recorded steps. Leave it out to have as many as there can be, up to "
+            f"{_SEGMENTS}."
         )
-    ends = [len(run) * number // segments for number in range(segments + 1)]
+    ends = [len(run) * number // segments for number in range(segments + 1)] if segments else []
     return [run[a:b] for a, b in pairwise(ends)]

@@ -22,9 +22,14 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.arguments import require_kind
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.curvature import BestAvailable, Curvature
-from tda_lightning.attribution.dynamics import Dynamics, require_training
+from tda_lightning.attribution.dynamics import (
+    Dynamics,
+    require_training,
+    warn_of_approximations,
+)
 from tda_lightning.attribution.propagator import Exponential, Propagator, TamedCurvature
 from tda_lightning.step import Step
 from tda_lightning.stores import Store
@@ -46,6 +51,11 @@ class Unrolled(Attributor):
     curvature: Curvature = BestAvailable()
     propagator: Propagator = Exponential()
 
+    def __post_init__(self) -> None:
+        """Check what Python does not."""
+        require_kind("curvature", self.curvature, Curvature, "`BestAvailable()`")
+        require_kind("propagator", self.propagator, Propagator, "`Exponential()` or `Linear()`")
+
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
@@ -65,6 +75,7 @@ class Unrolled(Attributor):
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"], Float[Tensor, "n n_query"] | None]]:
         """Yield steps and directions, with the visits' scores if they came up on the way."""
         require_training(run)
+        warn_of_approximations(run)
         adjoint = _Adjoint(queries)
         for step in reversed(run):
             dynamics = Dynamics.of(step)
@@ -107,9 +118,9 @@ class _Adjoint:
         if dynamics.momentum == 0:
             return moved
         # Signs: a buffer is subtracted from the weights, so what is asked of it has theirs turned.
-        buffered = dynamics.momentum * moved if dynamics.lookahead else moved
+        buffered = dynamics.kept * moved
         if self._buffer is not None:
             buffered = buffered + self._buffer
         self._buffer = dynamics.momentum * buffered
         direction = dynamics.fresh * buffered
-        return direction + moved if dynamics.lookahead else direction
+        return direction + dynamics.lookahead * moved if dynamics.lookahead else direction
