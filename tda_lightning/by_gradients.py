@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.api import Run, fingerprint, open_run
+from tda_lightning.arguments import require_choice
 from tda_lightning.attribution.dynamics import Extent
 from tda_lightning.attribution.influence import suggested_damping
 from tda_lightning.batches import require_loader
@@ -26,6 +27,8 @@ from tda_lightning.targets import Loss, Target, name_of
 from tda_lightning.undisturbed import undisturbed
 from tda_lightning.whole_gradients import WholeGradients, whole_recipe
 
+Reduction = Literal["mean", "sum"]
+
 
 def attribute_by_gradients(
     model: nn.Module,
@@ -38,7 +41,7 @@ def attribute_by_gradients(
     at: Moment = "now",
     curvature_loader: DataLoader[Any] | None = None,
     sample_ids: IdSource | None = None,
-    reduction: Literal["mean", "sum"] | None = None,
+    reduction: Reduction | None = None,
     batch_dims: Mapping[str, SampleAxis] | None = None,
     progress: bool = True,
 ) -> Scores:
@@ -55,7 +58,7 @@ def attribute_by_gradients(
         train_loader: The training data, in any order.
         queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
         run: The recorded training, its folder or a store, with snapshots; see
-            ``GradientRecorder(snapshots=...)``.
+            ``GradientRecorder(snapshots=...)``. A slice of a store has those of its steps.
         method: How to attribute.
         target: What is asked about: the loss, or a function of (module, batch) that returns one
             number per sample, to raise: :class:`~tda_lightning.Logit`, say.
@@ -84,9 +87,12 @@ def attribute_by_gradients(
             snapshots, or the method cannot be applied to the model.
     """
     _require_method(method)
-    loader = train_loader if curvature_loader is None else curvature_loader
     require_loader(train_loader, "train_loader")
-    require_loader(loader, "curvature_loader")
+    require_loader(curvature_loader, "curvature_loader")
+    if reduction is not None:
+        require_choice("reduction", reduction, Reduction)
+    loader = train_loader if curvature_loader is None else curvature_loader
+    name = "train_loader" if curvature_loader is None else "curvature_loader"
     store = _opened(run, at)
     _say_what_is_left_out(model, method)
     surveyed = survey(model, method.layers)
@@ -97,7 +103,7 @@ def attribute_by_gradients(
     whole = WholeGradients(model, surveyed, recipe, store)
     asked = whole.of_queries(queries, target, at, progress=progress)
     with undisturbed(model, "eval"):
-        objective = whole.objective(loader, _damping(store), progress=progress)
+        objective = whole.objective(loader, _damping(store), argument=name, progress=progress)
         solution = method.solve(objective, asked, progress=progress)
     train_ids, products = whole.products(
         solution.directions, train_loader, sample_ids, progress=progress
@@ -141,6 +147,11 @@ def _opened(run: Run | None, at: Moment) -> Store | None:
         raise ValueError(
             f"`at={at!r}` came without a run; expected `run=`, the one that kept the snapshots, or "
             '`at="now"`.'
+        )
+    if isinstance(run, list | tuple):
+        raise ValueError(
+            f"`run` is a {type(run).__name__} of {len(run)}; expected one recorded training. Ask "
+            "each with its own model, and average: `Scores.mean([...])`."
         )
     return None if run is None else open_run(run)
 

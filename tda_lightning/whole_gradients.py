@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.anew import sampled_rows, train_rows
-from tda_lightning.batches import with_progress
+from tda_lightning.batches import kept_batches, with_progress
 from tda_lightning.callbacks.trained import row_dtype
 from tda_lightning.layers import Survey
 from tda_lightning.parameter_space.objective import (
@@ -68,7 +68,8 @@ class WholeGradients:
         model: The LightningModule that was trained.
         surveyed: What of it counts.
         recipe: How to record: :func:`whole_recipe`.
-        run: Where to look from: its snapshots, ten at most; ``None`` for the model's own weights.
+        run: Where to look from: the snapshots of its steps, ten at most; ``None`` for the model's
+            own weights.
 
     Raises:
         ValueError: If the run has no snapshots, or did not record what counts.
@@ -84,13 +85,14 @@ class WholeGradients:
         self.snapshots: list[int] = []
         self._viewpoints = [HERE]
         if run is not None:
-            self.snapshots = spread(require_snapshots(run), MOST)
+            self.snapshots = spread(_snapshots_of(run), MOST)
             self._viewpoints = [self._viewpoint(run, one) for one in self.snapshots]
 
     def of_queries(
         self, queries: Any, target: Target, at: Moment, *, progress: bool
     ) -> Float[Tensor, "n_query d"]:
         """Return the gradients of the queries' losses, or of another target."""
+        queries = kept_batches(queries) if at == "snapshots" else queries
 
         def ask(position: int) -> Float[Tensor, "n_query d"]:
             rows = query_rows(self._model, queries, self._recipe, target=target, progress=progress)
@@ -99,13 +101,19 @@ class WholeGradients:
         return ask(-1) if self._run is None else mean_rows_at(self._run, self._model, at, ask)
 
     def objective(
-        self, loader: DataLoader[Any], damping: float | None, *, progress: bool
+        self,
+        loader: DataLoader[Any],
+        damping: float | None,
+        *,
+        argument: str = "train_loader",
+        progress: bool,
     ) -> Objective:
         """Return the mean loss over some data, seen from wherever gradients are taken.
 
         Args:
             loader: The data.
             damping: What the training suggests.
+            argument: What the data are called where the user has passed them.
             progress: Show progress bars.
         """
         found = Objective.of(
@@ -113,6 +121,7 @@ class WholeGradients:
             self._parameters,
             loader,
             reduction=self._recipe.reduction,
+            argument=argument,
             progress=progress,
         )
         return replace(
@@ -133,7 +142,13 @@ class WholeGradients:
         for number, viewpoint in enumerate(bar):
             seed = number * len(objective.batches)
             with viewpoint.of(self._model):
-                batches = sampled_rows(self._model, objective.batches, self._recipe, seed=seed)
+                batches = sampled_rows(
+                    self._model,
+                    objective.batches,
+                    self._recipe,
+                    seed=seed,
+                    argument=objective.argument,
+                )
                 for size, rows in zip(objective.sizes, batches, strict=True):
                     share = (size if is_mean else 1) / total
                     yield self._vectors(rows, viewpoint.scale) * share**0.5
@@ -146,9 +161,16 @@ class WholeGradients:
         *,
         progress: bool,
     ) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
-        """Return the ids of all samples, sorted, and their gradients' products with directions."""
+        """Return the ids of all samples, sorted, and their gradients' products with directions.
+
+        Raises:
+            ValueError: If the passes over the loader draw different samples.
+        """
         passes = with_progress(self._viewpoints, "training samples", progress, unit="pass")
-        found = [self._products(one, directions, loader, sample_ids) for one in passes]
+        found: list[tuple[Tensor, Tensor]] = []
+        for viewpoint in passes:
+            found.append(self._products(viewpoint, directions, loader, sample_ids))
+            _require_same_samples(found[0][0], found[-1][0], len(self._viewpoints))
         return found[0][0], torch.stack([products for _, products in found]).mean(dim=0)
 
     def _products(
@@ -163,6 +185,7 @@ class WholeGradients:
         ids, products = [], []
         with viewpoint.of(self._model):
             for named, rows in train_rows(self._model, loader, self._recipe, sample_ids=sample_ids):
+                _require_finite(named, rows)
                 ids.append(named)
                 products.append((along @ rows.mT).cpu())
         if not ids:
@@ -199,3 +222,48 @@ class WholeGradients:
             )
         scales = [torch.outer(*known[block]).flatten() for block in self._recipe.blocks]
         return self._vectors(torch.cat(scales)[None], None)[0]
+
+
+def _snapshots_of(run: Store) -> list[int]:
+    """Return the snapshots of the steps of a run, up to that after the last one.
+
+    A slice of a run lists those outside of it as well.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    indices = [index for index, _, _ in run.visits()]
+    first, last = min(indices), max(indices)
+    end = last + run.recipe.every_n_steps
+    found = [one for one in require_snapshots(run) if first <= one <= end]
+    if not found:
+        raise ValueError(
+            f"The run has no snapshot of the weights at its steps {first} to {last}; expected some."
+            " Take a longer part of the run, or record with `GradientRecorder(..., snapshots=n)` "
+            "for every n-th step."
+        )
+    return found
+
+
+def _require_same_samples(before: Int[Tensor, " n"], now: Int[Tensor, " m"], passes: int) -> None:
+    if torch.equal(before, now):
+        return
+    only = sorted(set(before.tolist()) ^ set(now.tolist()))
+    raise ValueError(
+        f"`train_loader` does not draw the same samples in every pass: {_listed(only)} came in one "
+        f"and not in another; expected the same in all {passes}, one for each snapshot. Pass a "
+        "loader of all samples, without `drop_last=True` and without a sampler that chooses."
+    )
+
+
+def _require_finite(ids: Int[Tensor, " n"], rows: Float[Tensor, "n k"]) -> None:
+    wrong = ids[~torch.isfinite(rows).all(dim=1).cpu()]
+    if len(wrong):
+        raise ValueError(
+            f"`train_loader` yields samples whose gradients are NaN or infinite: {_listed(wrong)}; "
+            "expected finite ones. Look at their inputs and labels, and at the weights."
+        )
+
+
+def _listed(ids: Any) -> str:
+    return ", ".join(str(int(one)) for one in ids[:5]) + (", ..." if len(ids) > 5 else "")

@@ -403,7 +403,7 @@ def test_samples_that_come_twice_and_empty_loaders_are_refused():
     with pytest.raises(ValueError, match="draws sample 0 11 times"):
         attribute_by_gradients(model, twice, QUERIES, method=EXACT, progress=False)
     empty = loader(Subset(DATA, []), shuffle=False)
-    with pytest.raises(ValueError, match="loader of curvature is empty"):
+    with pytest.raises(ValueError, match="`train_loader` is an empty loader"):
         attribute_by_gradients(model, empty, QUERIES, method=EXACT, progress=False)
     with pytest.raises(ValueError, match="`train_loader` is an empty loader"):
         ask(model, data=Subset(DATA, []), shuffle=False, curvature_loader=loader(DATA))

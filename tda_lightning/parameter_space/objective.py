@@ -55,6 +55,7 @@ class Objective:
         viewpoints: Where its curvature is taken: it is the mean of theirs.
         sampled: Draws labels from the model's predictions; ``None`` where nobody said how.
         damping: What the training itself suggests, if it is known.
+        argument: What the data are called where the user has passed them.
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class Objective:
     viewpoints: tuple[Viewpoint, ...] = (HERE,)
     sampled: SampledRows | None = None
     damping: float | None = None
+    argument: str = "train_loader"
 
     @classmethod
     def of(
@@ -74,6 +76,7 @@ class Objective:
         loader: DataLoader[Any],
         *,
         reduction: Literal["mean", "sum"] = "mean",
+        argument: str = "train_loader",
         progress: bool = True,
     ) -> Objective:
         """Take the data from a loader, once, so that every product sees the very same.
@@ -83,10 +86,10 @@ class Objective:
         """
         batches = list(with_progress(loader, "curvature data", progress))
         if not batches:
-            raise ValueError("The loader of curvature is empty; expected at least one batch.")
-        sizes = tuple(batch_size(batch, "train_loader") for batch in batches)
+            raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
+        sizes = tuple(batch_size(batch, argument) for batch in batches)
         moved = tuple(transfer(model, batch) for batch in batches)
-        return cls(model, tuple(parameters), moved, sizes, reduction)
+        return cls(model, tuple(parameters), moved, sizes, reduction, argument=argument)
 
     @property
     def n(self) -> int:
