@@ -17,10 +17,13 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.arguments import require_choice
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.linalg import unit_rows
 from tda_lightning.step import Step
 from tda_lightning.stores import Store
+
+Measure = Literal["cosine", "dot"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,11 @@ class GradientSimilarity(Attributor):
         measure: ``"cosine"``, or ``"dot"`` for the inner product of the gradients of single losses.
     """
 
-    measure: Literal["cosine", "dot"] = "cosine"
+    measure: Measure = "cosine"
+
+    def __post_init__(self) -> None:
+        """Raise unless the measure is one of those there are."""
+        require_choice("measure", self.measure, Measure)
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
