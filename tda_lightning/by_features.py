@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.api import fingerprint
+from tda_lightning.arguments import require_kind
 from tda_lightning.attribution import (
     FeatureSimilarity,
     PointAttributor,
@@ -32,7 +33,7 @@ def attribute_by_features(
     """Say which training samples a model takes for like the queries, or builds its outputs from.
 
     Nothing needs to have been recorded: it costs one pass over the training data, in evaluation
-    mode, through the model's own ``training_step``.
+    mode, through the model's own ``training_step``; two for methods that need to know its loss.
 
     Args:
         model: The LightningModule that was trained, with the weights to ask about. It is left as
@@ -47,7 +48,8 @@ def attribute_by_features(
         Scores, shape ``(n_query, n_train)``. Memory: these, and the features of all samples.
 
     Raises:
-        ValueError: If the layer or the ids cannot be found, or the data do not fit the model.
+        ValueError: If the layer or the ids cannot be found, the data do not fit the model, or
+            what the layer sees is not finite.
     """
     if not isinstance(method, PointAttributor):
         raise ValueError(
@@ -89,6 +91,7 @@ def representers(
         ValueError: If the layer or the ids cannot be found, the data do not fit the model, the loss
             is neither a softmax cross-entropy nor a squared error, or the refit does not arrive.
     """
+    require_kind("method", method, RepresenterPoint, "`RepresenterPoint()`")
     train = train_points(
         model,
         train_loader,

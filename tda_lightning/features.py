@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.data import DataLoader
 
+from tda_lightning.arguments import require_choice
 from tda_lightning.batches import (
     batch_size,
     batches_of,
@@ -29,7 +29,7 @@ from tda_lightning.batches import (
 from tda_lightning.layers import find_tensors
 from tda_lightning.points import Head, Points, concatenate
 from tda_lightning.sample_ids import IdSource, SampleLedger, require_once
-from tda_lightning.undisturbed import undisturbed
+from tda_lightning.undisturbed import same_random_numbers, undisturbed
 
 Reads = Literal["features", "head"]
 
@@ -49,7 +49,8 @@ def train_points(
         model: A LightningModule, with the weights to ask about. It is left as it was.
         loader: The training data, in any order.
         layer: Name of the layer whose input to take; by default the last ``Linear`` that is called.
-        reads: ``"head"`` takes the layer's output and the gradients there as well.
+        reads: ``"head"`` takes the layer's output and the gradients there as well: every batch
+            passes twice, once with random outputs in their place, which tells losses apart.
         sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
         progress: Show a progress bar.
 
@@ -73,7 +74,9 @@ def train_points(
         ledger.release()
     points = _joined(parts, torch.cat(ids) if ids else None, "train_loader")
     require_once(points.ids)
-    return points.sorted()
+    points = points.sorted()
+    _require_finite(points, model, "train_loader")
+    return points
 
 
 def query_points(
@@ -95,11 +98,14 @@ def query_points(
     """
     with _watching(model, layer, reads) as watch:
         batches = with_progress(batches_of(queries), "queries", progress)
-        return _joined([watch.take(batch, "queries") for batch in batches], None, "queries")
+        points = _joined([watch.take(batch, "queries") for batch in batches], None, "queries")
+    _require_finite(points, model, "queries")
+    return points
 
 
 @contextmanager
 def _watching(model: nn.Module, layer: str | None, reads: Reads) -> Iterator[_Watch]:
+    require_choice("reads", reads, Reads)
     watch = _Watch(model, layer, reads)
     try:
         with undisturbed(model, "eval"), torch.set_grad_enabled(reads == "head"):
@@ -110,19 +116,12 @@ def _watching(model: nn.Module, layer: str | None, reads: Reads) -> Iterator[_Wa
 
 @dataclass(frozen=True)
 class _Call:
-    """What a layer saw and said, whatever is done to those tensors afterwards."""
+    """What a layer saw, and what it returned: a leaf of the graph, where its head is read."""
 
     name: str
     module: nn.Module
     inputs: Tensor
     outputs: Tensor
-    place: GradientEdge | None
-
-
-def _call_of(name: str, module: nn.Module, inputs: Tensor, output: Any) -> _Call:
-    said = next(find_tensors(output), inputs)
-    place = get_gradient_edge(said) if said.requires_grad else None
-    return _Call(name, module, inputs.detach().clone(), said.detach().clone(), place)
 
 
 class _Watch:
@@ -131,6 +130,7 @@ class _Watch:
     def __init__(self, model: nn.Module, layer: str | None, reads: Reads) -> None:
         self._model, self._reads = model, reads
         self._last: _Call | None = None
+        self._probed: str | None = None
         self._chosen = layer
         watched = _layers_meant(model, layer)
         self._handles = [
@@ -158,11 +158,18 @@ class _Watch:
         finally:
             self._last = None
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _hook(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
             inputs = next(find_tensors([args, kwargs]), None)
-            if inputs is not None:
-                self._last = _call_of(name, module, inputs, output)
+            if inputs is None:
+                return None
+            # Copies, since what the step has may be changed in place.
+            if self._reads == "features" or not isinstance(module, nn.Linear):
+                self._last = _Call(name, module, inputs.detach().clone(), inputs)
+                return None
+            leaf = (_drawn(output) if name == self._probed else output.detach()).requires_grad_()
+            self._last = _Call(name, module, inputs.detach().clone(), leaf)
+            return leaf.clone()
 
         return hook
 
@@ -180,22 +187,39 @@ class _Watch:
     def _read_features(self, batch: Any, n: int) -> Points:
         step_of(self._model, batch)
         call = self._heard(n)
+        if not call.inputs.is_floating_point():
+            raise ValueError(
+                f"`{call.name}` is a {type(call.module).__name__} and saw {describe(call.inputs)}; "
+                "expected a layer that sees floating-point numbers. Name one behind it with "
+                "`layer=`"
+            )
         return Points(call.inputs.flatten(1).cpu(), torch.arange(n), call.name)
 
     def _read_head(self, batch: Any, n: int) -> Points:
-        loss = loss_of(self._model, batch)
-        call = self._heard(n)
-        head, place = _require_head(call)
-        # The loss of a batch is taken to be the mean of its samples' losses.
-        (gradients,) = torch.autograd.grad(n * loss, place, create_graph=True)
-        weight, features = _with_bias(head, call.inputs)
+        call, gradients = self._ask(batch, n, probed=None)
+        probe, probe_gradients = self._ask(batch, n, probed=call.name)
+        weight, features = _with_bias(_require_head(call), call.inputs)
         asked = Head(
-            outputs=call.outputs.cpu(),
-            gradients=gradients.detach().cpu(),
-            slopes=_slopes(gradients, place).cpu(),
+            outputs=call.outputs.detach().cpu(),
+            gradients=gradients.cpu(),
+            probes=probe.outputs.detach().cpu(),
+            probe_gradients=probe_gradients.cpu(),
             weight=weight.cpu(),
+            rounding=torch.finfo(gradients.dtype).eps,
         )
         return Points(features.cpu(), torch.arange(n), call.name, asked)
+
+    def _ask(self, batch: Any, n: int, probed: str | None) -> tuple[_Call, Tensor]:
+        """Return the last call, and what each sample's loss asks of its outputs."""
+        self._probed = probed
+        # A step that draws random numbers draws the same ones when it is asked again.
+        with same_random_numbers(_gpus(self._model)):
+            loss = loss_of(self._model, batch)
+        call = self._heard(n)
+        _require_head(call)
+        # The loss of a batch is taken to be the mean of its samples' losses.
+        (gradients,) = torch.autograd.grad(n * loss, call.outputs)
+        return call, gradients
 
 
 def _layers_meant(model: nn.Module, layer: str | None) -> dict[str, nn.Module]:
@@ -211,22 +235,23 @@ def _layers_meant(model: nn.Module, layer: str | None) -> dict[str, nn.Module]:
     return {layer: named[layer]}
 
 
-def _require_head(call: _Call) -> tuple[nn.Linear, GradientEdge]:
-    if not isinstance(call.module, nn.Linear) or call.inputs.ndim != 2 or call.place is None:
+def _require_head(call: _Call) -> nn.Linear:
+    if not isinstance(call.module, nn.Linear) or call.inputs.ndim != 2:
         raise ValueError(
             f"`{call.name}` is a {type(call.module).__name__} and saw {describe(call.inputs)}; "
             "expected a `Linear` that is called with one vector per sample. Name it with `layer=`"
         )
-    return call.module, call.place
+    return call.module
 
 
-def _slopes(gradients: Tensor, place: GradientEdge) -> Tensor:
-    """Return the row sums of the Hessian whose gradients these are."""
-    nothing = torch.zeros_like(gradients)
-    if not gradients.requires_grad:
-        return nothing
-    (found,) = torch.autograd.grad(gradients.sum(), place, allow_unused=True)
-    return nothing if found is None else found
+def _drawn(outputs: Tensor) -> Tensor:
+    """Return outputs that a loss is asked about besides the layer's own."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(outputs.shape, generator=generator).to(outputs)
+
+
+def _gpus(model: nn.Module) -> list[torch.device]:
+    return list({one.device for one in model.parameters() if one.device.type == "cuda"})
 
 
 def _with_bias(head: nn.Linear, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,3 +273,27 @@ def _joined(parts: Sequence[Points], ids: Tensor | None, argument: str) -> Point
         )
     n = sum(len(part.ids) for part in parts)
     return concatenate(parts, torch.arange(n) if ids is None else ids)
+
+
+def _require_finite(points: Points, model: nn.Module, argument: str) -> None:
+    seen = {f"what `{points.layer}` saw": points.features}
+    if points.head is not None:
+        seen[f"what `{points.layer}` returned"] = points.head.outputs
+        seen["the gradient of the loss"] = points.head.gradients
+    for what, values in seen.items():
+        strange = points.ids[~values.isfinite().all(dim=1)]
+        if len(strange):
+            raise ValueError(_why_not_finite(model, what, int(strange[0]), argument))
+
+
+def _why_not_finite(model: nn.Module, what: str, sample: int, argument: str) -> str:
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            return (
+                f"The weights of `model` are not finite: `{name}` holds NaN or infinity. Expected "
+                "those of a training that did not diverge; load earlier ones, from a checkpoint."
+            )
+    return (
+        f"In sample {sample} of `{argument}`, {what} is not finite, though the weights are; "
+        "expected finite numbers. Look for NaN or infinity in its inputs and targets."
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,31 +15,36 @@ from torch import Tensor
 class Head:
     """The linear layer behind the features, as it acted on them.
 
+    Two gradients per sample tell what its loss is, however well the model fits.
+
     Attributes:
         outputs: What it returned, shape ``(n, c)``.
         gradients: Gradient of each sample's own loss with respect to that, shape ``(n, c)``.
-        slopes: Row sums of that loss's Hessian: zero of a softmax cross-entropy, the factor of a
-            squared error, shape ``(n, c)``.
+        probes: Other outputs, drawn at random, shape ``(n, c)``.
+        probe_gradients: Gradient of each sample's own loss had these come out, shape ``(n, c)``.
         weight: Its weight, with the bias as last column if it has one, shape ``(c, d)``.
+        rounding: Relative error of the number format that the gradients came in.
     """
 
     outputs: Float[Tensor, "n c"]
     gradients: Float[Tensor, "n c"]
-    slopes: Float[Tensor, "n c"]
+    probes: Float[Tensor, "n c"]
+    probe_gradients: Float[Tensor, "n c"]
     weight: Float[Tensor, "c d"]
+    rounding: float
 
     def at(self, places: Int[Tensor, " m"]) -> Head:
         """Return the head as it acted on some of the samples."""
-        own = {name: getattr(self, name)[places] for name in _PER_SAMPLE}
+        own: dict[str, Any] = {name: getattr(self, name)[places] for name in _PER_SAMPLE}
         return replace(self, **own)
 
     def double(self) -> Head:
         """Return the head in float64."""
-        own = {name: getattr(self, name).double() for name in _PER_SAMPLE}
+        own: dict[str, Any] = {name: getattr(self, name).double() for name in _PER_SAMPLE}
         return replace(self, weight=self.weight.double(), **own)
 
 
-_PER_SAMPLE = ("outputs", "gradients", "slopes")
+_PER_SAMPLE = ("outputs", "gradients", "probes", "probe_gradients")
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,9 @@ def concatenate(parts: Sequence[Points], ids: Int[Tensor, " n"]) -> Points:
     heads = [part.head for part in parts if part.head is not None]
     head = None
     if heads:
-        own = {name: torch.cat([getattr(one, name) for one in heads]) for name in _PER_SAMPLE}
+        own: dict[str, Any] = {
+            name: torch.cat([getattr(one, name) for one in heads]) for name in _PER_SAMPLE
+        }
         head = replace(heads[0], **own)
     features = torch.cat([part.features for part in parts])
     return Points(features, ids, parts[0].layer, head)

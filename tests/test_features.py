@@ -56,7 +56,79 @@ def test_a_head_is_what_the_loss_asks_of_it():
     torch.testing.assert_close(head.outputs, model.net[3](hidden(model, x)).detach())
     asked = head.outputs.softmax(dim=1) - torch.eye(3, dtype=torch.float64)[y]
     torch.testing.assert_close(head.gradients, asked)
-    torch.testing.assert_close(head.slopes, torch.zeros_like(asked))
+    asked = head.probes.softmax(dim=1) - torch.eye(3, dtype=torch.float64)[y]
+    torch.testing.assert_close(head.probe_gradients, asked)
+    assert (head.probes - head.outputs).abs().amax(dim=1).min() > 0.1
+
+
+class Restless(Plain):
+    """Mixes labels at random, and writes over its logits."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        share = torch.rand(len(x), 1, dtype=x.dtype)
+        mixed = share * torch.eye(3, dtype=x.dtype)[y] + (1 - share) / 3
+        logits = self.net(x)
+        loss = nn.functional.cross_entropy(logits, mixed)
+        logits.zero_()
+        return loss
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_a_head_is_asked_twice_about_the_same_loss(frozen):
+    model = Restless(network().net).requires_grad_(not frozen)
+    head = query_points(model, data()[:], reads="head", progress=False).head
+    moved = head.outputs.softmax(dim=1) - head.probes.softmax(dim=1)
+    torch.testing.assert_close(head.gradients - head.probe_gradients, moved)
+    torch.testing.assert_close(head.outputs, network().net.eval()(data()[:][0]).detach())
+
+
+@pytest.mark.parametrize("reads", ["features", "head"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_named(bad, reads):
+    (x, y), model = data()[:], network()
+    x[[7, 11], 2] = bad
+    broken = TensorDataset(x, y)
+    with pytest.raises(ValueError, match=r"In sample 7 of `train_loader`, what `net.3` saw is not"):
+        train_points(model, loader(broken), reads=reads, progress=False)
+    with pytest.raises(ValueError, match=r"In sample 2 of `queries`, .*though the weights are"):
+        query_points(model, broken[5:9], reads=reads, progress=False)
+    model.net[0].bias.data[1] = bad
+    with pytest.raises(ValueError, match=r"weights of `model` are not finite: `net.0.bias` holds"):
+        train_points(model, loader(data()), reads=reads, progress=False)
+
+
+def test_targets_that_are_not_finite_are_named():
+    x, _ = data()[:]
+    targets = torch.zeros(13, 3).double()
+    targets[4, 1] = torch.nan
+    model = Plain(network().net, loss=nn.functional.mse_loss)
+    with pytest.raises(ValueError, match=r"In sample 4 of `queries`, the gradient of the loss is"):
+        query_points(model, (x, targets), reads="head", progress=False)
+
+
+def test_features_of_sixteen_bits_are_compared_with_more():
+    model, (x, y) = network().bfloat16(), data()[:]
+    low = TensorDataset(x.bfloat16(), y)
+    for measure in ("cosine", "dot", "euclidean"):
+        method = FeatureSimilarity("net.0", measure=measure)
+        found = attribute_by_features(model, loader(low), low[:3], method=method, progress=False)
+        assert found.values.dtype == torch.float32
+
+
+def test_layers_that_see_integers_are_refused():
+    words = TensorDataset(torch.randint(11, (13, 2)), data()[:][1])
+    model = Plain(nn.Sequential(nn.Embedding(11, 5), nn.Flatten(), nn.Linear(10, 3)))
+    with pytest.raises(ValueError, match=r"`net.0` is a Embedding and saw .*int64.*floating-point"):
+        train_points(model, loader(words), layer="net.0", progress=False)
+
+
+def test_points_of_another_layer_are_refused():
+    train = train_points(network(), loader(data()), progress=False)
+    for layer in ("net.0", "net.1"):  # of another width, and of the same
+        queries = query_points(network(), data()[:3], layer=layer, progress=False)
+        with pytest.raises(ValueError, match=rf"5 numbers each that `net.3` saw.*`{layer}` saw"):
+            FeatureSimilarity().attribute(train, queries)
 
 
 @pytest.mark.parametrize("reads", ["features", "head"])

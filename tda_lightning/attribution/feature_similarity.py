@@ -17,10 +17,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.attribution.point_methods import PointAttributor
+from tda_lightning.arguments import require_choice
+from tda_lightning.attribution.point_methods import (
+    PointAttributor,
+    require_points,
+    require_same_layer,
+)
 from tda_lightning.linalg import unit_rows
 from tda_lightning.points import Points
 from tda_lightning.scores import Scores
+
+Measure = Literal["cosine", "dot", "euclidean"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,11 @@ class FeatureSimilarity(PointAttributor):
     """
 
     layer: str | None = None
-    measure: Literal["cosine", "dot", "euclidean"] = "cosine"
+    measure: Measure = "cosine"
+
+    def __post_init__(self) -> None:
+        """Raise unless the measure is one of those there are."""
+        require_choice("measure", self.measure, Measure)
 
     def attribute(self, train: Points, queries: Points) -> Scores:
         """Score every training sample for every query.
@@ -45,14 +56,10 @@ class FeatureSimilarity(PointAttributor):
             queries: The queries, as the layer saw them.
 
         Raises:
-            ValueError: If the layer saw features of another number in the queries.
+            ValueError: If a layer saw features of another number in the queries, or another layer.
         """
-        if train.features.shape[1] != queries.features.shape[1]:
-            raise ValueError(
-                f"`{train.layer}` saw {train.features.shape[1]} numbers of every training sample "
-                f"and {queries.features.shape[1]} of every query; expected as many. Pad them "
-                "alike, or name a layer behind the pooling."
-            )
+        require_points("train", train)
+        require_same_layer(queries, train.layer, train.features.shape[1])
         return Scores(
             values=self._similarities(queries.features, train.features),
             query_ids=queries.ids,
@@ -64,9 +71,15 @@ class FeatureSimilarity(PointAttributor):
     def _similarities(
         self, queries: Float[Tensor, "n_query d"], train: Float[Tensor, "n_train d"]
     ) -> Float[Tensor, "n_query n_train"]:
+        queries, train = _wide(queries), _wide(train)
         if self.measure == "cosine":
             return unit_rows(queries) @ unit_rows(train).mT
         if self.measure == "dot":
             return queries @ train.mT
         exact = "donot_use_mm_for_euclid_dist"
         return -torch.cdist(queries, train, compute_mode=exact).square()
+
+
+def _wide(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    # Sums of many products need more digits than 16 bits have, and distances are not made of them.
+    return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features

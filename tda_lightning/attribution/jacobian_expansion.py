@@ -23,13 +23,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.arguments import require_not_negative
 from tda_lightning.attribution.head_losses import (
     HeadLoss,
     Output,
     loss_of_head,
     output_directions,
+    require_output,
 )
-from tda_lightning.attribution.point_methods import PointAttributor, head_of
+from tda_lightning.attribution.point_methods import (
+    PointAttributor,
+    head_of,
+    require_same_layer,
+)
 from tda_lightning.linalg import damped_root
 from tda_lightning.points import Points
 from tda_lightning.scores import Scores
@@ -39,8 +45,9 @@ from tda_lightning.scores import Scores
 class LocalJacobianExpansion(PointAttributor):
     r"""What each training sample adds to an output of the last layer as it is.
 
-    A positive score marks a proponent: it raises that output. Memory: a matrix of
-    :math:`cd \times cd` numbers for :math:`c` outputs and :math:`d` features.
+    A positive score marks a proponent: it raises that output. Memory: three matrices of
+    :math:`cd \times cd` numbers for :math:`c` outputs and :math:`d` features, two of :math:`cd`
+    numbers for each query, and a few times the features and outputs.
 
     Attributes:
         output: Which output of a query: that of its label, of the model's prediction, or that with
@@ -56,6 +63,12 @@ class LocalJacobianExpansion(PointAttributor):
     layer: str | None = None
     reads: ClassVar[Literal["features", "head"]] = "head"
 
+    def __post_init__(self) -> None:
+        """Raise unless every argument is one that can be."""
+        require_output(self.output)
+        require_not_negative("ascent", self.ascent)
+        require_not_negative("damping", self.damping)
+
     def attribute(self, train: Points, queries: Points) -> Scores:
         """Score every training sample for every query.
 
@@ -63,7 +76,8 @@ class LocalJacobianExpansion(PointAttributor):
             train: The training samples, as the layer saw them.
             queries: The queries, as the layer saw them.
         """
-        head, asked = head_of(train), head_of(queries)
+        head, asked = head_of("train", train), head_of("queries", queries)
+        require_same_layer(queries, train.layer, train.features.shape[1])
         features, n = train.features.double(), len(train.features)
         loss = loss_of_head(head, train.layer)
         slope = loss.gradients(features @ head.weight.mT).mT @ features / n
@@ -89,11 +103,13 @@ class LocalJacobianExpansion(PointAttributor):
         """Return the Hessian of the mean loss at the weights, and the damping."""
         (n, d), c = features.shape, outputs.shape[1]
         hessian = features.new_empty(c, d, c, d)
-        whole = loss.hessians(outputs) / n  # (n, c, c)
-        for row in range(c):
-            for column in range(c):
-                block = (features * whole[:, row, column, None]).mT @ features
-                hessian[row, :, column, :] = block
+        for column in range(c):
+            way = torch.zeros_like(outputs)
+            way[:, column] = 1
+            bent = loss.bent(outputs, way) / n  # (n, c): a column of every sample's Hessian
+            for row in range(column, c):
+                block = (features * bent[:, row, None]).mT @ features
+                hessian[row, :, column, :] = hessian[column, :, row, :] = block
         square = hessian.reshape(c * d, c * d)
         return square, self.damping * float(square.diagonal().mean())
 

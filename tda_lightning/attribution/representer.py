@@ -21,16 +21,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.arguments import require_choice, require_positive
 from tda_lightning.attribution.head_losses import (
     HeadLoss,
     Output,
     loss_of_head,
     output_directions,
+    require_output,
 )
-from tda_lightning.attribution.point_methods import PointAttributor, head_of
+from tda_lightning.attribution.point_methods import (
+    PointAttributor,
+    head_of,
+    require_same_layer,
+)
 from tda_lightning.points import Points
 from tda_lightning.scores import SampleScores, Scores
 
+Targets = Literal["labels", "predictions"]
 # The decomposition shall give the outputs of the last layer to this.
 _PRECISION = 1e-6
 
@@ -40,6 +47,7 @@ class RepresenterPoint(PointAttributor):
     r"""What each training sample adds to an output of the refitted last layer.
 
     A positive score marks a proponent: it raises that output. Scores of a query sum to the output.
+    Memory: a few times the features and the outputs of all samples, and sixty times the weight.
 
     Attributes:
         output: Which output of a query: that of its label, of the model's prediction, or that with
@@ -51,10 +59,16 @@ class RepresenterPoint(PointAttributor):
     """
 
     output: Output = "label"
-    targets: Literal["labels", "predictions"] = "labels"
+    targets: Targets = "labels"
     regularization: float = 3e-3
     layer: str | None = None
     reads: ClassVar[Literal["features", "head"]] = "head"
+
+    def __post_init__(self) -> None:
+        """Raise unless every argument is one that can be."""
+        require_output(self.output)
+        require_choice("targets", self.targets, Targets)
+        require_positive("regularization", self.regularization)
 
     def attribute(self, train: Points, queries: Points) -> Scores:
         """Score every training sample for every query.
@@ -63,6 +77,7 @@ class RepresenterPoint(PointAttributor):
             train: The training samples, as the layer saw them.
             queries: The queries, as the layer saw them.
         """
+        _directions(queries, self.output)  # refused before the refit, not after it
         return self.fit(train).attribute(queries, self.output)
 
     def fit(self, train: Points) -> Representers:
@@ -72,7 +87,7 @@ class RepresenterPoint(PointAttributor):
             ValueError: If the loss is neither a softmax cross-entropy nor a squared error, or the
                 refit does not arrive.
         """
-        head, features = head_of(train), train.features.double()
+        head, features = head_of("train", train), train.features.double()
         loss = loss_of_head(head, train.layer)
         if self.targets == "predictions":
             loss = loss.towards(head.outputs)
@@ -104,12 +119,11 @@ class Representers:
 
     def outputs(self, queries: Points) -> Float[Tensor, "n_query c"]:
         """Return the outputs of the refitted layer, as sums over training samples."""
-        return (queries.features.double() @ self.features.mT) @ self.values
+        return self._alike(queries) @ self.values
 
     def contributions(self, queries: Points) -> Float[Tensor, "n_query n_train c"]:
         """Return what every training sample adds to every output of every query."""
-        alike = queries.features.double() @ self.features.mT  # (n_query, n_train)
-        return alike[:, :, None] * self.values
+        return self._alike(queries)[:, :, None] * self.values
 
     def attribute(self, queries: Points, output: Output = "label") -> Scores:
         """Score every training sample for one output of every query.
@@ -118,11 +132,9 @@ class Representers:
             queries: The queries, as the layer saw them.
             output: Which output; see :class:`RepresenterPoint`.
         """
-        head = head_of(queries)
-        directions = output_directions(head, loss_of_head(head, queries.layer), output)
-        alike = queries.features.double() @ self.features.mT
+        directions = _directions(queries, output)
         return Scores(
-            values=alike * (directions @ self.values.mT),
+            values=self._alike(queries) * (directions @ self.values.mT),
             query_ids=queries.ids,
             train_ids=self.train_ids,
             method=self.method,
@@ -137,6 +149,15 @@ class Representers:
             method=self.method,
             provenance={"layer": self.layer},
         )
+
+    def _alike(self, queries: Points) -> Float[Tensor, "n_query n_train"]:
+        require_same_layer(queries, self.layer, self.features.shape[1])
+        return queries.features.double() @ self.features.mT
+
+
+def _directions(queries: Points, output: Output) -> Float[Tensor, "n_query c"]:
+    head = head_of("queries", queries)
+    return output_directions(head, loss_of_head(head, queries.layer), output)
 
 
 def stationary_weight(
@@ -193,14 +214,13 @@ def _newton_step(
 ) -> Float[Tensor, "c d"]:
     """Solve for Newton's step, to be subtracted, by conjugate gradients."""
     n, outputs = len(features), features @ weight.mT
-    hessians = loss.hessians(outputs)
     residual = loss.gradients(outputs).mT @ features / n + 2 * lam * weight
     step, direction = torch.zeros_like(weight), residual.clone()
     square = first = residual.square().sum()
     for _ in range(weight.numel()):
         if square <= 1e-16 * first:
             break
-        moved = torch.einsum("nij,nj->ni", hessians, features @ direction.mT)
+        moved = loss.bent(outputs, features @ direction.mT)
         product = moved.mT @ features / n + 2 * lam * direction
         length = square / (direction * product).sum()
         step += length * direction
