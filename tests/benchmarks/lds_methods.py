@@ -95,6 +95,7 @@ def of_the_library(run: Run, recording: str) -> list[Entry]:
         from_run(run, recording, Source(), at="snapshots"),
         from_run(run, recording, InfluenceFunction(), [InfluenceFunction(rows="last visit")]),
         from_run(run, recording, InfluenceFunction(), at="snapshots"),
+        mean_of_both(run, recording),
         *([from_run(run, recording, TRAK())] if run.has_one_label else []),
     ]
 
@@ -106,6 +107,7 @@ def of_sampled_labels(run: Run, recording: str) -> list[Entry]:
         from_run(run, recording, Unrolled(), unrolled),
         from_run(run, recording, InfluenceFunction(), [InfluenceFunction(Mixed())]),
         from_run(run, recording, InfluenceFunction(), at="snapshots"),
+        mean_of_both(run, recording),
     ]
     if run.store.recipe.dimension <= LARGEST_FOR_SOURCE:
         found.append(from_run(run, recording, Source(), [Source(3, SampledLabels())]))
@@ -127,6 +129,16 @@ def from_run(
         return ((arguments_of(setting), run.scores(setting, at)) for setting in settings)
 
     return Entry(name, partial(run.scores, method, at), grid, run.mebibytes)
+
+
+def mean_of_both(run: Run, recording: str) -> Entry:
+    """Return the mean of the method that averages nothing and of the one that averages all."""
+
+    def compute() -> Tensor:
+        return (run.scores(Unrolled(), "now") + run.scores(InfluenceFunction(), "now")) / 2
+
+    name = f"mean of Unrolled and InfluenceFunction, {recording}".strip(", ")
+    return Entry(name, compute, mebibytes=run.mebibytes)
 
 
 def arguments_of(method: Attributor) -> str:
