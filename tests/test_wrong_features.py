@@ -8,6 +8,13 @@ from tda_lightning.features import query_points, train_points
 
 points = train_points(model, batches, progress=False)
 heads = query_points(model, queries, reads="head", progress=False)
+from tda_lightning.metrics import (
+    linear_datamodeling_score, mislabel_auc, mislabel_recall, rank_agreement
+)
+
+scores = attribute(store, model, queries)
+own = self_influence(store)
+kept, losses = torch.ones(5, len(data), dtype=torch.bool), torch.zeros(5, 3)
 layer = representers(model, batches, progress=False)
 calls = {
     "a class of a target": lambda: Logit("2"),
@@ -36,6 +43,16 @@ calls = {
         model, batches, method=FeatureSimilarity()
     ),
     "a class for representers": lambda: representers(model, batches, method=RepresenterPoint),
+    "tensors to compare": lambda: rank_agreement(scores.values, scores.values),
+    "scores to be tested": lambda: linear_datamodeling_score(scores, kept, losses),
+    "indices that were kept": lambda: linear_datamodeling_score(
+        scores.values, torch.randint(5, (5, len(data))), losses
+    ),
+    "subsets on the other side": lambda: linear_datamodeling_score(scores.values, kept.T, losses),
+    "losses of one query": lambda: linear_datamodeling_score(scores.values, kept, losses[:, :1]),
+    "own scores": lambda: mislabel_auc(own, kept[0]),
+    "ids of mislabelled samples": lambda: mislabel_auc(own.values, torch.tensor([1, 2])),
+    "zeros and ones": lambda: mislabel_recall(own.values, kept[0].long()),
 }
 """
 EXPECTED = {
@@ -62,6 +79,14 @@ EXPECTED = {
     "a batch to fit": "`train` is a tuple; expected points, as `train_points(model, loader)`",
     "points without outputs": "hold features only; expected outputs and gradients as well",
     "a method for representers": "expected an object such as `RepresenterPoint()`",
+    "tensors to compare": "`one` is a tensor of shape (3, 13) (torch.float32); expected `Scores`",
+    "scores to be tested": "`scores` is a Scores; expected floating-point numbers in a",
+    "indices that were kept": "`kept` is a tensor of shape (5, 13) (torch.int64); expected a",
+    "subsets on the other side": "expected a tensor of booleans of shape (5, 13), one per training",
+    "losses of one query": "`losses` has the shape (5, 1); expected (5, 3): a row for each retrain",
+    "own scores": "in a tensor of 1 axis, such as `self_influence(run).values`",
+    "ids of mislabelled samples": "expected a tensor of booleans of shape (13,), one per training",
+    "zeros and ones": "`mislabelled` is a tensor of shape (13,) (torch.int64); expected a ten",
     "a class for representers": "expected an object such as `RepresenterPoint()`",
 }
 

@@ -13,16 +13,18 @@ stand with a minus because positive scores mark proponents, whose presence lower
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+
+from tda_lightning.metrics.checks import require_mask, require_numbers
+from tda_lightning.metrics.ranks import rank_correlation
 
 
 def linear_datamodeling_score(
     scores: Float[Tensor, "n_query n_train"],
     kept: Bool[Tensor, "n_subsets n_train"],
     losses: Float[Tensor, "n_subsets n_query"],
-) -> Float[Tensor, " n_query"]:
+) -> Float64[Tensor, " n_query"]:
     """Return, per query, how well summed scores rank the subsets by the loss after retraining.
 
     Args:
@@ -31,23 +33,26 @@ def linear_datamodeling_score(
         losses: Each query's loss after each retraining, shape ``(n_subsets, n_query)``.
 
     Returns:
-        Spearman's correlations, ties at their average rank, in float64, shape ``(n_query,)``;
-        not a number where all predictions or all losses are equal.
+        Spearman's correlations, ties at their average rank, shape ``(n_query,)``; not a number
+        where all predictions or all losses are equal, or one is not a number.
 
+    Raises:
+        ValueError: If one of them is something else than said, or of another shape.
+
+    >>> import torch
     >>> kept = torch.tensor([[True, False], [False, True], [True, True]])
     >>> losses = torch.tensor([[0.2], [0.9], [0.1]])
     >>> linear_datamodeling_score(torch.tensor([[2.0, 1.0]]), kept, losses)
     tensor([1.], dtype=torch.float64)
     """
+    require_numbers("scores", scores, 2, "attribute(...).values")
+    require_numbers("losses", losses, 2, "torch.stack(losses_of_each_retraining)")
+    (n_query, n_train), n_subsets = scores.shape, len(losses)
+    require_mask("kept", kept, (n_subsets, n_train))
+    if losses.shape != (n_subsets, n_query):
+        raise ValueError(
+            f"`losses` has the shape {tuple(losses.shape)}; expected ({n_subsets}, {n_query}): a "
+            "row for each retraining, and a column for each query of `scores`."
+        )
     predictions = scores.double() @ kept.double().mT  # (n_query, n_subsets)
-    foretold, true = _centred_ranks(predictions), _centred_ranks(-losses.mT)
-    products = (foretold * true).sum(dim=1)
-    return products / (foretold.square().sum(dim=1) * true.square().sum(dim=1)).sqrt()
-
-
-def _centred_ranks(values: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-    values = values.contiguous()
-    ordered = values.sort(dim=1).values
-    below = torch.searchsorted(ordered, values)
-    not_above = torch.searchsorted(ordered, values, right=True)
-    return (below + not_above - values.shape[1]).double() / 2
+    return rank_correlation(predictions, -losses.mT)
