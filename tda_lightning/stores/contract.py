@@ -118,6 +118,13 @@ class StoreContract(ABC):
         with pytest.raises(IndexError):
             store[7]
 
+    def test_no_slice_goes_backwards(self, tmp_path: Path) -> None:
+        """It would be asked as a training that ran so."""
+        store = filled(self.make(tmp_path), make_steps(5))
+        for view, key in ((store, slice(None, None, -1)), (store[:4], slice(3, 1, -2))):
+            with pytest.raises(ValueError, match=r"expected a positive one.*`reversed\(run\)`"):
+                view[key]
+
     def test_the_number_of_parameter_groups_may_change(self, tmp_path: Path) -> None:
         """As it does when layers are unfrozen during training."""
         steps = [*make_steps(3), *make_steps(3, groups=2)]

@@ -91,8 +91,18 @@ class Store(Sequence[Step], ABC):
     @overload
     def __getitem__(self, key: slice) -> Store: ...
     def __getitem__(self, key: int | slice) -> Step | Store:
-        """Return a step, or a view of several."""
+        """Return a step, or a view of several.
+
+        Raises:
+            ValueError: If a slice goes backwards.
+        """
         positions = range(len(self))[key]
+        if isinstance(positions, range) and positions.step < 0:
+            raise ValueError(
+                f"The slice has a step of {positions.step}; expected a positive one, since a slice "
+                "of a run is asked as a training of its own, and none runs backwards. Go through "
+                "steps from the last to the first with `reversed(run)`."
+            )
         return self.read(positions) if isinstance(positions, int) else StoreSlice(self, positions)
 
 
