@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 IdSource = str | Callable[[Any], Any]
 
 _REMEDY = (
-    "Pass `sample_ids=` to the recorder: a key of the batch that holds each sample's id, or a "
-    "function from the batch to ids."
+    "Pass `sample_ids=`: a key of the batch that holds each sample's id, or a function from the "
+    "batch to ids."
 )
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import (
 )
 
 from tda_lightning import GradientRecorder, MemoryStore
+from tda_lightning import record as record_anew
 
 
 class Telling(Dataset):
@@ -177,3 +178,11 @@ def test_iterable_datasets_work_with_ids_of_their_own():
 def test_wrong_ids_are_refused(source, message):
     with pytest.raises(ValueError, match=message):
         record(loader(Telling()), sample_ids=source)
+
+
+def test_what_is_to_be_passed_is_named_for_all_who_take_it():
+    """Not only a recorder does: `record` and `attribute_by_gradients` do as well."""
+    store, model = MemoryStore(), Plain(mlp())
+    quiet_trainer(GradientRecorder(store)).fit(model, loader(vectors()))
+    with pytest.raises(ValueError, match=r"Pass `sample_ids=`: a key of the batch"):
+        record_anew(model, DataLoader(Stream(), batch_size=5), like=store, progress=False)
