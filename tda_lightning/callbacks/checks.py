@@ -12,30 +12,6 @@ from tda_lightning.callbacks.loaders import training_loaders
 from tda_lightning.callbacks.strategies import why_unsupported
 
 
-def require_sensible(
-    every_n_steps: int, curvature_share: float, max_overhead: float | None
-) -> None:
-    """Raise if a number that a recorder was given makes no sense.
-
-    Raises:
-        ValueError: Naming the number, and what was expected.
-    """
-    if every_n_steps < 1:
-        raise ValueError(
-            f"`every_n_steps` is {every_n_steps}; expected 1 or more, and 1 records every step."
-        )
-    if not 0 < curvature_share <= 1:
-        raise ValueError(
-            f"`curvature_share` is {curvature_share}; expected a share of each batch above 0 "
-            "and up to 1. Switch sampled labels off with `curvature='none'`."
-        )
-    if max_overhead is not None and not max_overhead > 0:
-        raise ValueError(
-            f"`max_overhead` is {max_overhead}; expected a share of the time of training above 0, "
-            "such as 0.1 for 10 %, or `None` for no limit."
-        )
-
-
 def require_supported(
     trainer: Trainer, module: LightningModule, preconditioner: Literal["optimizer", "none"]
 ) -> None:
@@ -73,8 +49,8 @@ def require_one_loader(trainer: Trainer) -> None:
     if count > 1:
         raise ValueError(
             f"Batches come from {count} training loaders at once, so that an index says nothing of "
-            "its dataset; expected one loader. Pass `sample_ids=` to the recorder: a function from "
-            "the batch to one integer per sample."
+            "its dataset; expected one loader. Pass `sample_ids=`: a function from the batch to "
+            "one integer per sample."
         )
 
 
@@ -87,6 +63,13 @@ def _require_supported_optimizer(optimizer: Optimizer, has_scale: bool) -> None:
             f"the optimizer `{name}`, which does not say when it takes a step",
             "a `torch.optim.Optimizer` whose `__init__` was called",
             "Derive it from that class.",
+        )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        _refuse(
+            f"`maximize=True` in the `{name}`, which raises what `training_step` returns, so that "
+            "each sample's contribution would have the wrong sign",
+            "an optimizer that minimizes",
+            "Return the negative from `training_step`, and leave `maximize` out.",
         )
     if has_scale and getattr(optimizer, "_step_supports_amp_scaling", False):
         _refuse(

@@ -14,15 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tda_lightning.callbacks.budgets import Budgets
-from tda_lightning.callbacks.checks import (
-    require_one_loader,
-    require_sensible,
-    require_supported,
-)
+from tda_lightning.callbacks.checks import require_one_loader, require_supported
 from tda_lightning.callbacks.clipping import watch_clipping
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.estimate import describe_snapshots
 from tda_lightning.callbacks.first_batch import FirstBatch
+from tda_lightning.callbacks.given import RECORDER, require_sensible
 from tda_lightning.callbacks.keeper import Keeper
 from tda_lightning.callbacks.lanes import Lanes, Settings
 from tda_lightning.callbacks.loaders import watch_loaders
@@ -73,7 +70,8 @@ class GradientRecorder(pl.Callback):
             training that is resumed, or fitted further, continues the run that it has begun.
 
     Raises:
-        ValueError: Before the first batch, if something cannot be recorded faithfully.
+        ValueError: If an argument makes no sense; or before the first batch, if something cannot be
+            recorded faithfully.
         FileExistsError: Before the first batch, if ``store`` holds a run or something else.
     """
 
@@ -96,7 +94,7 @@ class GradientRecorder(pl.Callback):
         batch_dims: Mapping[str, int | Literal["flattened"]] | None = None,
         existing: Literal["refuse", "replace"] = "refuse",
     ) -> None:
-        require_sensible(every_n_steps, curvature_share, max_overhead)
+        require_sensible(locals(), RECORDER)
         self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
         self.projector = projector
         self.layers = layers

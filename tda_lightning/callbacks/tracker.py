@@ -15,6 +15,7 @@ from tda_lightning.callbacks.checks import require_one_loader, require_supported
 from tda_lightning.callbacks.clipping import watch_clipping
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.callbacks.followed import Followed, Wishes, follow, require_trackable
+from tda_lightning.callbacks.given import TRACKER, require_sensible
 from tda_lightning.callbacks.loaders import watch_loaders
 from tda_lightning.callbacks.probe import Probe, read_probe
 from tda_lightning.callbacks.strategies import loss_scale_of
@@ -61,7 +62,8 @@ class ContributionTracker(pl.Callback):
         existing: What to do if ``store`` exists and this training does not continue it.
 
     Raises:
-        ValueError: Before the first batch, if something cannot be followed faithfully.
+        ValueError: If an argument makes no sense; or before the first batch, if something cannot be
+            followed faithfully.
         FileExistsError: Before the first batch, if ``store`` exists.
     """
 
@@ -81,9 +83,7 @@ class ContributionTracker(pl.Callback):
         batch_dims: Mapping[str, int | Literal["flattened"]] | None = None,
         existing: Literal["refuse", "replace"] = "refuse",
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("period", period)):
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"`{name}` is {value}; expected 1 or more steps.")
+        require_sensible(locals(), TRACKER)
         self.probe = probe
         self.store = Path(store)
         self.every_n_steps = every_n_steps
