@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.archives import load_arrays, save_arrays
 from tda_lightning.attribution import Trajectory
-from tda_lightning.scores import Scores, load_arrays, save_arrays
+from tda_lightning.scores import Scores
 from tda_lightning.stores.segments import make_durable, partial_name
 
 _FIELDS = ("values", "times", "query_ids", "train_ids")
@@ -61,9 +62,15 @@ class Contributions:
             train_ids: Which ones.
 
         Raises:
-            ValueError: If one of them is not in the training set.
+            ValueError: If they are no whole numbers, or one of them is not in the training set.
         """
-        chosen = torch.as_tensor(train_ids, dtype=torch.int64)
+        given = torch.as_tensor(train_ids)
+        if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:
+            raise ValueError(
+                f"`train_ids` is {train_ids!r}; expected a list of whole numbers, ids of training "
+                "samples, such as `contributions.scores().proponents(3).ids[0]`."
+            )
+        chosen = given.to(torch.int64)
         strangers = chosen[~torch.isin(chosen, self.train_ids)]
         if len(strangers):
             raise ValueError(
@@ -78,6 +85,7 @@ class Contributions:
             query_ids=self.query_ids,
             per="epoch" if self.provenance.get("period") == "epoch" else "step",
             method=self.method,
+            provenance=self.provenance,
         )
 
     def save(self, path: str | Path) -> None:
