@@ -22,6 +22,7 @@ from tda_lightning.batches import (
     describe,
     loss_of,
     require_loader,
+    require_model,
     step_of,
     transfer,
     with_progress,
@@ -105,6 +106,7 @@ def query_points(
 
 @contextmanager
 def _watching(model: nn.Module, layer: str | None, reads: Reads) -> Iterator[_Watch]:
+    require_model(model)
     require_choice("reads", reads, Reads)
     watch = _Watch(model, layer, reads)
     try:
@@ -130,13 +132,15 @@ class _Watch:
     def __init__(self, model: nn.Module, layer: str | None, reads: Reads) -> None:
         self._model, self._reads = model, reads
         self._last: _Call | None = None
+        self._seen: Tensor | None = None
         self._probed: str | None = None
         self._chosen = layer
-        watched = _layers_meant(model, layer)
-        self._handles = [
-            module.register_forward_hook(self._hook(name), with_kwargs=True)
-            for name, module in watched.items()
-        ]
+        self._handles = []
+        for name, module in _layers_meant(model, layer).items():
+            self._handles += [
+                module.register_forward_pre_hook(self._see, with_kwargs=True),
+                module.register_forward_hook(self._hook(name)),
+            ]
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -156,20 +160,23 @@ class _Watch:
                 f"{describe(batch)}, and the step said: {error}"
             ) from error
         finally:
-            self._last = None
+            self._last = self._seen = None
+
+    def _see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs = next(find_tensors([args, kwargs]), None)
+        # A copy, made beforehand, since layers may write over what they see.
+        self._seen = None if inputs is None else inputs.detach().clone()
 
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-            inputs = next(find_tensors([args, kwargs]), None)
-            if inputs is None:
+        def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+            if self._seen is None:
                 return None
-            # Copies, since what the step has may be changed in place.
             if self._reads == "features" or not isinstance(module, nn.Linear):
-                self._last = _Call(name, module, inputs.detach().clone(), inputs)
+                self._last = _Call(name, module, self._seen, self._seen)
                 return None
             leaf = (_drawn(output) if name == self._probed else output.detach()).requires_grad_()
-            self._last = _Call(name, module, inputs.detach().clone(), leaf)
-            return leaf.clone()
+            self._last = _Call(name, module, self._seen, leaf)
+            return leaf.clone()  # which the step may write over
 
         return hook
 
@@ -276,24 +283,17 @@ def _joined(parts: Sequence[Points], ids: Tensor | None, argument: str) -> Point
 
 
 def _require_finite(points: Points, model: nn.Module, argument: str) -> None:
-    seen = {f"what `{points.layer}` saw": points.features}
-    if points.head is not None:
-        seen[f"what `{points.layer}` returned"] = points.head.outputs
-        seen["the gradient of the loss"] = points.head.gradients
-    for what, values in seen.items():
-        strange = points.ids[~values.isfinite().all(dim=1)]
-        if len(strange):
-            raise ValueError(_why_not_finite(model, what, int(strange[0]), argument))
-
-
-def _why_not_finite(model: nn.Module, what: str, sample: int, argument: str) -> str:
+    strange = points.not_finite()
+    if strange is None:
+        return
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
-            return (
+            raise ValueError(
                 f"The weights of `model` are not finite: `{name}` holds NaN or infinity. Expected "
                 "those of a training that did not diverge; load earlier ones, from a checkpoint."
             )
-    return (
+    what, sample = strange
+    raise ValueError(
         f"In sample {sample} of `{argument}`, {what} is not finite, though the weights are; "
         "expected finite numbers. Look for NaN or infinity in its inputs and targets."
     )

@@ -70,6 +70,18 @@ class Points:
         head = None if self.head is None else self.head.at(order)
         return replace(self, features=self.features[order], ids=self.ids[order], head=head)
 
+    def not_finite(self) -> tuple[str, int] | None:
+        """Say what holds NaN or infinity, in words, and the first sample with such; or nothing."""
+        seen = {f"what `{self.layer}` saw": self.features}
+        if self.head is not None:
+            seen[f"what `{self.layer}` returned"] = self.head.outputs
+            seen["the gradient of the loss"] = self.head.gradients
+        for what, values in seen.items():
+            strange = self.ids[~values.isfinite().all(dim=1)]
+            if len(strange):
+                return what, int(strange[0])
+        return None
+
 
 def concatenate(parts: Sequence[Points], ids: Int[Tensor, " n"]) -> Points:
     """Put the points of several batches together, under these ids."""

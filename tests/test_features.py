@@ -35,6 +35,12 @@ def test_features_are_the_inputs_of_the_layer_in_the_order_of_ids(layer):
     assert found.layer == (layer or "net.3")
 
 
+def test_features_are_what_a_layer_saw_and_not_what_it_wrote_over_it():
+    model, x = network(), data()[:][0]
+    found = train_points(model, loader(data()), layer="net.1", progress=False)
+    torch.testing.assert_close(found.features, model.net[0](x).detach())
+
+
 def test_ids_are_those_of_the_root_dataset():
     chosen = [11, 3, 5]
     found = train_points(network(), loader(Subset(data(), chosen), 2), progress=False)
