@@ -42,6 +42,7 @@ from tda_lightning.parameter_space import (  # isort: skip
     Neumann,
     Woodbury,
 )
+from tda_lightning.queries import record_queries  # isort: skip
 from tda_lightning.targets import LogProbability, Logit, Loss, Margin  # isort: skip
 from tda_lightning.contributions import Contributions  # isort: skip
 from tda_lightning.scores import Ranking, SampleScores, Scores, TopScores  # isort: skip
@@ -101,6 +102,7 @@ __all__ = [
     "embed",
     "layer_rule",
     "record",
+    "record_queries",
     "representers",
     "self_influence",
     "top_attributions",

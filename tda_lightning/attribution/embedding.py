@@ -21,8 +21,9 @@ from torch import Tensor
 
 from tda_lightning.archives import load_arrays, save_arrays
 from tda_lightning.attribution.attributor import Attributor
+from tda_lightning.attribution.unrolled import Unrolled
 from tda_lightning.scores import Scores
-from tda_lightning.stores import Store
+from tda_lightning.stores import HDF5Store, Store
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,16 @@ class Embedding:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def attribute(self, queries: Float[Tensor, "n_query k"]) -> Scores:
-        """Score every training sample for every query, as the method would."""
+        """Score every training sample for every query, as the method would.
+
+        Args:
+            queries: Gradient sketches of the queries' losses, shape ``(n_query, k)``, as
+                ``record_queries(model, queries, like=run)`` returns them.
+
+        Raises:
+            ValueError: If they are something else.
+        """
+        _require_rows(queries, self.vectors.shape[1])
         return Scores(
             values=(queries @ self.vectors.to(queries).mT).cpu(),
             query_ids=torch.arange(len(queries)),
@@ -69,33 +79,44 @@ class Embedding:
 _FIELDS = ("vectors", "train_ids")
 
 
+def _require_rows(queries: object, k: int) -> None:
+    shape = tuple(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
+    if not isinstance(queries, Tensor) or queries.ndim != 2 or queries.shape[1] != k:
+        raise ValueError(
+            f"`queries` is {shape}; expected rows of {k:,} numbers, shape (n_query, {k}). Take "
+            "those that `record_queries(model, queries, like=run)` returns for the embedded run."
+        )
+
+
 def embed(
-    run: Store,
-    method: Attributor,
+    run: str | Path | Store,
+    method: Attributor = Unrolled(),
     *,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Embedding:
     """Ask a method once for all queries to come.
 
-    It costs what asking it about ``k`` queries costs, and the memory of their scores.
+    It costs what asking it about ``k`` queries costs, and the memory of twice their scores.
 
     Args:
-        run: The recorded training.
+        run: The recorded training: its folder or a store.
         method: How to attribute; its scores must be linear in the query.
         device: Where to work.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If the method is not linear in the query.
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If the method is not linear in the query, or the run has no step.
     """
     if not isinstance(method, Attributor) or not method.is_linear():
         raise ValueError(
             f"`{method!r}` is not linear in the query; expected a method that is, such as "
             "`Unrolled()`, `TracIn()` or `GradientSimilarity('dot')`. Use `attribute` instead."
         )
-    units = torch.eye(run.recipe.dimension, dtype=run.recipe.torch_dtype, device=device)
-    scores = method.attribute(run, units, progress=progress)
+    store = run if isinstance(run, Store) else HDF5Store.open(run)
+    units = torch.eye(store.recipe.dimension, dtype=store.recipe.torch_dtype, device=device)
+    scores = method.attribute(store, units, progress=progress)
     return Embedding(
         scores.values.mT.contiguous(), scores.train_ids, scores.method, scores.provenance
     )
