@@ -5,7 +5,7 @@ They go through the user's own ``training_step`` under a recipe, as queries do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -152,10 +152,11 @@ def train_rows(
     recipe: Recipe,
     *,
     sample_ids: IdSource | None = None,
-) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n k"]]]:
+) -> Generator[tuple[Int[Tensor, " n"], Float[Tensor, "n k"]], None, None]:
     """Sketch, batch by batch, the gradient of each training sample's own loss.
 
-    Nothing is kept. The model is in evaluation mode, and is left as it was at the end.
+    Nothing is kept. The model is in evaluation mode, and is left as it was at the end: close it
+    where you may stop before, with ``contextlib.closing``.
 
     Args:
         model: The LightningModule, with the weights to ask about.
@@ -188,10 +189,11 @@ def sampled_rows(
     *,
     seed: int = 0,
     argument: str = "train_loader",
-) -> Iterator[Float[Tensor, "n k"]]:
+) -> Generator[Float[Tensor, "n k"], None, None]:
     """Sketch, batch by batch, gradients for labels drawn from the model's own predictions.
 
-    The model is in evaluation mode, and is left as it was at the end.
+    The model is in evaluation mode, and is left as it was at the end: close it where you may stop
+    before, with ``contextlib.closing``.
 
     Args:
         model: The LightningModule, with the weights to ask about.

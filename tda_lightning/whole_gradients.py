@@ -6,7 +6,8 @@ where the run recorded sketches, these are what it sketched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -133,7 +134,7 @@ class WholeGradients:
 
     def _sampled(
         self, objective: Objective, draws: int, progress: bool
-    ) -> Iterator[Float[Tensor, "n d"]]:
+    ) -> Generator[Float[Tensor, "n d"], None, None]:
         """Draw labels, and yield rows whose outer products sum to the mean over all viewpoints."""
         passes = [viewpoint for viewpoint in self._viewpoints for _ in range(draws)]
         total = objective.n * len(passes)
@@ -141,14 +142,14 @@ class WholeGradients:
         bar = with_progress(passes, "sampled labels", progress, unit="pass")
         for number, viewpoint in enumerate(bar):
             seed = number * len(objective.batches)
-            with viewpoint.of(self._model):
-                batches = sampled_rows(
-                    self._model,
-                    objective.batches,
-                    self._recipe,
-                    seed=seed,
-                    argument=objective.argument,
-                )
+            drawn = sampled_rows(
+                self._model,
+                objective.batches,
+                self._recipe,
+                seed=seed,
+                argument=objective.argument,
+            )
+            with viewpoint.of(self._model), closing(drawn) as batches:
                 for size, rows in zip(objective.sizes, batches, strict=True):
                     share = (size if is_mean else 1) / total
                     yield self._vectors(rows, viewpoint.scale) * share**0.5
@@ -183,8 +184,9 @@ class WholeGradients:
         scaled = directions if viewpoint.scale is None else directions * viewpoint.scale
         along = scaled[:, self._order].to(self._recipe.torch_dtype)
         ids, products = [], []
-        with viewpoint.of(self._model):
-            for named, rows in train_rows(self._model, loader, self._recipe, sample_ids=sample_ids):
+        taken = train_rows(self._model, loader, self._recipe, sample_ids=sample_ids)
+        with viewpoint.of(self._model), closing(taken) as batches:
+            for named, rows in batches:
                 _require_finite(named, rows)
                 ids.append(named)
                 products.append((along @ rows.mT).cpu())
@@ -203,7 +205,15 @@ class WholeGradients:
         return found if scale is None else found * scale
 
     def _viewpoint(self, run: Store, snapshot: int) -> Viewpoint:
-        return Viewpoint(run.weights_at(snapshot), self._scale(position_of(run, snapshot)))
+        weights = run.weights_at(snapshot)
+        for name, _ in self._model.named_parameters():
+            if name in weights and not torch.isfinite(weights[name]).all():
+                raise ValueError(
+                    f"The snapshot before step {snapshot} holds NaN or infinity in `{name}`; "
+                    "expected weights of a training that did not diverge. Ask of its part before "
+                    "that, `run=store[:n]`."
+                )
+        return Viewpoint(weights, self._scale(position_of(run, snapshot)))
 
     def _scale(self, position: int) -> Float[Tensor, " d"] | None:
         """Return what the coordinates of a step multiply each parameter's gradient by."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from tda_lightning.layers import Survey
 from tda_lightning.undisturbed import with_weights
 
 # Yields rows whose outer products sum to the Gauss-Newton matrix, of so many draws of labels.
-SampledRows = Callable[[int], Iterator[Float[Tensor, "n d"]]]
+SampledRows = Callable[[int], Generator[Float[Tensor, "n d"], None, None]]
 
 
 @dataclass(frozen=True, eq=False)
