@@ -38,6 +38,14 @@ class ModelCurvature(ABC):
             ValueError: If the training step does not allow it.
         """
 
+    def below_zero(self, operator: Operator) -> float:
+        """Return how far its eigenvalues reach below zero: by default, they do not.
+
+        Args:
+            operator: What :meth:`operator` returned, or a mean of such.
+        """
+        return 0.0
+
 
 @dataclass(frozen=True)
 class GaussNewton(ModelCurvature):
@@ -67,34 +75,44 @@ class GaussNewton(ModelCurvature):
 
     def operator(self, objective: Objective) -> Operator:
         """Return the matrix of the mean loss, as a linear operator."""
+        from tda_lightning.parameter_space.composed import checked
         from tda_lightning.parameter_space.operators import gauss_newton
 
         if self.outputs is None or self.loss is None:
             halves = Halves(objective)
-            return gauss_newton(objective, halves.outputs, halves.loss)
+            return checked(gauss_newton(objective, halves.outputs, halves.loss), objective)
         model, batches, read, judge = objective.model, objective.batches, self.outputs, self.loss
-        return gauss_newton(
+        found = gauss_newton(
             objective,
             lambda number: read(model, batches[number]),
             lambda outputs, number: judge(outputs, batches[number]).reshape(()),
         )
+        return checked(found, objective)
 
 
 @dataclass(frozen=True)
 class Hessian(ModelCurvature):
     """The Hessian of the whole training step.
 
-    It has negative eigenvalues wherever the training has not ended in a minimum; the damping must
-    be larger than these. One product with it is checked against two backward passes.
+    It has negative eigenvalues wherever the training has not ended in a minimum. The damping must
+    be larger than these: where none is given, it is by as much larger as it would be without them.
+    One product with it is checked against two backward passes.
     """
 
     def operator(self, objective: Objective) -> Operator:
         """Return the matrix of the mean loss, as a linear operator."""
+        from tda_lightning.parameter_space.composed import checked
         from tda_lightning.parameter_space.operators import hessian
 
-        found = hessian(objective, lambda number: whole_loss(objective, number))
+        found = checked(hessian(objective, lambda n: whole_loss(objective, n)), objective)
         require_second_derivative(objective, found)
         return found
+
+    def below_zero(self, operator: Operator) -> float:
+        """Return how far its eigenvalues reach below zero, for some tens of products."""
+        from tda_lightning.parameter_space.operators import extremes
+
+        return -extremes(operator)[0]
 
 
 def _require_function(name: str, given: object) -> None:

@@ -19,8 +19,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from tda_lightning.losses import find_losses_and_penalties
+from tda_lightning.parameter_space.checks import require_finite
 from tda_lightning.parameter_space.objective import Objective
-from tda_lightning.parameter_space.twice import whole_loss
+from tda_lightning.parameter_space.twice import differentiating, whole_loss
 
 # Loss functions where the graph says so.
 _SQUARES = {"pow", "square"}
@@ -109,7 +110,8 @@ class Halves:
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        self._cuts = [self._find(number) for number in range(len(objective.batches))]
+        with differentiating(objective):
+            self._cuts = [self._find(number) for number in range(len(objective.batches))]
 
     def outputs(self, number: int) -> Float[Tensor, " m"]:
         """Return all outputs of the model for a batch, one after the other."""
@@ -144,6 +146,11 @@ class Halves:
         model, parameters = self._objective.model, self._objective.parameters
         with torch.enable_grad(), _Listener() as listener:
             loss = whole_loss(self._objective, number)
+        require_finite(
+            loss,
+            f"The loss of batch {number} of `{self._objective.argument}`",
+            "Look for NaN or infinity in its samples, and in the weights.",
+        )
         cuts = _cuts(listener.calls, loss)
         through = [torch.zeros_like(one) for one in parameters]
         if cuts:

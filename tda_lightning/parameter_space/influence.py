@@ -19,6 +19,7 @@ number is 51, which came close to the best on every task measured.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tda_lightning.arguments import require_kind, require_positive, require_whole
+from tda_lightning.parameter_space.checks import require_finite
 from tda_lightning.parameter_space.curvature import GaussNewton, ModelCurvature
 from tda_lightning.parameter_space.objective import Objective
 from tda_lightning.parameter_space.solvers import Solver
@@ -62,7 +64,7 @@ class FullInfluenceFunction:
         solver: How to solve with the curvature.
         curvature: What kind of it.
         damping: Added to its diagonal; ``None`` for what the run suggests, if there is one, or what
-            the solver takes.
+            the solver takes; and as much more as the curvature has eigenvalues below zero.
         layers: Names of the layers whose parameters count, with ``*`` for any characters; all by
             default. The last one alone is often told from the others, and cheap.
         at_once: How many queries to solve for together.
@@ -98,18 +100,11 @@ class FullInfluenceFunction:
             ValueError: If the training step cannot be differentiated twice, the curvature is not
                 positive, or the solver does not arrive.
         """
-        try:
-            return self._solve(objective, queries, progress)
-        except (RuntimeError, TypeError, LookupError) as error:
-            raise ValueError(
-                f"`{type(objective.model).__name__}.training_step` has no curvature that could be "
-                "multiplied with: expected one that torch.func can differentiate twice; it said: "
-                f"{error}"
-            ) from error
-
-    def _solve(
-        self, objective: Objective, queries: Float[Tensor, "n_query d"], progress: bool
-    ) -> Solution:
+        require_finite(
+            queries,
+            "The gradients of the queries",
+            "Look for NaN or infinity in their inputs and targets, and in the weights.",
+        )
         with warnings.catch_warnings():
             # torch's own forward mode is compiled with what torch has come to warn about.
             warnings.filterwarnings("ignore", message=r"`torch.jit.script` is deprecated")
@@ -121,13 +116,16 @@ class FullInfluenceFunction:
             return Solution(torch.cat([inverse(part) for part in bar]), damping)
 
     def _damping(self, objective: Objective, operator: Operator) -> float:
-        found = objective.damping if self.damping is None else self.damping
+        if self.damping is not None:
+            return self.damping
+        found = objective.damping
         if found is None:
             found = self.solver.default_damping(operator)
-        if not found > 0:
+        found += self.curvature.below_zero(operator)
+        if not 0 < found < math.inf:
             raise ValueError(
-                f"Damping is {found:.3g}; expected a positive number. Pass one as `damping=`: the "
-                "default is a share of the curvature's own eigenvalues."
+                f"The default damping is {found:.3g}; expected a finite number above 0. It follows "
+                f"from the curvature of `{objective.argument}`: pass a number as `damping=`."
             )
         return found
 

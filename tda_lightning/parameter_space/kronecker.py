@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tda_lightning.batches import describe
 from tda_lightning.parameter_space.halves import Halves, LossCall
 from tda_lightning.parameter_space.objective import Objective
-from tda_lightning.parameter_space.twice import whole_loss
+from tda_lightning.parameter_space.twice import differentiating, whole_loss
 
 if TYPE_CHECKING:
     from tda_lightning.parameter_space.operators import Operator
@@ -55,7 +55,8 @@ class KroneckerFactored:
         loss = _LOSSES[calls[0].name]()
         factor = _factor(objective, calls, loss)
         labels = [call.labels for call in calls]
-        with torch.enable_grad(), _same_hooks(objective.model):
+        model = objective.model
+        with differentiating(objective), torch.enable_grad(), _same_hooks(model):
             found = kronecker_factored(
                 objective, lambda number: halves.only_call(number).outputs, loss, labels, fisher
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,26 @@ def _layer_norm(
     normed = centred * (variance + eps).rsqrt()
     scaled = normed if weight is None else normed * weight
     return scaled if bias is None else scaled + bias
+
+
+@contextmanager
+def differentiating(objective: Objective) -> Iterator[None]:
+    """Say of what fails in there that the training step, or its data, do not allow it.
+
+    Raises:
+        ValueError: With what was said.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"`{type(objective.model).__name__}.training_step` has no curvature on "
+            f"`{objective.argument}` that could be multiplied with: expected batches that it can "
+            "take, and a step that torch.func can differentiate twice; it said: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def whole_loss(objective: Objective, number: int) -> Float[Tensor, ""]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_positive, require_whole
 from tda_lightning.linalg import damped_root
+from tda_lightning.parameter_space.checks import require_finite
 from tda_lightning.parameter_space.curvature import GaussNewton, ModelCurvature
 from tda_lightning.parameter_space.objective import Objective
 from tda_lightning.parameter_space.solvers import SHARE_OF_LARGEST, Inverse, Solver
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 # Below this, iterating takes longer than all eigenvalues.
 _SMALL = 64
 _AT_ONCE = 1024
+# Below this, in units of the number format's precision, scores are off by some percent.
+_TOLD_APART = 8
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class Woodbury(Solver):
     Attributes:
         draws: How many labels to draw for every prediction, in all; along a run, at least one at
             each snapshot.
-        max_gb: Most memory for the rows, in GB: of the parameters' size, one for each sample and
-            draw, or one for each parameter, whichever are fewer.
+        max_gb: Most memory, in GB, for rows of the parameters' size and what it takes to solve with
+            them: one for each sample and draw, or one for each parameter, whichever are fewer.
     """
 
     draws: int = 4
@@ -71,9 +75,11 @@ class Woodbury(Solver):
         views = len(objective.viewpoints)
         draws = math.ceil(self.draws / views)
         m, d = draws * views * objective.n, objective.d
-        self._require_room(min(m, d), objective)
-        rows = objective.sampled(draws)
-        return Kept(torch.cat(list(rows))) if m < d else Accumulated(rows, d)
+        self._require_room(m, objective)
+        # Closed whatever happens: until then the model has other weights.
+        with closing(objective.sampled(draws)) as drawn:
+            rows = _finite(drawn, objective.argument)
+            return Kept(_stacked(rows, m)) if m < d else Accumulated(rows, d)
 
     def default_damping(self, operator: Operator) -> float:
         """Return a share of the largest eigenvalue."""
@@ -85,14 +91,17 @@ class Woodbury(Solver):
         assert isinstance(operator, Kept | Accumulated)
         return operator.inverse(damping)
 
-    def _require_room(self, count: int, objective: Objective) -> None:
-        gigabytes = count * objective.d * objective.parameters[0].element_size() / 1e9
+    def _require_room(self, m: int, objective: Objective) -> None:
+        d, size = objective.d, objective.parameters[0].element_size()
+        side = min(m, d)
+        # What is factorized, and its root, are in double precision.
+        gigabytes = (2 * 8 * side**2 + (size * m * d if m < d else 0)) / 1e9
         if gigabytes > self.max_gb:
             raise ValueError(
-                f"`Woodbury` would keep {count:,} rows of {objective.d:,} numbers, "
-                f"{gigabytes:.1f} GB; expected at most {self.max_gb:g}. Allow more with `max_gb=`, "
-                "take the curvature of fewer samples with `curvature_loader=`, choose layers with "
-                "`layers=[...]`, or take `ConjugateGradient()`, which keeps nothing."
+                f"`Woodbury` would keep {side:,} rows of {d:,} numbers, and what it takes to solve "
+                f"with them: {gigabytes:.1f} GB; expected at most {self.max_gb:g}. Allow more with "
+                "`max_gb=`, take the curvature of fewer samples with `curvature_loader=`, choose "
+                "layers with `layers=[...]`, or take `ConjugateGradient()`, which keeps nothing."
             )
 
 
@@ -120,6 +129,7 @@ class Kept:
 
     def inverse(self, damping: float) -> Inverse:
         """Return the inverse of it plus a multiple of the identity, by Woodbury's identity."""
+        self._require_told_apart(damping)
         root = damped_root(self._gram, damping)
 
         def solve(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -127,6 +137,15 @@ class Kept:
             return (vectors - inner.mT.to(vectors) @ self._rows) / damping
 
         return solve
+
+    def _require_told_apart(self, damping: float) -> None:
+        least = _TOLD_APART * torch.finfo(self.dtype).eps * self.largest()
+        if damping < least:
+            raise ValueError(
+                f"Damping {damping:.3g} is next to nothing beside the curvature's largest "
+                f"eigenvalue, in {self.dtype}; expected {least:.2g} at least. Give more, or take "
+                "`model.double()` and such data."
+            )
 
 
 class Accumulated:
@@ -157,6 +176,28 @@ class Accumulated:
         """Return the inverse of it plus a multiple of the identity."""
         root = damped_root(self._matrix, damping)
         return lambda vectors: torch.cholesky_solve(vectors.mT.double(), root).mT.to(vectors)
+
+
+def _stacked(batches: Iterable[Float[Tensor, "n d"]], m: int) -> Float[Tensor, "m d"]:
+    """Return the rows of all batches: collected in place, as there is room for them only once."""
+    start, found = 0, torch.empty(0)
+    for rows in batches:
+        found = found if start else rows.new_empty(m, rows.shape[1])
+        found[start : start + len(rows)] = rows
+        start += len(rows)
+    return found[:start]
+
+
+def _finite(
+    batches: Iterable[Float[Tensor, "n d"]], argument: str
+) -> Iterator[Float[Tensor, "n d"]]:
+    for rows in batches:
+        require_finite(
+            rows,
+            f"The curvature of `{argument}`",
+            "Look for NaN or infinity in its samples, and in the weights.",
+        )
+        yield rows
 
 
 def _gathered(batches: Iterable[Float[Tensor, "n d"]]) -> Iterator[Float[Tensor, "m d"]]:
