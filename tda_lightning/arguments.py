@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any, get_args
 
 
@@ -54,7 +55,7 @@ def require_whole(name: str, value: object, *, least: int) -> None:
         ...
     ValueError: `k` is 0; expected a whole number of 1 or more.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"`{name}` is {value!r}; expected a whole number of {least} or more.")
 
 
@@ -102,5 +103,6 @@ def require_kind(name: str, value: object, kind: type, examples: str) -> None:
 
 def _finite(value: object) -> float:
     """Return a finite number, and what compares as false for anything else."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else math.nan  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan

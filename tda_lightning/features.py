@@ -30,7 +30,7 @@ from tda_lightning.batches import (
 from tda_lightning.layers import find_tensors
 from tda_lightning.points import Head, Points, concatenate
 from tda_lightning.sample_ids import IdSource, SampleLedger, require_once
-from tda_lightning.undisturbed import same_random_numbers, undisturbed
+from tda_lightning.undisturbed import cuda_devices, same_random_numbers, undisturbed
 
 Reads = Literal["features", "head"]
 
@@ -220,7 +220,7 @@ class _Watch:
         """Return the last call, and what each sample's loss asks of its outputs."""
         self._probed = probed
         # A step that draws random numbers draws the same ones when it is asked again.
-        with same_random_numbers(_gpus(self._model)):
+        with same_random_numbers(cuda_devices(self._model)):
             loss = loss_of(self._model, batch)
         call = self._heard(n)
         _require_head(call)
@@ -255,10 +255,6 @@ def _drawn(outputs: Tensor) -> Tensor:
     """Return outputs that a loss is asked about besides the layer's own."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(outputs.shape, generator=generator).to(outputs)
-
-
-def _gpus(model: nn.Module) -> list[torch.device]:
-    return list({one.device for one in model.parameters() if one.device.type == "cuda"})
 
 
 def _with_bias(head: nn.Linear, inputs: Tensor) -> tuple[Tensor, Tensor]:

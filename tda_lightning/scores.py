@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.archives import load_arrays as load_arrays
-from tda_lightning.archives import save_arrays as save_arrays
+from tda_lightning.archives import load_arrays, save_arrays
 from tda_lightning.extras import needs
 
 if TYPE_CHECKING:

@@ -22,11 +22,16 @@ def undisturbed(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[No
         mode: Whether layers such as dropout and batch norm act as in evaluation or in training.
     """
     with ExitStack() as stack:
-        stack.enter_context(same_random_numbers(_cuda_devices(model)))
+        stack.enter_context(same_random_numbers(cuda_devices(model)))
         for context in (_same_modes, _same_buffers, same_metrics, _muted):
             stack.enter_context(context(model))
         model.train(mode == "train")
         yield
+
+
+def cuda_devices(model: nn.Module) -> list[torch.device]:
+    """Return the GPUs on which a model has parameters."""
+    return list({one.device for one in model.parameters() if one.device.type == "cuda"})
 
 
 @contextmanager
@@ -81,10 +86,6 @@ def same_random_numbers(devices: Sequence[torch.device] = ()) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(array)
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return list({one.device for one in model.parameters() if one.device.type == "cuda"})
 
 
 @contextmanager

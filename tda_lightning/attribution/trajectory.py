@@ -104,6 +104,7 @@ class Trajectory:
         return f"Trajectory of {n_selected} samples over {times}, {n_query} queries, {self.method}"
 
 
+_WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _FIELDS = ("values", "times", "train_ids", "query_ids", "per")
 
 
@@ -165,7 +166,7 @@ def chosen_ids(
         ValueError: If they are no whole numbers, or one is not in the training set.
     """
     given, known = torch.as_tensor(train_ids), run.train_ids()
-    if given.ndim != 1 or given.is_floating_point() or given.is_complex():
+    if given.ndim != 1 or given.dtype not in _WHOLE:
         raise ValueError(
             f"`train_ids` is {train_ids!r}; expected a list of whole numbers, ids of training "
             "samples, such as `scores.proponents(3).ids[0]`."
