@@ -32,6 +32,8 @@ class ParameterGroup:
             tells.
         descent: 1 if its steps are known to be gradient steps in the coordinates of the rows, else
             0: then the optimizer's name tells.
+        owner: Tells the optimizers of a training apart: the number of the first recorded block that
+            the group's optimizer trains; 0 as well where it is not known.
     """
 
     lr: float
@@ -45,6 +47,7 @@ class ParameterGroup:
     share: float = 0.0
     decoupled: float = 0.0
     descent: float = 0.0
+    owner: float = 0.0
 
 
 @dataclass(frozen=True)

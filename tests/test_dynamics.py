@@ -155,12 +155,12 @@ def test_without_decay_on_vectors_scores_are_nearly_those_of_a_decay_that_knows_
 class TwoHeads(pl.LightningModule):
     """Two linear models side by side, each with an optimizer of its own; they take turns."""
 
-    def __init__(self, turns=2):
+    def __init__(self, turns, **settings):
         super().__init__()
         self.automatic_optimization = False
         torch.manual_seed(5)
         self.one, self.other = (nn.Linear(7, 3).double() for _ in range(2))
-        self.turns = turns
+        self.turns, self.settings = turns, settings
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -172,12 +172,11 @@ class TwoHeads(pl.LightningModule):
         return cross_entropy(self.one(x), y)
 
     def configure_optimizers(self):
-        decays = {"lr": 0.2, "weight_decay": 0.4}
-        return [SGD(head.parameters(), **decays) for head in (self.one, self.other)]
+        return [SGD(h.parameters(), lr=0.2, **self.settings) for h in (self.one, self.other)]
 
 
-def two_heads(turns):
-    store, model = MemoryStore(), TwoHeads(turns)
+def two_heads(turns, **settings):
+    store, model = MemoryStore(), TwoHeads(turns, **settings)
     x, y = vectors().tensors
     data = TensorDataset(x.double(), y)
     recorder = GradientRecorder(store, projector=Identity())
@@ -186,22 +185,30 @@ def two_heads(turns):
     return store
 
 
+def about_the_first(run):
+    """Queries that depend on the first head only."""
+    queries = torch.zeros(3, run.recipe.dimension, dtype=torch.float64)
+    queries[:, :24] = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
+    return queries
+
+
 @METHODS
 def test_a_head_does_not_decay_in_the_steps_of_another(method):
-    both, alone = two_heads(2), two_heads(1)
+    both = two_heads(2, weight_decay=0.4)
+    alone = with_groups(two_heads(1, weight_decay=0.4), [{"share": 1.0}])
     assert {sum(g.share for g in step.groups) for step in both} == {0.5}
-    first = MemoryStore()
-    first.begin(both.recipe)
-    for step in alone:
-        share = replace(step.groups[0], share=1.0)
-        first.append(replace(step, groups=(share,)))
-    queries = torch.zeros(3, both.recipe.dimension, dtype=torch.float64)
-    queries[:, :24] = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
-    expected, found = scores(method, first, queries), scores(method, both, queries)
+    expected, found = (scores(method, run, about_the_first(run)) for run in (alone, both))
     assert float((found - expected).norm() / expected.norm()) < 0.03
     # A round of two turns decays as much as the turn of the head alone.
-    alone, turn = (step.lr * Dynamics.of(step).decay for step in (first[1], both[1]))
-    assert 2 * turn == pytest.approx(alone)
+    whole, turn = (step.lr * Dynamics.of(step).decay for step in (alone[1], both[1]))
+    assert 2 * turn == pytest.approx(whole)
+
+
+def test_the_momentum_of_a_head_rests_in_the_steps_of_another():
+    both, alone = (two_heads(turns, momentum=0.9) for turns in (2, 1))
+    assert [step.groups[0].owner for step in both[:4]] == [0, 1, 0, 1]
+    expected, found = (scores(Unrolled(), run, about_the_first(run)) for run in (alone, both))
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_decay_of_a_training_is_the_mean_over_its_time():

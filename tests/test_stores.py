@@ -151,10 +151,10 @@ def test_segments_of_older_versions_tell_less_of_their_groups(tmp_path):
     filled(HDF5Store(tmp_path / "run"), steps)
     for path in (tmp_path / "run").glob("segment-*.h5"):
         with h5py.File(path, "r+") as file:
-            for name in ("share", "decoupled", "descent"):
+            for name in ("share", "decoupled", "descent", "owner"):
                 del file["steps"][name]
     for found, step in zip(HDF5Store.open(tmp_path / "run"), steps, strict=True):
-        assert found.groups == tuple(replace(group, share=0.0) for group in step.groups)
+        assert found.groups == tuple(replace(group, share=0.0, owner=0.0) for group in step.groups)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ rows of a small MLP over 200 steps: with no decay on biases and norms, scores we
 the others' was .3, and by 2 % at most where it was .01 or less; with none on a whole layer, by 13
 to 19 % at .3, 7 % at .05, 2 % at .01. Means of momentum are rougher, and methods warn of them.
 
-**Several optimizers** take turns, and each moves only what it trains. Its decay is spread over all
-recorded parameters, so that what each of them decays in a round of turns is right on average. A
-momentum buffer is taken to be shared.
+**Several optimizers** take turns, and each moves only what it trains, with a momentum of its own.
+Its decay is spread over all recorded parameters, so that what each of them decays in a round of
+turns is right on average.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Dynamics:
         lookahead: Share of the parameters whose momentum is Nesterov's.
         coupled: Weight decay added to the gradient.
         decoupled: Weight decay applied to the weights.
+        owner: Whose momentum buffer it is, among several optimizers.
     """
 
     rate: float
@@ -70,6 +71,7 @@ class Dynamics:
     lookahead: float
     coupled: float
     decoupled: float
+    owner: float = 0.0
 
     @classmethod
     def of(cls, step: Step) -> Dynamics:
@@ -91,6 +93,7 @@ class Dynamics:
             lookahead=lookahead,
             coupled=(held or 1.0) * coupled,
             decoupled=(held or 1.0) * decoupled,
+            owner=step.groups[0].owner,
         )
 
     @property

@@ -90,11 +90,11 @@ class Unrolled(Attributor):
 
 
 class _Adjoint:
-    """What the query asks of the weights and of the momentum buffer, between two steps."""
+    """What the query asks of the weights and of momentum buffers, between two steps."""
 
     def __init__(self, queries: Float[Tensor, "n_query k"]) -> None:
         self._weights = queries.clone()  # it changes in place
-        self._buffer: Tensor | None = None
+        self._buffers: dict[float, Tensor] = {}  # of each optimizer
 
     def back_(
         self, dynamics: Dynamics, hessian: TamedCurvature
@@ -119,8 +119,8 @@ class _Adjoint:
             return moved
         # Signs: a buffer is subtracted from the weights, so what is asked of it has theirs turned.
         buffered = dynamics.kept * moved
-        if self._buffer is not None:
-            buffered = buffered + self._buffer
-        self._buffer = dynamics.momentum * buffered
+        if dynamics.owner in self._buffers:
+            buffered = buffered + self._buffers[dynamics.owner]
+        self._buffers[dynamics.owner] = dynamics.momentum * buffered
         direction = dynamics.fresh * buffered
         return direction + dynamics.lookahead * moved if dynamics.lookahead else direction

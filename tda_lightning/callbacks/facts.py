@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.nn import Parameter
 from torch.optim import ASGD, SGD, Optimizer
 
 from tda_lightning.callbacks.whole import PartOfCoordinates
+from tda_lightning.layers import Survey
 from tda_lightning.step import ParameterGroup
 
 
@@ -20,37 +21,43 @@ class Recorded:
     Attributes:
         sizes: Of its recorded parameters.
         total: Sum of the sizes of all that are recorded, whoever trains them.
+        owner: Number of the first block that it trains.
         coordinates: Those of its rows, unless they are raw.
     """
 
     sizes: Mapping[Parameter, int]
     total: int
+    owner: int
     coordinates: PartOfCoordinates | None
 
-    def share(self, group: Mapping[str, Any]) -> float:
-        """Return the share of all recorded parameters that a parameter group holds."""
+    @classmethod
+    def of(cls, surveyed: Survey, coordinates: PartOfCoordinates | None) -> Recorded:
+        """Look at all recorded layers, with those that the optimizer trains."""
+        own = [source for feeding in surveyed.sources for source in feeding[:1]]
+        return cls(
+            sizes={one: int(one.numel()) for source in own for one in source.parameters()},
+            total=sum(block.size for block in surveyed.blocks),
+            owner=next(n for n, feeding in enumerate(surveyed.sources) if feeding),
+            coordinates=coordinates,
+        )
+
+    def read(self, optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
+        """Return the hyper-parameters of every parameter group, with what is recorded of it."""
+        is_known = self.coordinates is not None and self.coordinates.are_known()
+        descent = float(is_known or isinstance(optimizer, SGD | ASGD))
+        pairs = zip(read_groups(optimizer), optimizer.param_groups, strict=True)
+        return tuple(
+            replace(one, share=self._share(group), descent=descent, owner=float(self.owner))
+            for one, group in pairs
+        )
+
+    def _share(self, group: Mapping[str, Any]) -> float:
         return sum(self.sizes.get(one, 0) for one in group["params"]) / self.total
 
-    def is_descent(self, optimizer: Optimizer) -> bool:
-        """Say whether steps are known to be gradient steps in the coordinates of the rows."""
-        is_known = self.coordinates is not None and self.coordinates.are_known()
-        return is_known or isinstance(optimizer, SGD | ASGD)
 
-
-def read_groups(
-    optimizer: Optimizer, recorded: Recorded | None = None
-) -> tuple[ParameterGroup, ...]:
-    """Return the hyper-parameters of every parameter group as they stand.
-
-    Args:
-        optimizer: The optimizer.
-        recorded: What of it is recorded, if that is to be told as well.
-    """
-    groups = optimizer.param_groups
-    if recorded is None:
-        return tuple(_read_group(group, 0.0, 0.0) for group in groups)
-    descent = float(recorded.is_descent(optimizer))
-    return tuple(_read_group(group, recorded.share(group), descent) for group in groups)
+def read_groups(optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
+    """Return the hyper-parameters of every parameter group as they stand."""
+    return tuple(_read_group(group) for group in optimizer.param_groups)
 
 
 def require_one_rate(optimizer: Optimizer) -> None:
@@ -68,7 +75,7 @@ def require_one_rate(optimizer: Optimizer) -> None:
         )
 
 
-def _read_group(group: Mapping[str, Any], share: float, descent: float) -> ParameterGroup:
+def _read_group(group: Mapping[str, Any]) -> ParameterGroup:
     # Others have none, or three, as Adan does: of these the first two.
     betas: Sequence[float] = group.get("betas", ())
     beta1, beta2, *_ = (*betas, 0.0, 0.0)
@@ -83,7 +90,5 @@ def _read_group(group: Mapping[str, Any], share: float, descent: float) -> Param
         # Adafactor has a pair: neither is what others add to a denominator.
         eps=0.0 if isinstance(eps, tuple | list) else float(eps),
         nesterov=float(group.get("nesterov", False)),
-        share=share,
         decoupled=float(group.get("decoupled_weight_decay", False)),
-        descent=descent,
     )

@@ -74,7 +74,7 @@ class Lane:
         session = partial(ManualSession, optimizer, self.is_due) if is_manual else Session
         self.session = session(
             self.rows,
-            surveyed.blocks,
+            surveyed,
             settings.reduction,
             coordinates,
             settings.audit,

@@ -20,7 +20,7 @@ from tda_lightning.callbacks.gradients import by_size, gradient_norm, smallest_w
 from tda_lightning.callbacks.processes import Processes
 from tda_lightning.callbacks.session import Session
 from tda_lightning.callbacks.whole import PartOfCoordinates
-from tda_lightning.recipe import Block
+from tda_lightning.layers import Survey
 from tda_lightning.rows import RowRecorder
 from tda_lightning.step import Step
 
@@ -37,7 +37,7 @@ class ManualSession(Session):
         optimizer: The optimizer.
         is_due: Says whether its next step is to be recorded.
         rows: Records the rows of a pass.
-        blocks: The recorded layers.
+        surveyed: All recorded layers, with those that the optimizer trains.
         reduction: How a loss combines the samples of a batch.
         coordinates: The coordinates of the optimizer, unless rows are to be raw.
         audit_every: As in :class:`Session`.
@@ -49,13 +49,13 @@ class ManualSession(Session):
         optimizer: Optimizer,
         is_due: Callable[[], bool],
         rows: RowRecorder,
-        blocks: Sequence[Block],
+        surveyed: Survey,
         reduction: Literal["mean", "sum"],
         coordinates: PartOfCoordinates | None,
         audit_every: int,
         processes: Processes,
     ) -> None:
-        super().__init__(rows, blocks, reduction, coordinates, audit_every, processes)
+        super().__init__(rows, surveyed, reduction, coordinates, audit_every, processes)
         self._parameters = by_size(optimizer)
         self._is_due = is_due
         self._batch: tuple[int, Int[Tensor, " n"]] | None = None

@@ -5,7 +5,7 @@ Micro-batches wait here until the optimizer step that they join.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.audits import Audited, begin_audit, finish_audit
 from tda_lightning.callbacks.clipping import Bend, Scale
-from tda_lightning.callbacks.facts import Recorded, read_groups
+from tda_lightning.callbacks.facts import Recorded
 from tda_lightning.callbacks.gradients import (
     by_size,
     gradient_norm,
@@ -28,7 +28,7 @@ from tda_lightning.callbacks.gradients import (
 from tda_lightning.callbacks.processes import Processes
 from tda_lightning.callbacks.whole import PartOfCoordinates
 from tda_lightning.conservation import require_conserved
-from tda_lightning.recipe import Block
+from tda_lightning.layers import Survey
 from tda_lightning.rows import BatchRows, RowRecorder
 from tda_lightning.step import ParameterGroup, Preconditioner, Step
 
@@ -63,7 +63,7 @@ class Session:
 
     Args:
         rows: Records the rows of a batch.
-        blocks: The recorded layers.
+        surveyed: All recorded layers, with those that the optimizer trains.
         reduction: How the training loss combines the samples of a batch.
         coordinates: The coordinates of the optimizer, unless rows are to be raw.
         audit_every: Audit the first recorded step and every so many after it; 0 for the first only.
@@ -73,18 +73,17 @@ class Session:
     def __init__(
         self,
         rows: RowRecorder,
-        blocks: Sequence[Block],
+        surveyed: Survey,
         reduction: Literal["mean", "sum"],
         coordinates: PartOfCoordinates | None,
         audit_every: int,
         processes: Processes = Processes(),
     ) -> None:
         self._rows = rows
-        self._blocks = blocks
+        self._blocks = surveyed.blocks
         self._reduction = reduction
         self._coordinates = coordinates
-        sizes = {one: int(one.numel()) for one in rows.recorded_parameters()}
-        self._recorded = Recorded(sizes, sum(block.size for block in blocks), coordinates)
+        self._recorded = Recorded.of(surveyed, coordinates)
         self._begun: Preconditioner | None = None
         self._audit_every = audit_every
         self._processes = processes
@@ -165,7 +164,7 @@ class Session:
             index=index,
             epoch=epoch,
             optimizer=type(optimizer).__name__,
-            groups=read_groups(optimizer, self._recorded),
+            groups=self._recorded.read(optimizer),
         )
 
     def before_clipping(self, optimizer: Optimizer, bound: float) -> Bend | None:

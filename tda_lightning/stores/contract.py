@@ -40,7 +40,9 @@ def make_steps(count: int, *, groups: int = 1) -> list[Step]:
             epoch=number // 3,
             optimizer="SGD",
             groups=tuple(
-                ParameterGroup(lr=0.1 / (number + 1 + g), beta2=0.5, share=0.2 + g / 10)
+                ParameterGroup(
+                    lr=0.1 / (number + 1 + g), beta2=0.5, share=0.2 + g / 10, owner=float(g)
+                )
                 for g in range(groups)
             ),
             sample_ids=torch.arange(number + 1) + number,
