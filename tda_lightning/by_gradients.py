@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.api import Run, fingerprint, open_run
 from tda_lightning.arguments import require_choice
-from tda_lightning.attribution.dynamics import Extent
+from tda_lightning.attribution.dynamics import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
-from tda_lightning.batches import require_loader
+from tda_lightning.batches import require_loader, require_model
 from tda_lightning.layers import survey
 from tda_lightning.parameter_space import FullInfluenceFunction
 from tda_lightning.recipe import SampleAxis
@@ -87,6 +87,7 @@ def attribute_by_gradients(
             snapshots, or the method cannot be applied to the model.
     """
     _require_method(method)
+    require_model(model)
     require_loader(train_loader, "train_loader")
     require_loader(curvature_loader, "curvature_loader")
     if reduction is not None:
@@ -94,6 +95,7 @@ def attribute_by_gradients(
     loader = train_loader if curvature_loader is None else curvature_loader
     name = "train_loader" if curvature_loader is None else "curvature_loader"
     store = _opened(run, at)
+    damping = None if store is None or method.damping is not None else _suggested(store)
     _say_what_is_left_out(model, method)
     surveyed = survey(model, method.layers)
     if store is not None:
@@ -103,7 +105,7 @@ def attribute_by_gradients(
     whole = WholeGradients(model, surveyed, recipe, store)
     asked = whole.of_queries(queries, target, at, progress=progress)
     with undisturbed(model, "eval"):
-        objective = whole.objective(loader, _damping(store), argument=name, progress=progress)
+        objective = whole.objective(loader, damping, argument=name, progress=progress)
         solution = method.solve(objective, asked, progress=progress)
     train_ids, products = whole.products(
         solution.directions, train_loader, sample_ids, progress=progress
@@ -156,12 +158,21 @@ def _opened(run: Run | None, at: Moment) -> Store | None:
     return None if run is None else open_run(run)
 
 
-def _damping(store: Store | None) -> float | None:
-    """Return what the run suggests for a mean over samples, whatever its steps sum up."""
-    if store is None:
-        return None
+def _suggested(store: Store) -> float | None:
+    """Return the damping that a run suggests for a mean over samples, whatever its steps sum up."""
     extent = Extent.of(store)
-    return suggested_damping(store, extent) / extent.weight
+    found = suggested_damping(store, extent) / extent.weight
+    if has_plain_rates(store):
+        return found
+    names = sorted({step.optimizer for step in store})
+    warnings.warn(
+        f"attribute_by_gradients: steps of {' and '.join(names)} are no gradient steps in the "
+        f"coordinates of this run, so no damping follows from their rates ({found:.3g} it would "
+        "be); the solver's own is taken, as without a run. Pass `FullInfluenceFunction(damping=...)"
+        '`, or record with `preconditioner="optimizer"` under an optimizer that it knows.',
+        stacklevel=3,
+    )
+    return None
 
 
 def _weights(model: nn.Module, store: Store | None, at: Moment) -> str:

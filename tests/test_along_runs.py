@@ -8,11 +8,16 @@ from unchecked import what_is_said
 
 from tda_lightning import (
     FullInfluenceFunction,
+    GaussNewton,
     GradientRecorder,
     Identity,
     MemoryStore,
+    Woodbury,
     attribute_by_gradients,
 )
+from tda_lightning.layers import survey
+from tda_lightning.undisturbed import undisturbed
+from tda_lightning.whole_gradients import WholeGradients, whole_recipe
 
 X, Y = vectors(11 + 3)[:]
 DATA = TensorDataset(X[:11].double(), Y[:11])
@@ -20,11 +25,13 @@ QUERIES = TensorDataset(X[11:].double(), Y[11:])
 METHOD = FullInfluenceFunction(damping=0.1)
 
 
-def trained(snapshots=2, every_n_steps=1):
-    store, model = MemoryStore(), Plain(mlp()).double()
-    recorder = GradientRecorder(
-        store, projector=Identity(), snapshots=snapshots, every_n_steps=every_n_steps
-    )
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def trained(snapshots=2, optimizer=sgd, **settings):
+    store, model = MemoryStore(), Plain(mlp(), optimizer=optimizer).double()
+    recorder = GradientRecorder(store, projector=Identity(), snapshots=snapshots, **settings)
     trainer = quiet_trainer(recorder, max_epochs=4, precision="64-true")
     trainer.fit(model, loader(DATA, 4))  # twelve steps
     return model, store
@@ -105,6 +112,30 @@ def test_a_slice_without_snapshots_is_refused():
         ask(model, run=store[2:4])
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "preconditioner"),
+    [("AdamW", "none"), ("Adamax", "optimizer"), ("Rprop", "optimizer"), ("Adadelta", "optimizer")],
+)
+def test_rates_of_steps_that_are_no_gradient_steps_suggest_no_damping(optimizer, preconditioner):
+    model, store = trained(
+        optimizer=lambda p: getattr(torch.optim, optimizer)(p, lr=0.01),
+        preconditioner=preconditioner,
+    )
+    by_default = FullInfluenceFunction(Woodbury(draws=8))
+    with pytest.warns(UserWarning, match=f"steps of {optimizer} are no gradient steps") as said:
+        found = ask(model, method=by_default, run=store)
+    assert len(said) == 1
+    whole = WholeGradients(
+        model, survey(model), whole_recipe(model, survey(model), "mean", {}), store
+    )
+    objective = whole.objective(loader(DATA, 4, shuffle=False), None, progress=False)
+    with undisturbed(model, "eval"):
+        operator = by_default.solver.operator(objective, GaussNewton())
+    damping = by_default.solver.default_damping(operator)
+    given = FullInfluenceFunction(Woodbury(draws=8), damping=damping)
+    assert torch.equal(ask(model, method=given, run=store).values, found.values)  # and no warning
+
+
 def test_data_whose_gradients_are_not_finite_are_named():
     model, (x, y) = Plain(mlp()).double(), DATA[:]
     x = x.clone()
@@ -134,6 +165,8 @@ calls = {
     "a moment without a run": lambda: asked(at="snapshots"),
     "another moment": lambda: asked(run=store, at="snapshot"),
     "another reduction": lambda: asked(reduction="avg"),
+    "another model": lambda: attribute_by_gradients(None, batches, queries),
+    "a class of models": lambda: attribute_by_gradients(Plain, batches, queries),
 }
 """
 EXPECTED = {
@@ -141,6 +174,8 @@ EXPECTED = {
     "a run that is none": "`run` is a `int`; expected the folder of a recorded run, or its store.",
     "a moment without a run": "`at='snapshots'` came without a run; expected `run=`",
     "another moment": '`at` is \'snapshot\'; expected "now", "snapshots", or the index',
+    "another model": "`model` is a `NoneType`; expected the LightningModule that was trained",
+    "a class of models": "expected the LightningModule that was trained: an object",
     "another reduction": "`reduction` is 'avg'; expected one of 'mean', 'sum'.",
 }
 

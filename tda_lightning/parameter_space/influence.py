@@ -10,11 +10,12 @@ decay that the optimizer applies is no part of the loss, and belongs to the damp
 coordinates of the optimizer, for the reasons that
 :class:`~tda_lightning.InfluenceFunction` has; its sketches are what is spared.
 
-**Damping**, where none is given, is what such a run suggests, 1.5 / (sum of learning rates), or the
-solver's own. ``EKFAC`` takes a tenth of the mean eigenvalue, as Grosse et al. (2023), "Studying
-Large Language Model Generalization with Influence Functions". Exact solvers want more, since most
-eigenvalues of a model are tiny: they take a fiftieth of the largest one, so that the condition
-number is 51, which came close to the best on every task measured.
+**Damping**, where none is given, is what such a run suggests, 1.5 / (sum of learning rates), if its
+steps are gradient steps in its coordinates; else the solver's own. ``EKFAC`` takes a tenth of the
+mean eigenvalue, as Grosse et al. (2023), "Studying Large Language Model Generalization with
+Influence Functions". Exact solvers want more, since most eigenvalues of a model are tiny: they take
+a fiftieth of the largest one, so that the condition number is 51, which came close to the best on
+every task measured. What a Hessian's eigenvalues reach below zero comes on top.
 """
 
 from __future__ import annotations
