@@ -185,3 +185,16 @@ def test_the_damping_of_a_run_in_other_coordinates_is_refused():
     run = rebuilt(ls.record(ls.problem(), lambda p: SGD(p, lr=0.1)), with_factors)
     with pytest.raises(ValueError, match=r"coordinates of its `SGD`.*Pass a number"):
         damping_of(run)
+
+
+def adaptive(run):
+    return rebuilt(run, lambda step: replace(step, optimizer="Adamax"))
+
+
+def test_rates_of_which_no_damping_follows_are_warned_of():
+    run = adaptive(ls.record(ls.problem(), lambda p: SGD(p, lr=0.1)))
+    with pytest.warns(UserWarning, match="Steps of Adamax are not known to be gradient steps"):
+        scores(InfluenceFunction(), run)
+    scores(InfluenceFunction(damping=0.7), run)  # nothing follows from the rates
+    with pytest.raises(ValueError, match="coordinates of its `Adamax`"):
+        damping_of(run)

@@ -28,7 +28,12 @@ from torch import Tensor
 from tda_lightning.arguments import require_choice, require_kind, require_not_negative
 from tda_lightning.attribution.attributor import SelfAttributor
 from tda_lightning.attribution.curvature import Curvature, SampledOrEmpirical, mean_curvature
-from tda_lightning.attribution.dynamics import Dynamics, Extent, require_training
+from tda_lightning.attribution.dynamics import (
+    Extent,
+    has_plain_rates,
+    require_training,
+    warn_of_approximations,
+)
 from tda_lightning.attribution.moved import MovedRun
 from tda_lightning.attribution.visits import as_own_gradients, last_epoch, last_visits
 from tda_lightning.linalg import damped_root
@@ -117,8 +122,9 @@ class InfluenceFunction(SelfAttributor):
         steps = source if self.curvature_over == "run" else last_epoch(source)
         matrix = mean_curvature(steps, self.curvature)
         if self.damping is None:
+            warn_of_approximations(run)
             return damped_root(matrix, suggested_damping(run, extent))
-        return damped_root(matrix, self.damping + Dynamics.of(run[-1]).decay)
+        return damped_root(matrix, self.damping + extent.decay)
 
     def _visits(self, run: Store, like: Tensor) -> Iterator[Step]:
         source = run if self.rows_from is None else MovedRun(self.rows_from, like)
@@ -138,7 +144,7 @@ def suggested_damping(run: Store, extent: Extent) -> float:
             "The learning rates of these steps sum to 0, and a damping follows from that sum; "
             "expected steps that moved the weights. Take more of them, or pass `damping=`."
         )
-    return TIMES / extent.time + Dynamics.of(run[-1]).decay
+    return TIMES / extent.time + extent.decay
 
 
 def damping_of(run: Store) -> float:
@@ -148,9 +154,9 @@ def damping_of(run: Store) -> float:
     ``FullInfluenceFunction`` at the weights that the model has.
 
     Raises:
-        ValueError: If the rows are in coordinates of the optimizer's, where damping is another.
+        ValueError: If the steps were no plain gradient steps, as those of SGD are.
     """
-    if run.preconditioner() is not None:
+    if run.preconditioner() is not None or not has_plain_rates(run):
         raise ValueError(
             f"The damping of this run is that of the coordinates of its `{run[-1].optimizer}`; "
             "expected a run in those of the parameters, of SGD say. Pass a number as damping."
