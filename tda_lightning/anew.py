@@ -139,6 +139,7 @@ def _step(
         curvature=_on_cpu(found.curvature(weight)),
         curvature_rows=_on_cpu(found.curvature_rows),
         preconditioner=coordinates if number == 0 else None,
+        loss=found.loss,
     )
 
 

@@ -38,12 +38,14 @@ class BatchRows:
             as they are weighted in the loss of the batch, if known.
         curvature_rows: Rows from labels of the model's own, if asked for; their outer products sum,
             on average, to the Gauss-Newton matrix of the loss.
+        loss: What the loss is called, if known.
     """
 
     rows: Float[Tensor, "n k"]
     terms: Float[Tensor, " n"] | None
     spread: Float[Tensor, " n"] | None
     curvature_rows: Float[Tensor, "m k"] | None
+    loss: str = ""
 
     def curvature(self, weight: float) -> Float[Tensor, " n"] | None:
         """Return each visit's curvature as a :class:`Step` holds it, if known.
@@ -170,13 +172,10 @@ class RowRecorder:
     def finish(self) -> BatchRows:
         """Return what was recorded of the batch."""
         self._capture.stop()
-        summary = self._summary
-        return BatchRows(
-            self._rows,
-            None if summary is None else summary.terms(),
-            None if summary is None else summary.spread(),
-            self._curvature_rows,
-        )
+        rows, found, sampled = self._rows, self._summary, self._curvature_rows
+        if found is None:
+            return BatchRows(rows, None, None, sampled)
+        return BatchRows(rows, found.terms(), found.spread(), sampled, found.loss())
 
     def take(self) -> Float[Tensor, "n k"]:
         """Return the rows of the backward pass that has just ended, and expect one more."""

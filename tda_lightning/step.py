@@ -118,6 +118,7 @@ class Step:
             recorded; shape ``(m, k)``.
         preconditioner: The coordinates of this step's rows and of those to come, if they change
             with it.
+        loss: What the loss is called (``"cross-entropy"``, ``"squared error"``), if known.
     """
 
     index: int
@@ -132,6 +133,7 @@ class Step:
     curvature: Float[Tensor, " n"] | None = None
     curvature_rows: Float[Tensor, "m k"] | None = None
     preconditioner: Preconditioner | None = None
+    loss: str = ""
 
     @property
     def lr(self) -> float:

@@ -152,6 +152,7 @@ def test_curvature_is_p_over_its_complement():
     torch.testing.assert_close(summary.terms(), torch.ones(N).double())
     # Weights of 1/n stand once above and twice below.
     torch.testing.assert_close(summary.spread() / N, p / (1 - p))
+    assert summary.loss() == "cross-entropy"
 
 
 def test_curvature_is_one_over_twice_the_squared_residual():
@@ -159,6 +160,7 @@ def test_curvature_is_one_over_twice_the_squared_residual():
     outputs = leaf * 1.0
     summary = summary_of(functional.mse_loss(outputs, torch.zeros(N, 1).double()), outputs)
     torch.testing.assert_close(summary.spread() / N, 1 / (2 * leaf.detach()[:, 0] ** 2))
+    assert summary.loss() == "squared error"
 
 
 @pytest.mark.parametrize("in_a_row", [False, True], ids=["own axis", "in a row"])
@@ -232,3 +234,4 @@ def test_a_loss_that_is_not_known_has_no_summary():
     summary = summary_of(loss, outputs)
     assert summary.terms() is None
     assert summary.spread() is None
+    assert summary.loss() == ""

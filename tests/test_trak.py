@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from torch.func import grad, vmap
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import TensorDataset
 
-from tda_lightning import TRAK, MemoryStore, Step
+from tda_lightning import TRAK, GradientRecorder, MemoryStore, Step, attribute
 from tda_lightning.recipe import Recipe
 from tda_lightning.step import ParameterGroup
 
@@ -118,9 +120,10 @@ def test_it_is_linear_in_the_query():
     ("change", "message"),
     [
         ({"curvature": None}, "expected loss curvatures in every step"),
+        ({"loss": "squared error"}, "cross-entropy of classes.*step 3 is squared error"),
         ({"terms": torch.full((5,), 7.0).double()}, "one label per sample.*a sample with 7"),
     ],
-    ids=["unknown", "sequences"],
+    ids=["unknown", "regression", "sequences"],
 )
 def test_other_losses_are_refused(change, message):
     run, weights, _ = train(0)
@@ -130,3 +133,15 @@ def test_other_losses_are_refused(change, message):
         other.append(replace(step, **change))
     with pytest.raises(ValueError, match=message):
         TRAK().attribute(other, queries(weights), progress=False)
+
+
+def test_a_recorded_regression_is_refused_and_a_classification_is_not():
+    inputs, labels = vectors().tensors
+    for loss, targets in ((cross_entropy, labels), (mse_loss, torch.randn(13, 3))):
+        run, model, data = MemoryStore(), Plain(mlp(), loss), TensorDataset(inputs, targets)
+        quiet_trainer(GradientRecorder(run)).fit(model, loader(data))
+        if loss is cross_entropy:
+            assert attribute(run, model, data[:3], method=TRAK(), progress=False).values.any()
+        else:
+            with pytest.raises(ValueError, match=r"the loss of step \d is squared error"):
+                attribute(run, model, data[:3], method=TRAK(), progress=False)

@@ -103,6 +103,11 @@ def _doubts(step: Step) -> Float[Tensor, " n"]:
             f"every step; step {step.index} has none. Record a cross-entropy with the "
             "`GradientRecorder`, or use `InfluenceFunction()`, which does without."
         )
+    if step.loss not in ("", "cross-entropy"):
+        raise ValueError(
+            f"`TRAK` is for the cross-entropy of classes, whose margins it regresses on; the loss "
+            f"of step {step.index} is {step.loss}. Use `InfluenceFunction()` or `Unrolled()`."
+        )
     if step.terms is not None and (step.terms > 1).any():
         raise ValueError(
             "`TRAK` is for losses of one label per sample: expected one loss term; step "

@@ -5,7 +5,7 @@ Micro-batches wait here until the optimizer step that they join.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -221,6 +221,7 @@ class Session:
                 [factor**0.5 for factor in factors],
             ),
             preconditioner=begun,
+            loss=_shared([one.recorded.loss for one in visits]),
         )
 
     def _is_audit_due(self) -> bool:
@@ -278,3 +279,8 @@ class Session:
     def _forget_step(self) -> None:
         self._facts = self._scale = self._audited = None
         self._pending = []
+
+
+def _shared(words: Sequence[str]) -> str:
+    """Return the one word that is said throughout, or none."""
+    return words[0] if len(set(words)) == 1 else ""

@@ -17,7 +17,12 @@ class LossNode(ABC):
 
     Args:
         node: The node. The gradient of its first input is that of the outputs.
+
+    Attributes:
+        name: What the loss is called.
     """
+
+    name = "cross-entropy"
 
     def __init__(self, node: Any) -> None:
         self.node = node
@@ -139,6 +144,8 @@ class CoinLoss(ReducedLoss):
 class SquaredLoss(ReducedLoss):
     """Squared error: a normal distribution of the target."""
 
+    name = "squared error"
+
     def sample(self, generator: Generator) -> Tensor:
         """Draw signs: any residual of the right variance will do, and these have least noise."""
         outputs = self.node._saved_self.detach()
@@ -164,6 +171,8 @@ class SquarePower(SquaredLoss):
 
 class HuberLoss(SquaredLoss):
     """Huber's loss, and its smooth-L1 form: curved only where the residual is small."""
+
+    name = "Huber's loss"
 
     def _hessian(self, outputs: Tensor) -> Tensor:
         delta = getattr(self.node, "_saved_delta", None)

@@ -22,6 +22,7 @@ class LossSummary:
 
     def __init__(self, nodes: Sequence[LossNode], n: int) -> None:
         self._n = n
+        self._names = sorted({node.name for node in nodes})
         # Sums over a sample's terms: weights, their squares, traces, squared gradients.
         self._sums: list[Tensor] = []
         for node in nodes:
@@ -47,6 +48,10 @@ class LossSummary:
         # Terms of one sample lie together, whether or not samples still have an axis of their own.
         sums = [part.reshape(self._n, -1).sum(dim=1) for part in parts]
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+
+    def loss(self) -> str:
+        """Return what the loss is called, or nothing if it is none that is known."""
+        return " and ".join(self._names)
 
     def terms(self) -> Float[Tensor, " n"] | None:
         """Return how many terms of one weight would weigh as each sample's do, if known."""

@@ -56,7 +56,7 @@ def make_steps(count: int, *, groups: int = 1) -> list[Step]:
 def same(one: Step, other: Step) -> bool:
     """Say whether two steps hold the same."""
     tensors = ("sample_ids", "weights", "sketch", "terms", "curvature", "curvature_rows")
-    facts = ("index", "epoch", "optimizer", "groups")
+    facts = ("index", "epoch", "optimizer", "groups", "loss")
     return all(_equal(getattr(one, name), getattr(other, name)) for name in tensors) and all(
         getattr(one, name) == getattr(other, name) for name in facts
     )
@@ -137,7 +137,9 @@ class StoreContract(ABC):
         """In the steps that know it, and in no other."""
         steps = make_steps(5)
         rows = torch.arange(30.0).reshape(2, 15)
-        steps[1] = replace(steps[1], terms=torch.tensor([1.0, 3.0]), curvature=torch.ones(2))
+        steps[1] = replace(
+            steps[1], terms=torch.tensor([1.0, 3.0]), curvature=torch.ones(2), loss="Huber"
+        )
         steps[3] = replace(steps[3], curvature_rows=rows)
         steps[4] = replace(steps[4], curvature_rows=2 * rows[:1], terms=torch.ones(5))
         store = filled(self.make(tmp_path), steps)

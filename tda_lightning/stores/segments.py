@@ -70,6 +70,7 @@ def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
     group["index"] = np.array([step.index for step in steps], dtype=np.int64)
     group["epoch"] = np.array([step.epoch for step in steps], dtype=np.int64)
     group["optimizer"] = [step.optimizer for step in steps]
+    group["loss"] = [step.loss for step in steps]
     counts = [len(step.sample_ids) for step in steps]
     group["offset"] = np.cumsum([0, *counts], dtype=np.int64)
     hyper = np.array([[astuple(one) for one in step.groups] for step in steps], dtype=np.float64)
@@ -80,6 +81,10 @@ def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
 def _hyper(group: h5py.Group, name: str) -> np.ndarray:
     # Segments of older runs lack some columns: zeros, for what is not known.
     return group[name][:] if name in group else np.zeros(group["lr"].shape)
+
+
+def _words(group: h5py.Group, name: str) -> list[str]:
+    return group[name].asstr()[:].tolist() if name in group else [""] * len(group["index"])
 
 
 def _write_visits(group: h5py.Group, steps: Sequence[Step]) -> None:
@@ -181,7 +186,7 @@ class Segment:
             self._index: list[int] = steps["index"][:].tolist()
             self._epoch = steps["epoch"][:].tolist()
             self._offset = steps["offset"][:].tolist()
-            self._optimizer = steps["optimizer"].asstr()[:].tolist()
+            self._optimizer, self._loss = _words(steps, "optimizer"), _words(steps, "loss")
             self._hyper = np.stack([_hyper(steps, name) for name in _GROUP_FIELDS], -1).tolist()
             self._audits = _read_audits(file["audits"])
             self._preconditioners = _read_preconditioners(file["preconditioners"])
@@ -255,6 +260,7 @@ class Segment:
             curvature=_if_known(columns["curvature"]),
             curvature_rows=sampled if len(sampled) else None,
             preconditioner=self._preconditioners.get(place),
+            loss=self._loss[place],
         )
 
 
