@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.api import Run, fingerprint, open_run
-from tda_lightning.arguments import require_choice
+from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.attribution.dynamics import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
 from tda_lightning.batches import require_loader, require_model
@@ -90,6 +90,8 @@ def attribute_by_gradients(
     require_model(model)
     require_loader(train_loader, "train_loader")
     require_loader(curvature_loader, "curvature_loader")
+    if batch_dims is not None:
+        require_kind("batch_dims", batch_dims, Mapping, '`{"encoder.*": 1}`')
     if reduction is not None:
         require_choice("reduction", reduction, Reduction)
     loader = train_loader if curvature_loader is None else curvature_loader

@@ -168,11 +168,12 @@ class WholeGradients:
             ValueError: If the passes over the loader draw different samples.
         """
         passes = with_progress(self._viewpoints, "training samples", progress, unit="pass")
-        found: list[tuple[Tensor, Tensor]] = []
-        for viewpoint in passes:
-            found.append(self._products(viewpoint, directions, loader, sample_ids))
-            _require_same_samples(found[0][0], found[-1][0], len(self._viewpoints))
-        return found[0][0], torch.stack([products for _, products in found]).mean(dim=0)
+        each = (self._products(one, directions, loader, sample_ids) for one in passes)
+        ids, total = next(each)
+        for again, products in each:
+            _require_same_samples(ids, again, len(self._viewpoints))
+            total += products
+        return ids, total / len(self._viewpoints)
 
     def _products(
         self,

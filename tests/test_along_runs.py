@@ -165,6 +165,7 @@ calls = {
     "a moment without a run": lambda: asked(at="snapshots"),
     "another moment": lambda: asked(run=store, at="snapshot"),
     "another reduction": lambda: asked(reduction="avg"),
+    "an axis for all": lambda: asked(batch_dims="flattened"),
     "another model": lambda: attribute_by_gradients(None, batches, queries),
     "a class of models": lambda: attribute_by_gradients(Plain, batches, queries),
 }
@@ -176,6 +177,7 @@ EXPECTED = {
     "another moment": '`at` is \'snapshot\'; expected "now", "snapshots", or the index',
     "another model": "`model` is a `NoneType`; expected the LightningModule that was trained",
     "a class of models": "expected the LightningModule that was trained: an object",
+    "an axis for all": "`batch_dims` is 'flattened'; expected an object such as",
     "another reduction": "`reduction` is 'avg'; expected one of 'mean', 'sum'.",
 }
 

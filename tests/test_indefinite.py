@@ -209,3 +209,30 @@ def test_too_little_memory_is_not_taken_for_a_fault_of_the_step():
     objective = Objective.of(model, parameters, batches, progress=False)
     with undisturbed(model, "eval"), pytest.raises(torch.cuda.OutOfMemoryError):
         GaussNewton().operator(objective)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_where_there_is_no_curvature_damping_must_be_given(solver):
+    model = Plain(mlp(), lambda outputs, y: 0 * nn.functional.cross_entropy(outputs, y)).double()
+    with pytest.raises(ValueError, match="default damping is 0; expected a finite number above 0"):
+        ask(model, FullInfluenceFunction(solver))
+    given = FullInfluenceFunction(solver, damping=0.5)
+    assert not ask(model, given).values.any()
+
+
+def test_it_can_be_asked_where_gradients_are_off():
+    model, method = trained(), FullInfluenceFunction(ConjugateGradient())
+    expected = ask(model, method).values
+    with torch.no_grad():
+        assert torch.equal(ask(model, method).values, expected)
+
+
+class Skipping(Plain):
+    def training_step(self, batch, batch_idx):
+        return None if len(batch[0]) > N_QUERY else super().training_step(batch, batch_idx)
+
+
+def test_a_step_without_a_loss_says_so():
+    model = Skipping(mlp()).double()
+    with pytest.raises(ValueError, match=r"on `train_loader`.* it returned nothing; expected the"):
+        ask(model, FullInfluenceFunction(ConjugateGradient()))

@@ -106,7 +106,7 @@ class FullInfluenceFunction:
             "The gradients of the queries",
             "Look for NaN or infinity in their inputs and targets, and in the weights.",
         )
-        with warnings.catch_warnings():
+        with torch.enable_grad(), warnings.catch_warnings():
             # torch's own forward mode is compiled with what torch has come to warn about.
             warnings.filterwarnings("ignore", message=r"`torch.jit.script` is deprecated")
             operator = self.solver.operator(objective, self.curvature)

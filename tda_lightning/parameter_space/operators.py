@@ -249,9 +249,12 @@ def eigenpairs(
     try:
         found = eigsh(multiplied, k=rank, which="LM", v0=start.numpy(), tol=tolerance)
     except ArpackError as error:
+        if not (operator @ start.to(operator.device, operator.dtype)).any():
+            zeros = torch.zeros(rank, device=operator.device, dtype=operator.dtype)
+            return zeros, torch.eye(d, rank, device=operator.device, dtype=operator.dtype)
         raise ValueError(
-            f"The {rank} largest eigenvalues of the curvature were not found: {error}. Ask for "
-            "fewer, or take another solver: `ConjugateGradient()`."
+            f"The largest eigenvalues of the curvature, {rank} of them, were not found: {error}. "
+            "Ask for fewer, or take another solver: `ConjugateGradient()`."
         ) from error
     values, vectors = (torch.as_tensor(one).to(operator.device, operator.dtype) for one in found)
     return values, vectors

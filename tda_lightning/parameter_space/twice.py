@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from tda_lightning.batches import step_of
+from tda_lightning.batches import describe, step_of
 from tda_lightning.parameter_space.objective import Objective
 from tda_lightning.undisturbed import same_metrics
 
@@ -85,7 +85,9 @@ def _loss(objective: Objective, number: int) -> Float[Tensor, ""]:
     # that torch.func has wrapped is not to be seen again.
     with sdpa_kernel(SDPBackend.MATH), same_metrics(objective.model):
         result = step_of(objective.model, objective.batches[number])
-    loss: Tensor = result["loss"] if isinstance(result, Mapping) else result
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"it returned {describe(result)}; expected the loss")
     return loss.reshape(())
 
 
