@@ -21,7 +21,7 @@ _ROUNDING = 1000
 
 
 def checked(operator: Operator, objective: Objective) -> Operator:
-    """Return an operator that says what is wrong with an objective's curvature, if it cannot be."""
+    """Return the same operator, which says of the step and its data why a product cannot be had."""
 
     def product(vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
         with differentiating(objective):
