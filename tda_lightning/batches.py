@@ -32,6 +32,11 @@ def require_loader(loader: Any, argument: str) -> None:
             f"`{argument}` is a `{type(loader).__name__}`, which yields samples; expected a loader "
             f"of batches such as the model was trained on: `DataLoader({argument}, batch_size=50)`."
         )
+    if not isinstance(loader, Iterable):
+        raise ValueError(
+            f"`{argument}` is {loader!r}; expected a loader of batches such as the model was "
+            "trained on."
+        )
 
 
 def require_model(model: Any) -> None:

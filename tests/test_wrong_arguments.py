@@ -19,6 +19,7 @@ calls = {
     ),
     "another moment": lambda: attribute(store, model, queries, at="snapshot"),
     "a dataset": lambda: attribute_by_gradients(model, data, queries),
+    "no loader": lambda: attribute_by_gradients(model, 3, queries),
     "a dataset for the curvature": lambda: attribute_by_gradients(
         model, batches, queries, curvature_loader=data
     ),
@@ -61,6 +62,7 @@ EXPECTED = {
     "a method of runs": "expected a `FullInfluenceFunction`. Others are asked by `attribute`",
     "a method of runs, for features": "expected one that reads features, `FeatureSimilarity()`",
     "a dataset": "`train_loader` is a `TensorDataset`, which yields samples; expected a loader",
+    "no loader": "`train_loader` is 3; expected a loader of batches",
     "a dataset for the curvature": "`curvature_loader` is a `TensorDataset`, which yields samples",
     "a dataset for features": "batches such as the model was trained on: `DataLoader(train_loader,",
     "a dataset to record": "`loader` is a `TensorDataset`, which yields samples; expected a loader",
