@@ -89,7 +89,8 @@ def attribute_by_gradients(
     _require_method(method)
     require_model(model)
     require_loader(train_loader, "train_loader")
-    require_loader(curvature_loader, "curvature_loader")
+    if curvature_loader is not None:
+        require_loader(curvature_loader, "curvature_loader")
     if batch_dims is not None:
         require_kind("batch_dims", batch_dims, Mapping, '`{"encoder.*": 1}`')
     if reduction is not None:
@@ -163,7 +164,7 @@ def _opened(run: Run | None, at: Moment) -> Store | None:
 def _suggested(store: Store) -> float | None:
     """Return the damping that a run suggests for a mean over samples, whatever its steps sum up."""
     extent = Extent.of(store)
-    found = suggested_damping(store, extent) / extent.weight
+    found = suggested_damping(extent) / extent.weight
     if has_plain_rates(store):
         return found
     names = sorted({step.optimizer for step in store})

@@ -81,8 +81,10 @@ class InfluenceFunction(SelfAttributor):
                 require_kind(name, getattr(self, name), Store, "`record(...)` returns")
 
     def require(self, run: Store) -> None:
-        """Raise unless other recordings can stand for the run's."""
+        """Raise unless the run tells its damping, and other recordings can stand for its rows."""
         super().require(run)
+        if self.damping is None:
+            require_training(run)
         others = {"curvature_from": self.curvature_from, "rows_from": self.rows_from}
         for name, other in others.items():
             if other is None:
@@ -123,7 +125,7 @@ class InfluenceFunction(SelfAttributor):
         matrix = mean_curvature(steps, self.curvature)
         if self.damping is None:
             warn_of_approximations(run)
-            return damped_root(matrix, suggested_damping(run, extent))
+            return damped_root(matrix, suggested_damping(extent))
         return damped_root(matrix, self.damping + extent.decay)
 
     def _visits(self, run: Store, like: Tensor) -> Iterator[Step]:
@@ -132,13 +134,12 @@ class InfluenceFunction(SelfAttributor):
         return map(as_own_gradients, steps)
 
 
-def suggested_damping(run: Store, extent: Extent) -> float:
+def suggested_damping(extent: Extent) -> float:
     """Return 1.5 / (sum of rates) and the weight decay, in the coordinates of the run's rows.
 
     Raises:
         ValueError: If the run moved nothing.
     """
-    require_training(run)
     if extent.time == 0:
         raise ValueError(
             "The learning rates of these steps sum to 0, and a damping follows from that sum; "
@@ -161,5 +162,6 @@ def damping_of(run: Store) -> float:
             f"The damping of this run is that of the coordinates of its `{run[-1].optimizer}`; "
             "expected a run in those of the parameters, of SGD say. Pass a number as damping."
         )
+    require_training(run)
     extent = Extent.of(run)
-    return suggested_damping(run, extent) / extent.weight
+    return suggested_damping(extent) / extent.weight

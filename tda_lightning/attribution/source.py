@@ -67,11 +67,16 @@ class Source(Attributor):
         require_kind("curvature", self.curvature, Curvature, "`BestAvailable()`")
         require_kind("propagator", self.propagator, Propagator, "`Exponential()` or `Linear()`")
 
+    def require(self, run: Store) -> None:
+        """Raise unless the run moved weights, in as many steps as there are to be segments."""
+        super().require(run)
+        require_training(run)
+        _cut(run, self.segments)
+
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
         """Look for one direction in all steps of a segment; go from the last segment back."""
-        require_training(run)
         warn_of_approximations(run)
         remaining = queries
         for steps in reversed(_cut(run, self.segments)):
@@ -132,5 +137,5 @@ def _cut(run: Store, segments: int | None) -> list[Store]:
             "recorded steps. Leave it out to have as many as there can be, up to "
             f"{_SEGMENTS}."
         )
-    ends = [len(run) * number // segments for number in range(segments + 1)] if segments else []
+    ends = [len(run) * number // segments for number in range(segments + 1)]
     return [run[a:b] for a, b in pairwise(ends)]

@@ -56,6 +56,11 @@ class Unrolled(Attributor):
         require_kind("curvature", self.curvature, Curvature, "`BestAvailable()`")
         require_kind("propagator", self.propagator, Propagator, "`Exponential()` or `Linear()`")
 
+    def require(self, run: Store) -> None:
+        """Raise unless the run moved weights."""
+        super().require(run)
+        require_training(run)
+
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
@@ -74,7 +79,6 @@ class Unrolled(Attributor):
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"], Float[Tensor, "n n_query"] | None]]:
         """Yield steps and directions, with the visits' scores if they came up on the way."""
-        require_training(run)
         warn_of_approximations(run)
         adjoint = _Adjoint(queries)
         for step in reversed(run):

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-_ONE_ITEM = (
-    " If each item of the dataset is a batch, name its samples: pass `sample_ids=`."
-)
+_ONE_ITEM = " If each item of the dataset is a batch, name its samples: pass `sample_ids=`."
 
 
 def require_batch(
