@@ -1,5 +1,6 @@
 """Calls with wrong arguments, made where nothing checks types, as these tests do otherwise."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ for name, call in calls.items():
 """
 
 
+@functools.cache
 def what_is_said(calls: str) -> dict[str, str]:
     """Make calls in a process of their own, and return what each of them raises.
 
@@ -37,3 +39,10 @@ def what_is_said(calls: str) -> dict[str, str]:
     )
     assert found.returncode == 0, found.stderr
     return dict(line.split(": ", 1) for line in found.stdout.splitlines() if ": " in line)
+
+
+def require_said(calls: str, name: str, expected: str) -> None:
+    """Make sure that a call is refused with what was expected in one sentence."""
+    said = what_is_said(calls)[name]
+    assert said.startswith("ValueError: ")
+    assert expected in said
