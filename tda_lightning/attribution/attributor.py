@@ -167,11 +167,12 @@ class Totals:
         Raises:
             ValueError: If a sample is not in the training set.
         """
-        places = torch.searchsorted(self.train_ids, sample_ids).clamp_max(len(self.train_ids) - 1)
-        strangers = sample_ids[self.train_ids[places] != sample_ids]
-        if len(strangers):
+        places = torch.searchsorted(self.train_ids, sample_ids).clamp_max_(len(self.train_ids) - 1)
+        found = self.train_ids[places]
+        if not torch.equal(found, sample_ids):
+            stranger = int(sample_ids[found != sample_ids][0])
             raise ValueError(
-                f"Sample {int(strangers[0])} is not in the training set of the run; expected the "
+                f"Sample {stranger} is not in the training set of the run; expected the "
                 f"{len(self.train_ids)} ids of `run.train_ids()`. Record the same data set."
             )
         places = places.to(values.device)

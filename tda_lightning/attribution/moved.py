@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import isfinite
 
 from jaxtyping import Int
 from torch import Tensor
@@ -70,7 +71,7 @@ class MovedRun(Store):
 def _require_finite(step: Step, position: int) -> None:
     rows = [step.sketch] if step.curvature_rows is None else [step.sketch, step.curvature_rows]
     # A sum takes a fraction of the time, and is finite only if its terms are.
-    if all(one.sum().isfinite() for one in rows) or all(one.isfinite().all() for one in rows):
+    if all(isfinite(one.sum()) for one in rows) or all(one.isfinite().all() for one in rows):
         return
     raise ValueError(
         f"Step {step.index} of the run has gradients that are not finite: the training diverged "
