@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from tda_lightning.recipe import Recipe, ranges_of
 from tda_lightning.rows import BatchRows
 from tda_lightning.sample_ids import IdSource, SampleLedger
 from tda_lightning.step import Preconditioner, Step
-from tda_lightning.stores import HDF5Store, MemoryStore, Store, WritableStore
+from tda_lightning.stores import MemoryStore, Store, WritableStore, opened
 
 Labels = Literal["given", "sampled"]
 Mode = Literal["eval", "train"]
@@ -91,14 +92,9 @@ def record(
 
 
 def _opened(like: str | Path | Store, at: int) -> Store:
-    if not isinstance(like, str | Path | Store):
-        raise ValueError(
-            f"`like` is a `{type(like).__name__}`; expected the folder of a recorded run, or its "
-            "store."
-        )
-    run = like if isinstance(like, Store) else HDF5Store.open(like)
+    run = opened(like, "like")
     steps = len(run)
-    if not isinstance(at, int) or not -steps <= at < steps:
+    if not isinstance(at, Integral) or not -steps <= at < steps:
         raise ValueError(
             f"`at` is {at!r}, and `like` has {steps} steps; expected the place of one of them, "
             "such as -1 for the last."

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,10 +20,10 @@ from tda_lightning.batches import kept_batches
 from tda_lightning.queries import record_queries
 from tda_lightning.scores import SampleScores, Scores, TopScores, require_rank
 from tda_lightning.snapshots import Moment, describe_weights, method_at, rows_at
-from tda_lightning.stores import HDF5Store, Store
+from tda_lightning.stores import Store, opened
 from tda_lightning.targets import Loss, Target, name_of
 
-Run = str | Path | Store
+Run = str | os.PathLike[str] | Store
 Mode = Literal["eval", "train"]
 
 
@@ -197,12 +197,7 @@ def open_run(run: Run) -> Store:
         FileNotFoundError: If there is no run at the path.
         ValueError: If the run is empty.
     """
-    if not isinstance(run, str | Path | Store):
-        raise ValueError(
-            f"`run` is a `{type(run).__name__}`; expected the folder of a recorded run, or its "
-            "store. Ask several trainings with `attribute([run, ...], [model, ...], queries)`."
-        )
-    store = run if isinstance(run, Store) else HDF5Store.open(run)
+    store = opened(run, "run")
     if len(store) == 0:
         raise ValueError(
             f"The run {_name(run)} has no step yet; expected at least one. If its training is "

@@ -71,6 +71,18 @@ def require_positive(name: str, value: object) -> None:
         raise ValueError(f"`{name}` is {value!r}; expected a finite number above 0.")
 
 
+def require_limit(name: str, value: object) -> None:
+    """Raise unless an argument is a number above zero, or infinity for no limit.
+
+    >>> require_limit("max_gb", 0)
+    Traceback (most recent call last):
+        ...
+    ValueError: `max_gb` is 0; expected a number above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
+        raise ValueError(f"`{name}` is {value!r}; expected a number above 0.")
+
+
 def require_not_negative(name: str, value: object) -> None:
     """Raise unless an argument is a finite number of zero or more.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +56,10 @@ def require_model(model: Any) -> None:
 
 class Batches(list[Any]):
     """The batches of a loader, kept: every pass over them is the same."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield copies: a step may write into its batch."""
+        return map(copy.deepcopy, super().__iter__())
 
 
 def kept_batches(queries: Any) -> Any:

@@ -6,6 +6,7 @@ writes a loss function again.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from tda_lightning.passes import own_gradients, record_batch, recording
 from tda_lightning.recipe import Recipe
 from tda_lightning.rows import RowRecorder
 from tda_lightning.step import Preconditioner
-from tda_lightning.stores import Store
+from tda_lightning.stores import Store, opened
 from tda_lightning.targets import Loss, Target, name_of, per_sample
 
 
@@ -25,7 +26,7 @@ def record_queries(
     model: nn.Module,
     queries: Any,
     *,
-    like: Store,
+    like: str | Path | Store,
     target: Target = Loss(),
     at: int = -1,
     mode: Literal["eval", "train"] = "eval",
@@ -38,7 +39,7 @@ def record_queries(
     Args:
         model: The LightningModule that was trained. It is left as it was.
         queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
-        like: The run to ask: queries are recorded by its recipe.
+        like: The run to ask, its folder or a store: queries are recorded by its recipe.
         target: What is asked about: a function of (module, batch) that returns one number per
             sample, or one per sample and token, shape ``(n, T)``, each of which is a query then.
         at: The step of it in whose coordinates.
@@ -51,15 +52,17 @@ def record_queries(
         samples' losses.
 
     Raises:
+        FileNotFoundError: If there is no run at the path.
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
             take the queries or returns no loss, or the target not its numbers.
     """
+    run = opened(like, "like")
     return query_rows(
         model,
         queries,
-        like.recipe,
+        run.recipe,
         target=target,
-        coordinates=like.preconditioner(at),
+        coordinates=run.preconditioner(at),
         mode=mode,
         progress=progress,
     )

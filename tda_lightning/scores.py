@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,7 +253,7 @@ def require_rank(k: int, n_train: int) -> int:
     Raises:
         ValueError: If there are not, or it is no number.
     """
-    if not isinstance(k, int) or not 1 <= k <= n_train:
+    if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= n_train:
         raise ValueError(
             f"`k` is {k!r}; expected a number from 1 to {n_train}, the number of training samples."
         )

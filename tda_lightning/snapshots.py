@@ -147,6 +147,10 @@ class _Along(Attributor):
 
     method: TracIn
 
+    def require(self, run: Store) -> None:
+        """Raise unless the method can be asked of the run."""
+        self.method.require(run)
+
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query width"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:

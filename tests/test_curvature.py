@@ -13,7 +13,8 @@ from tda_lightning.attribution.curvature import (
     LossWeighted,
     Mixed,
     SampledLabels,
-    mean_curvature,
+    applied_curvature,
+    objective_curvature,
 )
 
 STEP = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))[2]
@@ -113,25 +114,37 @@ def test_what_was_not_recorded_is_missed_by_name(kind, missing):
 def batches_of(sizes, reduction):
     """Return steps that see the rows of eleven samples once, in batches of some sizes."""
     own = torch.randn(11, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    steps = []
     for ids in torch.arange(11).split(sizes):
         weights = torch.ones(len(ids), dtype=torch.float64)
         if reduction == "mean":
             weights /= len(ids)
-        yield replace(
-            STEP,
-            sample_ids=ids,
-            weights=weights,
-            sketch=own[ids] * weights[:, None],
-            curvature=None,
-        )
+        rows = own[ids] * weights[:, None]
+        facts = {"sample_ids": ids, "weights": weights, "sketch": rows, "curvature": None}
+        steps.append(replace(STEP, **facts))
+    return steps
 
 
 def test_every_visit_counts_alike_in_a_mean_over_steps_of_several_sizes():
-    whole, kind = mean_curvature(batches_of([11], "mean"), EmpiricalFisher()), EmpiricalFisher()
-    torch.testing.assert_close(mean_curvature(batches_of([5, 5, 1], "mean"), kind), whole)
-    torch.testing.assert_close(mean_curvature(batches_of([3, 7, 1], "sum"), kind) * 3, whole * 11)
+    whole, kind = (
+        objective_curvature(batches_of([11], "mean"), EmpiricalFisher()),
+        EmpiricalFisher(),
+    )
+    torch.testing.assert_close(objective_curvature(batches_of([5, 5, 1], "mean"), kind), whole)
+    torch.testing.assert_close(
+        objective_curvature(batches_of([3, 7, 1], "sum"), kind) * 3, whole * 11
+    )
 
 
 def test_steps_of_weight_zero_have_no_curvature():
     nothing = replace(STEP, weights=torch.zeros_like(STEP.weights))
-    assert not mean_curvature([nothing], SampledLabels()).any()
+    assert not objective_curvature([nothing], SampledLabels()).any()
+
+
+def test_what_steps_applied_is_their_mean_whatever_they_weigh():
+    steps = [replace(STEP, weights=STEP.weights * c, sketch=STEP.sketch * c) for c in (0.01, 1.0)]
+    expected = sum(fisher(step) for step in steps) / 2
+    torch.testing.assert_close(applied_curvature(steps, EmpiricalFisher()), expected)
+    # Of the objective, the clipped step says as much as the other.
+    objective = objective_curvature(steps, EmpiricalFisher())
+    torch.testing.assert_close(objective, fisher(STEP) * (0.01 + 1) / 2)

@@ -255,3 +255,13 @@ def test_a_training_at_rate_zero_moved_nothing(method):
         assert torch.equal(scores(method, still), torch.zeros(ls.N_QUERY, ls.N_TRAIN).double())
     extent = Extent.of(still)
     assert (extent.time, extent.decay) == (0.0, 0.0)
+
+
+def test_decoupled_decay_does_not_pass_through_momentum():
+    run, decoupled = plain_run(momentum=0.9), MemoryStore()
+    decoupled.begin(run.recipe)
+    for step in run:
+        group = replace(step.groups[0], weight_decay=0.3)
+        decoupled.append(replace(step, optimizer="SGDW", groups=(group,)))
+    extent = Extent.of(decoupled)
+    assert extent.decay * extent.time == pytest.approx(0.3 * sum(step.lr for step in decoupled))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
-from unchecked import require_said
+from unchecked import require_said, what_is_said
 
 from tda_lightning import GradientRecorder, MemoryStore, attribute
 
@@ -45,12 +45,17 @@ def diverged(rows):
     return bad
 
 run = diverged("sketch")
+assert run[4].index == 4
 calls = {
     "TracIn": lambda: attribute(run[1:], model, queries, method=TracIn()),
     "Unrolled": lambda: attribute(run[1:], model, queries, method=Unrolled()),
     "Source": lambda: attribute(run[1:], model, queries, method=Source()),
     "InfluenceFunction": lambda: attribute(run[1:], model, queries, method=InfluenceFunction()),
-    "sampled labels": lambda: attribute(diverged("curvature_rows")[1:], model, queries),
+    "sampled labels": lambda: attribute(diverged("curvature_rows"), model, queries),
+    "from the first step": lambda: attribute(run[4:], model, queries),
+    "what needs no curvature": lambda: attribute(
+        diverged("curvature_rows"), model, queries, method=TracIn()
+    ),
     "self-influence": lambda: self_influence(run[1:]),
     "a trajectory": lambda: trajectory(run[1:], model, queries, [3]),
 }
@@ -64,7 +69,6 @@ calls = {
         "Unrolled",
         "Source",
         "InfluenceFunction",
-        "sampled labels",
         "self-influence",
         "a trajectory",
     ],
@@ -72,3 +76,13 @@ calls = {
 def test_a_step_that_diverged_is_named_with_the_steps_before_it(call):
     require_said(CALLS, call, "Step 4 of the run has gradients that are not finite")
     require_said(CALLS, call, "ask about the steps before it, `run[:3]`")
+
+
+def test_what_diverged_at_once_is_to_be_trained_anew():
+    require_said(CALLS, "from the first step", "Expected finite rows; train anew")
+
+
+def test_rows_of_sampled_labels_matter_to_methods_that_read_them():
+    expected = "Step 4 of the recording has rows of sampled labels that are not finite"
+    require_said(CALLS, "sampled labels", expected)
+    assert what_is_said(CALLS)["what needs no curvature"] == "nothing was said"

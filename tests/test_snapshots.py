@@ -276,3 +276,30 @@ def test_snapshots_after_the_last_recorded_step_of_a_stride_belong_to_the_run():
     assert [step.index for step in store] == [0, 4]
     found = attribute(store, model, queries(), at="snapshots", progress=False)
     assert found.provenance["weights"] == "the mean of 1 snapshots, steps 5 to 5"
+
+
+class Scaling(Plain):
+    """Changes its batch in place."""
+
+    def training_step(self, batch, batch_idx):
+        batch[0].mul_(0.5)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_may_write_into_its_batch():
+    store, data = MemoryStore(), double_vectors()
+    model = Scaling(mlp().double())
+    recorder = GradientRecorder(store, projector=Identity(), snapshots=1)
+    trainer = quiet_trainer(recorder, precision="64-true")
+    trainer.fit(model, DataLoader(data, 5, collate_fn=copied))
+    batches = DataLoader(TensorDataset(*queries()), batch_size=3, collate_fn=copied)
+    found = attribute(store, model, batches, at="snapshots", progress=False)
+    halved = (queries()[0] * 0.5, queries()[1])
+    plain = Plain(model.net)
+    expected = attribute(store, plain, halved, at="snapshots", progress=False)
+    torch.testing.assert_close(found.values, expected.values)
+
+
+def copied(samples):
+    inputs, labels = zip(*samples, strict=True)
+    return [torch.stack(inputs).clone(), torch.stack(labels)]

@@ -108,3 +108,27 @@ def test_by_default_there_are_three_segments_or_as_many_as_steps(steps):
 def test_segments_that_are_no_number_of_segments_are_refused(segments):
     with pytest.raises(ValueError, match=r"`segments` is .*; expected a whole number of 1 or more"):
         Source(segments)
+
+
+def test_steps_that_were_clipped_bend_as_much_less():
+    run, clipped = run_of(), MemoryStore()
+    clipped.begin(run.recipe)
+    for number, step in enumerate(run):  # every second one, to a hundredth
+        c = 0.01 if number % 2 else 1.0
+        clipped.append(
+            replace(
+                step,
+                weights=c * step.weights,
+                sketch=c * step.sketch,
+                curvature_rows=c**0.5 * step.curvature_rows,
+            )
+        )
+    one, mean = Source(1, SampledLabels(), Linear()), torch.zeros(ls.D, ls.D, dtype=torch.float64)
+    for step in clipped:
+        mean += step.curvature_rows.mT @ step.curvature_rows / STEPS
+    rate = sum(step.lr for step in clipped) / STEPS
+    left = torch.eye(ls.D, dtype=torch.float64) - rate * mean
+    series = sum(torch.linalg.matrix_power(left, j) for j in range(STEPS)) / STEPS
+    directions = rate * ls.queries() @ series
+    for step, direction in one.directions(clipped, ls.queries()):
+        torch.testing.assert_close(direction, directions, msg=f"step {step.index}")

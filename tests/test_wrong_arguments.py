@@ -82,7 +82,7 @@ EXPECTED = {
     "a negative damping": "`damping` is -1.0; expected a finite number of 0 or more",
     "curvature by its name": "`curvature` is 'fisher'; expected an object such as `Sampled",
     "other terms": "`terms` is 'x'; expected one of 'ignored', 'independent'",
-    "a rule that takes nothing": "`limit` is -1; expected a finite number above 0",
+    "a rule that takes nothing": "`limit` is -1; expected a number above 0",
     "nothing to average": "`parts` is empty; expected kinds of curvature",
     "layers as one word": "`layers` is 'net.2'; expected a list of names",
     "no layers": "`layers` is []; expected a list of names, of one layer at least",

@@ -59,7 +59,7 @@ EXPECTED = {
     "other labels": "`labels` is 'one'; expected one of 'all', 'sampled'.",
     "no draws": "`draws` is 0; expected a whole number of 1 or more.",
     "half a draw": "`draws` is 0.5; expected a whole number",
-    "no room": "`max_gb` is 0.0; expected a finite number above 0.",
+    "no room": "`max_gb` is 0.0; expected a number above 0.",
     "outputs alone": "one of `outputs` and `loss`; expected both, or neither.",
     "words for functions": "`outputs` is 'net'; expected a function",
 }

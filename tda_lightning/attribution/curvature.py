@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_choice, require_kind
+from tda_lightning.arguments import require_choice, require_kind, require_limit
 from tda_lightning.step import Step
 
 _Known = TypeVar("_Known")
@@ -108,8 +108,7 @@ class LossWeighted(_OwnRows):
 
     def __post_init__(self) -> None:
         """Raise unless the limit leaves some curvature."""
-        if not self.limit > 0:
-            raise ValueError(f"`limit` is {self.limit!r}; expected a number above 0.")
+        require_limit("limit", self.limit)
 
     def scales(self, step: Step) -> Float[Tensor, " n"]:
         """Return the roots of the losses' curvatures and terms, over those of the weights."""
@@ -127,7 +126,14 @@ class SampledLabels(Curvature):
 
     def factor(self, step: Step) -> Float[Tensor, "m k"]:
         """Return the recorded rows."""
-        return _known(step.curvature_rows, step, "curvature rows", "BestAvailable()")
+        rows = _known(step.curvature_rows, step, "curvature rows", "BestAvailable()")
+        if not rows.sum().isfinite() and not rows.isfinite().all():
+            raise ValueError(
+                f"Step {step.index} of the recording has rows of sampled labels that are not "
+                "finite; expected finite ones. Pass `curvature=EmpiricalFisher()`, which does "
+                "without, or record in a wider number format."
+            )
+        return rows
 
 
 @dataclass(frozen=True)
@@ -185,19 +191,33 @@ class BestAvailable(Curvature):
         return EmpiricalFisher() if step.curvature_rows is None else Mixed()
 
 
-def mean_curvature(steps: Iterable[Step], kind: Curvature) -> Float[Tensor, "k k"]:
-    """Return the mean of the curvature of several steps: of the objective that they share.
+def applied_curvature(steps: Sequence[Step], kind: Curvature) -> Float[Tensor, "k k"]:
+    """Return the mean of what the steps applied: clipped where they were clipped."""
+    total = torch.zeros(())
+    for step in steps:
+        total = _added(total, kind.factor(step), 1.0)
+    return total.div_(len(steps))
 
-    Every visit counts alike: a step of fewer visits, as the last of an epoch may be, says less.
+
+def objective_curvature(steps: Sequence[Step], kind: Curvature) -> Float[Tensor, "k k"]:
+    """Return the curvature of the objective that the steps share, to which each visit says as much.
+
+    A step of few visits, as the last of an epoch may be, says less; one that was clipped does not.
+    Its scale is that of the steps' mean weight.
     """
-    total, weight, visits, count = torch.zeros(()), 0.0, 0, 0
-    for count, step in enumerate(steps, start=1):
-        factor, own, n = kind.factor(step), float(step.weights.sum()), len(step.weights)
-        if count == 1:
-            total = factor.new_zeros(factor.shape[1], factor.shape[1])
-        total.addmm_(factor.mT, factor, alpha=n / own if own > 0 else 0.0)
+    total, weight, visits = torch.zeros(()), 0.0, 0
+    for step in steps:
+        own, n = float(step.weights.sum()), len(step.weights)
+        total = _added(total, kind.factor(step), n / own if own > 0 else 0.0)
         weight, visits = weight + own, visits + n
-    return total.mul_(weight / max(count * visits, 1))
+    return total.mul_(weight / (len(steps) * max(visits, 1)))
+
+
+def _added(total: Tensor, factor: Float[Tensor, "m k"], share: float) -> Float[Tensor, "k k"]:
+    """Add to a matrix, in place, or to none."""
+    k = factor.shape[1]
+    matrix = total if total.ndim else factor.new_zeros(k, k)
+    return matrix.addmm_(factor.mT, factor, alpha=share)
 
 
 def _over_weight(squares: Float[Tensor, " n"], step: Step) -> Float[Tensor, " n"]:

@@ -36,7 +36,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tda_lightning.recipe import Recipe
 from tda_lightning.step import ParameterGroup, Step
 from tda_lightning.stores import Store
 
@@ -158,7 +157,7 @@ def has_plain_rates(run: Store) -> bool:
     Only then is learning rate times curvature what a step takes away of a displacement. It is known
     of SGD, and of adaptive optimizers whose coordinates were recorded; the last steps tell.
     """
-    return not _strangers(run.recipe, _last_of(run))
+    return not _strangers(run, _last_of(run))
 
 
 def warn_of_approximations(run: Store) -> None:
@@ -167,7 +166,7 @@ def warn_of_approximations(run: Store) -> None:
     To be called once by a method that derives something from learning rates and curvature.
     """
     last = _last_of(run)
-    strangers = _strangers(run.recipe, last)
+    strangers = _strangers(run, last)
     if strangers:
         warnings.warn(
             f"Steps of {' and '.join(strangers)} are not known to be gradient steps in the "
@@ -196,9 +195,12 @@ def _last_of(run: Store) -> _Last:
     }
 
 
-def _strangers(recipe: Recipe, last: _Last) -> list[str]:
-    names = _DESCENDING | (_ADAPTIVE if recipe.preconditioner == "optimizer" else set())
+def _strangers(run: Store, last: _Last) -> list[str]:
+    names = _DESCENDING | (_ADAPTIVE if run.recipe.preconditioner == "optimizer" else set())
     told = {name for name, groups in last if all(group.descent for group in groups)}
+    older = {name for name, groups in last if not any(group.share for group in groups)}
+    if older and run.preconditioner() is not None:  # of those they knew, whatever their names
+        told |= older
     return sorted({name for name, _ in last} - names - told)
 
 
@@ -229,5 +231,7 @@ class Extent:
             dynamics = Dynamics.of(step)
             time += run.recipe.every_n_steps * dynamics.reach
             weight += float(step.weights.sum()) / len(run)
-            decayed += run.recipe.every_n_steps * dynamics.reach * dynamics.decay
+            # Decoupled decay does not pass through the momentum buffer.
+            own = dynamics.reach * dynamics.coupled + dynamics.rate * dynamics.decoupled
+            decayed += run.recipe.every_n_steps * own
         return cls(time, weight, decayed / time if time else 0.0)

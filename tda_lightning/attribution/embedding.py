@@ -23,7 +23,7 @@ from tda_lightning.archives import load_arrays, save_arrays
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.unrolled import Unrolled
 from tda_lightning.scores import Scores
-from tda_lightning.stores import HDF5Store, Store
+from tda_lightning.stores import Store, opened
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def embed(
             f"`{method!r}` is not linear in the query; expected a method that is, such as "
             "`Unrolled()`, `TracIn()` or `GradientSimilarity('dot')`. Use `attribute` instead."
         )
-    store = run if isinstance(run, Store) else HDF5Store.open(run)
+    store = opened(run, "run")
     units = torch.eye(store.recipe.dimension, dtype=store.recipe.torch_dtype, device=device)
     scores = method.attribute(store, units, progress=progress)
     return Embedding(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_kind, require_not_negative
 from tda_lightning.attribution.attributor import SelfAttributor
-from tda_lightning.attribution.curvature import Curvature, SampledOrEmpirical, mean_curvature
+from tda_lightning.attribution.curvature import Curvature, SampledOrEmpirical, objective_curvature
 from tda_lightning.attribution.dynamics import (
     Extent,
     has_plain_rates,
@@ -122,7 +122,7 @@ class InfluenceFunction(SelfAttributor):
         """Return the Cholesky factor of the damped curvature."""
         source = run if self.curvature_from is None else MovedRun(self.curvature_from, like)
         steps = source if self.curvature_over == "run" else last_epoch(source)
-        matrix = mean_curvature(steps, self.curvature)
+        matrix = objective_curvature(steps, self.curvature)
         if self.damping is None:
             warn_of_approximations(run)
             return damped_root(matrix, suggested_damping(extent))

@@ -69,12 +69,12 @@ class MovedRun(Store):
 
 
 def _require_finite(step: Step, position: int) -> None:
-    rows = [step.sketch] if step.curvature_rows is None else [step.sketch, step.curvature_rows]
     # A sum takes a fraction of the time, and is finite only if its terms are.
-    if all(isfinite(one.sum()) for one in rows) or all(one.isfinite().all() for one in rows):
+    if isfinite(step.sketch.sum()) or bool(step.sketch.isfinite().all()):
         return
+    before = f"ask about the steps before it, `run[:{position}]` with the weights of that time"
     raise ValueError(
         f"Step {step.index} of the run has gradients that are not finite: the training diverged "
-        "there, or a sample holds NaN. Expected finite rows; ask about the steps before it, "
-        f"`run[:{position}]` with the weights of that time."
+        "there, or a sample holds NaN. Expected finite rows; "
+        f"{before if position else 'train anew'}."
     )

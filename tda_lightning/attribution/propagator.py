@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_positive
+from tda_lightning.arguments import require_limit
 
 
 class Propagator(ABC):
@@ -52,7 +52,7 @@ class Linear(Propagator):
 
     def __post_init__(self) -> None:
         """Raise unless the rule takes something away."""
-        require_positive("limit", self.limit)
+        require_limit("limit", self.limit)
 
     def taken(self, x: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
         """Return ``x``, or the limit if that is less."""
@@ -100,12 +100,13 @@ class TamedCurvature:
         gram = (rows @ rows.mT) * self._scales * scales
         self._taming = _taming(gram, rate, propagator)
 
-    def seen(self, vectors: Float[Tensor, "n k"]) -> Float[Tensor, "m n"]:
-        """Return the products of the rows, before they are scaled, with some vectors."""
-        return self._rows @ vectors.mT
-
     def pull_(self, displacements: Float[Tensor, "n k"], seen: Float[Tensor, "m n"]) -> None:
-        """Subtract from ``displacements`` the curvature's product with what was seen."""
+        """Subtract from ``displacements`` the curvature's product with some vectors.
+
+        Args:
+            displacements: Changed in place, shape ``(n, k)``.
+            seen: Products of the rows, before they are scaled, with those vectors.
+        """
         inner = self._scales * seen
         if self._taming is not None:
             inner = self._taming @ inner

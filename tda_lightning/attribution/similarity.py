@@ -52,7 +52,7 @@ class GradientSimilarity(Attributor):
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
     ) -> Float[Tensor, "n_train n_query"]:
         """Average over visits; samples that were never drawn keep zero."""
-        return total / visits.clamp_min(1)
+        return total.div_(visits.clamp_min(1))
 
     def is_linear(self) -> bool:
         """Say so of inner products; a cosine is not."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_kind, require_whole
 from tda_lightning.attribution.attributor import Attributor
-from tda_lightning.attribution.curvature import BestAvailable, Curvature, mean_curvature
+from tda_lightning.attribution.curvature import BestAvailable, Curvature, applied_curvature
 from tda_lightning.attribution.dynamics import (
     Extent,
     require_training,
@@ -97,7 +97,7 @@ class Source(Attributor):
         count, stride = len(steps), steps.recipe.every_n_steps
         extent = Extent.of(steps)
         rate = extent.time / (count * stride)
-        eigenvalues, vectors = torch.linalg.eigh(mean_curvature(steps, self.curvature))
+        eigenvalues, vectors = torch.linalg.eigh(applied_curvature(steps, self.curvature))
         # Decay acts on top of the propagator, as it does where steps are unrolled.
         taken = self.propagator.taken(rate * eigenvalues.clamp_min(0)) + rate * extent.decay
         gone = _gone_after(count * stride, taken)

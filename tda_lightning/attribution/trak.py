@@ -47,6 +47,11 @@ class TRAK(Attributor):
         """Raise unless the damping is a number that can be added."""
         require_not_negative("damping", self.damping)
 
+    def require(self, run: Store) -> None:
+        """Raise unless the last step tells of probabilities: all steps have one loss."""
+        super().require(run)
+        _doubts(run[-1])
+
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:

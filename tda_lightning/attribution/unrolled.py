@@ -16,7 +16,7 @@ what the optimizer really did; see :mod:`tda_lightning.attribution.dynamics`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -65,32 +65,62 @@ class Unrolled(Attributor):
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
         """Carry the query's gradient back, from the last step to the first."""
-        for step, direction, _ in self._back(run, queries):
-            yield step, direction
+        return self._back(run, queries, lambda step, asked, seen: asked.direction())
 
     def visit_scores(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n n_query"]]]:
         """Take the scores from the curvature's product where its rows are the visits' own."""
-        for step, direction, scores in self._back(run, queries):
-            yield step, step.sketch @ direction.mT if scores is None else scores
+        return self._back(run, queries, _scores)
 
     def _back(
-        self, run: Store, queries: Float[Tensor, "n_query k"]
-    ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"], Float[Tensor, "n n_query"] | None]]:
-        """Yield steps and directions, with the visits' scores if they came up on the way."""
+        self, run: Store, queries: Float[Tensor, "n_query k"], take: _Take
+    ) -> Iterator[tuple[Step, Tensor]]:
+        """Yield steps with what is taken of what the query asks of each, as often as it stands."""
         warn_of_approximations(run)
         adjoint = _Adjoint(queries)
         for step in reversed(run):
             dynamics = Dynamics.of(step)
             rows, scales = self.curvature.scaled_rows(step)
             hessian = TamedCurvature(rows, scales, dynamics.brisk_rate, self.propagator)
-            direction, seen = adjoint.back_(dynamics, hessian)
-            for _ in range(run.recipe.every_n_steps - 1):
-                earlier, seen_earlier = adjoint.back_(dynamics, hessian)
-                direction += earlier
-                seen += seen_earlier
-            yield step, direction, seen if rows is step.sketch else None
+            found: Tensor | None = None
+            for _ in range(run.recipe.every_n_steps):
+                asked = adjoint.ask_(dynamics)
+                seen = asked.seen_by(rows)
+                taken = take(step, asked, seen if rows is step.sketch else None)
+                found = taken if found is None else found + taken
+                adjoint.go_back_(dynamics, asked, hessian, seen)
+            assert found is not None
+            yield step, found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the query asks of a step's gradient: a multiple of vectors that change later.
+
+    Attributes:
+        vectors: Before they are scaled.
+        scale: Left to the products, which are far smaller.
+    """
+
+    vectors: Float[Tensor, "n_query k"]
+    scale: float
+
+    def direction(self) -> Float[Tensor, "n_query k"]:
+        """Return the multiple."""
+        return self.scale * self.vectors
+
+    def seen_by(self, rows: Float[Tensor, "m k"]) -> Float[Tensor, "m n_query"]:
+        """Return its products with rows."""
+        return (rows @ self.vectors.mT).mul_(self.scale)
+
+
+def _scores(step: Step, asked: _Asked, seen: Tensor | None) -> Float[Tensor, "n n_query"]:
+    return asked.seen_by(step.sketch) if seen is None else seen
+
+
+# Takes something of what is asked of a step, given what its visits' own rows see of it, if known.
+_Take = Callable[[Step, _Asked, Tensor | None], Tensor]
 
 
 class _Adjoint:
@@ -100,31 +130,32 @@ class _Adjoint:
         self._weights = queries.clone()  # it changes in place
         self._buffers: dict[float, Tensor] = {}  # of each optimizer
 
-    def back_(
-        self, dynamics: Dynamics, hessian: TamedCurvature
-    ) -> tuple[Float[Tensor, "n_query k"], Float[Tensor, "m n_query"]]:
-        """Go back to before the step.
-
-        Returns:
-            What the query asks of the step's gradient, and what the curvature's rows see of that.
-        """
-        direction = self._ask_(dynamics)
-        seen = hessian.seen(direction)
-        if dynamics.decoupled:
-            self._weights *= 1 - dynamics.rate * dynamics.decoupled
-        if dynamics.coupled:
-            self._weights -= dynamics.coupled * direction
-        hessian.pull_(self._weights, seen)
-        return direction, seen
-
-    def _ask_(self, dynamics: Dynamics) -> Float[Tensor, "n_query k"]:
-        moved = dynamics.rate * self._weights
+    def ask_(self, dynamics: Dynamics) -> _Asked:
+        """Return what is asked of the step's gradient; buffers are then what they were before."""
         if dynamics.momentum == 0:
-            return moved
+            return _Asked(self._weights, dynamics.rate)
         # Signs: a buffer is subtracted from the weights, so what is asked of it has theirs turned.
-        buffered = dynamics.kept * moved
+        buffered = dynamics.kept * dynamics.rate * self._weights
         if dynamics.owner in self._buffers:
-            buffered = buffered + self._buffers[dynamics.owner]
+            buffered += self._buffers[dynamics.owner]
         self._buffers[dynamics.owner] = dynamics.momentum * buffered
-        direction = dynamics.fresh * buffered
-        return direction + dynamics.lookahead * moved if dynamics.lookahead else direction
+        if not dynamics.lookahead:
+            return _Asked(buffered, dynamics.fresh)
+        ahead = dynamics.lookahead * dynamics.rate * self._weights
+        return _Asked(ahead.add_(buffered, alpha=dynamics.fresh), 1.0)
+
+    def go_back_(
+        self,
+        dynamics: Dynamics,
+        asked: _Asked,
+        hessian: TamedCurvature,
+        seen: Float[Tensor, "m n_query"],
+    ) -> None:
+        """Go back to before the step, given what was asked of it and what its curvature sees."""
+        kept = 1 - dynamics.rate * dynamics.decoupled
+        if dynamics.coupled:
+            # Before the rest is scaled: what was asked may be the very vectors that change.
+            self._weights.sub_(asked.vectors, alpha=dynamics.coupled * asked.scale / kept)
+        if dynamics.decoupled:
+            self._weights *= kept
+        hessian.pull_(self._weights, seen)

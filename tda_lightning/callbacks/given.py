@@ -8,14 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Literal, TypeGuard
 
-from tda_lightning.arguments import (
-    require_choice,
-    require_kind,
-    require_positive,
-    require_whole,
-)
+from tda_lightning.arguments import require_choice, require_kind, require_limit, require_whole
 from tda_lightning.projectors import Projector
 from tda_lightning.stores import WritableStore
 
@@ -128,8 +124,8 @@ def _max_overhead(name: str, value: object) -> None:
         )
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 _BOTH: dict[str, Check] = {
@@ -145,7 +141,7 @@ RECORDER: Mapping[str, Check] = {
     **_BOTH,
     "store": _store,
     "projector": _projector,
-    "max_gb": _or_none(require_positive),
+    "max_gb": _or_none(require_limit),
     "max_overhead": _or_none(_max_overhead),
     "curvature": partial(require_choice, literal=Literal["fisher", "none"]),
     "curvature_share": _curvature_share,

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_positive, require_whole
+from tda_lightning.arguments import require_limit, require_whole
 from tda_lightning.linalg import damped_root
 from tda_lightning.parameter_space.checks import require_finite
 from tda_lightning.parameter_space.curvature import GaussNewton, ModelCurvature
@@ -59,7 +59,7 @@ class Woodbury(Solver):
     def __post_init__(self) -> None:
         """Raise unless there is something to draw, and room for it."""
         require_whole("draws", self.draws, least=1)
-        require_positive("max_gb", self.max_gb)
+        require_limit("max_gb", self.max_gb)
 
     def require(self) -> None:
         """Ask for nothing."""
@@ -92,7 +92,8 @@ class Woodbury(Solver):
         return operator.inverse(damping)
 
     def _require_room(self, m: int, objective: Objective) -> None:
-        d, size = objective.d, objective.parameters[0].element_size()
+        # Rows are in single precision at least.
+        d, size = objective.d, max(4, objective.parameters[0].element_size())
         side = min(m, d)
         # What is factorized, and its root, are in double precision.
         gigabytes = (2 * 8 * side**2 + (size * m * d if m < d else 0)) / 1e9
