@@ -45,7 +45,8 @@ def attribute(
             A list of trainings on the same data asks about their average.
         model: The LightningModule that was trained, with the weights to ask about; a list of them
             for a list of trainings.
-        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
+        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches. At
+            snapshots, and for several trainings, its batches are kept in memory meanwhile.
         method: How to attribute.
         target: What is asked about: the loss, or a function of (module, batch) that returns one
             number per sample, to raise: :class:`~tda_lightning.Logit`, say.
@@ -119,7 +120,8 @@ def top_attributions(
     Args:
         run: A recorded training: its folder or a store.
         model: The LightningModule that was trained, with the weights to ask about.
-        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
+        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches. At
+            snapshots its batches are kept in memory meanwhile.
         k: How many of each kind to keep.
         method: How to attribute.
         at_once: How many queries share a pass over the run. Memory: two matrices of
@@ -164,7 +166,8 @@ def trajectory(
     Args:
         run: A recorded training: its folder or a store.
         model: The LightningModule that was trained, with the weights to ask about.
-        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
+        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches. At
+            snapshots its batches are kept in memory meanwhile.
         train_ids: Which training samples.
         method: How to attribute.
         per: Whether to add up steps to epochs.

@@ -54,6 +54,20 @@ def require_model(model: Any) -> None:
         )
 
 
+def require_finite_weights(model: nn.Module) -> None:
+    """Raise if a model has weights that are NaN or infinite.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"The weights of `model` are not finite: `{name}` holds NaN or infinity. Expected "
+                "those of a training that did not diverge; load earlier ones, from a checkpoint."
+            )
+
+
 class Batches(list[Any]):
     """The batches of a loader, kept: every pass over them is the same."""
 

@@ -21,6 +21,7 @@ from tda_lightning.batches import (
     batches_of,
     describe,
     loss_of,
+    require_finite_weights,
     require_loader,
     require_model,
     step_of,
@@ -282,12 +283,7 @@ def _require_finite(points: Points, model: nn.Module, argument: str) -> None:
     strange = points.not_finite()
     if strange is None:
         return
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise ValueError(
-                f"The weights of `model` are not finite: `{name}` holds NaN or infinity. Expected "
-                "those of a training that did not diverge; load earlier ones, from a checkpoint."
-            )
+    require_finite_weights(model)
     what, sample = strange
     raise ValueError(
         f"In sample {sample} of `{argument}`, {what} is not finite, though the weights are; "

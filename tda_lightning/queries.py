@@ -13,7 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tda_lightning.batches import batch_size, batches_of, describe, transfer, with_progress
+from tda_lightning.batches import (
+    batch_size,
+    batches_of,
+    describe,
+    require_finite_weights,
+    transfer,
+    with_progress,
+)
 from tda_lightning.passes import own_gradients, record_batch, recording
 from tda_lightning.recipe import Recipe
 from tda_lightning.rows import RowRecorder
@@ -113,12 +120,7 @@ def query_rows(
 def _require_finite(rows: Float[Tensor, "n_query k"], model: nn.Module) -> None:
     if torch.isfinite(rows).all():
         return
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"The weights of `model` are not finite: `{name}` holds NaN or infinity. Expected "
-                "those of a training that did not diverge; load earlier ones, from a checkpoint."
-            )
+    require_finite_weights(model)
     query = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
     raise ValueError(
         f"The gradient of query {query} is not finite, though the weights are; expected a query "
