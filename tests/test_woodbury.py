@@ -91,10 +91,10 @@ def test_many_draws_are_the_gauss_newton_matrix():
     exact = Dense(model, *CLASSES[:]).gauss_newton()
     errors = [
         float((whole(operator_of(model, CLASSES, Woodbury(draws))) - exact).norm() / exact.norm())
-        for draws in (4, 256)
+        for draws in (4, 100)
     ]
-    assert errors[1] < 0.1
-    assert errors[0] > 4 * errors[1]  # eight times, on average
+    assert errors[1] < 0.15
+    assert errors[0] > 3 * errors[1]  # five times, on average
 
 
 @pytest.mark.parametrize(("reduction", "scale"), [("mean", 1), ("sum", 1 / N)])
