@@ -83,6 +83,7 @@ class Trajectory:
                 drawstyle="steps-post",
                 marker=marker,
             )
+        axes.locator_params(axis="x", integer=True)  # there is no half a step
         axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
         axes.set(xlabel=self.per, ylabel="contribution so far", title=f"query {query}")
         axes.legend(title="sample", frameon=False)
