@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.nn import Parameter
@@ -23,12 +23,14 @@ class Recorded:
         total: Sum of the sizes of all that are recorded, whoever trains them.
         owner: Number of the first block that it trains.
         coordinates: Those of its rows, unless they are raw.
+        shares: Of each group, by the numbers of parameters in the groups: the same step after step.
     """
 
     sizes: Mapping[Parameter, int]
     total: int
     owner: int
     coordinates: PartOfCoordinates | None
+    shares: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, surveyed: Survey, coordinates: PartOfCoordinates | None) -> Recorded:
@@ -45,14 +47,19 @@ class Recorded:
         """Return the hyper-parameters of every parameter group, with what is recorded of it."""
         is_known = self.coordinates is not None and self.coordinates.are_known()
         descent = float(is_known or isinstance(optimizer, SGD | ASGD))
-        pairs = zip(read_groups(optimizer), optimizer.param_groups, strict=True)
+        pairs = zip(read_groups(optimizer), self._shares(optimizer), strict=True)
         return tuple(
-            replace(one, share=self._share(group), descent=descent, owner=float(self.owner))
-            for one, group in pairs
+            replace(one, share=share, descent=descent, owner=float(self.owner))
+            for one, share in pairs
         )
 
-    def _share(self, group: Mapping[str, Any]) -> float:
-        return sum(self.sizes.get(one, 0) for one in group["params"]) / self.total
+    def _shares(self, optimizer: Optimizer) -> list[float]:
+        groups = [group["params"] for group in optimizer.param_groups]
+        numbers = tuple(map(len, groups))
+        if numbers not in self.shares:
+            sizes = [sum(self.sizes.get(one, 0) for one in group) for group in groups]
+            self.shares[numbers] = [size / self.total for size in sizes]
+        return self.shares[numbers]
 
 
 def read_groups(optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
