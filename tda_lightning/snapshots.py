@@ -118,9 +118,8 @@ def later_snapshots(store: Store) -> list[int]:
     Raises:
         ValueError: If there are none.
     """
-    indices = _indices(store)
-    end = indices[-1] + store.recipe.every_n_steps
-    start = end - 2 * (end - indices[0]) / 3
+    first, end = _span(store)
+    start = end - 2 * (end - first) / 3
     later = [one for one in require_snapshots(store) if start <= one <= end]
     if not later:
         raise ValueError(
@@ -129,6 +128,26 @@ def later_snapshots(store: Store) -> list[int]:
             "or ask at one moment: `at=` the index of a snapshot."
         )
     return spread(later, MOST)
+
+
+def own_snapshots(store: Store) -> list[int]:
+    """Return the snapshots of the steps of a run, up to that after the last one.
+
+    A slice of a run lists those outside of it as well.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    first, end = _span(store)
+    found = [one for one in require_snapshots(store) if first <= one <= end]
+    if not found:
+        last = end - store.recipe.every_n_steps
+        raise ValueError(
+            f"The run has no snapshot of the weights at its steps {first} to {last}; expected some."
+            " Take a longer part of the run, or record with `GradientRecorder(..., snapshots=n)` "
+            "for every n-th step."
+        )
+    return found
 
 
 def spread(items: Sequence[int], most: int) -> list[int]:
@@ -185,6 +204,12 @@ def add_snapshots(run: str | Path | WritableStore, checkpoints: Sequence[str | P
 
 def _indices(store: Store) -> list[int]:
     return [index for index, _, _ in store.visits()]
+
+
+def _span(store: Store) -> tuple[int, int]:
+    """Return the index of the first step, and the index after what the last one stands for."""
+    indices = _indices(store)
+    return indices[0], indices[-1] + store.recipe.every_n_steps
 
 
 def _nearest(index: int, among: Sequence[int]) -> int:

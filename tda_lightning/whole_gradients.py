@@ -35,8 +35,8 @@ from tda_lightning.snapshots import (
     MOST,
     Moment,
     mean_rows_at,
+    own_snapshots,
     position_of,
-    require_snapshots,
     spread,
 )
 from tda_lightning.stores import Store
@@ -86,7 +86,7 @@ class WholeGradients:
         self.snapshots: list[int] = []
         self._viewpoints = [HERE]
         if run is not None:
-            self.snapshots = spread(_snapshots_of(run), MOST)
+            self.snapshots = spread(own_snapshots(run), MOST)
             self._viewpoints = [self._viewpoint(run, one) for one in self.snapshots]
 
     def of_queries(
@@ -233,27 +233,6 @@ class WholeGradients:
             )
         scales = [torch.outer(*known[block]).flatten() for block in self._recipe.blocks]
         return self._vectors(torch.cat(scales)[None], None)[0]
-
-
-def _snapshots_of(run: Store) -> list[int]:
-    """Return the snapshots of the steps of a run, up to that after the last one.
-
-    A slice of a run lists those outside of it as well.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    indices = [index for index, _, _ in run.visits()]
-    first, last = min(indices), max(indices)
-    end = last + run.recipe.every_n_steps
-    found = [one for one in require_snapshots(run) if first <= one <= end]
-    if not found:
-        raise ValueError(
-            f"The run has no snapshot of the weights at its steps {first} to {last}; expected some."
-            " Take a longer part of the run, or record with `GradientRecorder(..., snapshots=n)` "
-            "for every n-th step."
-        )
-    return found
 
 
 def _require_same_samples(before: Int[Tensor, " n"], now: Int[Tensor, " m"], passes: int) -> None:
