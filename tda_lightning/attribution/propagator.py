@@ -100,17 +100,17 @@ class TamedCurvature:
         gram = (rows @ rows.mT) * self._scales * scales
         self._taming = _taming(gram, rate, propagator)
 
-    def pull_(self, displacements: Float[Tensor, "n k"], seen: Float[Tensor, "m n"]) -> None:
+    def pull_(self, displacements: Float[Tensor, "k n"], seen: Float[Tensor, "m n"]) -> None:
         """Subtract from ``displacements`` the curvature's product with some vectors.
 
         Args:
-            displacements: Changed in place, shape ``(n, k)``.
+            displacements: Changed in place, in columns, shape ``(k, n)``.
             seen: Products of the rows, before they are scaled, with those vectors.
         """
         inner = self._scales * seen
         if self._taming is not None:
             inner = self._taming @ inner
-        displacements.addmm_((self._scales * inner).mT, self._rows, alpha=-1)
+        displacements.addmm_(self._rows.mT, self._scales * inner, alpha=-1)
 
 
 def _taming(

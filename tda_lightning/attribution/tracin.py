@@ -50,9 +50,9 @@ class TracIn(SelfAttributor):
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n n_query"]]]:
         """Scale products instead of directions: they are far smaller."""
-        chosen = self._chosen(run, queries)
+        columns = self._chosen(run, queries).mT.contiguous()  # products are faster with these
         for step in run:
-            yield step, (step.sketch @ chosen.mT).mul_(run.recipe.every_n_steps * step.lr)
+            yield step, (step.sketch @ columns).mul_(run.recipe.every_n_steps * step.lr)
 
     def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
         """Yield the visits' squared gradient norms, as far as the step went (eq. 1 with q = i)."""

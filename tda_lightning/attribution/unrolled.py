@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -78,7 +79,7 @@ class Unrolled(Attributor):
     ) -> Iterator[tuple[Step, Tensor]]:
         """Yield steps with what is taken of what the query asks of each, as often as it stands."""
         warn_of_approximations(run)
-        adjoint = _Adjoint(queries)
+        adjoint = _Adjoint(queries.mT)
         for step in reversed(run):
             dynamics = Dynamics.of(step)
             rows, scales = self.curvature.scaled_rows(step)
@@ -99,20 +100,20 @@ class _Asked:
     """What the query asks of a step's gradient: a multiple of vectors that change later.
 
     Attributes:
-        vectors: Before they are scaled.
+        vectors: Before they are scaled, in columns, since products with rows are faster so.
         scale: Left to the products, which are far smaller.
     """
 
-    vectors: Float[Tensor, "n_query k"]
+    vectors: Float[Tensor, "k n_query"]
     scale: float
 
     def direction(self) -> Float[Tensor, "n_query k"]:
         """Return the multiple."""
-        return self.scale * self.vectors
+        return self.scale * self.vectors.mT
 
     def seen_by(self, rows: Float[Tensor, "m k"]) -> Float[Tensor, "m n_query"]:
         """Return its products with rows."""
-        return (rows @ self.vectors.mT).mul_(self.scale)
+        return (rows @ self.vectors).mul_(self.scale)
 
 
 def _scores(step: Step, asked: _Asked, seen: Tensor | None) -> Float[Tensor, "n n_query"]:
@@ -126,8 +127,8 @@ _Take = Callable[[Step, _Asked, Tensor | None], Tensor]
 class _Adjoint:
     """What the query asks of the weights and of momentum buffers, between two steps."""
 
-    def __init__(self, queries: Float[Tensor, "n_query k"]) -> None:
-        self._weights = queries.clone()  # it changes in place
+    def __init__(self, queries: Float[Tensor, "k n_query"]) -> None:
+        self._weights = queries.clone(memory_format=torch.contiguous_format)  # changes in place
         self._buffers: dict[float, Tensor] = {}  # of each optimizer
 
     def ask_(self, dynamics: Dynamics) -> _Asked:
