@@ -22,7 +22,7 @@ from tda_lightning.passes import own_gradients, record_batch, recording
 from tda_lightning.recipe import Recipe, ranges_of
 from tda_lightning.rows import BatchRows
 from tda_lightning.sample_ids import IdSource, SampleLedger
-from tda_lightning.step import Preconditioner, Step
+from tda_lightning.step import Preconditioner, Step, StepFacts
 from tda_lightning.stores import MemoryStore, Store, WritableStore, opened
 
 Labels = Literal["given", "sampled"]
@@ -69,7 +69,7 @@ def record(
     require_kind("store", result, WritableStore, '`HDF5Store("anew.tda")`')
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
-    facts, coordinates = run[at], run.preconditioner(at)
+    facts, coordinates = run.facts[at], run.preconditioner(at)
     sampled = float(labels == "sampled")
     started = False
     try:
@@ -115,7 +115,7 @@ def _recipe(run: Store, ledger: SampleLedger, labels: Labels) -> Recipe:
 
 def _step(
     number: int,
-    facts: Step,
+    facts: StepFacts,
     sample_ids: Int[Tensor, " n"],
     found: BatchRows,
     run: Store,

@@ -136,7 +136,7 @@ def _facts(store: HDF5Store) -> list[tuple[str, str]]:
 def _steps(store: HDF5Store) -> str:
     if len(store) == 0:
         return "none yet"
-    first, last = store[0], store[-1]
+    first, last = store.facts[0], store.facts[-1]
     stride = store.recipe.every_n_steps
     every = "" if stride == 1 else f", one in {stride}"
     indices = f"index {first.index:,} to {last.index:,}{every}"
@@ -151,7 +151,7 @@ def _samples(store: HDF5Store) -> str:
 def _optimizer(store: HDF5Store) -> str:
     if len(store) == 0:
         return "unknown"
-    first, last = store[0], store[-1]
+    first, last = store.facts[0], store.facts[-1]
     return f"{first.optimizer}, learning rate {first.lr:g} at first and {last.lr:g} at last"
 
 

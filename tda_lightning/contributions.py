@@ -20,7 +20,7 @@ from torch import Tensor
 from tda_lightning.archives import load_arrays, save_arrays
 from tda_lightning.attribution import Trajectory
 from tda_lightning.scores import Scores
-from tda_lightning.stores.segments import make_durable, partial_name
+from tda_lightning.stores.durable import make_durable, partial_name
 
 _FIELDS = ("values", "times", "query_ids", "train_ids")
 

@@ -38,11 +38,11 @@ def data_order(run: Store) -> DataOrder:
     epochs: dict[int, list[Tensor]] = {}
     replayed = []
     seen: set[tuple[int, tuple[int, ...]]] = set()
-    for index, epoch, ids in run.visits():
-        epochs.setdefault(epoch, []).append(ids)
-        batch = (epoch, tuple(ids.tolist()))
+    for step in run.facts:
+        epochs.setdefault(step.epoch, []).append(step.sample_ids)
+        batch = (step.epoch, tuple(step.sample_ids.tolist()))
         if batch in seen:
-            replayed.append(index)
+            replayed.append(step.index)
         seen.add(batch)
     orders = {epoch: torch.cat(parts) for epoch, parts in epochs.items()}
     visited = torch.cat([torch.empty(0, dtype=torch.int64), *orders.values()])

@@ -203,7 +203,7 @@ def add_snapshots(run: str | Path | WritableStore, checkpoints: Sequence[str | P
 
 
 def _indices(store: Store) -> list[int]:
-    return [index for index, _, _ in store.visits()]
+    return [step.index for step in store.facts]
 
 
 def _span(store: Store) -> tuple[int, int]:

@@ -95,9 +95,9 @@ class Preconditioner:
     columns: Float[Tensor, " all_columns"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step and the visits that made it.
+@dataclass(frozen=True, kw_only=True)
+class StepFacts:
+    """One optimizer step and the visits that made it, without their rows.
 
     Attributes:
         index: Number of optimizer steps taken before this one.
@@ -106,16 +106,12 @@ class Step:
         groups: Hyper-parameters of each parameter group.
         sample_ids: Which training sample each visit was, shape ``(n,)``.
         weights: Weight of each visit in the step's loss, 1/n for a mean, shape ``(n,)``.
-        sketch: One row per visit, shape ``(n, k)``.
         audit: What an audit of this step found, if there was one.
         terms: Number of loss terms (tokens, say) that each visit's loss is the mean of, if known,
             shape ``(n,)``.
         curvature: What makes ``row row^T / weight * terms`` as large as the curvature of the
             visit's loss: p / (1 - p) of the label for cross-entropy, 1 / (2 r^2) of the residual
             for squared error, if known; shape ``(n,)``.
-        curvature_rows: Rows from labels drawn from the model's own predictions, scaled so that
-            their outer products sum, on average, to the Gauss-Newton matrix of the step's loss, if
-            recorded; shape ``(m, k)``.
         preconditioner: The coordinates of this step's rows and of those to come, if they change
             with it.
         loss: What the loss is called (``"cross-entropy"``, ``"squared error"``), if known.
@@ -127,11 +123,9 @@ class Step:
     groups: tuple[ParameterGroup, ...]
     sample_ids: Int[Tensor, " n"]
     weights: Float[Tensor, " n"]
-    sketch: Float[Tensor, "n k"]
     audit: Audit | None = None
     terms: Float[Tensor, " n"] | None = None
     curvature: Float[Tensor, " n"] | None = None
-    curvature_rows: Float[Tensor, "m k"] | None = None
     preconditioner: Preconditioner | None = None
     loss: str = ""
 
@@ -139,3 +133,28 @@ class Step:
     def lr(self) -> float:
         """Learning rate of the step: the largest; the rows' coordinates are relative to it."""
         return max(group.lr for group in self.groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(StepFacts):
+    """One optimizer step, the visits that made it, and their rows.
+
+    Attributes:
+        sketch: One row per visit, shape ``(n, k)``.
+        curvature_rows: Rows from labels drawn from the model's own predictions, scaled so that
+            their outer products sum, on average, to the Gauss-Newton matrix of the step's loss, if
+            recorded; shape ``(m, k)``.
+    """
+
+    sketch: Float[Tensor, "n k"]
+    curvature_rows: Float[Tensor, "m k"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        facts: StepFacts,
+        sketch: Float[Tensor, "n k"],
+        curvature_rows: Float[Tensor, "m k"] | None,
+    ) -> Step:
+        """Put rows to the facts of a step."""
+        return cls(**vars(facts), sketch=sketch, curvature_rows=curvature_rows)

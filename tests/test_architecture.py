@@ -82,7 +82,7 @@ def test_the_wings_do_not_know_each_other(path):
     [
         ("pytorch_lightning", "callbacks"),
         ("lightning", "callbacks"),
-        ("h5py", "stores/segments.py"),
+        ("h5py", "stores/segments/"),
         ("curvlinops", "parameter_space/operators.py"),
         ("scipy", "parameter_space/operators.py"),
     ],

@@ -47,7 +47,18 @@ def make_run(train_ids=((0, N_TRAIN),), stride=1, permutation=None):
         group = ParameterGroup(lr=0.1 / (index + 1))
         weights = torch.full((n,), 1 / n, dtype=torch.float64)
         odds = torch.linspace(0.1, 3, n, dtype=torch.float64)
-        store.append(Step(index, 0, "SGD", (group,), ids, weights, rows, curvature=odds))
+        store.append(
+            Step(
+                index=index,
+                epoch=0,
+                optimizer="SGD",
+                groups=(group,),
+                sample_ids=ids,
+                weights=weights,
+                sketch=rows,
+                curvature=odds,
+            )
+        )
     return store
 
 

@@ -1,17 +1,27 @@
 """Stores: the contract, and what a folder on disk must survive besides."""
 
 import json
+import os
 import shutil
 import time
 from dataclasses import replace
 
 import h5py
+import numpy as np
 import pytest
 import torch
 
 from tda_lightning import GradientRecorder, HDF5Store, MemoryStore
-from tda_lightning.stores import segments
-from tda_lightning.stores.contract import RECIPE, StoreContract, filled, make_steps, same
+from tda_lightning.stores.contract import (
+    RECIPE,
+    StoreContract,
+    filled,
+    make_steps,
+    same,
+    same_facts,
+)
+from tda_lightning.stores.segments import OpenSegment, Segment, reading, writing
+from tda_lightning.stores.segments.stored_rows import StoredRows
 
 
 class TestMemoryStore(StoreContract):
@@ -29,7 +39,7 @@ class TestSmallBlocks(StoreContract):
 
     @pytest.fixture(autouse=True)
     def _one_step_per_block(self, monkeypatch):
-        monkeypatch.setattr(segments, "_BLOCK_BYTES", 1)
+        monkeypatch.setattr(reading, "_BLOCK_BYTES", 1)
 
     def make(self, folder):
         return HDF5Store(folder / "run", segment_bytes=1)
@@ -102,7 +112,7 @@ def test_a_step_of_which_one_process_has_lost_its_part_is_left_out(tmp_path, ran
     assert [step.index for step in left] == [0, 4, 6]
     for step, own in zip(left, (steps[0], *steps[2:]), strict=True):
         assert step.sample_ids.tolist() == 2 * own.sample_ids.tolist()
-    found = [(index, epoch, ids.tolist()) for index, epoch, ids in left.visits()]
+    found = [(one.index, one.epoch, one.sample_ids.tolist()) for one in left.facts]
     assert found == [(step.index, step.epoch, step.sample_ids.tolist()) for step in left]
 
 
@@ -112,7 +122,7 @@ def test_half_written_segments_are_invisible(tmp_path, monkeypatch):
     def die(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(segments, "make_durable", die)
+    monkeypatch.setattr(writing, "make_durable", die)
     store.append(make_steps(5)[4])
     with pytest.raises(KeyboardInterrupt):
         store.seal()
@@ -129,7 +139,7 @@ def test_a_killed_beginning_can_be_begun_again(tmp_path):
 def test_blocks_cover_every_step_once():
     offset = [0, 3, 4, 9, 9, 11]
     for visits in (1, 4, 5, 100):
-        blocks = segments._split(offset, visits)
+        blocks = reading.split(offset, visits)
         assert [p for block in blocks for p in block] == [0, 1, 2, 3, 4]
         assert all(len(b) == 1 or offset[b.stop] - offset[b.start] <= visits for b in blocks)
 
@@ -155,6 +165,40 @@ def test_segments_of_older_versions_tell_less_of_their_groups(tmp_path):
                 del file["steps"][name]
     for found, step in zip(HDF5Store.open(tmp_path / "run"), steps, strict=True):
         assert found.groups == tuple(replace(group, share=0.0, owner=0.0) for group in step.groups)
+
+
+def test_segments_that_somebody_compressed_are_read_as_before(tmp_path):
+    steps = [replace(step, curvature_rows=2 * step.sketch) for step in make_steps(5)]
+    filled(HDF5Store(tmp_path / "run"), steps)
+    for path in (tmp_path / "run").glob("segment-*.h5"):
+        with h5py.File(path, "r+") as file:
+            for group in ("visits", "curvature"):
+                rows = file[group]["sketch"][:]
+                del file[group]["sketch"]
+                file[group].create_dataset("sketch", data=rows, compression="gzip")
+    assert all(map(same, HDF5Store.open(tmp_path / "run"), steps))
+
+
+def test_a_segment_that_is_cut_off_while_it_is_read_is_said(tmp_path):
+    filled(HDF5Store(tmp_path / "run"), make_steps(2))
+    path = tmp_path / "run" / "segment-000000.h5"
+    with h5py.File(path) as file:
+        rows = StoredRows.of(path, file["visits"])
+    assert rows.read(slice(0, 3), np.ones(3)).shape == (3, 15)
+    os.truncate(path, rows.offset + 2 * rows.row_bytes)
+    assert rows.read(slice(0, 2), np.ones(2)).shape == (2, 15)
+    with pytest.raises(OSError, match=r"segment-000000.h5` ends within its rows; expected"):
+        rows.read(slice(0, 3), np.ones(3))
+
+
+def test_facts_are_known_without_reading_rows(tmp_path, monkeypatch):
+    steps = make_steps(2)
+    filled(HDF5Store(tmp_path / "run"), steps)
+    segment = OpenSegment(Segment(tmp_path / "run" / "segment-000000.h5"))
+    monkeypatch.delattr(StoredRows, "read")
+    assert all(same_facts(segment.facts_at(place), step) for place, step in enumerate(steps))
+    with pytest.raises(AttributeError):
+        segment.step_at(0)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,16 @@ def train(seed):
         g = gradients(weights, x[ids], y[ids])
         share = torch.full((5,), 0.2, dtype=torch.float64)
         group = ParameterGroup(lr=0.1)
-        step = Step(index, index // 2, "SGD", (group,), ids, share, g / 5, curvature=p / (1 - p))
+        step = Step(
+            index=index,
+            epoch=index // 2,
+            optimizer="SGD",
+            groups=(group,),
+            sample_ids=ids,
+            weights=share,
+            sketch=g / 5,
+            curvature=p / (1 - p),
+        )
         store.append(step)
         visited.update({int(i): (one, own) for i, one, own in zip(ids, p, g, strict=True)})
         weights = weights - 0.1 * g.mean(dim=0).view_as(weights)

@@ -184,7 +184,7 @@ def provenance_of(run: Store) -> Mapping[str, str]:
     """Say in a few words where scores come from: which steps, of which training, sketched how."""
     if len(run) == 0:
         return {}
-    first, last, recipe = run[0], run[-1], run.recipe
+    first, last, recipe = run.facts[0], run.facts[-1], run.recipe
     stride = "" if recipe.every_n_steps == 1 else f", one in {recipe.every_n_steps}"
     return {
         "model": recipe.model,

@@ -36,7 +36,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tda_lightning.step import ParameterGroup, Step
+from tda_lightning.step import ParameterGroup, StepFacts
 from tda_lightning.stores import Store
 
 # Besides all whose names end in W, as AdamW's does.
@@ -73,7 +73,7 @@ class Dynamics:
     owner: float = 0.0
 
     @classmethod
-    def of(cls, step: Step) -> Dynamics:
+    def of(cls, step: StepFacts) -> Dynamics:
         """Read them off a step, which is taken to be its run's first if its index is 0.
 
         Where parameter groups differ, the learning rate is the largest, which rows are relative to;
@@ -120,7 +120,7 @@ class Dynamics:
         return 1 - self.lookahead * (1 - self.momentum)
 
 
-def _of_group(step: Step, group: ParameterGroup) -> tuple[float, float, float, float, float]:
+def _of_group(step: StepFacts, group: ParameterGroup) -> tuple[float, float, float, float, float]:
     """Return momentum, fresh, lookahead, coupled and decoupled decay of a parameter group."""
     is_decoupled = group.decoupled or step.optimizer.endswith("W") or step.optimizer in _DECOUPLED
     is_coupled = not is_decoupled and group.eps == 0  # no second moment to divide by
@@ -191,7 +191,7 @@ def _last_of(run: Store) -> _Last:
     """Return the optimizers of the last steps, with the groups that hold recorded parameters."""
     return {
         (step.optimizer, tuple(one for one in step.groups if one.share) or step.groups)
-        for step in run[-_TURNS:]
+        for step in run.facts[-_TURNS:]
     }
 
 
@@ -227,7 +227,7 @@ class Extent:
     def of(cls, run: Store) -> Extent:
         """Add up the steps of a run."""
         time = weight = decayed = 0.0
-        for step in run:
+        for step in run.facts:
             dynamics = Dynamics.of(step)
             time += run.recipe.every_n_steps * dynamics.reach
             weight += float(step.weights.sum()) / len(run)

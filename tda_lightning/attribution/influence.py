@@ -158,8 +158,9 @@ def damping_of(run: Store) -> float:
         ValueError: If the steps were no plain gradient steps, as those of SGD are.
     """
     if run.preconditioner() is not None or not has_plain_rates(run):
+        optimizer = run.facts[-1].optimizer
         raise ValueError(
-            f"The damping of this run is that of the coordinates of its `{run[-1].optimizer}`; "
+            f"The damping of this run is that of the coordinates of its `{optimizer}`; "
             "expected a run in those of the parameters, of SGD say. Pass a number as damping."
         )
     require_training(run)

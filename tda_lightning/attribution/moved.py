@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from math import isfinite
 
-from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.recipe import Recipe
-from tda_lightning.step import Preconditioner, Step
+from tda_lightning.step import Preconditioner, Step, StepFacts
 from tda_lightning.stores import Store
 
 
@@ -52,9 +50,9 @@ class MovedRun(Store):
             curvature_rows=self._move(step.curvature_rows),
         )
 
-    def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
-        """Yield the index, the epoch and the sample ids of every step: nothing to be moved."""
-        return self._run.visits()
+    def facts_at(self, position: int) -> StepFacts:
+        """Return what is known of a step besides its rows, on the CPU."""
+        return self._run.facts_at(position)
 
     def snapshots(self) -> list[int]:
         """Return the steps before which the weights were kept."""

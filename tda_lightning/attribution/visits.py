@@ -33,9 +33,9 @@ def last_visits(run: Store) -> Iterator[Step]:
 
 def last_epoch(run: Store) -> Store:
     """Return the steps of the last epoch that was recorded."""
-    epoch = run[-1].epoch
-    first = next((i for i in range(len(run) - 1, -1, -1) if run[i].epoch != epoch), -1) + 1
-    return run[first:]
+    epoch = run.facts[-1].epoch
+    backwards = range(len(run) - 1, -1, -1)
+    return run[next((at for at in backwards if run.facts[at].epoch != epoch), -1) + 1 :]
 
 
 def only(step: Step, chosen: Bool[Tensor, " n"]) -> Step:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.recipe import Block, Recipe
-from tda_lightning.step import Audit, ParameterGroup, Preconditioner, Step
+from tda_lightning.step import Audit, ParameterGroup, Preconditioner, Step, StepFacts
 from tda_lightning.stores.store import WritableStore
 
 RECIPE = Recipe(
@@ -55,7 +55,15 @@ def make_steps(count: int, *, groups: int = 1) -> list[Step]:
 
 def same(one: Step, other: Step) -> bool:
     """Say whether two steps hold the same."""
-    tensors = ("sample_ids", "weights", "sketch", "terms", "curvature", "curvature_rows")
+    rows = ("sketch", "curvature_rows")
+    return same_facts(one, other) and all(
+        _equal(getattr(one, name), getattr(other, name)) for name in rows
+    )
+
+
+def same_facts(one: StepFacts, other: StepFacts) -> bool:
+    """Say whether two steps are the same but for their rows."""
+    tensors = ("sample_ids", "weights", "terms", "curvature")
     facts = ("index", "epoch", "optimizer", "groups", "loss")
     return all(_equal(getattr(one, name), getattr(other, name)) for name in tensors) and all(
         getattr(one, name) == getattr(other, name) for name in facts
@@ -93,8 +101,19 @@ class StoreContract(ABC):
         assert len(store) == 7
         assert all(same(a, b) for a, b in zip(store, steps, strict=True))
         assert store.recipe == RECIPE
-        visits = [(index, epoch, ids.tolist()) for index, epoch, ids in store.visits()]
-        assert visits == [(one.index, one.epoch, one.sample_ids.tolist()) for one in steps]
+
+    def test_facts_are_those_of_the_steps(self, tmp_path: Path) -> None:
+        """All that a step holds but its rows, also of a view of some steps."""
+        steps = make_steps(5, groups=2)
+        steps[1] = replace(steps[1], terms=torch.ones(2), curvature=torch.ones(2), loss="Huber")
+        store = filled(self.make(tmp_path), steps)
+        for view, expected in ((store, steps), (store[1:4][::2], steps[1:4:2])):
+            assert all(map(same_facts, view.facts, expected))
+            assert len(view.facts) == len(expected)
+            assert same_facts(view.facts[-1], expected[-1])
+        assert same_facts(store.facts[1:3][0], steps[1])
+        with pytest.raises(IndexError):
+            store.facts[5]
 
     def test_the_recipe_of_a_run_that_has_just_begun_can_be_amended(self, tmp_path: Path) -> None:
         """It stays the same run; its steps go by the new recipe."""

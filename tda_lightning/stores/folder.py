@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tda_lightning.recipe import Recipe
-from tda_lightning.stores.segments import make_durable, partial_name
+from tda_lightning.stores.durable import make_durable, partial_name
 
 FORMAT = "tda_lightning"
 FORMAT_VERSION = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.recipe import Recipe
-from tda_lightning.step import Audit, Preconditioner, Step
+from tda_lightning.step import Audit, Preconditioner, Step, StepFacts
 from tda_lightning.stores import folder
 from tda_lightning.stores.buffer import StepBuffer
+from tda_lightning.stores.durable import make_durable, partial_name
 from tda_lightning.stores.encoding import Storage, bytes_of
-from tda_lightning.stores.segments import Segment, make_durable, partial_name, write_segment
+from tda_lightning.stores.segments import OpenSegment, Segment, write_segment
 from tda_lightning.stores.shards import MergedShards, Shard
 from tda_lightning.stores.snapshots import (
     SNAPSHOTS,
@@ -35,8 +36,9 @@ from tda_lightning.stores.store import WritableStore
 class HDF5Store(WritableStore):
     """A run in a folder.
 
-    Reading holds one block of steps in memory, at most 8 MB or one step. Writing buffers steps and
-    seals them, into a file that never changes again, when they are many, old, or asked to be safe.
+    Reading holds one block of steps in memory, at most 1 MB on disk or one step, and some 30 bytes
+    for each visit of its segment. Writing buffers steps and seals them, into a file that never
+    changes again, when they are many, old, or asked to be safe.
     Whatever kills the process, every sealed step stays readable, and none is ever half there.
     Several processes can write one run: each has segments of its own, and a step can be read once
     all have sealed their part of it.
@@ -117,15 +119,15 @@ class HDF5Store(WritableStore):
         """Return the step at a position, together with its block if that is not at hand."""
         return self._steps.read(position)
 
+    def facts_at(self, position: int) -> StepFacts:
+        """Return what is known of the step at a position, without reading its rows."""
+        return self._steps.facts_at(position)
+
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the ids of the samples that took part in a step, without reading any sketch."""
         parts = [segment.visited_ids() for segment in self._steps.segments]
         ids: Tensor = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *parts]))
         return ids
-
-    def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
-        """Yield the index, the epoch and the sample ids of every step, without any sketch."""
-        return self._steps.visits()
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
         """Return the coordinates of the rows of a step, without reading any sketch."""
@@ -255,7 +257,8 @@ def _drop_from(file: Path, index: int, storage: Storage) -> None:
     if kept == 0:
         file.unlink()
     elif kept < len(segment):
-        write_segment(file, segment.read(range(kept)), storage)
+        reader = OpenSegment(segment)
+        write_segment(file, [reader.step_at(place) for place in range(kept)], storage)
 
 
 def _in_background(work: Callable[[], Segment]) -> Future[Segment]:

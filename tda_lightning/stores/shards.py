@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.step import Audit, Preconditioner, Step
-from tda_lightning.stores.segments import Segment
+from tda_lightning.step import Audit, Preconditioner, Step, StepFacts
+from tda_lightning.stores.segments import OpenSegment, Segment
 
 
 class Shard:
-    """Steps in the segments of one process; reading holds one block of them in memory."""
+    """Steps in the segments of one process; reading holds one of these open."""
 
     def __init__(self, files: Sequence[Path] = ()) -> None:
         self._segments: list[Segment] = []
         self._starts: list[int] = []
-        self._block: tuple[int, list[Step]] = (0, [])
+        self._open: tuple[int, OpenSegment] | None = None
         for file in files:
             self.add(Segment(file))
 
@@ -46,30 +44,32 @@ class Shard:
 
     def read(self, position: int) -> Step:
         """Return the step at a position, together with its block if that is not at hand."""
-        start, steps = self._block
-        if not start <= position < start + len(steps):
-            number = bisect.bisect_right(self._starts, position) - 1
-            segment, base = self._segments[number], self._starts[number]
-            block = segment.block_around(position - base)
-            start, steps = self._block = (base + block.start, segment.read(block))
-        return steps[position - start]
+        segment, place = self._opened_at(position)
+        return segment.step_at(place)
 
-    def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
-        """Yield the index, the epoch and the sample ids of every step, without any sketch."""
-        for segment in self._segments:
-            yield from segment.visits()
+    def facts_at(self, position: int) -> StepFacts:
+        """Return what is known of the step at a position besides its rows."""
+        segment, place = self._opened_at(position)
+        return segment.facts_at(place)
 
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the coordinates of a step, without reading any sketch."""
         for start, segment in zip(reversed(self._starts), reversed(self._segments), strict=True):
-            found = segment.preconditioner(position - start)
+            found = segment.steps.preconditioner(position - start)
             if found is not None:
                 return found
         return None
 
     def audits(self) -> list[Audit]:
         """Return all audits, in order, without reading any sketch."""
-        return [audit for segment in self._segments for audit in segment.audits()]
+        return [audit for segment in self._segments for audit in segment.steps.audits.values()]
+
+    def _opened_at(self, position: int) -> tuple[OpenSegment, int]:
+        number = bisect.bisect_right(self._starts, position) - 1
+        at_hand = self._open
+        if at_hand is None or at_hand[0] != number:
+            at_hand = self._open = (number, OpenSegment(self._segments[number]))
+        return at_hand[1], position - self._starts[number]
 
 
 class MergedShards:
@@ -84,8 +84,8 @@ class MergedShards:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
         places = [{index: place for place, index in enumerate(one.indices)} for one in shards]
-        self._indices = sorted(set.intersection(*(set(one) for one in places)))
-        self._places = [[one[index] for one in places] for index in self._indices]
+        indices = sorted(set.intersection(*(set(one) for one in places)))
+        self._places = [[one[index] for one in places] for index in indices]
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -98,14 +98,16 @@ class MergedShards:
 
     def read(self, position: int) -> Step:
         """Return the step at a position, with the visits of all processes."""
-        return _merge([shard.read(place) for shard, place in self._parts(position)])
+        parts = [shard.read(place) for shard, place in self._parts(position)]
+        return Step.of(
+            _merge(parts),
+            sketch=torch.cat([part.sketch for part in parts]),
+            curvature_rows=_cat_if_known([part.curvature_rows for part in parts]),
+        )
 
-    def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
-        """Yield the index, the epoch and the sample ids of every step, without any sketch."""
-        streams = [one.visits() for one in self._shards]
-        for index in self._indices:
-            parts = [next(found for found in one if found[0] == index) for one in streams]
-            yield index, parts[0][1], torch.cat([ids for _, _, ids in parts])
+    def facts_at(self, position: int) -> StepFacts:
+        """Return what is known of a step besides its rows, with the visits of all processes."""
+        return _merge([shard.facts_at(place) for shard, place in self._parts(position)])
 
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the coordinates of a step: those of all processes are the same."""
@@ -120,15 +122,20 @@ class MergedShards:
         return list(zip(self._shards, self._places[position], strict=True))
 
 
-def _merge(parts: Sequence[Step]) -> Step:
-    return replace(
-        parts[0],
+def _merge(parts: Sequence[StepFacts]) -> StepFacts:
+    first = parts[0]
+    return StepFacts(
+        index=first.index,
+        epoch=first.epoch,
+        optimizer=first.optimizer,
+        groups=first.groups,
         sample_ids=torch.cat([part.sample_ids for part in parts]),
         weights=torch.cat([part.weights for part in parts]),
-        sketch=torch.cat([part.sketch for part in parts]),
+        audit=first.audit,
         terms=_cat_if_known([part.terms for part in parts]),
         curvature=_cat_if_known([part.curvature for part in parts]),
-        curvature_rows=_cat_if_known([part.curvature_rows for part in parts]),
+        preconditioner=first.preconditioner,
+        loss=first.loss,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tda_lightning.stores.segments import make_durable, partial_name
+from tda_lightning.stores.durable import make_durable, partial_name
 
 SNAPSHOTS = "snapshot-*.pt"
 Weights = Mapping[str, Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.recipe import Recipe, ids_of
-from tda_lightning.step import Audit, Preconditioner, Step
+from tda_lightning.step import Audit, Preconditioner, Step, StepFacts
 from tda_lightning.stores.snapshots import Weights, require_snapshot
 
 
@@ -35,6 +35,18 @@ class Store(Sequence[Step], ABC):
     def read(self, position: int) -> Step:
         """Return the step at a position in ``range(len(self))``."""
 
+    def facts_at(self, position: int) -> StepFacts:
+        """Return what is known of the step at a position besides its rows.
+
+        A store that can spare reading those should.
+        """
+        return self.read(position)
+
+    @property
+    def facts(self) -> Sequence[StepFacts]:
+        """What is known of the steps besides their rows, as a sequence that reads as lazily."""
+        return _Facts(self)
+
     def train_ids(self) -> Int[Tensor, " n_train"]:
         """Return the ids of all training samples, sorted: also of those never drawn, if known."""
         if self.recipe.train_ids is not None:
@@ -43,13 +55,8 @@ class Store(Sequence[Step], ABC):
 
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the ids of the samples that took part in a step, sorted."""
-        ids: Tensor = torch.unique(torch.cat([torch.unique(step.sample_ids) for step in self]))
+        ids: Tensor = torch.unique(torch.cat([torch.unique(one.sample_ids) for one in self.facts]))
         return ids
-
-    def visits(self) -> Iterator[tuple[int, int, Int[Tensor, " n"]]]:
-        """Yield the index, the epoch and the sample ids of every step, in order."""
-        for step in self:
-            yield step.index, step.epoch, step.sample_ids
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
         """Return the coordinates of the rows of the step at a position, or ``None`` for raw rows.
@@ -57,7 +64,7 @@ class Store(Sequence[Step], ABC):
         Queries about that step are to be recorded in the same ones.
         """
         for earlier in range(range(len(self))[position], -1, -1):
-            found = self.read(earlier).preconditioner
+            found = self.facts_at(earlier).preconditioner
             if found is not None:
                 return found
         return None
@@ -84,7 +91,7 @@ class Store(Sequence[Step], ABC):
 
     def audits(self) -> list[Audit]:
         """Return what the audits of the run found, in order."""
-        return [step.audit for step in self if step.audit is not None]
+        return [one.audit for one in self.facts if one.audit is not None]
 
     @overload
     def __getitem__(self, key: int) -> Step: ...
@@ -104,6 +111,23 @@ class Store(Sequence[Step], ABC):
                 "steps from the last to the first with `reversed(run)`."
             )
         return self.read(positions) if isinstance(positions, int) else StoreSlice(self, positions)
+
+
+class _Facts(Sequence[StepFacts]):
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    @overload
+    def __getitem__(self, key: int) -> StepFacts: ...
+    @overload
+    def __getitem__(self, key: slice) -> Sequence[StepFacts]: ...
+    def __getitem__(self, key: int | slice) -> StepFacts | Sequence[StepFacts]:
+        if isinstance(key, slice):
+            return self._store[key].facts
+        return self._store.facts_at(range(len(self))[key])
 
 
 class StoreSlice(Store):
@@ -130,6 +154,10 @@ class StoreSlice(Store):
     def read(self, position: int) -> Step:
         """Return the step at a position of the view."""
         return self._store.read(self._positions[position])
+
+    def facts_at(self, position: int) -> StepFacts:
+        """Return what is known of a step of the view besides its rows."""
+        return self._store.facts_at(self._positions[position])
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
         """Return the coordinates of a step of the view: they may have begun before it."""
