@@ -84,8 +84,9 @@ class Attributor(ABC):
             progress: Show a progress bar.
 
         Returns:
-            Scores; samples that were never drawn have zero. Memory: twice the scores, one block of
-            the store, and what the method says.
+            Scores; samples that were never drawn have zero. Memory: twice the scores, three times
+            the queries, four blocks of the store (of one step, if steps are large), and what the
+            method says; the number of steps does not matter.
         """
         self.require(run)
         totals = Totals(run.train_ids(), len(queries), queries)

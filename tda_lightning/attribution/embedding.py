@@ -97,7 +97,8 @@ def embed(
 ) -> Embedding:
     """Ask a method once for all queries to come.
 
-    It costs what asking it about ``k`` queries costs, and the memory of twice their scores.
+    It costs what asking it about ``k`` queries costs, and the memory of twice their scores and of
+    three matrices of ``(k, k)`` numbers.
 
     Args:
         run: The recorded training: its folder or a store.

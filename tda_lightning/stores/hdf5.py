@@ -38,10 +38,9 @@ class HDF5Store(WritableStore):
 
     Reading holds one block of steps in memory, at most 1 MB on disk or one step, and some 30 bytes
     for each visit of its segment. Writing buffers steps and seals them, into a file that never
-    changes again, when they are many, old, or asked to be safe.
-    Whatever kills the process, every sealed step stays readable, and none is ever half there.
-    Several processes can write one run: each has segments of its own, and a step can be read once
-    all have sealed their part of it.
+    changes again, when they are many, old, or asked to be safe. Whatever kills the process, every
+    sealed step stays readable, and none is ever half there. Several processes can write one run:
+    each has segments of its own, and a step can be read once all have sealed their part of it.
 
     Args:
         path: The folder.

@@ -1,0 +1,104 @@
+"""Asking takes a stated amount of memory, whatever the number of steps."""
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+
+from tda_lightning import (
+    TRAK,
+    GradientSimilarity,
+    HDF5Store,
+    InfluenceFunction,
+    Source,
+    Step,
+    TracIn,
+    Unrolled,
+    embed,
+)
+from tda_lightning.attribution import Linear
+from tda_lightning.attribution.top import top_scores
+from tda_lightning.recipe import Recipe
+from tda_lightning.step import ParameterGroup
+from tda_lightning.stores.segments import reading
+
+N_TRAIN, N_QUERY, K, BATCH = 503, 101, 307, 37
+SCORES, SQUARE, QUERIES = 4 * N_TRAIN * N_QUERY, 4 * K * K, 4 * N_QUERY * K
+ROWS = 2 * 4 * BATCH * K  # of a step in float32, with as many of sampled labels
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of 40 and 100 steps, in blocks of one step and segments of some."""
+    folder, found = tmp_path_factory.mktemp("runs"), []
+    for count in (40, 100):
+        generator = torch.Generator().manual_seed(count)
+        store = HDF5Store(folder / str(count), segment_bytes=2**18)
+        recipe = Recipe((), (), {"name": "Identity"}, K, curvature="fisher")
+        store.begin(recipe)
+        for index in range(count):
+            rows = torch.randn(2, BATCH, K, generator=generator) / BATCH
+            store.append(
+                Step(
+                    index=index,
+                    epoch=0,
+                    optimizer="SGD",
+                    groups=(ParameterGroup(lr=0.1, share=1.0),),
+                    sample_ids=torch.arange(BATCH).add(index * BATCH).remainder(N_TRAIN),
+                    weights=torch.full((BATCH,), 1 / BATCH),
+                    sketch=rows[0],
+                    terms=torch.ones(BATCH),
+                    curvature=torch.rand(BATCH, generator=generator) + 0.1,
+                    curvature_rows=rows[1],
+                    loss="cross-entropy",
+                )
+            )
+        store.seal()
+        found.append(store)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(reading, "_BLOCK_BYTES", 1)
+
+
+def attributed(method):
+    def ask(run):
+        queries = torch.randn(N_QUERY, K, generator=torch.Generator().manual_seed(0))
+        method.attribute(run, queries, progress=False)
+
+    return ask
+
+
+def best_only(run):
+    top_scores(run, torch.ones(N_QUERY, K), TracIn(), 3, at_once=29, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("ask", "stated"),
+    [
+        (attributed(TracIn()), 2 * SCORES + 2 * QUERIES),
+        (attributed(GradientSimilarity()), 2 * SCORES + 2 * QUERIES),
+        (attributed(Unrolled()), 2 * SCORES + 3 * QUERIES),
+        (attributed(Unrolled(propagator=Linear())), 2 * SCORES + 3 * QUERIES),
+        (attributed(InfluenceFunction()), 2 * SCORES + 3 * QUERIES + 3 * SQUARE),
+        (attributed(TRAK()), 2 * SCORES + 3 * QUERIES + 2 * SQUARE),
+        (attributed(Source()), 2 * SCORES + 3 * QUERIES + 4 * SQUARE),
+        (attributed(Source(segments=3)), 2 * SCORES + 3 * QUERIES + 4 * SQUARE),
+        (best_only, 2 * SCORES * 29 / N_QUERY + 2 * QUERIES),
+        (lambda run: TracIn().self_influence(run, progress=False), QUERIES),
+        (lambda run: embed(run, progress=False), 2 * 4 * N_TRAIN * K + 3 * SQUARE),
+    ],
+    ids=[
+        *("TracIn", "GradientSimilarity", "Unrolled", "Unrolled, linear", "InfluenceFunction"),
+        *("TRAK", "Source", "Source, three segments", "the best only", "self-influence", "embed"),
+    ],
+)
+def test_memory_is_what_is_stated_and_does_not_grow_with_steps(runs, ask, stated):
+    peaks = []
+    for run in runs:
+        with LiveBytes() as live:
+            ask(run)
+        peaks.append(live.peak)
+    assert peaks[1] < peaks[0] + 2 * ROWS  # of 60 steps more
+    assert peaks[1] < stated + 4 * ROWS
