@@ -1,5 +1,7 @@
 """Trajectories and top scores: both are the matrix of scores, seen otherwise."""
 
+from dataclasses import dataclass, field
+
 import least_squares as ls
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tda_lightning import (
     Trajectory,
     Unrolled,
 )
+from tda_lightning.attribution import EmpiricalFisher
 from tda_lightning.attribution.top import top_scores
 from tda_lightning.attribution.trajectory import contributions
 
@@ -91,6 +94,30 @@ def test_top_scores_are_the_extremes_of_all_scores(method, at_once):
         torch.testing.assert_close(found.values, expected.values)
         assert torch.equal(found.ids, expected.ids)
     assert (top.method, top.provenance) == (scores.method, scores.provenance)
+
+
+@dataclass(frozen=True)
+class Counted(EmpiricalFisher):
+    """Notes every step whose curvature is asked for."""
+
+    seen: list[int] = field(default_factory=list, compare=False)
+
+    def scales(self, step):
+        self.seen.append(step.index)
+        return super().scales(step)
+
+
+@pytest.mark.parametrize("kind", [InfluenceFunction, Source])
+def test_blocks_of_queries_share_what_needs_no_query(kind):
+    counted = Counted()
+    top_scores(RUN, ls.queries(), kind(curvature=counted), 2, at_once=1, progress=False)
+    assert sorted(counted.seen) == [step.index for step in RUN]
+
+
+@pytest.mark.parametrize("method", [InfluenceFunction(), Source(), TracIn()], ids=repr)
+def test_a_settled_method_shows_and_equals_what_it_was(method):
+    settled = method.settled(RUN, ls.queries())
+    assert (repr(settled), settled) == (repr(method), method)
 
 
 def test_trajectories_are_saved_and_loaded_as_they_were(tmp_path):

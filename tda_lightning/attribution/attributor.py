@@ -58,6 +58,18 @@ class Attributor(ABC):
         for step, direction in self.directions(run, queries):
             yield step, step.sketch @ direction.mT
 
+    def settled(self, run: Store, like: Tensor) -> Attributor:
+        """Return a method that says the same of this run, and does once what needs no query.
+
+        It is asked about many queries, some at a time. A method for which nothing can be done
+        before, as none by default, returns itself.
+
+        Args:
+            run: The recorded training.
+            like: A tensor that is where the queries will be, and as they will be.
+        """
+        return self
+
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
     ) -> Float[Tensor, "n_train n_query"]:

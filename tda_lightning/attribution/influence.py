@@ -18,7 +18,7 @@ Weight decay is curvature too, and added.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -68,6 +68,7 @@ class InfluenceFunction(SelfAttributor):
     rows: Visits = "all visits"
     curvature_from: Store | None = None
     rows_from: Store | None = None
+    _factor: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Raise unless every argument is one of those there are."""
@@ -103,6 +104,10 @@ class InfluenceFunction(SelfAttributor):
         for step in self._visits(run, queries):
             yield step, direction
 
+    def settled(self, run: Store, like: Tensor) -> InfluenceFunction:
+        """Return a method that has factorized the curvature, and keeps its factor."""
+        return replace(self, _factor=self._root(run, Extent.of(run), like))
+
     def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
         """Yield what the presence of each visit's sample does to that visit's loss."""
         extent, like = Extent.of(run), torch.empty(0, dtype=run.recipe.torch_dtype)
@@ -120,6 +125,8 @@ class InfluenceFunction(SelfAttributor):
 
     def _root(self, run: Store, extent: Extent, like: Tensor) -> Float[Tensor, "k k"]:
         """Return the Cholesky factor of the damped curvature."""
+        if self._factor is not None:
+            return self._factor
         source = run if self.curvature_from is None else MovedRun(self.curvature_from, like)
         steps = source if self.curvature_over == "run" else last_epoch(source)
         matrix = objective_curvature(steps, self.curvature)

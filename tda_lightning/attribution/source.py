@@ -19,7 +19,7 @@ step an unrolled step. Momentum is taken for a larger rate.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -59,6 +59,7 @@ class Source(Attributor):
     segments: int | None = None
     curvature: Curvature = BestAvailable()
     propagator: Propagator = Exponential()
+    _averaged: tuple[_Segment, ...] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check what Python does not."""
@@ -79,19 +80,23 @@ class Source(Attributor):
         """Look for one direction in all steps of a segment; go from the last segment back."""
         warn_of_approximations(run)
         remaining = queries
-        for steps in reversed(_cut(run, self.segments)):
-            direction, remaining = self._back(steps, remaining)
+        parts = reversed(_cut(run, self.segments))
+        for steps, segment in zip(parts, self._segments_back(run), strict=True):
+            inside = remaining @ segment.vectors  # (n_query, k), along eigenvectors
+            direction = inside * segment.reached @ segment.vectors.mT
+            remaining = inside * segment.left @ segment.vectors.mT
             for step in steps:
                 yield step, direction
 
-    def _back(
-        self, steps: Store, remaining: Float[Tensor, "n_query k"]
-    ) -> tuple[Float[Tensor, "n_query k"], Float[Tensor, "n_query k"]]:
-        """Return what is looked for in the steps of a segment, and before it."""
-        segment = self._average(steps)
-        inside = remaining @ segment.vectors  # (n_query, k), along eigenvectors
-        direction = inside * segment.reached @ segment.vectors.mT
-        return direction, inside * segment.left @ segment.vectors.mT
+    def settled(self, run: Store, like: Tensor) -> Source:
+        """Return a method that has averaged all segments, with the memory of a matrix for each."""
+        return replace(self, _averaged=tuple(self._segments_back(run)))
+
+    def _segments_back(self, run: Store) -> Iterator[_Segment]:
+        """Yield what each segment does, from the last to the first."""
+        if self._averaged is not None:
+            return iter(self._averaged)
+        return map(self._average, reversed(_cut(run, self.segments)))
 
     def _average(self, steps: Store) -> _Segment:
         count, stride = len(steps), steps.recipe.every_n_steps

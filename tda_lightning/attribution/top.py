@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from tda_lightning.arguments import require_whole
 from tda_lightning.attribution.attributor import Attributor
+from tda_lightning.attribution.moved import MovedRun
 from tda_lightning.scores import Ranking, TopScores
 from tda_lightning.stores import Store
 
@@ -25,7 +26,8 @@ def top_scores(
     """Score some queries at a time and keep the extremes.
 
     A sample's visits are spread over the run, so a query needs all of its scores before any can
-    be dropped: queries come in blocks, and each block is a pass (or what the method takes).
+    be dropped: queries come in blocks, and each block is a pass. What needs no query, a
+    factorization say, is done once.
 
     Args:
         run: The recorded training.
@@ -36,10 +38,12 @@ def top_scores(
         progress: Show a progress bar.
     """
     require_whole("at_once", at_once, least=1)
+    method.require(run)
+    settled = method.settled(MovedRun(run, queries), queries)
     best, worst, found = [], [], None
     blocks = torch.split(queries, at_once)
     for block in tqdm(blocks, desc="queries", unit="block", leave=False, disable=not progress):
-        found = method.attribute(run, block, progress=progress and len(blocks) == 1)
+        found = settled.attribute(run, block, progress=progress and len(blocks) == 1)
         best.append(found.proponents(k))
         worst.append(found.opponents(k))
     assert found is not None  # `split` yields at least one block
@@ -47,7 +51,7 @@ def top_scores(
         proponents=_stacked(best),
         opponents=_stacked(worst),
         query_ids=torch.arange(len(queries)),
-        method=found.method,
+        method=repr(method),
         provenance=found.provenance,
     )
 

@@ -14,7 +14,7 @@ the part up to :math:`\phi_i` and of :math:`1 - p_i`, each by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,7 @@ class TRAK(Attributor):
     """
 
     damping: float = 1.0
+    _factor: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Raise unless the damping is a number that can be added."""
@@ -60,6 +61,10 @@ class TRAK(Attributor):
         direction = torch.cholesky_solve(queries.mT, root).mT
         for step in last_visits(run):
             yield as_own_gradients(step), direction
+
+    def settled(self, run: Store, like: Tensor) -> TRAK:
+        """Return a method that has factorized the features' moments, and keeps the factor."""
+        return replace(self, _factor=self._root(run))
 
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
@@ -93,6 +98,8 @@ class TRAK(Attributor):
 
     def _root(self, run: Store) -> Float[Tensor, "k k"]:
         """Return the Cholesky factor of the damped second moment of the features."""
+        if self._factor is not None:
+            return self._factor
         gram = torch.zeros(())
         for number, step in enumerate(last_visits(run)):
             features = _over(as_own_gradients(step).sketch.mT, _doubts(step)).mT
