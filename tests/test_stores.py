@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import h5py
@@ -165,6 +166,19 @@ def test_segments_of_older_versions_tell_less_of_their_groups(tmp_path):
                 del file["steps"][name]
     for found, step in zip(HDF5Store.open(tmp_path / "run"), steps, strict=True):
         assert found.groups == tuple(replace(group, share=0.0, owner=0.0) for group in step.groups)
+
+
+def test_several_threads_can_read_one_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_BLOCK_BYTES", 90)
+    steps = make_steps(12)
+    store = filled(HDF5Store(tmp_path / "run"), steps)
+
+    def read(seed):
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(seed)).tolist() * 20
+        return all(same(store[position], steps[position]) for position in order)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, range(4)))
 
 
 def test_segments_that_somebody_compressed_are_read_as_before(tmp_path):

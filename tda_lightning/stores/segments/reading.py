@@ -110,7 +110,7 @@ class OpenSegment:
         self._visits = {name: torch.from_numpy(values) for name, values in visits.items()}
         self._known = {name: _known(values, offset) for name, values in visits.items()}
         self._blocks = split(offset, max(1, _BLOCK_BYTES // self._columns.sketch.row_bytes))
-        self._block, self._steps = range(0), list[Step]()
+        self._at_hand: tuple[range, list[Step]] = (range(0), [])
 
     def facts_at(self, place: int) -> StepFacts:
         """Return what is known of a step besides its rows."""
@@ -120,10 +120,13 @@ class OpenSegment:
 
     def step_at(self, place: int) -> Step:
         """Return a step, together with its block if that is not at hand."""
-        if place not in self._block:
-            self._block = next(block for block in self._blocks if place in block)
-            self._steps = self._read(self._block)
-        return self._steps[place - self._block.start]
+        block, steps = self._at_hand
+        if place not in block:
+            block = next(one for one in self._blocks if place in one)
+            # Both at once: another thread may be reading too.
+            steps = self._read(block)
+            self._at_hand = (block, steps)
+        return steps[place - block.start]
 
     def _read(self, block: range) -> list[Step]:
         """Read consecutive steps; their rows share one piece of memory."""
