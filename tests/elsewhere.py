@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils import backend_registration
 
-_setup_privateuseone_for_python_backend("elsewhere")
-ELSEWHERE = torch.device("elsewhere", 0)
-
-aten = torch.ops.aten
+# These would make something empty first, and then resize it.
+_FACTORIES = ("eye", "eye.m", "arange", "arange.start", "arange.start_step", "randperm")
 _COPIES = {"copy_", "_to_copy"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
@@ -39,7 +37,7 @@ class Elsewhere(Tensor):
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
             layout=inner.layout,
-            device=ELSEWHERE,
+            device="elsewhere:0",
         )
         found.inner = inner
         return found
@@ -65,7 +63,7 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     wanted = kwargs.get("device")
     if wanted is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    goes_there = there if wanted is None else torch.device(wanted).type == ELSEWHERE.type
+    goes_there = there if wanted is None else torch.device(wanted).type == "elsewhere"
     if name == "copy_":
         goes_there = isinstance(args[0], Elsewhere)
     found = func(*pytree.tree_map(_inner, args), **pytree.tree_map(_inner, kwargs))
@@ -87,35 +85,29 @@ def _inner(one: Any) -> Any:
     return one.inner if isinstance(one, Elsewhere) else one
 
 
-_ANY = torch.library.Library("_", "IMPL")
-_ANY.fallback(_compute, "PrivateUse1")
-# These would make something empty first, and then resize it.
-_FACTORIES = torch.library.Library("aten", "IMPL")
-for _name in (
-    "eye",
-    "eye.m",
-    "arange",
-    "arange.start",
-    "arange.start_step",
-    "linspace",
-    "randperm",
-):
-    _packet, _, _overload = _name.partition(".")
-    _op = getattr(getattr(aten, _packet), _overload or "default")
-    _FACTORIES.impl(_name, partial(_compute, _op), "PrivateUse1")
-
-
-_tensor = torch.tensor
-
-
-def tensor(data: Any, *, device: Any = None, **rest: Any) -> Tensor:
-    """Do what ``torch.tensor`` does, which does not ask a device of Python's."""
-    made = _tensor(data, **rest)
-    return made if device is None else made.to(device)
-
-
 class Generator(torch.Generator):
     """The CPU's, for any device: one of Python's has none of its own."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         return super().__new__(cls, "cpu")
+
+
+def install() -> list[torch.library.Library]:
+    """Let this process have the device, for as long as it keeps what is returned."""
+    backend_registration._setup_privateuseone_for_python_backend("elsewhere")
+    anything = torch.library.Library("_", "IMPL")
+    anything.fallback(_compute, "PrivateUse1")
+    factories = torch.library.Library("aten", "IMPL")
+    for name in _FACTORIES:
+        packet, _, overload = name.partition(".")
+        operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        factories.impl(name, partial(_compute, operator), "PrivateUse1")
+    original = torch.tensor
+
+    def tensor(data: Any, *, device: Any = None, **rest: Any) -> Tensor:
+        # What it does itself does not ask a device of Python's.
+        made = original(data, **rest)
+        return made if device is None else made.to(device)
+
+    torch.tensor, torch.Generator = tensor, Generator  # type: ignore[misc]
+    return [anything, factories]

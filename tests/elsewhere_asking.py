@@ -79,7 +79,7 @@ class Device(Accelerator):
 
     @staticmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        return [elsewhere.ELSEWHERE]
+        return [torch.device("elsewhere", 0)]
 
     @staticmethod
     def auto_device_count() -> int:
@@ -256,11 +256,11 @@ def answer(call: Callable[[], Any]) -> str:
 
 
 def main() -> None:
-    lonely = torch.ones(2, 3, device=elsewhere.ELSEWHERE)
+    lonely = torch.ones(2, 3, device="elsewhere")
     for name, meeting in MEETINGS.items():
         print(name, answer(partial(meeting, lonely)), sep=": ", flush=True)
     here = Where("cpu", torch.device("cpu"))
-    there = Where(Device(), elsewhere.ELSEWHERE)
+    there = Where(Device(), torch.device("elsewhere", 0))
     for name, case in CASES.items():
         equal = lambda case=case: torch.equal(case(there), case(here))  # noqa: E731
         print(name, answer(equal), sep=": ", flush=True)
@@ -268,6 +268,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    torch.tensor, torch.Generator = elsewhere.tensor, elsewhere.Generator  # type: ignore[misc]
+    libraries = elsewhere.install()
     with tempfile.TemporaryDirectory() as WORKSPACE:
         main()
