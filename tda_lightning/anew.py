@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +22,10 @@ from tda_lightning.recipe import Recipe, ranges_of
 from tda_lightning.rows import BatchRows
 from tda_lightning.sample_ids import IdSource, SampleLedger
 from tda_lightning.step import Preconditioner, Step, StepFacts
-from tda_lightning.stores import MemoryStore, Store, WritableStore, opened
+from tda_lightning.stores import MemoryStore, Store, WritableStore, opened_at
+from tda_lightning.undisturbed import Mode
 
 Labels = Literal["given", "sampled"]
-Mode = Literal["eval", "train"]
 
 
 def record(
@@ -65,7 +64,8 @@ def record(
     require_loader(loader, "loader")
     require_choice("labels", labels, Labels)
     require_choice("mode", mode, Mode)
-    run, result = _opened(like, at), MemoryStore() if store is None else store
+    run = opened_at(like, "like", at)
+    result = MemoryStore() if store is None else store
     require_kind("store", result, WritableStore, '`HDF5Store("anew.tda")`')
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
@@ -89,17 +89,6 @@ def record(
     if not started:
         raise ValueError("`loader` is an empty loader; expected at least one batch.")
     return result
-
-
-def _opened(like: str | Path | Store, at: int) -> Store:
-    run = opened(like, "like")
-    steps = len(run)
-    if not isinstance(at, Integral) or not -steps <= at < steps:
-        raise ValueError(
-            f"`at` is {at!r}, and `like` has {steps} steps; expected the place of one of them, "
-            "such as -1 for the last."
-        )
-    return run
 
 
 def _recipe(run: Store, ledger: SampleLedger, labels: Labels) -> Recipe:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,9 +22,9 @@ from tda_lightning.scores import SampleScores, Scores, TopScores, require_rank
 from tda_lightning.snapshots import Moment, describe_weights, method_at, rows_at
 from tda_lightning.stores import Store, opened
 from tda_lightning.targets import Loss, Target, name_of
+from tda_lightning.undisturbed import Mode
 
 Run = str | os.PathLike[str] | Store
-Mode = Literal["eval", "train"]
 
 
 def attribute(

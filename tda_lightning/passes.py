@@ -19,7 +19,7 @@ from tda_lightning.projectors import projector_from_dict
 from tda_lightning.recipe import Recipe
 from tda_lightning.rows import BatchRows, RowRecorder
 from tda_lightning.step import Preconditioner
-from tda_lightning.undisturbed import undisturbed
+from tda_lightning.undisturbed import Mode, undisturbed
 
 
 def record_batch(
@@ -67,7 +67,7 @@ def recording(
     model: nn.Module,
     recipe: Recipe,
     coordinates: Preconditioner | None,
-    mode: Literal["eval", "train"],
+    mode: Mode,
     sampled: float,
     passes: Literal["one", "several"] = "one",
 ) -> Iterator[RowRecorder]:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tda_lightning.arguments import require_choice
 from tda_lightning.batches import (
     batch_size,
     batches_of,
@@ -25,8 +26,9 @@ from tda_lightning.passes import own_gradients, record_batch, recording
 from tda_lightning.recipe import Recipe
 from tda_lightning.rows import RowRecorder
 from tda_lightning.step import Preconditioner
-from tda_lightning.stores import Store, opened
+from tda_lightning.stores import Store, opened_at
 from tda_lightning.targets import Loss, Target, name_of, per_sample
+from tda_lightning.undisturbed import Mode
 
 
 def record_queries(
@@ -36,7 +38,7 @@ def record_queries(
     like: str | Path | Store,
     target: Target = Loss(),
     at: int = -1,
-    mode: Literal["eval", "train"] = "eval",
+    mode: Mode = "eval",
     progress: bool = True,
 ) -> Float[Tensor, "n_query k"]:
     """Sketch the gradient of each query's loss at the weights that ``model`` has.
@@ -63,7 +65,7 @@ def record_queries(
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
             take the queries or returns no loss, or the target not its numbers.
     """
-    run = opened(like, "like")
+    run = opened_at(like, "like", at)
     return query_rows(
         model,
         queries,
@@ -82,7 +84,7 @@ def query_rows(
     *,
     target: Target = Loss(),
     coordinates: Preconditioner | None = None,
-    mode: Literal["eval", "train"] = "eval",
+    mode: Mode = "eval",
     progress: bool = True,
 ) -> Float[Tensor, "n_query k"]:
     """Sketch the gradient of each query's loss by a recipe, where there need be no run.
@@ -102,6 +104,7 @@ def query_rows(
     Raises:
         ValueError: If the model or the queries do not fit.
     """
+    require_choice("mode", mode, Mode)
     passes: Literal["one", "several"] = "one" if isinstance(target, Loss) else "several"
     with recording(model, recipe, coordinates, mode, sampled=0.0, passes=passes) as rows:
         batches = with_progress(batches_of(queries), "queries", progress)

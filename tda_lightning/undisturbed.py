@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+# How a model acts while something passes through it: as in evaluation, or as in training.
+Mode = Literal["eval", "train"]
+
 
 @contextmanager
-def undisturbed(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[None]:
+def undisturbed(model: nn.Module, mode: Mode) -> Iterator[None]:
     """Put the model into ``mode`` with logging muted, and put everything back afterwards.
 
     Args:

@@ -24,6 +24,7 @@ from tda_lightning.layers import Survey
 from tda_lightning.projectors import Identity, KroneckerCountSketch, Projector
 from tda_lightning.recipe import SampleAxis
 from tda_lightning.rows import RowRecorder
+from tda_lightning.undisturbed import Mode
 
 # Whole gradients of a step's samples, or of all probes, may hold so many numbers.
 _MOST_NUMBERS = 10_000_000
@@ -38,7 +39,7 @@ class Wishes:
     projector: Projector | None
     layers: Sequence[str] | None
     preconditioner: Literal["optimizer", "none"]
-    mode: Literal["eval", "train"]
+    mode: Mode
     reduction: Literal["mean", "sum"]
     batch_dims: Mapping[str, SampleAxis]
 

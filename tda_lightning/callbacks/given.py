@@ -14,6 +14,7 @@ from typing import Literal, TypeGuard
 from tda_lightning.arguments import require_choice, require_kind, require_limit, require_whole
 from tda_lightning.projectors import Projector
 from tda_lightning.stores import WritableStore
+from tda_lightning.undisturbed import Mode
 
 Check = Callable[[str, object], None]
 
@@ -153,5 +154,5 @@ TRACKER: Mapping[str, Check] = {
     "store": _file,
     "period": _period,
     "projector": _or_none(_projector),
-    "mode": partial(require_choice, literal=Literal["eval", "train"]),
+    "mode": partial(require_choice, literal=Mode),
 }

@@ -15,7 +15,7 @@ from tda_lightning.batches import batch_size
 from tda_lightning.callbacks.either import LightningModule, Trainer
 from tda_lightning.passes import record_batch
 from tda_lightning.rows import RowRecorder
-from tda_lightning.undisturbed import same_random_numbers, undisturbed
+from tda_lightning.undisturbed import Mode, same_random_numbers, undisturbed
 
 
 class Probe:
@@ -31,7 +31,7 @@ class Probe:
         self,
         batches: list[Any],
         reduction: Literal["mean", "sum"],
-        mode: Literal["eval", "train"],
+        mode: Mode,
     ) -> None:
         self._batches = batches
         self._sizes = [batch_size(batch, "probe") for batch in batches]

@@ -24,6 +24,7 @@ from tda_lightning.contributions import Contributions
 from tda_lightning.projectors import Projector
 from tda_lightning.sample_ids import IdSource, SampleLedger
 from tda_lightning.scores import Scores
+from tda_lightning.undisturbed import Mode
 
 
 class ContributionTracker(pl.Callback):
@@ -77,7 +78,7 @@ class ContributionTracker(pl.Callback):
         projector: Projector | None = None,
         layers: Sequence[str] | None = None,
         preconditioner: Literal["optimizer", "none"] = "optimizer",
-        mode: Literal["eval", "train"] = "eval",
+        mode: Mode = "eval",
         sample_ids: IdSource | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         batch_dims: Mapping[str, int | Literal["flattened"]] | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Integral
 from pathlib import Path
 
 from tda_lightning.stores.hdf5 import HDF5Store
@@ -29,3 +30,25 @@ def opened(run: str | os.PathLike[str] | Store, argument: str) -> Store:
             "queries)`."
         )
     return HDF5Store.open(Path(run))
+
+
+def opened_at(run: str | os.PathLike[str] | Store, argument: str, at: int) -> Store:
+    """Return the store of a run that has a step at a place.
+
+    Args:
+        run: Its folder, or the store itself.
+        argument: What it is called where the user has passed it.
+        at: Place of the step; negative ones count from the end.
+
+    Raises:
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If it is something else, or has no such step.
+    """
+    store = opened(run, argument)
+    steps = len(store)
+    if not isinstance(at, Integral) or not -steps <= at < steps:
+        raise ValueError(
+            f"`at` is {at!r}, and `{argument}` has {steps} steps; expected the place of one of "
+            "them, such as -1 for the last."
+        )
+    return store
