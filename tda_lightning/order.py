@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.stores import Store
+from tda_lightning.stores import Store, opened
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,22 @@ class DataOrder:
     same_order: dict[int, int]
 
 
-def data_order(run: Store) -> DataOrder:
+def data_order(run: str | Path | Store) -> DataOrder:
     """Say in which order the samples of a run came.
 
     Args:
-        run: A recorded training. Of steps that its stride left out nothing is known.
+        run: A recorded training: its folder or a store. Of steps that its stride left out nothing
+            is known.
+
+    Raises:
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If it is something else.
     """
+    store = opened(run, "run")
     epochs: dict[int, list[Tensor]] = {}
     replayed = []
     seen: set[tuple[int, tuple[int, ...]]] = set()
-    for step in run.facts:
+    for step in store.facts:
         epochs.setdefault(step.epoch, []).append(step.sample_ids)
         batch = (step.epoch, tuple(step.sample_ids.tolist()))
         if batch in seen:
@@ -46,7 +53,7 @@ def data_order(run: Store) -> DataOrder:
         seen.add(batch)
     orders = {epoch: torch.cat(parts) for epoch, parts in epochs.items()}
     visited = torch.cat([torch.empty(0, dtype=torch.int64), *orders.values()])
-    known = run.train_ids()
+    known = store.train_ids()
     return DataOrder(
         never=known[~torch.isin(known, visited)],
         repeated={e: found for e, ids in orders.items() if len(found := _more_than_once(ids))},

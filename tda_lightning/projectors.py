@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from tda_lightning.arguments import require_whole
 from tda_lightning.random_bits import buckets, sign_matrix, signs
 from tda_lightning.recipe import Block
 from tda_lightning.sketcher import (
@@ -39,7 +40,13 @@ _ENTRIES_PER_COLUMN = 4
 
 @dataclass(frozen=True)
 class Projector(ABC):
-    """How gradients become sketch rows; plain arguments, no state."""
+    """How gradients become sketch rows; plain whole numbers as arguments, no state."""
+
+    def __post_init__(self) -> None:
+        """Raise unless lengths are at least 1, and seeds at least 0."""
+        for name, value in asdict(self).items():
+            if not (name == "width" and value is None):
+                require_whole(name, value, least=0 if name == "seed" else 1)
 
     def bind(self, blocks: Sequence[Block], device: torch.device, dtype: torch.dtype) -> Sketcher:
         """Return the linear map for these blocks, ready to be applied on ``device``."""
@@ -55,7 +62,8 @@ class Projector(ABC):
 
     def to_dict(self) -> dict[str, str | int]:
         """Return the class name and the arguments, for a recipe."""
-        return {"name": type(self).__name__, **asdict(self)}
+        arguments = {name: int(value) for name, value in asdict(self).items()}
+        return {"name": type(self).__name__, **arguments}
 
     @abstractmethod
     def _block_map(self, block: Block) -> BlockMap: ...

@@ -17,7 +17,8 @@ mean agrees better with retraining (``docs/benchmarks.md``).
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.step import Step
-from tda_lightning.stores import HDF5Store, Store, WritableStore
+from tda_lightning.stores import Store, WritableStore, opened
 from tda_lightning.undisturbed import with_weights
 
 # Where to ask: at the weights that the model has, at those before a step, or along the way.
@@ -191,15 +192,34 @@ def add_snapshots(run: str | Path | WritableStore, checkpoints: Sequence[str | P
         checkpoints: Files that a ``ModelCheckpoint`` saved in that training.
 
     Raises:
-        FileNotFoundError: If there is no run at the path.
+        FileNotFoundError: If there is no run at the path, or no file.
+        ValueError: If the run cannot be written, or a file is none of a trainer's.
     """
-    store = run if isinstance(run, WritableStore) else HDF5Store.open(run)
+    store = opened(run, "run")
+    if not isinstance(store, WritableStore):
+        raise ValueError(f"`run` is {store!r}; expected the whole of a run, which keeps weights.")
+    if isinstance(checkpoints, str | os.PathLike):
+        raise ValueError(
+            f"`checkpoints` is one path, {str(checkpoints)!r}; expected a list of them: "
+            f"`[{str(checkpoints)!r}]`."
+        )
     for path in checkpoints:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        # Callbacks that average weights put the average in the place of what was trained.
-        state = checkpoint.get("current_model_state", checkpoint["state_dict"])
-        weights = {name: one for name, one in state.items() if isinstance(one, Tensor)}
-        store.keep_weights(int(checkpoint["global_step"]), weights)
+        index, weights = _checkpoint(path)
+        store.keep_weights(index, weights)
+
+
+def _checkpoint(path: str | Path) -> tuple[int, dict[str, Tensor]]:
+    """Return the number of steps taken, and the weights, that a trainer's checkpoint holds."""
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, Mapping) or not {"state_dict", "global_step"} <= set(found):
+        raise ValueError(
+            f"`{path}` is no checkpoint of a trainer: expected `state_dict` and `global_step` in "
+            "it. Pass files that a `ModelCheckpoint` or `trainer.save_checkpoint` has saved."
+        )
+    # Callbacks that average weights put the average in the place of what was trained.
+    state = found.get("current_model_state", found["state_dict"])
+    weights = {name: one for name, one in state.items() if isinstance(one, Tensor)}
+    return int(found["global_step"]), weights
 
 
 def _indices(store: Store) -> list[int]:

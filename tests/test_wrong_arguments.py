@@ -4,8 +4,11 @@ import pytest
 from unchecked import require_said
 
 CALLS = """
+import tempfile
 from tda_lightning import attribution
 
+saved = tempfile.mkdtemp() + "/weights.pt"
+torch.save(model.state_dict(), saved)
 calls = {
     "a method of whole gradients": lambda: attribute(
         store, model, queries, method=FullInfluenceFunction()
@@ -35,6 +38,18 @@ calls = {
     "queries at no step": lambda: record_queries(model, queries, like=store, at=99),
     "queries at half a step": lambda: record_queries(model, queries, like=store, at=1.5),
     "queries like nothing": lambda: record_queries(model, queries, like=store[:0]),
+    "another storage": lambda: HDF5Store("run.tda", storage="bf16"),
+    "a store of no size": lambda: HDF5Store("run.tda", segment_bytes=0),
+    "a store of no time": lambda: HDF5Store("run.tda", segment_seconds=-1),
+    "a store at no path": lambda: HDF5Store(3),
+    "a sketch of no length": lambda: CountSketch(0),
+    "a side of no length": lambda: Kronecker(-1),
+    "a length in words": lambda: DenseProjection("large"),
+    "a seed in words": lambda: KroneckerCountSketch(seed="x"),
+    "the order of nothing": lambda: data_order(3),
+    "one checkpoint": lambda: add_snapshots(store, "last.ckpt"),
+    "weights for a checkpoint": lambda: add_snapshots(store, [saved]),
+    "a checkpoint for a slice": lambda: add_snapshots(store[:2], [saved]),
     "another period": lambda: trajectory(store, model, queries, [3], per="batch"),
     "ids that are no numbers": lambda: trajectory(store, model, queries, [1.7]),
     "another kind of visits": lambda: InfluenceFunction(rows="last"),
@@ -77,6 +92,18 @@ EXPECTED = {
     "several runs for one": "`run` is a `list`; expected the folder of a recorded run",
     "no self-influence": "expected an object such as `TracIn()` or `InfluenceFunction()`",
     "another mode": "`mode` is 'training'; expected one of 'eval', 'train'",
+    "another storage": "`storage` is 'bf16'; expected one of 'as computed', 'float16'",
+    "a store of no size": "`segment_bytes` is 0; expected a whole number of 1 or more",
+    "a store of no time": "`segment_seconds` is -1; expected a finite number of 0 or more",
+    "a store at no path": "`path` is 3; expected that of a folder",
+    "a sketch of no length": "`dimension` is 0; expected a whole number of 1 or more",
+    "a side of no length": "`width` is -1; expected a whole number of 1 or more",
+    "a length in words": "`dimension` is 'large'; expected a whole number",
+    "a seed in words": "`seed` is 'x'; expected a whole number of 0 or more",
+    "the order of nothing": "`run` is a `int`; expected the folder of a recorded run",
+    "one checkpoint": "`checkpoints` is one path, 'last.ckpt'; expected a list of them",
+    "weights for a checkpoint": "is no checkpoint of a trainer: expected `state_dict`",
+    "a checkpoint for a slice": "`run` is StoreSlice(2 steps); expected the whole of a run",
     "another mode of queries": "`mode` is 'trian'; expected one of 'eval', 'train'",
     "queries at no step": "`at` is 99, and `like` has 6 steps; expected the place of one",
     "queries at half a step": "`at` is 1.5, and `like` has 6 steps; expected the place of one",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tda_lightning.arguments import require_choice, require_not_negative, require_whole
 from tda_lightning.recipe import Recipe
 from tda_lightning.step import Audit, Preconditioner, Step, StepFacts
 from tda_lightning.stores import folder
@@ -49,6 +51,9 @@ class HDF5Store(WritableStore):
             in double precision.
         segment_bytes: Seal when the buffered rows take this much memory.
         segment_seconds: Seal when the oldest buffered step is this old.
+
+    Raises:
+        ValueError: If an argument is none of those.
     """
 
     def __init__(
@@ -59,6 +64,11 @@ class HDF5Store(WritableStore):
         segment_bytes: int = 16 * 2**20,
         segment_seconds: float = 20.0,
     ) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"`path` is {path!r}; expected that of a folder, such as 'run.tda'.")
+        require_choice("storage", storage, Storage)
+        require_whole("segment_bytes", segment_bytes, least=1)
+        require_not_negative("segment_seconds", segment_seconds)
         self.path = Path(path)
         self._storage = storage
         self._segment_seconds = segment_seconds
