@@ -22,7 +22,7 @@ from tda_lightning.stores.contract import (
     same_facts,
 )
 from tda_lightning.stores.segments import OpenSegment, Segment, reading, writing
-from tda_lightning.stores.segments.stored_rows import StoredRows
+from tda_lightning.stores.segments.stored_rows import StoredRows, stamp_of
 
 
 class TestMemoryStore(StoreContract):
@@ -197,12 +197,30 @@ def test_a_segment_that_is_cut_off_while_it_is_read_is_said(tmp_path):
     filled(HDF5Store(tmp_path / "run"), make_steps(2))
     path = tmp_path / "run" / "segment-000000.h5"
     with h5py.File(path) as file:
-        rows = StoredRows.of(path, file["visits"])
+        rows = StoredRows.of(path, file["visits"], stamp_of(path))
     assert rows.read(slice(0, 3), np.ones(3)).shape == (3, 15)
     os.truncate(path, rows.offset + 2 * rows.row_bytes)
-    assert rows.read(slice(0, 2), np.ones(2)).shape == (2, 15)
-    with pytest.raises(OSError, match=r"segment-000000.h5` ends within its rows; expected"):
-        rows.read(slice(0, 3), np.ones(3))
+    with pytest.raises(OSError, match=r"segment-000000.h5` has changed since the run was opened"):
+        rows.read(slice(0, 2), np.ones(2))
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "as computed"])
+def test_a_run_that_was_resumed_meanwhile_is_to_be_opened_again(tmp_path, storage):
+    """What is in the place of an old segment has its rows elsewhere."""
+    store, steps = HDF5Store(tmp_path / "run", storage=storage), make_steps(6)
+    store.begin(RECIPE)
+    for step in steps:
+        store.append(step)
+    store.seal()
+    late = HDF5Store.open(tmp_path / "run")
+    HDF5Store(tmp_path / "run", storage=storage).resume(steps[4].index)
+    again = HDF5Store.open(tmp_path / "run")
+    assert all(map(same, again, steps[:4]))
+    assert len(again) == 4
+    with pytest.raises(OSError, match=r"has changed since the run was opened.*open the run again"):
+        late.read(1)
+    with pytest.raises(OSError, match="has changed since the run was opened"):
+        late.facts_at(1)
 
 
 def test_facts_are_known_without_reading_rows(tmp_path, monkeypatch):

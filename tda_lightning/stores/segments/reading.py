@@ -15,7 +15,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.step import Audit, ParameterGroup, Preconditioner, Step, StepFacts
-from tda_lightning.stores.segments.stored_rows import StoredRows
+from tda_lightning.stores.segments.stored_rows import (
+    Stamp,
+    StoredRows,
+    require_unchanged,
+    stamp_of,
+)
 
 _GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
 # Small enough to stay in a processor's cache, from the disk to the first product.
@@ -31,6 +36,7 @@ class Segment:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._stamp = stamp_of(path)
         with h5py.File(path, "r") as file:
             self.indices: list[int] = file["steps/index"][:].tolist()
 
@@ -41,7 +47,17 @@ class Segment:
     @cached_property
     def steps(self) -> StepColumns:
         """All that is known of the steps without their visits."""
-        return StepColumns(self.path)
+        found = StepColumns(self.path, self._stamp)
+        self.require_unchanged()
+        return found
+
+    def require_unchanged(self) -> None:
+        """Raise if another file has taken its place.
+
+        Raises:
+            OSError: Saying so.
+        """
+        require_unchanged(self.path, self._stamp, stamp_of(self.path))
 
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the ids of the samples in this segment, sorted."""
@@ -55,9 +71,10 @@ class StepColumns:
 
     Args:
         path: The file.
+        stamp: What it had when the run was opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stamp: Stamp) -> None:
         with h5py.File(path, "r") as file:
             steps = file["steps"]
             self._index = steps["index"][:].tolist()
@@ -68,8 +85,8 @@ class StepColumns:
             self.preconditioners = _read_preconditioners(file["preconditioners"])
             self.offset: list[int] = steps["offset"][:].tolist()
             self.curvature_offset: list[int] = file["curvature/offset"][:].tolist()
-            self.sketch = StoredRows.of(path, file["visits"])
-            self.curvature_rows = StoredRows.of(path, file["curvature"])
+            self.sketch = StoredRows.of(path, file["visits"], stamp)
+            self.curvature_rows = StoredRows.of(path, file["curvature"], stamp)
 
     def preconditioner(self, place: int) -> Preconditioner | None:
         """Return the last one that began at this place or before it, in this segment."""
@@ -106,6 +123,7 @@ class OpenSegment:
             visits = {name: file["visits"][name][:] for name in _COLUMNS}
             self._scales = file["visits/scale"][:]
             self._curvature_scales = file["curvature/scale"][:]
+        segment.require_unchanged()
         offset = self._columns.offset
         self._visits = {name: torch.from_numpy(values) for name, values in visits.items()}
         self._known = {name: _known(values, offset) for name, values in visits.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.stores.encoding import Storage, decode
+
+Stamp = tuple[int, int]
+
+
+def stamp_of(file: Path | int) -> Stamp:
+    """Return what changes if a file, or what is open as one, is not what it was."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
+
+
+def require_unchanged(path: Path, expected: Stamp, found: Stamp) -> None:
+    """Raise if a sealed file has become another.
+
+    Raises:
+        OSError: Saying what may have happened, and what to do.
+    """
+    if found != expected:
+        raise _changed(path)
+
+
+def _changed(path: Path) -> OSError:
+    return OSError(
+        f"`{path}` has changed since the run was opened; expected a sealed segment, which never "
+        "does. If training was resumed meanwhile, open the run again; else restore the file."
+    )
 
 
 @dataclass(frozen=True)
@@ -25,6 +51,7 @@ class StoredRows:
         width: Length of a row.
         offset: The first byte in the file; ``None`` where only HDF5 knows its way, as it does in a
             file that was packed anew by somebody.
+        stamp: The file's, when this was found out.
     """
 
     path: Path
@@ -33,10 +60,11 @@ class StoredRows:
     dtype: np.dtype
     width: int
     offset: int | None
+    stamp: Stamp
 
     @classmethod
-    def of(cls, path: Path, group: h5py.Group) -> StoredRows:
-        """Find the rows of a group."""
+    def of(cls, path: Path, group: h5py.Group, stamp: Stamp) -> StoredRows:
+        """Find the rows of a group of a file that had a stamp."""
         dataset = group["sketch"]
         return cls(
             path=path,
@@ -45,6 +73,7 @@ class StoredRows:
             dtype=dataset.dtype,
             width=dataset.shape[1],
             offset=dataset.id.get_offset(),
+            stamp=stamp,
         )
 
     @property
@@ -60,13 +89,14 @@ class StoredRows:
             scales: What to multiply each with.
 
         Raises:
-            OSError: If the file ends before them.
+            OSError: If the file is not what it was.
         """
         return decode(self._stored(span), scales, self.storage)
 
     def _stored(self, span: slice) -> np.ndarray:
         count = span.stop - span.start
         if count and self.offset is None:
+            require_unchanged(self.path, self.stamp, stamp_of(self.path))
             with h5py.File(self.path, "r") as file:
                 found: np.ndarray = file[self.name][span]
             return found
@@ -74,10 +104,12 @@ class StoredRows:
         rows = np.empty((count, self.width), self.dtype)
         left = rows.data.cast("B") if count else memoryview(b"")
         with self.path.open("rb", buffering=0) as file:
+            # What was put in its place would have other bytes there.
+            require_unchanged(self.path, self.stamp, stamp_of(file.fileno()))
             file.seek((self.offset or 0) + span.start * self.row_bytes)
             while left:
                 read = file.readinto(left)
-                if not read:
-                    raise OSError(f"`{self.path}` ends within its rows; expected a whole segment.")
+                if not read:  # It was cut off at this moment.
+                    raise _changed(self.path)
                 left = left[read:]
         return rows
