@@ -61,9 +61,9 @@ class Projector(ABC):
         return self
 
     def to_dict(self) -> dict[str, str | int]:
-        """Return the class name and the arguments, for a recipe."""
-        arguments = {name: int(value) for name, value in asdict(self).items()}
-        return {"name": type(self).__name__, **arguments}
+        """Return the class name and the arguments but those left open, for a recipe."""
+        given = {name: int(value) for name, value in asdict(self).items() if value is not None}
+        return {"name": type(self).__name__, **given}
 
     @abstractmethod
     def _block_map(self, block: Block) -> BlockMap: ...

@@ -70,8 +70,11 @@ def attributed(method):
     return ask
 
 
-def best_only(run):
-    top_scores(run, torch.ones(N_QUERY, K), TracIn(), 3, at_once=29, progress=False)
+def best_only(method):
+    def ask(run):
+        top_scores(run, torch.ones(N_QUERY, K), method, 3, at_once=29, progress=False)
+
+    return ask
 
 
 @pytest.mark.parametrize(
@@ -85,13 +88,17 @@ def best_only(run):
         (attributed(TRAK()), 2 * SCORES + 3 * QUERIES + 2 * SQUARE),
         (attributed(Source()), 2 * SCORES + 3 * QUERIES + 4 * SQUARE),
         (attributed(Source(segments=3)), 2 * SCORES + 3 * QUERIES + 4 * SQUARE),
-        (best_only, 2 * SCORES * 29 / N_QUERY + 2 * QUERIES),
+        (best_only(TracIn()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES),
+        (best_only(InfluenceFunction()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 3 * SQUARE),
+        (best_only(Source()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 7 * SQUARE),
+        (best_only(Source(segments=30)), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 4 * SQUARE),
         (lambda run: TracIn().self_influence(run, progress=False), QUERIES),
         (lambda run: embed(run, progress=False), 2 * 4 * N_TRAIN * K + 3 * SQUARE),
     ],
     ids=[
         *("TracIn", "GradientSimilarity", "Unrolled", "Unrolled, linear", "InfluenceFunction"),
-        *("TRAK", "Source", "Source, three segments", "the best only", "self-influence", "embed"),
+        *("TRAK", "Source", "Source, three segments", "the best only", "the best, influence"),
+        *("the best, Source", "the best, thirty segments", "self-influence", "embed"),
     ],
 )
 def test_memory_is_what_is_stated_and_does_not_grow_with_steps(runs, ask, stated):

@@ -178,3 +178,9 @@ def test_a_recipe_rebuilds_its_projector(projector):
 def test_an_unknown_projector_is_named():
     with pytest.raises(ValueError, match="sketched by a `Fourier`"):
         projector_from_dict({"name": "Fourier", "dimension": 3})
+
+
+def test_a_projector_whose_width_is_open_is_rebuilt_with_it_open():
+    assert projector_from_dict(KroneckerCountSketch(dimension=7).to_dict()) == KroneckerCountSketch(
+        7
+    )

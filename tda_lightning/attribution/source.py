@@ -40,6 +40,8 @@ from tda_lightning.stores import Store
 
 # As many as in the paper.
 _SEGMENTS = 3
+# So many are averaged once for many queries; more would take memory that nothing bounds.
+_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Source(Attributor):
     r"""Unrolled differentiation of averaged segments.
 
     It costs two passes, an eigendecomposition of a :math:`k \times k` matrix per segment, and the
-    memory of four such matrices.
+    memory of four such matrices; asked about many queries some at a time, of one for each of up to
+    eight segments besides.
 
     Attributes:
         segments: How many segments to cut the run into, of equal length; ``None`` for three, or one
@@ -89,7 +92,9 @@ class Source(Attributor):
                 yield step, direction
 
     def settled(self, run: Store, like: Tensor) -> Source:
-        """Return a method that has averaged all segments, with the memory of a matrix for each."""
+        """Return a method that has averaged all segments, if they are few: each takes a matrix."""
+        if len(_cut(run, self.segments)) > _KEPT:
+            return self
         return replace(self, _averaged=tuple(self._segments_back(run)))
 
     def _segments_back(self, run: Store) -> Iterator[_Segment]:

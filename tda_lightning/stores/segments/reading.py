@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from tda_lightning.stores.segments.stored_rows import (
     require_unchanged,
     stamp_of,
 )
+from tda_lightning.stores.segments.writing import GROUP_FIELDS
 
-_GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
 # Small enough to stay in a processor's cache, from the disk to the first product.
 _BLOCK_BYTES = 2**20
 
@@ -80,7 +79,7 @@ class StepColumns:
             self._index = steps["index"][:].tolist()
             self._epoch = steps["epoch"][:].tolist()
             self._optimizer, self._loss = _words(steps, "optimizer"), _words(steps, "loss")
-            self._hyper = np.stack([_hyper(steps, name) for name in _GROUP_FIELDS], -1)
+            self._hyper = np.stack([_hyper(steps, name) for name in GROUP_FIELDS], -1)
             self.audits = _read_audits(file["audits"])
             self.preconditioners = _read_preconditioners(file["preconditioners"])
             self.offset: list[int] = steps["offset"][:].tolist()

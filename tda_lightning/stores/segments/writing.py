@@ -15,7 +15,7 @@ from tda_lightning.step import ParameterGroup, Step
 from tda_lightning.stores.durable import make_durable, partial_name
 from tda_lightning.stores.encoding import Storage, encode
 
-_GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
+GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
 
 
 def write_segment(path: Path, steps: Sequence[Step], storage: Storage) -> None:
@@ -54,7 +54,7 @@ def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
     counts = [len(step.sample_ids) for step in steps]
     group["offset"] = np.cumsum([0, *counts], dtype=np.int64)
     hyper = np.array([[astuple(one) for one in step.groups] for step in steps], dtype=np.float64)
-    for number, name in enumerate(_GROUP_FIELDS):
+    for number, name in enumerate(GROUP_FIELDS):
         group[name] = hyper[:, :, number]
 
 
