@@ -91,14 +91,14 @@ def best_only(method):
         (best_only(TracIn()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES),
         (best_only(InfluenceFunction()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 3 * SQUARE),
         (best_only(Source()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 7 * SQUARE),
-        (best_only(Source(segments=30)), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 4 * SQUARE),
+        (best_only(Source(segments=9)), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 4 * SQUARE),
         (lambda run: TracIn().self_influence(run, progress=False), QUERIES),
         (lambda run: embed(run, progress=False), 2 * 4 * N_TRAIN * K + 3 * SQUARE),
     ],
     ids=[
         *("TracIn", "GradientSimilarity", "Unrolled", "Unrolled, linear", "InfluenceFunction"),
         *("TRAK", "Source", "Source, three segments", "the best only", "the best, influence"),
-        *("the best, Source", "the best, thirty segments", "self-influence", "embed"),
+        *("the best, Source", "the best, nine segments", "self-influence", "embed"),
     ],
 )
 def test_memory_is_what_is_stated_and_does_not_grow_with_steps(runs, ask, stated):
