@@ -196,7 +196,7 @@ def train(optimizer, *callbacks, workers=0, model=Busy, **settings):
         ({"precision": "bf16-true", "model": lambda o: Plain(mlp(), optimizer=o)}, "eval"),
         ({"max_steps": 3}, "eval"),
     ],
-    ids=str,
+    ids=lambda case: case if isinstance(case, str) else ", ".join(case) or "defaults",
 )
 def test_training_is_bit_identical_with_the_tracker(settings, mode, tmp_path):
     def adamw(parameters):

@@ -1,0 +1,105 @@
+"""A run that version 0.1.0 recorded opens, answers and resumes.
+
+The folder ``recorded_by_0_1`` holds what it wrote: a run of 9 steps with snapshots and rows of
+sampled labels, the checkpoint after step 6, the final weights, and its answers.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning_models import Plain, loader, quiet_trainer, vectors
+from torch import nn
+
+from tda_lightning import (
+    TRAK,
+    GradientRecorder,
+    GradientSimilarity,
+    HDF5Store,
+    InfluenceFunction,
+    KroneckerCountSketch,
+    Source,
+    TracIn,
+    Unrolled,
+    attribute,
+    self_influence,
+)
+
+RECORDED = Path(__file__).parent / "recorded_by_0_1"
+METHODS = [TracIn(), Unrolled(), InfluenceFunction(), TRAK(), Source(), GradientSimilarity()]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A copy of the recorded folder, with the working directory in it: paths were relative."""
+    shutil.copytree(RECORDED, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def model():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 3))
+    return Plain(net, optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
+
+
+def trained_model(folder):
+    trained = model()
+    trained.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+    return trained
+
+
+def assert_near(ours, theirs):
+    """Compare float32 answers of two builds: each is a sum over a few thousand products."""
+    scale = np.abs(theirs).max()
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_an_earlier_run_opens_whole(folder):
+    run = HDF5Store.open("run")
+    assert [step.index for step in run] == list(range(9))
+    assert run.snapshots() == [0, 4, 8]
+    assert run.train_ids().tolist() == list(range(13))
+    assert all(step.curvature_rows is not None for step in run)
+    assert len(run.audits()) == 3
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_an_earlier_run_gives_the_answers_it_gave(folder, method):
+    scores = attribute("run", trained_model(folder), vectors()[:3], method=method, progress=False)
+    assert_near(scores.values, np.load("answers.npz")[type(method).__name__])
+
+
+def test_an_earlier_run_answers_at_its_snapshots(folder):
+    scores = attribute(
+        "run", trained_model(folder), vectors()[:3], method=TracIn(), at="snapshots", progress=False
+    )
+    assert_near(scores.values, np.load("answers.npz")["at snapshots"])
+
+
+def test_an_earlier_run_gives_its_self_influence(folder):
+    assert_near(
+        self_influence("run", progress=False).values, np.load("answers.npz")["self-influence"]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
+def test_an_earlier_run_resumes_from_its_checkpoint(folder):
+    earlier = [step.sketch for step in HDF5Store.open("run")]
+    recorder = GradientRecorder(
+        "run",
+        projector=KroneckerCountSketch(dimension=32),
+        curvature="fisher",
+        snapshots=4,
+        audit=3,
+    )
+    trainer = quiet_trainer(recorder, max_epochs=3)
+
+    trainer.fit(model(), loader(vectors(), shuffle=False), ckpt_path="step=6.ckpt")
+    resumed = HDF5Store.open("run")
+    assert [step.index for step in resumed] == list(range(9))
+    for position, sketch in enumerate(earlier):
+        assert_near(resumed[position].sketch, sketch.numpy())
