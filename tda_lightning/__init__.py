@@ -1,38 +1,41 @@
 """Training data attribution for PyTorch Lightning: which samples made the model do that."""
 
 # Record
-from tda_lightning.anew import record
 from tda_lightning.callbacks import ContributionTracker, GradientRecorder
-from tda_lightning.layers import layer_rule
-from tda_lightning.projectors import (
+from tda_lightning.gradients.layers import layer_rule
+from tda_lightning.gradients.sketching.projectors import (
     CountSketch,
     DenseProjection,
     Identity,
     Kronecker,
     KroneckerCountSketch,
 )
-from tda_lightning.snapshots import add_snapshots
+from tda_lightning.passes.training_data import record
+from tda_lightning.stores.snapshots import add_snapshots
 
 # Ask
 from tda_lightning.api import attribute, self_influence, top_attributions, trajectory  # isort: skip
-from tda_lightning.by_features import attribute_by_features, representers  # isort: skip
-from tda_lightning.by_gradients import attribute_by_gradients  # isort: skip
-from tda_lightning.attribution import (  # isort: skip
+from tda_lightning.features.attribute import attribute_by_features, representers  # isort: skip
+from tda_lightning.full_influence.attribute import attribute_by_gradients  # isort: skip
+from tda_lightning.attribution import (
     TRAK,
     Embedding,
-    FeatureSimilarity,
     GradientSimilarity,
     InfluenceFunction,
-    LocalJacobianExpansion,
-    RepresenterPoint,
-    Representers,
     Source,
     TracIn,
     Trajectory,
     Unrolled,
     embed,
-)
-from tda_lightning.parameter_space import (  # isort: skip
+)  # isort: skip
+from tda_lightning.features import (
+    FeatureSimilarity,
+    LocalJacobianExpansion,
+    RepresenterPoint,
+    Representers,
+)  # isort: skip
+
+from tda_lightning.full_influence import (  # isort: skip
     EKFAC,
     ConjugateGradient,
     FullInfluenceFunction,
@@ -42,15 +45,15 @@ from tda_lightning.parameter_space import (  # isort: skip
     Neumann,
     Woodbury,
 )
-from tda_lightning.queries import record_queries  # isort: skip
-from tda_lightning.targets import LogProbability, Logit, Loss, Margin  # isort: skip
-from tda_lightning.contributions import Contributions  # isort: skip
-from tda_lightning.scores import Ranking, SampleScores, Scores, TopScores  # isort: skip
+from tda_lightning.passes.queries import record_queries  # isort: skip
+from tda_lightning.passes.targets import LogProbability, Logit, Loss, Margin  # isort: skip
+from tda_lightning.results.contributions import Contributions  # isort: skip
+from tda_lightning.results.scores import Ranking, SampleScores, Scores, TopScores  # isort: skip
 
 # Look inside
-from tda_lightning.order import DataOrder, data_order  # isort: skip
+from tda_lightning.stores.data_order import DataOrder, data_order  # isort: skip
 from tda_lightning.stores import HDF5Store, MemoryStore, Store  # isort: skip
-from tda_lightning.step import Step  # isort: skip
+from tda_lightning.stores.step import Step  # isort: skip
 
 __all__ = [
     "EKFAC",

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from tda_lightning.arguments import require_choice, require_kind, require_whole
 from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Trajectory, Unrolled
-from tda_lightning.attribution.top import top_scores
+from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.attribution.trajectory import Period, chosen_ids, contributions
-from tda_lightning.batches import kept_batches
-from tda_lightning.queries import record_queries
-from tda_lightning.scores import SampleScores, Scores, TopScores, require_rank
-from tda_lightning.snapshots import Moment, describe_weights, method_at, rows_at
+from tda_lightning.passes.batches import kept_batches
+from tda_lightning.passes.model_state import Mode
+from tda_lightning.passes.queries import record_queries
+from tda_lightning.passes.targets import Loss, Target, name_of
+from tda_lightning.results.scores import SampleScores, Scores, TopScores, require_rank
 from tda_lightning.stores import Store, opened
-from tda_lightning.targets import Loss, Target, name_of
-from tda_lightning.undisturbed import Mode
+from tda_lightning.stores.snapshots import Moment, describe_weights, method_at, rows_at
 
 Run = str | os.PathLike[str] | Store
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from tda_lightning.order import data_order
-from tda_lightning.recipe import Recipe
 from tda_lightning.stores import HDF5Store
+from tda_lightning.stores.data_order import data_order
+from tda_lightning.stores.recipe import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

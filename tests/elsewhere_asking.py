@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 import tda_lightning as tda
 from tda_lightning.attribution import Linear, LossWeighted, Mixed
-from tda_lightning.features import query_points
+from tda_lightning.features.extraction import query_points
 
 
 class Branches(nn.Module):

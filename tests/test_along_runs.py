@@ -15,9 +15,9 @@ from tda_lightning import (
     Woodbury,
     attribute_by_gradients,
 )
-from tda_lightning.layers import survey
-from tda_lightning.undisturbed import undisturbed
-from tda_lightning.whole_gradients import WholeGradients, whole_recipe
+from tda_lightning.full_influence.full_gradients import WholeGradients, whole_recipe
+from tda_lightning.gradients.layers import survey
+from tda_lightning.passes.model_state import undisturbed
 
 X, Y = vectors(11 + 3)[:]
 DATA = TensorDataset(X[:11].double(), Y[:11])

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, Identity, MemoryStore
-from tda_lightning.layers import survey
+from tda_lightning.gradients.layers import survey
 
 N, T, S, E = 5, 7, 3, 6
 

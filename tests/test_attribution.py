@@ -16,8 +16,8 @@ from tda_lightning import (
     TracIn,
     Unrolled,
 )
-from tda_lightning.recipe import Recipe
-from tda_lightning.step import ParameterGroup
+from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.step import ParameterGroup
 
 K, N_TRAIN, N_QUERY = 11, 13, 3
 

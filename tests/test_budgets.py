@@ -14,9 +14,9 @@ from test_sample_ids import Telling
 from torch.utils.data import DataLoader
 
 from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore, TracIn, attribute
-from tda_lightning.callbacks.pace import Pace
-from tda_lightning.factors import Dense, GradientFactors, WithOnes
-from tda_lightning.layers import layer_rule
+from tda_lightning.gradients.factors import Dense, GradientFactors, WithOnes
+from tda_lightning.gradients.layers import layer_rule
+from tda_lightning.recording.timing import Pace
 from tda_lightning.stores.contract import same
 
 pytestmark = [

@@ -17,7 +17,7 @@ from tda_lightning import (
     KroneckerCountSketch,
     MemoryStore,
 )
-from tda_lightning.layers import survey
+from tda_lightning.gradients.layers import survey
 
 
 class AppliedDiary(Diary):

@@ -8,9 +8,9 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, Identity, MemoryStore, TracIn, attribute
-from tda_lightning.coordinates import rank_one
-from tda_lightning.layers import survey
-from tda_lightning.queries import record_queries
+from tda_lightning.gradients.layers import survey
+from tda_lightning.passes.queries import record_queries
+from tda_lightning.recording.preconditioning import rank_one
 
 ADAPTIVE = {
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01),

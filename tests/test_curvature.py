@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from tda_lightning.attribution.curvature import (
+from tda_lightning.attribution.dynamics.curvature import (
     BestAvailable,
     EmpiricalFisher,
     LossWeighted,

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore
 from tda_lightning import record as record_data
-from tda_lightning.queries import record_queries
+from tda_lightning.passes.queries import record_queries
 
 N = 13
 

@@ -11,7 +11,7 @@ import torch
 from lightning_models import Plain, mlp, vectors
 
 from tda_lightning import HDF5Store, TracIn, attribute
-from tda_lightning.queries import record_queries
+from tda_lightning.passes.queries import record_queries
 
 TESTS = Path(__file__).parent
 

@@ -9,7 +9,7 @@ from test_dynamics import METHODS, plain_run, record, scores
 from torch.optim import SGD
 
 from tda_lightning import ContributionTracker, GradientRecorder, MemoryStore
-from tda_lightning.attribution.dynamics import has_plain_rates
+from tda_lightning.attribution.dynamics.optimizer import has_plain_rates
 
 
 class Homemade(torch.optim.AdamW):

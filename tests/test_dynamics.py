@@ -14,9 +14,9 @@ from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, Identity, MemoryStore, Source, Unrolled, attribute
-from tda_lightning.attribution.dynamics import Dynamics, Extent
-from tda_lightning.layers import survey
-from tda_lightning.queries import record_queries
+from tda_lightning.attribution.dynamics.optimizer import Dynamics, Extent
+from tda_lightning.gradients.layers import survey
+from tda_lightning.passes.queries import record_queries
 
 METHODS = pytest.mark.parametrize("method", [Unrolled(), Source(2)], ids=["unrolled", "source"])
 HAS_DECOUPLED = "decoupled_weight_decay" in torch.optim.Adam([torch.zeros(1)]).defaults

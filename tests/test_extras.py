@@ -5,14 +5,14 @@ import sys
 import pytest
 from lightning_models import Plain, loader, mlp, vectors
 
-import tda_lightning.parameter_space
+import tda_lightning.full_influence
 from tda_lightning import ConjugateGradient, FullInfluenceFunction, attribute_by_gradients
 
 
 def test_solvers_name_the_extra_that_they_need_and_the_default_needs_none(monkeypatch):
-    name = "tda_lightning.parameter_space.operators"
+    name = "tda_lightning.full_influence.curvlinops_bindings"
     monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr(tda_lightning.parameter_space, "operators", raising=False)
+    monkeypatch.delattr(tda_lightning.full_influence, "operators", raising=False)
     monkeypatch.setitem(sys.modules, "curvlinops", None)
     data, method = vectors(), FullInfluenceFunction(ConjugateGradient())
     with pytest.raises(ImportError, match=r"curvlinops.*pip install 'tda_lightning\[solvers\]'"):

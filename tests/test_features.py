@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import Subset, TensorDataset, WeightedRandomSampler
 
 from tda_lightning import FeatureSimilarity, attribute_by_features
-from tda_lightning.features import query_points, train_points
+from tda_lightning.features.extraction import query_points, train_points
 
 
 def network():

@@ -27,12 +27,12 @@ from tda_lightning import (
     record,
 )
 from tda_lightning.attribution import SampledLabels, damping_of
-from tda_lightning.layers import survey
-from tda_lightning.parameter_space import Objective
-from tda_lightning.parameter_space.objective import columns_of, parameters_of
-from tda_lightning.queries import query_rows
-from tda_lightning.recipe import Recipe
-from tda_lightning.undisturbed import undisturbed
+from tda_lightning.full_influence import Objective
+from tda_lightning.full_influence.objective import columns_of, parameters_of
+from tda_lightning.gradients.layers import survey
+from tda_lightning.passes.model_state import undisturbed
+from tda_lightning.passes.queries import query_rows
+from tda_lightning.stores.recipe import Recipe
 
 pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
 # What the dense references make torch say of its own forward mode.

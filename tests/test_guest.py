@@ -11,7 +11,7 @@ from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
 from torch.utils.data import WeightedRandomSampler
 
 from tda_lightning import CountSketch, GradientRecorder, MemoryStore
-from tda_lightning.step import ParameterGroup
+from tda_lightning.stores.step import ParameterGroup
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),

@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from tda_lightning import EKFAC, ConjugateGradient, FullInfluenceFunction, GaussNewton, Hessian
-from tda_lightning.parameter_space import Objective
-from tda_lightning.undisturbed import undisturbed
+from tda_lightning.full_influence import Objective
+from tda_lightning.passes.model_state import undisturbed
 
 pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from tda_lightning import LocalJacobianExpansion, RepresenterPoint, representers
-from tda_lightning.attribution.head_losses import SoftmaxLoss, SquaredLoss, loss_of_head
-from tda_lightning.features import query_points, train_points
+from tda_lightning.features.extraction import query_points, train_points
+from tda_lightning.features.losses import SoftmaxLoss, SquaredLoss, loss_of_head
 
 N, CLASSES = 17, 3
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0]).double()

@@ -20,9 +20,9 @@ from tda_lightning import (
     Woodbury,
     attribute_by_gradients,
 )
-from tda_lightning.parameter_space import ModelCurvature, Objective
-from tda_lightning.parameter_space.woodbury import Kept
-from tda_lightning.undisturbed import undisturbed
+from tda_lightning.full_influence import ModelCurvature, Objective
+from tda_lightning.full_influence.woodbury import Kept
+from tda_lightning.passes.model_state import undisturbed
 
 pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -9,7 +9,7 @@ from torch.optim import SGD
 
 from tda_lightning import InfluenceFunction, MemoryStore
 from tda_lightning.attribution import BestAvailable, EmpiricalFisher, SampledLabels, damping_of
-from tda_lightning.step import Preconditioner
+from tda_lightning.stores.step import Preconditioner
 
 EXACT = InfluenceFunction(SampledLabels(), damping=0.0, rows="last visit")
 CONVERGED = ls.everything(ls.problem(steps=400))

@@ -177,12 +177,12 @@ def test_a_full_disk_stops_the_recording_and_never_the_training(tmp_path, reques
 
 
 def test_errors_of_writing_are_said_once(tmp_path, monkeypatch):
-    from tda_lightning.stores.segments import writing
+    from tda_lightning.stores.hdf5 import segment_writer
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "_fill", full)
+    monkeypatch.setattr(segment_writer, "_fill", full)
     store = HDF5Store(tmp_path / "run", segment_bytes=2_000)
     with pytest.warns(UserWarning, match="No space left on device") as said:
         quiet_trainer(GradientRecorder(store)).fit(Plain(mlp()), loader(Telling()))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tda_lightning.linalg import damped_root, unit_rows
+from tda_lightning.attribution.linalg import damped_root, unit_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -7,7 +7,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tda_lightning.losses import LossSummary, find_losses, sampled_gradients, term_weights
+from tda_lightning.gradients.losses import LossSummary, find_losses, sampled_gradients, term_weights
 
 N, C, T = 5, 3, 7
 

@@ -16,10 +16,10 @@ from tda_lightning import (
     embed,
 )
 from tda_lightning.attribution import Linear
-from tda_lightning.attribution.top import top_scores
-from tda_lightning.recipe import Recipe
-from tda_lightning.step import ParameterGroup
-from tda_lightning.stores.segments import reading
+from tda_lightning.attribution.top_scores import top_scores
+from tda_lightning.stores.hdf5 import segment_reader
+from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.step import ParameterGroup
 
 N_TRAIN, N_QUERY, K, BATCH = 503, 101, 307, 37
 SCORES, SQUARE, QUERIES = 4 * N_TRAIN * N_QUERY, 4 * K * K, 4 * N_QUERY * K
@@ -59,7 +59,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(reading, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(segment_reader, "_BLOCK_BYTES", 1)
 
 
 def attributed(method):

@@ -10,7 +10,7 @@ from tda_lightning import (
     Kronecker,
     KroneckerCountSketch,
 )
-from tda_lightning.factors import (
+from tda_lightning.gradients.factors import (
     Dense,
     GradientFactors,
     GroupedDense,
@@ -18,8 +18,8 @@ from tda_lightning.factors import (
     Patches,
     WithOnes,
 )
-from tda_lightning.projectors import projector_from_dict
-from tda_lightning.recipe import Block
+from tda_lightning.gradients.sketching.projectors import projector_from_dict
+from tda_lightning.stores.recipe import Block
 
 CPU = torch.device("cpu")
 BLOCKS = (
@@ -140,7 +140,7 @@ def test_a_seed_fixes_everything_for_ever():
 
 
 def test_the_random_bits_are_the_documented_ones():
-    from tda_lightning.random_bits import buckets, signs
+    from tda_lightning.gradients.sketching.random_bits import buckets, signs
 
     # Runs recorded years ago depend on these: they must never change.
     assert signs(8, 0, "net/rows").tolist() == [-1, -1, -1, -1, 1, 1, 1, -1]

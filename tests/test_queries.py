@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 from torchmetrics.classification import MulticlassAccuracy
 
 from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore, Unrolled, attribute
-from tda_lightning.queries import record_queries
+from tda_lightning.passes.queries import record_queries
 
 
 def record(model, **settings):

@@ -16,7 +16,7 @@ from tda_lightning import (
     attribute_by_features,
     representers,
 )
-from tda_lightning.features import query_points, train_points
+from tda_lightning.features.extraction import query_points, train_points
 
 N, CLASSES = 29, 3
 QUERIES = slice(29, 34)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, Identity, MemoryStore
-from tda_lightning.layers import survey
-from tda_lightning.queries import record_queries
+from tda_lightning.gradients.layers import survey
+from tda_lightning.passes.queries import record_queries
 
 
 class Twice(nn.Module):

@@ -24,7 +24,7 @@ from tda_lightning import (
     top_attributions,
     trajectory,
 )
-from tda_lightning.queries import record_queries
+from tda_lightning.passes.queries import record_queries
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),

@@ -21,8 +21,8 @@ from tda_lightning.stores.contract import (
     same,
     same_facts,
 )
-from tda_lightning.stores.segments import OpenSegment, Segment, reading, writing
-from tda_lightning.stores.segments.stored_rows import StoredRows, stamp_of
+from tda_lightning.stores.hdf5 import OpenSegment, Segment, segment_reader, segment_writer
+from tda_lightning.stores.hdf5.stored_rows import StoredRows, stamp_of
 
 
 class TestMemoryStore(StoreContract):
@@ -40,7 +40,7 @@ class TestSmallBlocks(StoreContract):
 
     @pytest.fixture(autouse=True)
     def _one_step_per_block(self, monkeypatch):
-        monkeypatch.setattr(reading, "_BLOCK_BYTES", 1)
+        monkeypatch.setattr(segment_reader, "_BLOCK_BYTES", 1)
 
     def make(self, folder):
         return HDF5Store(folder / "run", segment_bytes=1)
@@ -123,7 +123,7 @@ def test_half_written_segments_are_invisible(tmp_path, monkeypatch):
     def die(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing, "make_durable", die)
+    monkeypatch.setattr(segment_writer, "make_durable", die)
     store.append(make_steps(5)[4])
     with pytest.raises(KeyboardInterrupt):
         store.seal()
@@ -140,7 +140,7 @@ def test_a_killed_beginning_can_be_begun_again(tmp_path):
 def test_blocks_cover_every_step_once():
     offset = [0, 3, 4, 9, 9, 11]
     for visits in (1, 4, 5, 100):
-        blocks = reading.split(offset, visits)
+        blocks = segment_reader.split(offset, visits)
         assert [p for block in blocks for p in block] == [0, 1, 2, 3, 4]
         assert all(len(b) == 1 or offset[b.stop] - offset[b.start] <= visits for b in blocks)
 
@@ -169,7 +169,7 @@ def test_segments_of_older_versions_tell_less_of_their_groups(tmp_path):
 
 
 def test_several_threads_can_read_one_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "_BLOCK_BYTES", 90)
+    monkeypatch.setattr(segment_reader, "_BLOCK_BYTES", 90)
     steps = make_steps(12)
     store = filled(HDF5Store(tmp_path / "run"), steps)
 

@@ -22,7 +22,7 @@ from tda_lightning import (
     top_attributions,
     trajectory,
 )
-from tda_lightning.queries import record_queries
+from tda_lightning.passes.queries import record_queries
 
 
 class Forward(Plain):

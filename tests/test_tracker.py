@@ -27,7 +27,7 @@ from tda_lightning import (
     MemoryStore,
     TracIn,
 )
-from tda_lightning.queries import record_queries
+from tda_lightning.passes.queries import record_queries
 
 
 def double_vectors(n=13):
@@ -421,7 +421,7 @@ def test_a_training_that_is_fitted_further_goes_on(tmp_path):
 
 
 def test_large_models_are_sketched_and_that_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("tda_lightning.callbacks.followed._MOST_NUMBERS", 100)
+    monkeypatch.setattr("tda_lightning.callbacks.tracked_training._MOST_NUMBERS", 100)
     tracker = ContributionTracker(vectors()[:3], tmp_path / "probe.npz")
     with pytest.warns(UserWarning, match="estimating their products from sketches"):
         quiet_trainer(tracker).fit(Plain(mlp()), loader(vectors()))

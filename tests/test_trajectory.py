@@ -18,7 +18,7 @@ from tda_lightning import (
     Unrolled,
 )
 from tda_lightning.attribution import EmpiricalFisher
-from tda_lightning.attribution.top import top_scores
+from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.attribution.trajectory import contributions
 
 RUN = ls.record(ls.problem(steps=8), lambda p: SGD(p, lr=0.1, momentum=0.5))

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import TensorDataset
 
 from tda_lightning import TRAK, GradientRecorder, MemoryStore, Step, attribute
-from tda_lightning.recipe import Recipe
-from tda_lightning.step import ParameterGroup
+from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.step import ParameterGroup
 
 N_TRAIN, D, CLASSES, N_QUERY = 11, 3, 5, 3
 K = D * CLASSES

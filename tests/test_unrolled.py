@@ -8,16 +8,16 @@ import torch
 from torch.optim import SGD
 
 from tda_lightning import MemoryStore, TracIn, Unrolled
-from tda_lightning.attribution.curvature import (
+from tda_lightning.attribution.dynamics.curvature import (
     Curvature,
     EmpiricalFisher,
     LossWeighted,
     Mixed,
     SampledLabels,
 )
-from tda_lightning.attribution.dynamics import Dynamics
-from tda_lightning.attribution.propagator import Exponential, Linear, TamedCurvature
-from tda_lightning.step import ParameterGroup
+from tda_lightning.attribution.dynamics.optimizer import Dynamics
+from tda_lightning.attribution.dynamics.propagator import Exponential, Linear, TamedCurvature
+from tda_lightning.stores.step import ParameterGroup
 
 EXACT = Unrolled(SampledLabels(), Linear())
 

@@ -24,10 +24,10 @@ from tda_lightning import (
     attribute_by_gradients,
 )
 from tda_lightning.attribution import SampledLabels
-from tda_lightning.layers import survey
-from tda_lightning.parameter_space.woodbury import Kept
-from tda_lightning.undisturbed import undisturbed
-from tda_lightning.whole_gradients import WholeGradients, whole_recipe
+from tda_lightning.full_influence.full_gradients import WholeGradients, whole_recipe
+from tda_lightning.full_influence.woodbury import Kept
+from tda_lightning.gradients.layers import survey
+from tda_lightning.passes.model_state import undisturbed
 
 # What the dense references make torch say of its own forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -4,7 +4,7 @@ import pytest
 from unchecked import require_said
 
 CALLS = """
-from tda_lightning.features import query_points, train_points
+from tda_lightning.features.extraction import query_points, train_points
 
 points = train_points(model, batches, progress=False)
 heads = query_points(model, queries, reads="head", progress=False)

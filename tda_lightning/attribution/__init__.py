@@ -1,7 +1,7 @@
 """Attribution methods: one method, one file that reads like its paper."""
 
 from tda_lightning.attribution.attributor import Attributor, SelfAttributor
-from tda_lightning.attribution.curvature import (
+from tda_lightning.attribution.dynamics.curvature import (
     BestAvailable,
     Curvature,
     EmpiricalFisher,
@@ -10,14 +10,10 @@ from tda_lightning.attribution.curvature import (
     SampledLabels,
     SampledOrEmpirical,
 )
+from tda_lightning.attribution.dynamics.propagator import Exponential, Linear, Propagator
 from tda_lightning.attribution.embedding import Embedding, embed
-from tda_lightning.attribution.feature_similarity import FeatureSimilarity
+from tda_lightning.attribution.gradient_similarity import GradientSimilarity
 from tda_lightning.attribution.influence import InfluenceFunction, damping_of
-from tda_lightning.attribution.jacobian_expansion import LocalJacobianExpansion
-from tda_lightning.attribution.point_methods import PointAttributor
-from tda_lightning.attribution.propagator import Exponential, Linear, Propagator
-from tda_lightning.attribution.representer import RepresenterPoint, Representers
-from tda_lightning.attribution.similarity import GradientSimilarity
 from tda_lightning.attribution.source import Source
 from tda_lightning.attribution.tracin import TracIn
 from tda_lightning.attribution.trajectory import Trajectory
@@ -32,17 +28,12 @@ __all__ = [
     "Embedding",
     "EmpiricalFisher",
     "Exponential",
-    "FeatureSimilarity",
     "GradientSimilarity",
     "InfluenceFunction",
     "Linear",
-    "LocalJacobianExpansion",
     "LossWeighted",
     "Mixed",
-    "PointAttributor",
     "Propagator",
-    "RepresenterPoint",
-    "Representers",
     "SampledLabels",
     "SampledOrEmpirical",
     "SelfAttributor",

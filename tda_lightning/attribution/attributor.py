@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tda_lightning.attribution.moved import MovedRun
-from tda_lightning.scores import SampleScores, Scores
-from tda_lightning.step import Step
+from tda_lightning.attribution.device_view import MovedRun
+from tda_lightning.results.scores import SampleScores, Scores
 from tda_lightning.stores import Store
+from tda_lightning.stores.step import Step
 
 
 class Attributor(ABC):

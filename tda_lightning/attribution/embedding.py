@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.archives import load_arrays, save_arrays
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.unrolled import Unrolled
-from tda_lightning.scores import Scores
+from tda_lightning.results.npz import load_arrays, save_arrays
+from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store, opened
 
 

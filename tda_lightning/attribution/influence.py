@@ -27,18 +27,22 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_kind, require_not_negative
 from tda_lightning.attribution.attributor import SelfAttributor
-from tda_lightning.attribution.curvature import Curvature, SampledOrEmpirical, objective_curvature
-from tda_lightning.attribution.dynamics import (
+from tda_lightning.attribution.device_view import MovedRun
+from tda_lightning.attribution.dynamics.curvature import (
+    Curvature,
+    SampledOrEmpirical,
+    objective_curvature,
+)
+from tda_lightning.attribution.dynamics.optimizer import (
     Extent,
     has_plain_rates,
     require_training,
     warn_of_approximations,
 )
-from tda_lightning.attribution.moved import MovedRun
+from tda_lightning.attribution.linalg import damped_root
 from tda_lightning.attribution.visits import as_own_gradients, last_epoch, last_visits
-from tda_lightning.linalg import damped_root
-from tda_lightning.step import Step
 from tda_lightning.stores import Store
+from tda_lightning.stores.step import Step
 
 TIMES = 1.5
 Steps = Literal["run", "last epoch"]

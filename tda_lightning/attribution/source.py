@@ -28,15 +28,15 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_kind, require_whole
 from tda_lightning.attribution.attributor import Attributor
-from tda_lightning.attribution.curvature import BestAvailable, Curvature, applied_curvature
-from tda_lightning.attribution.dynamics import (
+from tda_lightning.attribution.dynamics.curvature import BestAvailable, Curvature, applied_curvature
+from tda_lightning.attribution.dynamics.optimizer import (
     Extent,
     require_training,
     warn_of_approximations,
 )
-from tda_lightning.attribution.propagator import Exponential, Propagator
-from tda_lightning.step import Step
+from tda_lightning.attribution.dynamics.propagator import Exponential, Propagator
 from tda_lightning.stores import Store
+from tda_lightning.stores.step import Step
 
 # As many as in the paper.
 _SEGMENTS = 3

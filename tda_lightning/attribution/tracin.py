@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.attribution.attributor import SelfAttributor
-from tda_lightning.attribution.dynamics import require_training
-from tda_lightning.linalg import squared_norms
-from tda_lightning.step import Step
+from tda_lightning.attribution.dynamics.optimizer import require_training
+from tda_lightning.attribution.linalg import squared_norms
 from tda_lightning.stores import Store
+from tda_lightning.stores.step import Step
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tda_lightning.archives import load_arrays, save_arrays
 from tda_lightning.arguments import require_choice
 from tda_lightning.attribution.attributor import Attributor, provenance_of
-from tda_lightning.attribution.moved import MovedRun
-from tda_lightning.extras import needs
+from tda_lightning.attribution.device_view import MovedRun
+from tda_lightning.results.npz import load_arrays, save_arrays
+from tda_lightning.results.optional import needs
 from tda_lightning.stores import Store
 
 if TYPE_CHECKING:

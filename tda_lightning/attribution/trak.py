@@ -22,11 +22,11 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_not_negative
 from tda_lightning.attribution.attributor import Attributor, Totals
+from tda_lightning.attribution.linalg import damped_root
 from tda_lightning.attribution.visits import as_own_gradients, last_visits
-from tda_lightning.linalg import damped_root
-from tda_lightning.scores import Scores
-from tda_lightning.step import Step
+from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
+from tda_lightning.stores.step import Step
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Hara et al. (2019), "Data Cleansing for Models Trained with SGD", algorithm 2; W
 :func:`~tda_lightning.attribution.embed` of this method. Here all of it happens in sketch space,
 where :math:`H_t` is a product of a few rows, so the pass costs little more than TracIn's and
 nothing wants tuning. For momentum, weight decay and schedules the recursion is the transpose of
-what the optimizer really did; see :mod:`tda_lightning.attribution.dynamics`.
+what the optimizer really did; see :mod:`tda_lightning.attribution.dynamics.optimizer`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_kind
 from tda_lightning.attribution.attributor import Attributor
-from tda_lightning.attribution.curvature import BestAvailable, Curvature
-from tda_lightning.attribution.dynamics import (
+from tda_lightning.attribution.dynamics.curvature import BestAvailable, Curvature
+from tda_lightning.attribution.dynamics.optimizer import (
     Dynamics,
     require_training,
     warn_of_approximations,
 )
-from tda_lightning.attribution.propagator import Exponential, Propagator, TamedCurvature
-from tda_lightning.step import Step
+from tda_lightning.attribution.dynamics.propagator import Exponential, Propagator, TamedCurvature
 from tda_lightning.stores import Store
+from tda_lightning.stores.step import Step
 
 
 @dataclass(frozen=True)

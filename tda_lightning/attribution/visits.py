@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tda_lightning.step import Step
 from tda_lightning.stores import Store
+from tda_lightning.stores.step import Step
 
 
 def as_own_gradients(step: Step) -> Step:

@@ -1,6 +1,6 @@
 """Callbacks: the only rooms that know Lightning."""
 
-from tda_lightning.callbacks.recorder import GradientRecorder
-from tda_lightning.callbacks.tracker import ContributionTracker
+from tda_lightning.callbacks.contribution_tracker import ContributionTracker
+from tda_lightning.callbacks.gradient_recorder import GradientRecorder
 
 __all__ = ["ContributionTracker", "GradientRecorder"]

@@ -8,14 +8,14 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from tda_lightning.callbacks.either import LightningModule, Trainer
-from tda_lightning.callbacks.estimate import describe_cost, stride_within
-from tda_lightning.callbacks.keeper import Keeper
-from tda_lightning.callbacks.lanes import Lanes
-from tda_lightning.callbacks.pace import Pace, Stopwatch, take_pace
-from tda_lightning.capture import aside
-from tda_lightning.recipe import Recipe
+from tda_lightning.callbacks.cost_estimate import describe_cost, stride_within
+from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.run_writer import Keeper
+from tda_lightning.gradients.capture import aside
+from tda_lightning.recording.timing import Pace, Stopwatch, take_pace
+from tda_lightning.recording.training_recorder import Lanes
 from tda_lightning.stores import WritableStore
+from tda_lightning.stores.recipe import Recipe
 
 
 class Budgets:

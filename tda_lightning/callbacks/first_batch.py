@@ -5,9 +5,9 @@ from __future__ import annotations
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from tda_lightning.callbacks.either import LightningModule
-from tda_lightning.callbacks.lanes import Lanes
-from tda_lightning.callbacks.pace import Pace, Stopwatch
+from tda_lightning.callbacks.lightning_types import LightningModule
+from tda_lightning.recording.timing import Pace, Stopwatch
+from tda_lightning.recording.training_recorder import Lanes
 
 
 class FirstBatch:

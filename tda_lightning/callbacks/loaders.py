@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tda_lightning.callbacks.either import Trainer
-from tda_lightning.callbacks.watched import watch_method
+from tda_lightning.callbacks.lightning_types import Trainer
+from tda_lightning.callbacks.method_watchers import watch_method
 
 _Watcher = Callable[[object], None]
 

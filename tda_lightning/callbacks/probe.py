@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from tda_lightning.batches import batch_size
-from tda_lightning.callbacks.either import LightningModule, Trainer
-from tda_lightning.passes import record_batch
-from tda_lightning.rows import RowRecorder
-from tda_lightning.undisturbed import Mode, same_random_numbers, undisturbed
+from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.passes.batch_rows import record_batch
+from tda_lightning.passes.batches import batch_size
+from tda_lightning.passes.model_state import Mode, same_random_numbers, undisturbed
 
 
 class Probe:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tda_lightning.callbacks.either import Trainer
-from tda_lightning.callbacks.processes import Processes
+from tda_lightning.callbacks.lightning_types import Trainer
+from tda_lightning.recording.distributed import Processes
 
 # By name, since either package has classes of its own.
 _ALONE = {"SingleDeviceStrategy"}

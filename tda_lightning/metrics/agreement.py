@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tda_lightning.metrics.checks import said
 from tda_lightning.metrics.ranks import rank_correlation
-from tda_lightning.scores import Scores
+from tda_lightning.results.scores import Scores
 
 
 def rank_agreement(one: Scores, other: Scores) -> Float64[Tensor, " n_query"]:

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tda_lightning.recipe import Block, Recipe
-from tda_lightning.step import Audit, ParameterGroup, Preconditioner, Step, StepFacts
+from tda_lightning.stores.recipe import Block, Recipe
+from tda_lightning.stores.step import Audit, ParameterGroup, Preconditioner, Step, StepFacts
 from tda_lightning.stores.store import WritableStore
 
 RECIPE = Recipe(

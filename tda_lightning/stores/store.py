@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.recipe import Recipe, ids_of
-from tda_lightning.step import Audit, Preconditioner, Step, StepFacts
-from tda_lightning.stores.snapshots import Weights, require_snapshot
+from tda_lightning.stores.hdf5.snapshot_files import Weights, require_snapshot
+from tda_lightning.stores.recipe import Recipe, ids_of
+from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 
 
 class Store(Sequence[Step], ABC):

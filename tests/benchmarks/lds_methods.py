@@ -25,8 +25,8 @@ from tda_lightning import (
     Woodbury,
 )
 from tda_lightning.attribution import Attributor, Linear, Mixed, SampledLabels
-from tda_lightning.parameter_space import Solver
-from tda_lightning.snapshots import Moment
+from tda_lightning.full_influence import Solver
+from tda_lightning.stores.snapshots import Moment
 
 MODELS_OF_TRAK = 5
 # The eigenvectors of a matrix of this size take seconds.

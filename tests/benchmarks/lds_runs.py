@@ -19,7 +19,7 @@ from tda_lightning import (
     attribute_by_gradients,
 )
 from tda_lightning.attribution import Attributor
-from tda_lightning.snapshots import Moment
+from tda_lightning.stores.snapshots import Moment
 
 SNAPSHOTS = 20
 # Of the distance that training went: rounding grows along the way.

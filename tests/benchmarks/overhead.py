@@ -46,8 +46,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import GradientRecorder, HDF5Store, KroneckerCountSketch
-from tda_lightning.recipe import Recipe
-from tda_lightning.stores.encoding import Storage
+from tda_lightning.stores.hdf5.encoding import Storage
+from tda_lightning.stores.recipe import Recipe
 
 # Of an adaptive optimizer, the first steps take their gradient twice: that happens once.
 WARM_UP = 22

@@ -23,10 +23,10 @@ from tda_lightning import (
     Kronecker,
     KroneckerCountSketch,
 )
-from tda_lightning.layers import survey
-from tda_lightning.projectors import Projector
-from tda_lightning.rows import RowRecorder
-from tda_lightning.stores.encoding import Storage, decode, encode
+from tda_lightning.gradients.layers import survey
+from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.sketching.projectors import Projector
+from tda_lightning.stores.hdf5.encoding import Storage, decode, encode
 
 BYTES = {"as computed": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 

@@ -1,0 +1,1 @@
+"""Dynamics: how an optimizer step changes the effect of earlier ones."""

@@ -1,0 +1,66 @@
+r"""Similarity in gradient space: which training samples ask for the change that the query asks for?
+
+.. math:: s(q, i) = \frac{1}{|T_i|} \sum_{t \in T_i} \cos(g_q, g_i^{(t)}), \qquad
+   T_i = \{t : i \in B_t\}
+
+Hanawa et al. (2021), "Evaluation of Similarity-based Explanations", section 2 (there at the final
+weights; here averaged over the visits of the run). Their cosine passes the tests that the inner
+product fails, which large gradients dominate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tda_lightning.arguments import require_choice
+from tda_lightning.attribution.attributor import Attributor
+from tda_lightning.attribution.linalg import unit_rows
+from tda_lightning.stores import Store
+from tda_lightning.stores.step import Step
+
+Measure = Literal["cosine", "dot"]
+
+
+@dataclass(frozen=True)
+class GradientSimilarity(Attributor):
+    """Mean over a sample's visits of the similarity between its gradient and the query's.
+
+    Attributes:
+        measure: ``"cosine"``, or ``"dot"`` for the inner product of the gradients of single losses.
+    """
+
+    measure: Measure = "cosine"
+
+    def __post_init__(self) -> None:
+        """Raise unless the measure is one of those there are."""
+        require_choice("measure", self.measure, Measure)
+
+    def directions(
+        self, run: Store, queries: Float[Tensor, "n_query k"]
+    ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
+        """Look for the query's gradient in rows that are brought to one scale."""
+        direction = unit_rows(queries) if self.measure == "cosine" else queries
+        for step in run:
+            yield replace(step, sketch=self._scaled(step)), direction
+
+    def combine(
+        self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
+    ) -> Float[Tensor, "n_train n_query"]:
+        """Average over visits; samples that were never drawn keep zero."""
+        return total.div_(visits.clamp_min(1))
+
+    def is_linear(self) -> bool:
+        """Say so of inner products; a cosine is not."""
+        return self.measure == "dot"
+
+    def _scaled(self, step: Step) -> Float[Tensor, "n k"]:
+        return (
+            unit_rows(step.sketch)
+            if self.measure == "cosine"
+            else step.sketch / step.weights[:, None]
+        )

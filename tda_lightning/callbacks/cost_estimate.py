@@ -1,0 +1,127 @@
+"""What a run will cost, said before its first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence, Sized
+
+from torch import Tensor
+
+from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.loaders import training_loaders
+from tda_lightning.stores import WritableStore
+from tda_lightning.stores.recipe import Recipe
+
+# Beside its row, a visit keeps its sample id and its scale (8 bytes each), its weight, terms and
+# curvature (4 each).
+_VISIT_BYTES = 28
+
+
+def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float, store: WritableStore) -> str:
+    """Say in one line what is recorded, and how much disk it will take.
+
+    Args:
+        trainer: The trainer.
+        recipe: How sketches will be made.
+        sampled: Share of the samples that have a row of sampled labels too.
+        store: Where they will be kept.
+    """
+    recorded = sum(block.size for block in recipe.blocks)
+    total = recorded + sum(entry.size for entry in recipe.left_out)
+    row_bytes = _visit_bytes(recipe, sampled, store)
+    visits = _expected_visits(trainer, recipe)
+    cost = "an unknown number of visits"
+    if math.isfinite(visits):
+        cost = f"about {visits:,.0f} visits, {visits * row_bytes / 2**20:,.0f} MiB in all"
+    return (
+        f"recording {recorded / total:.1%} of the trained parameters ({len(recipe.blocks)} layers) "
+        f"in {row_bytes:,} bytes a visit; {cost}."
+    )
+
+
+def describe_snapshots(
+    trainer: Trainer, model: LightningModule, chosen: int | Sequence[int]
+) -> Iterator[str]:
+    """Say in one line how much disk the snapshots will take, if there are to be any.
+
+    Args:
+        trainer: The trainer.
+        model: The model.
+        chosen: Every how many steps, 0 for never; or before which steps.
+    """
+    if not chosen:
+        return
+    steps = _expected_steps(trainer)
+    count = steps / chosen if isinstance(chosen, int) else sum(one < steps for one in chosen)
+    held = [one for one in model.state_dict().values() if isinstance(one, Tensor)]
+    each = sum(one.numel() * one.element_size() for one in held) / 2**20
+    total = "an unknown number of them"
+    if math.isfinite(count):
+        total = f"about {math.ceil(count):,} of them, {math.ceil(count) * each:,.1f} MiB"
+    yield f"snapshots of the weights take {each:,.1f} MiB each; {total}."
+
+
+def stride_within(
+    trainer: Trainer,
+    recipe: Recipe,
+    sampled: float,
+    store: WritableStore,
+    max_gb: float,
+    ranks: int,
+) -> int:
+    """Return the smallest stride with which a run will not take more than so many gigabytes.
+
+    Args:
+        trainer: The trainer.
+        recipe: How sketches will be made, with the smallest stride that is wanted.
+        sampled: Share of the samples that have a row of sampled labels too.
+        store: Where they will be kept.
+        max_gb: How much disk there is, in units of 10^9 bytes.
+        ranks: Number of processes, each of which sees its part of the data.
+
+    Raises:
+        ValueError: If it cannot be told how long training will be.
+    """
+    visits = _expected_visits(trainer, recipe) * ranks
+    if not math.isfinite(visits):
+        raise ValueError(
+            "`max_gb` cannot be kept, since it cannot be told how many samples training will see; "
+            "expected a dataset with a length, and `max_epochs` or `max_steps`. Set these, or "
+            "`every_n_steps=` instead."
+        )
+    times = visits * _visit_bytes(recipe, sampled, store) / (max_gb * 1e9)
+    return recipe.every_n_steps * max(1, math.ceil(times))
+
+
+def _visit_bytes(recipe: Recipe, sampled: float, store: WritableStore) -> int:
+    row_bytes = recipe.dimension * store.bytes_of(recipe.torch_dtype)
+    return round(row_bytes * (1 + sampled) + _VISIT_BYTES)
+
+
+def _expected_visits(trainer: Trainer, recipe: Recipe) -> float:
+    """Number of visits, or infinity if it cannot be told beforehand."""
+    length = _length_of(training_loaders(trainer)[0])
+    if recipe.train_ids is None or math.isinf(length):
+        return math.inf
+    share = float(trainer.num_training_batches) / length
+    per_epoch = share * sum(stop - start for start, stop in recipe.train_ids)
+    epochs = _expected_steps(trainer) / _steps_per_epoch(trainer)
+    return float(per_epoch * epochs / recipe.every_n_steps)
+
+
+def _expected_steps(trainer: Trainer) -> float:
+    """Number of optimizer steps, or infinity if it cannot be told beforehand."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    most = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    return min(epochs * _steps_per_epoch(trainer), most)
+
+
+def _steps_per_epoch(trainer: Trainer) -> float:
+    return max(1.0, float(trainer.num_training_batches) / trainer.accumulate_grad_batches)
+
+
+def _length_of(loader: Sized) -> float:
+    try:
+        return float(len(loader))
+    except TypeError:  # A sampler may go on for ever.
+        return math.inf

@@ -1,0 +1,19 @@
+"""Recording without a line of code: by an environment variable that names the store.
+
+Lightning asks this when it makes a Trainer, wherever tda_lightning is installed. Nothing is ever
+recorded unless the variable is set.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tda_lightning.callbacks.gradient_recorder import GradientRecorder
+
+VARIABLE = "TDA_LIGHTNING_STORE"
+
+
+def recorders_from_environment() -> list[GradientRecorder]:
+    """Return a recorder with its defaults into ``$TDA_LIGHTNING_STORE``, or none if it is unset."""
+    path = os.environ.get(VARIABLE)
+    return [GradientRecorder(path)] if path else []

@@ -1,0 +1,85 @@
+r"""Similarity in feature space: which training samples look to the model like the query?
+
+.. math:: s(q, i) = \cos(\phi_q, \phi_i), \qquad \langle \phi_q, \phi_i \rangle
+   \qquad \text{or} \qquad -\lVert \phi_q - \phi_i \rVert^2
+
+Caruana et al. (1999), "Case-Based Explanation of Non-Case-Based Learning Methods", whose neighbours
+are near in the activations of a hidden layer; Hanawa et al. (2021), "Evaluation of Similarity-based
+Explanations", section 2.2. Labels play no part: a neighbour with another label is a neighbour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tda_lightning.arguments import require_choice
+from tda_lightning.attribution.linalg import unit_rows
+from tda_lightning.features.attributor import (
+    PointAttributor,
+    require_points,
+    require_same_layer,
+)
+from tda_lightning.features.layer_features import Points
+from tda_lightning.results.scores import Scores
+
+Measure = Literal["cosine", "dot", "euclidean"]
+
+
+@dataclass(frozen=True)
+class FeatureSimilarity(PointAttributor):
+    """Similarity of what a layer sees of two samples.
+
+    Attributes:
+        layer: Name of the layer whose inputs are the features; by default the last ``Linear`` that
+            is called.
+        measure: ``"cosine"``, ``"dot"`` for the inner product, or ``"euclidean"`` for the negative
+            squared distance, which is never positive.
+    """
+
+    layer: str | None = None
+    measure: Measure = "cosine"
+
+    def __post_init__(self) -> None:
+        """Raise unless the measure is one of those there are."""
+        require_choice("measure", self.measure, Measure)
+
+    def attribute(self, train: Points, queries: Points) -> Scores:
+        """Score every training sample for every query.
+
+        Args:
+            train: The training samples, as the layer saw them.
+            queries: The queries, as the layer saw them.
+
+        Raises:
+            ValueError: If a layer saw features of another number in the queries, or another layer.
+        """
+        require_points("train", train)
+        require_same_layer(queries, train.layer, train.features.shape[1])
+        return Scores(
+            values=self._similarities(queries.features, train.features),
+            query_ids=queries.ids,
+            train_ids=train.ids,
+            method=repr(self),
+            provenance={"layer": train.layer},
+        )
+
+    def _similarities(
+        self, queries: Float[Tensor, "n_query d"], train: Float[Tensor, "n_train d"]
+    ) -> Float[Tensor, "n_query n_train"]:
+        queries, train = _wide(queries), _wide(train)
+        if self.measure == "cosine":
+            return unit_rows(queries) @ unit_rows(train).mT
+        if self.measure == "dot":
+            return queries @ train.mT
+        exact = "donot_use_mm_for_euclid_dist"
+        return -torch.cdist(queries, train, compute_mode=exact).square()
+
+
+def _wide(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    # Sums of many products need more digits than 16 bits have, and distances are not made of them.
+    return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features

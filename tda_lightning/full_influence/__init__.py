@@ -1,0 +1,36 @@
+"""Parameter space: influence functions of small models with whole gradients, nothing sketched.
+
+Curvature is a linear operator on vectors as long as the model has parameters; it is multiplied
+with, and rarely written down. Operators and solvers are those of curvlinops and SciPy, an extra,
+but for ``Woodbury``, which does without.
+"""
+
+from tda_lightning.full_influence.curvature import GaussNewton, Hessian, ModelCurvature
+from tda_lightning.full_influence.extra import require_operators
+from tda_lightning.full_influence.influence import FullInfluenceFunction
+from tda_lightning.full_influence.objective import HERE, Objective, Viewpoint
+from tda_lightning.full_influence.solvers import (
+    EKFAC,
+    ConjugateGradient,
+    Lanczos,
+    Neumann,
+    Solver,
+)
+from tda_lightning.full_influence.woodbury import Woodbury
+
+__all__ = [
+    "EKFAC",
+    "HERE",
+    "ConjugateGradient",
+    "FullInfluenceFunction",
+    "GaussNewton",
+    "Hessian",
+    "Lanczos",
+    "ModelCurvature",
+    "Neumann",
+    "Objective",
+    "Solver",
+    "Viewpoint",
+    "Woodbury",
+    "require_operators",
+]

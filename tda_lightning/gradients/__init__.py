@@ -1,0 +1,1 @@
+"""Gradients: from a backward pass to sketch rows, one per sample."""

@@ -1,0 +1,34 @@
+"""Layers: the only rooms that know types of layers."""
+
+# Rules register themselves when their rooms are imported.
+from tda_lightning.gradients.layers import attention, embedding, linear, norms
+from tda_lightning.gradients.layers.generic import sample_axis
+from tda_lightning.gradients.layers.rule import (
+    LayerCall,
+    LayerRule,
+    layer_rule,
+    never_draws,
+    one_column,
+    random_state,
+)
+from tda_lightning.gradients.layers.selection import Source, Survey, clean_name, survey
+from tda_lightning.gradients.layers.tensors import find_tensors
+
+__all__ = [
+    "LayerCall",
+    "LayerRule",
+    "Source",
+    "Survey",
+    "attention",
+    "clean_name",
+    "embedding",
+    "find_tensors",
+    "layer_rule",
+    "linear",
+    "never_draws",
+    "norms",
+    "one_column",
+    "random_state",
+    "sample_axis",
+    "survey",
+]

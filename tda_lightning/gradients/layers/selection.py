@@ -1,0 +1,191 @@
+"""The survey: which blocks a model has, which layers feed them, and what is left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tda_lightning.gradients.layers.generic import generic_rule
+from tda_lightning.gradients.layers.rule import LayerRule, as_matrix, registered_rule
+from tda_lightning.stores.recipe import Block, LeftOut
+
+# Wrappers that add a word to the names of what they wrap.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A layer that feeds a block.
+
+    Attributes:
+        module: The layer.
+        name: Its name.
+        rule: How its calls become factors.
+        names: Those of its own parameters that the block holds.
+    """
+
+    module: nn.Module
+    name: str
+    rule: LayerRule
+    names: tuple[str, ...]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the block holds."""
+        return [self.module.get_parameter(name) for name in self.names]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What of a model is recorded.
+
+    Attributes:
+        blocks: Recorded parameters, in the order of ``named_modules``.
+        sources: The layers that feed each block: one, or several if they share a parameter.
+        left_out: Trained parameters that are not recorded.
+    """
+
+    blocks: tuple[Block, ...]
+    sources: tuple[tuple[Source, ...], ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def clean_name(name: str) -> str:
+    """Return the name of a module or parameter without the words of wrappers around it."""
+    for word in _WRAPPERS:
+        name = name.replace(word, "")
+    return name
+
+
+def _uses_children(module: nn.Module) -> bool:
+    """Say whether a module uses its children's parameters itself: they are recorded as its own."""
+    return isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters that a module uses itself, by their names in it."""
+    own = module.named_parameters(recurse=_uses_children(module), remove_duplicate=False)
+    return {name: parameter for name, parameter in own if parameter.requires_grad}
+
+
+def find_rule(module: nn.Module) -> LayerRule:
+    """Return the rule for the type of ``module``: a registered one, or the generic one."""
+    names = tuple(trained_parameters(module))
+    registered = None if parametrize.is_parametrized(module) else registered_rule(module, names)
+    return registered or generic_rule(names)
+
+
+def survey(
+    model: nn.Module, layers: Sequence[str] | None = None, leave_out: Sequence[str] = ()
+) -> Survey:
+    """Find out what of ``model`` can be recorded.
+
+    Args:
+        model: Any module.
+        layers: Names of the modules to record, with ``*`` for any characters; all by default.
+        leave_out: Names of modules not to record.
+
+    Raises:
+        ValueError: If an entry of ``layers`` matches nothing that is trained, or nothing can be
+            recorded at all.
+    """
+    shared = _shared_parameters(model)
+    sources: dict[tuple[nn.Parameter, ...], list[Source]] = {}
+    left_out: list[LeftOut] = []
+    names: list[str] = []
+    for name, module in _trained_modules(model):
+        names.append(name)
+        rule = find_rule(module)
+        reason = "left out" if name in leave_out else _why_left_out(name, module, rule, layers)
+        if reason:
+            size = sum(one.numel() for one in trained_parameters(module).values())
+            left_out.append(LeftOut(name, type(module).__name__, size, reason))
+            continue
+        for source in _sources(name, module, rule, shared):
+            sources.setdefault(tuple(source.parameters()), []).append(source)
+    _require_matches(layers, names)
+    blocks = tuple(_block(feeding) for feeding in sources.values())
+    _require_some(blocks, left_out)
+    return Survey(blocks, tuple(tuple(one) for one in sources.values()), tuple(left_out))
+
+
+def _trained_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    used_by_parent: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if _uses_children(module):
+            used_by_parent.update(child for child in module.modules() if child is not module)
+        if module not in used_by_parent and trained_parameters(module):
+            yield clean_name(name), module
+
+
+def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
+    owners: dict[nn.Parameter, int] = {}
+    for _, module in _trained_modules(model):
+        for parameter in trained_parameters(module).values():
+            owners[parameter] = owners.get(parameter, 0) + 1
+    return {parameter for parameter, count in owners.items() if count > 1}
+
+
+def _sources(
+    name: str, module: nn.Module, rule: LayerRule, shared: set[nn.Parameter]
+) -> Iterator[Source]:
+    """Divide a layer's parameters into blocks: what is shared or does not fit stands alone."""
+    trained = trained_parameters(module)
+    alone = [own for own, one in trained.items() if one in shared or own in rule.apart]
+    together = tuple(own for own in trained if own not in alone)
+    for own in trained:
+        if own in alone:
+            # A shared weight has one layout, whichever layers share it.
+            layout = as_matrix if trained[own] in shared else rule.layout
+            yield Source(module, name, replace(rule, layout=layout), (own,))
+        elif own == together[0]:
+            yield Source(module, name, rule, together)
+
+
+def _block(feeding: Sequence[Source]) -> Block:
+    first = feeding[0]
+    parameters = first.parameters()
+    rows, columns = first.rule.layout([one.detach() for one in parameters]).shape
+    whole = len(first.names) == len(trained_parameters(first.module))
+    return Block(
+        name=first.name if whole else ".".join(filter(None, (first.name, first.names[0]))),
+        layer=" and ".join(dict.fromkeys(type(source.module).__name__ for source in feeding)),
+        modules=tuple(source.name for source in feeding),
+        parameters=tuple(".".join(filter(None, (first.name, own))) for own in first.names),
+        rows=rows,
+        columns=columns,
+    )
+
+
+def _why_left_out(
+    name: str, module: nn.Module, rule: LayerRule, layers: Sequence[str] | None
+) -> str:
+    """Return the reason why a module is not recorded, or nothing."""
+    if layers is not None and not any(fnmatchcase(name, pattern) for pattern in layers):
+        return "not among `layers`"
+    if not name:
+        return "parameters of the model itself act outside of any layer; give them a module"
+    if isinstance(module, nn.ParameterList | nn.ParameterDict):
+        return "a list of parameters is never called; give them a module that uses them"
+    return rule.obstacle(module)
+
+
+def _require_matches(layers: Sequence[str] | None, names: Sequence[str]) -> None:
+    for pattern in layers or ():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"`layers` names `{pattern}`, which matches no layer with trainable parameters; "
+                f"expected names out of {list(names)}. Correct the name, or use `*` as a wildcard."
+            )
+
+
+def _require_some(blocks: Sequence[Block], left_out: Sequence[LeftOut]) -> None:
+    if not blocks:
+        found = "; ".join(f"`{entry.name}`: {entry.reason}" for entry in left_out) or "none at all"
+        raise ValueError(
+            "The model has no layer that can be recorded: expected at least one layer with trained "
+            f"parameters; found {found}. Give the parameters a module that is called."
+        )

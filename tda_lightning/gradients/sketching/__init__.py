@@ -1,0 +1,1 @@
+"""Sketching: random projections from gradients to rows of a fixed length."""

@@ -1,0 +1,1 @@
+"""Results: the objects that attribution returns."""

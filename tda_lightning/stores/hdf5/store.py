@@ -1,0 +1,277 @@
+"""HDF5Store: a run in a folder of sealed segments, safe against whatever happens to the process."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tda_lightning.arguments import require_choice, require_not_negative, require_whole
+from tda_lightning.stores.durable import make_durable, partial_name
+from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder, write_segment
+from tda_lightning.stores.hdf5.buffer import StepBuffer
+from tda_lightning.stores.hdf5.encoding import Storage, bytes_of
+from tda_lightning.stores.hdf5.shards import MergedShards, Shard
+from tda_lightning.stores.hdf5.snapshot_files import (
+    SNAPSHOTS,
+    Weights,
+    drop_snapshots_after,
+    indices_in,
+    read_snapshot,
+    require_snapshot,
+    write_snapshot,
+)
+from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
+from tda_lightning.stores.store import WritableStore
+
+
+class HDF5Store(WritableStore):
+    """A run in a folder.
+
+    Reading holds one block of steps in memory, at most 1 MB on disk or one step, and some 30 bytes
+    for each visit of its segment. Writing buffers steps and seals them, into a file that never
+    changes again, when they are many, old, or asked to be safe. Whatever kills the process, every
+    sealed step stays readable, and none is ever half there. Several processes can write one run:
+    each has segments of its own, and a step can be read once all have sealed their part of it.
+
+    Args:
+        path: The folder.
+        storage: Number format of the rows on disk. Rounding to bfloat16, float16 or int8 costs far
+            less accuracy than sketching does; ``"as computed"`` is float32, or float64 for models
+            in double precision.
+        segment_bytes: Seal when the buffered rows take this much memory.
+        segment_seconds: Seal when the oldest buffered step is this old.
+
+    Raises:
+        ValueError: If an argument is none of those.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        storage: Storage = "bfloat16",
+        segment_bytes: int = 16 * 2**20,
+        segment_seconds: float = 20.0,
+    ) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"`path` is {path!r}; expected that of a folder, such as 'run.tda'.")
+        require_choice("storage", storage, Storage)
+        require_whole("segment_bytes", segment_bytes, least=1)
+        require_not_negative("segment_seconds", segment_seconds)
+        self.path = Path(path)
+        self._storage = storage
+        self._segment_seconds = segment_seconds
+        self._recipe: Recipe | None = None
+        self._rank, self._ranks = 0, 1
+        self._own = Shard()
+        self._merged: MergedShards | None = None
+        self._count = 0
+        self._writing: Future[Segment] | None = None
+        # One buffer fills while the other is being written.
+        # Rounding while copying is faster than copying; scales would take another pass.
+        dtype = torch.bfloat16 if storage == "bfloat16" else None
+        self._buffer = StepBuffer(segment_bytes, dtype)
+        self._spare = StepBuffer(segment_bytes, dtype)
+        self._buffered_since = 0.0
+
+    @classmethod
+    def open(cls, path: str | Path) -> HDF5Store:
+        """Open a recorded run as it is now, also while it is being recorded.
+
+        Raises:
+            FileNotFoundError: If nothing is there.
+            ValueError: If what is there is not a run, or one of a newer format.
+        """
+        store = cls(path)
+        store._recipe = folder.read_recipe(store.path)
+        store._ranks = store._recipe.ranks
+        store.look_again()
+        return store
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the sketches were made."""
+        if self._recipe is None:
+            self._recipe = folder.read_recipe(self.path)
+        return self._recipe
+
+    @property
+    def run_id(self) -> str | None:
+        """What names the run that is there."""
+        return folder.read_run_id(self.path)
+
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes that the run takes."""
+        return sum(file.stat().st_size for file in self._files())
+
+    def bytes_of(self, dtype: torch.dtype) -> int:
+        """Return how many bytes a number of a row takes on disk."""
+        return bytes_of(self._storage, dtype)
+
+    def __len__(self) -> int:
+        """Return the number of steps that every process has sealed."""
+        return len(self._steps)
+
+    def read(self, position: int) -> Step:
+        """Return the step at a position, together with its block if that is not at hand."""
+        return self._steps.read(position)
+
+    def facts_at(self, position: int) -> StepFacts:
+        """Return what is known of the step at a position, without reading its rows."""
+        return self._steps.facts_at(position)
+
+    def visited_ids(self) -> Int[Tensor, " n"]:
+        """Return the ids of the samples that took part in a step, without reading any sketch."""
+        parts = [segment.visited_ids() for segment in self._steps.segments]
+        ids: Tensor = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *parts]))
+        return ids
+
+    def preconditioner(self, position: int = -1) -> Preconditioner | None:
+        """Return the coordinates of the rows of a step, without reading any sketch."""
+        return self._steps.preconditioner(range(len(self))[position])
+
+    def audits(self) -> list[Audit]:
+        """Return what the audits of the run found, without reading any sketch."""
+        return self._steps.audits()
+
+    def join(self, rank: int, ranks: int) -> None:
+        """Write as one of several processes."""
+        self._rank, self._ranks = rank, ranks
+
+    def begin(self, recipe: Recipe) -> None:
+        """Start a new run in a folder that is empty or not there yet."""
+        folder.write_recipe(self.path, recipe)
+        self._recipe = recipe
+
+    def amend(self, recipe: Recipe) -> None:
+        """Put another recipe in the place of that of a run that has just begun."""
+        if self._rank == 0:
+            folder.amend_recipe(self.path, recipe)
+        self._recipe = recipe
+
+    def resume(self, index: int) -> None:
+        """Continue the run that is there, from the optimizer step of that index on."""
+        self._finish_writing()
+        self._buffer.clear()
+        self._recipe = folder.read_recipe(self.path)
+        # The last go first: whatever interrupts this, what is left is a run without holes.
+        for file in reversed(folder.segments_of(self.path, self._rank, self._ranks)):
+            _drop_from(file, index, self._storage)
+        if self._rank == 0:
+            drop_snapshots_after(self.path, index)
+        make_durable(self.path)
+        # Other processes may be at theirs at this moment: those are looked at when all is done.
+        self._own = Shard(folder.segments_of(self.path, self._rank, self._ranks))
+        self._merged, self._count = None, len(self._own.segments)
+
+    def clear(self) -> None:
+        """Delete the run in the folder: its own files, and nothing else."""
+        folder.require_clearable(self.path)
+        # The recipe goes last: a clearing that is interrupted leaves something that can be cleared.
+        for file in sorted(self._files(), key=lambda file: file.name == folder.RECIPE):
+            file.unlink()
+        self._recipe = None
+        self._buffer.clear()
+        self.look_again()
+
+    def snapshots(self) -> list[int]:
+        """Return the steps before which the weights were kept, in order."""
+        return indices_in(self.path)
+
+    def weights_at(self, index: int) -> Weights:
+        """Return the model's state before a step, as it was kept."""
+        require_snapshot(self.snapshots(), index)
+        return read_snapshot(self.path, index)
+
+    def keep_weights(self, index: int, weights: Weights) -> None:
+        """Keep the model's state before a step, in a file of its own."""
+        write_snapshot(self.path, index, weights)
+
+    def append(self, step: Step) -> None:
+        """Add a step; it is sealed with others, now and then."""
+        if not self._buffer.has_room_for(step):
+            self._start_writing()
+        if not self._buffer.steps:
+            self._buffered_since = time.monotonic()
+        self._buffer.add(step)
+        age = time.monotonic() - self._buffered_since
+        if self._buffer.is_full() or age >= self._segment_seconds:
+            self._start_writing()
+
+    def seal(self) -> None:
+        """Write the buffered steps to a new segment, and wait until they are on disk."""
+        if self._buffer.steps:
+            self._start_writing()
+        self._finish_writing()
+
+    def look_again(self) -> None:
+        """See what has been sealed in the folder, by all processes."""
+        files = [folder.segments_of(self.path, rank, self._ranks) for rank in range(self._ranks)]
+        shards = [Shard(own) for own in files]
+        self._own = shards[self._rank]
+        self._merged = MergedShards(shards) if self._ranks > 1 else None
+        self._count = len(self._own.segments)
+
+    @property
+    def _steps(self) -> Shard | MergedShards:
+        return self._own if self._merged is None else self._merged
+
+    def _start_writing(self) -> None:
+        """Let the buffered steps be written while training goes on: one segment at a time."""
+        self._finish_writing()
+        file = self.path / folder.segment_name(self._count, self._rank, self._ranks)
+        self._writing = _in_background(partial(_write, file, self._buffer.steps, self._storage))
+        self._count += 1
+        self._buffer, self._spare = self._spare, self._buffer
+        self._buffer.clear()
+
+    def _finish_writing(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._own.add(writing.result())
+
+    def _files(self) -> list[Path]:
+        patterns = (folder.SEGMENTS, SNAPSHOTS, folder.PARTIAL, folder.RECIPE)
+        return list(itertools.chain.from_iterable(self.path.glob(one) for one in patterns))
+
+
+def _write(file: Path, steps: list[Step], storage: Storage) -> Segment:
+    try:
+        write_segment(file, steps, storage)
+    except Exception as error:  # A full disk, say: leave it what room there is.
+        partial_name(file).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise
+        # HDF5 wraps some errors of the system in errors of its own.
+        raise OSError(f"writing `{file}` failed: {error}") from error
+    return Segment(file)
+
+
+def _drop_from(file: Path, index: int, storage: Storage) -> None:
+    """Take the steps from an index on out of a segment: by a new one in its place, or by none."""
+    segment = Segment(file)
+    kept = sum(one < index for one in segment.indices)
+    if kept == 0:
+        file.unlink()
+    elif kept < len(segment):
+        reader = OpenSegment(segment)
+        write_segment(file, [reader.step_at(place) for place in range(kept)], storage)
+
+
+def _in_background(work: Callable[[], Segment]) -> Future[Segment]:
+    """Start the work in a thread; its result, or its error, waits in the future."""
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tda_lightning")
+    future = executor.submit(work)
+    executor.shutdown(wait=False)
+    return future
