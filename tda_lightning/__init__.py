@@ -19,15 +19,16 @@ from tda_lightning.features.attribute import attribute_by_features, representers
 from tda_lightning.full_influence.attribute import attribute_by_gradients  # isort: skip
 from tda_lightning.attribution import (
     TRAK,
-    Embedding,
     GradientSimilarity,
     InfluenceFunction,
     Source,
     TracIn,
-    Trajectory,
     Unrolled,
     embed,
 )  # isort: skip
+
+from tda_lightning.results.embedding import Embedding  # isort: skip
+from tda_lightning.results.trajectory import Trajectory  # isort: skip
 from tda_lightning.features import (
     FeatureSimilarity,
     LocalJacobianExpansion,

@@ -1,11 +1,12 @@
-"""The front door: ask a recorded run."""
+"""The functions that query a recorded run.
+
+:func:`attribute` documents the arguments that they share.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,18 +14,25 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tda_lightning.arguments import require_choice, require_kind, require_whole
-from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Trajectory, Unrolled
+from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Unrolled
 from tda_lightning.attribution.top_scores import top_scores
-from tda_lightning.attribution.trajectory import Period, chosen_ids, contributions
+from tda_lightning.attribution.tracin import TracInCP
+from tda_lightning.attribution.trajectory import chosen_ids, contributions
 from tda_lightning.passes.batches import kept_batches
 from tda_lightning.passes.model_state import Mode
-from tda_lightning.passes.queries import record_queries
+from tda_lightning.passes.queries import mean_rows_at, record_queries, rows_at_snapshots
 from tda_lightning.passes.targets import Loss, Target, name_of
+from tda_lightning.results.provenance import fingerprint
 from tda_lightning.results.scores import SampleScores, Scores, TopScores, require_rank
-from tda_lightning.stores import Store, opened
-from tda_lightning.stores.snapshots import Moment, describe_weights, method_at, rows_at
-
-Run = str | os.PathLike[str] | Store
+from tda_lightning.results.trajectory import Period, Trajectory
+from tda_lightning.stores import Store
+from tda_lightning.stores.opening import Run, open_run
+from tda_lightning.stores.snapshots import (
+    Moment,
+    describe_snapshots,
+    describe_weights,
+    nearest_parts,
+)
 
 
 def attribute(
@@ -38,55 +46,58 @@ def attribute(
     mode: Mode = "eval",
     progress: bool = True,
 ) -> Scores:
-    """Say which training samples lowered, or raised, the loss of each query (or another target).
+    """Score every training sample by its effect on each query's loss (or another target).
 
     Args:
-        run: A recorded training: its folder or a store. A slice of a store asks about its steps.
-            A list of trainings on the same data asks about their average.
-        model: The LightningModule that was trained, with the weights to ask about; a list of them
-            for a list of trainings.
-        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches. At
-            snapshots, and for several trainings, its batches are kept in memory meanwhile.
-        method: How to attribute.
-        target: What is asked about: the loss, or a function of (module, batch) that returns one
-            number per sample, to raise: :class:`~tda_lightning.Logit`, say.
-        at: At which weights: ``"now"``, those that the model has; the index of a step, those before
-            it, if the run has a snapshot of them; or ``"snapshots"``: ``TracIn`` takes the snapshot
-            nearest to each step, other methods the mean of the queries' gradients at snapshots of
-            the later two thirds of the run. The model gets its own weights back.
-        mode: Whether the model acts as in evaluation or as in training while queries pass through.
+        run: A recorded training: its folder or a store. A slice of a store covers only its steps.
+            A list of runs on the same data averages over them.
+        model: The trained LightningModule, with the weights to query; a list of models for a list
+            of runs.
+        queries: A batch as the training loader yields it, or a ``DataLoader`` of such batches. With
+            ``at="snapshots"`` or several runs, all batches are held in memory meanwhile.
+        method: The attribution method.
+        target: The quantity to attribute. The default is the loss. Otherwise a function of (module,
+            batch) that returns one number per sample, such as :class:`~tda_lightning.Logit`;
+            proponents then raise it.
+        at: The weights at which queries are evaluated. ``"now"`` uses the weights that the model
+            has. The index of a step uses the snapshot taken before that step. ``"snapshots"`` uses
+            several: ``TracIn`` pairs each step with the nearest snapshot; other methods take the
+            mean of the query gradients at snapshots in the last two thirds of the run. The model's
+            own weights are restored afterwards.
+        mode: Whether the model is in evaluation or training mode for the queries.
         progress: Show progress bars.
 
     Returns:
-        Scores, shape ``(n_query, n_train)``; positive marks a proponent.
+        Scores, shape ``(n_query, n_train)``. A positive score marks a proponent.
 
     Raises:
         FileNotFoundError: If there is no run at the path.
-        ValueError: If the run is empty, the model is another one, or the queries do not fit it.
+        ValueError: If the run is empty, or if the model or the queries do not match it.
     """
+    question = Question(_method_at(method, at), target, at, mode, progress)
     stores, models = _pairs(run, model)
     queries = kept_batches(queries) if len(stores) > 1 else queries
-    method = method_at(method, at)
     rows = [
-        _ask(store, one, queries, target, at, method, mode, progress)
-        for store, one in zip(stores, models, strict=True)
+        question.query_rows(store, own_model, queries)
+        for store, own_model in zip(stores, models, strict=True)
     ]
     if isinstance(run, list | tuple):
-        scores = method.attribute_ensemble(stores, rows, progress=progress)
+        scores = question.method.attribute_ensemble(stores, rows, progress=progress)
     else:
-        scores = method.attribute(stores[0], rows[0], progress=progress)
-    asked = _asked(stores, models, target, at, method, mode)
-    return replace(scores, provenance={**scores.provenance, **asked})
+        scores = question.method.attribute(stores[0], rows[0], progress=progress)
+    return replace(scores, provenance={**scores.provenance, **question.describe(stores, models)})
 
 
 def self_influence(
     run: Run, *, method: SelfAttributor = TracIn(), progress: bool = True
 ) -> SampleScores:
-    """Say how much each training sample did for itself: high for unusual and mislabelled samples.
+    """Score every training sample by its effect on its own loss.
+
+    Unusual and mislabelled samples score high.
 
     Args:
         run: A recorded training: its folder or a store.
-        method: How to attribute.
+        method: The attribution method.
         progress: Show a progress bar.
 
     Returns:
@@ -109,43 +120,40 @@ def top_attributions(
     method: Attributor = Unrolled(),
     target: Target = Loss(),
     at: Moment = "now",
-    at_once: int = 256,
+    query_batch_size: int = 256,
     mode: Mode = "eval",
     progress: bool = True,
 ) -> TopScores:
-    """Name the best and the worst teachers of each query; for many queries, or much data.
+    """Return the strongest proponents and opponents of each query, without the full score matrix.
 
-    It keeps ``k`` of each kind per query, and never the matrix of all scores.
+    Use it for many queries or large training sets. Memory: two matrices of
+    ``(query_batch_size, n_train)`` numbers, and the rows of all queries.
 
     Args:
         run: A recorded training: its folder or a store.
-        model: The LightningModule that was trained, with the weights to ask about.
-        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches. At
-            snapshots its batches are kept in memory meanwhile.
-        k: How many of each kind to keep.
-        method: How to attribute.
-        at_once: How many queries share a pass over the run. Memory: two matrices of
-            ``(at_once, n_train)`` numbers, and the rows of all queries.
-        target: What is asked about: the loss, or a function of (module, batch) that returns one
-            number per sample, to raise: :class:`~tda_lightning.Logit`, say.
-        at: At which weights: ``"now"``, those that the model has; the index of a step, those before
-            it, if the run has a snapshot of them; or ``"snapshots"``: ``TracIn`` takes the snapshot
-            nearest to each step, other methods the mean of the queries' gradients at snapshots of
-            the later two thirds of the run. The model gets its own weights back.
-        mode: Whether the model acts as in evaluation or as in training while queries pass through.
+        model: See :func:`attribute`, as for all arguments that are not listed here.
+        queries: See :func:`attribute`.
+        k: Number of proponents, and of opponents, per query.
+        method: See :func:`attribute`.
+        target: See :func:`attribute`.
+        at: See :func:`attribute`.
+        query_batch_size: Number of queries that share one pass over the run.
+        mode: See :func:`attribute`.
         progress: Show progress bars.
 
     Raises:
         FileNotFoundError: If there is no run at the path.
-        ValueError: If the run is empty, the model is another one, or the queries do not fit it.
+        ValueError: If the run is empty, or if the model or the queries do not match it.
     """
-    store, method = open_run(run), method_at(method, at)
+    question = Question(_method_at(method, at), target, at, mode, progress)
+    store = open_run(run)
     require_rank(k, len(store.train_ids()))
-    require_whole("at_once", at_once, least=1)
-    rows = _ask(store, model, queries, target, at, method, mode, progress)
-    top = top_scores(store, rows, method, k, at_once=at_once, progress=progress)
-    asked = _asked([store], [model], target, at, method, mode)
-    return replace(top, provenance={**top.provenance, **asked})
+    require_whole("query_batch_size", query_batch_size, least=1)
+    rows = question.query_rows(store, model, queries)
+    top = top_scores(
+        store, rows, question.method, k, query_batch_size=query_batch_size, progress=progress
+    )
+    return replace(top, provenance={**top.provenance, **question.describe([store], [model])})
 
 
 def trajectory(
@@ -161,115 +169,125 @@ def trajectory(
     mode: Mode = "eval",
     progress: bool = True,
 ) -> Trajectory:
-    """Say when in the training some samples helped or hurt; the sum over times is their score.
+    """Return the contributions of selected training samples over the course of the training.
+
+    Their sum over time is the score that :func:`attribute` returns.
 
     Args:
         run: A recorded training: its folder or a store.
-        model: The LightningModule that was trained, with the weights to ask about.
-        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches. At
-            snapshots its batches are kept in memory meanwhile.
-        train_ids: Which training samples.
-        method: How to attribute.
-        per: Whether to add up steps to epochs.
-        target: What is asked about: the loss, or a function of (module, batch) that returns one
-            number per sample, to raise: :class:`~tda_lightning.Logit`, say.
-        at: At which weights: ``"now"``, those that the model has; the index of a step, those before
-            it, if the run has a snapshot of them; or ``"snapshots"``: ``TracIn`` takes the snapshot
-            nearest to each step, other methods the mean of the queries' gradients at snapshots of
-            the later two thirds of the run. The model gets its own weights back.
-        mode: Whether the model acts as in evaluation or as in training while queries pass through.
+        model: See :func:`attribute`, as for all arguments that are not listed here.
+        queries: See :func:`attribute`.
+        train_ids: Ids of the selected training samples.
+        method: See :func:`attribute`.
+        target: See :func:`attribute`.
+        at: See :func:`attribute`.
+        per: Whether to return contributions per step or sum them per epoch.
+        mode: See :func:`attribute`.
         progress: Show progress bars.
 
     Raises:
         FileNotFoundError: If there is no run at the path.
-        ValueError: If the run is empty, the model is another one, the queries do not fit it, or a
+        ValueError: If the run is empty, if the model or the queries do not match it, or if a
             sample is not in the training set.
     """
-    store, method = open_run(run), method_at(method, at)
-    chosen = chosen_ids(store, train_ids)
-    rows = _ask(store, model, queries, target, at, method, mode, progress)
-    found = contributions(store, rows, chosen, method, per=per, progress=progress)
-    asked = _asked([store], [model], target, at, method, mode)
-    return replace(found, provenance={**found.provenance, **asked})
+    question = Question(_method_at(method, at), target, at, mode, progress)
+    store = open_run(run)
+    selected = chosen_ids(store, train_ids)
+    rows = question.query_rows(store, model, queries)
+    result = contributions(store, rows, selected, question.method, per=per, progress=progress)
+    return replace(result, provenance={**result.provenance, **question.describe([store], [model])})
 
 
-def open_run(run: Run) -> Store:
-    """Return the store of a run that holds at least one step.
+@dataclass(frozen=True)
+class Question:
+    """The shared keyword arguments of a query; :func:`attribute` documents them.
+
+    Attributes:
+        method: The attribution method, adapted to ``at``.
+        target: The quantity to attribute.
+        at: The weights at which queries are evaluated.
+        mode: Whether the model is in evaluation or training mode for the queries.
+        progress: Show progress bars.
+    """
+
+    method: Attributor
+    target: Target
+    at: Moment
+    mode: Mode
+    progress: bool
+
+    def __post_init__(self) -> None:
+        """Check the mode."""
+        require_choice("mode", self.mode, Mode)
+
+    def query_rows(
+        self, store: Store, model: nn.Module, queries: Any
+    ) -> Float[Tensor, "n_query width"]:
+        """Return the query rows that the method takes, on the model's device.
+
+        With ``TracIn`` at snapshots, the rows of all nearest snapshots are concatenated.
+        """
+        self.method.require(store)
+        if self.at == "snapshots":
+            queries = kept_batches(queries)
+
+        def record(position: int) -> Float[Tensor, "n_query k"]:
+            return record_queries(
+                model,
+                queries,
+                like=store,
+                target=self.target,
+                at=position,
+                mode=self.mode,
+                progress=self.progress,
+            )
+
+        if isinstance(self.method, TracInCP):
+            nearest = [snapshot for snapshot, _ in nearest_parts(store)]
+            rows = torch.cat(list(rows_at_snapshots(store, model, nearest, record)), dim=1)
+        else:
+            rows = mean_rows_at(store, model, self.at, record)
+        return rows.to(next(model.parameters()).device)
+
+    def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:
+        """Return the provenance of the answer: target, weights and mode."""
+        if self.at == "now":
+            weights = [fingerprint(model) for model in models]
+        elif isinstance(self.method, TracInCP):
+            weights = [_describe_nearest(store) for store in stores]
+        else:
+            weights = [describe_weights(store, self.at) for store in stores]
+        names = ", ".join(weights if self.at == "now" else dict.fromkeys(weights))
+        return {"target": name_of(self.target), "weights": names, "mode": self.mode}
+
+
+def _method_at(method: Attributor, at: Moment) -> Attributor:
+    """Return the method to use: at snapshots, TracIn becomes TracInCP.
 
     Raises:
-        FileNotFoundError: If there is no run at the path.
-        ValueError: If the run is empty.
+        ValueError: If the method does not read a run.
     """
-    store = opened(run, "run")
-    if len(store) == 0:
+    if not isinstance(method, Attributor):
         raise ValueError(
-            f"The run {_name(run)} has no step yet; expected at least one. If its training is "
-            "still going, wait for its first segment; otherwise train again."
+            f"`method` is {method!r}; expected one that reads a run, such as `Unrolled()`. "
+            "Pass `FullInfluenceFunction` to `attribute_by_gradients`; pass `FeatureSimilarity`, "
+            "`RepresenterPoint` and `LocalJacobianExpansion` to `attribute_by_features`."
         )
-    return store
+    return TracInCP(method) if at == "snapshots" and isinstance(method, TracIn) else method
+
+
+def _describe_nearest(store: Store) -> str:
+    nearest = [snapshot for snapshot, _ in nearest_parts(store)]
+    return f"the nearest of {describe_snapshots(nearest)}"
 
 
 def _pairs(run: Any, model: Any) -> tuple[list[Store], list[nn.Module]]:
-    """Return the stores and the models of one training or of several."""
-    several = isinstance(run, list | tuple)
-    runs = list(run) if several else [run]
+    """Return the stores and the models of one run or of several."""
+    runs = list(run) if isinstance(run, list | tuple) else [run]
     models = list(model) if isinstance(model, list | tuple) else [model]
     if len(runs) != len(models) or not runs:
         raise ValueError(
             f"There are {len(runs)} runs and {len(models)} models; expected one model for each "
             "run. Pass two lists of the same length, or one of each."
         )
-    return [open_run(one) for one in runs], models
-
-
-def _ask(
-    store: Store,
-    model: nn.Module,
-    queries: Any,
-    target: Target,
-    at: Moment,
-    method: Attributor,
-    mode: Mode,
-    progress: bool,
-) -> Float[Tensor, "n_query width"]:
-    """Return the rows of the queries, where the model is: methods work where their queries are."""
-    require_choice("mode", mode, Mode)
-    method.require(store)
-    if at == "snapshots":
-        queries = kept_batches(queries)
-
-    def ask(position: int) -> Float[Tensor, "n_query k"]:
-        return record_queries(
-            model, queries, like=store, target=target, at=position, mode=mode, progress=progress
-        )
-
-    return rows_at(store, model, at, method, ask).to(next(model.parameters()).device)
-
-
-def _asked(
-    stores: Sequence[Store],
-    models: Sequence[nn.Module],
-    target: Target,
-    at: Moment,
-    method: Attributor,
-    mode: str,
-) -> dict[str, str]:
-    """Say in a few words what was asked, of which weights."""
-    if at == "now":
-        weights = [fingerprint(one) for one in models]
-    else:
-        weights = list(dict.fromkeys(describe_weights(one, at, method) for one in stores))
-    return {"target": name_of(target), "weights": ", ".join(weights), "mode": mode}
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a short name for the weights of a model."""
-    found = hashlib.sha256()
-    for parameter in model.parameters():
-        raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        found.update(raw.numpy().tobytes())
-    return found.hexdigest()[:12]
-
-
-def _name(run: Run) -> str:
-    return f"in this `{type(run).__name__}`" if isinstance(run, Store) else f"at `{run}`"
+    return [open_run(each) for each in runs], models

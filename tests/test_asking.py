@@ -96,7 +96,9 @@ def test_trajectories_and_top_scores_agree_with_the_scores(trained, method):
     scores = attribute(run, model, asked(), method=method, progress=False)
     when = trajectory(run, model, asked(), [4, 2], method=method, per="epoch", progress=False)
     torch.testing.assert_close(when.total(), scores.values[:, [4, 2]])
-    top = top_attributions(run, model, asked(), 3, method=method, at_once=2, progress=False)
+    top = top_attributions(
+        run, model, asked(), 3, method=method, query_batch_size=2, progress=False
+    )
     assert torch.equal(top.proponents.ids, scores.proponents(3).ids)
     assert top.provenance == scores.provenance
 

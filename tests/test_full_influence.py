@@ -269,7 +269,7 @@ def test_the_log_probability_of_labels_is_the_loss_turned_around():
 
 def test_queries_come_in_a_batch_or_a_loader_and_are_solved_in_parts():
     model = classifier()
-    in_parts = FullInfluenceFunction(EXACT.solver, damping=DAMPING, at_once=2)
+    in_parts = FullInfluenceFunction(EXACT.solver, damping=DAMPING, query_batch_size=2)
     batches = loader(TensorDataset(*QUERIES), 2, shuffle=False)
     assert gap(ask(model, in_parts, queries=batches), ask(model)) < 1e-8
 

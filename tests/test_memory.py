@@ -72,7 +72,7 @@ def attributed(method):
 
 def best_only(method):
     def ask(run):
-        top_scores(run, torch.ones(N_QUERY, K), method, 3, at_once=29, progress=False)
+        top_scores(run, torch.ones(N_QUERY, K), method, 3, query_batch_size=29, progress=False)
 
     return ask
 

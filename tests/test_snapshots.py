@@ -146,8 +146,10 @@ def test_trajectories_and_top_scores_at_snapshots_are_parts_of_all_scores(at):
     along = trajectory(store, model, queries(), chosen, **asked)
     torch.testing.assert_close(along.total(), scores.values[:, chosen])
     assert along.times.tolist() == list(range(9))
-    for at_once in (2, 256):
-        top = top_attributions(store, model, queries(), 3, at_once=at_once, **asked)
+    for query_batch_size in (2, 256):
+        top = top_attributions(
+            store, model, queries(), 3, query_batch_size=query_batch_size, **asked
+        )
         torch.testing.assert_close(top.proponents.values, scores.proponents(3).values)
         assert torch.equal(top.opponents.ids, scores.opponents(3).ids)
         assert (top.method, top.provenance) == (scores.method, scores.provenance)

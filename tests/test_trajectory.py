@@ -83,10 +83,12 @@ def test_it_shows_its_shape_and_method():
 
 
 @each_method
-@pytest.mark.parametrize("at_once", [1, 2, 7])
-def test_top_scores_are_the_extremes_of_all_scores(method, at_once):
+@pytest.mark.parametrize("query_batch_size", [1, 2, 7])
+def test_top_scores_are_the_extremes_of_all_scores(method, query_batch_size):
     scores = method.attribute(RUN, ls.queries(), progress=False)
-    top = top_scores(RUN, ls.queries(), method, 2, at_once=at_once, progress=False)
+    top = top_scores(
+        RUN, ls.queries(), method, 2, query_batch_size=query_batch_size, progress=False
+    )
     for found, expected in (
         (top.proponents, scores.proponents(2)),
         (top.opponents, scores.opponents(2)),
@@ -110,7 +112,7 @@ class Counted(EmpiricalFisher):
 @pytest.mark.parametrize("kind", [InfluenceFunction, Source])
 def test_blocks_of_queries_share_what_needs_no_query(kind):
     counted = Counted()
-    top_scores(RUN, ls.queries(), kind(curvature=counted), 2, at_once=1, progress=False)
+    top_scores(RUN, ls.queries(), kind(curvature=counted), 2, query_batch_size=1, progress=False)
     assert sorted(counted.seen) == [step.index for step in RUN]
 
 

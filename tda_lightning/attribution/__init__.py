@@ -11,14 +11,15 @@ from tda_lightning.attribution.dynamics.curvature import (
     SampledOrEmpirical,
 )
 from tda_lightning.attribution.dynamics.propagator import Exponential, Linear, Propagator
-from tda_lightning.attribution.embedding import Embedding, embed
+from tda_lightning.attribution.embedding import embed
 from tda_lightning.attribution.gradient_similarity import GradientSimilarity
 from tda_lightning.attribution.influence import InfluenceFunction, damping_of
 from tda_lightning.attribution.source import Source
 from tda_lightning.attribution.tracin import TracIn
-from tda_lightning.attribution.trajectory import Trajectory
 from tda_lightning.attribution.trak import TRAK
 from tda_lightning.attribution.unrolled import Unrolled
+from tda_lightning.results.embedding import Embedding
+from tda_lightning.results.trajectory import Trajectory
 
 __all__ = [
     "TRAK",

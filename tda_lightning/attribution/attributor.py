@@ -11,7 +11,7 @@ so a method is a generator of a few lines, and the pass over the store is writte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tda_lightning.attribution.device_view import MovedRun
+from tda_lightning.results.provenance import provenance_of
 from tda_lightning.results.scores import SampleScores, Scores
 from tda_lightning.stores import Store
 from tda_lightning.stores.step import Step
@@ -191,21 +192,6 @@ class Totals:
         places = places.to(values.device)
         self.values.index_add_(0, places, values)
         self.visits.index_add_(0, places, self.visits.new_ones(len(places), 1))
-
-
-def provenance_of(run: Store) -> Mapping[str, str]:
-    """Say in a few words where scores come from: which steps, of which training, sketched how."""
-    if len(run) == 0:
-        return {}
-    first, last, recipe = run.facts[0], run.facts[-1], run.recipe
-    stride = "" if recipe.every_n_steps == 1 else f", one in {recipe.every_n_steps}"
-    return {
-        "model": recipe.model,
-        "optimizer": last.optimizer,
-        "steps": f"{len(run)}, index {first.index} to {last.index}{stride}",
-        "projector": ", ".join(f"{key}={value}" for key, value in recipe.projector.items()),
-        "rows": f"{recipe.dimension} x {recipe.dtype}, coordinates of {recipe.preconditioner}",
-    }
 
 
 def _follow(items: Iterable, total: int, progress: bool, name: str) -> Iterator:  # type: ignore[type-arg]

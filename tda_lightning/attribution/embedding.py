@@ -11,81 +11,14 @@ Of :class:`~tda_lightning.Unrolled` these are the data value embeddings of Wang 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.unrolled import Unrolled
-from tda_lightning.results.npz import load_arrays, save_arrays
-from tda_lightning.results.scores import Scores
+from tda_lightning.results.embedding import Embedding
 from tda_lightning.stores import Store, opened
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """One vector per training sample; queries are scored by one matrix product.
-
-    Attributes:
-        vectors: Shape ``(n_train, k)``.
-        train_ids: Ids of the training samples, shape ``(n_train,)``.
-        method: The method and its hyper-parameters.
-        provenance: Where the vectors come from.
-    """
-
-    vectors: Float[Tensor, "n_train k"]
-    train_ids: Int[Tensor, " n_train"]
-    method: str
-    provenance: Mapping[str, str] = field(default_factory=dict)
-
-    def attribute(self, queries: Float[Tensor, "n_query k"]) -> Scores:
-        """Score every training sample for every query, as the method would.
-
-        Args:
-            queries: Gradient sketches of the queries' losses, shape ``(n_query, k)``, as
-                ``record_queries(model, queries, like=run)`` returns them.
-
-        Raises:
-            ValueError: If they are something else.
-        """
-        _require_rows(queries, self.vectors.shape[1])
-        return Scores(
-            values=(queries @ self.vectors.to(queries).mT).cpu(),
-            query_ids=torch.arange(len(queries)),
-            train_ids=self.train_ids,
-            method=self.method,
-            provenance=self.provenance,
-        )
-
-    def save(self, path: str | Path) -> None:
-        """Write the embedding to a NumPy ``.npz`` file."""
-        save_arrays(path, self, _FIELDS)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Embedding:
-        """Read an embedding written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS))
-
-    def __repr__(self) -> str:
-        """Show the shape and the method."""
-        n_train, k = self.vectors.shape
-        return f"Embedding of {n_train:,} training samples in {k:,} dimensions by {self.method}"
-
-
-_FIELDS = ("vectors", "train_ids")
-
-
-def _require_rows(queries: object, k: int) -> None:
-    shape = tuple(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
-    if not isinstance(queries, Tensor) or queries.ndim != 2 or queries.shape[1] != k:
-        raise ValueError(
-            f"`queries` is {shape}; expected rows of {k:,} numbers, shape (n_query, {k}). Take "
-            "those that `record_queries(model, queries, like=run)` returns for the embedded run."
-        )
 
 
 def embed(

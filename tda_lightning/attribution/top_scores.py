@@ -20,7 +20,7 @@ def top_scores(
     method: Attributor,
     k: int,
     *,
-    at_once: int = 256,
+    query_batch_size: int = 256,
     progress: bool = True,
 ) -> TopScores:
     """Score some queries at a time and keep the extremes.
@@ -34,14 +34,15 @@ def top_scores(
         queries: Gradient sketches of the queries' losses, shape ``(n_query, k)``.
         method: How to attribute.
         k: How many of each kind to keep.
-        at_once: Queries in a block. Memory: two matrices of ``(at_once, n_train)`` numbers.
+        query_batch_size: Queries in a block. Memory: two matrices of
+            ``(query_batch_size, n_train)`` numbers.
         progress: Show a progress bar.
     """
-    require_whole("at_once", at_once, least=1)
+    require_whole("query_batch_size", query_batch_size, least=1)
     method.require(run)
     settled = method.settled(MovedRun(run, queries), queries)
     best, worst, found = [], [], None
-    blocks = torch.split(queries, at_once)
+    blocks = torch.split(queries, query_batch_size)
     for block in tqdm(blocks, desc="queries", unit="block", leave=False, disable=not progress):
         found = settled.attribute(run, block, progress=progress and len(blocks) == 1)
         best.append(found.proponents(k))

@@ -6,6 +6,12 @@ Pruthi et al. (2020), "Estimating Training Data Influence by Tracing Gradient De
 are as-applied contributions, so :math:`g_i^{(t)}` holds the sample's weight in its batch. The
 query's gradient is the one at the weights given, for every step. The inner product may be taken
 over the parameters of some layers only, the last one, say.
+
+With a run's snapshots, each step's query gradient is taken at the nearest one, :math:`c(t)`
+(TracInCP, sec. 3):
+
+.. math:: s(q, i) = \sum_{t \,:\, i \in B_t}
+   \eta_t \, \langle \nabla \ell_q(\theta_{c(t)}), \, g_i^{(t)} \rangle
 """
 
 from __future__ import annotations
@@ -17,10 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.attribution.attributor import SelfAttributor
+from tda_lightning.attribution.attributor import Attributor, SelfAttributor
 from tda_lightning.attribution.dynamics.optimizer import require_training
 from tda_lightning.attribution.linalg import squared_norms
 from tda_lightning.stores import Store
+from tda_lightning.stores.snapshots import nearest_parts
 from tda_lightning.stores.step import Step
 
 
@@ -73,3 +80,30 @@ class TracIn(SelfAttributor):
             return rows
         columns = run.recipe.columns_of(self.layers).to(rows.device)
         return torch.zeros_like(rows).index_copy_(1, columns, rows[:, columns])
+
+
+@dataclass(frozen=True)
+class TracInCP(Attributor):
+    """TracIn with each step's query gradients taken at the nearest snapshot.
+
+    Attributes:
+        method: The TracIn whose layers count.
+    """
+
+    method: TracIn
+
+    def require(self, run: Store) -> None:
+        """Raise unless the method can be asked of the run."""
+        self.method.require(run)
+
+    def directions(
+        self, run: Store, queries: Float[Tensor, "n_query width"]
+    ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
+        """Look for what the method does, in each part of the run with the rows that are its own."""
+        parts = list(nearest_parts(run))
+        for (_, part), rows in zip(parts, queries.chunk(len(parts), dim=1), strict=True):
+            yield from self.method.directions(run[part], rows)
+
+    def __repr__(self) -> str:
+        """Show the method."""
+        return repr(self.method)

@@ -8,10 +8,8 @@ A score is a sum over steps. Here are its terms, for some samples, per step or p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,94 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tda_lightning.arguments import require_choice
-from tda_lightning.attribution.attributor import Attributor, provenance_of
+from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.device_view import MovedRun
-from tda_lightning.results.npz import load_arrays, save_arrays
-from tda_lightning.results.optional import needs
+from tda_lightning.results.provenance import provenance_of
+from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Period = Literal["step", "epoch"]
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """What some training samples did for each query, over the training.
-
-    Attributes:
-        values: Contributions, shape ``(n_query, n_selected, n_times)``.
-        times: Step indices or epochs, rising, shape ``(n_times,)``.
-        train_ids: The samples, shape ``(n_selected,)``.
-        query_ids: Places of the queries in what was asked, shape ``(n_query,)``.
-        per: What the times are.
-        method: The method and its hyper-parameters.
-        provenance: Where the values come from: model, optimizer, steps covered, sketch, weights.
-    """
-
-    values: Float[Tensor, "n_query n_selected n_times"]
-    times: Int[Tensor, " n_times"]
-    train_ids: Int[Tensor, " n_selected"]
-    query_ids: Int[Tensor, " n_query"]
-    per: Period
-    method: str
-    provenance: Mapping[str, str] = field(default_factory=dict)
-
-    def total(self) -> Float[Tensor, "n_query n_selected"]:
-        """Return the sums over time: the samples' scores."""
-        return self.values.sum(dim=2)
-
-    def plot(self, query: int = 0, axes: Axes | None = None) -> Axes:
-        """Draw how the samples' contributions to one query add up (needs ``matplotlib``).
-
-        Args:
-            query: Which query.
-            axes: Where to draw; a new figure by default.
-        """
-        if axes is None:
-            with needs("plots"):
-                from matplotlib import pyplot
-
-            axes = pyplot.figure(figsize=(7, 4), layout="constrained").add_subplot()
-        if not 0 <= query < len(self.values):
-            raise ValueError(
-                f"`query` is {query}; expected a place from 0 to {len(self.values) - 1}."
-            )
-        sums = self.values[query].cumsum(dim=1)
-        marker = "o" if len(self.times) == 1 else ""  # a line of one point cannot be seen
-        for sample, line in zip(self.train_ids.tolist(), sums, strict=True):
-            axes.plot(
-                self.times.numpy(),
-                line.numpy(),
-                label=str(sample),
-                drawstyle="steps-post",
-                marker=marker,
-            )
-        axes.locator_params(axis="x", integer=True)  # there is no half a step
-        axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-        axes.set(xlabel=self.per, ylabel="contribution so far", title=f"query {query}")
-        axes.legend(title="sample", frameon=False)
-        return axes
-
-    def save(self, path: str | Path) -> None:
-        """Write the trajectory to a NumPy ``.npz`` file."""
-        save_arrays(path, self, _FIELDS)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Trajectory:
-        """Read a trajectory written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS))
-
-    def __repr__(self) -> str:
-        """Show the shape and the method."""
-        n_query, n_selected, n_times = self.values.shape
-        times = f"{n_times:,} {self.per}{'s' * (n_times != 1)}"
-        return f"Trajectory of {n_selected} samples over {times}, {n_query} queries, {self.method}"
+    pass
 
 
 _WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-_FIELDS = ("values", "times", "train_ids", "query_ids", "per")
 
 
 def contributions(

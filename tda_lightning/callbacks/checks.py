@@ -7,7 +7,7 @@ from typing import Literal
 from torch.optim import LBFGS, Optimizer
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
-from tda_lightning.callbacks.loaders import training_loaders
+from tda_lightning.callbacks.method_watchers import training_loaders
 from tda_lightning.callbacks.strategies import why_unsupported
 from tda_lightning.recording.hyperparameters import require_one_rate
 

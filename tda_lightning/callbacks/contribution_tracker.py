@@ -14,13 +14,12 @@ from torch.optim import Optimizer
 from tda_lightning.callbacks.arguments import TRACKER, require_sensible
 from tda_lightning.callbacks.checks import require_one_loader, require_supported
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
-from tda_lightning.callbacks.loaders import watch_loaders
+from tda_lightning.callbacks.method_watchers import watch_clipping, watch_loaders
 from tda_lightning.callbacks.probe import Probe, read_probe
 from tda_lightning.callbacks.strategies import loss_scale_of
 from tda_lightning.callbacks.tracked_training import Followed, Wishes, follow, require_trackable
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.passes.model_state import Mode
-from tda_lightning.recording.clipping import watch_clipping
 from tda_lightning.recording.contribution_table import Period
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.results.contributions import Contributions

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence, Sized
 from torch import Tensor
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
-from tda_lightning.callbacks.loaders import training_loaders
+from tda_lightning.callbacks.method_watchers import training_loaders
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 

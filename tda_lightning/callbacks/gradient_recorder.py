@@ -19,17 +19,17 @@ from tda_lightning.callbacks.checks import require_one_loader, require_supported
 from tda_lightning.callbacks.cost_estimate import describe_snapshots
 from tda_lightning.callbacks.first_batch import FirstBatch
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
-from tda_lightning.callbacks.loaders import watch_loaders
+from tda_lightning.callbacks.method_watchers import watch_clipping, watch_loaders
 from tda_lightning.callbacks.run_writer import Keeper
 from tda_lightning.callbacks.strategies import loss_scale_of, processes_of
 from tda_lightning.gradients.layers import Survey
-from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.row_recorder import RowRecorder, row_dtype
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
-from tda_lightning.recording.clipping import watch_clipping
-from tda_lightning.recording.optimizer_layers import row_dtype, survey_trained
+from tda_lightning.recording.optimizer_layers import survey_trained
+from tda_lightning.recording.optimizer_recorder import Settings
 from tda_lightning.recording.preconditioning import has_coordinates
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
-from tda_lightning.recording.training_recorder import Lanes, Settings
+from tda_lightning.recording.training_recorder import Lanes
 from tda_lightning.stores import HDF5Store, WritableStore
 from tda_lightning.stores.recipe import Recipe, ranges_of
 
@@ -165,6 +165,7 @@ class GradientRecorder(pl.Callback):
             preconditioner=self.preconditioner if has_own else "none",
             audit=self.audit,
             processes=processes_of(trainer),
+            warn=rank_zero_warn,
         )
         return Lanes(trainer.optimizers, surveyed, projector, settings, self._keeper.append)
 

@@ -9,20 +9,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Int
+from pytorch_lightning.utilities import rank_zero_warn
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.probe import Probe
 from tda_lightning.callbacks.strategies import processes_of
 from tda_lightning.gradients.layers import Survey
-from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.row_recorder import RowRecorder, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity, KroneckerCountSketch, Projector
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.recording.contribution_recorder import Tracking
 from tda_lightning.recording.contribution_table import Period, Table
-from tda_lightning.recording.optimizer_layers import row_dtype, survey_trained
-from tda_lightning.recording.preconditioning import has_coordinates
-from tda_lightning.recording.training_recorder import Lane, Settings
-from tda_lightning.recording.whole import WholeCoordinates
+from tda_lightning.recording.optimizer_layers import survey_trained
+from tda_lightning.recording.optimizer_recorder import Lane, Settings
+from tda_lightning.recording.preconditioning import WholeCoordinates, has_coordinates
 from tda_lightning.results.contributions import Contributions
 from tda_lightning.stores.recipe import SampleAxis
 
@@ -163,6 +163,7 @@ def follow(
         preconditioner=coordinates,
         audit=0,
         processes=processes_of(trainer),
+        warn=rank_zero_warn,
     )
     whole = WholeCoordinates(surveyed.blocks)
     lane = Lane(optimizer, surveyed, settings, whole)

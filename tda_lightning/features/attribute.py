@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.api import fingerprint
 from tda_lightning.arguments import require_kind
 from tda_lightning.features.attributor import PointAttributor
 from tda_lightning.features.extraction import query_points, train_points
 from tda_lightning.features.representer import RepresenterPoint, Representers
 from tda_lightning.features.similarity import FeatureSimilarity
 from tda_lightning.recording.sample_ids import IdSource
+from tda_lightning.results.provenance import fingerprint
 from tda_lightning.results.scores import Scores
 
 

@@ -22,15 +22,17 @@ from tda_lightning.passes.batches import (
     batch_size,
     batches_of,
     describe,
-    loss_of,
-    require_finite_weights,
     require_loader,
-    require_model,
-    step_of,
-    transfer,
     with_progress,
 )
 from tda_lightning.passes.model_state import cuda_devices, same_random_numbers, undisturbed
+from tda_lightning.passes.training_step import (
+    loss_of,
+    require_finite_weights,
+    require_model,
+    step_of,
+    transfer,
+)
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger, require_once
 
 Reads = Literal["features", "head"]

@@ -6,7 +6,6 @@ but for ``Woodbury``, which does without.
 """
 
 from tda_lightning.full_influence.curvature import GaussNewton, Hessian, ModelCurvature
-from tda_lightning.full_influence.extra import require_operators
 from tda_lightning.full_influence.influence import FullInfluenceFunction
 from tda_lightning.full_influence.objective import HERE, Objective, Viewpoint
 from tda_lightning.full_influence.solvers import (
@@ -15,6 +14,7 @@ from tda_lightning.full_influence.solvers import (
     Lanczos,
     Neumann,
     Solver,
+    require_operators,
 )
 from tda_lightning.full_influence.woodbury import Woodbury
 

@@ -11,19 +11,21 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.api import Run, fingerprint, open_run
 from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.attribution.dynamics.optimizer import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
 from tda_lightning.full_influence import FullInfluenceFunction
 from tda_lightning.full_influence.full_gradients import WholeGradients, whole_recipe
 from tda_lightning.gradients.layers import survey
-from tda_lightning.passes.batches import require_loader, require_model
+from tda_lightning.passes.batches import require_loader
 from tda_lightning.passes.model_state import undisturbed
 from tda_lightning.passes.targets import Loss, Target, name_of
+from tda_lightning.passes.training_step import require_model
 from tda_lightning.recording.sample_ids import IdSource
+from tda_lightning.results.provenance import fingerprint
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
+from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.recipe import SampleAxis
 from tda_lightning.stores.snapshots import Moment, describe_snapshots, describe_weights
 

@@ -24,23 +24,16 @@ from tda_lightning.full_influence.objective import (
     parameters_of,
 )
 from tda_lightning.gradients.layers import Survey
+from tda_lightning.gradients.row_recorder import row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity
 from tda_lightning.passes.batches import kept_batches, with_progress
-from tda_lightning.passes.queries import query_rows
+from tda_lightning.passes.queries import mean_rows_at, query_rows
 from tda_lightning.passes.targets import Target
 from tda_lightning.passes.training_data import sampled_rows, train_rows
-from tda_lightning.recording.optimizer_layers import row_dtype
 from tda_lightning.recording.sample_ids import IdSource, require_once
 from tda_lightning.stores import Store
 from tda_lightning.stores.recipe import Recipe, SampleAxis
-from tda_lightning.stores.snapshots import (
-    MOST,
-    Moment,
-    mean_rows_at,
-    own_snapshots,
-    position_of,
-    spread,
-)
+from tda_lightning.stores.snapshots import MOST, Moment, own_snapshots, position_of, spread
 
 
 def whole_recipe(

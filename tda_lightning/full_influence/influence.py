@@ -68,14 +68,14 @@ class FullInfluenceFunction:
             the solver takes; and as much more as the curvature has eigenvalues below zero.
         layers: Names of the layers whose parameters count, with ``*`` for any characters; all by
             default. The last one alone is often told from the others, and cheap.
-        at_once: How many queries to solve for together.
+        query_batch_size: How many queries to solve for together.
     """
 
     solver: Solver = Woodbury()
     curvature: ModelCurvature = GaussNewton()
     damping: float | None = None
     layers: Sequence[str] | None = None
-    at_once: int = 32
+    query_batch_size: int = 32
 
     def __post_init__(self) -> None:
         """Raise unless these are what they are said to be."""
@@ -85,7 +85,7 @@ class FullInfluenceFunction:
             require_positive("damping", self.damping)
         if self.layers is not None:
             _require_names(self.layers)
-        require_whole("at_once", self.at_once, least=1)
+        require_whole("query_batch_size", self.query_batch_size, least=1)
 
     def solve(
         self, objective: Objective, queries: Float[Tensor, "n_query d"], *, progress: bool = True
@@ -112,7 +112,7 @@ class FullInfluenceFunction:
             operator = self.solver.operator(objective, self.curvature)
             damping = self._damping(objective, operator)
             inverse = self.solver.inverse(operator, damping)
-            parts = torch.split(queries, self.at_once)
+            parts = torch.split(queries, self.query_batch_size)
             bar = tqdm(parts, desc="solving", unit="part", leave=False, disable=not progress)
             return Solution(torch.cat([inverse(part) for part in bar]), damping)
 

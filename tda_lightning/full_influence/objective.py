@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.gradients.layers import Survey
-from tda_lightning.passes.batches import batch_size, transfer, with_progress
+from tda_lightning.passes.batches import batch_size, with_progress
 from tda_lightning.passes.model_state import with_weights
+from tda_lightning.passes.training_step import transfer
 
 # Yields rows whose outer products sum to the Gauss-Newton matrix, of so many draws of labels.
 SampledRows = Callable[[int], Generator[Float[Tensor, "n d"], None, None]]

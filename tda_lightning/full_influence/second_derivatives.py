@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from tda_lightning.full_influence.objective import Objective
-from tda_lightning.passes.batches import describe, step_of
+from tda_lightning.passes.batches import describe
 from tda_lightning.passes.model_state import same_metrics
+from tda_lightning.passes.training_step import step_of
 
 if TYPE_CHECKING:
     from tda_lightning.full_influence.curvlinops_bindings import Operator

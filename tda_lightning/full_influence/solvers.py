@@ -20,6 +20,7 @@ r"""Solvers of :math:`(H + \delta I) x = v`, where :math:`H` is only ever multip
 
 from __future__ import annotations
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -34,7 +35,6 @@ from tda_lightning.arguments import require_choice, require_positive, require_wh
 from tda_lightning.full_influence.checks import require_definite
 from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.ekfac import KroneckerFactored
-from tda_lightning.full_influence.extra import require_operators
 from tda_lightning.full_influence.objective import HERE, Objective
 
 if TYPE_CHECKING:
@@ -258,3 +258,12 @@ def _require_arrived(
             f"`{solver}` has not arrived: a residual of {residual:.2g} is left, expected at most "
             f"{limit:.2g} of the right-hand side. Allow more products or terms, or more damping."
         )
+
+
+def require_operators() -> None:
+    """Load the room that knows curvlinops and SciPy.
+
+    Raises:
+        ImportError: If they are not installed, naming what to do.
+    """
+    importlib.import_module("tda_lightning.full_influence.curvlinops_bindings")

@@ -293,3 +293,9 @@ class RowRecorder:
         self._sketcher.add_(part, number, factors)
         self._sums[number] += part.sum(dim=0)
         self._rows += part
+
+
+def row_dtype(model: nn.Module) -> torch.dtype:
+    """Return the number format of a model's rows: double precision, if all that is trained is."""
+    is_double = all(one.dtype == torch.float64 for one in model.parameters() if one.requires_grad)
+    return torch.float64 if is_double else torch.float32

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tda_lightning.gradients.layers import survey
 from tda_lightning.gradients.row_recorder import BatchRows, RowRecorder
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
-from tda_lightning.passes.batches import batch_size, describe, loss_of, require_model, transfer
+from tda_lightning.passes.batches import batch_size, describe
 from tda_lightning.passes.model_state import Mode, undisturbed
+from tda_lightning.passes.training_step import loss_of, require_model, transfer
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner
 

@@ -6,6 +6,7 @@ writes a loss function again.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +17,13 @@ from torch import Tensor, nn
 from tda_lightning.arguments import require_choice
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.batch_rows import own_gradients, record_batch, recording
-from tda_lightning.passes.batches import (
-    batch_size,
-    batches_of,
-    describe,
-    require_finite_weights,
-    transfer,
-    with_progress,
-)
-from tda_lightning.passes.model_state import Mode
+from tda_lightning.passes.batches import batch_size, batches_of, describe, with_progress
+from tda_lightning.passes.model_state import Mode, with_weights
 from tda_lightning.passes.targets import Loss, Target, name_of, per_sample
+from tda_lightning.passes.training_step import require_finite_weights, transfer
 from tda_lightning.stores import Store, opened_at
 from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.snapshots import Moment, later_snapshots, position_of
 from tda_lightning.stores.step import Preconditioner
 
 
@@ -154,3 +150,31 @@ def _record_target(
     finally:
         rows.finish()
     return torch.stack(tokens, dim=1).flatten(0, 1)
+
+
+# Takes the rows of the queries, in the coordinates of the step at a position.
+Ask = Callable[[int], Float[Tensor, "n_query k"]]
+
+
+def mean_rows_at(
+    store: Store, model: nn.Module, at: Moment, ask: Ask
+) -> Float[Tensor, "n_query k"]:
+    """Ask at some weights; along the way, at the later snapshots, and average."""
+    if at == "now":
+        return ask(-1)
+    if isinstance(at, str) and at != "snapshots":
+        raise ValueError(
+            f'`at` is {at!r}; expected "now", "snapshots", or the index of a step that has a '
+            "snapshot."
+        )
+    chosen = later_snapshots(store) if at == "snapshots" else [at]
+    return torch.stack(list(rows_at_snapshots(store, model, chosen, ask))).mean(dim=0)
+
+
+def rows_at_snapshots(
+    store: Store, model: nn.Module, snapshots: Sequence[int], ask: Ask
+) -> Iterator[Float[Tensor, "n_query k"]]:
+    """Yield the query rows at each snapshot; the model's own weights are restored afterwards."""
+    for snapshot in snapshots:
+        with with_weights(model, store.weights_at(snapshot)):
+            yield ask(position_of(store, snapshot))

@@ -22,7 +22,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from tda_lightning.arguments import require_choice, require_whole
-from tda_lightning.passes.batches import describe, loss_of
+from tda_lightning.passes.batches import describe
+from tda_lightning.passes.training_step import loss_of
 
 Target = Callable[[nn.Module, Any], Tensor]
 ClassAxis = Literal[1, -1] | None

@@ -19,8 +19,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.callbacks.lightning_types import Trainer
-from tda_lightning.callbacks.method_watchers import watch_method
 from tda_lightning.recording.optimizer_gradients import clip_coefficient
 
 _Watcher = Callable[[int, Optimizer, float], None]
@@ -92,37 +90,3 @@ def norm_after(parameter: Parameter, bound: float) -> Tensor:
     left = parameter.grad.clamp(-bound, bound)
     norm: Tensor = torch.linalg.vector_norm(left, dtype=torch.float64)
     return norm
-
-
-class _WatchedClipping:
-    """In the place of a precision plugin's ``clip_gradients``, as long as somebody watches."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._clip = trainer.precision_plugin.clip_gradients
-        self.watchers: list[_Watcher] = []
-
-    def __call__(
-        self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm"
-    ) -> None:
-        if gradient_clip_algorithm == "value" and clip_val > 0:
-            # In manual optimization, Lightning's own stands around the optimizer.
-            wrapped = getattr(optimizer, "_optimizer", optimizer)
-            for watch in self.watchers:
-                watch(self._trainer.global_step, wrapped, float(clip_val))
-        self._clip(optimizer, clip_val, gradient_clip_algorithm)  # type: ignore[arg-type]
-
-
-def watch_clipping(trainer: Trainer, watch: _Watcher) -> Callable[[], None]:
-    """Listen to the trainer's clipping by value, whoever asks for it.
-
-    Args:
-        trainer: The trainer.
-        watch: Called beforehand, with the index of the step, its optimizer and the bound.
-
-    Returns:
-        What undoes it; the trainer's precision plugin is as it was once all have done so.
-    """
-    return watch_method(
-        trainer.precision_plugin, "clip_gradients", _WatchedClipping, trainer, watch
-    )

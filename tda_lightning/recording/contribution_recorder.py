@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.recording.contribution_table import Table
-from tda_lightning.recording.training_recorder import Lane
-from tda_lightning.recording.whole import WholeCoordinates
+from tda_lightning.recording.optimizer_recorder import Lane
+from tda_lightning.recording.preconditioning import WholeCoordinates
 from tda_lightning.stores.step import Preconditioner, Step
 
 # The probes' mean loss, and one row for each.

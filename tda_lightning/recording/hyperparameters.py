@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import ASGD, SGD, Optimizer
 
 from tda_lightning.gradients.layers import Survey
-from tda_lightning.recording.whole import PartOfCoordinates
+from tda_lightning.recording.preconditioning import PartOfCoordinates
 from tda_lightning.stores.step import ParameterGroup
 
 

@@ -24,8 +24,8 @@ from tda_lightning.recording.optimizer_gradients import (
     gradient_norm,
     smallest_with_gradient,
 )
+from tda_lightning.recording.preconditioning import PartOfCoordinates
 from tda_lightning.recording.step_builder import Session
-from tda_lightning.recording.whole import PartOfCoordinates
 from tda_lightning.stores.step import Step
 
 # A gradient tensor, by identity, and how often it has been written to.

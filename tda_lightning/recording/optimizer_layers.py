@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -17,12 +16,6 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
     """Yield everything that an optimizer trains."""
     for group in optimizer.param_groups:
         yield from group["params"]
-
-
-def row_dtype(model: nn.Module) -> torch.dtype:
-    """Return the number format of a model's rows: double precision, if all that is trained is."""
-    is_double = all(one.dtype == torch.float64 for one in model.parameters() if one.requires_grad)
-    return torch.float64 if is_double else torch.float32
 
 
 def survey_trained(

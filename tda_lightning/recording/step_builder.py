@@ -17,9 +17,8 @@ from torch.optim import Optimizer
 
 from tda_lightning.gradients.layers import Survey
 from tda_lightning.gradients.row_recorder import BatchRows, RowRecorder
-from tda_lightning.recording.audits import Audited, begin_audit, finish_audit
+from tda_lightning.recording.audits import Audited, begin_audit, finish_audit, require_conserved
 from tda_lightning.recording.clipping import Bend, Scale
-from tda_lightning.recording.conservation import require_conserved
 from tda_lightning.recording.distributed import Processes
 from tda_lightning.recording.hyperparameters import Recorded
 from tda_lightning.recording.optimizer_gradients import (
@@ -29,7 +28,7 @@ from tda_lightning.recording.optimizer_gradients import (
     joined,
     smallest_with_gradient,
 )
-from tda_lightning.recording.whole import PartOfCoordinates
+from tda_lightning.recording.preconditioning import PartOfCoordinates
 from tda_lightning.stores.step import ParameterGroup, Preconditioner, Step
 
 # Labels are sampled from seeds of their own for every batch of every step.

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.attribution import Trajectory
 from tda_lightning.results.npz import load_arrays, save_arrays
 from tda_lightning.results.scores import Scores
+from tda_lightning.results.trajectory import Trajectory
 from tda_lightning.stores.durable import make_durable, partial_name
 
 _FIELDS = ("values", "times", "query_ids", "train_ids")

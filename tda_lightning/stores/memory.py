@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import uuid
 
-from tda_lightning.stores.hdf5.snapshot_files import Weights, require_snapshot
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Step
-from tda_lightning.stores.store import WritableStore
+from tda_lightning.stores.store import Weights, WritableStore, require_snapshot
 
 
 class MemoryStore(WritableStore):

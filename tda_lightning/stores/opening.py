@@ -52,3 +52,26 @@ def opened_at(run: str | os.PathLike[str] | Store, argument: str, at: int) -> St
             "them, such as -1 for the last."
         )
     return store
+
+
+Run = str | os.PathLike[str] | Store
+
+
+def open_run(run: Run) -> Store:
+    """Return the store of a run that holds at least one step.
+
+    Raises:
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If the run is empty.
+    """
+    store = opened(run, "run")
+    if len(store) == 0:
+        raise ValueError(
+            f"The run {_name(run)} has no step yet; expected at least one. If its training is "
+            "still going, wait for its first segment; otherwise train again."
+        )
+    return store
+
+
+def _name(run: Run) -> str:
+    return f"in this `{type(run).__name__}`" if isinstance(run, Store) else f"at `{run}`"

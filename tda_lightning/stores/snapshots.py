@@ -1,13 +1,6 @@
-r"""Snapshots: queries at the weights along the way, instead of those at the end.
+"""Snapshots: which weights of a run to query, instead of those at the end.
 
-At the snapshot nearest to each step, TracIn becomes TracInCP,
-
-.. math:: s(q, i) = \sum_{t \,:\, i \in B_t}
-   \eta_t \, \langle \nabla \ell_q(\theta_{c(t)}), \, g_i^{(t)} \rangle
-
-Pruthi et al. (2020), "Estimating Training Data Influence by Tracing Gradient Descent", sec. 3. Its
-scores are sums over steps, so each step can look for a gradient of its own.
-
+``TracIn`` takes the snapshot nearest to each step (:mod:`tda_lightning.attribution.tracin`).
 Other methods look for the mean of a query's gradients at snapshots of the later two thirds. At the
 end of a training the loss of a query that went well has next to no gradient left, and what is left
 is this training's own; other data would have led through weights like those along the way. The
@@ -18,94 +11,31 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from tda_lightning.attribution import Attributor, TracIn
-from tda_lightning.passes.model_state import with_weights
 from tda_lightning.stores import Store, WritableStore, opened
-from tda_lightning.stores.step import Step
 
 # Where to ask: at the weights that the model has, at those before a step, or along the way.
 Moment = int | Literal["now", "snapshots"]
-# Takes the rows of the queries, in the coordinates of the step at a position.
-Ask = Callable[[int], Float[Tensor, "n_query k"]]
 # More of them change little, and each is a pass over the queries.
 MOST = 10
-
-
-def rows_at(
-    store: Store, model: nn.Module, at: Moment, method: Attributor, ask: Ask
-) -> Float[Tensor, "n_query width"]:
-    """Ask at some weights, in the coordinates of their step (of the nearest recorded one).
-
-    Args:
-        store: The run.
-        model: The model, which gets its own weights back.
-        at: Which weights.
-        method: What will take the rows, as :func:`method_at` gave it.
-        ask: Takes the rows of the queries.
-
-    Returns:
-        The rows for that method: those of all snapshots that are nearest to some step lie side by
-        side where each step looks for its own; else their mean.
-
-    Raises:
-        ValueError: If there is no such snapshot, or it is another model's.
-    """
-    if at != "snapshots" or not isinstance(method, _Along):
-        return mean_rows_at(store, model, at, ask)
-    return torch.cat(list(_each(store, model, [one for one, _ in _parts(store)], ask)), dim=1)
-
-
-def mean_rows_at(
-    store: Store, model: nn.Module, at: Moment, ask: Ask
-) -> Float[Tensor, "n_query k"]:
-    """Ask at some weights; along the way, at the later snapshots, and average."""
-    if at == "now":
-        return ask(-1)
-    if isinstance(at, str) and at != "snapshots":
-        raise ValueError(
-            f'`at` is {at!r}; expected "now", "snapshots", or the index of a step that has a '
-            "snapshot."
-        )
-    chosen = later_snapshots(store) if at == "snapshots" else [at]
-    return torch.stack(list(_each(store, model, chosen, ask))).mean(dim=0)
-
-
-def method_at(method: Attributor, at: Moment) -> Attributor:
-    """Return the method that takes the rows of :func:`rows_at`.
-
-    Raises:
-        ValueError: If it is none that reads a run.
-    """
-    if not isinstance(method, Attributor):
-        raise ValueError(
-            f"`method` is {method!r}; expected one that reads a run, `Unrolled()` say. "
-            "`FullInfluenceFunction` is asked by `attribute_by_gradients`; `FeatureSimilarity`, "
-            "`RepresenterPoint` and `LocalJacobianExpansion` are by `attribute_by_features`."
-        )
-    return _Along(method) if at == "snapshots" and isinstance(method, TracIn) else method
-
-
-def describe_weights(store: Store, at: int | Literal["snapshots"], method: object = None) -> str:
-    """Say which weights were asked about, in a few words."""
-    if at != "snapshots":
-        return f"the snapshot before step {at}"
-    if isinstance(method, _Along):
-        return f"the nearest of {describe_snapshots([one for one, _ in _parts(store)])}"
-    return f"the mean of {describe_snapshots(later_snapshots(store))}"
 
 
 def describe_snapshots(indices: Sequence[int]) -> str:
     """Say how many there are, from where to where."""
     return f"{len(indices)} snapshots, steps {indices[0]} to {indices[-1]}"
+
+
+def describe_weights(store: Store, at: int | Literal["snapshots"]) -> str:
+    """Return a short description of the weights that queries are evaluated at."""
+    if at != "snapshots":
+        return f"the snapshot before step {at}"
+    return f"the mean of {describe_snapshots(later_snapshots(store))}"
 
 
 def position_of(store: Store, snapshot: int) -> int:
@@ -159,29 +89,6 @@ def spread(items: Sequence[int], most: int) -> list[int]:
     """
     count = min(len(items), most)
     return [items[(2 * part + 1) * len(items) // (2 * count)] for part in range(count)]
-
-
-@dataclass(frozen=True)
-class _Along(Attributor):
-    """Every step looks for the queries at the snapshot nearest to it."""
-
-    method: TracIn
-
-    def require(self, run: Store) -> None:
-        """Raise unless the method can be asked of the run."""
-        self.method.require(run)
-
-    def directions(
-        self, run: Store, queries: Float[Tensor, "n_query width"]
-    ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
-        """Look for what the method does, in each part of the run with the rows that are its own."""
-        parts = list(_parts(run))
-        for (_, part), rows in zip(parts, queries.chunk(len(parts), dim=1), strict=True):
-            yield from self.method.directions(run[part], rows)
-
-    def __repr__(self) -> str:
-        """Show the method."""
-        return repr(self.method)
 
 
 def add_snapshots(run: str | Path | WritableStore, checkpoints: Sequence[str | Path]) -> None:
@@ -254,15 +161,7 @@ def require_snapshots(store: Store) -> list[int]:
     return known
 
 
-def _each(
-    store: Store, model: nn.Module, chosen: Sequence[int], ask: Ask
-) -> Iterator[Float[Tensor, "n_query k"]]:
-    for snapshot in chosen:
-        with with_weights(model, store.weights_at(snapshot)):
-            yield ask(position_of(store, snapshot))
-
-
-def _parts(store: Store) -> Iterator[tuple[int, slice]]:
+def nearest_parts(store: Store) -> Iterator[tuple[int, slice]]:
     """Yield the snapshots that are nearest to some steps, with the places of those steps."""
     known = require_snapshots(store)
     nearest = [known[_nearest(index, known)] for index in _indices(store)]

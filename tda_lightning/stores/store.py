@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import overload
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.stores.hdf5.snapshot_files import Weights, require_snapshot
 from tda_lightning.stores.recipe import Recipe, ids_of
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
+
+Weights = Mapping[str, Tensor]
 
 
 class Store(Sequence[Step], ABC):
@@ -259,4 +260,19 @@ class WritableStore(Store):
         raise ValueError(
             f"A `{type(self).__name__}` keeps no weights; expected a store that does. Record into "
             "a folder, or without `snapshots`."
+        )
+
+
+def require_snapshot(known: list[int], index: int) -> None:
+    """Raise unless there is a snapshot of a step.
+
+    Raises:
+        ValueError: Saying which there are.
+    """
+    if index not in known:
+        shown = ", ".join(map(str, known[:5])) + (f", ... {known[-1]}" if len(known) > 5 else "")
+        raise ValueError(
+            f"The run has no snapshot of the weights before step {index}; expected one of "
+            f"{shown or 'none at all'}. Record with `GradientRecorder(..., snapshots=[{index}])`, "
+            "or take over checkpoints with `add_snapshots`."
         )

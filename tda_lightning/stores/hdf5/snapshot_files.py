@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tda_lightning.stores.durable import make_durable, partial_name
+from tda_lightning.stores.store import Weights
 
 SNAPSHOTS = "snapshot-*.pt"
-Weights = Mapping[str, Tensor]
 
 
 def indices_in(path: Path) -> list[int]:
@@ -49,18 +48,3 @@ def drop_snapshots_after(path: Path, index: int) -> None:
 def snapshot_file(path: Path, index: int) -> Path:
     """Return where the weights before a step are kept."""
     return path / f"snapshot-{index:08d}.pt"
-
-
-def require_snapshot(known: list[int], index: int) -> None:
-    """Raise unless there is a snapshot of a step.
-
-    Raises:
-        ValueError: Saying which there are.
-    """
-    if index not in known:
-        shown = ", ".join(map(str, known[:5])) + (f", ... {known[-1]}" if len(known) > 5 else "")
-        raise ValueError(
-            f"The run has no snapshot of the weights before step {index}; expected one of "
-            f"{shown or 'none at all'}. Record with `GradientRecorder(..., snapshots=[{index}])`, "
-            "or take over checkpoints with `add_snapshots`."
-        )

@@ -22,16 +22,14 @@ from tda_lightning.stores.hdf5.encoding import Storage, bytes_of
 from tda_lightning.stores.hdf5.shards import MergedShards, Shard
 from tda_lightning.stores.hdf5.snapshot_files import (
     SNAPSHOTS,
-    Weights,
     drop_snapshots_after,
     indices_in,
     read_snapshot,
-    require_snapshot,
     write_snapshot,
 )
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
-from tda_lightning.stores.store import WritableStore
+from tda_lightning.stores.store import Weights, WritableStore, require_snapshot
 
 
 class HDF5Store(WritableStore):
