@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from tda_lightning import GradientRecorder, Ranking, attribute, self_influence
+from tda_lightning import GradientRecorder, attribute, self_influence
 from tda_lightning.metrics import mislabel_recall
+from tda_lightning.results import Ranking
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

@@ -18,7 +18,8 @@ from test_manual import Gan
 from test_sample_ids import Telling
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore
+from tda_lightning import GradientRecorder, HDF5Store, Identity
+from tda_lightning.stores import MemoryStore
 
 OPTIMIZERS = {
     "SGD": partial(torch.optim.SGD, lr=0.1),

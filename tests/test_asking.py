@@ -10,7 +10,6 @@ from tda_lightning import (
     GradientSimilarity,
     HDF5Store,
     InfluenceFunction,
-    MemoryStore,
     Scores,
     Source,
     TracIn,
@@ -23,6 +22,7 @@ from tda_lightning import (
     trajectory,
 )
 from tda_lightning.passes.queries import record_queries
+from tda_lightning.stores import MemoryStore
 
 METHODS = [
     TracIn(),

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from tda_lightning import GradientRecorder, Identity, MemoryStore
-from tda_lightning.gradients.layers import survey
+from tda_lightning import GradientRecorder, Identity
+from tda_lightning.gradients.layers import select_layers
+from tda_lightning.stores import MemoryStore
 
 N, T, S, E = 5, 7, 3, 6
 
@@ -69,7 +70,7 @@ def past_padding(attend, h, x):
     return attend(h, h, h, key_padding_mask=padded)[0]
 
 
-def with_weights(attend, h, x):
+def swapped_weights(attend, h, x):
     answer, weights = attend(h, h, h)
     return answer + weights @ h
 
@@ -111,7 +112,7 @@ NETS = {
     "to others": lambda: Attends(to_others, dropout=0.3),
     "to other widths": lambda: Attends(to_other_widths, kdim=4, vdim=3, dropout=0.3),
     "past padding": lambda: Attends(past_padding, dropout=0.3),
-    "with its weights": lambda: Attends(with_weights, dropout=0.3),
+    "with its weights": lambda: Attends(swapped_weights, dropout=0.3),
     "by its weights alone": lambda: Attends(by_weights_alone, dropout=0.3),
     "time first": lambda: Attends(time_first, batch_first=False, dropout=0.3),
     "to zero too": lambda: Attends(to_itself, add_zero_attn=True, dropout=0.3),
@@ -136,7 +137,7 @@ def test_rows_are_the_gradients_of_single_losses(name):
     recorder = GradientRecorder(store, projector=Identity(), curvature="fisher")
     quiet_trainer(recorder).fit(model, loader(data()))
     assert not store.recipe.left_out
-    sources = [source for source, *_ in survey(model).sources]
+    sources = [source for source, *_ in select_layers(model).sources]
     truth = iter(model.truth)
     for step in store:
         for row in step.sketch * len(step.sketch):

@@ -6,16 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from tda_lightning import (
-    TRAK,
-    GradientSimilarity,
-    InfluenceFunction,
-    MemoryStore,
-    Source,
-    Step,
-    TracIn,
-    Unrolled,
-)
+from tda_lightning import TRAK, GradientSimilarity, InfluenceFunction, Source, TracIn, Unrolled
+from tda_lightning.stores import MemoryStore, Step
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import ParameterGroup
 

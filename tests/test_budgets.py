@@ -13,10 +13,11 @@ from test_rows import Checkpointed
 from test_sample_ids import Telling
 from torch.utils.data import DataLoader
 
-from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore, TracIn, attribute
+from tda_lightning import GradientRecorder, HDF5Store, Identity, TracIn, attribute
 from tda_lightning.gradients.factors import Dense, GradientFactors, WithOnes
 from tda_lightning.gradients.layers import layer_rule
-from tda_lightning.recording.timing import Pace
+from tda_lightning.recording.timing import BatchTiming
+from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.contract import same
 
 pytestmark = [
@@ -51,7 +52,7 @@ def test_a_budget_of_disk_needs_to_know_how_long():
 @pytest.mark.parametrize("overhead", [0.001, 0.1, 0.34, 1.0, 2.7])
 @pytest.mark.parametrize("limit", [0.01, 0.1, 0.5, 10.0])
 def test_the_stride_is_the_smallest_within_the_limit(overhead, limit):
-    pace = Pace(batch=0.02, recording=0.02 * overhead)
+    pace = BatchTiming(batch=0.02, recording=0.02 * overhead)
     stride = pace.stride_within(limit)
     assert pace.overhead / stride <= limit
     assert stride == 1 or pace.overhead / (stride - 1) > limit

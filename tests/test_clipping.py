@@ -6,7 +6,8 @@ from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from test_conservation import AppliedDiary
 from test_settings import Scripted, ScriptedScaler
 
-from tda_lightning import GradientRecorder, Identity, MemoryStore
+from tda_lightning import GradientRecorder, Identity
+from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.contract import same
 
 BY_VALUE = {"gradient_clip_algorithm": "value"}

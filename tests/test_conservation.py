@@ -9,15 +9,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from tda_lightning import (
-    CountSketch,
-    GradientRecorder,
-    Identity,
-    Kronecker,
-    KroneckerCountSketch,
-    MemoryStore,
-)
-from tda_lightning.gradients.layers import survey
+from tda_lightning import CountSketch, GradientRecorder, Identity, Kronecker, KroneckerCountSketch
+from tda_lightning.gradients.layers import select_layers
+from tda_lightning.stores import MemoryStore
 
 
 class AppliedDiary(Diary):
@@ -34,12 +28,12 @@ class AppliedDiary(Diary):
 
 
 def sketch_of(gradients, model, store, position, projector):
-    blocks, coordinates = store.recipe.blocks, store.preconditioner(position)
+    blocks, preconditioner = store.recipe.blocks, store.preconditioner(position)
     sketcher = projector.bind(blocks, torch.device("cpu"), torch.float32)
-    if coordinates is not None:
-        sketcher.precondition(coordinates)
+    if preconditioner is not None:
+        sketcher.precondition(preconditioner)
     total = torch.zeros(sketcher.dimension)
-    for number, (source, *_) in enumerate(survey(model).sources):
+    for number, (source, *_) in enumerate(select_layers(model).sources):
         matrix = source.rule.layout([gradients[name] for name in blocks[number].parameters])
         total += sketcher.sketch_matrix(number, matrix)
     return total

@@ -4,7 +4,7 @@ import pytest
 import torch
 from unchecked import what_is_said
 
-from tda_lightning import Contributions
+from tda_lightning.results import Contributions
 
 KNOWN = Contributions(
     values=torch.arange(24.0).reshape(3, 2, 4),

@@ -7,10 +7,11 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from tda_lightning import GradientRecorder, Identity, MemoryStore, TracIn, attribute
-from tda_lightning.gradients.layers import survey
+from tda_lightning import GradientRecorder, Identity, TracIn, attribute
+from tda_lightning.gradients.layers import select_layers
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.recording.preconditioning import rank_one
+from tda_lightning.stores import MemoryStore
 
 ADAPTIVE = {
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
@@ -59,7 +60,7 @@ def record(optimizer, *, epochs=2, data=None, **arguments):
 
 def in_blocks(model, values):
     """The values of parameters as the blocks' matrices."""
-    sources = [source for source, *_ in survey(model).sources]
+    sources = [source for source, *_ in select_layers(model).sources]
     named = {parameter: name for name, parameter in model.named_parameters()}
     return [s.rule.layout([values[named[one]] for one in s.parameters()]) for s in sources]
 

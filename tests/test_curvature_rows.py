@@ -9,9 +9,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
-from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore
+from tda_lightning import GradientRecorder, HDF5Store, Identity
 from tda_lightning import record as record_data
 from tda_lightning.passes.queries import record_queries
+from tda_lightning.stores import MemoryStore
 
 N = 13
 

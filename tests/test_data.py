@@ -10,8 +10,9 @@ from pytorch_lightning.utilities import CombinedLoader
 from test_sample_ids import Telling
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSampler, Subset
 
-from tda_lightning import GradientRecorder, HDF5Store, MemoryStore, data_order
+from tda_lightning import GradientRecorder, HDF5Store
 from tda_lightning.cli import main
+from tda_lightning.stores import MemoryStore, data_order
 
 
 class Nested(Plain):

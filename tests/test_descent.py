@@ -8,8 +8,9 @@ from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from test_dynamics import METHODS, plain_run, record, scores
 from torch.optim import SGD
 
-from tda_lightning import ContributionTracker, GradientRecorder, MemoryStore
+from tda_lightning import ContributionTracker, GradientRecorder
 from tda_lightning.attribution.dynamics.optimizer import has_plain_rates
+from tda_lightning.stores import MemoryStore
 
 
 class Homemade(torch.optim.AdamW):

@@ -13,10 +13,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
-from tda_lightning import GradientRecorder, Identity, MemoryStore, Source, Unrolled, attribute
+from tda_lightning import GradientRecorder, Identity, Source, Unrolled, attribute
 from tda_lightning.attribution.dynamics.optimizer import Dynamics, Extent
-from tda_lightning.gradients.layers import survey
+from tda_lightning.gradients.layers import select_layers
 from tda_lightning.passes.queries import record_queries
+from tda_lightning.stores import MemoryStore
 
 METHODS = pytest.mark.parametrize("method", [Unrolled(), Source(2)], ids=["unrolled", "source"])
 HAS_DECOUPLED = "decoupled_weight_decay" in torch.optim.Adam([torch.zeros(1)]).defaults
@@ -103,11 +104,11 @@ def test_half_a_nesterov_momentum_is_half_way_between_the_kinds():
     group = plain_run(momentum=0.8)[1].groups[0]
     step = plain_run()[1]
 
-    def reach(*kinds):
+    def effective_lr(*kinds):
         groups = tuple(replace(group, nesterov=kind, share=0.5) for kind in kinds)
-        return Dynamics.of(replace(step, groups=groups)).reach
+        return Dynamics.of(replace(step, groups=groups)).effective_lr
 
-    assert reach(0.0, 1.0) == pytest.approx((reach(0.0) + reach(1.0)) / 2)
+    assert effective_lr(0.0, 1.0) == pytest.approx((effective_lr(0.0) + effective_lr(1.0)) / 2)
 
 
 def no_decay_on_vectors(parameters):
@@ -131,7 +132,7 @@ def test_without_decay_on_vectors_scores_are_nearly_those_of_a_decay_that_knows_
     run, model = record(no_decay_on_vectors)
     queries = vectors()[:3]
     found = attribute(run, model, (queries[0].double(), queries[1]), progress=False).values
-    sources = [source for source, *_ in survey(model).sources]
+    sources = [source for source, *_ in select_layers(model).sources]
     decays = torch.cat(
         [
             s.rule.layout([torch.full_like(p, 0.3 * (p.ndim == 2)) for p in s.parameters()])
@@ -220,7 +221,7 @@ def test_the_decay_of_a_training_is_the_mean_over_its_time():
         factor = 3.0 if step.index < 3 else 1.0
         groups = tuple(replace(g, weight_decay=factor * g.weight_decay) for g in step.groups)
         slow.append(replace(step, groups=groups))
-    reaches = [Dynamics.of(step).reach for step in run]
+    reaches = [Dynamics.of(step).effective_lr for step in run]
     mean = (3 * sum(reaches[:3]) + sum(reaches[3:])) / sum(reaches)
     assert Extent.of(slow).decay == pytest.approx(0.3 * mean)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from torch.utils import backend_registration
 
-HERE = Path(__file__).parent
-SCRIPT = HERE / "elsewhere_asking.py"
+CURRENT_WEIGHTS = Path(__file__).parent
+SCRIPT = CURRENT_WEIGHTS / "elsewhere_asking.py"
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch takes no device that is written in Python",
@@ -34,7 +34,7 @@ def names_in(table):
 @functools.cache
 def result():
     command = [sys.executable, "-W", "ignore", str(SCRIPT)]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=CURRENT_WEIGHTS, capture_output=True, text=True, check=False)
 
 
 def answer(name):

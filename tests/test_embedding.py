@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from tda_lightning import Embedding, GradientSimilarity, Scores, TracIn, Unrolled, embed
+from tda_lightning import GradientSimilarity, Scores, TracIn, Unrolled, embed
 from tda_lightning.attribution import Linear, SampledLabels
+from tda_lightning.results import Embedding
 
 RUN = ls.record(ls.problem(scale=0.7), lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1))
 EXACT = Unrolled(SampledLabels(), Linear())

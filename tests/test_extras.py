@@ -6,7 +6,8 @@ import pytest
 from lightning_models import Plain, loader, mlp, vectors
 
 import tda_lightning.full_influence
-from tda_lightning import ConjugateGradient, FullInfluenceFunction, attribute_by_gradients
+from tda_lightning import FullInfluenceFunction, attribute_by_gradients
+from tda_lightning.full_influence import ConjugateGradient
 
 
 def test_solvers_name_the_extra_that_they_need_and_the_default_needs_none(monkeypatch):

@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import Subset, TensorDataset, WeightedRandomSampler
 
 from tda_lightning import FeatureSimilarity, attribute_by_features
-from tda_lightning.features.extraction import query_points, train_points
+from tda_lightning.features.extraction import query_features, train_features
 
 
 def network():
@@ -29,7 +29,7 @@ def hidden(model, x):
 @pytest.mark.parametrize("layer", [None, "net.3", "net.0", "net.2"])
 def test_features_are_the_inputs_of_the_layer_in_the_order_of_ids(layer):
     model, x = network(), data()[:][0]
-    found = train_points(model, loader(data()), layer=layer, progress=False)
+    found = train_features(model, loader(data()), layer=layer, progress=False)
     torch.testing.assert_close(found.features, x if layer == "net.0" else hidden(model, x))
     assert found.ids.tolist() == list(range(13))
     assert found.layer == (layer or "net.3")
@@ -37,28 +37,28 @@ def test_features_are_the_inputs_of_the_layer_in_the_order_of_ids(layer):
 
 def test_features_are_what_a_layer_saw_and_not_what_it_wrote_over_it():
     model, x = network(), data()[:][0]
-    found = train_points(model, loader(data()), layer="net.1", progress=False)
+    found = train_features(model, loader(data()), layer="net.1", progress=False)
     torch.testing.assert_close(found.features, model.net[0](x).detach())
 
 
 def test_ids_are_those_of_the_root_dataset():
     chosen = [11, 3, 5]
-    found = train_points(network(), loader(Subset(data(), chosen), 2), progress=False)
+    found = train_features(network(), loader(Subset(data(), chosen), 2), progress=False)
     assert found.ids.tolist() == sorted(chosen)
     torch.testing.assert_close(found.features, hidden(network(), data()[sorted(chosen)][0]))
 
 
 def test_a_batch_or_a_loader_of_queries_is_the_same():
-    whole = query_points(network(), data()[:], progress=False)
-    parts = query_points(network(), loader(data(), shuffle=False), progress=False)
+    whole = query_features(network(), data()[:], progress=False)
+    parts = query_features(network(), loader(data(), shuffle=False), progress=False)
     torch.testing.assert_close(whole.features, parts.features)
 
 
 def test_a_head_is_what_the_loss_asks_of_it():
     model, (x, y) = network(), data()[:]
-    points = train_points(model, loader(data()), reads="head", progress=False)
-    head = points.head
-    torch.testing.assert_close(points.features @ head.weight.mT, head.outputs)
+    layer_features = train_features(model, loader(data()), reads="head", progress=False)
+    head = layer_features.head
+    torch.testing.assert_close(layer_features.features @ head.weight.mT, head.outputs)
     torch.testing.assert_close(head.outputs, model.net[3](hidden(model, x)).detach())
     asked = head.outputs.softmax(dim=1) - torch.eye(3, dtype=torch.float64)[y]
     torch.testing.assert_close(head.gradients, asked)
@@ -83,7 +83,7 @@ class Restless(Plain):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_a_head_is_asked_twice_about_the_same_loss(frozen):
     model = Restless(network().net).requires_grad_(not frozen)
-    head = query_points(model, data()[:], reads="head", progress=False).head
+    head = query_features(model, data()[:], reads="head", progress=False).head
     moved = head.outputs.softmax(dim=1) - head.probes.softmax(dim=1)
     torch.testing.assert_close(head.gradients - head.probe_gradients, moved)
     torch.testing.assert_close(head.outputs, network().net.eval()(data()[:][0]).detach())
@@ -96,12 +96,12 @@ def test_what_is_not_finite_is_named(bad, reads):
     x[[7, 11], 2] = bad
     broken = TensorDataset(x, y)
     with pytest.raises(ValueError, match=r"In sample 7 of `train_loader`, what `net.3` saw is not"):
-        train_points(model, loader(broken), reads=reads, progress=False)
+        train_features(model, loader(broken), reads=reads, progress=False)
     with pytest.raises(ValueError, match=r"In sample 2 of `queries`, .*though the weights are"):
-        query_points(model, broken[5:9], reads=reads, progress=False)
+        query_features(model, broken[5:9], reads=reads, progress=False)
     model.net[0].bias.data[1] = bad
     with pytest.raises(ValueError, match=r"weights of `model` are not finite: `net.0.bias` holds"):
-        train_points(model, loader(data()), reads=reads, progress=False)
+        train_features(model, loader(data()), reads=reads, progress=False)
 
 
 def test_targets_that_are_not_finite_are_named():
@@ -110,7 +110,7 @@ def test_targets_that_are_not_finite_are_named():
     targets[4, 1] = torch.nan
     model = Plain(network().net, loss=nn.functional.mse_loss)
     with pytest.raises(ValueError, match=r"In sample 4 of `queries`, the gradient of the loss is"):
-        query_points(model, (x, targets), reads="head", progress=False)
+        query_features(model, (x, targets), reads="head", progress=False)
 
 
 def test_features_of_sixteen_bits_are_compared_with_more():
@@ -126,13 +126,13 @@ def test_layers_that_see_integers_are_refused():
     words = TensorDataset(torch.randint(11, (13, 2)), data()[:][1])
     model = Plain(nn.Sequential(nn.Embedding(11, 5), nn.Flatten(), nn.Linear(10, 3)))
     with pytest.raises(ValueError, match=r"`net.0` is a Embedding and saw .*int64.*floating-point"):
-        train_points(model, loader(words), layer="net.0", progress=False)
+        train_features(model, loader(words), layer="net.0", progress=False)
 
 
 def test_points_of_another_layer_are_refused():
-    train = train_points(network(), loader(data()), progress=False)
+    train = train_features(network(), loader(data()), progress=False)
     for layer in ("net.0", "net.1"):  # of another width, and of the same
-        queries = query_points(network(), data()[:3], layer=layer, progress=False)
+        queries = query_features(network(), data()[:3], layer=layer, progress=False)
         with pytest.raises(ValueError, match=rf"5 numbers each that `net.3` saw.*`{layer}` saw"):
             FeatureSimilarity().attribute(train, queries)
 
@@ -144,7 +144,7 @@ def test_taking_features_leaves_no_trace(reads):
     before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     batches = loader(data(), shuffle=False)
     sampler = batches.batch_sampler
-    train_points(model, batches, reads=reads, progress=False)
+    train_features(model, batches, reads=reads, progress=False)
     assert batches.batch_sampler is sampler
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -199,28 +199,28 @@ def test_a_layer_that_is_not_called_is_refused(layer, message):
     model = network()
     model.unused = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=message):
-        query_points(model, data()[:3], layer=layer, progress=False)
+        query_features(model, data()[:3], layer=layer, progress=False)
 
 
 def test_a_head_that_is_no_linear_layer_of_vectors_is_refused():
     with pytest.raises(ValueError, match=r"`net.1` is a ReLU.*expected a `Linear`"):
-        query_points(network(), data()[:3], layer="net.1", reads="head", progress=False)
+        query_features(network(), data()[:3], layer="net.1", reads="head", progress=False)
 
 
 def test_samples_that_come_twice_are_refused():
     sampler = WeightedRandomSampler([1.0] + [0.0] * 12, 13)
     with pytest.raises(ValueError, match="draws sample 0 13 times"):
-        train_points(network(), loader(data(), shuffle=False, sampler=sampler), progress=False)
+        train_features(network(), loader(data(), shuffle=False, sampler=sampler), progress=False)
 
 
 def test_an_empty_loader_and_a_wrong_batch_are_refused():
     with pytest.raises(ValueError, match="`queries` is an empty loader"):
-        query_points(network(), loader(Subset(data(), []), shuffle=False), progress=False)
+        query_features(network(), loader(Subset(data(), []), shuffle=False), progress=False)
     with pytest.raises(ValueError, match="No features could be taken of `queries`"):
-        query_points(network(), data()[:3][0], progress=False)
+        query_features(network(), data()[:3][0], progress=False)
 
 
 def test_models_without_linear_layers_are_refused():
     model = Plain(nn.LayerNorm(7)).double()
     with pytest.raises(ValueError, match="the step called no Linear"):
-        query_points(model, data()[:3], progress=False)
+        query_features(model, data()[:3], progress=False)

@@ -5,7 +5,8 @@ import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from unchecked import require_said, what_is_said
 
-from tda_lightning import GradientRecorder, MemoryStore, attribute
+from tda_lightning import GradientRecorder, attribute
+from tda_lightning.stores import MemoryStore
 
 DATA = vectors()
 

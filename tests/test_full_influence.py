@@ -9,29 +9,31 @@ from torch.nn import functional
 from torch.utils.data import Subset, TensorDataset, WeightedRandomSampler
 
 from tda_lightning import (
-    EKFAC,
-    ConjugateGradient,
     FullInfluenceFunction,
-    GaussNewton,
     GradientRecorder,
-    Hessian,
     Identity,
     InfluenceFunction,
-    Lanczos,
     LogProbability,
-    MemoryStore,
-    Neumann,
-    Woodbury,
     attribute,
     attribute_by_gradients,
     record,
 )
 from tda_lightning.attribution import SampledLabels, damping_of
-from tda_lightning.full_influence import Objective
+from tda_lightning.full_influence import (
+    EKFAC,
+    ConjugateGradient,
+    GaussNewton,
+    Hessian,
+    Lanczos,
+    Neumann,
+    Objective,
+    Woodbury,
+)
 from tda_lightning.full_influence.objective import columns_of, parameters_of
-from tda_lightning.gradients.layers import survey
-from tda_lightning.passes.model_state import undisturbed
+from tda_lightning.gradients.layers import select_layers
+from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.queries import query_rows
+from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.recipe import Recipe
 
 pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
@@ -136,7 +138,7 @@ def test_ekfac_inverts_its_own_matrix():
     model = Plain(nn.Sequential(nn.Linear(7, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))).double()
     objective = Objective.of(model, list(model.parameters()), loader(DATA), progress=False)
     solver, exact = EKFAC(), dense(model)
-    with undisturbed(model, "eval"):
+    with preserved_state(model, "eval"):
         operator = solver.operator(objective, GaussNewton())
     expected = exact.scores(whole(operator), DAMPING, *QUERIES)
     assert gap(ask(model, FullInfluenceFunction(solver, damping=DAMPING)), expected) < 1e-9
@@ -219,16 +221,16 @@ def test_columns_of_rows_are_found_among_the_parameters(batch_size):
     )
     model = Plain(net).double()
     x, y = torch.randn(batch_size, 2, 3, 4).double(), torch.arange(batch_size) % 3
-    surveyed = survey(model)
-    size = sum(block.size for block in surveyed.blocks)
-    recipe = Recipe(surveyed.blocks, (), Identity().to_dict(), size, "float64")
+    selection = select_layers(model)
+    size = sum(block.size for block in selection.blocks)
+    recipe = Recipe(selection.blocks, (), Identity().to_dict(), size, "float64")
     rows = query_rows(model, (x, y), recipe, progress=False)
-    vectors_ = rows[:, columns_of(surveyed).argsort()]
+    vectors_ = rows[:, columns_of(selection).argsort()]
     for own, one, label in zip(vectors_, x, y, strict=True):
         loss = functional.cross_entropy(net(one[None]), label[None])
-        grads = torch.autograd.grad(loss, parameters_of(surveyed))
+        grads = torch.autograd.grad(loss, parameters_of(selection))
         torch.testing.assert_close(own, torch.cat([grad.flatten() for grad in grads]))
-    assert {id(one) for one in parameters_of(surveyed)} == {id(one) for one in model.parameters()}
+    assert {id(one) for one in parameters_of(selection)} == {id(one) for one in model.parameters()}
 
 
 class Last(nn.Module):

@@ -10,7 +10,8 @@ import torch
 from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
 from torch.utils.data import WeightedRandomSampler
 
-from tda_lightning import CountSketch, GradientRecorder, MemoryStore
+from tda_lightning import CountSketch, GradientRecorder
+from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.step import ParameterGroup
 
 OPTIMIZERS = {

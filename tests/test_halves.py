@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from tda_lightning import EKFAC, ConjugateGradient, FullInfluenceFunction, GaussNewton, Hessian
-from tda_lightning.full_influence import Objective
-from tda_lightning.passes.model_state import undisturbed
+from tda_lightning import FullInfluenceFunction
+from tda_lightning.full_influence import EKFAC, ConjugateGradient, GaussNewton, Hessian, Objective
+from tda_lightning.passes.model_state import preserved_state
 
 pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -36,7 +36,7 @@ def objective_of(model, y, batch_size=11, **settings):
 
 
 def matrix_of(curvature, model, y, batch_size=11, **settings):
-    with undisturbed(model, "eval"):
+    with preserved_state(model, "eval"):
         return whole(curvature.operator(objective_of(model, y, batch_size, **settings)))
 
 
@@ -195,7 +195,7 @@ def test_losses_that_are_not_torchs_are_refused(loss):
 )
 def test_ekfac_refuses_losses_that_it_does_not_know(loss, y, message):
     model = Plain(network(), loss).double()
-    with undisturbed(model, "eval"), pytest.raises(ValueError, match=message):
+    with preserved_state(model, "eval"), pytest.raises(ValueError, match=message):
         EKFAC().operator(objective_of(model, y, 3), GaussNewton())
 
 
@@ -203,7 +203,7 @@ def test_hooks_are_removed_where_curvature_fails():
     model = Plain(nn.Sequential(nn.Linear(7, 3), Renamed(3))).double()
     method = FullInfluenceFunction(EKFAC(), damping=0.1)
     size = sum(one.numel() for one in model.parameters())
-    with undisturbed(model, "eval"), pytest.raises(ValueError, match="has no curvature"):
+    with preserved_state(model, "eval"), pytest.raises(ValueError, match="has no curvature"):
         method.solve(objective_of(model, LABELS), torch.ones(1, size).double(), progress=False)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -222,7 +222,7 @@ class Renamed(nn.Module):
 def test_steps_that_torch_func_cannot_follow_are_refused():
     model = Plain(nn.Sequential(nn.Linear(7, 3), Untraceable())).double()
     method = FullInfluenceFunction(ConjugateGradient(), damping=0.1)
-    with undisturbed(model, "eval"), pytest.raises(ValueError, match="differentiate twice"):
+    with preserved_state(model, "eval"), pytest.raises(ValueError, match="differentiate twice"):
         method.solve(objective_of(model, LABELS), torch.ones(1, 24).double(), progress=False)
 
 

@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
-from tda_lightning import LocalJacobianExpansion, RepresenterPoint, representers
-from tda_lightning.features.extraction import query_points, train_points
+from tda_lightning import RepresenterPoint
+from tda_lightning.features import LocalJacobianExpansion, representers
+from tda_lightning.features.extraction import query_features, train_features
 from tda_lightning.features.losses import SoftmaxLoss, SquaredLoss, loss_of_head
 
 N, CLASSES = 17, 3
@@ -34,7 +35,7 @@ def fitted(model):
 
 
 def told(model, batch):
-    head = query_points(model, batch, reads="head", progress=False).head
+    head = query_features(model, batch, reads="head", progress=False).head
     return loss_of_head(head.double(), "net.2")
 
 
@@ -153,7 +154,7 @@ def test_a_bent_loss_is_its_hessian(targets):
     outputs, way = torch.randn(2, N, CLASSES, dtype=torch.float64)
     kinds = {"probabilities": SoftmaxLoss(way.softmax(1)), "numbers": SquaredLoss(way, 0.7)}
     _, expected = torch.autograd.functional.hvp(lambda z: N * kinds[targets].value(z), outputs, way)
-    torch.testing.assert_close(kinds[targets].bent(outputs, way), expected)
+    torch.testing.assert_close(kinds[targets].hessian_product(outputs, way), expected)
 
 
 class Largest(TorchDispatchMode):
@@ -180,7 +181,7 @@ def test_memory_is_a_few_times_the_outputs_and_no_matrix_per_sample(method, most
     x = vectors(n)[:][0].double()
     model = network(cross_entropy, classes=c)
     data = TensorDataset(x, torch.arange(n) % c)
-    train = train_points(model, loader(data), reads="head", progress=False)
+    train = train_features(model, loader(data), reads="head", progress=False)
     with Largest() as largest:
         method.attribute(train, train)
     assert largest.numel <= max(most, n * n) < n * c * c

@@ -7,22 +7,21 @@ from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from tda_lightning import (
+from tda_lightning import FullInfluenceFunction, GradientRecorder, attribute_by_gradients
+from tda_lightning.full_influence import (
     EKFAC,
     ConjugateGradient,
-    FullInfluenceFunction,
     GaussNewton,
-    GradientRecorder,
     Hessian,
     Lanczos,
-    MemoryStore,
+    ModelCurvature,
     Neumann,
+    Objective,
     Woodbury,
-    attribute_by_gradients,
 )
-from tda_lightning.full_influence import ModelCurvature, Objective
-from tda_lightning.full_influence.woodbury import Kept
-from tda_lightning.passes.model_state import undisturbed
+from tda_lightning.full_influence.woodbury import LowRankCurvature
+from tda_lightning.passes.model_state import preserved_state
+from tda_lightning.stores import MemoryStore
 
 pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -120,7 +119,9 @@ def test_they_are_also_found_in_curvature_that_does_not_tell_of_them():
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
 def test_conjugate_gradients_return_what_is_within_their_tolerance_or_nothing(tolerance):
     torch.manual_seed(0)
-    kept = Kept(torch.randn(40, 60).double() * torch.logspace(0, -2, 40).double()[:, None])
+    kept = LowRankCurvature(
+        torch.randn(40, 60).double() * torch.logspace(0, -2, 40).double()[:, None]
+    )
     damping, rows = 1e-3 * kept.largest(), torch.randn(5, 60).double()
     arrived = []
     for products in range(1, 80):
@@ -207,7 +208,7 @@ def test_too_little_memory_is_not_taken_for_a_fault_of_the_step():
     model = Exhausted(mlp()).double()
     parameters, batches = list(model.parameters()), loader(DATA)
     objective = Objective.of(model, parameters, batches, progress=False)
-    with undisturbed(model, "eval"), pytest.raises(torch.cuda.OutOfMemoryError):
+    with preserved_state(model, "eval"), pytest.raises(torch.cuda.OutOfMemoryError):
         GaussNewton().operator(objective)
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from tda_lightning import InfluenceFunction, MemoryStore
+from tda_lightning import InfluenceFunction
 from tda_lightning.attribution import BestAvailable, EmpiricalFisher, SampledLabels, damping_of
+from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.step import Preconditioner
 
 EXACT = InfluenceFunction(SampledLabels(), damping=0.0, rows="last visit")

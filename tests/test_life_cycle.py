@@ -17,7 +17,8 @@ from pytorch_lightning.callbacks import (
 )
 from test_sample_ids import Telling
 
-from tda_lightning import GradientRecorder, HDF5Store, MemoryStore
+from tda_lightning import GradientRecorder, HDF5Store
+from tda_lightning.stores import MemoryStore
 
 
 class Tuned(Plain):

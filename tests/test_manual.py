@@ -8,7 +8,8 @@ from test_sample_ids import Telling
 from torch import nn
 from torch.nn.functional import cross_entropy, softplus
 
-from tda_lightning import GradientRecorder, Identity, MemoryStore
+from tda_lightning import GradientRecorder, Identity
+from tda_lightning.stores import MemoryStore
 
 
 class Manual(pl.LightningModule):

@@ -10,13 +10,13 @@ from tda_lightning import (
     HDF5Store,
     InfluenceFunction,
     Source,
-    Step,
     TracIn,
     Unrolled,
     embed,
 )
 from tda_lightning.attribution import Linear
 from tda_lightning.attribution.top_scores import top_scores
+from tda_lightning.stores import Step
 from tda_lightning.stores.hdf5 import segment_reader
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import ParameterGroup

@@ -11,13 +11,13 @@ from tda_lightning import (
     GradientSimilarity,
     HDF5Store,
     InfluenceFunction,
-    MemoryStore,
     Source,
     TracIn,
     Unrolled,
     attribute,
     record,
 )
+from tda_lightning.stores import MemoryStore
 
 DATA = vectors()
 

@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils.data import Subset
 from torchmetrics.classification import MulticlassAccuracy
 
-from tda_lightning import GradientRecorder, HDF5Store, Identity, MemoryStore, Unrolled, attribute
+from tda_lightning import GradientRecorder, HDF5Store, Identity, Unrolled, attribute
 from tda_lightning.passes.queries import record_queries
+from tda_lightning.stores import MemoryStore
 
 
 def record(model, **settings):

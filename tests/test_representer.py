@@ -9,14 +9,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import TensorDataset
 
-from tda_lightning import (
-    FeatureSimilarity,
-    LocalJacobianExpansion,
-    RepresenterPoint,
-    attribute_by_features,
-    representers,
-)
-from tda_lightning.features.extraction import query_points, train_points
+from tda_lightning import FeatureSimilarity, RepresenterPoint, attribute_by_features
+from tda_lightning.features import LocalJacobianExpansion, representers
+from tda_lightning.features.extraction import query_features, train_features
 
 N, CLASSES = 29, 3
 QUERIES = slice(29, 34)
@@ -67,7 +62,7 @@ def test_the_decomposition_reproduces_the_logits(loss, bias, targets):
     model = network(loss, bias)
     method = RepresenterPoint(targets=targets)
     found = representers(model, train_loader(loss), method=method, progress=False)
-    queries = query_points(model, data(loss)[QUERIES], progress=False, reads="head")
+    queries = query_features(model, data(loss)[QUERIES], progress=False, reads="head")
     logits = refitted(model, found).net(data(loss)[QUERIES][0]).detach()
     torch.testing.assert_close(found.outputs(queries), logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.contributions(queries).sum(dim=1), found.outputs(queries))
@@ -114,7 +109,7 @@ def test_scores_are_the_parts_of_an_output(output):
         1: torch.eye(3)[[1] * 5],
         "loss": torch.eye(3)[batch[1]] - logits.softmax(dim=1),
     }
-    parts = found.contributions(query_points(model, batch, progress=False, reads="head"))
+    parts = found.contributions(query_features(model, batch, progress=False, reads="head"))
     expected = (parts * ways[output][:, None].double()).sum(dim=2)
     torch.testing.assert_close(scores.values, expected, atol=1e-6, rtol=1e-6)
     assert scores.train_ids.tolist() == list(range(N))
@@ -243,7 +238,7 @@ def test_outputs_that_are_not_there_are_refused():
 
 
 def test_features_alone_are_refused():
-    points = train_points(network(), train_loader(), progress=False)
-    with pytest.raises(ValueError, match="hold features only"):
-        RepresenterPoint().fit(points)
-    assert FeatureSimilarity().attribute(points, points).values.shape == (N, N)
+    layer_features = train_features(network(), train_loader(), progress=False)
+    with pytest.raises(ValueError, match="come without outputs and gradients"):
+        RepresenterPoint().fit(layer_features)
+    assert FeatureSimilarity().attribute(layer_features, layer_features).values.shape == (N, N)

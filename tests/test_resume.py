@@ -10,7 +10,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from test_sample_ids import Telling
 from torch.utils.data import DataLoader, Sampler
 
-from tda_lightning import GradientRecorder, HDF5Store, MemoryStore
+from tda_lightning import GradientRecorder, HDF5Store
+from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.contract import same
 
 pytestmark = [

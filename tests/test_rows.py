@@ -13,9 +13,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
-from tda_lightning import GradientRecorder, Identity, MemoryStore
-from tda_lightning.gradients.layers import survey
+from tda_lightning import GradientRecorder, Identity
+from tda_lightning.gradients.layers import select_layers
 from tda_lightning.passes.queries import record_queries
+from tda_lightning.stores import MemoryStore
 
 
 class Twice(nn.Module):
@@ -370,7 +371,7 @@ def reference_rows(model, weights, batch, blocks, mapping=vmap, differentiate=gr
     x, y = batch
     grads = mapping(differentiate(loss), in_dims=(None, 0, 0))(weights, x, y)
     matrices = []
-    for block, (source, *_) in zip(blocks, survey(model).sources, strict=True):
+    for block, (source, *_) in zip(blocks, select_layers(model).sources, strict=True):
         layout = source.rule.layout
         per_sample = [layout([grads[p][i] for p in block.parameters]) for i in range(len(x))]
         matrices.append(torch.stack(per_sample))

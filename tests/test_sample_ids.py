@@ -14,8 +14,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from tda_lightning import GradientRecorder, MemoryStore
+from tda_lightning import GradientRecorder
 from tda_lightning import record as record_anew
+from tda_lightning.stores import MemoryStore
 
 
 class Telling(Dataset):

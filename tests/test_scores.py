@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tda_lightning import SampleScores, Scores, TopScores
+from tda_lightning import Scores
 from tda_lightning.metrics import mislabel_auc, mislabel_recall, rank_agreement
+from tda_lightning.results import SampleScores, TopScores
 
 SCORES = Scores(
     values=torch.tensor([[0.5, -1.0, 0.0, 2.0], [-0.25, 4.0, 1.0, -3.0]]),

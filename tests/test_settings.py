@@ -10,7 +10,8 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from test_sample_ids import Telling
 
-from tda_lightning import GradientRecorder, Identity, MemoryStore
+from tda_lightning import GradientRecorder, Identity
+from tda_lightning.stores import MemoryStore
 
 BATCHES = 3  # 13 samples in batches of five
 

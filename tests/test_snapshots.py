@@ -15,7 +15,6 @@ from tda_lightning import (
     HDF5Store,
     Identity,
     InfluenceFunction,
-    MemoryStore,
     Source,
     TracIn,
     Unrolled,
@@ -25,6 +24,7 @@ from tda_lightning import (
     trajectory,
 )
 from tda_lightning.passes.queries import record_queries
+from tda_lightning.stores import MemoryStore
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from tda_lightning import MemoryStore, Source, Unrolled
+from tda_lightning import Source, Unrolled
 from tda_lightning.attribution import BestAvailable, Exponential, Linear, SampledLabels
+from tda_lightning.stores import MemoryStore
 
 STEPS = 12
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tda_lightning import GradientRecorder, HDF5Store, MemoryStore
+from tda_lightning import GradientRecorder, HDF5Store
+from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.contract import (
     RECIPE,
     StoreContract,

@@ -13,9 +13,7 @@ from tda_lightning import (
     Identity,
     Logit,
     LogProbability,
-    Loss,
     Margin,
-    MemoryStore,
     TracIn,
     Unrolled,
     attribute,
@@ -23,6 +21,8 @@ from tda_lightning import (
     trajectory,
 )
 from tda_lightning.passes.queries import record_queries
+from tda_lightning.passes.targets import Loss
+from tda_lightning.stores import MemoryStore
 
 
 class Forward(Plain):

@@ -11,11 +11,11 @@ from tda_lightning import (
     Identity,
     Kronecker,
     KroneckerCountSketch,
-    MemoryStore,
     TracIn,
     attribute,
     self_influence,
 )
+from tda_lightning.stores import MemoryStore
 
 QUERIES = vectors()[:3]
 APART = [Identity(), Kronecker(4), KroneckerCountSketch(dimension=2048)]

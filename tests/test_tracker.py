@@ -18,16 +18,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from tda_lightning import (
-    Contributions,
-    ContributionTracker,
-    CountSketch,
-    GradientRecorder,
-    Identity,
-    MemoryStore,
-    TracIn,
-)
+from tda_lightning import ContributionTracker, CountSketch, GradientRecorder, Identity, TracIn
 from tda_lightning.passes.queries import record_queries
+from tda_lightning.results import Contributions
+from tda_lightning.stores import MemoryStore
 
 
 def double_vectors(n=13):

@@ -8,18 +8,11 @@ import torch
 from matplotlib import pyplot
 from torch.optim import SGD
 
-from tda_lightning import (
-    TRAK,
-    GradientSimilarity,
-    InfluenceFunction,
-    Source,
-    TracIn,
-    Trajectory,
-    Unrolled,
-)
+from tda_lightning import TRAK, GradientSimilarity, InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.attribution import EmpiricalFisher
 from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.attribution.trajectory import contributions
+from tda_lightning.results import Trajectory
 
 RUN = ls.record(ls.problem(steps=8), lambda p: SGD(p, lr=0.1, momentum=0.5))
 CHOSEN = [7, 0, 10]
@@ -118,8 +111,8 @@ def test_blocks_of_queries_share_what_needs_no_query(kind):
 
 @pytest.mark.parametrize("method", [InfluenceFunction(), Source(), TracIn()], ids=repr)
 def test_a_settled_method_shows_and_equals_what_it_was(method):
-    settled = method.settled(RUN, ls.queries())
-    assert (repr(settled), settled) == (repr(method), method)
+    precomputed = method.precomputed(RUN, ls.queries())
+    assert (repr(precomputed), precomputed) == (repr(method), method)
 
 
 def test_trajectories_are_saved_and_loaded_as_they_were(tmp_path):

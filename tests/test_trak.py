@@ -9,7 +9,8 @@ from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import TensorDataset
 
-from tda_lightning import TRAK, GradientRecorder, MemoryStore, Step, attribute
+from tda_lightning import TRAK, GradientRecorder, attribute
+from tda_lightning.stores import MemoryStore, Step
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import ParameterGroup
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from tda_lightning import MemoryStore, TracIn, Unrolled
+from tda_lightning import TracIn, Unrolled
 from tda_lightning.attribution.dynamics.curvature import (
     Curvature,
     EmpiricalFisher,
@@ -17,6 +17,7 @@ from tda_lightning.attribution.dynamics.curvature import (
 )
 from tda_lightning.attribution.dynamics.optimizer import Dynamics
 from tda_lightning.attribution.dynamics.propagator import Exponential, Linear, TamedCurvature
+from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.step import ParameterGroup
 
 EXACT = Unrolled(SampledLabels(), Linear())
@@ -182,8 +183,8 @@ def furthest(propagator, momentum, nesterov=0.0, batch_size=3):
     for step in still:
         run.append(replace(step, groups=(group,)))
     method = Unrolled(SampledLabels(), propagator)
-    reach = Dynamics.of(run[1]).reach * float(ls.queries().norm())
-    return max(float(d.norm()) for _, d in method.directions(run, ls.queries())) / reach
+    effective_lr = Dynamics.of(run[1]).effective_lr * float(ls.queries().norm())
+    return max(float(d.norm()) for _, d in method.directions(run, ls.queries())) / effective_lr
 
 
 @pytest.mark.parametrize("propagator", [Linear(), Exponential()], ids=repr)

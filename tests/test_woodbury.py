@@ -9,25 +9,21 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from tda_lightning import (
-    EKFAC,
-    ConjugateGradient,
     FullInfluenceFunction,
-    GaussNewton,
     GradientRecorder,
     HDF5Store,
-    Hessian,
     Identity,
     InfluenceFunction,
-    MemoryStore,
-    Woodbury,
     attribute,
     attribute_by_gradients,
 )
 from tda_lightning.attribution import SampledLabels
+from tda_lightning.full_influence import EKFAC, ConjugateGradient, GaussNewton, Hessian, Woodbury
 from tda_lightning.full_influence.full_gradients import WholeGradients, whole_recipe
-from tda_lightning.full_influence.woodbury import Kept
-from tda_lightning.gradients.layers import survey
-from tda_lightning.passes.model_state import undisturbed
+from tda_lightning.full_influence.woodbury import LowRankCurvature
+from tda_lightning.gradients.layers import select_layers
+from tda_lightning.passes.model_state import preserved_state
+from tda_lightning.stores import MemoryStore
 
 # What the dense references make torch say of its own forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -54,11 +50,11 @@ def regressor(optimizer=OPTIMIZERS["SGD"]):
 
 
 def operator_of(model, data, solver, reduction="mean"):
-    surveyed = survey(model)
-    recipe = whole_recipe(model, surveyed, reduction, {})
-    taken = WholeGradients(model, surveyed, recipe, None)
+    selection = select_layers(model)
+    recipe = whole_recipe(model, selection, reduction, {})
+    taken = WholeGradients(model, selection, recipe, None)
     objective = taken.objective(loader(data, 4), None, progress=False)  # ragged: 4, 4, 3
-    with undisturbed(model, "eval"):
+    with preserved_state(model, "eval"):
         return solver.operator(objective, GaussNewton())
 
 
@@ -126,7 +122,11 @@ def test_damping_is_refused_only_where_the_number_format_cannot_tell(dtype):
     torch.manual_seed(0)
     rows = torch.randn(40, 90).to(dtype) * torch.logspace(0, -4, 40).to(dtype)[:, None]
     # A gradient along the rows is where the two large terms cancel.
-    kept, exact, asked = Kept(rows), Kept(rows.double()), torch.randn(3, 40).to(dtype) @ rows
+    kept, exact, asked = (
+        LowRankCurvature(rows),
+        LowRankCurvature(rows.double()),
+        torch.randn(3, 40).to(dtype) @ rows,
+    )
     floor = 8 * torch.finfo(dtype).eps * kept.largest()
     found, expected = kept.inverse(1.01 * floor)(asked), exact.inverse(1.01 * floor)(asked.double())
     scores, truth = found.double() @ rows.double().mT, expected @ rows.double().mT
@@ -248,5 +248,5 @@ def test_ekfac_is_of_one_moment():
     pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
     store = MemoryStore()
     model = trained("SGD", store)
-    with pytest.raises(ValueError, match="expected no `run=`, got a run with 6 snapshots"):
+    with pytest.raises(ValueError, match="expected no `run=`, got one with 6 snapshots"):
         ask(model, FullInfluenceFunction(EKFAC()), run=store)

@@ -76,7 +76,7 @@ calls = {
 }
 """
 EXPECTED = {
-    "a method of whole gradients": "expected one that reads a run, `Unrolled()` say.",
+    "a method of whole gradients": "expected one that reads a run, such as `Unrolled()`.",
     "a class": "`method` is <class 'tda_lightning.attribution.tracin.TracIn'>; expected one",
     "a method of runs": "expected a `FullInfluenceFunction`. Others are asked by `attribute`",
     "a method of runs, for features": "expected one that reads features, `FeatureSimilarity()`",

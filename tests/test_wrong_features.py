@@ -4,10 +4,10 @@ import pytest
 from unchecked import require_said
 
 CALLS = """
-from tda_lightning.features.extraction import query_points, train_points
+from tda_lightning.features.extraction import query_features, train_features
 
-points = train_points(model, batches, progress=False)
-heads = query_points(model, queries, reads="head", progress=False)
+points = train_features(model, batches, progress=False)
+heads = query_features(model, queries, reads="head", progress=False)
 from tda_lightning.metrics import (
     linear_datamodeling_score, mislabel_auc, mislabel_recall, rank_agreement
 )
@@ -34,7 +34,7 @@ calls = {
     "a negative damping": lambda: LocalJacobianExpansion(damping=-1.0),
     "an infinite ascent": lambda: LocalJacobianExpansion(ascent=float("inf")),
     "a network": lambda: attribute_by_features(model.net, batches, queries),
-    "what to read": lambda: train_points(model, batches, reads="heads"),
+    "what to read": lambda: train_features(model, batches, reads="heads"),
     "a batch for points": lambda: layer.attribute(queries),
     "a batch to reproduce": lambda: layer.outputs(queries),
     "a batch to compare": lambda: FeatureSimilarity().attribute(points, queries),
@@ -75,11 +75,11 @@ EXPECTED = {
     "an infinite ascent": "`ascent` is inf; expected a finite number of 0 or more",
     "a network": "`model` is a `Sequential`; expected the LightningModule that was trained",
     "what to read": "`reads` is 'heads'; expected one of 'features', 'head'",
-    "a batch for points": "`queries` is a tuple; expected points, as `train_points(model, loader)`",
-    "a batch to reproduce": "`queries` is a tuple; expected points, as `train_points(model, ",
-    "a batch to compare": "`queries` is a tuple; expected points, as `train_points(model, loader)`",
-    "a batch to fit": "`train` is a tuple; expected points, as `train_points(model, loader)`",
-    "points without outputs": "hold features only; expected outputs and gradients as well",
+    "a batch for points": "`queries` is a tuple; expected layer features, as `train_features(",
+    "a batch to reproduce": "`queries` is a tuple; expected layer features, as `train_features(",
+    "a batch to compare": "`queries` is a tuple; expected layer features, as `train_features(",
+    "a batch to fit": "`train` is a tuple; expected layer features, as `train_features(",
+    "points without outputs": "come without outputs and gradients; expected both",
     "a method for representers": "expected an object such as `RepresenterPoint()`",
     "tensors to compare": "`one` is a tensor of shape (3, 13) (torch.float32); expected `Scores`",
     "scores to be tested": "`scores` is a Scores; expected floating-point numbers in a",

@@ -10,6 +10,11 @@ import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from torch.utils.data import DataLoader
 from tda_lightning import *
+from tda_lightning.features import *
+from tda_lightning.full_influence import *
+from tda_lightning.passes.targets import Loss
+from tda_lightning.results import *
+from tda_lightning.stores import *
 
 data, store, model = vectors(), MemoryStore(), Plain(mlp())
 quiet_trainer(GradientRecorder(store, snapshots=1)).fit(model, loader(data))

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tda_lightning.attribution.device_view import MovedRun
+from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.results.provenance import provenance_of
 from tda_lightning.results.scores import SampleScores, Scores
 from tda_lightning.stores import Store
@@ -59,7 +59,7 @@ class Attributor(ABC):
         for step, direction in self.directions(run, queries):
             yield step, step.sketch @ direction.mT
 
-    def settled(self, run: Store, like: Tensor) -> Attributor:
+    def precomputed(self, run: Store, like: Tensor) -> Attributor:
         """Return a method that says the same of this run, and does once what needs no query.
 
         It is asked about many queries, some at a time. A method for which nothing can be done
@@ -103,7 +103,7 @@ class Attributor(ABC):
         """
         self.require(run)
         totals = Totals(run.train_ids(), len(queries), queries)
-        pairs = self.visit_scores(MovedRun(run, queries), queries)
+        pairs = self.visit_scores(DeviceView(run, queries), queries)
         for step, scores in _follow(pairs, len(run), progress, f"{type(self).__name__}"):
             totals.add_(step.sample_ids, scores)
         return Scores(
@@ -150,7 +150,7 @@ class SelfAttributor(Attributor):
         like = torch.empty(0, dtype=run.recipe.torch_dtype)
         totals = Totals(run.train_ids(), 1, like)
         name = f"{type(self).__name__}, self-influence"
-        pairs = self.own_scores(MovedRun(run, like))
+        pairs = self.own_scores(DeviceView(run, like))
         for step, own in _follow(pairs, len(run), progress, name):
             totals.add_(step.sample_ids, own[:, None])
         return SampleScores(

@@ -12,7 +12,7 @@ from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner, Step, StepFacts
 
 
-class MovedRun(Store):
+class DeviceView(Store):
     """A view of a run whose rows are on a device, in a number format; ids stay on the CPU.
 
     Args:

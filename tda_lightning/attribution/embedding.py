@@ -18,7 +18,7 @@ import torch
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.unrolled import Unrolled
 from tda_lightning.results.embedding import Embedding
-from tda_lightning.stores import Store, opened
+from tda_lightning.stores import Store, open_store
 
 
 def embed(
@@ -48,7 +48,7 @@ def embed(
             f"`{method!r}` is not linear in the query; expected a method that is, such as "
             "`Unrolled()`, `TracIn()` or `GradientSimilarity('dot')`. Use `attribute` instead."
         )
-    store = opened(run, "run")
+    store = open_store(run, "run")
     units = torch.eye(store.recipe.dimension, dtype=store.recipe.torch_dtype, device=device)
     scores = method.attribute(store, units, progress=progress)
     return Embedding(

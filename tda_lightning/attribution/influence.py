@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_kind, require_not_negative
 from tda_lightning.attribution.attributor import SelfAttributor
-from tda_lightning.attribution.device_view import MovedRun
+from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.attribution.dynamics.curvature import (
     Curvature,
     SampledOrEmpirical,
@@ -44,7 +44,7 @@ from tda_lightning.attribution.visits import as_own_gradients, last_epoch, last_
 from tda_lightning.stores import Store
 from tda_lightning.stores.step import Step
 
-TIMES = 1.5
+DAMPING_FACTOR = 1.5
 Steps = Literal["run", "last epoch"]
 Visits = Literal["all visits", "last visit"]
 
@@ -108,7 +108,7 @@ class InfluenceFunction(SelfAttributor):
         for step in self._visits(run, queries):
             yield step, direction
 
-    def settled(self, run: Store, like: Tensor) -> InfluenceFunction:
+    def precomputed(self, run: Store, like: Tensor) -> InfluenceFunction:
         """Return a method that has factorized the curvature, and keeps its factor."""
         return replace(self, _factor=self._root(run, Extent.of(run), like))
 
@@ -131,7 +131,7 @@ class InfluenceFunction(SelfAttributor):
         """Return the Cholesky factor of the damped curvature."""
         if self._factor is not None:
             return self._factor
-        source = run if self.curvature_from is None else MovedRun(self.curvature_from, like)
+        source = run if self.curvature_from is None else DeviceView(self.curvature_from, like)
         steps = source if self.curvature_over == "run" else last_epoch(source)
         matrix = objective_curvature(steps, self.curvature)
         if self.damping is None:
@@ -140,7 +140,7 @@ class InfluenceFunction(SelfAttributor):
         return damped_root(matrix, self.damping + extent.decay)
 
     def _visits(self, run: Store, like: Tensor) -> Iterator[Step]:
-        source = run if self.rows_from is None else MovedRun(self.rows_from, like)
+        source = run if self.rows_from is None else DeviceView(self.rows_from, like)
         steps = iter(source) if self.rows == "all visits" else last_visits(source)
         return map(as_own_gradients, steps)
 
@@ -156,7 +156,7 @@ def suggested_damping(extent: Extent) -> float:
             "The learning rates of these steps sum to 0, and a damping follows from that sum; "
             "expected steps that moved the weights. Take more of them, or pass `damping=`."
         )
-    return TIMES / extent.time + extent.decay
+    return DAMPING_FACTOR / extent.time + extent.decay
 
 
 def damping_of(run: Store) -> float:

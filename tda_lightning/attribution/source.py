@@ -91,7 +91,7 @@ class Source(Attributor):
             for step in steps:
                 yield step, direction
 
-    def settled(self, run: Store, like: Tensor) -> Source:
+    def precomputed(self, run: Store, like: Tensor) -> Source:
         """Return a method that has averaged all segments, if they are few: each takes a matrix."""
         if len(_cut(run, self.segments)) > _KEPT:
             return self

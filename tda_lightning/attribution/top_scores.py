@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from tda_lightning.arguments import require_whole
 from tda_lightning.attribution.attributor import Attributor
-from tda_lightning.attribution.device_view import MovedRun
+from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.results.scores import Ranking, TopScores
 from tda_lightning.stores import Store
 
@@ -40,11 +40,11 @@ def top_scores(
     """
     require_whole("query_batch_size", query_batch_size, least=1)
     method.require(run)
-    settled = method.settled(MovedRun(run, queries), queries)
+    precomputed = method.precomputed(DeviceView(run, queries), queries)
     best, worst, found = [], [], None
     blocks = torch.split(queries, query_batch_size)
     for block in tqdm(blocks, desc="queries", unit="block", leave=False, disable=not progress):
-        found = settled.attribute(run, block, progress=progress and len(blocks) == 1)
+        found = precomputed.attribute(run, block, progress=progress and len(blocks) == 1)
         best.append(found.proponents(k))
         worst.append(found.opponents(k))
     assert found is not None  # `split` yields at least one block

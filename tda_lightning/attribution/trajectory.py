@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tda_lightning.arguments import require_choice
 from tda_lightning.attribution.attributor import Attributor
-from tda_lightning.attribution.device_view import MovedRun
+from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.results.provenance import provenance_of
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
@@ -57,7 +57,7 @@ def contributions(
     chosen = chosen_ids(run, train_ids)
     terms: dict[int, Tensor] = {}
     visits = queries.new_zeros(len(chosen), 1)
-    pairs: Any = method.visit_scores(MovedRun(run, queries), queries)
+    pairs: Any = method.visit_scores(DeviceView(run, queries), queries)
     for step, scores in tqdm(
         pairs, total=len(run), desc="trajectory", unit="step", leave=False, disable=not progress
     ):

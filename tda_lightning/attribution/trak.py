@@ -62,7 +62,7 @@ class TRAK(Attributor):
         for step in last_visits(run):
             yield as_own_gradients(step), direction
 
-    def settled(self, run: Store, like: Tensor) -> TRAK:
+    def precomputed(self, run: Store, like: Tensor) -> TRAK:
         """Return a method that has factorized the features' moments, and keeps the factor."""
         return replace(self, _factor=self._root(run))
 

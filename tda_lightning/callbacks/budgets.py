@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tda_lightning.callbacks.cost_estimate import describe_cost, stride_within
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
-from tda_lightning.callbacks.run_writer import Keeper
-from tda_lightning.gradients.capture import aside
-from tda_lightning.recording.timing import Pace, Stopwatch, take_pace
-from tda_lightning.recording.training_recorder import Lanes
+from tda_lightning.callbacks.run_writer import RunWriter
+from tda_lightning.gradients.capture import capture_paused
+from tda_lightning.recording.timing import BatchTiming, Stopwatch, take_pace
+from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 
@@ -39,13 +39,13 @@ class Budgets:
         max_overhead: float | None,
         sampled: float,
         store: WritableStore,
-        keeper: Keeper,
+        writer: RunWriter,
     ) -> None:
         self._max_gb = max_gb
         self._max_overhead = max_overhead
         self._sampled = sampled
         self._store = store
-        self._keeper = keeper
+        self._writer = writer
         # The recipe whose stride is to be chosen in the first batch.
         self._open: Recipe | None = None
         self._forward: Stopwatch | None = None
@@ -64,7 +64,7 @@ class Budgets:
         self._open = None
         if self._max_gb is None and self._max_overhead is None:
             return recipe
-        stride = self._keeper.stride_of_run(trainer)
+        stride = self._writer.stride_of_run(trainer)
         if stride is not None:  # A run that is continued keeps the one that it was begun with.
             return replace(recipe, every_n_steps=stride)
         recipe = self._within_disk(trainer, recipe)
@@ -83,25 +83,27 @@ class Budgets:
         if self._open is not None:
             self._forward = Stopwatch(model.device)
 
-    def settle(self, trainer: Trainer, model: LightningModule, lanes: Lanes, loss: Tensor) -> None:
+    def settle(
+        self, trainer: Trainer, model: LightningModule, recorder: TrainingRecorder, loss: Tensor
+    ) -> None:
         """Choose the stride, if that is to be done, before the backward pass of a loss."""
         recipe, limit = self._open, self._max_overhead
-        if recipe is None or limit is None or self._forward is None or not lanes.is_recording():
+        if recipe is None or limit is None or self._forward is None or not recorder.is_recording():
             return
         forward = self._forward.seconds()
         self._open = self._forward = None
         # Processes take steps together: one of them says which.
-        pace = trainer.strategy.broadcast(_pace_of(model, lanes, loss, forward))
+        pace = trainer.strategy.broadcast(_pace_of(model, recorder, loss, forward))
         stride = max(recipe.every_n_steps, pace.stride_within(limit))
         recipe = replace(recipe, every_n_steps=stride)
-        self._keeper.amend(recipe)
+        self._writer.amend(recipe)
         which = "every step" if stride == 1 else f"one step in {stride:,}"
         rank_zero_info(
             f"GradientRecorder: {pace.describe()}; recording {which}, to add no more than "
             f"{100 * limit:g} %; see `max_overhead`."
         )
         self.describe(trainer, recipe)
-        lanes.record_every(stride)
+        recorder.record_every(stride)
 
     def _within_disk(self, trainer: Trainer, recipe: Recipe) -> Recipe:
         if self._max_gb is None:
@@ -117,20 +119,22 @@ class Budgets:
         return replace(recipe, every_n_steps=stride)
 
 
-def _pace_of(model: LightningModule, lanes: Lanes, loss: Tensor, forward: float) -> Pace:
+def _pace_of(
+    model: LightningModule, recorder: TrainingRecorder, loss: Tensor, forward: float
+) -> BatchTiming:
     trained = [one for one in model.parameters() if one.requires_grad]
 
     def plain() -> None:
-        with aside():
+        with capture_paused():
             torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
 
     def recorded() -> None:
-        lanes.rehearse(loss, trained)
+        recorder.extra_backward(loss, trained)
 
     def made() -> float:
-        lanes.take_time(Stopwatch(loss.device).seconds)
+        recorder.take_time(Stopwatch(loss.device).seconds)
         recorded()
-        return lanes.time_taken()
+        return recorder.time_taken()
 
     try:
         return take_pace(forward, plain, recorded, made, loss.device)

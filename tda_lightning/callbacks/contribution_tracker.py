@@ -17,7 +17,12 @@ from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.method_watchers import watch_clipping, watch_loaders
 from tda_lightning.callbacks.probe import Probe, read_probe
 from tda_lightning.callbacks.strategies import loss_scale_of
-from tda_lightning.callbacks.tracked_training import Followed, Wishes, follow, require_trackable
+from tda_lightning.callbacks.tracked_training import (
+    TrackedTraining,
+    TrackerSettings,
+    follow,
+    require_trackable,
+)
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.recording.contribution_table import Period
@@ -97,7 +102,7 @@ class ContributionTracker(pl.Callback):
         self.batch_dims = dict(batch_dims or {})
         self.existing = existing
         self._ledger = SampleLedger(sample_ids)
-        self._followed: Followed | None = None
+        self._tracked: TrackedTraining | None = None
         self._is_attached = self._has_failed = False
         self._state: dict[str, Any] = {}
         self._undo: list[Callable[[], None]] = []
@@ -109,12 +114,12 @@ class ContributionTracker(pl.Callback):
         Raises:
             ValueError: If no training has begun.
         """
-        if self._followed is None:
+        if self._tracked is None:
             raise ValueError(
                 "Nothing has been followed yet; expected a training. Pass this callback to a "
                 "`Trainer` and fit, or read a file with `Contributions.load`."
             )
-        return self._followed.contributions()
+        return self._tracked.contributions()
 
     @property
     def scores(self) -> Scores:
@@ -142,19 +147,19 @@ class ContributionTracker(pl.Callback):
             require_one_loader(trainer)
         state = self._begin(trainer)
         probe = Probe(read_probe(self.probe), self.reduction, self.mode)
-        found = follow(self._wishes(), trainer, pl_module, probe, self._ledger.train_ids)
+        found = follow(self._settings(), trainer, pl_module, probe, self._ledger.train_ids)
         if state:
             found.resume(state)
         self._ledger.start_training(trainer.global_step)
         for line in found.warnings:
             rank_zero_warn(f"ContributionTracker: {line}")
         rank_zero_info(f"ContributionTracker: {found.describe_cost()}")
-        found.tracking.attach()
-        self._undo.append(watch_clipping(trainer, found.tracking.before_clipping))
-        self._followed, self._is_attached = found, True
+        found.recorder.attach()
+        self._undo.append(watch_clipping(trainer, found.recorder.before_clipping))
+        self._tracked, self._is_attached = found, True
 
-    def _wishes(self) -> Wishes:
-        return Wishes(
+    def _settings(self) -> TrackerSettings:
+        return TrackerSettings(
             every_n_steps=self.every_n_steps,
             period=self.period,
             projector=self.projector,
@@ -168,8 +173,8 @@ class ContributionTracker(pl.Callback):
     def _begin(self, trainer: Trainer) -> dict[str, Any]:
         """Return the state to continue from; nothing, if this training begins anew."""
         state, self._state = self._state, {}
-        if trainer.global_step and not state and self._followed is not None:
-            return self._followed.state()
+        if trainer.global_step and not state and self._tracked is not None:
+            return self._tracked.state()
         if trainer.global_step and state:
             return state
         if self.store.exists() and self.existing == "refuse":
@@ -194,46 +199,46 @@ class ContributionTracker(pl.Callback):
     ) -> None:
         """Name the samples of the batch, and watch its forward pass if its step is due."""
         sample_ids = self._ledger.name(batch, batch_idx)
-        if self._followed is not None:
+        if self._tracked is not None:
             share = 1 / trainer.accumulate_grad_batches
-            self._followed.tracking.start_batch(trainer.global_step, sample_ids, share)
+            self._tracked.recorder.start_batch(trainer.global_step, sample_ids, share)
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Forget rows of gradients that were never used: a model may decline to take a step."""
-        if self._followed is not None:
-            self._followed.tracking.forget_gradients()
+        if self._tracked is not None:
+            self._tracked.recorder.forget_gradients()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Listen to the backward pass of the loss."""
-        if self._followed is not None:
-            self._followed.tracking.start_backward(loss, loss_scale_of(trainer))
+        if self._tracked is not None:
+            self._tracked.recorder.start_backward(loss, loss_scale_of(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of the batch."""
-        if self._followed is not None:
-            self._followed.tracking.end_backward()
+        if self._tracked is not None:
+            self._tracked.recorder.end_backward()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Take the probes' gradients while the weights are still those of the step."""
-        followed = self._followed
-        if followed is not None:
-            followed.tracking.before_step(
+        tracked = self._tracked
+        if tracked is not None:
+            tracked.recorder.before_step(
                 trainer.global_step,
                 trainer.current_epoch,
-                lambda rows: followed.probe.record(trainer, pl_module, rows),
+                lambda rows: tracked.probe.record(trainer, pl_module, rows),
             )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what the step did for the probes."""
-        summary = None if self._followed is None else self._followed.tracking.end_batch()
+        summary = None if self._tracked is None else self._tracked.recorder.end_batch()
         if summary is not None:
             names = ("loss", "decrease", "negative_share")
             curves = {f"{self.store.stem}/{name}": getattr(summary, name) for name in names}
@@ -252,7 +257,7 @@ class ContributionTracker(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been found so far, so that a resumed training goes on from there."""
-        return {} if self._followed is None else self._followed.state()
+        return {} if self._tracked is None else self._tracked.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Learn what had been found when a checkpoint was saved."""
@@ -276,16 +281,16 @@ class ContributionTracker(pl.Callback):
         undo, self._undo = self._undo, []
         for action in undo:
             action()
-        if self._followed is not None and self._is_attached:
+        if self._tracked is not None and self._is_attached:
             self._is_attached = False
-            self._followed.tracking.detach()
+            self._tracked.recorder.detach()
             self._write()
 
     def _write(self) -> None:
-        if self._followed is None or self._has_failed:
+        if self._tracked is None or self._has_failed:
             return
         try:
-            self._followed.contributions().save(self.store)
+            self._tracked.contributions().save(self.store)
         except OSError as error:
             self._has_failed = True
             rank_zero_warn(

@@ -6,8 +6,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from tda_lightning.callbacks.lightning_types import LightningModule
-from tda_lightning.recording.timing import Pace, Stopwatch
-from tda_lightning.recording.training_recorder import Lanes
+from tda_lightning.recording.timing import BatchTiming, Stopwatch
+from tda_lightning.recording.training_recorder import TrainingRecorder
 
 
 class FirstBatch:
@@ -22,26 +22,26 @@ class FirstBatch:
         self._ahead = 0.0
         self._is_over = False
 
-    def start(self, model: LightningModule, lanes: Lanes) -> None:
+    def start(self, model: LightningModule, recorder: TrainingRecorder) -> None:
         """Expect the forward pass of a batch."""
-        is_first = not self._is_over and model.automatic_optimization and lanes.is_recording()
+        is_first = not self._is_over and model.automatic_optimization and recorder.is_recording()
         self._watch = Stopwatch(model.device) if is_first else None
 
-    def start_backward(self, lanes: Lanes, loss: Tensor, loss_scale: float) -> None:
+    def start_backward(self, recorder: TrainingRecorder, loss: Tensor, loss_scale: float) -> None:
         """Let the lanes expect the backward pass of the batch's loss."""
         if self._watch is None:
-            lanes.start_backward(loss, loss_scale)
+            recorder.start_backward(loss, loss_scale)
             return
         begun = self._watch.seconds()
-        lanes.start_backward(loss, loss_scale)
+        recorder.start_backward(loss, loss_scale)
         self._ahead = self._watch.seconds() - begun
-        lanes.take_time(self._watch.seconds)
+        recorder.take_time(self._watch.seconds)
 
-    def end_backward(self, lanes: Lanes) -> None:
+    def end_backward(self, recorder: TrainingRecorder) -> None:
         """Say what the batch took."""
         if self._watch is None:
             return
-        recording = self._ahead + lanes.time_taken()
-        pace = Pace(max(self._watch.seconds() - recording, 1e-9), recording)
+        recording = self._ahead + recorder.time_taken()
+        pace = BatchTiming(max(self._watch.seconds() - recording, 1e-9), recording)
         self._watch, self._is_over = None, True
         rank_zero_info(f"GradientRecorder: {pace.describe()}, to go by the first, the slowest.")

@@ -20,16 +20,16 @@ from tda_lightning.callbacks.cost_estimate import describe_snapshots
 from tda_lightning.callbacks.first_batch import FirstBatch
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.method_watchers import watch_clipping, watch_loaders
-from tda_lightning.callbacks.run_writer import Keeper
-from tda_lightning.callbacks.strategies import loss_scale_of, processes_of
-from tda_lightning.gradients.layers import Survey
+from tda_lightning.callbacks.run_writer import RunWriter
+from tda_lightning.callbacks.strategies import distributed_context, loss_scale_of
+from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.row_recorder import RowRecorder, row_dtype
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
-from tda_lightning.recording.optimizer_layers import survey_trained
-from tda_lightning.recording.optimizer_recorder import Settings
-from tda_lightning.recording.preconditioning import has_coordinates
+from tda_lightning.recording.optimizer_layers import select_trained_layers
+from tda_lightning.recording.optimizer_recorder import RecordingSettings
+from tda_lightning.recording.preconditioning import has_preconditioner
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
-from tda_lightning.recording.training_recorder import Lanes
+from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import HDF5Store, WritableStore
 from tda_lightning.stores.recipe import Recipe, ranges_of
 
@@ -111,10 +111,10 @@ class GradientRecorder(pl.Callback):
         self.batch_dims = dict(batch_dims or {})
         self.existing = existing
         self._sampled = curvature_share if curvature == "fisher" else 0.0
-        self._keeper = Keeper(self.store, existing)
-        self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._keeper)
+        self._writer = RunWriter(self.store, existing)
+        self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._writer)
         self._ledger = SampleLedger(sample_ids)
-        self._lanes: Lanes | None = None
+        self._recorder: TrainingRecorder | None = None
         self._first = FirstBatch()
         self._undo: list[Callable[[], None]] = []
 
@@ -132,55 +132,59 @@ class GradientRecorder(pl.Callback):
         require_supported(trainer, pl_module, self.preconditioner)
         if self.sample_ids is None:
             require_one_loader(trainer)
-        lanes = self._lanes_for(trainer, pl_module)
-        recipe = self._recipe_for(trainer, pl_module, lanes)
+        recorder = self._make_recorder(trainer, pl_module)
+        recipe = self._recipe_for(trainer, pl_module, recorder)
         recipe = self._budgets.begin(trainer, pl_module, recipe)
-        state, coordinates = self._keeper.begin(trainer, recipe)
-        lanes.resume(trainer.global_step, state.get("lanes", ()), coordinates)
+        state, preconditioner = self._writer.begin(trainer, recipe)
+        recorder.resume(trainer.global_step, state.get("lanes", ()), preconditioner)
         self._ledger.start_training(trainer.global_step)
         for entry in recipe.left_out:
             rank_zero_warn(f"GradientRecorder: {entry.describe()}")
         self._budgets.describe(trainer, recipe)
         for line in describe_snapshots(trainer, pl_module, self.snapshots):
             rank_zero_info(f"GradientRecorder: {line}")
-        lanes.attach(recipe.every_n_steps)
-        self._undo.append(watch_clipping(trainer, lanes.before_clipping))
-        self._lanes, self._first = lanes, FirstBatch()
+        recorder.attach(recipe.every_n_steps)
+        self._undo.append(watch_clipping(trainer, recorder.before_clipping))
+        self._recorder, self._first = recorder, FirstBatch()
 
-    def _lanes_for(self, trainer: Trainer, model: LightningModule) -> Lanes:
-        surveyed = survey_trained(model, self.layers, trainer.optimizers)
-        projector = self.projector.chosen_for(surveyed.blocks)
-        has_own = any(has_coordinates(optimizer) for optimizer in trainer.optimizers)
+    def _make_recorder(self, trainer: Trainer, model: LightningModule) -> TrainingRecorder:
+        selection = select_trained_layers(model, self.layers, trainer.optimizers)
+        projector = self.projector.chosen_for(selection.blocks)
+        has_own = any(has_preconditioner(optimizer) for optimizer in trainer.optimizers)
 
-        def rows(part: Survey, passes: Literal["one", "several"]) -> RowRecorder:
+        def rows(part: LayerSelection, passes: Literal["one", "several"]) -> RowRecorder:
             dtype = row_dtype(model)
             return RowRecorder(
                 model, part, self.batch_dims, projector, dtype, self._sampled, passes
             )
 
-        settings = Settings(
+        settings = RecordingSettings(
             optimization="automatic" if model.automatic_optimization else "manual",
             rows=rows,
             reduction=self.reduction,
             preconditioner=self.preconditioner if has_own else "none",
             audit=self.audit,
-            processes=processes_of(trainer),
+            distributed=distributed_context(trainer),
             warn=rank_zero_warn,
         )
-        return Lanes(trainer.optimizers, surveyed, projector, settings, self._keeper.append)
+        return TrainingRecorder(
+            trainer.optimizers, selection, projector, settings, self._writer.append
+        )
 
-    def _recipe_for(self, trainer: Trainer, model: LightningModule, lanes: Lanes) -> Recipe:
+    def _recipe_for(
+        self, trainer: Trainer, model: LightningModule, recorder: TrainingRecorder
+    ) -> Recipe:
         train_ids = self._ledger.train_ids
         return Recipe(
-            blocks=lanes.surveyed.blocks,
-            left_out=lanes.surveyed.left_out,
-            projector=lanes.projector.to_dict(),
-            dimension=lanes.dimension,
-            widths=lanes.widths,
+            blocks=recorder.selection.blocks,
+            left_out=recorder.selection.left_out,
+            projector=recorder.projector.to_dict(),
+            dimension=recorder.dimension,
+            widths=recorder.widths,
             dtype="float64" if row_dtype(model) == torch.float64 else "float32",
             reduction=self.reduction,
             batch_dims=self.batch_dims,
-            preconditioner=lanes.settings.preconditioner,
+            preconditioner=recorder.settings.preconditioner,
             curvature=self.curvature,
             ranks=trainer.world_size,
             every_n_steps=self.every_n_steps,
@@ -197,42 +201,42 @@ class GradientRecorder(pl.Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Name the samples of the batch, and watch its forward pass if its step is due."""
-        if self._lanes is not None:
+        if self._recorder is not None:
             sample_ids = self._ledger.name(batch, batch_idx)
             share = 1 / trainer.accumulate_grad_batches
-            self._keeper.keep_weights(trainer, pl_module, self.snapshots)
-            self._lanes.start_batch(trainer.global_step, sample_ids, share)
+            self._writer.keep_weights(trainer, pl_module, self.snapshots)
+            self._recorder.start_batch(trainer.global_step, sample_ids, share)
             self._budgets.start_forward(pl_module)
             if self.max_overhead is None:
-                self._first.start(pl_module, self._lanes)
+                self._first.start(pl_module, self._recorder)
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Forget rows of gradients that were never used: a model may decline to take a step."""
-        if self._lanes is not None:
-            self._lanes.forget_gradients()
+        if self._recorder is not None:
+            self._recorder.forget_gradients()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Listen to the backward pass of the loss."""
-        if self._lanes is not None:
-            self._budgets.settle(trainer, pl_module, self._lanes, loss)
-            self._first.start_backward(self._lanes, loss, loss_scale_of(trainer))
+        if self._recorder is not None:
+            self._budgets.settle(trainer, pl_module, self._recorder, loss)
+            self._first.start_backward(self._recorder, loss, loss_scale_of(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of the batch."""
-        if self._lanes is not None:
-            self._lanes.end_backward()
-            self._first.end_backward(self._lanes)
+        if self._recorder is not None:
+            self._recorder.end_backward()
+            self._first.end_backward(self._recorder)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Read the learning rate now: at the end of the batch its scheduler has already stepped."""
-        if self._lanes is not None:
-            self._lanes.before_step(trainer.global_step, trainer.current_epoch, optimizer)
+        if self._recorder is not None:
+            self._recorder.before_step(trainer.global_step, trainer.current_epoch, optimizer)
 
     def on_train_batch_end(
         self,
@@ -243,9 +247,9 @@ class GradientRecorder(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Forget what led to no step."""
-        if self._lanes is not None:
-            self._lanes.end_batch()
-            if self._keeper.has_failed and trainer.world_size == 1:
+        if self._recorder is not None:
+            self._recorder.end_batch()
+            if self._writer.has_failed and trainer.world_size == 1:
                 self._close()
 
     @property
@@ -255,24 +259,24 @@ class GradientRecorder(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint has to know of the run, in builtins."""
-        lanes = {} if self._lanes is None else {"lanes": self._lanes.state()}
-        return {**state, **lanes} if (state := self._keeper.state()) else {}
+        recorder = {} if self._recorder is None else {"lanes": self._recorder.state()}
+        return {**state, **recorder} if (state := self._writer.state()) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Learn which run a checkpoint belongs to; it is continued when training starts."""
-        self._keeper.load_state(state_dict)
+        self._writer.load_state(state_dict)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Seal every step that the checkpoint's weights have taken, before it is written."""
-        if self._lanes is not None:
-            self._keeper.seal_together(trainer)
+        if self._recorder is not None:
+            self._writer.seal_together(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seal the run and remove everything that was installed."""
         self._close()
-        self._keeper.finish(trainer)
+        self._writer.finish(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -288,7 +292,7 @@ class GradientRecorder(pl.Callback):
         undo, self._undo = self._undo, []
         for action in undo:
             action()
-        if self._lanes is not None:
-            lanes, self._lanes = self._lanes, None
-            lanes.detach()
-            self._keeper.seal()
+        if self._recorder is not None:
+            recorder, self._recorder = self._recorder, None
+            recorder.detach()
+            self._writer.seal()

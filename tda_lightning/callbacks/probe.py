@@ -15,7 +15,7 @@ from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.batch_rows import record_batch
 from tda_lightning.passes.batches import batch_size
-from tda_lightning.passes.model_state import Mode, same_random_numbers, undisturbed
+from tda_lightning.passes.model_state import Mode, preserved_rng, preserved_state
 
 
 class Probe:
@@ -61,7 +61,7 @@ class Probe:
             The probes' mean loss, and one row for each.
         """
         found, total = [], 0.0
-        with undisturbed(model, self._mode), torch.enable_grad():
+        with preserved_state(model, self._mode), torch.enable_grad():
             for batch, size in zip(self._batches, self._sizes, strict=True):
                 moved = trainer.precision_plugin.convert_input(batch)
                 with _precision(trainer):
@@ -88,7 +88,7 @@ def read_probe(probe: Any) -> list[Any]:
             "`probe` is a shuffled loader, so that nobody could tell its samples apart afterwards; "
             "expected one in a fixed order. Make it with `shuffle=False`."
         )
-    with same_random_numbers(), _same_generator(probe.generator):
+    with preserved_rng(), _same_generator(probe.generator):
         batches = list(probe)
     if not batches:
         raise ValueError("`probe` is an empty loader; expected at least one batch.")

@@ -15,7 +15,7 @@ from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner, Step
 
 
-class Keeper:
+class RunWriter:
     """Writes the steps of one training into a store.
 
     Args:
@@ -64,15 +64,15 @@ class Keeper:
             self._warn_of_missing(trainer)
         self._run_id = self._store.run_id
         checkpoint, self._checkpoint = self._checkpoint, {}
-        coordinates = self._store.preconditioner() if self._count else None
+        preconditioner = self._store.preconditioner() if self._count else None
         # All processes go on alike, whatever one of them has lost.
-        return checkpoint if found else {}, trainer.strategy.broadcast(coordinates)
+        return checkpoint if found else {}, trainer.strategy.broadcast(preconditioner)
 
     def finish(self, trainer: Trainer) -> None:
         """See what all processes have kept, once they all have."""
         if trainer.world_size > 1:
             trainer.strategy.barrier("tda_lightning")
-            self._store.look_again()
+            self._store.refresh()
 
     def stride_of_run(self, trainer: Trainer) -> int | None:
         """Return the stride of the run that :meth:`begin` is going to continue, if it is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tda_lightning.callbacks.lightning_types import Trainer
-from tda_lightning.recording.distributed import Processes
+from tda_lightning.recording.distributed import DistributedContext
 
 # By name, since either package has classes of its own.
 _ALONE = {"SingleDeviceStrategy"}
@@ -13,7 +13,7 @@ _TOGETHER = {"DDPStrategy"}
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 
-def processes_of(trainer: Trainer) -> Processes:
+def distributed_context(trainer: Trainer) -> DistributedContext:
     """Return the processes that train together."""
     strategy = trainer.strategy
 
@@ -22,8 +22,8 @@ def processes_of(trainer: Trainer) -> Processes:
         return total
 
     if trainer.world_size == 1:
-        return Processes()
-    return Processes(trainer.global_rank, trainer.world_size, add)
+        return DistributedContext()
+    return DistributedContext(trainer.global_rank, trainer.world_size, add)
 
 
 def loss_scale_of(trainer: Trainer) -> float:

@@ -13,16 +13,16 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.probe import Probe
-from tda_lightning.callbacks.strategies import processes_of
-from tda_lightning.gradients.layers import Survey
+from tda_lightning.callbacks.strategies import distributed_context
+from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.row_recorder import RowRecorder, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity, KroneckerCountSketch, Projector
 from tda_lightning.passes.model_state import Mode
-from tda_lightning.recording.contribution_recorder import Tracking
-from tda_lightning.recording.contribution_table import Period, Table
-from tda_lightning.recording.optimizer_layers import survey_trained
-from tda_lightning.recording.optimizer_recorder import Lane, Settings
-from tda_lightning.recording.preconditioning import WholeCoordinates, has_coordinates
+from tda_lightning.recording.contribution_recorder import ContributionRecorder
+from tda_lightning.recording.contribution_table import ContributionTable, Period
+from tda_lightning.recording.optimizer_layers import select_trained_layers
+from tda_lightning.recording.optimizer_recorder import OptimizerRecorder, RecordingSettings
+from tda_lightning.recording.preconditioning import JointPreconditioner, has_preconditioner
 from tda_lightning.results.contributions import Contributions
 from tda_lightning.stores.recipe import SampleAxis
 
@@ -31,7 +31,7 @@ _MOST_NUMBERS = 10_000_000
 
 
 @dataclass(frozen=True)
-class Wishes:
+class TrackerSettings:
     """What a tracker was asked for; see there."""
 
     every_n_steps: int
@@ -45,7 +45,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Followed:
+class TrackedTraining:
     """One training that is followed.
 
     Attributes:
@@ -56,7 +56,7 @@ class Followed:
         every_n_steps: How many steps a tracked one stands for.
     """
 
-    tracking: Tracking
+    recorder: ContributionRecorder
     probe: Probe
     warnings: tuple[str, ...]
     facts: Mapping[str, str]
@@ -64,7 +64,7 @@ class Followed:
 
     def contributions(self) -> Contributions:
         """Return what has been found so far."""
-        table = self.tracking.table
+        table = self.recorder.table
         stride = "" if self.every_n_steps == 1 else f", one in {self.every_n_steps}"
         return Contributions(
             values=table.values(),
@@ -77,7 +77,7 @@ class Followed:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint should know."""
-        return {**self.tracking.state(), "facts": self._expected()}
+        return {**self.recorder.state(), "facts": self._expected()}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state` was saved.
@@ -93,14 +93,14 @@ class Followed:
                     f"now {now!r}; expected what it was, since new contributions are added to "
                     "those. Restore it, or follow into a new file from the beginning."
                 )
-        self.tracking.resume(state)
+        self.recorder.resume(state)
 
     def _expected(self) -> dict[str, str]:
         return {**self.facts, "every_n_steps": str(self.every_n_steps)}
 
     def describe_cost(self) -> str:
         """Say in one line what following takes."""
-        n_probe, n_train = len(self.probe), len(self.tracking.table.train_ids)
+        n_probe, n_train = len(self.probe), len(self.recorder.table.train_ids)
         stride = "" if self.every_n_steps == 1 else f" of every {self.every_n_steps} steps"
         passes = self.probe.n_batches
         known = f"{n_probe} x {n_train:,} numbers, {8 * n_probe * n_train / 2**20:,.1f} MiB,"
@@ -132,70 +132,72 @@ def require_trackable(trainer: Trainer, module: LightningModule) -> None:
 
 
 def follow(
-    wishes: Wishes,
+    settings: TrackerSettings,
     trainer: Trainer,
     model: LightningModule,
     probe: Probe,
     train_ids: Int[np.ndarray, " n_train"] | None,
-) -> Followed:
+) -> TrackedTraining:
     """Prepare to follow a training.
 
     Args:
-        wishes: What the user asked for.
+        settings: What the user asked for.
         trainer: The trainer, about to start.
         model: The model.
         probe: What it is followed for.
         train_ids: Ids of the training samples, if they are known beforehand.
     """
     (optimizer,) = trainer.optimizers
-    surveyed = survey_trained(model, wishes.layers, [optimizer])
-    projector, remark = _projector(wishes, trainer, surveyed, len(probe))
-    coordinates = wishes.preconditioner if has_coordinates(optimizer) else "none"
+    selection = select_trained_layers(model, settings.layers, [optimizer])
+    projector, remark = _projector(settings, trainer, selection, len(probe))
+    preconditioner = settings.preconditioner if has_preconditioner(optimizer) else "none"
     dtype = row_dtype(model)
 
-    def rows(part: Survey, passes: Literal["one", "several"]) -> RowRecorder:
-        return RowRecorder(model, part, wishes.batch_dims, projector, dtype, 0.0, passes)
+    def rows(part: LayerSelection, passes: Literal["one", "several"]) -> RowRecorder:
+        return RowRecorder(model, part, settings.batch_dims, projector, dtype, 0.0, passes)
 
-    settings = Settings(
+    recording_settings = RecordingSettings(
         optimization="automatic",
         rows=rows,
-        reduction=wishes.reduction,
-        preconditioner=coordinates,
+        reduction=settings.reduction,
+        preconditioner=preconditioner,
         audit=0,
-        processes=processes_of(trainer),
+        distributed=distributed_context(trainer),
         warn=rank_zero_warn,
     )
-    whole = WholeCoordinates(surveyed.blocks)
-    lane = Lane(optimizer, surveyed, settings, whole)
+    whole = JointPreconditioner(selection.blocks)
+    optimizer_recorder = OptimizerRecorder(optimizer, selection, recording_settings, whole)
     ids = torch.empty(0, dtype=torch.int64) if train_ids is None else torch.as_tensor(train_ids)
-    table = Table(len(probe), ids, wishes.period)
+    table = ContributionTable(len(probe), ids, settings.period)
     described = ", ".join(f"{key}={value}" for key, value in projector.to_dict().items())
     facts = {
         "model": type(model).__name__,
         "optimizer": type(optimizer).__name__,
         "projector": described,
-        "rows": f"{lane.rows.dimension} x {dtype}, coordinates of {coordinates}",
+        "rows": f"{optimizer_recorder.rows.dimension} x {dtype}, coordinates of {preconditioner}",
         "weights": "those of each tracked step",
-        "mode": wishes.mode,
-        "period": f"{wishes.period} steps" if isinstance(wishes.period, int) else wishes.period,
+        "mode": settings.mode,
+        "period": f"{settings.period} steps"
+        if isinstance(settings.period, int)
+        else settings.period,
     }
-    warnings = (*remark, *(entry.describe() for entry in surveyed.left_out))
-    tracking = Tracking(lane, whole, table, wishes.every_n_steps)
-    return Followed(tracking, probe, warnings, facts, wishes.every_n_steps)
+    warnings = (*remark, *(entry.describe() for entry in selection.left_out))
+    recorder = ContributionRecorder(optimizer_recorder, whole, table, settings.every_n_steps)
+    return TrackedTraining(recorder, probe, warnings, facts, settings.every_n_steps)
 
 
 def _projector(
-    wishes: Wishes, trainer: Trainer, surveyed: Survey, n_probe: int
+    settings: TrackerSettings, trainer: Trainer, selection: LayerSelection, n_probe: int
 ) -> tuple[Projector, tuple[str, ...]]:
     """Return what gradients are compared with, and what is to be said of it."""
-    if wishes.projector is not None:
-        return wishes.projector.chosen_for(surveyed.blocks), ()
-    size = sum(block.size for block in surveyed.blocks)
+    if settings.projector is not None:
+        return settings.projector.chosen_for(selection.blocks), ()
+    size = sum(block.size for block in selection.blocks)
     batch_size = getattr(trainer.train_dataloader, "batch_size", None) or 1
     most = size * max(n_probe, batch_size * trainer.accumulate_grad_batches)
     if most <= _MOST_NUMBERS:
         return Identity(), ()
-    return KroneckerCountSketch().chosen_for(surveyed.blocks), (
+    return KroneckerCountSketch().chosen_for(selection.blocks), (
         f"whole gradients of {size:,} parameters would take {most:,} numbers at once; estimating "
         "their products from sketches. Pass `projector=Identity()` for exact ones, fewer probes, "
         "or fewer `layers`.",

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import require_kind
-from tda_lightning.features.attributor import PointAttributor
-from tda_lightning.features.extraction import query_points, train_points
+from tda_lightning.features.attributor import LayerFeatureAttributor
+from tda_lightning.features.extraction import query_features, train_features
 from tda_lightning.features.representer import RepresenterPoint, Representers
 from tda_lightning.features.similarity import FeatureSimilarity
 from tda_lightning.recording.sample_ids import IdSource
@@ -23,7 +23,7 @@ def attribute_by_features(
     train_loader: DataLoader[Any],
     queries: Any,
     *,
-    method: PointAttributor = FeatureSimilarity(),
+    method: LayerFeatureAttributor = FeatureSimilarity(),
     sample_ids: IdSource | None = None,
     progress: bool = True,
 ) -> Scores:
@@ -48,16 +48,16 @@ def attribute_by_features(
         ValueError: If the layer or the ids cannot be found, the data do not fit the model, or
             what the layer sees is not finite.
     """
-    if not isinstance(method, PointAttributor):
+    if not isinstance(method, LayerFeatureAttributor):
         raise ValueError(
             f"`method` is {method!r}; expected one that reads features, `FeatureSimilarity()` say. "
             "Methods that read a recorded run are asked by `attribute`."
         )
     layer, reads = method.layer, method.reads
-    train = train_points(
+    train = train_features(
         model, train_loader, layer=layer, reads=reads, sample_ids=sample_ids, progress=progress
     )
-    asked = query_points(model, queries, layer=layer, reads=reads, progress=progress)
+    asked = query_features(model, queries, layer=layer, reads=reads, progress=progress)
     scores = method.attribute(train, asked)
     facts = {"model": type(model).__name__, "weights": fingerprint(model), "mode": "eval"}
     return replace(scores, provenance={**scores.provenance, **facts})
@@ -82,14 +82,14 @@ def representers(
 
     Returns:
         The training samples' features and representer values. Queries are asked by
-        ``.attribute(query_points(model, queries, reads="head"))``.
+        ``.attribute(query_features(model, queries, reads="head"))``.
 
     Raises:
         ValueError: If the layer or the ids cannot be found, the data do not fit the model, the loss
             is neither a softmax cross-entropy nor a squared error, or the refit does not arrive.
     """
     require_kind("method", method, RepresenterPoint, "`RepresenterPoint()`")
-    train = train_points(
+    train = train_features(
         model,
         train_loader,
         layer=method.layer,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-from tda_lightning.features.layer_features import Head, Points
+from tda_lightning.features.layer_features import HeadOutputs, LayerFeatures
 from tda_lightning.results.scores import Scores
 
 
-class PointAttributor(ABC):
+class LayerFeatureAttributor(ABC):
     """A method of attribution by the features at one layer, with its hyper-parameters.
 
     Attributes:
@@ -22,7 +22,7 @@ class PointAttributor(ABC):
     reads: ClassVar[Literal["features", "head"]] = "features"
 
     @abstractmethod
-    def attribute(self, train: Points, queries: Points) -> Scores:
+    def attribute(self, train: LayerFeatures, queries: LayerFeatures) -> Scores:
         """Score every training sample for every query.
 
         Args:
@@ -31,21 +31,22 @@ class PointAttributor(ABC):
         """
 
 
-def require_points(name: str, points: Points) -> None:
+def require_layer_features(name: str, layer_features: LayerFeatures) -> None:
     """Raise unless an argument is points, and not a batch, say.
 
     Raises:
         ValueError: Saying where points come from.
     """
-    if not isinstance(points, Points):
+    if not isinstance(layer_features, LayerFeatures):
         raise ValueError(
-            f"`{name}` is a {type(points).__name__}; expected points, as `train_points(model, "
-            "loader)` or `query_points(model, batch)` of `tda_lightning.features` take them; with "
-            '`reads="head"` for representer points. `attribute_by_features` takes batches.'
+            f"`{name}` is a {type(layer_features).__name__}; expected layer features, as "
+            "`train_features(model, loader)` or `query_features(model, batch)` of "
+            '`tda_lightning.features` return them; with `reads="head"` for representer points. '
+            "`attribute_by_features` takes batches."
         )
 
 
-def require_same_layer(queries: Points, layer: str, width: int) -> None:
+def require_same_layer(queries: LayerFeatures, layer: str, width: int) -> None:
     """Raise unless queries are what a layer saw of them, and as many numbers of each.
 
     Args:
@@ -56,7 +57,7 @@ def require_same_layer(queries: Points, layer: str, width: int) -> None:
     Raises:
         ValueError: If they are not.
     """
-    require_points("queries", queries)
+    require_layer_features("queries", queries)
     found = queries.features.shape[1]
     if queries.layer != layer or found != width:
         raise ValueError(
@@ -66,20 +67,20 @@ def require_same_layer(queries: Points, layer: str, width: int) -> None:
         )
 
 
-def head_of(name: str, points: Points) -> Head:
+def head_of(name: str, layer_features: LayerFeatures) -> HeadOutputs:
     """Return the layer itself, in float64.
 
     Args:
         name: The argument that the points are, for messages.
-        points: With the layer.
+        layer_features: With the layer.
 
     Raises:
         ValueError: If it was not taken.
     """
-    require_points(name, points)
-    if points.head is None:
+    require_layer_features(name, layer_features)
+    if layer_features.head is None:
         raise ValueError(
-            f"The points of `{points.layer}` hold features only; expected outputs and gradients as "
-            "well. Take them with `reads='head'`."
+            f"The features of `{layer_features.layer}` come without outputs and gradients; "
+            "expected both. Extract them with `reads='head'`."
         )
-    return points.head.double()
+    return layer_features.head.double()

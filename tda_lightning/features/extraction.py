@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import require_choice
-from tda_lightning.features.layer_features import Head, Points, concatenate
+from tda_lightning.features.layer_features import HeadOutputs, LayerFeatures, concatenate
 from tda_lightning.gradients.layers import find_tensors
 from tda_lightning.passes.batches import (
     batch_size,
@@ -25,7 +25,7 @@ from tda_lightning.passes.batches import (
     require_loader,
     with_progress,
 )
-from tda_lightning.passes.model_state import cuda_devices, same_random_numbers, undisturbed
+from tda_lightning.passes.model_state import cuda_devices, preserved_rng, preserved_state
 from tda_lightning.passes.training_step import (
     loss_of,
     require_finite_weights,
@@ -38,7 +38,7 @@ from tda_lightning.recording.sample_ids import IdSource, SampleLedger, require_o
 Reads = Literal["features", "head"]
 
 
-def train_points(
+def train_features(
     model: nn.Module,
     loader: DataLoader[Any],
     *,
@@ -46,7 +46,7 @@ def train_points(
     reads: Reads = "features",
     sample_ids: IdSource | None = None,
     progress: bool = True,
-) -> Points:
+) -> LayerFeatures:
     """Take the features of training data, in one pass over a loader.
 
     Args:
@@ -76,22 +76,22 @@ def train_points(
                 parts.append(watch.take(batch, "train_loader"))
     finally:
         ledger.release()
-    points = _joined(parts, torch.cat(ids) if ids else None, "train_loader")
-    require_once(points.ids)
-    points = points.sorted()
-    _require_finite(points, model, "train_loader")
-    return points
+    layer_features = _joined(parts, torch.cat(ids) if ids else None, "train_loader")
+    require_once(layer_features.ids)
+    layer_features = layer_features.sorted()
+    _require_finite(layer_features, model, "train_loader")
+    return layer_features
 
 
-def query_points(
+def query_features(
     model: nn.Module,
     queries: Any,
     *,
     layer: str | None = None,
     reads: Reads = "features",
     progress: bool = True,
-) -> Points:
-    """Take the features of queries; see :func:`train_points`.
+) -> LayerFeatures:
+    """Take the features of queries; see :func:`train_features`.
 
     Args:
         model: A LightningModule, with the weights to ask about. It is left as it was.
@@ -102,9 +102,11 @@ def query_points(
     """
     with _watching(model, layer, reads) as watch:
         batches = with_progress(batches_of(queries), "queries", progress)
-        points = _joined([watch.take(batch, "queries") for batch in batches], None, "queries")
-    _require_finite(points, model, "queries")
-    return points
+        layer_features = _joined(
+            [watch.take(batch, "queries") for batch in batches], None, "queries"
+        )
+    _require_finite(layer_features, model, "queries")
+    return layer_features
 
 
 @contextmanager
@@ -113,7 +115,7 @@ def _watching(model: nn.Module, layer: str | None, reads: Reads) -> Iterator[_Wa
     require_choice("reads", reads, Reads)
     watch = _Watch(model, layer, reads)
     try:
-        with undisturbed(model, "eval"), torch.set_grad_enabled(reads == "head"):
+        with preserved_state(model, "eval"), torch.set_grad_enabled(reads == "head"):
             yield watch
     finally:
         watch.detach()
@@ -149,7 +151,7 @@ class _Watch:
         for handle in self._handles:
             handle.remove()
 
-    def take(self, batch: Any, argument: str) -> Points:
+    def take(self, batch: Any, argument: str) -> LayerFeatures:
         """Return the points of a batch; their ids are their places in it."""
         n = batch_size(batch, argument)
         self._last = None
@@ -194,7 +196,7 @@ class _Watch:
             )
         return self._last
 
-    def _read_features(self, batch: Any, n: int) -> Points:
+    def _read_features(self, batch: Any, n: int) -> LayerFeatures:
         step_of(self._model, batch)
         call = self._heard(n)
         if not call.inputs.is_floating_point():
@@ -203,13 +205,13 @@ class _Watch:
                 "expected a layer that sees floating-point numbers. Name one behind it with "
                 "`layer=`"
             )
-        return Points(call.inputs.flatten(1).cpu(), torch.arange(n), call.name)
+        return LayerFeatures(call.inputs.flatten(1).cpu(), torch.arange(n), call.name)
 
-    def _read_head(self, batch: Any, n: int) -> Points:
+    def _read_head(self, batch: Any, n: int) -> LayerFeatures:
         call, gradients = self._ask(batch, n, probed=None)
         probe, probe_gradients = self._ask(batch, n, probed=call.name)
         weight, features = _with_bias(_require_head(call), call.inputs)
-        asked = Head(
+        asked = HeadOutputs(
             outputs=call.outputs.detach().cpu(),
             gradients=gradients.cpu(),
             probes=probe.outputs.detach().cpu(),
@@ -217,13 +219,13 @@ class _Watch:
             weight=weight.cpu(),
             rounding=torch.finfo(gradients.dtype).eps,
         )
-        return Points(features.cpu(), torch.arange(n), call.name, asked)
+        return LayerFeatures(features.cpu(), torch.arange(n), call.name, asked)
 
     def _ask(self, batch: Any, n: int, probed: str | None) -> tuple[_Call, Tensor]:
         """Return the last call, and what each sample's loss asks of its outputs."""
         self._probed = probed
         # A step that draws random numbers draws the same ones when it is asked again.
-        with same_random_numbers(cuda_devices(self._model)):
+        with preserved_rng(cuda_devices(self._model)):
             loss = loss_of(self._model, batch)
         call = self._heard(n)
         _require_head(call)
@@ -268,7 +270,7 @@ def _with_bias(head: nn.Linear, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([weight, head.bias.detach()[:, None]], 1), torch.cat([inputs, ones], 1)
 
 
-def _joined(parts: Sequence[Points], ids: Tensor | None, argument: str) -> Points:
+def _joined(parts: Sequence[LayerFeatures], ids: Tensor | None, argument: str) -> LayerFeatures:
     if not parts:
         raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
     widths = {part.features.shape[1] for part in parts}
@@ -281,8 +283,8 @@ def _joined(parts: Sequence[Points], ids: Tensor | None, argument: str) -> Point
     return concatenate(parts, torch.arange(n) if ids is None else ids)
 
 
-def _require_finite(points: Points, model: nn.Module, argument: str) -> None:
-    strange = points.not_finite()
+def _require_finite(layer_features: LayerFeatures, model: nn.Module, argument: str) -> None:
+    strange = layer_features.not_finite()
     if strange is None:
         return
     require_finite_weights(model)

@@ -26,11 +26,11 @@ from torch import Tensor
 from tda_lightning.arguments import require_not_negative
 from tda_lightning.attribution.linalg import damped_root
 from tda_lightning.features.attributor import (
-    PointAttributor,
+    LayerFeatureAttributor,
     head_of,
     require_same_layer,
 )
-from tda_lightning.features.layer_features import Points
+from tda_lightning.features.layer_features import LayerFeatures
 from tda_lightning.features.losses import (
     HeadLoss,
     Output,
@@ -42,7 +42,7 @@ from tda_lightning.results.scores import Scores
 
 
 @dataclass(frozen=True)
-class LocalJacobianExpansion(PointAttributor):
+class LocalJacobianExpansion(LayerFeatureAttributor):
     r"""What each training sample adds to an output of the last layer as it is.
 
     A positive score marks a proponent: it raises that output. Memory: three matrices of
@@ -69,7 +69,7 @@ class LocalJacobianExpansion(PointAttributor):
         require_not_negative("ascent", self.ascent)
         require_not_negative("damping", self.damping)
 
-    def attribute(self, train: Points, queries: Points) -> Scores:
+    def attribute(self, train: LayerFeatures, queries: LayerFeatures) -> Scores:
         """Score every training sample for every query.
 
         Args:
@@ -106,9 +106,11 @@ class LocalJacobianExpansion(PointAttributor):
         for column in range(c):
             way = torch.zeros_like(outputs)
             way[:, column] = 1
-            bent = loss.bent(outputs, way) / n  # (n, c): a column of every sample's Hessian
+            hessian_product = (
+                loss.hessian_product(outputs, way) / n
+            )  # (n, c): a column of every sample's Hessian
             for row in range(column, c):
-                block = (features * bent[:, row, None]).mT @ features
+                block = (features * hessian_product[:, row, None]).mT @ features
                 hessian[row, :, column, :] = hessian[column, :, row, :] = block
         square = hessian.reshape(c * d, c * d)
         return square, self.damping * float(square.diagonal().mean())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadOutputs:
     """The linear layer behind the features, as it acted on them.
 
     Two gradients per sample tell what its loss is, however well the model fits.
@@ -33,12 +33,12 @@ class Head:
     weight: Float[Tensor, "c d"]
     rounding: float
 
-    def at(self, places: Int[Tensor, " m"]) -> Head:
+    def at(self, places: Int[Tensor, " m"]) -> HeadOutputs:
         """Return the head as it acted on some of the samples."""
         own: dict[str, Any] = {name: getattr(self, name)[places] for name in _PER_SAMPLE}
         return replace(self, **own)
 
-    def double(self) -> Head:
+    def double(self) -> HeadOutputs:
         """Return the head in float64."""
         own: dict[str, Any] = {name: getattr(self, name).double() for name in _PER_SAMPLE}
         return replace(self, weight=self.weight.double(), **own)
@@ -48,7 +48,7 @@ _PER_SAMPLE = ("outputs", "gradients", "probes", "probe_gradients")
 
 
 @dataclass(frozen=True)
-class Points:
+class LayerFeatures:
     """Samples as a layer saw them.
 
     Attributes:
@@ -62,9 +62,9 @@ class Points:
     features: Float[Tensor, "n d"]
     ids: Int[Tensor, " n"]
     layer: str
-    head: Head | None = None
+    head: HeadOutputs | None = None
 
-    def sorted(self) -> Points:
+    def sorted(self) -> LayerFeatures:
         """Return the same points, sorted by id."""
         order = self.ids.argsort()
         head = None if self.head is None else self.head.at(order)
@@ -83,7 +83,7 @@ class Points:
         return None
 
 
-def concatenate(parts: Sequence[Points], ids: Int[Tensor, " n"]) -> Points:
+def concatenate(parts: Sequence[LayerFeatures], ids: Int[Tensor, " n"]) -> LayerFeatures:
     """Put the points of several batches together, under these ids."""
     heads = [part.head for part in parts if part.head is not None]
     head = None
@@ -93,4 +93,4 @@ def concatenate(parts: Sequence[Points], ids: Int[Tensor, " n"]) -> Points:
         }
         head = replace(heads[0], **own)
     features = torch.cat([part.features for part in parts])
-    return Points(features, ids, parts[0].layer, head)
+    return LayerFeatures(features, ids, parts[0].layer, head)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from tda_lightning.arguments import require_whole
-from tda_lightning.features.layer_features import Head
+from tda_lightning.features.layer_features import HeadOutputs
 
 OutputWord = Literal["label", "prediction", "loss"]
 Output = OutputWord | int
@@ -42,7 +42,7 @@ class HeadLoss(ABC):
         """Return the gradient of each sample's loss."""
 
     @abstractmethod
-    def bent(
+    def hessian_product(
         self, outputs: Float[Tensor, "n c"], directions: Float[Tensor, "n c"]
     ) -> Float[Tensor, "n c"]:
         """Return the Hessian of each sample's loss, times a direction; no Hessian is formed."""
@@ -72,7 +72,7 @@ class SoftmaxLoss(HeadLoss):
         """Return probabilities less targets."""
         return outputs.softmax(dim=1) - self.targets
 
-    def bent(
+    def hessian_product(
         self, outputs: Float[Tensor, "n c"], directions: Float[Tensor, "n c"]
     ) -> Float[Tensor, "n c"]:
         """Return the covariance of labels drawn from the probabilities, times a direction."""
@@ -107,7 +107,7 @@ class SquaredLoss(HeadLoss):
         """Return the misses, times the factor."""
         return self.factor * (outputs - self.targets)
 
-    def bent(
+    def hessian_product(
         self, outputs: Float[Tensor, "n c"], directions: Float[Tensor, "n c"]
     ) -> Float[Tensor, "n c"]:
         """Return the factor times the direction."""
@@ -122,7 +122,7 @@ class SquaredLoss(HeadLoss):
         return _only_output(self.targets)
 
 
-def loss_of_head(head: Head, layer: str) -> HeadLoss:
+def loss_of_head(head: HeadOutputs, layer: str) -> HeadLoss:
     """Tell the loss behind a layer, and its targets, from its gradients.
 
     Targets of a softmax cross-entropy may be any probabilities, of smoothed or mixed labels say. It
@@ -149,7 +149,7 @@ def loss_of_head(head: Head, layer: str) -> HeadLoss:
     return found
 
 
-def _as_softmax(head: Head, tolerance: float) -> SoftmaxLoss | None:
+def _as_softmax(head: HeadOutputs, tolerance: float) -> SoftmaxLoss | None:
     probabilities, probed = head.outputs.softmax(dim=1), head.probes.softmax(dim=1)
     moved = head.gradients - head.probe_gradients
     targets = probabilities - head.gradients
@@ -164,7 +164,7 @@ def _as_softmax(head: Head, tolerance: float) -> SoftmaxLoss | None:
     return SoftmaxLoss(positive / positive.sum(dim=1, keepdim=True))
 
 
-def _as_squared(head: Head, tolerance: float) -> SquaredLoss | None:
+def _as_squared(head: HeadOutputs, tolerance: float) -> SquaredLoss | None:
     apart, moved = head.outputs - head.probes, head.gradients - head.probe_gradients
     factor = float((moved * apart).sum() / apart.square().sum())
     # What a gradient is rounded to depends on the outputs and targets that it is a difference of.
@@ -175,7 +175,7 @@ def _as_squared(head: Head, tolerance: float) -> SquaredLoss | None:
     return SquaredLoss(head.outputs - head.gradients / factor, factor)
 
 
-def _weights_said(head: Head, tolerance: float) -> str:
+def _weights_said(head: HeadOutputs, tolerance: float) -> str:
     """Say what the samples of a softmax cross-entropy would weigh, if it could be one."""
     expected = head.outputs.softmax(dim=1) - head.probes.softmax(dim=1)
     moved = head.gradients - head.probe_gradients
@@ -202,7 +202,7 @@ def require_output(output: Output) -> None:
         )
 
 
-def output_directions(head: Head, loss: HeadLoss, output: Output) -> Float[Tensor, "n c"]:
+def output_directions(head: HeadOutputs, loss: HeadLoss, output: Output) -> Float[Tensor, "n c"]:
     """Return what is asked of the outputs of each query, as a direction to raise.
 
     Args:

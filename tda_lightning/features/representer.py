@@ -23,11 +23,11 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_positive
 from tda_lightning.features.attributor import (
-    PointAttributor,
+    LayerFeatureAttributor,
     head_of,
     require_same_layer,
 )
-from tda_lightning.features.layer_features import Points
+from tda_lightning.features.layer_features import LayerFeatures
 from tda_lightning.features.losses import (
     HeadLoss,
     Output,
@@ -43,7 +43,7 @@ _PRECISION = 1e-6
 
 
 @dataclass(frozen=True)
-class RepresenterPoint(PointAttributor):
+class RepresenterPoint(LayerFeatureAttributor):
     r"""What each training sample adds to an output of the refitted last layer.
 
     A positive score marks a proponent: it raises that output. Scores of a query sum to the output.
@@ -70,7 +70,7 @@ class RepresenterPoint(PointAttributor):
         require_choice("targets", self.targets, Targets)
         require_positive("regularization", self.regularization)
 
-    def attribute(self, train: Points, queries: Points) -> Scores:
+    def attribute(self, train: LayerFeatures, queries: LayerFeatures) -> Scores:
         """Score every training sample for every query.
 
         Args:
@@ -80,7 +80,7 @@ class RepresenterPoint(PointAttributor):
         _directions(queries, self.output)  # refused before the refit, not after it
         return self.fit(train).attribute(queries, self.output)
 
-    def fit(self, train: Points) -> Representers:
+    def fit(self, train: LayerFeatures) -> Representers:
         """Refit the last layer and decompose it.
 
         Raises:
@@ -117,15 +117,15 @@ class Representers:
     weight: Float[Tensor, "c d"] = field(repr=False)
     method: str
 
-    def outputs(self, queries: Points) -> Float[Tensor, "n_query c"]:
+    def outputs(self, queries: LayerFeatures) -> Float[Tensor, "n_query c"]:
         """Return the outputs of the refitted layer, as sums over training samples."""
         return self._alike(queries) @ self.values
 
-    def contributions(self, queries: Points) -> Float[Tensor, "n_query n_train c"]:
+    def contributions(self, queries: LayerFeatures) -> Float[Tensor, "n_query n_train c"]:
         """Return what every training sample adds to every output of every query."""
         return self._alike(queries)[:, :, None] * self.values
 
-    def attribute(self, queries: Points, output: Output = "label") -> Scores:
+    def attribute(self, queries: LayerFeatures, output: Output = "label") -> Scores:
         """Score every training sample for one output of every query.
 
         Args:
@@ -150,12 +150,12 @@ class Representers:
             provenance={"layer": self.layer},
         )
 
-    def _alike(self, queries: Points) -> Float[Tensor, "n_query n_train"]:
+    def _alike(self, queries: LayerFeatures) -> Float[Tensor, "n_query n_train"]:
         require_same_layer(queries, self.layer, self.features.shape[1])
         return queries.features.double() @ self.features.mT
 
 
-def _directions(queries: Points, output: Output) -> Float[Tensor, "n_query c"]:
+def _directions(queries: LayerFeatures, output: Output) -> Float[Tensor, "n_query c"]:
     head = head_of("queries", queries)
     return output_directions(head, loss_of_head(head, queries.layer), output)
 
@@ -220,7 +220,7 @@ def _newton_step(
     for _ in range(weight.numel()):
         if square <= 1e-16 * first:
             break
-        moved = loss.bent(outputs, features @ direction.mT)
+        moved = loss.hessian_product(outputs, features @ direction.mT)
         product = moved.mT @ features / n + 2 * lam * direction
         length = square / (direction * product).sum()
         step += length * direction

@@ -20,18 +20,18 @@ from torch import Tensor
 from tda_lightning.arguments import require_choice
 from tda_lightning.attribution.linalg import unit_rows
 from tda_lightning.features.attributor import (
-    PointAttributor,
-    require_points,
+    LayerFeatureAttributor,
+    require_layer_features,
     require_same_layer,
 )
-from tda_lightning.features.layer_features import Points
+from tda_lightning.features.layer_features import LayerFeatures
 from tda_lightning.results.scores import Scores
 
 Measure = Literal["cosine", "dot", "euclidean"]
 
 
 @dataclass(frozen=True)
-class FeatureSimilarity(PointAttributor):
+class FeatureSimilarity(LayerFeatureAttributor):
     """Similarity of what a layer sees of two samples.
 
     Attributes:
@@ -48,7 +48,7 @@ class FeatureSimilarity(PointAttributor):
         """Raise unless the measure is one of those there are."""
         require_choice("measure", self.measure, Measure)
 
-    def attribute(self, train: Points, queries: Points) -> Scores:
+    def attribute(self, train: LayerFeatures, queries: LayerFeatures) -> Scores:
         """Score every training sample for every query.
 
         Args:
@@ -58,7 +58,7 @@ class FeatureSimilarity(PointAttributor):
         Raises:
             ValueError: If a layer saw features of another number in the queries, or another layer.
         """
-        require_points("train", train)
+        require_layer_features("train", train)
         require_same_layer(queries, train.layer, train.features.shape[1])
         return Scores(
             values=self._similarities(queries.features, train.features),

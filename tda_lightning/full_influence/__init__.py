@@ -5,9 +5,10 @@ with, and rarely written down. Operators and solvers are those of curvlinops and
 but for ``Woodbury``, which does without.
 """
 
+from tda_lightning.full_influence.attribute import attribute_by_gradients
 from tda_lightning.full_influence.curvature import GaussNewton, Hessian, ModelCurvature
 from tda_lightning.full_influence.influence import FullInfluenceFunction
-from tda_lightning.full_influence.objective import HERE, Objective, Viewpoint
+from tda_lightning.full_influence.objective import CURRENT_WEIGHTS, LinearizationPoint, Objective
 from tda_lightning.full_influence.solvers import (
     EKFAC,
     ConjugateGradient,
@@ -19,18 +20,19 @@ from tda_lightning.full_influence.solvers import (
 from tda_lightning.full_influence.woodbury import Woodbury
 
 __all__ = [
+    "CURRENT_WEIGHTS",
     "EKFAC",
-    "HERE",
     "ConjugateGradient",
     "FullInfluenceFunction",
     "GaussNewton",
     "Hessian",
     "Lanczos",
+    "LinearizationPoint",
     "ModelCurvature",
     "Neumann",
     "Objective",
     "Solver",
-    "Viewpoint",
     "Woodbury",
+    "attribute_by_gradients",
     "require_operators",
 ]

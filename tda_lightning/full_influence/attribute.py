@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.attribution.dynamics.optimizer import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
-from tda_lightning.full_influence import FullInfluenceFunction
 from tda_lightning.full_influence.full_gradients import WholeGradients, whole_recipe
-from tda_lightning.gradients.layers import survey
+from tda_lightning.full_influence.influence import FullInfluenceFunction
+from tda_lightning.gradients.layers import select_layers
 from tda_lightning.passes.batches import require_loader
-from tda_lightning.passes.model_state import undisturbed
+from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.targets import Loss, Target, name_of
 from tda_lightning.passes.training_step import require_model
 from tda_lightning.recording.sample_ids import IdSource
@@ -102,14 +102,14 @@ def attribute_by_gradients(
     store = _opened(run, at)
     damping = None if store is None or method.damping is not None else _suggested(store)
     _say_what_is_left_out(model, method)
-    surveyed = survey(model, method.layers)
+    selection = select_layers(model, method.layers)
     if store is not None:
         reduction = reduction or store.recipe.reduction
         batch_dims = store.recipe.batch_dims if batch_dims is None else batch_dims
-    recipe = whole_recipe(model, surveyed, reduction or "mean", batch_dims or {})
-    whole = WholeGradients(model, surveyed, recipe, store)
+    recipe = whole_recipe(model, selection, reduction or "mean", batch_dims or {})
+    whole = WholeGradients(model, selection, recipe, store)
     asked = whole.of_queries(queries, target, at, progress=progress)
-    with undisturbed(model, "eval"):
+    with preserved_state(model, "eval"):
         objective = whole.objective(loader, damping, argument=name, progress=progress)
         solution = method.solve(objective, asked, progress=progress)
     train_ids, products = whole.products(
@@ -135,7 +135,7 @@ def attribute_by_gradients(
 def _say_what_is_left_out(model: nn.Module, method: FullInfluenceFunction) -> None:
     """Warn of layers that were to count and cannot."""
     patterns = ["*"] if method.layers is None else method.layers
-    for entry in survey(model).left_out:
+    for entry in select_layers(model).left_out:
         if any(fnmatchcase(entry.name, pattern) for pattern in patterns):
             warnings.warn(f"attribute_by_gradients: {entry.describe()}", stacklevel=3)
 

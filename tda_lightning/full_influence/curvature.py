@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from tda_lightning.full_influence.model_loss_split import Halves
+from tda_lightning.full_influence.model_loss_split import ModelLossSplit
 from tda_lightning.full_influence.objective import Objective
 from tda_lightning.full_influence.second_derivatives import require_second_derivative, whole_loss
 
@@ -79,7 +79,7 @@ class GaussNewton(ModelCurvature):
         from tda_lightning.full_influence.operators import checked
 
         if self.outputs is None or self.loss is None:
-            halves = Halves(objective)
+            halves = ModelLossSplit(objective)
             return checked(gauss_newton(objective, halves.outputs, halves.loss), objective)
         model, batches, read, judge = objective.model, objective.batches, self.outputs, self.loss
         found = gauss_newton(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.full_influence.model_loss_split import Halves, LossCall
+from tda_lightning.full_influence.model_loss_split import LossCall, ModelLossSplit
 from tda_lightning.full_influence.objective import Objective
 from tda_lightning.full_influence.second_derivatives import differentiating, whole_loss
 from tda_lightning.passes.batches import describe
@@ -48,7 +48,7 @@ class KroneckerFactored:
         from tda_lightning.full_influence.curvlinops_bindings import kronecker_factored
 
         _require_known_layers(objective)
-        halves = Halves(objective)
+        halves = ModelLossSplit(objective)
         calls = [halves.only_call(number) for number in range(len(objective.batches))]
         for call, size in zip(calls, objective.sizes, strict=True):
             _require_plain(call, size)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.full_influence.objective import (
-    HERE,
+    CURRENT_WEIGHTS,
+    LinearizationPoint,
     Objective,
-    Viewpoint,
     columns_of,
     parameters_of,
 )
-from tda_lightning.gradients.layers import Survey
+from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.row_recorder import row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity
 from tda_lightning.passes.batches import kept_batches, with_progress
@@ -33,21 +33,21 @@ from tda_lightning.passes.training_data import sampled_rows, train_rows
 from tda_lightning.recording.sample_ids import IdSource, require_once
 from tda_lightning.stores import Store
 from tda_lightning.stores.recipe import Recipe, SampleAxis
-from tda_lightning.stores.snapshots import MOST, Moment, own_snapshots, position_of, spread
+from tda_lightning.stores.snapshots import MAX_SNAPSHOTS, Moment, own_snapshots, position_of, spread
 
 
 def whole_recipe(
     model: nn.Module,
-    surveyed: Survey,
+    selection: LayerSelection,
     reduction: Literal["mean", "sum"],
     batch_dims: Mapping[str, SampleAxis],
 ) -> Recipe:
     """Return the recipe of rows that are not projected."""
     return Recipe(
-        blocks=surveyed.blocks,
-        left_out=surveyed.left_out,
+        blocks=selection.blocks,
+        left_out=selection.left_out,
         projector=Identity().to_dict(),
-        dimension=sum(block.size for block in surveyed.blocks),
+        dimension=sum(block.size for block in selection.blocks),
         dtype="float64" if row_dtype(model) == torch.float64 else "float32",
         reduction=reduction,
         batch_dims=dict(batch_dims),
@@ -60,7 +60,7 @@ class WholeGradients:
 
     Args:
         model: The LightningModule that was trained.
-        surveyed: What of it counts.
+        selection: What of it counts.
         recipe: How to record: :func:`whole_recipe`.
         run: Where to look from: the snapshots of its steps, ten at most; ``None`` for the model's
             own weights.
@@ -70,17 +70,17 @@ class WholeGradients:
     """
 
     def __init__(
-        self, model: nn.Module, surveyed: Survey, recipe: Recipe, run: Store | None
+        self, model: nn.Module, selection: LayerSelection, recipe: Recipe, run: Store | None
     ) -> None:
         self._model, self._recipe, self._run = model, recipe, run
-        self._parameters = parameters_of(surveyed)
-        self._order = columns_of(surveyed)
+        self._parameters = parameters_of(selection)
+        self._order = columns_of(selection)
         self._places = self._order.argsort()
         self.snapshots: list[int] = []
-        self._viewpoints = [HERE]
+        self._linearization_points = [CURRENT_WEIGHTS]
         if run is not None:
-            self.snapshots = spread(own_snapshots(run), MOST)
-            self._viewpoints = [self._viewpoint(run, one) for one in self.snapshots]
+            self.snapshots = spread(own_snapshots(run), MAX_SNAPSHOTS)
+            self._linearization_points = [self._viewpoint(run, one) for one in self.snapshots]
 
     def of_queries(
         self, queries: Any, target: Target, at: Moment, *, progress: bool
@@ -120,7 +120,7 @@ class WholeGradients:
         )
         return replace(
             found,
-            viewpoints=tuple(self._viewpoints),
+            linearization_points=tuple(self._linearization_points),
             sampled=lambda draws: self._sampled(found, draws, progress),
             damping=damping,
         )
@@ -128,8 +128,8 @@ class WholeGradients:
     def _sampled(
         self, objective: Objective, draws: int, progress: bool
     ) -> Generator[Float[Tensor, "n d"], None, None]:
-        """Draw labels, and yield rows whose outer products sum to the mean over all viewpoints."""
-        passes = [viewpoint for viewpoint in self._viewpoints for _ in range(draws)]
+        """Yield sampled-label rows whose outer products sum to the mean over all points."""
+        passes = [viewpoint for viewpoint in self._linearization_points for _ in range(draws)]
         total = objective.n * len(passes)
         is_mean = objective.reduction == "mean"
         bar = with_progress(passes, "sampled labels", progress, unit="pass")
@@ -160,17 +160,19 @@ class WholeGradients:
         Raises:
             ValueError: If the passes over the loader draw different samples.
         """
-        passes = with_progress(self._viewpoints, "training samples", progress, unit="pass")
+        passes = with_progress(
+            self._linearization_points, "training samples", progress, unit="pass"
+        )
         each = (self._products(one, directions, loader, sample_ids) for one in passes)
         ids, total = next(each)
         for again, products in each:
-            _require_same_samples(ids, again, len(self._viewpoints))
+            _require_same_samples(ids, again, len(self._linearization_points))
             total += products
-        return ids, total / len(self._viewpoints)
+        return ids, total / len(self._linearization_points)
 
     def _products(
         self,
-        viewpoint: Viewpoint,
+        viewpoint: LinearizationPoint,
         directions: Float[Tensor, "n_query d"],
         loader: DataLoader[Any],
         sample_ids: IdSource | None,
@@ -198,7 +200,7 @@ class WholeGradients:
         found = rows[:, self._places].to(like.device, like.dtype)
         return found if scale is None else found * scale
 
-    def _viewpoint(self, run: Store, snapshot: int) -> Viewpoint:
+    def _viewpoint(self, run: Store, snapshot: int) -> LinearizationPoint:
         weights = run.weights_at(snapshot)
         for name, _ in self._model.named_parameters():
             if name in weights and not torch.isfinite(weights[name]).all():
@@ -207,7 +209,7 @@ class WholeGradients:
                     "expected weights of a training that did not diverge. Ask of its part before "
                     "that, `run=store[:n]`."
                 )
-        return Viewpoint(weights, self._scale(position_of(run, snapshot)))
+        return LinearizationPoint(weights, self._scale(position_of(run, snapshot)))
 
     def _scale(self, position: int) -> Float[Tensor, " d"] | None:
         """Return what the coordinates of a step multiply each parameter's gradient by."""

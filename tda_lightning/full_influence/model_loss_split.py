@@ -98,7 +98,7 @@ class _Listener(TorchFunctionMode):
         return own.view(outputs.shape)
 
 
-class Halves:
+class ModelLossSplit:
     """The training step on every batch of an objective, cut into a model and a loss.
 
     Args:

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.gradients.layers import Survey
+from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.passes.batches import batch_size, with_progress
-from tda_lightning.passes.model_state import with_weights
+from tda_lightning.passes.model_state import swapped_weights
 from tda_lightning.passes.training_step import transfer
 
 # Yields rows whose outer products sum to the Gauss-Newton matrix, of so many draws of labels.
@@ -22,7 +22,7 @@ SampledRows = Callable[[int], Generator[Float[Tensor, "n d"], None, None]]
 
 
 @dataclass(frozen=True, eq=False)
-class Viewpoint:
+class LinearizationPoint:
     """Where to differentiate: at which weights, and in which coordinates.
 
     Attributes:
@@ -35,10 +35,10 @@ class Viewpoint:
 
     def of(self, model: nn.Module) -> AbstractContextManager[None]:
         """Give the model these weights, and its own back afterwards."""
-        return nullcontext() if self.weights is None else with_weights(model, self.weights)
+        return nullcontext() if self.weights is None else swapped_weights(model, self.weights)
 
 
-HERE = Viewpoint()
+CURRENT_WEIGHTS = LinearizationPoint()
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Objective:
         batches: The data, where the model is.
         sizes: Number of samples in each batch.
         reduction: Whether the loss of a batch is the mean or the sum of its samples' losses.
-        viewpoints: Where its curvature is taken: it is the mean of theirs.
+        linearization_points: Where its curvature is taken: it is the mean of theirs.
         sampled: Draws labels from the model's predictions; ``None`` where nobody said how.
         damping: What the training itself suggests, if it is known.
         argument: What the data are called where the user has passed them.
@@ -64,7 +64,7 @@ class Objective:
     batches: tuple[Any, ...]
     sizes: tuple[int, ...]
     reduction: Literal["mean", "sum"] = "mean"
-    viewpoints: tuple[Viewpoint, ...] = (HERE,)
+    linearization_points: tuple[LinearizationPoint, ...] = (CURRENT_WEIGHTS,)
     sampled: SampledRows | None = None
     damping: float | None = None
     argument: str = "train_loader"
@@ -114,20 +114,20 @@ class Objective:
         return [loss / size for loss, size in zip(losses, self.sizes, strict=True)]
 
 
-def parameters_of(surveyed: Survey) -> list[nn.Parameter]:
+def parameters_of(selection: LayerSelection) -> list[nn.Parameter]:
     """Return the parameters of all blocks, in the order of the blocks."""
-    return [one for feeding in surveyed.sources for one in feeding[0].parameters()]
+    return [one for block_sources in selection.sources for one in block_sources[0].parameters()]
 
 
-def columns_of(surveyed: Survey) -> Int[Tensor, " d"]:
+def columns_of(selection: LayerSelection) -> Int[Tensor, " d"]:
     """Return where each column of an unprojected row stands in a vector of the parameters.
 
     Raises:
         ValueError: If a layer's layout does more than put its parameters into an order.
     """
     start, places = 0, []
-    for feeding, block in zip(surveyed.sources, surveyed.blocks, strict=True):
-        source = feeding[0]
+    for block_sources, block in zip(selection.sources, selection.blocks, strict=True):
+        source = block_sources[0]
         sizes = [one.numel() for one in source.parameters()]
         # Layouts are of gradients, so they take floats: in double precision, whole numbers.
         numbers = torch.arange(start, start + sum(sizes), dtype=torch.float64)

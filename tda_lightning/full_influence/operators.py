@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tda_lightning.full_influence.checks import require_definite, require_finite
 from tda_lightning.full_influence.curvlinops_bindings import Operator, composed
-from tda_lightning.full_influence.objective import Objective, Viewpoint
+from tda_lightning.full_influence.objective import LinearizationPoint, Objective
 from tda_lightning.full_influence.second_derivatives import differentiating
 
 # What rounding makes of a product, in units of the number format's precision.
@@ -36,16 +36,18 @@ def checked(operator: Operator, objective: Objective) -> Operator:
     return composed(operator, product)
 
 
-def seen_from(operator: Operator, model: nn.Module, viewpoints: Sequence[Viewpoint]) -> Operator:
+def seen_from(
+    operator: Operator, model: nn.Module, linearization_points: Sequence[LinearizationPoint]
+) -> Operator:
     """Return the mean of what an operator is at several weights, each in its own coordinates."""
 
     def product(vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
         total = torch.zeros_like(vectors)
-        for viewpoint in viewpoints:
+        for viewpoint in linearization_points:
             scale = 1.0 if viewpoint.scale is None else viewpoint.scale[:, None]
             with viewpoint.of(model):
                 total += scale * (operator @ (scale * vectors))
-        return total / len(viewpoints)
+        return total / len(linearization_points)
 
     return composed(operator, product)
 

@@ -35,7 +35,7 @@ from tda_lightning.arguments import require_choice, require_positive, require_wh
 from tda_lightning.full_influence.checks import require_definite
 from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.ekfac import KroneckerFactored
-from tda_lightning.full_influence.objective import HERE, Objective
+from tda_lightning.full_influence.objective import CURRENT_WEIGHTS, Objective
 
 if TYPE_CHECKING:
     from tda_lightning.full_influence.curvlinops_bindings import Operator
@@ -61,9 +61,9 @@ class Solver(ABC):
         from tda_lightning.full_influence.operators import seen_from
 
         found = curvature.operator(objective)
-        if objective.viewpoints == (HERE,):
+        if objective.linearization_points == (CURRENT_WEIGHTS,):
             return found
-        return seen_from(found, objective.model, objective.viewpoints)
+        return seen_from(found, objective.model, objective.linearization_points)
 
     def default_damping(self, operator: Operator) -> float:
         """Return the damping where none is given: by default, a share of the largest eigenvalue.
@@ -229,10 +229,11 @@ class EKFAC(Solver):
                 f"`curvature=GaussNewton()`, got `{curvature}`. Leave it out, or take another "
                 "solver."
             )
-        if objective.viewpoints != (HERE,):
+        if objective.linearization_points != (CURRENT_WEIGHTS,):
             raise ValueError(
-                "`EKFAC` inverts the Kronecker factors of one moment; expected no `run=`, got a run"
-                f" with {len(objective.viewpoints)} snapshots. Leave it out, or take `Woodbury()`."
+                "`EKFAC` approximates the curvature at one set of weights; expected no `run=`, got "
+                f"one with {len(objective.linearization_points)} snapshots. Leave it out, or take "
+                "`Woodbury()`."
             )
         return KroneckerFactored.of(objective, "type-2" if self.labels == "all" else "mc")
 

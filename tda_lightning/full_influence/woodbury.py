@@ -72,23 +72,23 @@ class Woodbury(Solver):
                 f"`curvature=GaussNewton()`, got `{curvature}`. Leave it out, or take "
                 "`ConjugateGradient()`."
             )
-        views = len(objective.viewpoints)
+        views = len(objective.linearization_points)
         draws = math.ceil(self.draws / views)
         m, d = draws * views * objective.n, objective.d
         self._require_room(m, objective)
         # Closed whatever happens: until then the model has other weights.
         with closing(objective.sampled(draws)) as drawn:
             rows = _finite(drawn, objective.argument)
-            return Kept(_stacked(rows, m)) if m < d else Accumulated(rows, d)
+            return LowRankCurvature(_stacked(rows, m)) if m < d else DenseCurvature(rows, d)
 
     def default_damping(self, operator: Operator) -> float:
         """Return a share of the largest eigenvalue."""
-        assert isinstance(operator, Kept | Accumulated)
+        assert isinstance(operator, LowRankCurvature | DenseCurvature)
         return SHARE_OF_LARGEST * operator.largest()
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
         """Return the inverse, damped."""
-        assert isinstance(operator, Kept | Accumulated)
+        assert isinstance(operator, LowRankCurvature | DenseCurvature)
         return operator.inverse(damping)
 
     def _require_room(self, m: int, objective: Objective) -> None:
@@ -106,7 +106,7 @@ class Woodbury(Solver):
             )
 
 
-class Kept:
+class LowRankCurvature:
     """A curvature whose rows are kept, since there are fewer of them than parameters.
 
     Args:
@@ -149,7 +149,7 @@ class Kept:
             )
 
 
-class Accumulated:
+class DenseCurvature:
     """A curvature that is written down, since there are more rows than parameters.
 
     Args:

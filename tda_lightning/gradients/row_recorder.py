@@ -1,7 +1,6 @@
-"""RowRecorder: from a model's forward and backward pass over a batch to its sketch rows.
+"""RowRecorder: turn a model's forward and backward pass over a batch into sketch rows.
 
-Training and queries are recorded by this same code, under the same recipe, which is why their rows
-can be compared.
+Training and queries use this same code under the same recipe, so their rows are comparable.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tda_lightning.gradients.capture import Capture, recordable
 from tda_lightning.gradients.factors import GradientFactors
-from tda_lightning.gradients.layers import Survey
+from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher
@@ -59,13 +58,15 @@ class BatchRows:
 
 
 class RowRecorder:
-    """Records batch by batch: :meth:`start`, forward, :meth:`listen`, backward, :meth:`finish`.
+    """Record batch by batch.
+
+    The order is :meth:`start`, forward, :meth:`start_backward`, backward, :meth:`end_backward`.
 
     A context manager, whose hooks are attached inside. The model's parameters are left alone.
 
     Args:
         model: The module to record.
-        surveyed: What of it is recorded.
+        selection: What of it is recorded.
         batch_dims: Axis of the samples in layers whose names match a pattern, where not the first.
         projector: What to sketch their gradients with.
         dtype: Number format of the rows.
@@ -76,7 +77,7 @@ class RowRecorder:
     def __init__(
         self,
         model: nn.Module,
-        surveyed: Survey,
+        selection: LayerSelection,
         batch_dims: Mapping[str, SampleAxis],
         projector: Projector,
         dtype: torch.dtype,
@@ -87,12 +88,12 @@ class RowRecorder:
         self._model = model
         self._sampled = sampled
         self._generator = torch.Generator(device)
-        self._surveyed = surveyed
-        self._sketcher: Sketcher = projector.bind(surveyed.blocks, device, dtype)
+        self._selection = selection
+        self._sketcher: Sketcher = projector.bind(selection.blocks, device, dtype)
         self._attached = ExitStack()
-        self._capture = Capture(surveyed.sources, batch_dims, passes)
+        self._capture = Capture(selection.sources, batch_dims, passes)
         self._summary: LossSummary | None = None
-        self._coordinates: Preconditioner | None = None
+        self._preconditioner: Preconditioner | None = None
         self._curvature_rows: Tensor | None = None
         self._rows = self._sketcher.empty_rows(0)
         self._sums: Tensor | None = None
@@ -137,12 +138,12 @@ class RowRecorder:
         self._rows = self._sketcher.empty_rows(n)
         self._summary = self._curvature_rows = None
 
-    def listen(self, loss: Tensor) -> None:
+    def start_backward(self, loss: Tensor) -> None:
         """Expect the backward pass of that batch's loss."""
         self._summary = LossSummary(self._end_forward(loss), len(self._rows))
-        self._capture.listen(self._receive)
+        self._capture.start_backward(self._receive)
 
-    def rehearse(self, loss: Tensor, trained: Sequence[nn.Parameter]) -> None:
+    def extra_backward(self, loss: Tensor, trained: Sequence[nn.Parameter]) -> None:
         """Do all that recording the backward pass of that loss will do, to no effect.
 
         Args:
@@ -157,7 +158,7 @@ class RowRecorder:
             self._sketcher.add_(rows, number, factors)
 
         whole = [(get_gradient_edge(loss), torch.ones_like(loss))]
-        self._capture.rehearse(whole, receive, trained)
+        self._capture.extra_backward(whole, receive, trained)
         rows.cpu()
         self._curvature_rows = None
         self._generator.set_state(state)
@@ -169,9 +170,9 @@ class RowRecorder:
             self._record_curvature(loss, nodes)
         return nodes
 
-    def finish(self) -> BatchRows:
+    def end_backward(self) -> BatchRows:
         """Return what was recorded of the batch."""
-        self._capture.stop()
+        self._capture.end_backward()
         rows, found, sampled = self._rows, self._summary, self._curvature_rows
         if found is None:
             return BatchRows(rows, None, None, sampled)
@@ -182,10 +183,10 @@ class RowRecorder:
         rows, self._rows = self._rows, self._sketcher.empty_rows(len(self._rows))
         return rows
 
-    def precondition(self, coordinates: Preconditioner) -> None:
+    def precondition(self, preconditioner: Preconditioner) -> None:
         """From now on, record in these coordinates."""
-        self._coordinates = coordinates
-        self._sketcher.precondition(coordinates)
+        self._preconditioner = preconditioner
+        self._sketcher.precondition(preconditioner)
 
     def take_time(self, clock: Callable[[], float] | None) -> None:
         """From now on, take the time of making rows; or no longer."""
@@ -210,7 +211,7 @@ class RowRecorder:
         def receive(number: int, factors: GradientFactors) -> None:
             self._sketcher.add_(rows, number, factors if m == n else factors.select(chosen))
 
-        self._capture.rehearse(gradients, receive)
+        self._capture.extra_backward(gradients, receive)
         self._curvature_rows = rows * (n / m) ** 0.5
 
     def _sampled_gradients(
@@ -240,8 +241,8 @@ class RowRecorder:
 
     def recorded_parameters(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients rows are parts of, each once."""
-        feeding = self._surveyed.sources
-        return list(dict.fromkeys(one for own in feeding if own for one in own[0].parameters()))
+        first = [sources[0] for sources in self._selection.sources if sources]
+        return list(dict.fromkeys(p for source in first for p in source.parameters()))
 
     def left_out_gradient(self, trained: Sequence[nn.Parameter]) -> Tensor:
         """Return the squared norm of the gradient of those that are trained but not recorded."""
@@ -254,11 +255,11 @@ class RowRecorder:
         self, value: Callable[[Tensor], Tensor], divisors: Sequence[Tensor] | None = None
     ) -> Float[Tensor, "blocks k"]:
         sketches = []
-        for number, feeding in enumerate(self._surveyed.sources):
-            if not feeding:  # Another optimizer's.
+        for number, block_sources in enumerate(self._selection.sources):
+            if not block_sources:  # Another optimizer's.
                 sketches.append(self._sketcher.empty_rows(1)[0])
                 continue
-            source = feeding[0]
+            source = block_sources[0]
             matrix = source.rule.layout([value(one) for one in source.parameters()])
             if divisors is not None:
                 matrix = matrix * divisors[number].to(matrix)
@@ -267,17 +268,17 @@ class RowRecorder:
 
     def _inverse_squares(self) -> list[Tensor] | None:
         """Return what turns coordinates of gradients into those of weights: their inverse."""
-        if self._coordinates is None:
+        if self._preconditioner is None:
             return None
-        blocks = self._surveyed.blocks
-        rows = torch.split(self._coordinates.rows, [block.rows for block in blocks])
-        columns = torch.split(self._coordinates.columns, [block.columns for block in blocks])
+        blocks = self._selection.blocks
+        rows = torch.split(self._preconditioner.rows, [block.rows for block in blocks])
+        columns = torch.split(self._preconditioner.columns, [block.columns for block in blocks])
         scales = [torch.outer(r, c) for r, c in zip(rows, columns, strict=True)]
         return [torch.where(scale > 0, scale**-2, 0) for scale in scales]
 
     def sum_blocks(self) -> None:
         """From now on, sum the rows of each block over all batches, for :meth:`block_sums`."""
-        self._sums = self._sketcher.empty_rows(len(self._surveyed.blocks))
+        self._sums = self._sketcher.empty_rows(len(self._selection.blocks))
 
     def block_sums(self) -> Float[Tensor, "blocks k"]:
         """Return the sums since :meth:`sum_blocks`, and stop summing."""

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tda_lightning.gradients.layers import survey
+from tda_lightning.gradients.layers import select_layers
 from tda_lightning.gradients.row_recorder import BatchRows, RowRecorder
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.batches import batch_size, describe
-from tda_lightning.passes.model_state import Mode, undisturbed
+from tda_lightning.passes.model_state import Mode, preserved_state
 from tda_lightning.passes.training_step import loss_of, require_model, transfer
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner
@@ -43,7 +43,7 @@ def record_batch(
     rows.start(batch_size(batch, argument))
     try:
         loss = loss_of(model, transfer(model, batch))
-        rows.listen(loss)
+        rows.start_backward(loss)
         trained = [one for one in model.parameters() if one.requires_grad]
         # Not `backward`: the `.grad` of the user's parameters is none of our business.
         torch.autograd.grad(loss, trained, allow_unused=True)
@@ -54,7 +54,7 @@ def record_batch(
             f"{error}"
         ) from error
     finally:
-        found = rows.finish()
+        found = rows.end_backward()
     return loss.detach(), found
 
 
@@ -67,20 +67,20 @@ def own_gradients(found: BatchRows, recipe: Recipe) -> Float[Tensor, "n k"]:
 def recording(
     model: nn.Module,
     recipe: Recipe,
-    coordinates: Preconditioner | None,
+    preconditioner: Preconditioner | None,
     mode: Mode,
     sampled: float,
     passes: Literal["one", "several"] = "one",
 ) -> Iterator[RowRecorder]:
     """Record the model by a recipe, and leave it as it was."""
     require_model(model)
-    surveyed = survey(model, leave_out=[entry.name for entry in recipe.left_out])
-    recipe.require_blocks(surveyed.blocks, type(model).__name__)
+    selection = select_layers(model, leave_out=[entry.name for entry in recipe.left_out])
+    recipe.require_blocks(selection.blocks, type(model).__name__)
     projector = projector_from_dict(recipe.projector)
     rows = RowRecorder(
-        model, surveyed, recipe.batch_dims, projector, recipe.torch_dtype, sampled, passes
+        model, selection, recipe.batch_dims, projector, recipe.torch_dtype, sampled, passes
     )
-    if coordinates is not None:
-        rows.precondition(coordinates)
-    with undisturbed(model, mode), rows, torch.enable_grad():
+    if preconditioner is not None:
+        rows.precondition(preconditioner)
+    with preserved_state(model, mode), rows, torch.enable_grad():
         yield rows

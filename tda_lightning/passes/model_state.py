@@ -17,7 +17,7 @@ Mode = Literal["eval", "train"]
 
 
 @contextmanager
-def undisturbed(model: nn.Module, mode: Mode) -> Iterator[None]:
+def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
     """Put the model into ``mode`` with logging muted, and put everything back afterwards.
 
     Args:
@@ -25,7 +25,7 @@ def undisturbed(model: nn.Module, mode: Mode) -> Iterator[None]:
         mode: Whether layers such as dropout and batch norm act as in evaluation or in training.
     """
     with ExitStack() as stack:
-        stack.enter_context(same_random_numbers(cuda_devices(model)))
+        stack.enter_context(preserved_rng(cuda_devices(model)))
         for context in (_same_modes, _same_buffers, same_metrics, _muted):
             stack.enter_context(context(model))
         model.train(mode == "train")
@@ -38,7 +38,7 @@ def cuda_devices(model: nn.Module) -> list[torch.device]:
 
 
 @contextmanager
-def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Give the model other weights and buffers, and its own back afterwards.
 
     Args:
@@ -76,7 +76,7 @@ def _copy(to: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def same_random_numbers(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+def preserved_rng(devices: Sequence[torch.device] = ()) -> Iterator[None]:
     """Put the random numbers of torch, NumPy and Python back to where they were.
 
     Args:

@@ -18,10 +18,10 @@ from tda_lightning.arguments import require_choice
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.batch_rows import own_gradients, record_batch, recording
 from tda_lightning.passes.batches import batch_size, batches_of, describe, with_progress
-from tda_lightning.passes.model_state import Mode, with_weights
+from tda_lightning.passes.model_state import Mode, swapped_weights
 from tda_lightning.passes.targets import Loss, Target, name_of, per_sample
 from tda_lightning.passes.training_step import require_finite_weights, transfer
-from tda_lightning.stores import Store, opened_at
+from tda_lightning.stores import Store, open_store_at
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.snapshots import Moment, later_snapshots, position_of
 from tda_lightning.stores.step import Preconditioner
@@ -61,13 +61,13 @@ def record_queries(
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` cannot
             take the queries or returns no loss, or the target not its numbers.
     """
-    run = opened_at(like, "like", at)
+    run = open_store_at(like, "like", at)
     return query_rows(
         model,
         queries,
         run.recipe,
         target=target,
-        coordinates=run.preconditioner(at),
+        preconditioner=run.preconditioner(at),
         mode=mode,
         progress=progress,
     )
@@ -79,7 +79,7 @@ def query_rows(
     recipe: Recipe,
     *,
     target: Target = Loss(),
-    coordinates: Preconditioner | None = None,
+    preconditioner: Preconditioner | None = None,
     mode: Mode = "eval",
     progress: bool = True,
 ) -> Float[Tensor, "n_query k"]:
@@ -90,7 +90,7 @@ def query_rows(
         queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
         recipe: How to record.
         target: What is asked about; see :func:`record_queries`.
-        coordinates: The coordinates to record in; by default those of the gradients.
+        preconditioner: The coordinates to record in; by default those of the gradients.
         mode: Whether the model acts as in evaluation or as in training.
         progress: Show a progress bar over the batches of a loader.
 
@@ -102,7 +102,7 @@ def query_rows(
     """
     require_choice("mode", mode, Mode)
     passes: Literal["one", "several"] = "one" if isinstance(target, Loss) else "several"
-    with recording(model, recipe, coordinates, mode, sampled=0.0, passes=passes) as rows:
+    with recording(model, recipe, preconditioner, mode, sampled=0.0, passes=passes) as rows:
         batches = with_progress(batches_of(queries), "queries", progress)
         if isinstance(target, Loss):
             found = [record_batch(model, rows, batch, "queries")[1] for batch in batches]
@@ -135,7 +135,7 @@ def _record_target(
     rows.start(n)
     try:
         fallen = -per_sample(target, model, transfer(model, batch), n)  # (n, T)
-        rows.listen(fallen.sum())
+        rows.start_backward(fallen.sum())
         trained = [one for one in model.parameters() if one.requires_grad]
         tokens = []
         for number, one in enumerate(fallen.unbind(dim=1), start=1):
@@ -148,7 +148,7 @@ def _record_target(
             f"target can take; got {describe(batch)}, and it said: {error}"
         ) from error
     finally:
-        rows.finish()
+        rows.end_backward()
     return torch.stack(tokens, dim=1).flatten(0, 1)
 
 
@@ -176,5 +176,5 @@ def rows_at_snapshots(
 ) -> Iterator[Float[Tensor, "n_query k"]]:
     """Yield the query rows at each snapshot; the model's own weights are restored afterwards."""
     for snapshot in snapshots:
-        with with_weights(model, store.weights_at(snapshot)):
+        with swapped_weights(model, store.weights_at(snapshot)):
             yield ask(position_of(store, snapshot))

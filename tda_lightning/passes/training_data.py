@@ -21,7 +21,7 @@ from tda_lightning.passes.batch_rows import own_gradients, record_batch, recordi
 from tda_lightning.passes.batches import require_loader, with_progress
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
-from tda_lightning.stores import MemoryStore, Store, WritableStore, opened_at
+from tda_lightning.stores import MemoryStore, Store, WritableStore, open_store_at
 from tda_lightning.stores.recipe import Recipe, ranges_of
 from tda_lightning.stores.step import Preconditioner, Step, StepFacts
 
@@ -64,16 +64,16 @@ def record(
     require_loader(loader, "loader")
     require_choice("labels", labels, Labels)
     require_choice("mode", mode, Mode)
-    run = opened_at(like, "like", at)
+    run = open_store_at(like, "like", at)
     result = MemoryStore() if store is None else store
     require_kind("store", result, WritableStore, '`HDF5Store("anew.tda")`')
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
-    facts, coordinates = run.facts[at], run.preconditioner(at)
+    facts, preconditioner = run.facts[at], run.preconditioner(at)
     sampled = float(labels == "sampled")
     started = False
     try:
-        with recording(model, run.recipe, coordinates, mode, sampled) as rows:
+        with recording(model, run.recipe, preconditioner, mode, sampled) as rows:
             for number, batch in enumerate(with_progress(loader, "recording", progress)):
                 named = ledger.name(batch, number)
                 rows.seed(number)
@@ -81,7 +81,7 @@ def record(
                 if not started:
                     result.begin(_recipe(run, ledger, labels))
                     started = True
-                result.append(_step(number, facts, named, found, run, coordinates))
+                result.append(_step(number, facts, named, found, run, preconditioner))
     finally:
         ledger.release()
         if started:
@@ -108,7 +108,7 @@ def _step(
     sample_ids: Int[Tensor, " n"],
     found: BatchRows,
     run: Store,
-    coordinates: Preconditioner | None,
+    preconditioner: Preconditioner | None,
 ) -> Step:
     n = len(sample_ids)
     weight = 1 / n if run.recipe.reduction == "mean" else 1.0
@@ -123,7 +123,7 @@ def _step(
         terms=_on_cpu(found.terms),
         curvature=_on_cpu(found.curvature(weight)),
         curvature_rows=_on_cpu(found.curvature_rows),
-        preconditioner=coordinates if number == 0 else None,
+        preconditioner=preconditioner if number == 0 else None,
         loss=found.loss,
     )
 

@@ -25,7 +25,7 @@ _Watcher = Callable[[int, Optimizer, float], None]
 
 
 @dataclass(frozen=True)
-class Bend:
+class ValueClipping:
     """What clipping by value makes of a gradient.
 
     Attributes:
@@ -37,16 +37,16 @@ class Bend:
     cosine: float
 
 
-def bend_of(parameters: Iterable[Parameter], bound: float) -> Bend:
+def value_clipping_of(parameters: Iterable[Parameter], bound: float) -> ValueClipping:
     """Say what clipping by value is going to make of the parameters' gradients, taken together."""
     gradients = [one.grad.detach() for one in parameters if one.grad is not None]
     products = [_products(one.flatten().double(), bound) for one in gradients]
     lost, square, square_after = torch.stack(products).sum(dim=0).tolist() if products else (0,) * 3
     if square == 0:
-        return Bend(factor=1.0, cosine=1.0)
+        return ValueClipping(factor=1.0, cosine=1.0)
     # From what is lost, since that is zero to the last bit where nothing is.
     factor = 1 - lost / square
-    return Bend(factor, factor * (square / square_after) ** 0.5)
+    return ValueClipping(factor, factor * (square / square_after) ** 0.5)
 
 
 def _products(before: Float[Tensor, " n"], bound: float) -> Tensor:
@@ -54,7 +54,7 @@ def _products(before: Float[Tensor, " n"], bound: float) -> Tensor:
     return torch.stack([(before - after) @ before, before @ before, after @ after])
 
 
-class Scale:
+class GradientScale:
     """Follows by how much the gradients of a step have been scaled since their backward pass.
 
     Args:
@@ -70,14 +70,14 @@ class Scale:
         """Return the factor up to now."""
         return self._before * float(clip_coefficient(self._probe, self._norm))
 
-    def bend(self, parameters: Iterable[Parameter], bound: float) -> Bend:
+    def bend(self, parameters: Iterable[Parameter], bound: float) -> ValueClipping:
         """Take in that gradients are about to be clipped by value; return what that does to these.
 
         Args:
             parameters: Those that the factor is for.
             bound: Largest absolute value to be left.
         """
-        bend = bend_of(parameters, bound)
+        bend = value_clipping_of(parameters, bound)
         self._before = self.factor() * bend.factor
         if self._probe is not None:
             self._norm = norm_after(self._probe, bound)

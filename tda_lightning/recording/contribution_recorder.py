@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.recording.contribution_table import Table
-from tda_lightning.recording.optimizer_recorder import Lane
-from tda_lightning.recording.preconditioning import WholeCoordinates
+from tda_lightning.recording.contribution_table import ContributionTable
+from tda_lightning.recording.optimizer_recorder import OptimizerRecorder
+from tda_lightning.recording.preconditioning import JointPreconditioner
 from tda_lightning.stores.step import Preconditioner, Step
 
 # The probes' mean loss, and one row for each.
@@ -38,7 +38,7 @@ class Summary:
     negative_share: float
 
 
-class Tracking:
+class ContributionRecorder:
     """Follows the steps of one optimizer and adds what they did for a probe to a table.
 
     Args:
@@ -49,13 +49,17 @@ class Tracking:
     """
 
     def __init__(
-        self, lane: Lane, whole: WholeCoordinates, table: Table, every_n_steps: int
+        self,
+        recorder: OptimizerRecorder,
+        whole: JointPreconditioner,
+        table: ContributionTable,
+        every_n_steps: int,
     ) -> None:
         self.table = table
-        self._lane = lane
+        self._lane = recorder
         self._whole = whole
-        self._stride = lane.every_n_steps = every_n_steps
-        self._coordinates: Preconditioner | None = None
+        self._stride = recorder.every_n_steps = every_n_steps
+        self._preconditioner: Preconditioner | None = None
         self._probe: ProbeRows | None = None
         self._latest: Summary | None = None
         self._hook: Any = None
@@ -73,30 +77,30 @@ class Tracking:
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Expect the forward pass of a batch, if its step is to be tracked."""
         if self._lane.is_due():
-            self._lane.session.start_batch(index, sample_ids, share)
+            self._lane.builder.start_batch(index, sample_ids, share)
 
     def forget_gradients(self) -> None:
         """Forget the rows of gradients that are about to be zeroed."""
-        self._lane.session.forget_gradients()
+        self._lane.builder.forget_gradients()
 
     def start_backward(self, loss: Tensor, loss_scale: float) -> None:
         """Expect the backward pass of its loss."""
-        self._lane.session.start_backward(loss, loss_scale)
+        self._lane.builder.start_backward(loss, loss_scale)
 
     def end_backward(self) -> None:
         """Collect its rows."""
-        self._lane.session.end_backward()
+        self._lane.builder.end_backward()
 
     def before_step(
         self, index: int, epoch: int, record_probe: Callable[[RowRecorder], ProbeRows]
     ) -> None:
         """Take the probe's gradients, at the weights and in the coordinates of the step to come."""
-        lane = self._lane
-        lane.warn_of_more()
-        if lane.is_due():
-            lane.session.before_step(index, epoch, lane.optimizer)
-            self._probe = record_probe(lane.rows)
-        lane.taken += 1
+        recorder = self._lane
+        recorder.warn_of_more()
+        if recorder.is_due():
+            recorder.builder.before_step(index, epoch, recorder.optimizer)
+            self._probe = record_probe(recorder.rows)
+        recorder.taken += 1
 
     def before_clipping(self, index: int, optimizer: Optimizer, bound: float) -> None:
         """Follow what clipping by value is about to do to an optimizer's gradients."""
@@ -105,17 +109,17 @@ class Tracking:
 
     def end_batch(self) -> Summary | None:
         """Forget what came to nothing; return what a tracked step did, if there was one."""
-        self._lane.session.drop_batch()
+        self._lane.builder.drop_batch()
         latest, self._latest, self._probe = self._latest, None, None
         return latest
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint should know."""
-        known = self._coordinates
+        known = self._preconditioner
         return {
             "taken": self._lane.taken,
             "table": self.table.state(),
-            "session": self._lane.session.state(),
+            "session": self._lane.builder.state(),
             "coordinates": None if known is None else (known.rows, known.columns),
         }
 
@@ -124,16 +128,16 @@ class Tracking:
         self._lane.taken = int(state["taken"])
         self.table.load_state(state["table"])
         if state["coordinates"] is not None:
-            self._coordinates = Preconditioner(*state["coordinates"])
-            self._whole.load(self._coordinates)
-        self._lane.session.resume(state["session"], self._coordinates)
+            self._preconditioner = Preconditioner(*state["coordinates"])
+            self._whole.load(self._preconditioner)
+        self._lane.builder.resume(state["session"], self._preconditioner)
 
     def _step_taken(self, *_: object) -> None:
         # A post hook: a step that a loss scale skips, or the model, never gets here.
-        step = self._lane.session.after_step()
+        step = self._lane.builder.after_step()
         if step is None or self._probe is None:
             return
-        self._coordinates = step.preconditioner or self._coordinates
+        self._preconditioner = step.preconditioner or self._preconditioner
         loss, rows = self._probe
         self._add(step, loss, rows)
 

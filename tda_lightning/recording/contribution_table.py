@@ -12,7 +12,7 @@ from torch import Tensor
 Period = Literal["epoch", "run"] | int
 
 
-class Table:
+class ContributionTable:
     """Sums over visits, in double precision.
 
     Args:

@@ -13,7 +13,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistributedContext:
     """The processes that train together; each sees its part of every batch.
 
     Attributes:

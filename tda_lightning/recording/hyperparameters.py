@@ -9,43 +9,45 @@ from typing import Any
 from torch.nn import Parameter
 from torch.optim import ASGD, SGD, Optimizer
 
-from tda_lightning.gradients.layers import Survey
-from tda_lightning.recording.preconditioning import PartOfCoordinates
+from tda_lightning.gradients.layers import LayerSelection
+from tda_lightning.recording.preconditioning import PartialPreconditioner
 from tda_lightning.stores.step import ParameterGroup
 
 
 @dataclass(frozen=True)
-class Recorded:
+class HyperparameterReader:
     """What of an optimizer is recorded, and in which coordinates.
 
     Attributes:
         sizes: Of its recorded parameters.
         total: Sum of the sizes of all that are recorded, whoever trains them.
         owner: Number of the first block that it trains.
-        coordinates: Those of its rows, unless they are raw.
+        preconditioner: Those of its rows, unless they are raw.
         shares: Of each group, by the numbers of parameters in the groups: the same step after step.
     """
 
     sizes: Mapping[Parameter, int]
     total: int
     owner: int
-    coordinates: PartOfCoordinates | None
+    preconditioner: PartialPreconditioner | None
     shares: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, surveyed: Survey, coordinates: PartOfCoordinates | None) -> Recorded:
+    def of(
+        cls, selection: LayerSelection, preconditioner: PartialPreconditioner | None
+    ) -> HyperparameterReader:
         """Look at all recorded layers, with those that the optimizer trains."""
-        own = [source for feeding in surveyed.sources for source in feeding[:1]]
+        own = [source for block_sources in selection.sources for source in block_sources[:1]]
         return cls(
             sizes={one: int(one.numel()) for source in own for one in source.parameters()},
-            total=sum(block.size for block in surveyed.blocks),
-            owner=next(n for n, feeding in enumerate(surveyed.sources) if feeding),
-            coordinates=coordinates,
+            total=sum(block.size for block in selection.blocks),
+            owner=next(n for n, block_sources in enumerate(selection.sources) if block_sources),
+            preconditioner=preconditioner,
         )
 
     def read(self, optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
         """Return the hyper-parameters of every parameter group, with what is recorded of it."""
-        is_known = self.coordinates is not None and self.coordinates.are_known()
+        is_known = self.preconditioner is not None and self.preconditioner.are_known()
         descent = float(is_known or isinstance(optimizer, SGD | ASGD))
         pairs = zip(read_groups(optimizer), self._shares(optimizer), strict=True)
         return tuple(

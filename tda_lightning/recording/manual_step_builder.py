@@ -1,4 +1,4 @@
-"""ManualSession: the steps of one optimizer, taken by the user in any order.
+"""ManualStepBuilder: the steps of one optimizer, taken by the user in any order.
 
 Rows are kept by what happened to the gradients they are part of. A backward pass that left the
 gradients of this optimizer as they were is none of its business; once gradients have been zeroed,
@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.layers import Survey
+from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.recording.clipping import Bend, norm_after
-from tda_lightning.recording.distributed import Processes
+from tda_lightning.recording.clipping import ValueClipping, norm_after
+from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.optimizer_gradients import (
     by_size,
     gradient_norm,
     smallest_with_gradient,
 )
-from tda_lightning.recording.preconditioning import PartOfCoordinates
-from tda_lightning.recording.step_builder import Session
+from tda_lightning.recording.preconditioning import PartialPreconditioner
+from tda_lightning.recording.step_builder import StepBuilder
 from tda_lightning.stores.step import Step
 
 # A gradient tensor, by identity, and how often it has been written to.
@@ -34,17 +34,17 @@ _Mark = tuple[int, int] | None
 _TOLERANCE = 1e-2
 
 
-class ManualSession(Session):
+class ManualStepBuilder(StepBuilder):
     """Turns the backward passes and steps of one optimizer into :class:`Step`.
 
     Args:
         optimizer: The optimizer.
         is_due: Says whether its next step is to be recorded.
         rows: Records the rows of a pass.
-        surveyed: All recorded layers, with those that the optimizer trains.
+        selection: All recorded layers, with those that the optimizer trains.
         reduction: How a loss combines the samples of a batch.
-        coordinates: The coordinates of the optimizer, unless rows are to be raw.
-        audit_every: As in :class:`Session`.
+        preconditioner: The coordinates of the optimizer, unless rows are to be raw.
+        audit_every: As in :class:`StepBuilder`.
         processes: Who else records this training.
     """
 
@@ -53,13 +53,13 @@ class ManualSession(Session):
         optimizer: Optimizer,
         is_due: Callable[[], bool],
         rows: RowRecorder,
-        surveyed: Survey,
+        selection: LayerSelection,
         reduction: Literal["mean", "sum"],
-        coordinates: PartOfCoordinates | None,
+        preconditioner: PartialPreconditioner | None,
         audit_every: int,
-        processes: Processes,
+        distributed: DistributedContext,
     ) -> None:
-        super().__init__(rows, surveyed, reduction, coordinates, audit_every, processes)
+        super().__init__(rows, selection, reduction, preconditioner, audit_every, distributed)
         self._parameters = by_size(optimizer)
         self._is_due = is_due
         self._batch: tuple[int, Int[Tensor, " n"]] | None = None
@@ -131,7 +131,7 @@ class ManualSession(Session):
         self._require_common_factor(name)
         super().before_step(index, epoch, optimizer)
 
-    def before_clipping(self, optimizer: Optimizer, bound: float) -> Bend | None:
+    def before_clipping(self, optimizer: Optimizer, bound: float) -> ValueClipping | None:
         """Follow what clipping by value is about to do to the gradients of a step.
 
         Raises:

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.capture import aside
+from tda_lightning.gradients.capture import capture_paused
 
 
 def gradients_of(loss: Tensor, parameters: Sequence[Parameter]) -> dict[Parameter, Tensor]:
     """Return the gradients of the parameters that the loss depends on; its graph is kept."""
     try:
-        with aside():
+        with capture_paused():
             found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise ValueError(

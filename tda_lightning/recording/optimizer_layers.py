@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.layers import Source, Survey, survey
+from tda_lightning.gradients.layers import BlockSource, LayerSelection, select_layers
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
@@ -18,9 +18,9 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
         yield from group["params"]
 
 
-def survey_trained(
+def select_trained_layers(
     model: nn.Module, layers: Sequence[str] | None, optimizers: Sequence[Optimizer]
-) -> Survey:
+) -> LayerSelection:
     """Find out what of ``model`` is trained by some optimizer and can be recorded.
 
     Args:
@@ -28,34 +28,34 @@ def survey_trained(
         layers: Names of the modules to record; all by default.
         optimizers: All of them.
     """
-    surveyed = survey(model, layers)
+    selection = select_layers(model, layers)
     idle = {
         source.name
-        for feeding in surveyed.sources
-        if not _owners(feeding[0].parameters(), optimizers)
-        for source in feeding
+        for block_sources in selection.sources
+        if not _owners(block_sources[0].parameters(), optimizers)
+        for source in block_sources
     }
     if not idle:
-        return surveyed
+        return selection
     reason = "its parameters are in no optimizer"
-    surveyed = survey(model, layers, leave_out=sorted(idle))
+    selection = select_layers(model, layers, leave_out=sorted(idle))
     left_out = [
-        replace(one, reason=reason) if one.name in idle else one for one in surveyed.left_out
+        replace(one, reason=reason) if one.name in idle else one for one in selection.left_out
     ]
-    return replace(surveyed, left_out=tuple(left_out))
+    return replace(selection, left_out=tuple(left_out))
 
 
 def divided(
-    surveyed: Survey, optimizers: Sequence[Optimizer]
-) -> Iterator[tuple[tuple[Source, ...], ...]]:
+    selection: LayerSelection, optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[tuple[BlockSource, ...], ...]]:
     """Yield, for each optimizer, the layers that feed each block: those that it trains.
 
     Raises:
         ValueError: If a layer is trained in part, or by several optimizers.
     """
     owners = []
-    for block, feeding in zip(surveyed.blocks, surveyed.sources, strict=True):
-        found = _owners(feeding[0].parameters(), optimizers)
+    for block, block_sources in zip(selection.blocks, selection.sources, strict=True):
+        found = _owners(block_sources[0].parameters(), optimizers)
         if len(found) != 1 or found[0][1] != len(block.parameters):
             raise ValueError(
                 f"The parameters of the {block.layer} `{block.name}` are trained by several "
@@ -65,8 +65,8 @@ def divided(
             )
         owners.append(found[0][0])
     for optimizer in optimizers:
-        pairs = zip(owners, surveyed.sources, strict=True)
-        yield tuple(feeding if owner is optimizer else () for owner, feeding in pairs)
+        pairs = zip(owners, selection.sources, strict=True)
+        yield tuple(block_sources if owner is optimizer else () for owner, block_sources in pairs)
 
 
 def _owners(

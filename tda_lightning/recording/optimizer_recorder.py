@@ -9,20 +9,20 @@ from typing import Literal
 
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.layers import Survey
+from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.recording.distributed import Processes
-from tda_lightning.recording.manual_step_builder import ManualSession
+from tda_lightning.recording.distributed import DistributedContext
+from tda_lightning.recording.manual_step_builder import ManualStepBuilder
 from tda_lightning.recording.optimizer_layers import parameters_of
-from tda_lightning.recording.preconditioning import PartOfCoordinates, WholeCoordinates
-from tda_lightning.recording.step_builder import Session
+from tda_lightning.recording.preconditioning import JointPreconditioner, PartialPreconditioner
+from tda_lightning.recording.step_builder import StepBuilder
 
 # A gradient that is clipped by value and keeps this cosine with what it was is as good as scaled.
 _STRAIGHT = 0.99
 
 
 @dataclass(frozen=True)
-class Settings:
+class RecordingSettings:
     """What all lanes have in common.
 
     Attributes:
@@ -36,26 +36,30 @@ class Settings:
     """
 
     optimization: Literal["automatic", "manual"]
-    rows: Callable[[Survey, Literal["one", "several"]], RowRecorder]
+    rows: Callable[[LayerSelection, Literal["one", "several"]], RowRecorder]
     reduction: Literal["mean", "sum"]
     preconditioner: Literal["optimizer", "none"]
     audit: int
-    processes: Processes
+    distributed: DistributedContext
     warn: Callable[[str], None]
 
 
-class Lane:
+class OptimizerRecorder:
     """The steps of one optimizer.
 
     Args:
         optimizer: The optimizer.
-        surveyed: All recorded layers, with those that feed this lane.
+        selection: All recorded layers, with those that feed this lane.
         settings: What all lanes have in common.
         whole: Where the coordinates of all lanes come together.
     """
 
     def __init__(
-        self, optimizer: Optimizer, surveyed: Survey, settings: Settings, whole: WholeCoordinates
+        self,
+        optimizer: Optimizer,
+        selection: LayerSelection,
+        settings: RecordingSettings,
+        whole: JointPreconditioner,
     ) -> None:
         self.optimizer = optimizer
         self._warn = settings.warn
@@ -63,19 +67,19 @@ class Lane:
         self._trained = self._count_trained()
         self._has_warned_of_bend = False
         self.every_n_steps = 1
-        coordinates = None
+        preconditioner = None
         if settings.preconditioner == "optimizer":
-            coordinates = PartOfCoordinates(optimizer, surveyed, whole)
+            preconditioner = PartialPreconditioner(optimizer, selection, whole)
         is_manual = settings.optimization == "manual"
-        self.rows = settings.rows(surveyed, "several" if is_manual else "one")
-        session = partial(ManualSession, optimizer, self.is_due) if is_manual else Session
-        self.session = session(
+        self.rows = settings.rows(selection, "several" if is_manual else "one")
+        builder = partial(ManualStepBuilder, optimizer, self.is_due) if is_manual else StepBuilder
+        self.builder = builder(
             self.rows,
-            surveyed,
+            selection,
             settings.reduction,
-            coordinates,
+            preconditioner,
             settings.audit,
-            settings.processes,
+            settings.distributed,
         )
 
     def is_due(self) -> bool:
@@ -93,7 +97,7 @@ class Lane:
 
     def before_clipping(self, index: int, bound: float) -> None:
         """Follow a clipping by value, and say once if it does more than to scale a gradient."""
-        bend = self.session.before_clipping(self.optimizer, bound)
+        bend = self.builder.before_clipping(self.optimizer, bound)
         # Not a number where gradients have overflowed: a step that is going to be skipped.
         if bend is None or not bend.cosine < _STRAIGHT or self._has_warned_of_bend:
             return

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-from tda_lightning.gradients.layers import Source, Survey
+from tda_lightning.gradients.layers import BlockSource, LayerSelection
 from tda_lightning.stores.recipe import Block
 from tda_lightning.stores.step import Preconditioner
 
@@ -36,24 +36,24 @@ Gradients = Mapping[nn.Parameter, Tensor]
 _Group = tuple[Mapping[str, object], float]
 
 
-def has_coordinates(optimizer: Optimizer) -> bool:
+def has_preconditioner(optimizer: Optimizer) -> bool:
     """Say whether the optimizer is gradient descent only in coordinates of its own."""
     is_plain = isinstance(optimizer, SGD) or not isinstance(optimizer, _ADAPTIVE)
     rates = {float(group["lr"]) for group in optimizer.param_groups}
     return not is_plain or len(rates) > 1
 
 
-class OptimizerCoordinates:
+class OptimizerPreconditioner:
     """Follows the coordinates of an optimizer through training.
 
     Args:
         optimizer: The optimizer of the recorded parameters.
-        surveyed: What is recorded.
+        selection: What is recorded.
     """
 
-    def __init__(self, optimizer: Optimizer, surveyed: Survey) -> None:
+    def __init__(self, optimizer: Optimizer, selection: LayerSelection) -> None:
         self._optimizer = optimizer
-        self._sources = [source for source, *_ in surveyed.sources]
+        self._sources = [source for source, *_ in selection.sources]
         self._parameters = [one for source in self._sources for one in source.parameters()]
         self._rates: list[float] = []
         self._refreshed = -1
@@ -123,7 +123,7 @@ class OptimizerCoordinates:
         return {one: (group, rate) for group, rate in pairs for one in group["params"]}
 
     def _factors(
-        self, source: Source, groups: Mapping[nn.Parameter, _Group], gradients: Gradients
+        self, source: BlockSource, groups: Mapping[nn.Parameter, _Group], gradients: Gradients
     ) -> tuple[Tensor, Tensor]:
         moments, rates = [], []
         for parameter in source.parameters():
@@ -197,7 +197,7 @@ def _decay(group: Mapping[str, object]) -> float:
     return float(betas[1])
 
 
-class WholeCoordinates:
+class JointPreconditioner:
     """The last known coordinates of every block; as they are, until an optimizer says otherwise."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -205,11 +205,11 @@ class WholeCoordinates:
         self._rows = [torch.ones(block.rows) for block in blocks]
         self._columns = [torch.ones(block.columns) for block in blocks]
 
-    def load(self, coordinates: Preconditioner) -> None:
+    def load(self, preconditioner: Preconditioner) -> None:
         """Take coordinates that were known before."""
         sizes = [block.rows for block in self._blocks], [block.columns for block in self._blocks]
-        self._rows = list(torch.split(coordinates.rows, sizes[0]))
-        self._columns = list(torch.split(coordinates.columns, sizes[1]))
+        self._rows = list(torch.split(preconditioner.rows, sizes[0]))
+        self._columns = list(torch.split(preconditioner.columns, sizes[1]))
 
     def with_part(self, numbers: Sequence[int], part: Preconditioner) -> Preconditioner:
         """Take the coordinates of some blocks, and return those of all.
@@ -225,22 +225,24 @@ class WholeCoordinates:
         return Preconditioner(torch.cat(self._rows), torch.cat(self._columns))
 
 
-class PartOfCoordinates(OptimizerCoordinates):
+class PartialPreconditioner(OptimizerPreconditioner):
     """Coordinates of one optimizer among several.
 
     Args:
         optimizer: The optimizer.
-        surveyed: All recorded layers, with those that it trains.
+        selection: All recorded layers, with those that it trains.
         whole: Where the coordinates of all optimizers come together.
     """
 
-    def __init__(self, optimizer: Optimizer, surveyed: Survey, whole: WholeCoordinates) -> None:
-        pairs = list(enumerate(zip(surveyed.blocks, surveyed.sources, strict=True)))
-        self._numbers = [number for number, (_, feeding) in pairs if feeding]
+    def __init__(
+        self, optimizer: Optimizer, selection: LayerSelection, whole: JointPreconditioner
+    ) -> None:
+        pairs = list(enumerate(zip(selection.blocks, selection.sources, strict=True)))
+        self._numbers = [number for number, (_, block_sources) in pairs if block_sources]
         self._whole = whole
-        blocks = tuple(block for _, (block, feeding) in pairs if feeding)
-        sources = tuple(feeding for feeding in surveyed.sources if feeding)
-        super().__init__(optimizer, Survey(blocks, sources, surveyed.left_out))
+        blocks = tuple(block for _, (block, block_sources) in pairs if block_sources)
+        sources = tuple(block_sources for block_sources in selection.sources if block_sources)
+        super().__init__(optimizer, LayerSelection(blocks, sources, selection.left_out))
 
     def are_known(self) -> bool:
         """Say whether the optimizer's steps are gradient steps in these coordinates."""

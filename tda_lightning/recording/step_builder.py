@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.layers import Survey
+from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.row_recorder import BatchRows, RowRecorder
 from tda_lightning.recording.audits import Audited, begin_audit, finish_audit, require_conserved
-from tda_lightning.recording.clipping import Bend, Scale
-from tda_lightning.recording.distributed import Processes
-from tda_lightning.recording.hyperparameters import Recorded
+from tda_lightning.recording.clipping import GradientScale, ValueClipping
+from tda_lightning.recording.distributed import DistributedContext
+from tda_lightning.recording.hyperparameters import HyperparameterReader
 from tda_lightning.recording.optimizer_gradients import (
     by_size,
     gradient_norm,
@@ -28,7 +28,7 @@ from tda_lightning.recording.optimizer_gradients import (
     joined,
     smallest_with_gradient,
 )
-from tda_lightning.recording.preconditioning import PartOfCoordinates
+from tda_lightning.recording.preconditioning import PartialPreconditioner
 from tda_lightning.stores.step import ParameterGroup, Preconditioner, Step
 
 # Labels are sampled from seeds of their own for every batch of every step.
@@ -57,14 +57,14 @@ class _Facts:
     groups: tuple[ParameterGroup, ...]
 
 
-class Session:
+class StepBuilder:
     """Turns batches and optimizer steps into :class:`Step`.
 
     Args:
         rows: Records the rows of a batch.
-        surveyed: All recorded layers, with those that the optimizer trains.
+        selection: All recorded layers, with those that the optimizer trains.
         reduction: How the training loss combines the samples of a batch.
-        coordinates: The coordinates of the optimizer, unless rows are to be raw.
+        preconditioner: The coordinates of the optimizer, unless rows are to be raw.
         audit_every: Audit the first recorded step and every so many after it; 0 for the first only.
         processes: Who else records this training.
     """
@@ -72,26 +72,26 @@ class Session:
     def __init__(
         self,
         rows: RowRecorder,
-        surveyed: Survey,
+        selection: LayerSelection,
         reduction: Literal["mean", "sum"],
-        coordinates: PartOfCoordinates | None,
+        preconditioner: PartialPreconditioner | None,
         audit_every: int,
-        processes: Processes = Processes(),
+        distributed: DistributedContext = DistributedContext(),
     ) -> None:
         self._rows = rows
-        self._blocks = surveyed.blocks
+        self._blocks = selection.blocks
         self._reduction = reduction
-        self._coordinates = coordinates
-        self._recorded = Recorded.of(surveyed, coordinates)
+        self._preconditioner = preconditioner
+        self._recorded = HyperparameterReader.of(selection, preconditioner)
         self._begun: Preconditioner | None = None
         self._audit_every = audit_every
-        self._processes = processes
+        self._distributed = distributed
         self._steps = 0
         self._current: tuple[Int[Tensor, " n"], float] | None = None
         self._share = self._loss_scale = 1.0
         self._pending: list[Visits] = []
         self._facts: _Facts | None = None
-        self._scale: Scale | None = None
+        self._scale: GradientScale | None = None
         self._audited: Audited | None = None
         self._probes: list[Parameter] = []
 
@@ -113,7 +113,7 @@ class Session:
         if not self._pending and self._is_audit_due():
             self._rows.sum_blocks()
         batch = _SEEDS_PER_STEP * index + len(self._pending)
-        self._rows.seed(batch * self._processes.count + self._processes.rank)
+        self._rows.seed(batch * self._distributed.count + self._distributed.rank)
 
     def start_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
         """Expect the backward pass of that batch's loss.
@@ -125,20 +125,20 @@ class Session:
         if self._current is not None:
             self._loss_scale = loss_scale
             self._follow_coordinates(loss)
-            self._rows.listen(loss)
+            self._rows.start_backward(loss)
 
     def _follow_coordinates(self, loss: Tensor) -> None:
-        coordinates = self._coordinates
+        preconditioner = self._preconditioner
         # A step has one set of coordinates: that of its first batch.
-        if coordinates is None or self._pending or not coordinates.is_due():
+        if preconditioner is None or self._pending or not preconditioner.is_due():
             return
         gradients = {}
-        if coordinates.needs_gradients():
-            trained = [one for one in coordinates.parameters() if one.requires_grad]
+        if preconditioner.needs_gradients():
+            trained = [one for one in preconditioner.parameters() if one.requires_grad]
             found = gradients_of(loss / self._share, trained)
-            mean, scale = self._processes.mean, self._loss_scale
+            mean, scale = self._distributed.mean, self._loss_scale
             gradients = {parameter: mean(one) / scale for parameter, one in found.items()}
-        self._begun = coordinates.read(gradients)
+        self._begun = preconditioner.read(gradients)
         self._rows.precondition(self._begun)
 
     def end_backward(self) -> None:
@@ -149,10 +149,10 @@ class Session:
 
     def _visits_of(self, sample_ids: Int[Tensor, " n"], weight: float) -> Visits:
         seen, applied = weight * self._loss_scale, self._applied()
-        return Visits(sample_ids, seen, applied, self._rows.finish())
+        return Visits(sample_ids, seen, applied, self._rows.end_backward())
 
     def _applied(self) -> float:
-        return 1 / (self._loss_scale * self._processes.count)
+        return 1 / (self._loss_scale * self._distributed.count)
 
     def before_step(self, index: int, epoch: int, optimizer: Optimizer) -> None:
         """Read what the optimizer is about to use; gradients are complete and not yet clipped."""
@@ -166,7 +166,7 @@ class Session:
             groups=self._recorded.read(optimizer),
         )
 
-    def before_clipping(self, optimizer: Optimizer, bound: float) -> Bend | None:
+    def before_clipping(self, optimizer: Optimizer, bound: float) -> ValueClipping | None:
         """Follow what clipping by value is about to do to the gradients of a step.
 
         Args:
@@ -184,7 +184,7 @@ class Session:
         """From now on, know what becomes of the gradients of this step, and audit it if due."""
         if self._scale is None:
             self._probes = self._probes or by_size(optimizer)
-            self._scale = Scale(*self._probe())
+            self._scale = GradientScale(*self._probe())
             self._audited = self._start_audit() if self._is_audit_due() else None
 
     def after_step(self) -> Step | None:
@@ -237,7 +237,7 @@ class Session:
     def _start_audit(self) -> Audited:
         assert self._scale is not None
         applied = self._applied() * self._scale.factor()
-        recorded = self._processes.add(self._block_sums() * applied)
+        recorded = self._distributed.add(self._block_sums() * applied)
         audited = begin_audit(self._rows, recorded, self._probes)
         if self._steps == 0:
             require_conserved(self._blocks, recorded, audited.gradient)
@@ -253,24 +253,24 @@ class Session:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint should know of this session, in builtins."""
         # Coordinates that no stored step holds yet cannot be found again: they are read anew.
-        is_stored = self._coordinates is not None and self._begun is None
-        return self._coordinates.state() if self._coordinates and is_stored else {}
+        is_stored = self._preconditioner is not None and self._begun is None
+        return self._preconditioner.state() if self._preconditioner and is_stored else {}
 
-    def resume(self, state: Mapping[str, Any], coordinates: Preconditioner | None) -> None:
+    def resume(self, state: Mapping[str, Any], preconditioner: Preconditioner | None) -> None:
         """Go on where a checkpoint was saved.
 
         Args:
             state: What :meth:`state` returned then.
-            coordinates: Those of the last stored step.
+            preconditioner: Those of the last stored step.
         """
-        if self._coordinates is not None and state and coordinates is not None:
-            self._coordinates.load_state(state)
-            self._rows.precondition(coordinates)
+        if self._preconditioner is not None and state and preconditioner is not None:
+            self._preconditioner.load_state(state)
+            self._rows.precondition(preconditioner)
 
     def drop_batch(self) -> None:
         """Forget a batch whose loss never came, and a step that was never taken."""
         if self._current is not None:
-            self._rows.finish()
+            self._rows.end_backward()
             self._current = None
         if self._facts is not None:
             self._forget_step()

@@ -14,7 +14,7 @@ _TRIES = 2
 
 
 @dataclass(frozen=True)
-class Pace:
+class BatchTiming:
     """Seconds of a batch.
 
     Attributes:
@@ -33,7 +33,7 @@ class Pace:
     def stride_within(self, max_overhead: float) -> int:
         """Return the smallest stride at which recording adds no more than a share of the time.
 
-        >>> Pace(batch=0.012, recording=0.004).stride_within(0.1)
+        >>> BatchTiming(batch=0.012, recording=0.004).stride_within(0.1)
         4
         """
         return max(1, math.ceil(self.overhead / max_overhead))
@@ -41,7 +41,7 @@ class Pace:
     def describe(self) -> str:
         """Say it in half a sentence.
 
-        >>> Pace(batch=1.5, recording=0.004).describe()
+        >>> BatchTiming(batch=1.5, recording=0.004).describe()
         'a batch takes about 1.5 s, recording it adds about 4.0 ms (0 %)'
         """
         share = f"{100 * self.overhead:.0f} %"
@@ -78,7 +78,7 @@ def take_pace(
     recorded: Callable[[], None],
     made: Callable[[], float],
     device: torch.device,
-) -> Pace:
+) -> BatchTiming:
     """Take the time of both kinds of backward pass, and return what follows from it.
 
     Args:
@@ -94,7 +94,7 @@ def take_pace(
     # takes longer than its way back.
     # A difference of two times is noise where others use the machine too; its largest part is not.
     recording = max(with_recording - backward, made())
-    return Pace(min(forward, backward) + backward, recording)
+    return BatchTiming(min(forward, backward) + backward, recording)
 
 
 def _time(work: Callable[[], None], device: torch.device) -> float:

@@ -1,8 +1,21 @@
-"""Stores: where the steps of a run are kept."""
+"""Stores: what a run is, and where its steps are kept."""
 
 from tda_lightning.stores.hdf5.store import HDF5Store
 from tda_lightning.stores.memory import MemoryStore
-from tda_lightning.stores.opening import opened, opened_at
+from tda_lightning.stores.opening import open_store, open_store_at
+from tda_lightning.stores.step import Step
 from tda_lightning.stores.store import Store, WritableStore
 
-__all__ = ["HDF5Store", "MemoryStore", "Store", "WritableStore", "opened", "opened_at"]
+from tda_lightning.stores.data_order import DataOrder, data_order  # isort: skip
+
+__all__ = [
+    "DataOrder",
+    "HDF5Store",
+    "MemoryStore",
+    "Step",
+    "Store",
+    "WritableStore",
+    "data_order",
+    "open_store",
+    "open_store_at",
+]

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.stores import Store, opened
+from tda_lightning.stores.opening import open_store
+from tda_lightning.stores.store import Store
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def data_order(run: str | Path | Store) -> DataOrder:
         FileNotFoundError: If there is no run at the path.
         ValueError: If it is something else.
     """
-    store = opened(run, "run")
+    store = open_store(run, "run")
     epochs: dict[int, list[Tensor]] = {}
     replayed = []
     seen: set[tuple[int, tuple[int, ...]]] = set()

@@ -10,7 +10,7 @@ from tda_lightning.stores.hdf5.store import HDF5Store
 from tda_lightning.stores.store import Store
 
 
-def opened(run: str | os.PathLike[str] | Store, argument: str) -> Store:
+def open_store(run: str | os.PathLike[str] | Store, argument: str) -> Store:
     """Return the store of a run.
 
     Args:
@@ -32,7 +32,7 @@ def opened(run: str | os.PathLike[str] | Store, argument: str) -> Store:
     return HDF5Store.open(Path(run))
 
 
-def opened_at(run: str | os.PathLike[str] | Store, argument: str, at: int) -> Store:
+def open_store_at(run: str | os.PathLike[str] | Store, argument: str, at: int) -> Store:
     """Return the store of a run that has a step at a place.
 
     Args:
@@ -44,7 +44,7 @@ def opened_at(run: str | os.PathLike[str] | Store, argument: str, at: int) -> St
         FileNotFoundError: If there is no run at the path.
         ValueError: If it is something else, or has no such step.
     """
-    store = opened(run, argument)
+    store = open_store(run, argument)
     steps = len(store)
     if not isinstance(at, Integral) or not -steps <= at < steps:
         raise ValueError(
@@ -64,7 +64,7 @@ def open_run(run: Run) -> Store:
         FileNotFoundError: If there is no run at the path.
         ValueError: If the run is empty.
     """
-    store = opened(run, "run")
+    store = open_store(run, "run")
     if len(store) == 0:
         raise ValueError(
             f"The run {_name(run)} has no step yet; expected at least one. If its training is "

@@ -18,12 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tda_lightning.stores import Store, WritableStore, opened
+from tda_lightning.stores import Store, WritableStore, open_store
 
 # Where to ask: at the weights that the model has, at those before a step, or along the way.
 Moment = int | Literal["now", "snapshots"]
 # More of them change little, and each is a pass over the queries.
-MOST = 10
+MAX_SNAPSHOTS = 10
 
 
 def describe_snapshots(indices: Sequence[int]) -> str:
@@ -58,7 +58,7 @@ def later_snapshots(store: Store) -> list[int]:
             "expected some. Record with `GradientRecorder(..., snapshots=n)` for every n-th step, "
             "or ask at one moment: `at=` the index of a snapshot."
         )
-    return spread(later, MOST)
+    return spread(later, MAX_SNAPSHOTS)
 
 
 def own_snapshots(store: Store) -> list[int]:
@@ -102,7 +102,7 @@ def add_snapshots(run: str | Path | WritableStore, checkpoints: Sequence[str | P
         FileNotFoundError: If there is no run at the path, or no file.
         ValueError: If the run cannot be written, or a file is none of a trainer's.
     """
-    store = opened(run, "run")
+    store = open_store(run, "run")
     if not isinstance(store, WritableStore):
         raise ValueError(f"`run` is {store!r}; expected the whole of a run, which keeps weights.")
     if isinstance(checkpoints, str | os.PathLike):

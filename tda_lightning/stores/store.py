@@ -196,7 +196,7 @@ class WritableStore(Store):
             "that they can share. Record into a folder, or train with `Trainer(devices=1)`."
         )
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         """See what other processes have sealed; by default there are none."""
 
     @abstractmethod

@@ -12,9 +12,7 @@ from lds_truths import Retrainer
 from torch import Tensor
 
 from tda_lightning import (
-    EKFAC,
     TRAK,
-    ConjugateGradient,
     FullInfluenceFunction,
     GradientSimilarity,
     InfluenceFunction,
@@ -22,10 +20,9 @@ from tda_lightning import (
     Source,
     TracIn,
     Unrolled,
-    Woodbury,
 )
 from tda_lightning.attribution import Attributor, Linear, Mixed, SampledLabels
-from tda_lightning.full_influence import Solver
+from tda_lightning.full_influence import EKFAC, ConjugateGradient, Solver, Woodbury
 from tda_lightning.stores.snapshots import Moment
 
 MODELS_OF_TRAK = 5

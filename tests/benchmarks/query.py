@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from tda_lightning import GradientRecorder, HDF5Store, MemoryStore, Step, TracIn, Unrolled
+from tda_lightning import GradientRecorder, HDF5Store, TracIn, Unrolled
 from tda_lightning.attribution import Attributor
 from tda_lightning.passes.queries import record_queries
+from tda_lightning.stores import MemoryStore, Step
 
 NOTHING_ELSE = {"logger": False, "enable_checkpointing": False}
 NOTHING_ELSE |= {"enable_progress_bar": False, "enable_model_summary": False}

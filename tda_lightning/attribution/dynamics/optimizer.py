@@ -96,7 +96,7 @@ class Dynamics:
         )
 
     @property
-    def reach(self) -> float:
+    def effective_lr(self) -> float:
         """How far a gradient moves the weights in the end, per unit: the rate of plain descent."""
         own = self.rate * self.lookahead
         return own + self.rate * self.kept * self.fresh / (1 - self.momentum)
@@ -229,9 +229,9 @@ class Extent:
         time = weight = decayed = 0.0
         for step in run.facts:
             dynamics = Dynamics.of(step)
-            time += run.recipe.every_n_steps * dynamics.reach
+            time += run.recipe.every_n_steps * dynamics.effective_lr
             weight += float(step.weights.sum()) / len(run)
             # Decoupled decay does not pass through the momentum buffer.
-            own = dynamics.reach * dynamics.coupled + dynamics.rate * dynamics.decoupled
+            own = dynamics.effective_lr * dynamics.coupled + dynamics.rate * dynamics.decoupled
             decayed += run.recipe.every_n_steps * own
         return cls(time, weight, decayed / time if time else 0.0)

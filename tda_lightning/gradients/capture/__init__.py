@@ -8,6 +8,6 @@ recomputed (by activation checkpointing) is heard when its own backward pass run
 
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.compiled import recordable
-from tda_lightning.gradients.capture.paused import aside
+from tda_lightning.gradients.capture.paused import capture_paused
 
-__all__ = ["Capture", "aside", "recordable"]
+__all__ = ["Capture", "capture_paused", "recordable"]

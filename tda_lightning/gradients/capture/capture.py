@@ -20,12 +20,12 @@ from tda_lightning.gradients.capture.checks import (
     require_multiple,
     require_unchanged,
 )
-from tda_lightning.gradients.capture.paused import aside, may_hear
+from tda_lightning.gradients.capture.paused import capture_paused, is_capturing
 from tda_lightning.gradients.capture.tensor_hooks import hook_gradient
 from tda_lightning.gradients.factors import GradientFactors
 from tda_lightning.gradients.layers import (
+    BlockSource,
     LayerCall,
-    Source,
     find_tensors,
     never_draws,
     random_state,
@@ -35,15 +35,15 @@ from tda_lightning.stores.recipe import SampleAxis
 
 Receiver = Callable[[int, GradientFactors], None]
 # A block's number, and what it hears of one layer.
-_Listener = tuple[int, Source]
+_Listener = tuple[int, BlockSource]
 
 
 class Capture:
     """Hooks on the recorded layers of a model; a context manager that attaches and detaches them.
 
-    Nothing is heard outside :meth:`start` and :meth:`stop`, and factors are delivered only between
-    :meth:`listen` and :meth:`stop`, or by :meth:`rehearse`, so that gradients which a training step
-    takes for its own purposes (a gradient penalty, say) are not mistaken for the loss's.
+    Hooks are active only between :meth:`start` and :meth:`end_backward`. Factors are delivered only
+    between :meth:`start_backward` and :meth:`end_backward`, or by :meth:`extra_backward`. So the
+    gradients that a training step takes itself (a gradient penalty, say) are not recorded.
 
     Args:
         sources: The layers that feed each block.
@@ -53,13 +53,13 @@ class Capture:
 
     def __init__(
         self,
-        sources: Sequence[Sequence[Source]],
+        sources: Sequence[Sequence[BlockSource]],
         batch_dims: Mapping[str, SampleAxis],
         passes: Literal["one", "several"] = "one",
     ) -> None:
         self._listeners: dict[nn.Module, list[_Listener]] = {}
-        for number, feeding in enumerate(sources):
-            for source in feeding:
+        for number, block_sources in enumerate(sources):
+            for source in block_sources:
                 self._listeners.setdefault(source.module, []).append((number, source))
         self._batch_dims = batch_dims
         self._handles: list[RemovableHandle] = []
@@ -96,7 +96,7 @@ class Capture:
         trace: TracebackType | None = None,
     ) -> None:
         """Remove every hook."""
-        self.stop()
+        self.end_backward()
         self._edges, self._shared = [], []
         for handle in self._handles:
             handle.remove()
@@ -113,7 +113,7 @@ class Capture:
         self._n = n
 
     def go_on(self, n: int) -> None:
-        """After :meth:`stop`, watch the same batch again: its graph may be passed once more."""
+        """Watch the same batch again after :meth:`end_backward`: its graph is used once more."""
         self._n = n
 
     def end_forward(self, loss: Tensor) -> None:
@@ -124,7 +124,7 @@ class Capture:
         with_samples = [edge for edge in self._edges if edge not in alone]
         watch_broadcasts(loss, shared, with_samples, self._n)
 
-    def listen(self, receive: Receiver) -> None:
+    def start_backward(self, receive: Receiver) -> None:
         """Deliver what the backward pass that begins now shows.
 
         Args:
@@ -133,7 +133,7 @@ class Capture:
         self._forget_graph()
         self._receive = receive
 
-    def rehearse(
+    def extra_backward(
         self,
         gradients: Sequence[tuple[GradientEdge, Tensor]],
         receive: Receiver,
@@ -149,7 +149,7 @@ class Capture:
         """
         self._receive, self._rehearsing = receive, True
         try:
-            with aside(self):
+            with capture_paused(self):
                 torch.autograd.grad(
                     [edge for edge, _ in gradients],
                     inputs or self._edges,
@@ -160,7 +160,7 @@ class Capture:
         finally:
             self._receive, self._rehearsing = None, False
 
-    def stop(self) -> None:
+    def end_backward(self) -> None:
         """Watch nothing until the next :meth:`start`."""
         self._n = None
         self._receive = None
@@ -178,7 +178,7 @@ class Capture:
 
     def _remember_random_state(self, listeners: Sequence[_Listener]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            is_heard = self._n is not None and may_hear(self)
+            is_heard = self._n is not None and is_capturing(self)
             if is_heard and listeners[0][1].rule.draws(module):
                 self._random_states[module] = random_state(next(module.parameters()).device)
 
@@ -192,7 +192,7 @@ class Capture:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> None:
-            if self._n is None or not torch.is_grad_enabled() or not may_hear(self):
+            if self._n is None or not torch.is_grad_enabled() or not is_capturing(self):
                 return
             inputs = (
                 [*find_tensors(args), *find_tensors(kwargs)] if kwargs else [*find_tensors(args)]
@@ -243,7 +243,7 @@ class Capture:
         waiting = [heard]
 
         def hook(grad: Tensor) -> None:
-            if self._receive is not None and waiting and may_hear(self):
+            if self._receive is not None and waiting and is_capturing(self):
                 found = waiting[0] if self._keeps_heard() else waiting.pop()
                 begun = 0.0 if self._clock is None else self._clock()
                 self._deliver(listeners, found, grad, self._receive)
@@ -258,7 +258,7 @@ class Capture:
         require_unchanged(listeners[0][1].name, heard.module, heard.inputs(), heard.versions)
         n = self._n
         assert n is not None
-        with torch.no_grad(), aside():  # The generic rule calls the module again.
+        with torch.no_grad(), capture_paused():  # The generic rule calls the module again.
             for number, source in listeners:
                 with heard.precision:
                     factors = source.rule.factors(heard.call(source.names, grad))

@@ -10,7 +10,7 @@ _asides: list[object] = []
 
 
 @contextmanager
-def aside(listener: object = None) -> Iterator[None]:
+def capture_paused(listener: object = None) -> Iterator[None]:
     """Let nobody hear what happens inside, or one listener only."""
     _asides.append(listener)
     try:
@@ -19,6 +19,6 @@ def aside(listener: object = None) -> Iterator[None]:
         _asides.pop()
 
 
-def may_hear(listener: object) -> bool:
+def is_capturing(listener: object) -> bool:
     """Say whether what happens now is for this listener."""
     return not _asides or _asides[-1] is listener

@@ -11,14 +11,19 @@ from tda_lightning.gradients.layers.rule import (
     one_column,
     random_state,
 )
-from tda_lightning.gradients.layers.selection import Source, Survey, clean_name, survey
+from tda_lightning.gradients.layers.selection import (
+    BlockSource,
+    LayerSelection,
+    clean_name,
+    select_layers,
+)
 from tda_lightning.gradients.layers.tensors import find_tensors
 
 __all__ = [
+    "BlockSource",
     "LayerCall",
     "LayerRule",
-    "Source",
-    "Survey",
+    "LayerSelection",
     "attention",
     "clean_name",
     "embedding",
@@ -30,5 +35,5 @@ __all__ = [
     "one_column",
     "random_state",
     "sample_axis",
-    "survey",
+    "select_layers",
 ]

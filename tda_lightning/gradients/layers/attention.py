@@ -92,7 +92,7 @@ def _attend(
     module = call.module
     query, key, value = projected
     same = torch.eye(module.embed_dim, device=projected[0].device, dtype=projected[0].dtype)
-    with call.same_random_numbers():
+    with call.preserved_rng():
         heads, weights = functional.multi_head_attention_forward(
             query,
             key,

@@ -46,7 +46,7 @@ class LayerCall:
     random_state: Tensor | None = None
 
     @contextmanager
-    def same_random_numbers(self) -> Iterator[None]:
+    def preserved_rng(self) -> Iterator[None]:
         """Draw what the layer drew, and leave the user's random numbers alone."""
         device = self.output_grad.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -18,7 +18,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.
 
 
 @dataclass(frozen=True)
-class Source:
+class BlockSource:
     """A layer that feeds a block.
 
     Attributes:
@@ -39,7 +39,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Survey:
+class LayerSelection:
     """What of a model is recorded.
 
     Attributes:
@@ -49,7 +49,7 @@ class Survey:
     """
 
     blocks: tuple[Block, ...]
-    sources: tuple[tuple[Source, ...], ...]
+    sources: tuple[tuple[BlockSource, ...], ...]
     left_out: tuple[LeftOut, ...]
 
 
@@ -78,9 +78,9 @@ def find_rule(module: nn.Module) -> LayerRule:
     return registered or generic_rule(names)
 
 
-def survey(
+def select_layers(
     model: nn.Module, layers: Sequence[str] | None = None, leave_out: Sequence[str] = ()
-) -> Survey:
+) -> LayerSelection:
     """Find out what of ``model`` can be recorded.
 
     Args:
@@ -93,7 +93,7 @@ def survey(
             recorded at all.
     """
     shared = _shared_parameters(model)
-    sources: dict[tuple[nn.Parameter, ...], list[Source]] = {}
+    sources: dict[tuple[nn.Parameter, ...], list[BlockSource]] = {}
     left_out: list[LeftOut] = []
     names: list[str] = []
     for name, module in _trained_modules(model):
@@ -107,9 +107,9 @@ def survey(
         for source in _sources(name, module, rule, shared):
             sources.setdefault(tuple(source.parameters()), []).append(source)
     _require_matches(layers, names)
-    blocks = tuple(_block(feeding) for feeding in sources.values())
+    blocks = tuple(_block(block_sources) for block_sources in sources.values())
     _require_some(blocks, left_out)
-    return Survey(blocks, tuple(tuple(one) for one in sources.values()), tuple(left_out))
+    return LayerSelection(blocks, tuple(tuple(one) for one in sources.values()), tuple(left_out))
 
 
 def _trained_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -131,7 +131,7 @@ def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 def _sources(
     name: str, module: nn.Module, rule: LayerRule, shared: set[nn.Parameter]
-) -> Iterator[Source]:
+) -> Iterator[BlockSource]:
     """Divide a layer's parameters into blocks: what is shared or does not fit stands alone."""
     trained = trained_parameters(module)
     alone = [own for own, one in trained.items() if one in shared or own in rule.apart]
@@ -140,20 +140,20 @@ def _sources(
         if own in alone:
             # A shared weight has one layout, whichever layers share it.
             layout = as_matrix if trained[own] in shared else rule.layout
-            yield Source(module, name, replace(rule, layout=layout), (own,))
+            yield BlockSource(module, name, replace(rule, layout=layout), (own,))
         elif own == together[0]:
-            yield Source(module, name, rule, together)
+            yield BlockSource(module, name, rule, together)
 
 
-def _block(feeding: Sequence[Source]) -> Block:
-    first = feeding[0]
+def _block(block_sources: Sequence[BlockSource]) -> Block:
+    first = block_sources[0]
     parameters = first.parameters()
     rows, columns = first.rule.layout([one.detach() for one in parameters]).shape
     whole = len(first.names) == len(trained_parameters(first.module))
     return Block(
         name=first.name if whole else ".".join(filter(None, (first.name, first.names[0]))),
-        layer=" and ".join(dict.fromkeys(type(source.module).__name__ for source in feeding)),
-        modules=tuple(source.name for source in feeding),
+        layer=" and ".join(dict.fromkeys(type(source.module).__name__ for source in block_sources)),
+        modules=tuple(source.name for source in block_sources),
         parameters=tuple(".".join(filter(None, (first.name, own))) for own in first.names),
         rows=rows,
         columns=columns,

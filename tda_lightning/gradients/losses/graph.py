@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
 
 from tda_lightning.gradients.losses.loss_nodes import (
+    BernoulliLoss,
     CoinLogitsLoss,
-    CoinLoss,
     HuberLoss,
     LossNode,
     SoftmaxLoss,
@@ -26,7 +26,7 @@ _NODES_TO_SEARCH = 500
 _KINDS: dict[str, type[LossNode]] = {
     "LogSoftmaxBackward0": SoftmaxLoss,
     "BinaryCrossEntropyWithLogitsBackward0": CoinLogitsLoss,
-    "BinaryCrossEntropyBackward0": CoinLoss,
+    "BinaryCrossEntropyBackward0": BernoulliLoss,
     "MseLossBackward0": SquaredLoss,
     "HuberLossBackward0": HuberLoss,
     "SmoothL1LossBackward0": HuberLoss,

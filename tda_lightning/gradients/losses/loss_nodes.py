@@ -123,7 +123,7 @@ class CoinLogitsLoss(ReducedLoss):
         return chance - (_uniform(chance, generator) < chance).to(chance)
 
 
-class CoinLoss(ReducedLoss):
+class BernoulliLoss(ReducedLoss):
     """Binary cross-entropy of probabilities."""
 
     def sample(self, generator: Generator) -> Tensor:

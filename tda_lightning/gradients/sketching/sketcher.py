@@ -42,10 +42,10 @@ class Sketcher:
         self.dimension = columns.dimension
         self.widths = columns.widths
 
-    def precondition(self, coordinates: Preconditioner) -> None:
+    def precondition(self, preconditioner: Preconditioner) -> None:
         """From now on, multiply gradients by these factors before they are sketched."""
-        rows = coordinates.rows.to(self._device, self._dtype)
-        columns = coordinates.columns.to(self._device, self._dtype)
+        rows = preconditioner.rows.to(self._device, self._dtype)
+        columns = preconditioner.columns.to(self._device, self._dtype)
         parts = zip(
             self._plain,
             torch.split(rows, [block.rows for block in self._plain]),

@@ -93,7 +93,7 @@ class HDF5Store(WritableStore):
         store = cls(path)
         store._recipe = folder.read_recipe(store.path)
         store._ranks = store._recipe.ranks
-        store.look_again()
+        store.refresh()
         return store
 
     @property
@@ -181,7 +181,7 @@ class HDF5Store(WritableStore):
             file.unlink()
         self._recipe = None
         self._buffer.clear()
-        self.look_again()
+        self.refresh()
 
     def snapshots(self) -> list[int]:
         """Return the steps before which the weights were kept, in order."""
@@ -213,7 +213,7 @@ class HDF5Store(WritableStore):
             self._start_writing()
         self._finish_writing()
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         """See what has been sealed in the folder, by all processes."""
         files = [folder.segments_of(self.path, rank, self._ranks) for rank in range(self._ranks)]
         shards = [Shard(own) for own in files]
