@@ -1,6 +1,14 @@
-"""Warnings are errors; these few are Lightning's remarks on how small the tests are."""
+"""Settings for all tests: threads, and Lightning's remarks on how small the tests are.
 
-import pytest
+Warnings are errors; the few that are ignored here are not about this package.
+"""
+
+import os
+
+# The tests run in one process per core, and their matrices are small. Set it to override.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
 
 REMARKS = (
     "ignore:.*does not have many workers.*",

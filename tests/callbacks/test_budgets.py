@@ -1,0 +1,263 @@
+"""Budgets of disk and of time: they choose how many steps are recorded, and change nothing."""
+
+import re
+import time
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_models import Plain, Telling, loader, mlp, quiet_trainer, vectors
+from manual_models import Manual
+from networks import Checkpointed
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from tda_lightning import GradientRecorder, HDF5Store, Identity, TracIn, attribute
+from tda_lightning.gradients.factors import Dense, GradientFactors, WithOnes
+from tda_lightning.gradients.layers import layer_rule
+from tda_lightning.recording.timing import BatchTiming
+from tda_lightning.stores import MemoryStore
+from tda_lightning.stores.contract import same
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
+    pytest.mark.filterwarnings("ignore:.*steps before this checkpoint are not in the store"),
+]
+# No limit that a step of these small models could ever break, and one that each of them breaks.
+LOOSE, TIGHT = 1e6, 1e-6
+
+
+@pytest.mark.parametrize(
+    ("max_gb", "stride"), [(1.0, 1), (78 * 604 / 2.5e9, 3), (78 * 604 / 4.5e9, 5)]
+)
+def test_a_budget_of_disk_chooses_the_stride(max_gb, stride, caplog):
+    store = MemoryStore()
+    recorder = GradientRecorder(store, max_gb=max_gb)
+    with caplog.at_level("INFO"):
+        quiet_trainer(recorder, max_epochs=6).fit(Plain(mlp()), loader(Telling()))
+    assert store.recipe.every_n_steps == stride
+    assert [step.index for step in store] == list(range(0, 18, stride))
+    assert (f"one step in {stride}" in caplog.text) == (stride > 1)
+
+
+def test_a_budget_of_disk_needs_to_know_how_long():
+    recorder = GradientRecorder(MemoryStore(), max_gb=1.0, sample_ids=lambda batch: range(5))
+    with pytest.raises(ValueError, match="`max_gb` cannot be kept"):
+        quiet_trainer(recorder).fit(Plain(mlp()), DataLoader(vectors(), batch_size=5))
+
+
+@pytest.mark.parametrize("overhead", [0.001, 0.1, 0.34, 1.0, 2.7])
+@pytest.mark.parametrize("limit", [0.01, 0.1, 0.5, 10.0])
+def test_the_stride_is_the_smallest_within_the_limit(overhead, limit):
+    pace = BatchTiming(batch=0.02, recording=0.02 * overhead)
+    stride = pace.stride_within(limit)
+    assert pace.overhead / stride <= limit
+    assert stride == 1 or pace.overhead / (stride - 1) > limit
+
+
+def train(recorder=None, *callbacks, optimizer=torch.optim.AdamW, resume=None, **settings):
+    pl.seed_everything(5, verbose=False)
+    net = torch.nn.Sequential(mlp(), torch.nn.Dropout(0.2))
+    model = Plain(net, optimizer=lambda p: optimizer(p, lr=0.01))
+    recorders = [] if recorder is None else [recorder]
+    trainer = quiet_trainer(*recorders, *callbacks, **{"max_epochs": 3, **settings})
+    trainer.fit(model, loader(Telling()), ckpt_path=resume)
+    return model
+
+
+RECORDINGS = [{}, {"curvature": "fisher"}, {"curvature": "fisher", "curvature_share": 0.4}]
+
+
+@pytest.mark.parametrize("recording", RECORDINGS, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}, {"precision": "bf16-mixed"}],
+    ids=str,
+)
+@pytest.mark.parametrize("limit", [LOOSE, TIGHT], ids=["loose", "tight"])
+def test_weights_are_bit_identical_under_a_budget_of_time(limit, settings, recording):
+    plain, after = train(**settings), torch.rand(1)
+    recorder = GradientRecorder(MemoryStore(), max_overhead=limit, **recording)
+    recorded = train(recorder, **settings)
+    assert torch.equal(torch.rand(1), after)
+    for one, other in zip(plain.parameters(), recorded.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("recording", RECORDINGS, ids=str)
+def test_a_budget_of_time_changes_nothing_in_the_steps_it_leaves(recording):
+    """Labels are sampled from seeds of their own: these are drawn as if there were no budget."""
+    plain, limited = MemoryStore(), MemoryStore()
+    train(GradientRecorder(plain, projector=Identity(), every_n_steps=2, audit=2, **recording))
+    train(
+        GradientRecorder(
+            limited,
+            projector=Identity(),
+            every_n_steps=2,
+            max_overhead=LOOSE,
+            audit=2,
+            **recording,
+        )
+    )
+    assert limited.recipe == plain.recipe
+    assert len(limited) == len(plain) == 5
+    assert all(map(same, limited, plain))
+
+
+class Witness(pl.Callback):
+    """What has been said before the first optimizer step."""
+
+    def __init__(self, caplog):
+        self.caplog, self.heard = caplog, None
+
+    def on_before_optimizer_step(self, *_):
+        self.heard = self.heard or self.caplog.text
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_the_first_batch_says_what_steps_take_and_no_other_does(batches, caplog):
+    witness = Witness(caplog)
+    with caplog.at_level("INFO"):
+        train(GradientRecorder(MemoryStore()), witness, accumulate_grad_batches=batches)
+    said = re.findall(
+        r"a batch takes about [\d.]+ m?s, recording it adds about [\d.]+ m?s \(\d+ %\), to go by",
+        witness.heard,
+    )
+    assert len(said) == 1
+    assert caplog.text.count("a batch takes about") == 1
+
+
+def test_what_the_first_batch_took_is_its_time_and_the_part_of_its_rows(caplog):
+    """Made slow on purpose: a layer takes its time forward, and its rows take more."""
+
+    class Slow(torch.nn.Linear):
+        def forward(self, x):
+            time.sleep(0.05)
+            return super().forward(x)
+
+    @layer_rule(Slow)
+    def _slow(call):
+        time.sleep(0.2)
+        return GradientFactors(WithOnes(Dense(call.input[:, None])), Dense(call.grad[:, None]))
+
+    with caplog.at_level("INFO"):
+        net = torch.nn.Sequential(Slow(7, 5), torch.nn.Linear(5, 3))
+        quiet_trainer(GradientRecorder(MemoryStore()), max_steps=2).fit(
+            Plain(net), loader(Telling())
+        )
+    said = re.findall(r"about ([\d.]+) (m?s)", caplog.text)
+    batch, recording = (float(number) * {"ms": 1, "s": 1000}[unit] for number, unit in said)
+    assert batch >= 50
+    assert recording >= 200
+
+
+@pytest.mark.parametrize("make", [lambda _: MemoryStore(), lambda folder: HDF5Store(folder / "r")])
+def test_the_stride_is_said_before_the_first_step_and_stands_in_the_store(make, tmp_path, caplog):
+    store, witness = make(tmp_path), Witness(caplog)
+    with caplog.at_level("INFO"):
+        train(GradientRecorder(store, max_overhead=TIGHT), witness)
+    said = re.search(
+        r"a batch takes about [\d.]+ m?s, recording it adds about [\d.]+ m?s \(\d+ %\); "
+        r"recording one step in ([\d,]+), to add no more than 0.0001 %; see `max_overhead`",
+        witness.heard,
+    )
+    stride = int(said[1].replace(",", ""))
+    assert stride > 9
+    assert store.recipe.every_n_steps == stride
+    assert [step.index for step in store] == [0]
+    # Disk is spoken of when the stride is known, and once.
+    assert caplog.text.count(" MiB in all") == 1
+    assert witness.heard.index(" MiB in all") > witness.heard.index(said[0])
+    if isinstance(store, HDF5Store):
+        assert HDF5Store.open(store.path).recipe.every_n_steps == stride
+
+
+def test_where_there_is_time_every_step_is_recorded(caplog):
+    store = MemoryStore()
+    with caplog.at_level("INFO"):
+        train(GradientRecorder(store, max_overhead=LOOSE))
+    assert "recording every step" in caplog.text
+    assert store.recipe.every_n_steps == 1
+    assert [step.index for step in store] == list(range(9))
+
+
+@pytest.mark.parametrize("settings", [{"every_n_steps": 3}, {"max_gb": 39 * 604 / 2.5e9}], ids=str)
+def test_the_larger_stride_wins(settings):
+    store = MemoryStore()
+    train(GradientRecorder(store, max_overhead=LOOSE, preconditioner="none", **settings))
+    assert store.recipe.every_n_steps == 3
+    assert [step.index for step in store] == [0, 3, 6]
+    tight = MemoryStore()
+    train(GradientRecorder(tight, max_overhead=TIGHT, **settings))
+    assert tight.recipe.every_n_steps > 9
+
+
+def test_a_strided_run_answers_as_one_whose_stride_was_set():
+    chosen, given = MemoryStore(), MemoryStore()
+    train(GradientRecorder(chosen, max_overhead=TIGHT))
+    stride = chosen.recipe.every_n_steps
+    model = train(GradientRecorder(given, every_n_steps=stride))
+    scores = [
+        attribute(one, model, vectors()[:3], method=TracIn(), progress=False)
+        for one in (chosen, given)
+    ]
+    assert torch.equal(scores[0].values, scores[1].values)
+    assert scores[0].values.abs().max() > 0
+
+
+@pytest.mark.parametrize("limits", [(LOOSE, TIGHT), (TIGHT, LOOSE)], ids=["loose", "tight"])
+def test_a_run_that_is_continued_keeps_its_stride(limits, tmp_path, caplog):
+    first, then = limits
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    train(GradientRecorder(tmp_path / "run", max_overhead=first), saver, enable_checkpointing=True)
+    stride = HDF5Store.open(tmp_path / "run").recipe.every_n_steps
+    with caplog.at_level("INFO"):
+        train(
+            GradientRecorder(tmp_path / "run", max_overhead=then), resume=tmp_path / "step=4.ckpt"
+        )
+    assert "a batch takes" not in caplog.text.split("Restored")[-1]
+    store = HDF5Store.open(tmp_path / "run")
+    assert store.recipe.every_n_steps == stride
+    assert len({step.index for step in store}) == len(store) == (9 if first == LOOSE else 1)
+
+
+def test_the_stride_of_a_run_that_is_replaced_does_not_count(tmp_path):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    train(GradientRecorder(MemoryStore()), saver, enable_checkpointing=True)
+    other = MemoryStore()
+    train(GradientRecorder(other))
+    recorder = GradientRecorder(other, max_overhead=TIGHT, existing="replace")
+    train(recorder, resume=tmp_path / "step=4.ckpt")
+    assert other.recipe.every_n_steps > 9
+
+
+def test_a_run_that_begins_later_has_no_step_off_its_stride(tmp_path):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    train(None, saver, enable_checkpointing=True)
+    store = MemoryStore()
+    train(GradientRecorder(store, max_overhead=TIGHT), resume=tmp_path / "step=4.ckpt")
+    assert store.recipe.every_n_steps > 9
+    assert len(store) == 0
+
+
+def test_manual_optimization_has_no_budget_of_time():
+    store = MemoryStore()
+    with pytest.raises(ValueError, match="`max_overhead` cannot be kept in manual optimization"):
+        quiet_trainer(GradientRecorder(store, max_overhead=0.1)).fit(Manual(), loader(Telling()))
+    assert store.run_id is None
+
+
+def test_a_graph_that_cannot_be_passed_twice_is_refused():
+    recorder = GradientRecorder(MemoryStore(), max_overhead=0.1)
+    model = Plain(Checkpointed(True))
+    with pytest.raises(ValueError, match=r"`max_overhead` cannot be kept.*use_reentrant=False"):
+        quiet_trainer(recorder).fit(model, loader(vectors()))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("limit", [0.0, -0.1, float("nan")])
+def test_a_share_of_nothing_is_refused(limit):
+    with pytest.raises(ValueError, match="expected a share of the time of training above 0"):
+        GradientRecorder(MemoryStore(), max_overhead=limit)

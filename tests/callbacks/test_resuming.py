@@ -1,0 +1,202 @@
+"""A training that is interrupted and resumed leaves the same store as one that is not."""
+
+import random
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_models import Plain, Telling, loader, mlp, quiet_trainer, vectors
+from pytorch_lightning.callbacks import ModelCheckpoint
+from resumption import Interrupted, Ordered, Skipping
+from torch.utils.data import DataLoader
+
+from tda_lightning import GradientRecorder, HDF5Store
+from tda_lightning.stores import MemoryStore
+from tda_lightning.stores.contract import same
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
+]
+SETTINGS = {"max_epochs": 4, "enable_checkpointing": True}
+
+
+def train(folder, run, *, until=None, resume=None, each=3, every=1, **settings):
+    pl.seed_everything(5, verbose=False)
+    sampler = Ordered(13, 2)
+    callbacks = [
+        ModelCheckpoint(folder, every_n_train_steps=each, save_top_k=-1, filename="{step}"),
+        GradientRecorder(run, every_n_steps=every),
+        Skipping(sampler),
+    ]
+    if until:
+        callbacks.append(Interrupted(until))
+    trainer = quiet_trainer(*callbacks, **{**SETTINGS, **settings})
+    model = Plain(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
+    trainer.fit(model, DataLoader(Telling(), batch_size=2, sampler=sampler), ckpt_path=resume)
+    return model
+
+
+def assert_same_runs(one, other):
+    assert [step.index for step in one] == [step.index for step in other]
+    assert all(map(same, one, other))
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}, {"every": 2}], ids=str)
+def test_interrupted_five_times_the_store_is_that_of_one_training(tmp_path, settings):
+    settings = {"max_epochs": 6, **settings}
+    whole = train(tmp_path / "a", tmp_path / "whole", **settings)
+    total = 6 * (4 if "accumulate_grad_batches" in settings else 7)
+    generator = random.Random(1)
+    resume = None
+    for save in sorted(generator.sample(range(1, total // 3), 5)):
+        moment = 3 * save + generator.choice([1, 2])
+        with pytest.raises(RuntimeError, match="interrupted"):
+            train(tmp_path / "b", tmp_path / "parts", until=moment, resume=resume, **settings)
+        resume = tmp_path / "b" / f"step={3 * save}.ckpt"
+    parts = train(tmp_path / "b", tmp_path / "parts", resume=resume, **settings)
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert_same_runs(HDF5Store.open(tmp_path / "whole"), HDF5Store.open(tmp_path / "parts"))
+
+
+def fit(recorder, *callbacks, data=None, resume=None, trainer=None, **settings):
+    trainer = trainer or quiet_trainer(recorder, *callbacks, **{**SETTINGS, **settings})
+    trainer.fit(Plain(mlp()), data or loader(Telling()), ckpt_path=resume)
+    return trainer
+
+
+def checkpoint_at(folder, recorder, step, **settings):
+    saver = ModelCheckpoint(folder, every_n_train_steps=step, save_top_k=-1, filename="{step}")
+    fit(recorder, saver, **settings)
+    return folder / f"step={step}.ckpt"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", [3, 4, 5], ids=["epoch end", "mid-epoch", "later"])
+def test_ids_stay_right_when_the_order_does_not(tmp_path, step, workers):
+    """Lightning draws a new permutation after a resumption: ids are those of the new batches."""
+    from lightning_models import Diary
+
+    path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), step, max_epochs=2)
+    diary = Diary()
+    recorder = GradientRecorder(tmp_path / "run")
+    data = loader(Telling(), num_workers=workers)
+    fit(recorder, diary, data=data, resume=path, enable_checkpointing=False)
+    store = HDF5Store.open(tmp_path / "run")
+    assert [one.index for one in store] == list(range(12))
+    told = [batch[0][:, 0].long().tolist() for batch in diary.batches]
+    assert [one.sample_ids.tolist() for one in store[step:]] == told
+
+
+def test_the_state_of_a_checkpoint_is_plain(tmp_path):
+    recorder = GradientRecorder(tmp_path / "run")
+    path = checkpoint_at(tmp_path, recorder, 3)
+    kept = torch.load(path, weights_only=True)["callbacks"][recorder.state_key]
+    assert kept == {"run": recorder.store.run_id, "steps": 3, "lanes": [{"taken": 3}]}
+
+
+@pytest.mark.parametrize("strip", ["callbacks", "state"])
+def test_a_checkpoint_that_knows_nothing_of_the_run_tells_its_step(tmp_path, strip):
+    path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), 6)
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["callbacks"] = {}
+    if strip == "callbacks":
+        del checkpoint["callbacks"]
+    torch.save(checkpoint, path)
+    fit(GradientRecorder(tmp_path / "run"), resume=path, enable_checkpointing=False)
+    assert [step.index for step in HDF5Store.open(tmp_path / "run")] == list(range(12))
+
+
+def test_fitting_further_continues_the_run(tmp_path):
+    store = MemoryStore()
+    recorder = GradientRecorder(store)
+    model, data = Plain(mlp()), loader(Telling())
+    trainer = quiet_trainer(recorder, max_epochs=1)
+    trainer.fit(model, data)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(model, data)
+    assert [step.index for step in store] == list(range(9))
+    assert [step.epoch for step in store] == [0] * 3 + [1] * 3 + [2] * 3
+
+
+@pytest.mark.parametrize("existing", ["refuse", "replace"])
+def test_a_new_training_does_not_continue_another(tmp_path, existing):
+    fit(GradientRecorder(tmp_path / "run"))
+    recorder = GradientRecorder(tmp_path / "run", existing=existing)
+    if existing == "refuse":
+        with pytest.raises(FileExistsError, match="holds a recorded run already"):
+            fit(recorder)
+    else:
+        fit(recorder, max_epochs=1)
+    steps = 12 if existing == "refuse" else 3
+    assert len(HDF5Store.open(tmp_path / "run")) == steps
+
+
+def test_replacing_does_not_replace_what_is_resumed(tmp_path):
+    path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), 6)
+    recorder = GradientRecorder(tmp_path / "run", existing="replace")
+    fit(recorder, resume=path, enable_checkpointing=False)
+    assert len(HDF5Store.open(tmp_path / "run")) == 12
+
+
+def test_another_recipe_is_refused(tmp_path):
+    path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), 6)
+    recorder = GradientRecorder(tmp_path / "run", every_n_steps=2)
+    with pytest.raises(ValueError, match="`every_n_steps` was 1 and is now 2") as raised:
+        fit(recorder, resume=path, enable_checkpointing=False)
+    assert "Restore them" in str(raised.value)
+    assert len(HDF5Store.open(tmp_path / "run")) == 12
+
+
+def test_the_checkpoint_of_another_run_is_refused(tmp_path):
+    path = checkpoint_at(tmp_path / "a", GradientRecorder(MemoryStore()), 6)
+    other = MemoryStore()
+    fit(GradientRecorder(other))
+    with pytest.raises(FileExistsError, match="belongs to another recorded run"):
+        fit(GradientRecorder(other), resume=path, enable_checkpointing=False)
+    assert len(other) == 12
+
+
+def test_what_was_never_recorded_is_said(tmp_path):
+    path = checkpoint_at(tmp_path, GradientRecorder(MemoryStore()), 6)
+    recorder = GradientRecorder(tmp_path / "run")
+    with (
+        pytest.warns(UserWarning, match="the 6 steps before this checkpoint are not in the store"),
+        pytest.warns(UserWarning, match="callbacks used to create the checkpoint"),
+    ):
+        fit(recorder, resume=path, enable_checkpointing=False)
+    assert [step.index for step in HDF5Store.open(tmp_path / "run")] == list(range(6, 12))
+
+
+class Resumable(DataLoader):
+    """A loader that skips what it has yielded before, as torchdata's does."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_a_loader_that_resumes_itself_is_asked_for_ids(tmp_path):
+    data = Resumable(vectors(), batch_size=5)
+    path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), 4, data=data)
+    with pytest.raises(ValueError, match=r"resumed at batch 1 by a state of its own.*sample_ids="):
+        fit(GradientRecorder(tmp_path / "run"), data=data, resume=path, enable_checkpointing=False)
+
+
+def test_two_recorders_keep_their_own_state(tmp_path):
+    one, two = GradientRecorder(tmp_path / "one"), GradientRecorder(tmp_path / "two")
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
+    quiet_trainer(one, two, saver, **SETTINGS).fit(Plain(mlp()), loader(Telling()))
+    path = tmp_path / "step=6.ckpt"
+    one, two = GradientRecorder(tmp_path / "one"), GradientRecorder(tmp_path / "two")
+    trainer, data = quiet_trainer(one, two, max_epochs=4), loader(Telling())
+    before = data.batch_sampler
+    trainer.fit(Plain(mlp()), data, ckpt_path=path)
+    assert data.batch_sampler is before
+    assert "process_dataloader" not in vars(trainer.strategy)
+    assert_same_runs(HDF5Store.open(tmp_path / "one"), HDF5Store.open(tmp_path / "two"))
+    assert len(HDF5Store.open(tmp_path / "one")) == 12

@@ -1,0 +1,62 @@
+"""Every documented Python block runs, in order, in one folder; the README's go first."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def blocks_of(path: Path) -> list[tuple[int, str]]:
+    """Return the first line and the code of each Python block."""
+    text = path.read_text()
+    found = re.finditer(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [(text[: match.start()].count("\n") + 2, match.group(1)) for match in found]
+
+
+def can_run(code: str) -> bool:
+    """Say whether the extra that a block needs is installed; CI installs all of them."""
+    return "ConjugateGradient" not in code or find_spec("curvlinops") is not None
+
+
+def run_blocks(path: Path, names: dict) -> dict:
+    for line, code in filter(lambda block: can_run(block[1]), blocks_of(path)):
+        exec(compile("\n" * (line - 1) + code, str(path), "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def after_readme(tmp_path_factory):
+    """Return the folder and the names that the README's blocks leave behind."""
+    folder = tmp_path_factory.mktemp("reader")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, run_blocks(ROOT / "README.md", {"__name__": "reader"})
+
+
+def test_the_readme_runs(after_readme):
+    folder, names = after_readme
+    assert names["scores"].values.shape == (3, 1500)
+    assert (folder / "scores.npz").exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs(page, after_readme, monkeypatch):
+    folder, names = after_readme
+    monkeypatch.chdir(folder)
+    run_blocks(ROOT / "docs" / page, dict(names))
+
+
+def test_recording_takes_two_lines_and_asking_one():
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    added = [line for line in diff.splitlines() if line.startswith("+")]
+    assert len(added) == 3
+
+
+def test_the_pages_name_files_that_exist():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name} points to {target}"

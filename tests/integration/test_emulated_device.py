@@ -1,0 +1,52 @@
+"""Recording and asking on a device: no tensor stays behind, and the answers are those of the CPU.
+
+Not there: solvers that differentiate forwards, and `EKFAC`, which torch and curvlinops do not let
+run on a device that is written in Python.
+"""
+
+import ast
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils import backend_registration
+
+SUPPORT = Path(__file__).parents[1] / "support"
+SCRIPT = SUPPORT / "emulated_device_cases.py"
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch takes no device that is written in Python",
+)
+
+
+def names_in(table):
+    """Return the keys of a table of the script, unrun: an answer that is missing is a failure."""
+    found = [
+        node
+        for node in ast.walk(ast.parse(SCRIPT.read_text()))
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == table
+    ]
+    return [key.value for key in found[0].value.keys]
+
+
+@functools.cache
+def result():
+    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
+    return subprocess.run(command, cwd=SUPPORT, capture_output=True, text=True, check=False)
+
+
+def answer(name):
+    lines = (line.split(": ", 1) for line in result().stdout.splitlines() if ": " in line)
+    return dict(lines).get(name, "no answer")
+
+
+@pytest.mark.parametrize("name", names_in("CASES"))
+def test_a_device_answers_as_the_cpu_does(name):
+    assert answer(name) == "equal", result().stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", names_in("MEETINGS"))
+def test_the_device_takes_no_tensor_from_another(name):
+    assert "same device" in answer(name) or "not supported" in answer(name)

@@ -1,0 +1,191 @@
+"""Rows of a step sum to the sketch of the gradient that the optimizer used."""
+
+import pytest
+import torch
+import torch._functorch.config as functorch_config
+from lightning_models import AppliedDiary, Plain, loader, mlp, quiet_trainer, vectors
+from networks import NETS, data_of
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from tda_lightning import CountSketch, GradientRecorder, Identity, Kronecker, KroneckerCountSketch
+from tda_lightning.gradients.layers import select_layers
+from tda_lightning.stores import MemoryStore
+
+
+def sketch_of(gradients, model, store, position, projector):
+    blocks, preconditioner = store.recipe.blocks, store.preconditioner(position)
+    sketcher = projector.bind(blocks, torch.device("cpu"), torch.float32)
+    if preconditioner is not None:
+        sketcher.precondition(preconditioner)
+    total = torch.zeros(sketcher.dimension)
+    for number, (source, *_) in enumerate(select_layers(model).sources):
+        matrix = source.rule.layout([gradients[name] for name in blocks[number].parameters])
+        total += sketcher.sketch_matrix(number, matrix)
+    return total
+
+
+@pytest.mark.parametrize(
+    "projector",
+    [Identity(), Kronecker(width=5), CountSketch(dimension=53), KroneckerCountSketch(53, width=7)],
+    ids=lambda projector: type(projector).__name__,
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.05},
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
+    ],
+    ids=str,
+)
+def test_rows_sum_to_the_sketch_of_the_gradient(projector, settings):
+    store, diary = MemoryStore(), AppliedDiary()
+    model = Plain(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
+    trainer = quiet_trainer(GradientRecorder(store, projector=projector), diary, **settings)
+    trainer.fit(model, loader(vectors()))
+    assert len(store) == len(diary.applied) == (4 if "accumulate_grad_batches" in settings else 6)
+    for position, (step, gradients) in enumerate(zip(store, diary.applied, strict=True)):
+        expected = sketch_of(gradients, model, store, position, projector)
+        assert (step.sketch.sum(dim=0) - expected).norm() / expected.norm() < 1e-5
+
+
+# What lies between the gradient that torch computes in low precision, and the same in float32.
+ROUNDING = {"32": 1e-4, "bf16-mixed": 2e-2}
+
+
+@pytest.mark.parametrize("precision", ROUNDING)
+@pytest.mark.parametrize("name", NETS)
+def test_every_architecture_conserves_its_gradient(name, precision):
+    make, shape = NETS[name]
+    torch.manual_seed(0)
+    model, store, diary = Plain(make()), MemoryStore(), AppliedDiary()
+    projector = KroneckerCountSketch(dimension=211, width=7)
+    recorder = GradientRecorder(store, projector=projector)
+    trainer = quiet_trainer(recorder, diary, max_epochs=1, precision=precision)
+    x, y = data_of(shape).tensors
+    data = TensorDataset(x.float() if x.is_floating_point() else x, y)
+    trainer.fit(model, loader(data))
+    for position, (step, gradients) in enumerate(zip(store, diary.applied, strict=True)):
+        expected = sketch_of(gradients, model, store, position, projector)
+        error = (step.sketch.sum(dim=0) - expected).norm() / expected.norm()
+        assert error < ROUNDING[precision]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("compiled_first", [False, True], ids=["fresh", "already run"])
+def test_compiled_models_are_recorded(compiled_first):
+    torch.compiler.reset()
+    net = torch.compile(mlp(), backend="eager")
+    if compiled_first:
+        net(torch.zeros(5, 7)).sum().backward()
+    store, diary = MemoryStore(), AppliedDiary()
+    model = Plain(net)
+    trainer = quiet_trainer(GradientRecorder(store, projector=Identity()), diary)
+    trainer.fit(model, loader(vectors()))
+    assert [block.name for block in store.recipe.blocks] == ["net.0", "net.2", "net.3"]
+    for position, (step, gradients) in enumerate(zip(store, diary.applied, strict=True)):
+        cleaned = {name.replace("_orig_mod.", ""): value for name, value in gradients.items()}
+        expected = sketch_of(cleaned, model, store, position, Identity())
+        assert (step.sketch.sum(dim=0) - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("settings", [{}, {"max_overhead": 1e6}], ids=str)
+def test_the_graph_of_a_compiled_model_is_passed_as_often_as_it_must(settings, tmp_path):
+    """For coordinates and for sampled labels, also where a smaller batch has code of its own."""
+
+    def record(net, *others):
+        torch.compiler.reset()
+        store = MemoryStore()
+        recorder = GradientRecorder(store, projector=Identity(), curvature="fisher", **settings)
+        model = Plain(net, optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
+        torch.manual_seed(1)
+        quiet_trainer(recorder, *others).fit(model, loader(vectors()))
+        return store
+
+    before = getattr(functorch_config, "donated_buffer", None)
+    plain = record(mlp())
+    other = GradientRecorder(tmp_path / "other")
+    compiled = record(torch.compile(mlp(), backend="aot_eager"), other)
+    assert getattr(functorch_config, "donated_buffer", None) == before
+    assert len(other.store) == len(compiled) == 6
+    for one, two in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(one.sketch, two.sketch, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(one.curvature_rows, two.curvature_rows, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_carry_accumulation_and_clipping():
+    store = MemoryStore()
+    settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-3}
+    trainer = quiet_trainer(GradientRecorder(store, projector=Identity()), **settings)
+    trainer.fit(Plain(mlp()), loader(vectors()))
+    step = store[0]
+    assert len(step.sample_ids) == 10
+    assert step.sketch.sum(dim=0).norm() == pytest.approx(1e-3, rel=1e-3)
+    assert (step.weights < 1 / 10).all()
+
+
+def test_an_audit_measures_the_update():
+    """All of it under SGD; with momentum, only what the momentum did not do."""
+
+    def audits(**settings):
+        store = MemoryStore()
+        model = Plain(mlp(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, **settings))
+        recorder = GradientRecorder(store, projector=Identity(), audit=1)
+        quiet_trainer(recorder).fit(model, loader(vectors()))
+        return store.audits()
+
+    assert [one.update for one in audits()] == pytest.approx([1.0] * 6, abs=1e-4)
+    momentum = audits(momentum=0.9)
+    assert momentum[0].update == pytest.approx(1.0, abs=1e-4)
+    assert all(one.update < 0.99 for one in momentum[1:])
+    assert all(one.explained_in_all() == pytest.approx(1, abs=1e-6) for one in momentum)
+
+
+def test_a_weight_that_also_acts_elsewhere_is_refused():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(7, 7)
+            self.head = nn.Linear(7, 3)
+
+        def forward(self, x):
+            return self.head(functional.linear(self.layer(x), self.layer.weight))
+
+    recorder = GradientRecorder(MemoryStore())
+    with pytest.raises(ValueError, match=r"Linear `net.layer` is not its gradient"):
+        quiet_trainer(recorder).fit(Plain(Functional()), loader(vectors()))
+    store = MemoryStore()
+    trainer = quiet_trainer(GradientRecorder(store, layers=["net.head"]))
+    with pytest.warns(UserWarning, match=r"net.layer.*not among `layers`"):
+        trainer.fit(Plain(Functional()), loader(vectors()))
+    assert len(store) == 6
+
+
+class Half(nn.Module):
+    """Computes in float16, and hands on float32."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.float16):
+            return self.net(x).float()
+
+
+@pytest.mark.parametrize("name", ["called twice", "layer norm", "conv", "attention"])
+def test_gradients_under_float16_autocast_are_conserved(name):
+    make, shape = NETS[name]
+    torch.manual_seed(0)
+    model, store, diary = Plain(Half(make())), MemoryStore(), AppliedDiary()
+    projector = KroneckerCountSketch(dimension=211, width=7)
+    recorder = GradientRecorder(store, projector=projector)
+    x, y = data_of(shape).tensors
+    quiet_trainer(recorder, diary).fit(model, loader(TensorDataset(x.float(), y)))
+    for position, (step, gradients) in enumerate(zip(store, diary.applied, strict=True)):
+        expected = sketch_of(gradients, model, store, position, projector)
+        assert (step.sketch.sum(dim=0) - expected).norm() / expected.norm() < 5e-3

@@ -1,0 +1,174 @@
+"""Sample ids are what the dataset really returned, for every way of loading."""
+
+import itertools
+
+import pytest
+import torch
+from lightning_models import Diary, Plain, Telling, loader, mlp, quiet_trainer, vectors
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    WeightedRandomSampler,
+)
+
+from tda_lightning import GradientRecorder
+from tda_lightning import record as record_anew
+from tda_lightning.stores import MemoryStore
+
+
+def record(data, epochs=3, **settings):
+    store, diary = MemoryStore(), Diary()
+    recorder = GradientRecorder(store, **settings)
+    quiet_trainer(recorder, diary, max_epochs=epochs).fit(Plain(mlp()), data)
+    told = [batch[0][:, 0].long().tolist() for batch in diary.batches]
+    return store, told
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_ids_are_what_the_dataset_returned(workers, shuffle):
+    store, told = record(loader(Telling(), shuffle=shuffle, num_workers=workers))
+    assert [step.sample_ids.tolist() for step in store] == told
+    assert [len(ids) for ids in told] == 3 * [5, 5, 3]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 3},
+        {"sampler": WeightedRandomSampler(torch.arange(13.0), 11), "shuffle": None},
+        {"batch_size": None, "collate_fn": lambda s: (s[0][None], s[1][None])},
+        {"drop_last": True},
+    ],
+    ids=["persistent workers", "weighted with replacement", "no batching", "drop last"],
+)
+def test_ids_with_other_loaders(settings):
+    store, told = record(loader(Telling(), **settings))
+    assert [step.sample_ids.tolist() for step in store] == told
+
+
+def test_a_subset_is_known_by_the_ids_of_its_root():
+    outer = Subset(Telling(), [12, 3, 5, 7, 11, 1])
+    store, told = record(loader(Subset(outer, [5, 0, 2, 4])), epochs=2)
+    assert [step.sample_ids.tolist() for step in store] == told
+    assert store.train_ids().tolist() == [1, 5, 11, 12]
+
+
+class Endless(Sampler):
+    def __iter__(self):
+        return (number * 5 % 13 for number in itertools.count())
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 5}, {"limit_train_batches": 3}], ids=str)
+def test_a_sampler_may_go_on_for_ever(settings):
+    store, diary = MemoryStore(), Diary()
+    trainer = quiet_trainer(GradientRecorder(store), diary, **settings)
+    trainer.fit(Plain(mlp()), DataLoader(Telling(), batch_size=4, sampler=Endless()))
+    told = [batch[0][:, 0].long().tolist() for batch in diary.batches]
+    assert [step.sample_ids.tolist() for step in store] == told
+    assert told[0] == [0, 5, 10, 2]
+
+
+def test_a_loader_shared_with_validation_keeps_its_place():
+    class Validated(Plain):
+        def validation_step(self, batch, batch_idx):
+            return self.loss(self.net(batch[0]), batch[1])
+
+    data, store, diary = loader(Telling()), MemoryStore(), Diary()
+    trainer = quiet_trainer(GradientRecorder(store), diary, val_check_interval=1)
+    trainer.fit(Validated(mlp()), data, data)
+    told = [batch[0][:, 0].long().tolist() for batch in diary.batches]
+    assert [step.sample_ids.tolist() for step in store] == told
+
+
+def test_a_batch_that_is_none_does_not_shift_the_ids():
+    def drop_some(samples):
+        if any(int(x[0]) == 6 for x, _ in samples):
+            return None
+        return torch.utils.data.default_collate(samples)
+
+    data = DataLoader(Telling(), batch_size=5, collate_fn=drop_some)
+    with pytest.warns(UserWarning, match="yielded None"):
+        store, told = record(data, epochs=2)
+    assert [step.sample_ids.tolist() for step in store] == told
+    assert told == 2 * [[0, 1, 2, 3, 4], [10, 11, 12]]
+
+
+class Named(Dataset):
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return {"x": torch.ones(7) * index, "y": index % 3, "id": 100 + index}
+
+
+class OfDicts(Plain):
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.net(batch["x"]), batch["y"])
+
+
+@pytest.mark.parametrize(
+    "source", ["id", lambda batch: batch["id"].tolist()], ids=["key", "function"]
+)
+def test_ids_can_come_from_the_batch(source):
+    store = MemoryStore()
+    trainer = quiet_trainer(GradientRecorder(store, sample_ids=source), max_epochs=1)
+    trainer.fit(OfDicts(mlp()), loader(Named()))
+    assert sorted(torch.cat([step.sample_ids for step in store]).tolist()) == list(range(100, 107))
+    assert store.train_ids().tolist() == list(range(100, 107))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(*vectors().tensors, strict=True))
+
+
+class Handmade:
+    def __iter__(self):
+        return iter([tuple(vectors()[:5])])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: DataLoader(Stream(), batch_size=5), "iterable dataset"),
+        (lambda: loader(Telling(), num_workers=2, in_order=False), "in_order=False"),
+        (lambda: Handmade(), "a `Handmade` yields"),
+    ],
+    ids=["iterable", "out of order", "no loader"],
+)
+def test_ids_that_cannot_be_known_are_asked_for(data, message):
+    with pytest.raises(ValueError, match=f"{message}.*(.|\n)*sample_ids="):
+        record(data())
+
+
+def test_iterable_datasets_work_with_ids_of_their_own():
+    store, _ = record(
+        DataLoader(Stream(), batch_size=5), sample_ids=lambda batch: range(len(batch[1]))
+    )
+    assert len(store) == 9
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nothing", "no key of the batch, which has a list"),
+        (lambda batch: batch[0], "expected one integer per sample"),
+        (lambda batch: [1, 2], "in a batch of 2 samples"),
+    ],
+    ids=["no such key", "not ids", "too few"],
+)
+def test_wrong_ids_are_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        record(loader(Telling()), sample_ids=source)
+
+
+def test_what_is_to_be_passed_is_named_for_all_who_take_it():
+    """Not only a recorder does: `record` and `attribute_by_gradients` do as well."""
+    store, model = MemoryStore(), Plain(mlp())
+    quiet_trainer(GradientRecorder(store)).fit(model, loader(vectors()))
+    with pytest.raises(ValueError, match=r"Pass `sample_ids=`: a key of the batch"):
+        record_anew(model, DataLoader(Stream(), batch_size=5), like=store, progress=False)

@@ -1,0 +1,173 @@
+"""``kill -9`` at random moments of a real training: the store opens and every step is whole."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+
+from tda_lightning import GradientRecorder, HDF5Store, Identity
+
+TRAINING = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, {tests!r})
+import torch
+from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+from tda_lightning import GradientRecorder, HDF5Store, Identity
+torch.set_num_threads(1)
+store = HDF5Store({run!r}, segment_bytes=20_000)
+recorder = GradientRecorder(store, projector=Identity(), existing="replace")
+print("ready", flush=True)
+quiet_trainer(recorder, max_epochs=100_000).fit(Plain(mlp()), loader(vectors()))
+"""
+
+
+def kill_after(seconds, tmp_path, tests):
+    code = TRAINING.format(tests=str(tests), run=str(tmp_path / "run"))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("run/segment-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.slow
+def test_killed_at_random_twenty_times_every_step_is_whole(tmp_path, request):
+    moments = random.Random(0)
+    lengths = set()
+    for _ in range(20):
+        kill_after(moments.uniform(0, 0.7), tmp_path, request.path.parents[1] / "support")
+        store = HDF5Store.open(tmp_path / "run")
+        lengths.add(len(store))
+        assert [step.index for step in store] == list(range(len(store)))
+        for step in store:
+            assert step.sketch.shape == (len(step.sample_ids), store.recipe.dimension)
+            assert torch.isfinite(step.sketch).all()
+            assert (step.sketch != 0).any(dim=1).all()
+            assert step.weights.tolist() == pytest.approx(
+                [1 / len(step.sample_ids)] * len(step.weights)
+            )
+    assert len(lengths) > 5, "the kills came at the same moment every time"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_training_loses_no_step(tmp_path, error):
+    class Interrupted(Plain):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 4:
+                raise error
+            return super().training_step(batch, batch_idx)
+
+    trainer = quiet_trainer(GradientRecorder(tmp_path / "run", projector=Identity()))
+    with pytest.raises((error, SystemExit)):
+        trainer.fit(Interrupted(mlp()), loader(vectors()))
+    assert len(HDF5Store.open(tmp_path / "run")) == 4
+
+
+def test_everything_a_checkpoint_refers_to_is_sealed_before_it_is_written(tmp_path):
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    seen = []
+
+    class Looks(ModelCheckpoint):
+        def _save_checkpoint(self, trainer, path):
+            super()._save_checkpoint(trainer, path)
+            seen.append((trainer.global_step, len(HDF5Store.open(tmp_path / "run"))))
+
+    saver = Looks(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    recorder = GradientRecorder(tmp_path / "run")
+    trainer = quiet_trainer(saver, recorder, enable_checkpointing=True)
+    trainer.fit(Plain(mlp()), loader(vectors()))
+    assert [global_step for global_step, _ in seen] == [2, 4, 6]
+    assert all(global_step == sealed for global_step, sealed in seen)
+
+
+# Children are forked from a warm process: fifty trainings need not import torch fifty times.
+KILLING = """
+import os, random, signal, sys, time, warnings
+warnings.simplefilter("ignore")
+import logging
+logging.disable(logging.CRITICAL)
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+from pytorch_lightning.callbacks import ModelCheckpoint
+from tda_lightning import GradientRecorder, HDF5Store, Identity
+import pytorch_lightning as pl
+
+folder = Path(sys.argv[1])
+run, last = folder / "run", folder / "last.ckpt"
+
+def fail(*_):
+    raise RuntimeError("on purpose")
+
+class Telling(pl.Callback):
+    def on_train_start(self, *_):
+        os.write(telling, b"!")
+
+def train():
+    signal.signal(signal.SIGUSR1, fail)
+    store = HDF5Store(run, segment_bytes=20_000)
+    saver = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=7)
+    recorder = GradientRecorder(store, projector=Identity(), existing="replace")
+    callbacks = (recorder, saver, Telling())
+    trainer = quiet_trainer(*callbacks, max_epochs=100_000, enable_checkpointing=True)
+    trainer.fit(Plain(mlp()), loader(vectors()), ckpt_path=last if last.exists() else None)
+
+def check():
+    # A kill before the first checkpoint may come before the run, too.
+    store = HDF5Store.open(run) if (run / "recipe.json").exists() else []
+    assert [step.index for step in store] == list(range(len(store))), [s.index for s in store]
+    for step in store:
+        assert step.sketch.shape == (len(step.sample_ids), store.recipe.dimension)
+        assert torch.isfinite(step.sketch).all() and (step.sketch != 0).any(dim=1).all()
+    if last.exists():
+        saved = torch.load(last, weights_only=False)["global_step"]
+        assert len(store) >= saved, (len(store), saved)
+    return len(store)
+
+moments, lengths = random.Random(0), []
+for number in range(50):
+    hearing, telling = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            train()
+        finally:
+            os._exit(1)
+    # Most while steps are taken, some while the run is still being looked at.
+    if number % 5:
+        os.read(hearing, 1)
+    time.sleep(moments.uniform(0.0, 0.5))
+    os.close(hearing), os.close(telling)
+    sent = [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1][number % 3]
+    os.kill(child, sent)
+    # An exception that comes while Python tidies up is ignored, and training goes on.
+    deadline = time.monotonic() + 2
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    lengths.append(check())
+print(lengths)
+assert lengths[-1] > lengths[0] and len(set(lengths)) > 25, lengths
+"""
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_in_three_ways_the_next_run_resumes(tmp_path, request):
+    command = [sys.executable, "-c", KILLING, str(tmp_path)]
+    result = subprocess.run(
+        command, cwd=request.path.parents[1] / "support", capture_output=True, timeout=500
+    )
+    assert result.returncode == 0, result.stderr[-2000:].decode()
