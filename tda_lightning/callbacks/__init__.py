@@ -1,4 +1,4 @@
-"""Callbacks: the only rooms that know Lightning."""
+"""Callbacks: the only package that imports Lightning."""
 
 from tda_lightning.callbacks.contribution_tracker import ContributionTracker
 from tda_lightning.callbacks.gradient_recorder import GradientRecorder

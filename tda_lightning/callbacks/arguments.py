@@ -1,6 +1,6 @@
-"""Given: what users pass to a callback, checked before anything is done with it.
+"""Arguments of the callbacks: check them at construction.
 
-Each check takes the name of an argument and what came.
+Each check takes the name of an argument and its value.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from tda_lightning.stores import WritableStore
 Check = Callable[[str, object], None]
 
 
-def require_sensible(given: Mapping[str, object], checks: Mapping[str, Check]) -> None:
-    """Raise if an argument is of a wrong type, or out of its range, or a word that is none of its.
+def require_sensible(arguments: Mapping[str, object], checks: Mapping[str, Check]) -> None:
+    """Check the types and ranges of all arguments.
 
     Args:
-        given: The arguments, by name.
-        checks: Those of the callback: ``RECORDER`` or ``TRACKER``.
+        arguments: The arguments by name.
+        checks: The checks of the callback: ``RECORDER`` or ``TRACKER``.
 
     Raises:
-        ValueError: Naming the argument, what was expected and what came.
+        ValueError: If one is invalid. The message names it, what was expected and what came.
     """
     for name, check in checks.items():
-        check(name, given[name])
+        check(name, arguments[name])
 
 
 def _or_none(check: Check) -> Check:
@@ -45,8 +45,8 @@ def _refuse(name: str, value: object, expected: str) -> None:
     raise ValueError(f"`{name}` is {value!r}; expected {expected}.")
 
 
-def _is_list_of(value: object, is_one: Callable[[object], bool]) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(is_one, value))
+def _is_list_of(value: object, is_item: Callable[[object], bool]) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(is_item, value))
 
 
 def _is_name(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Budgets: what a recording may cost in disk and in time, and the stride that keeps to it."""
+"""Budgets: measure the cost of recording, and keep it within limits of disk and time."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from tda_lightning.callbacks.cost_estimate import describe_cost, stride_within
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.run_writer import RunWriter
 from tda_lightning.gradients.capture import capture_paused
-from tda_lightning.recording.timing import BatchTiming, Stopwatch, take_pace
+from tda_lightning.recording.timing import BatchTiming, Stopwatch, measure
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 
 
 class Budgets:
-    """Chooses the stride of a run: as small as it may be, and no smaller than is wanted.
+    """Chooses the smallest stride of a run that respects its limits and ``every_n_steps``.
 
-    The stride that fits on the disk is known when training starts. How long recording takes is
-    found out in the first batch, when the graph of its loss is there: a plain backward pass and a
-    recorded one go through it, aside and to no effect, before the real one does.
+    The stride for a disk limit follows from the recipe, before training. The stride for a time
+    limit is measured in the first batch: a plain and a recorded backward pass run through the graph
+    of its loss, without any effect, before the real one.
 
     Args:
-        max_gb: Most disk, in units of 10^9 bytes.
-        max_overhead: Most time, as a share of that of the training.
-        sampled: Share of the samples that have a row of sampled labels too.
-        store: Where the run is kept.
-        keeper: Keeps it there.
+        max_gb: Largest size on disk, in units of 10^9 bytes.
+        max_overhead: Largest time that recording may add, as a share of the training time.
+        sampled: Share of the samples that also have a row of sampled labels.
+        store: The store of the run.
+        writer: Writes the run into it.
     """
 
     def __init__(
@@ -46,60 +46,60 @@ class Budgets:
         self._sampled = sampled
         self._store = store
         self._writer = writer
-        # The recipe whose stride is to be chosen in the first batch.
-        self._open: Recipe | None = None
+        # The recipe whose stride is chosen in the first batch, until it is.
+        self._undecided: Recipe | None = None
         self._forward: Stopwatch | None = None
 
     def begin(self, trainer: Trainer, model: LightningModule, recipe: Recipe) -> Recipe:
-        """Return the recipe with the stride that is known before the first batch.
+        """Return the recipe with the stride that can be chosen before the first batch.
 
         Raises:
-            ValueError: If a budget cannot be kept.
+            ValueError: If a limit cannot be kept.
         """
         if self._max_overhead is not None and not model.automatic_optimization:
             raise ValueError(
                 "`max_overhead` cannot be kept in manual optimization, where a step may take any "
                 "number of passes; expected automatic optimization. Set `every_n_steps=` instead."
             )
-        self._open = None
+        self._undecided = None
         if self._max_gb is None and self._max_overhead is None:
             return recipe
         stride = self._writer.stride_of_run(trainer)
-        if stride is not None:  # A run that is continued keeps the one that it was begun with.
+        if stride is not None:  # A continued run keeps its stride.
             return replace(recipe, every_n_steps=stride)
         recipe = self._within_disk(trainer, recipe)
         if self._max_overhead is not None:
-            self._open = recipe
+            self._undecided = recipe
         return recipe
 
     def describe(self, trainer: Trainer, recipe: Recipe) -> None:
-        """Say what the run will take on disk, once its stride is known."""
-        if self._open is None:
+        """Print the expected size on disk, once the stride is chosen."""
+        if self._undecided is None:
             cost = describe_cost(trainer, recipe, self._sampled, self._store)
             rank_zero_info(f"GradientRecorder: {cost}")
 
     def start_forward(self, model: LightningModule) -> None:
-        """Expect the forward pass of a batch."""
-        if self._open is not None:
+        """Prepare for the forward pass of a batch."""
+        if self._undecided is not None:
             self._forward = Stopwatch(model.device)
 
-    def settle(
+    def choose_stride(
         self, trainer: Trainer, model: LightningModule, recorder: TrainingRecorder, loss: Tensor
     ) -> None:
-        """Choose the stride, if that is to be done, before the backward pass of a loss."""
-        recipe, limit = self._open, self._max_overhead
+        """Choose the stride before the backward pass of the first recorded loss."""
+        recipe, limit = self._undecided, self._max_overhead
         if recipe is None or limit is None or self._forward is None or not recorder.is_recording():
             return
         forward = self._forward.seconds()
-        self._open = self._forward = None
-        # Processes take steps together: one of them says which.
-        pace = trainer.strategy.broadcast(_pace_of(model, recorder, loss, forward))
-        stride = max(recipe.every_n_steps, pace.stride_within(limit))
+        self._undecided = self._forward = None
+        # All processes record the same steps: the first one's measurement decides.
+        timing = trainer.strategy.broadcast(_timing_of(model, recorder, loss, forward))
+        stride = max(recipe.every_n_steps, timing.stride_within(limit))
         recipe = replace(recipe, every_n_steps=stride)
         self._writer.amend(recipe)
         which = "every step" if stride == 1 else f"one step in {stride:,}"
         rank_zero_info(
-            f"GradientRecorder: {pace.describe()}; recording {which}, to add no more than "
+            f"GradientRecorder: {timing.describe()}; recording {which}, to add no more than "
             f"{100 * limit:g} %; see `max_overhead`."
         )
         self.describe(trainer, recipe)
@@ -119,10 +119,10 @@ class Budgets:
         return replace(recipe, every_n_steps=stride)
 
 
-def _pace_of(
+def _timing_of(
     model: LightningModule, recorder: TrainingRecorder, loss: Tensor, forward: float
 ) -> BatchTiming:
-    trained = [one for one in model.parameters() if one.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def plain() -> None:
         with capture_paused():
@@ -131,16 +131,55 @@ def _pace_of(
     def recorded() -> None:
         recorder.extra_backward(loss, trained)
 
-    def made() -> float:
+    def row_seconds() -> float:
         recorder.take_time(Stopwatch(loss.device).seconds)
         recorded()
         return recorder.time_taken()
 
     try:
-        return take_pace(forward, plain, recorded, made, loss.device)
+        return measure(forward, plain, recorded, row_seconds, loss.device)
     except RuntimeError as error:
         raise ValueError(
-            f"`max_overhead` cannot be kept, since no time could be taken: {error} Expected a loss "
-            "that can be differentiated twice over one graph. Use checkpointing with "
-            "`use_reentrant=False`, or set `every_n_steps=` instead."
+            "`max_overhead` cannot be kept, since the time of a batch could not be measured: "
+            f"{error} Expected a loss that can be differentiated twice over one graph. "
+            "Use checkpointing with `use_reentrant=False`, or set `every_n_steps=` instead."
         ) from error
+
+
+class FirstBatch:
+    """Measures a training's first recorded batch, without any extra work.
+
+    The forward and the backward pass are measured. The time of recording is that of the preparation
+    of the backward pass plus that of making rows during it.
+    """
+
+    def __init__(self) -> None:
+        self._stopwatch: Stopwatch | None = None
+        self._preparation = 0.0
+        self._is_over = False
+
+    def start(self, model: LightningModule, recorder: TrainingRecorder) -> None:
+        """Prepare for the forward pass of a batch."""
+        is_first = not self._is_over and model.automatic_optimization and recorder.is_recording()
+        self._stopwatch = Stopwatch(model.device) if is_first else None
+
+    def start_backward(self, recorder: TrainingRecorder, loss: Tensor, loss_scale: float) -> None:
+        """Let the recorder prepare for the backward pass of the batch's loss, and measure it."""
+        if self._stopwatch is None:
+            recorder.start_backward(loss, loss_scale)
+            return
+        begun = self._stopwatch.seconds()
+        recorder.start_backward(loss, loss_scale)
+        self._preparation = self._stopwatch.seconds() - begun
+        recorder.take_time(self._stopwatch.seconds)
+
+    def end_backward(self, recorder: TrainingRecorder) -> None:
+        """Print the time of the batch."""
+        if self._stopwatch is None:
+            return
+        recording = self._preparation + recorder.time_taken()
+        timing = BatchTiming(max(self._stopwatch.seconds() - recording, 1e-9), recording)
+        self._stopwatch, self._is_over = None, True
+        rank_zero_info(
+            f"GradientRecorder: {timing.describe()}, measured in the first batch, the slowest."
+        )

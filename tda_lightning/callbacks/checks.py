@@ -1,4 +1,4 @@
-"""What cannot be recorded faithfully yet: refused before the first batch, with the remedy."""
+"""Checks: refuse trainings that cannot be recorded faithfully, before the first batch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tda_lightning.recording.hyperparameters import require_one_rate
 def require_supported(
     trainer: Trainer, module: LightningModule, preconditioner: Literal["optimizer", "none"]
 ) -> None:
-    """Raise if this training has a setting under which recorded rows would not be the truth.
+    """Check that rows can be recorded faithfully under the settings of this training.
 
     Args:
         trainer: The trainer.
         module: The model.
-        preconditioner: Whose coordinates the rows are to be in.
+        preconditioner: Whether rows will be in the optimizer's coordinates.
 
     Raises:
-        ValueError: Naming the setting, what was expected, and what to do.
+        ValueError: If not. The message names the setting, what was expected, and the remedy.
     """
     reason = why_unsupported(trainer)
     if reason:
@@ -40,17 +40,17 @@ def require_supported(
 
 
 def require_one_loader(trainer: Trainer) -> None:
-    """Raise if a batch is put together from several loaders, whose samples share no numbers.
+    """Check that batches come from one loader, so that an index identifies a sample.
 
     Raises:
-        ValueError: Saying how many there are, and what to do.
+        ValueError: If they come from several.
     """
     count = len(training_loaders(trainer))
     if count > 1:
         raise ValueError(
-            f"Batches come from {count} training loaders at once, so that an index says nothing of "
-            "its dataset; expected one loader. Pass `sample_ids=`: a function from the batch to "
-            "one integer per sample."
+            f"Batches come from {count} training loaders at once, so that an index does not "
+            "identify a sample; expected one loader. Pass `sample_ids=`: a function from the "
+            "batch to one integer per sample."
         )
 
 
@@ -60,7 +60,7 @@ def _require_supported_optimizer(optimizer: Optimizer, has_scale: bool) -> None:
         _refuse("LBFGS, whose steps evaluate the loss many times", "a first-order optimizer", "")
     if not hasattr(optimizer, "register_step_post_hook"):
         _refuse(
-            f"the optimizer `{name}`, which does not say when it takes a step",
+            f"the optimizer `{name}`, which does not report its steps",
             "a `torch.optim.Optimizer` whose `__init__` was called",
             "Derive it from that class.",
         )
@@ -79,8 +79,8 @@ def _require_supported_optimizer(optimizer: Optimizer, has_scale: bool) -> None:
         )
 
 
-def _refuse(found: str, expected: str, remedy: str) -> None:
+def _refuse(setting: str, expected: str, remedy: str) -> None:
     raise ValueError(
-        f"`GradientRecorder` cannot record faithfully under {found}; expected {expected}. {remedy} "
-        "Or train without the callback.".replace("  ", " ")
+        f"`GradientRecorder` cannot record faithfully under {setting}; expected {expected}. "
+        f"{remedy} Or train without the callback.".replace("  ", " ")
     )

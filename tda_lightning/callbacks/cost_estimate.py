@@ -1,4 +1,4 @@
-"""What a run will cost, said before its first step."""
+"""Cost estimate: the number of visits and bytes of a run, estimated before its first step."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tda_lightning.callbacks.method_watchers import training_loaders
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 
-# Beside its row, a visit keeps its sample id and its scale (8 bytes each), its weight, terms and
-# curvature (4 each).
+# Besides its row, a visit stores its sample id and scale (8 bytes each), and its weight, terms and
+# curvature (4 bytes each).
 _VISIT_BYTES = 28
 
 
 def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float, store: WritableStore) -> str:
-    """Say in one line what is recorded, and how much disk it will take.
+    """Return one line on the recorded parameters and the expected size on disk.
 
     Args:
         trainer: The trainer.
-        recipe: How sketches will be made.
-        sampled: Share of the samples that have a row of sampled labels too.
-        store: Where they will be kept.
+        recipe: The recipe of the run.
+        sampled: Share of the samples that also have a row of sampled labels.
+        store: The store of the run.
     """
     recorded = sum(block.size for block in recipe.blocks)
     total = recorded + sum(entry.size for entry in recipe.left_out)
@@ -42,19 +42,19 @@ def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float, store: Writa
 def describe_snapshots(
     trainer: Trainer, model: LightningModule, chosen: int | Sequence[int]
 ) -> Iterator[str]:
-    """Say in one line how much disk the snapshots will take, if there are to be any.
+    """Yield one line on the expected size of the snapshots, if there are any.
 
     Args:
         trainer: The trainer.
         model: The model.
-        chosen: Every how many steps, 0 for never; or before which steps.
+        chosen: The stride of the snapshots (0 for none), or the indices of their steps.
     """
     if not chosen:
         return
     steps = _expected_steps(trainer)
-    count = steps / chosen if isinstance(chosen, int) else sum(one < steps for one in chosen)
-    held = [one for one in model.state_dict().values() if isinstance(one, Tensor)]
-    each = sum(one.numel() * one.element_size() for one in held) / 2**20
+    count = steps / chosen if isinstance(chosen, int) else sum(index < steps for index in chosen)
+    tensors = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    each = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
     total = "an unknown number of them"
     if math.isfinite(count):
         total = f"about {math.ceil(count):,} of them, {math.ceil(count) * each:,.1f} MiB"
@@ -69,25 +69,25 @@ def stride_within(
     max_gb: float,
     ranks: int,
 ) -> int:
-    """Return the smallest stride with which a run will not take more than so many gigabytes.
+    """Return the smallest stride with which a run stays within a size.
 
     Args:
         trainer: The trainer.
-        recipe: How sketches will be made, with the smallest stride that is wanted.
-        sampled: Share of the samples that have a row of sampled labels too.
-        store: Where they will be kept.
-        max_gb: How much disk there is, in units of 10^9 bytes.
+        recipe: The recipe of the run, with the smallest stride that is wanted.
+        sampled: Share of the samples that also have a row of sampled labels.
+        store: The store of the run.
+        max_gb: Largest size on disk, in units of 10^9 bytes.
         ranks: Number of processes, each of which sees its part of the data.
 
     Raises:
-        ValueError: If it cannot be told how long training will be.
+        ValueError: If the length of the training is unknown.
     """
     visits = _expected_visits(trainer, recipe) * ranks
     if not math.isfinite(visits):
         raise ValueError(
-            "`max_gb` cannot be kept, since it cannot be told how many samples training will see; "
-            "expected a dataset with a length, and `max_epochs` or `max_steps`. Set these, or "
-            "`every_n_steps=` instead."
+            "`max_gb` cannot be kept, since the number of samples that training will see is "
+            "unknown; expected a dataset with a length, and `max_epochs` or `max_steps`. Set "
+            "these, or `every_n_steps=` instead."
         )
     times = visits * _visit_bytes(recipe, sampled, store) / (max_gb * 1e9)
     return recipe.every_n_steps * max(1, math.ceil(times))
@@ -99,7 +99,7 @@ def _visit_bytes(recipe: Recipe, sampled: float, store: WritableStore) -> int:
 
 
 def _expected_visits(trainer: Trainer, recipe: Recipe) -> float:
-    """Number of visits, or infinity if it cannot be told beforehand."""
+    """Return the number of visits, or infinity if it is unknown."""
     length = _length_of(training_loaders(trainer)[0])
     if recipe.train_ids is None or math.isinf(length):
         return math.inf
@@ -110,10 +110,10 @@ def _expected_visits(trainer: Trainer, recipe: Recipe) -> float:
 
 
 def _expected_steps(trainer: Trainer) -> float:
-    """Number of optimizer steps, or infinity if it cannot be told beforehand."""
+    """Return the number of optimizer steps, or infinity if it is unknown."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    most = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
-    return min(epochs * _steps_per_epoch(trainer), most)
+    max_steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    return min(epochs * _steps_per_epoch(trainer), max_steps)
 
 
 def _steps_per_epoch(trainer: Trainer) -> float:
@@ -123,5 +123,5 @@ def _steps_per_epoch(trainer: Trainer) -> float:
 def _length_of(loader: Sized) -> float:
     try:
         return float(len(loader))
-    except TypeError:  # A sampler may go on for ever.
+    except TypeError:  # A sampler may be endless.
         return math.inf

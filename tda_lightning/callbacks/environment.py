@@ -1,7 +1,7 @@
-"""Recording without a line of code: by an environment variable that names the store.
+"""Recording without a line of code: an environment variable names the store.
 
-Lightning asks this when it makes a Trainer, wherever tda_lightning is installed. Nothing is ever
-recorded unless the variable is set.
+Lightning calls this entry point when it creates a Trainer, wherever tda_lightning is installed.
+Nothing is recorded unless the variable is set.
 """
 
 from __future__ import annotations

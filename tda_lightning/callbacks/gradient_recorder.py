@@ -1,25 +1,22 @@
-"""GradientRecorder: the Lightning callback that records what each sample did to each step."""
+"""GradientRecorder: the Lightning callback that records sketches of per-sample gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
-from tda_lightning.callbacks.budgets import Budgets
+from tda_lightning.callbacks.budgets import Budgets, FirstBatch
 from tda_lightning.callbacks.checks import require_one_loader, require_supported
 from tda_lightning.callbacks.cost_estimate import describe_snapshots
-from tda_lightning.callbacks.first_batch import FirstBatch
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
-from tda_lightning.callbacks.method_watchers import watch_clipping, watch_loaders
+from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.run_writer import RunWriter
 from tda_lightning.callbacks.strategies import distributed_context, loss_scale_of
 from tda_lightning.gradients.layers import LayerSelection
@@ -28,49 +25,49 @@ from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, P
 from tda_lightning.recording.optimizer_layers import select_trained_layers
 from tda_lightning.recording.optimizer_recorder import RecordingSettings
 from tda_lightning.recording.preconditioning import has_preconditioner
-from tda_lightning.recording.sample_ids import IdSource, SampleLedger
+from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import HDF5Store, WritableStore
 from tda_lightning.stores.recipe import Recipe, ranges_of
 
 
-class GradientRecorder(pl.Callback):
-    """Record, per optimizer step, a sketch of what every sample contributed to the gradient.
+class GradientRecorder(RecordingCallback):
+    """Record, per optimizer step, a sketch of each sample's contribution to the gradient.
 
-    The training itself is not touched: weights come out bit-identical with and without the
-    callback. Afterwards, ask with :func:`tda_lightning.attribute`.
+    The training is unchanged: weights are bit-identical with and without the callback. After
+    training, query the run with :func:`tda_lightning.attribute`.
 
     Args:
         store: Folder to record into, or a store.
-        projector: How gradients become sketch rows.
-        layers: Names of the modules to record, with ``*`` for any characters; by default all that
-            are trained and supported.
+        projector: Sketches the gradients.
+        layers: Names of the modules to record, with ``*`` for any characters. By default all
+            modules that are trained and supported.
         every_n_steps: Record every n-th optimizer step.
-        max_gb: Record fewer steps, if the run would otherwise take more gigabytes of disk.
-        max_overhead: Record fewer steps, if recording would otherwise add more than this share to
-            the time of training (0.1 for 10 %). That is found out by four more backward passes
-            through the first batch, six with sampled labels.
-        preconditioner: Whether rows are in the coordinates of an adaptive optimizer, in which its
-            steps are gradient steps (see :mod:`tda_lightning.recording.preconditioning`), or raw.
-            Without effect for SGD with one learning rate.
-        curvature: With ``"fisher"``, one more backward pass per step records rows from labels that
-            are drawn from the model's own predictions, which make later answers more accurate.
-        curvature_share: Share of each batch that these rows are recorded of.
-        audit: Compare the recorded rows with the real gradient and the real update every so many
-            recorded steps (always in the first); ``tda-lightning audit`` shows what was found.
-        snapshots: Keep the weights before every n-th optimizer step, or before the steps of these
-            indices, so that queries can be asked about them: ``attribute(..., at=index)``.
+        max_gb: Largest size of the run in gigabytes; fewer steps are recorded if necessary.
+        max_overhead: Largest time that recording may add, as a share of the training time (0.1 for
+            10 %); fewer steps are recorded if necessary. It is measured by four more backward
+            passes through the first batch, or six with sampled labels.
+        preconditioner: With ``"optimizer"``, rows are in the coordinates of an adaptive optimizer,
+            in which its steps are gradient steps (:mod:`tda_lightning.recording.preconditioning`).
+            With ``"none"``, rows are raw. No effect for SGD with one learning rate.
+        curvature: With ``"fisher"``, one more backward pass per step records rows for labels that
+            are sampled from the model's own predictions. They make answers more accurate.
+        curvature_share: Share of each batch that these rows are recorded for.
+        audit: Compare the recorded rows with the actual gradient and update every n-th recorded
+            step, and always in the first. ``tda-lightning audit`` shows the results.
+        snapshots: Save the weights before every n-th optimizer step, or before the steps with these
+            indices. Queries can be evaluated at them: ``attribute(..., at=index)``.
         sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
-            default the index in the dataset, learnt from the sampler.
+            default ids are indices into the dataset, inferred from the sampler.
         reduction: How the training loss combines its samples.
-        batch_dims: Axis of the samples in layers whose names match a pattern, where it is not the
-            first: ``{"encoder.*": 1}``; or ``"flattened"`` for layers that see it joined with
-            others, as in ``x.reshape(n * length, -1)``.
+        batch_dims: Axis of the samples in layers whose names match a pattern, if it is not the
+            first: ``{"encoder.*": 1}``. ``"flattened"`` is for layers whose input joins it with
+            other axes, as in ``x.reshape(n * length, -1)``.
         existing: What to do if ``store`` holds a run that this training does not continue. A
-            training that is resumed, or fitted further, continues the run that it has begun.
+            resumed training, or one that is fitted further, continues the run that it began.
 
     Raises:
-        ValueError: If an argument makes no sense; or before the first batch, if something cannot be
+        ValueError: If an argument is invalid; or before the first batch, if something cannot be
             recorded faithfully.
         FileExistsError: Before the first batch, if ``store`` holds a run or something else.
     """
@@ -95,6 +92,7 @@ class GradientRecorder(pl.Callback):
         existing: Literal["refuse", "replace"] = "refuse",
     ) -> None:
         require_sensible(locals(), RECORDER)
+        super().__init__(sample_ids)
         self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
         self.projector = projector
         self.layers = layers
@@ -106,34 +104,21 @@ class GradientRecorder(pl.Callback):
         self.curvature_share = curvature_share
         self.audit = audit
         self.snapshots = snapshots
-        self.sample_ids = sample_ids
         self.reduction = reduction
         self.batch_dims = dict(batch_dims or {})
         self.existing = existing
         self._sampled = curvature_share if curvature == "fisher" else 0.0
         self._writer = RunWriter(self.store, existing)
         self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._writer)
-        self._ledger = SampleLedger(sample_ids)
-        self._recorder: TrainingRecorder | None = None
-        self._first = FirstBatch()
-        self._undo: list[Callable[[], None]] = []
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the training loader's sampler remember what it draws."""
-        if stage != "fit":
-            return
-        stop = watch_loaders(
-            trainer, lambda loader: self._ledger.watch(loader, lambda: trainer.training)
-        )
-        self._undo = [stop, self._ledger.release]
+        self._first_batch = FirstBatch()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that everything can be recorded, begin the run and attach the hooks."""
         require_supported(trainer, pl_module, self.preconditioner)
         if self.sample_ids is None:
             require_one_loader(trainer)
-        recorder = self._make_recorder(trainer, pl_module)
-        recipe = self._recipe_for(trainer, pl_module, recorder)
+        recorder = self._create_recorder(trainer, pl_module)
+        recipe = self._create_recipe(trainer, pl_module, recorder)
         recipe = self._budgets.begin(trainer, pl_module, recipe)
         state, preconditioner = self._writer.begin(trainer, recipe)
         recorder.resume(trainer.global_step, state.get("lanes", ()), preconditioner)
@@ -143,14 +128,13 @@ class GradientRecorder(pl.Callback):
         self._budgets.describe(trainer, recipe)
         for line in describe_snapshots(trainer, pl_module, self.snapshots):
             rank_zero_info(f"GradientRecorder: {line}")
-        recorder.attach(recipe.every_n_steps)
-        self._undo.append(watch_clipping(trainer, recorder.before_clipping))
-        self._recorder, self._first = recorder, FirstBatch()
+        self._attach(trainer, recorder, recipe.every_n_steps)
+        self._first_batch = FirstBatch()
 
-    def _make_recorder(self, trainer: Trainer, model: LightningModule) -> TrainingRecorder:
+    def _create_recorder(self, trainer: Trainer, model: LightningModule) -> TrainingRecorder:
         selection = select_trained_layers(model, self.layers, trainer.optimizers)
         projector = self.projector.chosen_for(selection.blocks)
-        has_own = any(has_preconditioner(optimizer) for optimizer in trainer.optimizers)
+        is_preconditioned = any(map(has_preconditioner, trainer.optimizers))
 
         def rows(part: LayerSelection, passes: Literal["one", "several"]) -> RowRecorder:
             dtype = row_dtype(model)
@@ -162,7 +146,7 @@ class GradientRecorder(pl.Callback):
             optimization="automatic" if model.automatic_optimization else "manual",
             rows=rows,
             reduction=self.reduction,
-            preconditioner=self.preconditioner if has_own else "none",
+            preconditioner=self.preconditioner if is_preconditioned else "none",
             audit=self.audit,
             distributed=distributed_context(trainer),
             warn=rank_zero_warn,
@@ -171,7 +155,7 @@ class GradientRecorder(pl.Callback):
             trainer.optimizers, selection, projector, settings, self._writer.append
         )
 
-    def _recipe_for(
+    def _create_recipe(
         self, trainer: Trainer, model: LightningModule, recorder: TrainingRecorder
     ) -> Recipe:
         train_ids = self._ledger.train_ids
@@ -193,106 +177,64 @@ class GradientRecorder(pl.Callback):
             versions={name: version(name) for name in ("tda_lightning", "torch")},
         )
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Expect the first batch of a new pass over the data."""
-        self._ledger.start_epoch()
-
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Name the samples of the batch, and watch its forward pass if its step is due."""
+        """Save a snapshot if one is due, and prepare for the forward pass of the batch."""
         if self._recorder is not None:
-            sample_ids = self._ledger.name(batch, batch_idx)
-            share = 1 / trainer.accumulate_grad_batches
-            self._writer.keep_weights(trainer, pl_module, self.snapshots)
-            self._recorder.start_batch(trainer.global_step, sample_ids, share)
+            self._writer.save_snapshot(trainer, pl_module, self.snapshots)
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             self._budgets.start_forward(pl_module)
             if self.max_overhead is None:
-                self._first.start(pl_module, self._recorder)
-
-    def on_before_zero_grad(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Forget rows of gradients that were never used: a model may decline to take a step."""
-        if self._recorder is not None:
-            self._recorder.forget_gradients()
+                self._first_batch.start(pl_module, self._recorder)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Listen to the backward pass of the loss."""
+        """Prepare for the backward pass of the loss; in the first batch, measure its time."""
         if self._recorder is not None:
-            self._budgets.settle(trainer, pl_module, self._recorder, loss)
-            self._first.start_backward(self._recorder, loss, loss_scale_of(trainer))
+            self._budgets.choose_stride(trainer, pl_module, self._recorder, loss)
+            self._first_batch.start_backward(self._recorder, loss, loss_scale_of(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of the batch."""
+        super().on_after_backward(trainer, pl_module)
         if self._recorder is not None:
-            self._recorder.end_backward()
-            self._first.end_backward(self._recorder)
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Read the learning rate now: at the end of the batch its scheduler has already stepped."""
-        if self._recorder is not None:
-            self._recorder.before_step(trainer.global_step, trainer.current_epoch, optimizer)
+            self._first_batch.end_backward(self._recorder)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Forget what led to no step."""
-        if self._recorder is not None:
-            self._recorder.end_batch()
-            if self._writer.has_failed and trainer.world_size == 1:
-                self._close()
+        """Discard the rows of a batch that led to no step; stop if the store has failed."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._writer.has_failed and trainer.world_size == 1:
+            self._close()
 
     @property
     def state_key(self) -> str:
-        """Name of this recorder in a checkpoint: recorders are told apart by their stores."""
+        """Name of this recorder in a checkpoint; recorders are distinguished by their stores."""
         return self._generate_state_key(store=str(getattr(self.store, "path", "")))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to know of the run, in builtins."""
+        """Return the state of the run for a checkpoint, in builtins."""
         recorder = {} if self._recorder is None else {"lanes": self._recorder.state()}
         return {**state, **recorder} if (state := self._writer.state()) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Learn which run a checkpoint belongs to; it is continued when training starts."""
+        """Read the state of a run, which is continued when training starts."""
         self._writer.load_state(state_dict)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Seal every step that the checkpoint's weights have taken, before it is written."""
+        """Seal all steps that the checkpoint's weights include, before it is written."""
         if self._recorder is not None:
             self._writer.seal_together(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seal the run and remove everything that was installed."""
-        self._close()
+        super().on_train_end(trainer, pl_module)
         self._writer.finish(trainer)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Do the same if training is interrupted or fails."""
-        self._close()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Do the same if training never began."""
-        self._close()
-
-    def _close(self) -> None:
-        undo, self._undo = self._undo, []
-        for action in undo:
-            action()
-        if self._recorder is not None:
-            recorder, self._recorder = self._recorder, None
-            recorder.detach()
-            self._writer.seal()
+    def _save(self) -> None:
+        self._writer.seal()

@@ -1,4 +1,4 @@
-"""Watched methods: a method of Lightning's that tells several callbacks when it is called."""
+"""Method watchers: notify callbacks of calls of Lightning's methods (data loading, clipping)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tda_lightning.callbacks.lightning_types import Trainer
 def watch_method(
     owner: object, name: str, stand_in: type[Any], trainer: Trainer, watch: Callable[..., None]
 ) -> Callable[[], None]:
-    """Watch a method by way of what stands in for it; several watchers share one stand-in.
+    """Replace a method by a stand-in that notifies watchers; several watchers share one stand-in.
 
     Args:
-        owner: The object whose method it is.
+        owner: The object that has the method.
         name: The method's name.
-        stand_in: Made from the trainer; it has a list of ``watchers``.
+        stand_in: Class of the stand-in, created from the trainer. It has a list of ``watchers``.
         trainer: The trainer.
-        watch: Told of calls, as the stand-in sees fit.
+        watch: Called by the stand-in.
 
     Returns:
-        What undoes it; the owner is as it was once all have done so.
+        A function that unregisters the watcher; the last one restores the original method.
     """
     watched: Any = vars(owner).get(name)
     if not isinstance(watched, stand_in):
@@ -44,7 +44,11 @@ _ClippingWatcher = Callable[[int, Optimizer, float], None]
 
 
 class _WatchedProcess:
-    """In the place of a strategy's ``process_dataloader``, as long as somebody watches."""
+    """Replaces a strategy's ``process_dataloader`` while there are watchers.
+
+    This is the last thing that a strategy does with a loader before it is used. Watching any later
+    would change the order of the data.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -63,13 +67,13 @@ def watch_loaders(trainer: Trainer, watch: _LoaderWatcher) -> Callable[[], None]
     """Call ``watch`` with every training loader that the trainer is about to iterate.
 
     Returns:
-        What undoes it; the trainer's strategy is as it was once all have done so.
+        A function that unregisters the watcher; the last one restores the trainer's strategy.
     """
     return watch_method(trainer.strategy, "process_dataloader", _WatchedProcess, trainer, watch)
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:
-    """Return the loaders that the trainer draws each batch from: one, or those of a collection."""
+    """Return the loaders of each batch: one, or those of a collection."""
     return list(_leaves(trainer.train_dataloader))
 
 
@@ -77,8 +81,8 @@ def _leaves(loaders: Any) -> Iterator[Any]:
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     if isinstance(loaders, list | tuple):
-        for one in loaders:
-            yield from _leaves(one)
+        for loader in loaders:
+            yield from _leaves(loader)
     elif hasattr(loaders, "flattened"):
         yield from loaders.flattened
     else:
@@ -86,7 +90,7 @@ def _leaves(loaders: Any) -> Iterator[Any]:
 
 
 class _WatchedClipping:
-    """In the place of a precision plugin's ``clip_gradients``, as long as somebody watches."""
+    """Replaces a precision plugin's ``clip_gradients`` while there are watchers."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -97,7 +101,7 @@ class _WatchedClipping:
         self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm"
     ) -> None:
         if gradient_clip_algorithm == "value" and clip_val > 0:
-            # In manual optimization, Lightning's own stands around the optimizer.
+            # Under manual optimization, the optimizer is wrapped by a `LightningOptimizer`.
             wrapped = getattr(optimizer, "_optimizer", optimizer)
             for watch in self.watchers:
                 watch(self._trainer.global_step, wrapped, float(clip_val))
@@ -105,14 +109,14 @@ class _WatchedClipping:
 
 
 def watch_clipping(trainer: Trainer, watch: _ClippingWatcher) -> Callable[[], None]:
-    """Listen to the trainer's clipping by value, whoever asks for it.
+    """Call ``watch`` before every clipping by value, by Lightning or by the user.
 
     Args:
         trainer: The trainer.
-        watch: Called beforehand, with the index of the step, its optimizer and the bound.
+        watch: Called with the index of the step, its optimizer and the bound.
 
     Returns:
-        What undoes it; the trainer's precision plugin is as it was once all have done so.
+        A function that unregisters the watcher; the last one restores the plugin's method.
     """
     return watch_method(
         trainer.precision_plugin, "clip_gradients", _WatchedClipping, trainer, watch

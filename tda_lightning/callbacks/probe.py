@@ -19,12 +19,12 @@ from tda_lightning.passes.model_state import Mode, preserved_rng, preserved_stat
 
 
 class Probe:
-    """The probes' batches, and how their gradients are taken.
+    """The batches of a probe set, and the computation of their gradients.
 
     Args:
-        batches: As the training loader yields them.
+        batches: Batches as the training loader yields them.
         reduction: How the training loss combines the samples of a batch.
-        mode: Whether the model acts as in evaluation or as in training.
+        mode: Whether the model is in evaluation or training mode for the probes.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Probe:
 
     @property
     def n_batches(self) -> int:
-        """How many passes it takes."""
+        """Number of batches: each takes one forward and backward pass."""
         return len(self._batches)
 
     def __len__(self) -> int:
@@ -50,30 +50,30 @@ class Probe:
     def record(
         self, trainer: Trainer, model: LightningModule, rows: RowRecorder
     ) -> tuple[float, Float[Tensor, "n_probe k"]]:
-        """Sketch the gradient of each probe's loss at the weights that the model has now.
+        """Sketch the gradient of each probe's loss at the current weights.
 
         Args:
-            trainer: The trainer, in whose precision the probes pass.
-            model: The model, which is left as it is.
-            rows: Records; attached, and not in the middle of a batch.
+            trainer: The trainer, which sets the precision.
+            model: The model; its state is preserved.
+            rows: An attached row recorder, between two batches.
 
         Returns:
             The probes' mean loss, and one row for each.
         """
-        found, total = [], 0.0
+        probe_rows, total = [], 0.0
         with preserved_state(model, self._mode), torch.enable_grad():
             for batch, size in zip(self._batches, self._sizes, strict=True):
                 moved = trainer.precision_plugin.convert_input(batch)
                 with _precision(trainer):
                     loss, recorded = record_batch(model, rows, moved, "probe")
                 factor = size if self._reduction == "mean" else 1
-                found.append((recorded.rows * factor).cpu())
+                probe_rows.append((recorded.rows * factor).cpu())
                 total += float(loss) * factor
-        return total / len(self), torch.cat(found)
+        return total / len(self), torch.cat(probe_rows)
 
 
 def read_probe(probe: Any) -> list[Any]:
-    """Return the batches of a probe, read once, without touching anybody's random numbers.
+    """Read the batches of a probe once, without consuming random numbers.
 
     Args:
         probe: A batch, or a ``DataLoader`` of batches.
@@ -85,8 +85,8 @@ def read_probe(probe: Any) -> list[Any]:
         return [probe]
     if isinstance(probe.sampler, RandomSampler):
         raise ValueError(
-            "`probe` is a shuffled loader, so that nobody could tell its samples apart afterwards; "
-            "expected one in a fixed order. Make it with `shuffle=False`."
+            "`probe` is a shuffled loader, so that its samples could not be identified "
+            "afterwards; expected a fixed order. Create it with `shuffle=False`."
         )
     with preserved_rng(), _same_generator(probe.generator):
         batches = list(probe)
@@ -107,6 +107,6 @@ def _same_generator(generator: torch.Generator | None) -> Iterator[None]:
 
 def _precision(trainer: Trainer) -> Any:
     plugin = trainer.precision_plugin
-    # Without the loss scale that training has there, half precision would lose small gradients.
+    # Without training's loss scale, half precision would lose small gradients.
     has_scale = getattr(plugin, "scaler", None) is not None
     return nullcontext() if has_scale else plugin.forward_context()

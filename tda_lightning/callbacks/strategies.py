@@ -1,4 +1,4 @@
-"""What of a trainer's strategy and precision rows depend on, and where they cannot be told."""
+"""Strategies: read the processes and the loss scale of a trainer; refuse unsupported strategies."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 from tda_lightning.callbacks.lightning_types import Trainer
 from tda_lightning.recording.distributed import DistributedContext
 
-# By name, since either package has classes of its own.
-_ALONE = {"SingleDeviceStrategy"}
-_TOGETHER = {"DDPStrategy"}
+# By name, since `lightning` and `pytorch_lightning` have separate classes.
+_SINGLE_PROCESS = {"SingleDeviceStrategy"}
+_DATA_PARALLEL = {"DDPStrategy"}
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 
@@ -27,16 +27,16 @@ def distributed_context(trainer: Trainer) -> DistributedContext:
 
 
 def loss_scale_of(trainer: Trainer) -> float:
-    """Return what the loss is multiplied by before its backward pass."""
+    """Return the factor of the loss in its backward pass."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def why_unsupported(trainer: Trainer) -> str:
-    """Return why the gradients of a strategy are not those of whole layers, or nothing."""
+    """Return why the gradients of a strategy cannot be recorded; an empty string if they can."""
     names = {base.__name__ for base in type(trainer.strategy).__mro__}
     if names & _SHARDED:
-        return "parameters and gradients are cut into pieces that no layer sees whole"
-    if not names & (_ALONE | _TOGETHER):
+        return "parameters and gradients are split, so that no layer has its full gradient"
+    if not names & (_SINGLE_PROCESS | _DATA_PARALLEL):
         return "it is not known how it combines gradients"
     return ""

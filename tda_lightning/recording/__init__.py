@@ -1,1 +1,1 @@
-"""Recording: from rows and optimizer steps to `Step`s. This package does not know Lightning."""
+"""Recording: build `Step`s from rows and optimizer steps. Independent of Lightning."""

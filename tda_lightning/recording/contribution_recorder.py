@@ -1,4 +1,4 @@
-"""Tracking: from the events of one training to what its steps did for a probe."""
+"""ContributionRecorder: from the events of one training to the contributions to a probe set."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.recording.contribution_table import ContributionTable
-from tda_lightning.recording.optimizer_recorder import OptimizerRecorder
-from tda_lightning.recording.preconditioning import JointPreconditioner
+from tda_lightning.recording.optimizer_recorder import RecordingSettings
+from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores.step import Preconditioner, Step
 
 # The probes' mean loss, and one row for each.
@@ -22,14 +24,14 @@ ProbeRows = tuple[float, Float[Tensor, "n_probe k"]]
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What a step did for the probe as a whole.
+class StepSummary:
+    """The effect of one step on the probe set as a whole.
 
     Attributes:
         index: Index of the step.
         loss: The probes' mean loss before the step.
         decrease: How much the step lowers it, to first order.
-        negative_share: Share of the contributions, of one sample to one probe, that raise it.
+        negative_share: Share of the contributions (of one sample to one probe) that raise it.
     """
 
     index: int
@@ -38,113 +40,87 @@ class Summary:
     negative_share: float
 
 
-class ContributionRecorder:
-    """Follows the steps of one optimizer and adds what they did for a probe to a table.
+class ContributionRecorder(TrainingRecorder):
+    """Records the steps of one optimizer, and adds their contributions to a table.
+
+    Rows are used once and not stored.
 
     Args:
-        lane: The optimizer, and what its steps are recorded with.
-        whole: Where the lane's coordinates are.
-        table: What contributions are added to.
-        every_n_steps: How many steps a tracked one stands for.
+        optimizer: The only optimizer of the training.
+        selection: The recorded layers.
+        projector: Sketches the gradients.
+        settings: Settings of the recording.
+        table: The table that contributions are added to.
+        every_n_steps: Number of steps that each tracked step represents.
     """
 
     def __init__(
         self,
-        recorder: OptimizerRecorder,
-        whole: JointPreconditioner,
+        optimizer: Optimizer,
+        selection: LayerSelection,
+        projector: Projector,
+        settings: RecordingSettings,
         table: ContributionTable,
         every_n_steps: int,
     ) -> None:
+        super().__init__([optimizer], selection, projector, settings, self._add_step)
         self.table = table
-        self._lane = recorder
-        self._whole = whole
-        self._stride = recorder.every_n_steps = every_n_steps
+        self._optimizer = optimizer
+        self._every_n_steps = every_n_steps
         self._preconditioner: Preconditioner | None = None
         self._probe: ProbeRows | None = None
-        self._latest: Summary | None = None
-        self._hook: Any = None
+        self._latest: StepSummary | None = None
 
-    def attach(self) -> None:
-        """Begin to listen."""
-        self._lane.rows.__enter__()
-        self._hook = self._lane.optimizer.register_step_post_hook(self._step_taken)
-
-    def detach(self) -> None:
-        """Leave no trace."""
-        self._lane.rows.__exit__()
-        self._hook.remove()
-
-    def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
-        """Expect the forward pass of a batch, if its step is to be tracked."""
-        if self._lane.is_due():
-            self._lane.builder.start_batch(index, sample_ids, share)
-
-    def forget_gradients(self) -> None:
-        """Forget the rows of gradients that are about to be zeroed."""
-        self._lane.builder.forget_gradients()
-
-    def start_backward(self, loss: Tensor, loss_scale: float) -> None:
-        """Expect the backward pass of its loss."""
-        self._lane.builder.start_backward(loss, loss_scale)
-
-    def end_backward(self) -> None:
-        """Collect its rows."""
-        self._lane.builder.end_backward()
-
-    def before_step(
+    def before_tracked_step(
         self, index: int, epoch: int, record_probe: Callable[[RowRecorder], ProbeRows]
     ) -> None:
-        """Take the probe's gradients, at the weights and in the coordinates of the step to come."""
-        recorder = self._lane
-        recorder.warn_of_more()
-        if recorder.is_due():
-            recorder.builder.before_step(index, epoch, recorder.optimizer)
-            self._probe = record_probe(recorder.rows)
-        recorder.taken += 1
+        """Read the hyper-parameters of the next step, and record the probe if the step is due.
 
-    def before_clipping(self, index: int, optimizer: Optimizer, bound: float) -> None:
-        """Follow what clipping by value is about to do to an optimizer's gradients."""
-        if optimizer is self._lane.optimizer:
-            self._lane.before_clipping(index, bound)
+        Args:
+            index: Index of the step.
+            epoch: Its epoch.
+            record_probe: Records the probe at the weights and in the coordinates of the step.
+        """
+        is_due = self.is_recording()
+        self.before_step(index, epoch, self._optimizer)
+        if is_due:
+            self._probe = record_probe(self.rows)
 
-    def end_batch(self) -> Summary | None:
-        """Forget what came to nothing; return what a tracked step did, if there was one."""
-        self._lane.builder.drop_batch()
+    def end_tracked_batch(self) -> StepSummary | None:
+        """Discard unused rows; return the summary of the tracked step, if the batch ended one."""
+        self.end_batch()
         latest, self._latest, self._probe = self._latest, None, None
         return latest
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint should know."""
-        known = self._preconditioner
+    def tracker_state(self) -> dict[str, Any]:
+        """Return the state for a checkpoint: builtins and tensors."""
+        (state,) = self.state()
+        steps_taken = state.pop("taken")
+        factors = self._preconditioner
         return {
-            "taken": self._lane.taken,
+            "taken": steps_taken,
             "table": self.table.state(),
-            "session": self._lane.builder.state(),
-            "coordinates": None if known is None else (known.rows, known.columns),
+            "session": state,
+            "coordinates": None if factors is None else (factors.rows, factors.columns),
         }
 
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state` was saved."""
-        self._lane.taken = int(state["taken"])
+    def resume_tracker(self, state: Mapping[str, Any]) -> None:
+        """Continue from the result of :meth:`tracker_state`."""
         self.table.load_state(state["table"])
         if state["coordinates"] is not None:
             self._preconditioner = Preconditioner(*state["coordinates"])
-            self._whole.load(self._preconditioner)
-        self._lane.builder.resume(state["session"], self._preconditioner)
+        steps_taken = int(state["taken"])
+        states = [{"taken": steps_taken, **state["session"]}]
+        self.resume(steps_taken, states, self._preconditioner)
 
-    def _step_taken(self, *_: object) -> None:
-        # A post hook: a step that a loss scale skips, or the model, never gets here.
-        step = self._lane.builder.after_step()
-        if step is None or self._probe is None:
+    def _add_step(self, step: Step) -> None:
+        if self._probe is None:
             return
         self._preconditioner = step.preconditioner or self._preconditioner
         loss, rows = self._probe
-        self._add(step, loss, rows)
-
-    def _add(self, step: Step, loss: float, rows: Float[Tensor, "n_probe k"]) -> None:
         values = step.lr * (rows @ step.sketch.mT)  # (n_probe, n)
-        self.table.add(step.index, step.epoch, step.sample_ids, self._stride * values)
-        self._latest = Summary(
+        self.table.add(step.index, step.epoch, step.sample_ids, self._every_n_steps * values)
+        self._latest = StepSummary(
             index=step.index,
             loss=loss,
             decrease=float(values.sum(dim=1).mean()),

@@ -1,4 +1,4 @@
-"""Table: what each training sample has contributed to each probe so far, period by period."""
+"""ContributionTable: sum the contributions of training samples to probes, period by period."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Period = Literal["epoch", "run"] | int
 
 
 class ContributionTable:
-    """Sums over visits, in double precision.
+    """Sums of contributions over visits, in double precision.
 
     Args:
-        n_probe: How many probes there are.
-        train_ids: Ids of the training samples, sorted; more are taken in as they come.
-        period: What is summed up together.
+        n_probe: Number of probes.
+        train_ids: Ids of the training samples, sorted; new ids are added as they come.
+        period: Period of each sum: an epoch, the whole run, or a number of steps.
 
     Attributes:
-        steps: How many steps have been added.
+        steps: Number of steps added so far.
     """
 
     def __init__(self, n_probe: int, train_ids: Int[Tensor, " n_train"], period: Period) -> None:
@@ -38,7 +38,7 @@ class ContributionTable:
 
     @property
     def times(self) -> Int[Tensor, " n_times"]:
-        """Epoch, or first step index, of each period."""
+        """Epoch, or index of the first step, of each period."""
         return torch.tensor(list(self._sums), dtype=torch.int64)
 
     def values(self) -> Float[Tensor, "n_times n_probe n_train"]:
@@ -53,24 +53,24 @@ class ContributionTable:
         sample_ids: Int[Tensor, " n"],
         values: Float[Tensor, "n_probe n"],
     ) -> None:
-        """Add what the visits of a step contributed.
+        """Add the contributions of the visits of a step.
 
         Args:
             index: Index of the step.
             epoch: Its epoch.
-            sample_ids: Which sample each visit was.
-            values: What it contributed to each probe.
+            sample_ids: Sample of each visit.
+            values: Contribution of each visit to each probe.
         """
-        self._make_room(sample_ids)
+        self._add_columns(sample_ids)
         time = self._time(index, epoch)
         if time not in self._sums:
             self._sums[time] = self._zeros()
-        places = torch.searchsorted(self._train_ids, sample_ids)
-        self._sums[time].index_add_(1, places, values.double())
+        columns = torch.searchsorted(self._train_ids, sample_ids)
+        self._sums[time].index_add_(1, columns, values.double())
         self.steps += 1
 
     def state(self) -> dict[str, Any]:
-        """Return everything, as a checkpoint can hold it."""
+        """Return the state for a checkpoint: builtins and tensors."""
         return {
             "train_ids": self._train_ids,
             "times": self.times,
@@ -79,21 +79,21 @@ class ContributionTable:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`state` returned.
+        """Continue from the result of :meth:`state`.
 
         Raises:
-            ValueError: If it is about another number of probes.
+            ValueError: If its number of probes is different.
         """
         values = state["values"]
         if values.shape[1] != self._n_probe:
             raise ValueError(
                 f"The checkpoint has contributions to {values.shape[1]} probes, and `probe` has "
-                f"{self._n_probe}; expected the same. Pass the probes that the training was begun "
-                "with."
+                f"{self._n_probe}; expected the same number. Pass the probes that the "
+                "training began with."
             )
         self._train_ids = state["train_ids"].clone()
         times = state["times"].tolist()
-        self._sums = {time: one.clone() for time, one in zip(times, values, strict=True)}
+        self._sums = {time: sums.clone() for time, sums in zip(times, values, strict=True)}
         self.steps = int(state["steps"])
 
     def _time(self, index: int, epoch: int) -> int:
@@ -104,11 +104,11 @@ class ContributionTable:
     def _zeros(self) -> Float[Tensor, "n_probe n_train"]:
         return torch.zeros(self._n_probe, len(self._train_ids), dtype=torch.float64)
 
-    def _make_room(self, sample_ids: Int[Tensor, " n"]) -> None:
-        joined = torch.unique(torch.cat([self._train_ids, sample_ids]))
-        if len(joined) == len(self._train_ids):
+    def _add_columns(self, sample_ids: Int[Tensor, " n"]) -> None:
+        all_ids = torch.unique(torch.cat([self._train_ids, sample_ids]))
+        if len(all_ids) == len(self._train_ids):
             return
-        places = torch.searchsorted(joined, self._train_ids)
-        self._train_ids = joined
-        for time, before in self._sums.items():
-            self._sums[time] = self._zeros().index_copy_(1, places, before)
+        columns = torch.searchsorted(all_ids, self._train_ids)
+        self._train_ids = all_ids
+        for time, sums in self._sums.items():
+            self._sums[time] = self._zeros().index_copy_(1, columns, sums)

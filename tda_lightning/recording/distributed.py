@@ -1,4 +1,4 @@
-"""Processes: who else records the same training, without a word of Lightning."""
+"""DistributedContext: the processes of a distributed training; independent of Lightning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-def _alone(tensor: Tensor) -> Tensor:
+def _single_process_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -17,15 +17,15 @@ class DistributedContext:
     """The processes that train together; each sees its part of every batch.
 
     Attributes:
-        rank: Number of this one.
-        count: How many there are; the gradient is the mean over them.
-        add: Sums a tensor over all of them, and is to be called by all of them.
+        rank: Rank of this process.
+        count: Number of processes; the gradient is the mean over them.
+        add: Sums a tensor over all processes; all of them must call it.
     """
 
     rank: int = 0
     count: int = 1
-    add: Callable[[Tensor], Tensor] = _alone
+    add: Callable[[Tensor], Tensor] = _single_process_sum
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean over all processes; to be called by all of them."""
+        """Return the mean over all processes; all of them must call it."""
         return tensor if self.count == 1 else self.add(tensor) / self.count

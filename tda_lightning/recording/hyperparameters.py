@@ -1,4 +1,4 @@
-"""What a step needs to know of its optimizer: names and numbers, read right before it is taken."""
+"""HyperparameterReader: read an optimizer's hyper-parameters right before its step."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tda_lightning.stores.step import ParameterGroup
 
 @dataclass(frozen=True)
 class HyperparameterReader:
-    """What of an optimizer is recorded, and in which coordinates.
+    """Reads the hyper-parameters of one optimizer's parameter groups.
 
     Attributes:
-        sizes: Of its recorded parameters.
-        total: Sum of the sizes of all that are recorded, whoever trains them.
-        owner: Number of the first block that it trains.
-        preconditioner: Those of its rows, unless they are raw.
-        shares: Of each group, by the numbers of parameters in the groups: the same step after step.
+        sizes: Sizes of the recorded parameters of this optimizer.
+        total: Total size of the recorded parameters of all optimizers.
+        first_block: Number of the first block that this optimizer trains.
+        preconditioner: The preconditioner of its rows, or ``None`` for raw rows.
+        shares: Cached shares per parameter group, keyed by the group sizes.
     """
 
     sizes: Mapping[Parameter, int]
     total: int
-    owner: int
+    first_block: int
     preconditioner: PartialPreconditioner | None
     shares: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
 
@@ -36,44 +36,46 @@ class HyperparameterReader:
     def of(
         cls, selection: LayerSelection, preconditioner: PartialPreconditioner | None
     ) -> HyperparameterReader:
-        """Look at all recorded layers, with those that the optimizer trains."""
-        own = [source for block_sources in selection.sources for source in block_sources[:1]]
+        """Create the reader from all recorded layers, with the sources of this optimizer."""
+        sources = [source for block_sources in selection.sources for source in block_sources[:1]]
         return cls(
-            sizes={one: int(one.numel()) for source in own for one in source.parameters()},
+            sizes={p: int(p.numel()) for source in sources for p in source.parameters()},
             total=sum(block.size for block in selection.blocks),
-            owner=next(n for n, block_sources in enumerate(selection.sources) if block_sources),
+            first_block=next(n for n, part in enumerate(selection.sources) if part),
             preconditioner=preconditioner,
         )
 
     def read(self, optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
-        """Return the hyper-parameters of every parameter group, with what is recorded of it."""
-        is_known = self.preconditioner is not None and self.preconditioner.are_known()
-        descent = float(is_known or isinstance(optimizer, SGD | ASGD))
+        """Return the hyper-parameters of every group, with its share of recorded parameters."""
+        is_adaptive = self.preconditioner is not None and self.preconditioner.is_adaptive()
+        descent = float(is_adaptive or isinstance(optimizer, SGD | ASGD))
         pairs = zip(read_groups(optimizer), self._shares(optimizer), strict=True)
         return tuple(
-            replace(one, share=share, descent=descent, owner=float(self.owner))
-            for one, share in pairs
+            replace(group, share=share, descent=descent, owner=float(self.first_block))
+            for group, share in pairs
         )
 
     def _shares(self, optimizer: Optimizer) -> list[float]:
         groups = [group["params"] for group in optimizer.param_groups]
-        numbers = tuple(map(len, groups))
-        if numbers not in self.shares:
-            sizes = [sum(self.sizes.get(one, 0) for one in group) for group in groups]
-            self.shares[numbers] = [size / self.total for size in sizes]
-        return self.shares[numbers]
+        group_sizes = tuple(map(len, groups))
+        if group_sizes not in self.shares:
+            recorded = [
+                sum(self.sizes.get(parameter, 0) for parameter in group) for group in groups
+            ]
+            self.shares[group_sizes] = [size / self.total for size in recorded]
+        return self.shares[group_sizes]
 
 
 def read_groups(optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
-    """Return the hyper-parameters of every parameter group as they stand."""
+    """Return the current hyper-parameters of every parameter group."""
     return tuple(_read_group(group) for group in optimizer.param_groups)
 
 
 def require_one_rate(optimizer: Optimizer) -> None:
-    """Raise if the parameter groups' learning rates differ.
+    """Check that all parameter groups have the same learning rate.
 
     Raises:
-        ValueError: Saying which there are.
+        ValueError: If they differ; lists the rates.
     """
     rates = sorted({group.lr for group in read_groups(optimizer)})
     if len(rates) > 1:
@@ -85,7 +87,7 @@ def require_one_rate(optimizer: Optimizer) -> None:
 
 
 def _read_group(group: Mapping[str, Any]) -> ParameterGroup:
-    # Others have none, or three, as Adan does: of these the first two.
+    # Some optimizers have no betas. Adan has three, of which the first two are used.
     betas: Sequence[float] = group.get("betas", ())
     beta1, beta2, *_ = (*betas, 0.0, 0.0)
     eps = group.get("eps", 0.0)
@@ -96,7 +98,7 @@ def _read_group(group: Mapping[str, Any]) -> ParameterGroup:
         dampening=float(group.get("dampening", 0.0)),
         beta1=float(beta1),
         beta2=float(beta2),
-        # Adafactor has a pair: neither is what others add to a denominator.
+        # Adafactor has a pair; neither is the term that others add to a denominator.
         eps=0.0 if isinstance(eps, tuple | list) else float(eps),
         nesterov=float(group.get("nesterov", False)),
         decoupled=float(group.get("decoupled_weight_decay", False)),

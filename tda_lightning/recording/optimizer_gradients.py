@@ -1,10 +1,20 @@
-"""Gradients of a step: taken beforehand, watched cheaply, joined with those of other batches."""
+r"""Gradients of an optimizer's step: computed before it, measured, scaled, clipped and joined.
+
+Clipping by value changes the direction of a gradient :math:`g`, so no common factor of all samples
+reproduces it. The multiple of :math:`g` that is nearest to the clipped gradient has the factor
+
+.. math:: c = \langle \mathrm{clip}(g), \, g \rangle \; / \; \langle g, \, g \rangle
+
+which is 1 where nothing was clipped.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -13,44 +23,52 @@ from tda_lightning.gradients.capture import capture_paused
 
 
 def gradients_of(loss: Tensor, parameters: Sequence[Parameter]) -> dict[Parameter, Tensor]:
-    """Return the gradients of the parameters that the loss depends on; its graph is kept."""
+    """Return the gradients of the parameters that the loss depends on, and retain its graph."""
     try:
         with capture_paused():
-            found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise ValueError(
-            "The gradient of the first steps could not be taken beforehand, which the coordinates "
-            f"of an adaptive optimizer need: {error} Expected a loss that can be differentiated "
-            "twice over one graph. Use checkpointing with `use_reentrant=False`, or record raw "
-            "rows with `GradientRecorder(preconditioner='none')`."
+            "The gradient of the first steps could not be computed before their backward pass, "
+            f"which the coordinates of an adaptive optimizer need: {error} Expected a loss that "
+            "can be differentiated twice over one graph. Use checkpointing with "
+            "`use_reentrant=False`, or record raw rows with "
+            "`GradientRecorder(preconditioner='none')`."
         ) from error
-    pairs = zip(parameters, found, strict=True)
-    return {parameter: grad for parameter, grad in pairs if grad is not None}
+    pairs = zip(parameters, gradients, strict=True)
+    return {parameter: gradient for parameter, gradient in pairs if gradient is not None}
 
 
-def joined(parts: Sequence[Tensor | None], factors: Sequence[float] | None = None) -> Tensor | None:
-    """Join what the batches of a step left, on the CPU; nothing, if one of them left nothing."""
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
+def concatenated(
+    parts: Sequence[Tensor | None], factors: Sequence[float] | None = None
+) -> Tensor | None:
+    """Concatenate the parts of a step's batches on the CPU; ``None`` if a part is missing.
+
+    Args:
+        parts: One part per batch.
+        factors: Factor of each part; 1 by default.
+    """
+    tensors = [part for part in parts if part is not None]
+    if len(tensors) < len(parts):
         return None
     if factors is not None:
-        pairs = zip(known, factors, strict=True)
-        known = [part if factor == 1 else part * factor for part, factor in pairs]
-    return (torch.cat(known) if len(known) > 1 else known[0]).cpu()
+        pairs = zip(tensors, factors, strict=True)
+        tensors = [part if factor == 1 else part * factor for part, factor in pairs]
+    return (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).cpu()
 
 
-def smallest_with_gradient(parameters: Iterable[Parameter]) -> Parameter | None:
-    """Choose a gradient that is cheap to watch; clipping by norm scales all alike."""
+def first_with_gradient(parameters: Iterable[Parameter]) -> Parameter | None:
+    """Return the first parameter whose gradient is not zero, or ``None``."""
     for parameter in parameters:
         if parameter.grad is not None and bool(parameter.grad.any()):
             return parameter
     return None
 
 
-def by_size(optimizer: Optimizer) -> list[Parameter]:
-    """Return everything that an optimizer trains, the smallest first."""
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
-    return sorted(parameters, key=lambda one: int(one.numel()))
+def parameters_by_size(optimizer: Optimizer) -> list[Parameter]:
+    """Return all parameters of an optimizer, the smallest first."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return sorted(parameters, key=lambda parameter: int(parameter.numel()))
 
 
 def gradient_norm(parameter: Parameter) -> Tensor:
@@ -61,8 +79,76 @@ def gradient_norm(parameter: Parameter) -> Tensor:
 
 
 def clip_coefficient(probe: Parameter | None, norm: Tensor | None) -> Tensor:
-    """Return what a gradient was multiplied by since it had that norm."""
+    """Return the factor by which a gradient was scaled since it had that norm."""
     if probe is None or norm is None or probe.grad is None:
         return torch.ones((), dtype=torch.float64)
     # `.grad` survives, clipped, until the next step's `zero_grad`.
     return gradient_norm(probe) / norm
+
+
+@dataclass(frozen=True)
+class ValueClipping:
+    """The effect of clipping by value on a gradient.
+
+    Attributes:
+        factor: Factor of the multiple of the gradient that is nearest to the clipped gradient.
+        cosine: Cosine of the angle between the gradient before and after clipping.
+    """
+
+    factor: float
+    cosine: float
+
+
+def value_clipping_of(parameters: Iterable[Parameter], bound: float) -> ValueClipping:
+    """Predict the effect of clipping by value on the joint gradient of the parameters."""
+    gradients = [p.grad.detach() for p in parameters if p.grad is not None]
+    products = [_products(gradient.flatten().double(), bound) for gradient in gradients]
+    lost, square, square_after = torch.stack(products).sum(dim=0).tolist() if products else (0,) * 3
+    if square == 0:
+        return ValueClipping(factor=1.0, cosine=1.0)
+    # Computed from the clipped-off part, which is exactly zero where nothing is clipped.
+    factor = 1 - lost / square
+    return ValueClipping(factor, factor * (square / square_after) ** 0.5)
+
+
+def _products(gradient: Float[Tensor, " n"], bound: float) -> Tensor:
+    clipped = gradient.clamp(-bound, bound)
+    return torch.stack([(gradient - clipped) @ gradient, gradient @ gradient, clipped @ clipped])
+
+
+class GradientScale:
+    """Measures the factor by which the gradients of a step were scaled since the backward pass.
+
+    Args:
+        probe: A parameter with a gradient, if there is one; clipping by norm scales all alike.
+        norm: The norm of its gradient before any scaling.
+    """
+
+    def __init__(self, probe: Parameter | None, norm: Tensor | None) -> None:
+        self._probe, self._norm = probe, norm
+        self._factor_before = 1.0
+
+    def factor(self) -> float:
+        """Return the factor up to now."""
+        return self._factor_before * float(clip_coefficient(self._probe, self._norm))
+
+    def before_value_clipping(self, parameters: Iterable[Parameter], bound: float) -> ValueClipping:
+        """Account for clipping by value that is about to happen, and return its effect.
+
+        Args:
+            parameters: The parameters that the factor is for.
+            bound: Largest absolute value after clipping.
+        """
+        clipping = value_clipping_of(parameters, bound)
+        self._factor_before = self.factor() * clipping.factor
+        if self._probe is not None:
+            self._norm = clipped_norm(self._probe, bound)
+        return clipping
+
+
+def clipped_norm(parameter: Parameter, bound: float) -> Tensor:
+    """Return the norm that a parameter's gradient will have after clipping by value."""
+    assert parameter.grad is not None
+    clipped = parameter.grad.clamp(-bound, bound)
+    norm: Tensor = torch.linalg.vector_norm(clipped, dtype=torch.float64)
+    return norm

@@ -1,4 +1,4 @@
-"""Lane: the steps of one optimizer."""
+"""OptimizerRecorder: record the steps of one optimizer with the layers that it trains."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tda_lightning.recording.optimizer_layers import parameters_of
 from tda_lightning.recording.preconditioning import JointPreconditioner, PartialPreconditioner
 from tda_lightning.recording.step_builder import StepBuilder
 
-# A gradient that is clipped by value and keeps this cosine with what it was is as good as scaled.
-_STRAIGHT = 0.99
+# Clipping by value that leaves a gradient's cosine above this counts as scaling.
+_MIN_COSINE = 0.99
 
 
 @dataclass(frozen=True)
 class RecordingSettings:
-    """What all lanes have in common.
+    """Settings that the recorders of all optimizers share.
 
     Attributes:
-        optimization: Who takes the steps: Lightning, or the user.
-        rows: Makes what records the rows of some layers.
+        optimization: Whether Lightning or the user's ``training_step`` takes the steps.
+        rows: Creates the row recorder of some layers.
         reduction: How the training loss combines the samples of a batch.
-        preconditioner: Whose coordinates rows are in.
-        audit: Audit every so many recorded steps of each optimizer.
-        processes: Who else records this training.
+        preconditioner: Whether rows are in the optimizer's coordinates.
+        audit: Audit every n-th recorded step of each optimizer.
+        distributed: The other processes of this training.
         warn: Called with the text of a warning.
     """
 
@@ -45,13 +45,19 @@ class RecordingSettings:
 
 
 class OptimizerRecorder:
-    """The steps of one optimizer.
+    """Records the steps of one optimizer.
 
     Args:
         optimizer: The optimizer.
-        selection: All recorded layers, with those that feed this lane.
-        settings: What all lanes have in common.
-        whole: Where the coordinates of all lanes come together.
+        selection: All recorded layers, with the sources that this optimizer trains.
+        settings: Settings that all optimizers share.
+        joint: Holds the preconditioners of all optimizers together.
+
+    Attributes:
+        steps_taken: Number of steps that the optimizer has taken.
+        every_n_steps: Record every n-th of them.
+        rows: Records the rows of a batch.
+        builder: Builds the steps.
     """
 
     def __init__(
@@ -59,17 +65,17 @@ class OptimizerRecorder:
         optimizer: Optimizer,
         selection: LayerSelection,
         settings: RecordingSettings,
-        whole: JointPreconditioner,
+        joint: JointPreconditioner,
     ) -> None:
         self.optimizer = optimizer
-        self._warn = settings.warn
-        self.taken = 0
-        self._trained = self._count_trained()
-        self._has_warned_of_bend = False
+        self.steps_taken = 0
         self.every_n_steps = 1
+        self._warn = settings.warn
+        self._n_trained = self._count_trained()
+        self._has_warned_of_clipping = False
         preconditioner = None
         if settings.preconditioner == "optimizer":
-            preconditioner = PartialPreconditioner(optimizer, selection, whole)
+            preconditioner = PartialPreconditioner(optimizer, selection, joint)
         is_manual = settings.optimization == "manual"
         self.rows = settings.rows(selection, "several" if is_manual else "one")
         builder = partial(ManualStepBuilder, optimizer, self.is_due) if is_manual else StepBuilder
@@ -83,32 +89,33 @@ class OptimizerRecorder:
         )
 
     def is_due(self) -> bool:
-        """Say whether the next step is to be recorded."""
-        return self.taken % self.every_n_steps == 0
+        """Return whether the next step is to be recorded."""
+        return self.steps_taken % self.every_n_steps == 0
 
-    def warn_of_more(self) -> None:
-        """Say once if parameters have come to be trained since recording began."""
-        more, self._trained = self._count_trained() - self._trained, self._count_trained()
-        if more > 0:
+    def warn_of_unrecorded_parameters(self) -> None:
+        """Warn once if more parameters are trained now than when recording began."""
+        before, self._n_trained = self._n_trained, self._count_trained()
+        if self._n_trained > before:
             self._warn(
-                f"GradientRecorder: {more} parameters of the {type(self.optimizer).__name__} are "
-                "not recorded, since they were not trained when recording began."
+                f"GradientRecorder: {self._n_trained - before} parameters of the "
+                f"{type(self.optimizer).__name__} are not recorded, since they were not trained "
+                "when recording began."
             )
 
     def before_clipping(self, index: int, bound: float) -> None:
-        """Follow a clipping by value, and say once if it does more than to scale a gradient."""
-        bend = self.builder.before_clipping(self.optimizer, bound)
-        # Not a number where gradients have overflowed: a step that is going to be skipped.
-        if bend is None or not bend.cosine < _STRAIGHT or self._has_warned_of_bend:
+        """Account for clipping by value, and warn once if it changes a gradient's direction."""
+        clipping = self.builder.before_clipping(self.optimizer, bound)
+        # The cosine is NaN if gradients have overflowed; such a step will be skipped.
+        if clipping is None or not clipping.cosine < _MIN_COSINE or self._has_warned_of_clipping:
             return
-        self._has_warned_of_bend = True
+        self._has_warned_of_clipping = True
         self._warn(
-            f"tda_lightning: clipping by value has bent the gradient of the "
-            f"{type(self.optimizer).__name__} in step {index:,} (cosine {bend.cosine:.2f}), which "
-            "no factor does that its samples have in common. Rows of such steps are as before "
-            f"clipping, times the factor that comes nearest (here {bend.factor:.2g}). For exact "
-            "ones, set `gradient_clip_algorithm='norm'`."
+            "tda_lightning: clipping by value has changed the direction of the gradient of the "
+            f"{type(self.optimizer).__name__} in step {index:,} (cosine {clipping.cosine:.2f}). No "
+            "single factor for all samples reproduces that. The rows of such steps are the rows "
+            f"before clipping, times the nearest factor (here {clipping.factor:.2g}). For exact "
+            "rows, set `gradient_clip_algorithm='norm'`."
         )
 
     def _count_trained(self) -> int:
-        return sum(one.requires_grad for one in parameters_of(self.optimizer))
+        return sum(parameter.requires_grad for parameter in parameters_of(self.optimizer))

@@ -1,14 +1,16 @@
-r"""Coordinates: where an adaptive optimizer is plain gradient descent.
+r"""Preconditioning: coordinates in which an adaptive optimizer is plain gradient descent.
 
 Adam moves along :math:`P g` with :math:`P = 1 / (\sqrt{\hat v} + \epsilon)`. In coordinates in
 which gradients are :math:`P^{1/2} g` its steps are gradient steps, so rows and queries are
-multiplied by :math:`P^{1/2}`. For that to cost nothing per sample, the second moment of each
-block's matrix is taken as row factor times column factor (Shazeer & Stern 2018, "Adafactor",
-section 3), :math:`\hat v_{ij} \approx r_i c_j`, and goes into the projection. Learning rates that
-differ between parameters go the same way: :math:`P` is relative to the largest rate.
+multiplied by :math:`P^{1/2}`. The second moment of each block's matrix is approximated by row
+factors times column factors, :math:`\hat v_{ij} \approx r_i c_j` (Shazeer & Stern 2018,
+"Adafactor", section 3). These are merged into the projection, so they cost nothing per sample.
+Learning rates that differ between parameters are treated the same way: :math:`P` is relative to
+the largest rate.
 
-While training is young, a second moment without the current gradient says next to nothing of it:
-until then the gradient is taken beforehand, later the moment is refreshed now and then.
+Early in training, the second moment depends strongly on the current gradient. For the first steps
+that gradient is therefore computed before the backward pass. Later the moment changes slowly, and
+is only refreshed from time to time.
 """
 
 from __future__ import annotations
@@ -26,55 +28,57 @@ from tda_lightning.stores.recipe import Block
 from tda_lightning.stores.step import Preconditioner
 
 _ADAPTIVE = (Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad)
-# Steps whose second moment is to include their own gradient.
-_WARM_UP = 20
-# After that it moves slowly: it is refreshed whenever training has grown by a twentieth.
-_GROWTH = 20
+# The second moment of these first steps includes the gradient of the step itself.
+_WARM_UP_STEPS = 20
+# Afterwards it is refreshed whenever the number of steps has grown by 1 / _REFRESH_DIVISOR.
+_REFRESH_DIVISOR = 20
 
 Gradients = Mapping[nn.Parameter, Tensor]
-# A parameter's group, and its learning rate over the largest.
+# A parameter's group, and its learning rate relative to the largest.
 _Group = tuple[Mapping[str, object], float]
 
 
 def has_preconditioner(optimizer: Optimizer) -> bool:
-    """Say whether the optimizer is gradient descent only in coordinates of its own."""
+    """Return whether the optimizer is gradient descent only in preconditioned coordinates."""
     is_plain = isinstance(optimizer, SGD) or not isinstance(optimizer, _ADAPTIVE)
     rates = {float(group["lr"]) for group in optimizer.param_groups}
     return not is_plain or len(rates) > 1
 
 
 class OptimizerPreconditioner:
-    """Follows the coordinates of an optimizer through training.
+    """Reads the preconditioner of an optimizer during training.
 
     Args:
         optimizer: The optimizer of the recorded parameters.
-        selection: What is recorded.
+        selection: The recorded layers.
     """
 
     def __init__(self, optimizer: Optimizer, selection: LayerSelection) -> None:
         self._optimizer = optimizer
         self._sources = [source for source, *_ in selection.sources]
-        self._parameters = [one for source in self._sources for one in source.parameters()]
+        self._parameters = [p for source in self._sources for p in source.parameters()]
         self._rates: list[float] = []
         self._refreshed = -1
         self._oldest: Tensor | None = None
 
     def is_due(self) -> bool:
-        """Say whether the next step has coordinates of its own."""
+        """Return whether the next step begins new coordinates."""
         age = self._age()
-        grown = age - self._refreshed >= max(_WARM_UP, self._refreshed // _GROWTH)
-        is_moving = self._is_adaptive() and (age < _WARM_UP or grown)
+        has_grown = age - self._refreshed >= max(
+            _WARM_UP_STEPS, self._refreshed // _REFRESH_DIVISOR
+        )
+        is_moving = self.is_adaptive() and (age < _WARM_UP_STEPS or has_grown)
         return self._refreshed < 0 or is_moving or self._relative_rates() != self._rates
 
     def needs_gradients(self) -> bool:
-        """Say whether they cannot be told without the gradient of the next step."""
-        return self._is_adaptive() and self._age() < _WARM_UP
+        """Return whether reading them requires the gradient of the next step."""
+        return self.is_adaptive() and self._age() < _WARM_UP_STEPS
 
     def read(self, gradients: Gradients) -> Preconditioner:
         """Return the coordinates of the next step.
 
         Args:
-            gradients: Gradient of the next step, where :meth:`needs_gradients`; else nothing.
+            gradients: Gradient of the next step if :meth:`needs_gradients`, else empty.
         """
         self._oldest = self._find_oldest()
         self._refreshed = self._age()
@@ -87,31 +91,32 @@ class OptimizerPreconditioner:
         )
 
     def state(self) -> dict[str, Any]:
-        """Return when they were read last, in builtins."""
+        """Return the step and the learning rates of the last reading, in builtins."""
         return {"refreshed": self._refreshed, "rates": list(self._rates)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from coordinates that were read before: :meth:`state` tells when."""
+        """Continue from the result of :meth:`state`."""
         self._refreshed, self._rates = int(state["refreshed"]), list(state["rates"])
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the recorded parameters."""
         return self._parameters
 
-    def _is_adaptive(self) -> bool:
+    def is_adaptive(self) -> bool:
+        """Return whether the optimizer is one of the supported adaptive ones."""
         return isinstance(self._optimizer, _ADAPTIVE)
 
     def _age(self) -> int:
-        """Return how many steps the optimizer has taken."""
+        """Return the number of steps that the optimizer has taken."""
         if self._oldest is None:
             self._oldest = self._find_oldest()
         return 0 if self._oldest is None else int(self._optimizer.state[self._oldest]["step"])
 
     def _find_oldest(self) -> Tensor | None:
-        """Return a parameter that has taken all steps: reading one number a step is enough."""
+        """Return the parameter with the most steps, so that later calls read one counter only."""
         states = self._optimizer.state
         stepped = [parameter for parameter, state in states.items() if "step" in state]
-        return max(stepped, key=lambda one: int(states[one]["step"]), default=None)
+        return max(stepped, key=lambda parameter: int(states[parameter]["step"]), default=None)
 
     def _relative_rates(self) -> list[float]:
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
@@ -120,22 +125,22 @@ class OptimizerPreconditioner:
 
     def _groups(self) -> dict[nn.Parameter, _Group]:
         pairs = zip(self._optimizer.param_groups, self._rates, strict=True)
-        return {one: (group, rate) for group, rate in pairs for one in group["params"]}
+        return {p: (group, rate) for group, rate in pairs for p in group["params"]}
 
     def _factors(
         self, source: BlockSource, groups: Mapping[nn.Parameter, _Group], gradients: Gradients
     ) -> tuple[Tensor, Tensor]:
         moments, rates = [], []
         for parameter in source.parameters():
-            group, rate = groups.get(parameter, ({}, 0.0))  # In no group: it never moves.
+            group, rate = groups.get(parameter, ({}, 0.0))  # Parameters in no group never move.
             moment = _second_moment(self._optimizer, group, parameter, gradients.get(parameter))
             moments.append(moment)
             rates.append(torch.full_like(moment, rate))
         rows, columns = rank_one(source.rule.layout(moments))
-        fast_rows, fast_columns = rank_one(source.rule.layout(rates))
+        rate_rows, rate_columns = rank_one(source.rule.layout(rates))
         return (
-            _power(rows, -0.25) * _power(fast_rows, 0.5),
-            _power(columns, -0.25) * _power(fast_columns, 0.5),
+            _power(rows, -0.25) * _power(rate_rows, 0.5),
+            _power(columns, -0.25) * _power(rate_columns, 0.5),
         )
 
 
@@ -155,7 +160,7 @@ def rank_one(
 
 
 def _power(values: Tensor, exponent: float) -> Tensor:
-    """Raise to a power; zero stays zero: what never had a gradient never moves."""
+    """Raise to a power. Zero stays zero: weights without a gradient so far have not moved."""
     return torch.where(values > 0, values.clamp_min(1e-38) ** exponent, 0)
 
 
@@ -165,7 +170,7 @@ def _second_moment(
     parameter: nn.Parameter,
     gradient: Tensor | None,
 ) -> Float[Tensor, ...]:
-    """Return what the optimizer divides the gradient by, squared; ones if it does not divide."""
+    """Return the square of the optimizer's denominator, or ones if it has none."""
     ones = torch.ones_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
     if not isinstance(optimizer, _ADAPTIVE) or not group:
         return ones.detach()
@@ -198,7 +203,7 @@ def _decay(group: Mapping[str, object]) -> float:
 
 
 class JointPreconditioner:
-    """The last known coordinates of every block; as they are, until an optimizer says otherwise."""
+    """Holds the latest coordinates of every block; ones until its optimizer provides some."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self._blocks = blocks
@@ -206,48 +211,44 @@ class JointPreconditioner:
         self._columns = [torch.ones(block.columns) for block in blocks]
 
     def load(self, preconditioner: Preconditioner) -> None:
-        """Take coordinates that were known before."""
+        """Set the coordinates of all blocks, to continue from a checkpoint."""
         sizes = [block.rows for block in self._blocks], [block.columns for block in self._blocks]
         self._rows = list(torch.split(preconditioner.rows, sizes[0]))
         self._columns = list(torch.split(preconditioner.columns, sizes[1]))
 
-    def with_part(self, numbers: Sequence[int], part: Preconditioner) -> Preconditioner:
-        """Take the coordinates of some blocks, and return those of all.
+    def update(self, numbers: Sequence[int], part: Preconditioner) -> Preconditioner:
+        """Replace the coordinates of some blocks, and return those of all blocks.
 
         Args:
-            numbers: Which blocks.
+            numbers: Numbers of these blocks.
             part: Their coordinates.
         """
         rows = torch.split(part.rows, [self._blocks[number].rows for number in numbers])
         columns = torch.split(part.columns, [self._blocks[number].columns for number in numbers])
-        for number, own_rows, own_columns in zip(numbers, rows, columns, strict=True):
-            self._rows[number], self._columns[number] = own_rows, own_columns
+        for number, block_rows, block_columns in zip(numbers, rows, columns, strict=True):
+            self._rows[number], self._columns[number] = block_rows, block_columns
         return Preconditioner(torch.cat(self._rows), torch.cat(self._columns))
 
 
 class PartialPreconditioner(OptimizerPreconditioner):
-    """Coordinates of one optimizer among several.
+    """Reads the preconditioner of one optimizer among several.
 
     Args:
         optimizer: The optimizer.
-        selection: All recorded layers, with those that it trains.
-        whole: Where the coordinates of all optimizers come together.
+        selection: All recorded layers, with the sources that this optimizer trains.
+        joint: Holds the coordinates of all optimizers together.
     """
 
     def __init__(
-        self, optimizer: Optimizer, selection: LayerSelection, whole: JointPreconditioner
+        self, optimizer: Optimizer, selection: LayerSelection, joint: JointPreconditioner
     ) -> None:
         pairs = list(enumerate(zip(selection.blocks, selection.sources, strict=True)))
         self._numbers = [number for number, (_, block_sources) in pairs if block_sources]
-        self._whole = whole
+        self._joint = joint
         blocks = tuple(block for _, (block, block_sources) in pairs if block_sources)
         sources = tuple(block_sources for block_sources in selection.sources if block_sources)
         super().__init__(optimizer, LayerSelection(blocks, sources, selection.left_out))
 
-    def are_known(self) -> bool:
-        """Say whether the optimizer's steps are gradient steps in these coordinates."""
-        return self._is_adaptive()
-
     def read(self, gradients: Gradients) -> Preconditioner:
-        """Return the coordinates of the next step, and the last known ones of other optimizers."""
-        return self._whole.with_part(self._numbers, super().read(gradients))
+        """Return the coordinates of the next step, with the latest ones of other optimizers."""
+        return self._joint.update(self._numbers, super().read(gradients))

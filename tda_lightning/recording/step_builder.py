@@ -1,6 +1,6 @@
-"""Session: from the events of one training to its steps, without a word of Lightning.
+"""StepBuilder: build steps from the events of one training; independent of Lightning.
 
-Micro-batches wait here until the optimizer step that they join.
+The rows of micro-batches wait here for the optimizer step that uses their gradients.
 """
 
 from __future__ import annotations
@@ -17,30 +17,40 @@ from torch.optim import Optimizer
 
 from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.row_recorder import BatchRows, RowRecorder
-from tda_lightning.recording.audits import Audited, begin_audit, finish_audit, require_conserved
-from tda_lightning.recording.clipping import GradientScale, ValueClipping
+from tda_lightning.recording.audits import (
+    AuditStart,
+    begin_audit,
+    finish_audit,
+    require_conserved,
+)
 from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.hyperparameters import HyperparameterReader
 from tda_lightning.recording.optimizer_gradients import (
-    by_size,
+    GradientScale,
+    ValueClipping,
+    concatenated,
+    first_with_gradient,
     gradient_norm,
     gradients_of,
-    joined,
-    smallest_with_gradient,
+    parameters_by_size,
 )
 from tda_lightning.recording.preconditioning import PartialPreconditioner
 from tda_lightning.stores.step import ParameterGroup, Preconditioner, Step
 
-# Labels are sampled from seeds of their own for every batch of every step.
+# Every batch of every step has a different seed for its sampled labels.
 _SEEDS_PER_STEP = 4096
 
 
 @dataclass(frozen=True)
-class Visits:
+class BatchVisits:
     """The visits of one batch.
 
-    ``weight`` is that of a sample's loss in the loss that was seen, and ``applied`` what the
-    optimizer used of that: not its loss scale, and the share of this process.
+    Attributes:
+        sample_ids: The samples of the batch.
+        weight: Weight of each sample's loss in the loss of the backward pass.
+        applied: Factor from the gradient of that loss to the gradient that the optimizer uses: it
+            removes the loss scale and contains the share of this process.
+        recorded: The recorded rows.
     """
 
     sample_ids: Int[Tensor, " n"]
@@ -62,11 +72,11 @@ class StepBuilder:
 
     Args:
         rows: Records the rows of a batch.
-        selection: All recorded layers, with those that the optimizer trains.
+        selection: All recorded layers, with the sources that this optimizer trains.
         reduction: How the training loss combines the samples of a batch.
-        preconditioner: The coordinates of the optimizer, unless rows are to be raw.
-        audit_every: Audit the first recorded step and every so many after it; 0 for the first only.
-        processes: Who else records this training.
+        preconditioner: The optimizer's preconditioner, or ``None`` for raw rows.
+        audit_every: Audit every n-th recorded step, from the first on; 0 for the first only.
+        distributed: The other processes of this training.
     """
 
     def __init__(
@@ -82,21 +92,22 @@ class StepBuilder:
         self._blocks = selection.blocks
         self._reduction = reduction
         self._preconditioner = preconditioner
-        self._recorded = HyperparameterReader.of(selection, preconditioner)
-        self._begun: Preconditioner | None = None
+        self._hyperparameters = HyperparameterReader.of(selection, preconditioner)
+        # The preconditioner that begins with the next step, until a step holds it.
+        self._new_preconditioner: Preconditioner | None = None
         self._audit_every = audit_every
         self._distributed = distributed
-        self._steps = 0
-        self._current: tuple[Int[Tensor, " n"], float] | None = None
+        self._n_recorded_steps = 0
+        self._current_batch: tuple[Int[Tensor, " n"], float] | None = None
         self._share = self._loss_scale = 1.0
-        self._pending: list[Visits] = []
+        self._pending: list[BatchVisits] = []
         self._facts: _Facts | None = None
         self._scale: GradientScale | None = None
-        self._audited: Audited | None = None
-        self._probes: list[Parameter] = []
+        self._audit_start: AuditStart | None = None
+        self._parameters_by_size: list[Parameter] = []
 
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
-        """Expect the forward pass of a batch.
+        """Prepare for the forward pass of a batch.
 
         Args:
             index: Number of optimizer steps taken so far.
@@ -104,58 +115,58 @@ class StepBuilder:
             share: Factor of its loss in the step's loss (less than 1 under accumulation).
         """
         self._rows.start(len(sample_ids))
-        self._expect_loss(index, sample_ids, share)
+        self._prepare_for_loss(index, sample_ids, share)
 
-    def _expect_loss(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
+    def _prepare_for_loss(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         n = len(sample_ids)
         self._share = share
-        self._current = (sample_ids, share / n if self._reduction == "mean" else share)
+        self._current_batch = (sample_ids, share / n if self._reduction == "mean" else share)
         if not self._pending and self._is_audit_due():
             self._rows.sum_blocks()
         batch = _SEEDS_PER_STEP * index + len(self._pending)
         self._rows.seed(batch * self._distributed.count + self._distributed.rank)
 
     def start_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
-        """Expect the backward pass of that batch's loss.
+        """Prepare for the backward pass of that batch's loss.
 
         Args:
             loss: The loss.
-            loss_scale: What it was multiplied by to keep small gradients from vanishing.
+            loss_scale: Factor that it contains to keep small gradients from vanishing.
         """
-        if self._current is not None:
+        if self._current_batch is not None:
             self._loss_scale = loss_scale
-            self._follow_coordinates(loss)
+            self._update_preconditioner(loss)
             self._rows.start_backward(loss)
 
-    def _follow_coordinates(self, loss: Tensor) -> None:
+    def _update_preconditioner(self, loss: Tensor) -> None:
         preconditioner = self._preconditioner
-        # A step has one set of coordinates: that of its first batch.
+        # All batches of a step share the coordinates of its first batch.
         if preconditioner is None or self._pending or not preconditioner.is_due():
             return
         gradients = {}
         if preconditioner.needs_gradients():
-            trained = [one for one in preconditioner.parameters() if one.requires_grad]
-            found = gradients_of(loss / self._share, trained)
+            trained = [p for p in preconditioner.parameters() if p.requires_grad]
+            local_gradients = gradients_of(loss / self._share, trained)
             mean, scale = self._distributed.mean, self._loss_scale
-            gradients = {parameter: mean(one) / scale for parameter, one in found.items()}
-        self._begun = preconditioner.read(gradients)
-        self._rows.precondition(self._begun)
+            gradients = {p: mean(gradient) / scale for p, gradient in local_gradients.items()}
+        self._new_preconditioner = preconditioner.read(gradients)
+        self._rows.precondition(self._new_preconditioner)
 
     def end_backward(self) -> None:
-        """Keep the rows of that batch for the step they will join."""
-        if self._current is not None:
-            self._pending.append(self._visits_of(*self._current))
-            self._current = None
+        """Collect the rows of that batch for the step that will use its gradient."""
+        if self._current_batch is not None:
+            self._pending.append(self._visits_of(*self._current_batch))
+            self._current_batch = None
 
-    def _visits_of(self, sample_ids: Int[Tensor, " n"], weight: float) -> Visits:
-        seen, applied = weight * self._loss_scale, self._applied()
-        return Visits(sample_ids, seen, applied, self._rows.end_backward())
+    def _visits_of(self, sample_ids: Int[Tensor, " n"], weight: float) -> BatchVisits:
+        weight, applied = weight * self._loss_scale, self._applied()
+        return BatchVisits(sample_ids, weight, applied, self._rows.end_backward())
 
     def _applied(self) -> float:
         return 1 / (self._loss_scale * self._distributed.count)
 
     def before_step(self, index: int, epoch: int, optimizer: Optimizer) -> None:
-        """Read what the optimizer is about to use; gradients are complete and not yet clipped."""
+        """Read the hyper-parameters of a step; its gradient is complete and not yet clipped."""
         if not self._pending:
             return
         self._watch_gradients(optimizer)
@@ -163,123 +174,125 @@ class StepBuilder:
             index=index,
             epoch=epoch,
             optimizer=type(optimizer).__name__,
-            groups=self._recorded.read(optimizer),
+            groups=self._hyperparameters.read(optimizer),
         )
 
     def before_clipping(self, optimizer: Optimizer, bound: float) -> ValueClipping | None:
-        """Follow what clipping by value is about to do to the gradients of a step.
+        """Account for clipping by value that is about to change the gradients of a step.
 
         Args:
-            optimizer: The optimizer that is going to take it.
-            bound: Largest absolute value to be left.
+            optimizer: The optimizer that will take the step.
+            bound: Largest absolute value after clipping.
 
         Returns:
-            What it does, or ``None`` if the step is not recorded.
+            The effect of clipping, or ``None`` if the step is not recorded.
         """
         if self._scale is None:
             return None
-        return self._scale.bend(self._rows.recorded_parameters(), bound)
+        return self._scale.before_value_clipping(self._rows.recorded_parameters(), bound)
 
     def _watch_gradients(self, optimizer: Optimizer) -> None:
-        """From now on, know what becomes of the gradients of this step, and audit it if due."""
+        """Start to measure the scaling of this step's gradients, and its audit if that is due."""
         if self._scale is None:
-            self._probes = self._probes or by_size(optimizer)
+            self._parameters_by_size = self._parameters_by_size or parameters_by_size(optimizer)
             self._scale = GradientScale(*self._probe())
-            self._audited = self._start_audit() if self._is_audit_due() else None
+            self._audit_start = self._begin_audit() if self._is_audit_due() else None
 
     def after_step(self) -> Step | None:
         """Return the step that was taken since the last call, or ``None`` if none was recorded."""
         if self._facts is None or self._scale is None:
             return None
-        facts, visits, scaled = self._facts, self._pending, self._scale.factor()
-        audit = None if self._audited is None else finish_audit(self._rows, self._audited)
-        self._forget_step()
-        self._steps += 1
-        factors = [one.applied * scaled for one in visits]
+        facts, batches, scale = self._facts, self._pending, self._scale.factor()
+        start = self._audit_start
+        audit = None if start is None else finish_audit(self._rows, start)
+        self._discard_step()
+        self._n_recorded_steps += 1
+        factors = [batch.applied * scale for batch in batches]
         weights = [
-            torch.full((len(one.sample_ids),), one.weight * factor)
-            for one, factor in zip(visits, factors, strict=True)
+            torch.full((len(batch.sample_ids),), batch.weight * factor)
+            for batch, factor in zip(batches, factors, strict=True)
         ]
-        sketch = joined([one.recorded.rows for one in visits], factors)
+        sketch = concatenated([batch.recorded.rows for batch in batches], factors)
         assert sketch is not None
-        begun, self._begun = self._begun, None
+        preconditioner, self._new_preconditioner = self._new_preconditioner, None
         return Step(
             index=facts.index,
             epoch=facts.epoch,
             optimizer=facts.optimizer,
             groups=facts.groups,
-            sample_ids=torch.cat([one.sample_ids for one in visits]),
+            sample_ids=torch.cat([batch.sample_ids for batch in batches]),
             weights=torch.cat(weights),
             sketch=sketch,
             audit=audit,
-            terms=joined([one.recorded.terms for one in visits]),
-            curvature=joined([one.recorded.curvature(one.weight) for one in visits]),
-            # Curvature goes with the loss, and a row is a square root of it.
-            curvature_rows=joined(
-                [one.recorded.curvature_rows for one in visits],
+            terms=concatenated([batch.recorded.terms for batch in batches]),
+            curvature=concatenated([batch.recorded.curvature(batch.weight) for batch in batches]),
+            # Curvature scales with the loss, and its rows with the square root.
+            curvature_rows=concatenated(
+                [batch.recorded.curvature_rows for batch in batches],
                 [factor**0.5 for factor in factors],
             ),
-            preconditioner=begun,
-            loss=_shared([one.recorded.loss for one in visits]),
+            preconditioner=preconditioner,
+            loss=_common_name([batch.recorded.loss for batch in batches]),
         )
 
     def _is_audit_due(self) -> bool:
-        return self._steps == 0 or bool(self._audit_every and self._steps % self._audit_every == 0)
+        steps, every = self._n_recorded_steps, self._audit_every
+        return steps == 0 or bool(every and steps % every == 0)
 
     def _probe(self) -> tuple[Parameter | None, Tensor | None]:
-        """Return a gradient that is cheap to watch, and its norm before it is clipped."""
-        probe = smallest_with_gradient(self._probes)
+        """Return the smallest parameter with a gradient, and its gradient norm before clipping."""
+        probe = first_with_gradient(self._parameters_by_size)
         return probe, None if probe is None else gradient_norm(probe)
 
     def _block_sums(self) -> Float[Tensor, "blocks k"]:
         return self._rows.block_sums()
 
-    def _start_audit(self) -> Audited:
+    def _begin_audit(self) -> AuditStart:
         assert self._scale is not None
         applied = self._applied() * self._scale.factor()
         recorded = self._distributed.add(self._block_sums() * applied)
-        audited = begin_audit(self._rows, recorded, self._probes)
-        if self._steps == 0:
-            require_conserved(self._blocks, recorded, audited.gradient)
-        return audited
+        start = begin_audit(self._rows, recorded, self._parameters_by_size)
+        if self._n_recorded_steps == 0:
+            require_conserved(self._blocks, recorded, start.gradient)
+        return start
 
     def forget_gradients(self) -> None:
-        """Forget the batches whose gradients are zeroed before any step has used them."""
+        """Discard the batches whose gradients are zeroed before a step has used them."""
         if self._pending:
-            self._forget_step()
+            self._discard_step()
             if self._is_audit_due():
                 self._rows.sum_blocks()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint should know of this session, in builtins."""
-        # Coordinates that no stored step holds yet cannot be found again: they are read anew.
-        is_stored = self._preconditioner is not None and self._begun is None
+        """Return the state for a checkpoint, in builtins."""
+        # A preconditioner that no stored step holds yet would be lost: read it again instead.
+        is_stored = self._preconditioner is not None and self._new_preconditioner is None
         return self._preconditioner.state() if self._preconditioner and is_stored else {}
 
     def resume(self, state: Mapping[str, Any], preconditioner: Preconditioner | None) -> None:
-        """Go on where a checkpoint was saved.
+        """Continue from a checkpoint.
 
         Args:
-            state: What :meth:`state` returned then.
-            preconditioner: Those of the last stored step.
+            state: The result of :meth:`state` in the checkpoint.
+            preconditioner: The preconditioner of the last stored step.
         """
         if self._preconditioner is not None and state and preconditioner is not None:
             self._preconditioner.load_state(state)
             self._rows.precondition(preconditioner)
 
     def drop_batch(self) -> None:
-        """Forget a batch whose loss never came, and a step that was never taken."""
-        if self._current is not None:
+        """Discard a batch without a backward pass, and a step that was not taken."""
+        if self._current_batch is not None:
             self._rows.end_backward()
-            self._current = None
+            self._current_batch = None
         if self._facts is not None:
-            self._forget_step()
+            self._discard_step()
 
-    def _forget_step(self) -> None:
-        self._facts = self._scale = self._audited = None
+    def _discard_step(self) -> None:
+        self._facts = self._scale = self._audit_start = None
         self._pending = []
 
 
-def _shared(words: Sequence[str]) -> str:
-    """Return the one word that is said throughout, or none."""
-    return words[0] if len(set(words)) == 1 else ""
+def _common_name(losses: Sequence[str]) -> str:
+    """Return the name of the loss if all batches have the same, else an empty string."""
+    return losses[0] if len(set(losses)) == 1 else ""

@@ -1,4 +1,4 @@
-"""Pace: how long a batch takes, what recording it adds, and the stride that is quick enough."""
+"""Timing: measure a batch and the time that recording adds, and choose a stride from them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
-# The first pass of either kind is slower than those that follow: memory is found, code is made.
-_TRIES = 2
+# The first pass of either kind is the slowest: memory is allocated, kernels are loaded.
+_N_TRIES = 2
 
 
 @dataclass(frozen=True)
 class BatchTiming:
-    """Seconds of a batch.
+    """The measured seconds of a batch.
 
     Attributes:
-        batch: Its forward and backward pass.
-        recording: What recording them adds.
+        batch: Time of the forward and backward pass.
+        recording: Time that recording adds.
     """
 
     batch: float
@@ -27,11 +27,11 @@ class BatchTiming:
 
     @property
     def overhead(self) -> float:
-        """What recording adds, as a share of the time without it."""
+        """Time that recording adds, as a share of the time without it."""
         return self.recording / self.batch
 
     def stride_within(self, max_overhead: float) -> int:
-        """Return the smallest stride at which recording adds no more than a share of the time.
+        """Return the smallest stride at which recording adds at most this share of the time.
 
         >>> BatchTiming(batch=0.012, recording=0.004).stride_within(0.1)
         4
@@ -39,73 +39,72 @@ class BatchTiming:
         return max(1, math.ceil(self.overhead / max_overhead))
 
     def describe(self) -> str:
-        """Say it in half a sentence.
+        """Return both times as text.
 
         >>> BatchTiming(batch=1.5, recording=0.004).describe()
         'a batch takes about 1.5 s, recording it adds about 4.0 ms (0 %)'
         """
         share = f"{100 * self.overhead:.0f} %"
         return (
-            f"a batch takes about {_spoken(self.batch)}, recording it adds about "
-            f"{_spoken(self.recording)} ({share})"
+            f"a batch takes about {_format_seconds(self.batch)}, recording it adds about "
+            f"{_format_seconds(self.recording)} ({share})"
         )
 
 
 class Stopwatch:
-    """Takes the time of work on one device.
+    """Measures the time of work on one device, and waits for it to finish.
 
     Args:
-        device: The device, which may lag behind the program.
+        device: The device, which may run asynchronously.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._begun = self._now()
+        self._start = self._now()
 
     def seconds(self) -> float:
-        """Return the time since the watch was made."""
-        return self._now() - self._begun
+        """Return the seconds since the stopwatch was created."""
+        return self._now() - self._start
 
     def _now(self) -> float:
-        wait = getattr(getattr(torch, self._device.type, None), "synchronize", _nothing)
+        wait = getattr(getattr(torch, self._device.type, None), "synchronize", _do_nothing)
         wait()
         return time.perf_counter()
 
 
-def take_pace(
+def measure(
     forward: float,
     plain: Callable[[], None],
     recorded: Callable[[], None],
-    made: Callable[[], float],
+    row_seconds: Callable[[], float],
     device: torch.device,
 ) -> BatchTiming:
-    """Take the time of both kinds of backward pass, and return what follows from it.
+    """Measure a plain and a recorded backward pass, and return the timing of a batch.
 
     Args:
-        forward: Seconds that the forward pass took.
-        plain: Goes back through the graph of a loss, and keeps it.
-        recorded: Does the same, and records.
-        made: Does so once more, and returns the seconds that making rows took.
-        device: Where they do so.
+        forward: Seconds of the forward pass.
+        plain: Runs a plain backward pass and retains the graph.
+        recorded: Runs a recorded backward pass and retains the graph.
+        row_seconds: Runs a recorded backward pass and returns the seconds spent on rows.
+        device: The device of the passes.
     """
-    times = [(_time(plain, device), _time(recorded, device)) for _ in range(_TRIES)]
-    backward, with_recording = (min(found) for found in zip(*times, strict=True))
-    # The one forward pass there is may have been a slow first one, and a budget is to be kept: none
-    # takes longer than its way back.
-    # A difference of two times is noise where others use the machine too; its largest part is not.
-    recording = max(with_recording - backward, made())
+    times = [(_time(plain, device), _time(recorded, device)) for _ in range(_N_TRIES)]
+    backward, with_recording = (min(tries) for tries in zip(*times, strict=True))
+    # On a busy machine a difference of two times is noise; the time spent on rows is not.
+    recording = max(with_recording - backward, row_seconds())
+    # Cap the forward time at the backward time: the only one measured may include warm-up.
     return BatchTiming(min(forward, backward) + backward, recording)
 
 
 def _time(work: Callable[[], None], device: torch.device) -> float:
-    watch = Stopwatch(device)
+    stopwatch = Stopwatch(device)
     work()
-    return watch.seconds()
+    return stopwatch.seconds()
 
 
-def _nothing() -> None:
-    """Wait for a device that does not lag behind, as far as torch says."""
+def _do_nothing() -> None:
+    """Return at once: a device without ``synchronize`` does not run asynchronously."""
 
 
-def _spoken(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"

@@ -1,4 +1,4 @@
-"""Lanes: one session for every optimizer, each with the layers that it trains."""
+"""TrainingRecorder: pass the events of a training on to the recorder of each optimizer."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tda_lightning.gradients.layers import LayerSelection
+from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.sketching.projectors import Projector
-from tda_lightning.recording.optimizer_layers import divided
+from tda_lightning.recording.optimizer_layers import split_by_optimizer
 from tda_lightning.recording.optimizer_recorder import OptimizerRecorder, RecordingSettings
 from tda_lightning.recording.preconditioning import JointPreconditioner
 from tda_lightning.stores.step import Preconditioner, Step
 
 
 class TrainingRecorder:
-    """Passes the events of a training on to the session of each optimizer.
+    """Records the steps of all optimizers of a training.
+
+    The order of events is :meth:`start_batch`, :meth:`start_backward`, :meth:`end_backward`,
+    :meth:`before_step`, :meth:`end_batch`.
 
     Args:
-        optimizers: All of them.
-        selection: What is recorded.
-        projector: What it is sketched with.
-        settings: What the lanes have in common.
-        keep: Called with every step that was taken.
+        optimizers: All optimizers.
+        selection: The recorded layers.
+        projector: Sketches their gradients.
+        settings: Settings that all optimizers share.
+        keep: Called with every recorded step, after the optimizer has taken it.
     """
 
     def __init__(
@@ -42,29 +46,36 @@ class TrainingRecorder:
         self.projector = projector
         self.settings = settings
         self._keep = keep
-        self._whole = JointPreconditioner(selection.blocks)
-        parts = [replace(selection, sources=own) for own in divided(selection, optimizers)]
+        self._joint_preconditioner = JointPreconditioner(selection.blocks)
+        parts = [
+            replace(selection, sources=part) for part in split_by_optimizer(selection, optimizers)
+        ]
         self._recorders = [
-            OptimizerRecorder(optimizer, part, settings, self._whole)
+            OptimizerRecorder(optimizer, part, settings, self._joint_preconditioner)
             for optimizer, part in zip(optimizers, parts, strict=True)
             if any(part.sources)
         ]
-        self._count = len(optimizers)
-        self._handles: list[Any] = []
-        self._passes = 0
+        self._n_optimizers = len(optimizers)
+        self._hooks: list[Any] = []
+        self._backward_passes = 0
+
+    @property
+    def rows(self) -> RowRecorder:
+        """The row recorder of the first optimizer."""
+        return self._recorders[0].rows
 
     @property
     def dimension(self) -> int:
         """Length ``k`` of a row."""
-        return self._recorders[0].rows.dimension
+        return self.rows.dimension
 
     @property
     def widths(self) -> tuple[int, ...] | None:
-        """Number of a row's columns that belong to each block, or ``None`` if they share them."""
-        return self._recorders[0].rows.widths
+        """Number of columns per block, or ``None`` if all blocks share the columns of a row."""
+        return self.rows.widths
 
     def attach(self, every_n_steps: int) -> None:
-        """Begin to listen.
+        """Attach all hooks.
 
         Args:
             every_n_steps: Record every n-th step of each optimizer.
@@ -72,70 +83,70 @@ class TrainingRecorder:
         for recorder in self._recorders:
             recorder.every_n_steps = every_n_steps
             recorder.rows.__enter__()
-            hook = recorder.optimizer.register_step_post_hook(self._step_taken(recorder))
-            self._handles.append(hook)
+            hook = recorder.optimizer.register_step_post_hook(self._after_step(recorder))
+            self._hooks.append(hook)
 
     def detach(self) -> None:
-        """Leave no trace."""
+        """Remove all hooks."""
         for recorder in self._recorders:
             recorder.rows.__exit__()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def is_recording(self) -> bool:
-        """Say whether a step that is being taken is to be recorded."""
+        """Return whether the next step of some optimizer is to be recorded."""
         return any(recorder.is_due() for recorder in self._recorders)
 
     def extra_backward(self, loss: Tensor, trained: Sequence[Parameter]) -> None:
-        """Do all that recording the backward pass of a loss will do, to no effect.
+        """Run the recorded backward pass of a loss without any effect, to measure its time.
 
         Args:
-            loss: The loss of an automatic step; its graph is kept.
-            trained: What the model trains.
+            loss: The loss of a step under automatic optimization; its graph is retained.
+            trained: The trained parameters.
         """
         for recorder in self._recorders:
             recorder.rows.extra_backward(loss, trained)
 
     def take_time(self, clock: Callable[[], float]) -> None:
-        """Take the time of making rows, by a clock, until :meth:`time_taken`."""
+        """Measure the time spent on rows with a clock, until :meth:`time_taken`."""
         for recorder in self._recorders:
             recorder.rows.take_time(clock)
 
     def time_taken(self) -> float:
-        """Return how long making rows took."""
+        """Stop measuring, and return the seconds spent on rows."""
         total = sum(recorder.rows.seconds for recorder in self._recorders)
         for recorder in self._recorders:
             recorder.rows.take_time(None)
         return total
 
     def record_every(self, every_n_steps: int) -> None:
-        """From now on, record every n-th step: the one that is being taken only if it is one."""
+        """Change the stride during a batch; its step is dropped unless the new stride hits it."""
         for recorder in self._recorders:
             recorder.every_n_steps = every_n_steps
             if not recorder.is_due():
                 recorder.builder.drop_batch()
 
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
-        """Expect the forward pass of a batch, where a step of it is to be recorded."""
-        self._passes = 0
+        """Prepare for the forward pass of a batch, where one of its steps is to be recorded."""
+        self._backward_passes = 0
         for recorder in self._recorders:
             if self.settings.optimization == "manual" or recorder.is_due():
                 recorder.builder.start_batch(index, sample_ids, share)
 
     def forget_gradients(self) -> None:
-        """Forget the rows of gradients that are about to be zeroed."""
+        """Discard the rows of gradients that are about to be zeroed."""
         for recorder in self._recorders:
             recorder.builder.forget_gradients()
 
     def start_backward(self, loss: Tensor, loss_scale: float) -> None:
-        """Expect the backward pass of a loss.
+        """Prepare for the backward pass of a loss.
 
         Raises:
-            ValueError: If it is the second one of an automatic step.
+            ValueError: If it is the second backward pass of a step under automatic optimization.
         """
-        self._passes += 1
-        if self._passes > 1 and self.settings.optimization == "automatic":
+        self._backward_passes += 1
+        if self._backward_passes > 1 and self.settings.optimization == "automatic":
             name = type(self._recorders[0].optimizer).__name__
             raise ValueError(
                 f"The {name} evaluates the loss more than once per step, so that no single "
@@ -146,33 +157,34 @@ class TrainingRecorder:
             recorder.builder.start_backward(loss, loss_scale)
 
     def end_backward(self) -> None:
-        """Collect the rows of that pass."""
+        """Collect the rows of that backward pass."""
         for recorder in self._recorders:
             recorder.builder.end_backward()
 
     def before_step(self, index: int, epoch: int, optimizer: Optimizer) -> None:
-        """Read what an optimizer is about to use."""
+        """Read the hyper-parameters that an optimizer is about to use."""
         for recorder in self._recorders:
             if recorder.optimizer is optimizer:
-                recorder.warn_of_more()
+                recorder.warn_of_unrecorded_parameters()
                 recorder.builder.before_step(index, epoch, optimizer)
-                recorder.taken += 1
+                recorder.steps_taken += 1
 
     def before_clipping(self, index: int, optimizer: Optimizer, bound: float) -> None:
-        """Follow what clipping by value is about to do to an optimizer's gradients."""
+        """Account for clipping by value that is about to change an optimizer's gradients."""
         for recorder in self._recorders:
             if recorder.optimizer is optimizer:
                 recorder.before_clipping(index, bound)
 
     def end_batch(self) -> None:
-        """Forget what came to nothing."""
+        """Discard the rows of a batch that led to no step."""
         for recorder in self._recorders:
             recorder.builder.drop_batch()
 
     def state(self) -> list[dict[str, Any]]:
-        """Return what a checkpoint should know, in builtins."""
+        """Return the state of each optimizer's recorder for a checkpoint, in builtins."""
         return [
-            {"taken": recorder.taken, **recorder.builder.state()} for recorder in self._recorders
+            {"taken": recorder.steps_taken, **recorder.builder.state()}
+            for recorder in self._recorders
         ]
 
     def resume(
@@ -181,27 +193,26 @@ class TrainingRecorder:
         states: Sequence[Mapping[str, Any]],
         preconditioner: Preconditioner | None,
     ) -> None:
-        """Go on where a checkpoint was saved.
+        """Continue from a checkpoint.
 
         Args:
             steps: Number of steps that all optimizers have taken together.
-            states: What :meth:`state` returned then, or nothing.
-            preconditioner: Those of the last stored step.
+            states: The result of :meth:`state` in the checkpoint, or nothing.
+            preconditioner: The preconditioner of the last stored step.
         """
         if preconditioner is not None:
-            self._whole.load(preconditioner)
-        for recorder, state in zip(
-            self._recorders, states or [{}] * len(self._recorders), strict=True
-        ):
-            recorder.taken = state.get("taken", steps // self._count)
+            self._joint_preconditioner.load(preconditioner)
+        states = states or [{}] * len(self._recorders)
+        for recorder, state in zip(self._recorders, states, strict=True):
+            recorder.steps_taken = state.get("taken", steps // self._n_optimizers)
             rest = {key: value for key, value in state.items() if key != "taken"}
             recorder.builder.resume(rest, preconditioner)
 
-    def _step_taken(self, recorder: OptimizerRecorder) -> Callable[..., None]:
-        # A post hook: a step that a loss scale skips, or the model, never gets here.
-        def keep(*_: object) -> None:
+    def _after_step(self, recorder: OptimizerRecorder) -> Callable[..., None]:
+        # A post hook: it does not fire for steps that the loss scale or the model skips.
+        def hook(*_: object) -> None:
             step = recorder.builder.after_step()
             if step is not None:
                 self._keep(step)
 
-        return keep
+        return hook

@@ -1,4 +1,4 @@
-"""Budgets of disk and of time: they choose how many steps are recorded, and change nothing."""
+"""Budgets of disk and of time choose the stride of recording and change nothing else."""
 
 import re
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_models import Plain, Telling, loader, mlp, quiet_trainer, vectors
+from lightning_models import IndexedVectors, Plain, loader, mlp, quiet_trainer, vectors
 from manual_models import Manual
 from networks import Checkpointed
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
     pytest.mark.filterwarnings("ignore:.*steps before this checkpoint are not in the store"),
 ]
-# No limit that a step of these small models could ever break, and one that each of them breaks.
+# A limit that no step of these small models exceeds, and one that every step exceeds.
 LOOSE, TIGHT = 1e6, 1e-6
 
 
@@ -36,13 +36,13 @@ def test_a_budget_of_disk_chooses_the_stride(max_gb, stride, caplog):
     store = MemoryStore()
     recorder = GradientRecorder(store, max_gb=max_gb)
     with caplog.at_level("INFO"):
-        quiet_trainer(recorder, max_epochs=6).fit(Plain(mlp()), loader(Telling()))
+        quiet_trainer(recorder, max_epochs=6).fit(Plain(mlp()), loader(IndexedVectors()))
     assert store.recipe.every_n_steps == stride
     assert [step.index for step in store] == list(range(0, 18, stride))
     assert (f"one step in {stride}" in caplog.text) == (stride > 1)
 
 
-def test_a_budget_of_disk_needs_to_know_how_long():
+def test_a_budget_of_disk_needs_the_number_of_steps():
     recorder = GradientRecorder(MemoryStore(), max_gb=1.0, sample_ids=lambda batch: range(5))
     with pytest.raises(ValueError, match="`max_gb` cannot be kept"):
         quiet_trainer(recorder).fit(Plain(mlp()), DataLoader(vectors(), batch_size=5))
@@ -51,10 +51,10 @@ def test_a_budget_of_disk_needs_to_know_how_long():
 @pytest.mark.parametrize("overhead", [0.001, 0.1, 0.34, 1.0, 2.7])
 @pytest.mark.parametrize("limit", [0.01, 0.1, 0.5, 10.0])
 def test_the_stride_is_the_smallest_within_the_limit(overhead, limit):
-    pace = BatchTiming(batch=0.02, recording=0.02 * overhead)
-    stride = pace.stride_within(limit)
-    assert pace.overhead / stride <= limit
-    assert stride == 1 or pace.overhead / (stride - 1) > limit
+    timing = BatchTiming(batch=0.02, recording=0.02 * overhead)
+    stride = timing.stride_within(limit)
+    assert timing.overhead / stride <= limit
+    assert stride == 1 or timing.overhead / (stride - 1) > limit
 
 
 def train(recorder=None, *callbacks, optimizer=torch.optim.AdamW, resume=None, **settings):
@@ -63,7 +63,7 @@ def train(recorder=None, *callbacks, optimizer=torch.optim.AdamW, resume=None, *
     model = Plain(net, optimizer=lambda p: optimizer(p, lr=0.01))
     recorders = [] if recorder is None else [recorder]
     trainer = quiet_trainer(*recorders, *callbacks, **{"max_epochs": 3, **settings})
-    trainer.fit(model, loader(Telling()), ckpt_path=resume)
+    trainer.fit(model, loader(IndexedVectors()), ckpt_path=resume)
     return model
 
 
@@ -78,17 +78,17 @@ RECORDINGS = [{}, {"curvature": "fisher"}, {"curvature": "fisher", "curvature_sh
 )
 @pytest.mark.parametrize("limit", [LOOSE, TIGHT], ids=["loose", "tight"])
 def test_weights_are_bit_identical_under_a_budget_of_time(limit, settings, recording):
-    plain, after = train(**settings), torch.rand(1)
+    plain, next_random = train(**settings), torch.rand(1)
     recorder = GradientRecorder(MemoryStore(), max_overhead=limit, **recording)
     recorded = train(recorder, **settings)
-    assert torch.equal(torch.rand(1), after)
-    for one, other in zip(plain.parameters(), recorded.parameters(), strict=True):
-        assert torch.equal(one, other)
+    assert torch.equal(torch.rand(1), next_random)
+    for expected, weight in zip(plain.parameters(), recorded.parameters(), strict=True):
+        assert torch.equal(weight, expected)
 
 
 @pytest.mark.parametrize("recording", RECORDINGS, ids=str)
-def test_a_budget_of_time_changes_nothing_in_the_steps_it_leaves(recording):
-    """Labels are sampled from seeds of their own: these are drawn as if there were no budget."""
+def test_a_budget_of_time_does_not_change_the_recorded_steps(recording):
+    """Labels are sampled from a separate random stream, so they do not depend on the budget."""
     plain, limited = MemoryStore(), MemoryStore()
     train(GradientRecorder(plain, projector=Identity(), every_n_steps=2, audit=2, **recording))
     train(
@@ -106,31 +106,32 @@ def test_a_budget_of_time_changes_nothing_in_the_steps_it_leaves(recording):
     assert all(map(same, limited, plain))
 
 
-class Witness(pl.Callback):
-    """What has been said before the first optimizer step."""
+class LogBeforeFirstStep(pl.Callback):
+    """Store the text that is logged before the first optimizer step."""
 
     def __init__(self, caplog):
-        self.caplog, self.heard = caplog, None
+        self.caplog, self.text = caplog, None
 
     def on_before_optimizer_step(self, *_):
-        self.heard = self.heard or self.caplog.text
+        self.text = self.text or self.caplog.text
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_the_first_batch_says_what_steps_take_and_no_other_does(batches, caplog):
-    witness = Witness(caplog)
+def test_only_the_first_batch_logs_the_time_of_recording(batches, caplog):
+    before_first_step = LogBeforeFirstStep(caplog)
     with caplog.at_level("INFO"):
-        train(GradientRecorder(MemoryStore()), witness, accumulate_grad_batches=batches)
-    said = re.findall(
-        r"a batch takes about [\d.]+ m?s, recording it adds about [\d.]+ m?s \(\d+ %\), to go by",
-        witness.heard,
+        train(GradientRecorder(MemoryStore()), before_first_step, accumulate_grad_batches=batches)
+    messages = re.findall(
+        r"a batch takes about [\d.]+ m?s, recording it adds about [\d.]+ m?s \(\d+ %\), "
+        r"measured in the first",
+        before_first_step.text,
     )
-    assert len(said) == 1
+    assert len(messages) == 1
     assert caplog.text.count("a batch takes about") == 1
 
 
-def test_what_the_first_batch_took_is_its_time_and_the_part_of_its_rows(caplog):
-    """Made slow on purpose: a layer takes its time forward, and its rows take more."""
+def test_the_logged_times_are_those_of_the_batch_and_of_its_rows(caplog):
+    """A layer sleeps 50 ms in its forward pass, and 200 ms when its rows are computed."""
 
     class Slow(torch.nn.Linear):
         def forward(self, x):
@@ -145,36 +146,36 @@ def test_what_the_first_batch_took_is_its_time_and_the_part_of_its_rows(caplog):
     with caplog.at_level("INFO"):
         net = torch.nn.Sequential(Slow(7, 5), torch.nn.Linear(5, 3))
         quiet_trainer(GradientRecorder(MemoryStore()), max_steps=2).fit(
-            Plain(net), loader(Telling())
+            Plain(net), loader(IndexedVectors())
         )
-    said = re.findall(r"about ([\d.]+) (m?s)", caplog.text)
-    batch, recording = (float(number) * {"ms": 1, "s": 1000}[unit] for number, unit in said)
+    times = re.findall(r"about ([\d.]+) (m?s)", caplog.text)
+    batch, recording = (float(number) * {"ms": 1, "s": 1000}[unit] for number, unit in times)
     assert batch >= 50
     assert recording >= 200
 
 
 @pytest.mark.parametrize("make", [lambda _: MemoryStore(), lambda folder: HDF5Store(folder / "r")])
-def test_the_stride_is_said_before_the_first_step_and_stands_in_the_store(make, tmp_path, caplog):
-    store, witness = make(tmp_path), Witness(caplog)
+def test_the_stride_is_logged_before_the_first_step_and_stored(make, tmp_path, caplog):
+    store, before_first_step = make(tmp_path), LogBeforeFirstStep(caplog)
     with caplog.at_level("INFO"):
-        train(GradientRecorder(store, max_overhead=TIGHT), witness)
-    said = re.search(
+        train(GradientRecorder(store, max_overhead=TIGHT), before_first_step)
+    message = re.search(
         r"a batch takes about [\d.]+ m?s, recording it adds about [\d.]+ m?s \(\d+ %\); "
         r"recording one step in ([\d,]+), to add no more than 0.0001 %; see `max_overhead`",
-        witness.heard,
+        before_first_step.text,
     )
-    stride = int(said[1].replace(",", ""))
+    stride = int(message[1].replace(",", ""))
     assert stride > 9
     assert store.recipe.every_n_steps == stride
     assert [step.index for step in store] == [0]
-    # Disk is spoken of when the stride is known, and once.
+    # The size on disk is logged once, after the stride is known.
     assert caplog.text.count(" MiB in all") == 1
-    assert witness.heard.index(" MiB in all") > witness.heard.index(said[0])
+    assert before_first_step.text.index(" MiB in all") > before_first_step.text.index(message[0])
     if isinstance(store, HDF5Store):
         assert HDF5Store.open(store.path).recipe.every_n_steps == stride
 
 
-def test_where_there_is_time_every_step_is_recorded(caplog):
+def test_every_step_is_recorded_within_a_loose_limit(caplog):
     store = MemoryStore()
     with caplog.at_level("INFO"):
         train(GradientRecorder(store, max_overhead=LOOSE))
@@ -194,21 +195,21 @@ def test_the_larger_stride_wins(settings):
     assert tight.recipe.every_n_steps > 9
 
 
-def test_a_strided_run_answers_as_one_whose_stride_was_set():
+def test_a_chosen_stride_gives_the_scores_of_the_same_given_stride():
     chosen, given = MemoryStore(), MemoryStore()
     train(GradientRecorder(chosen, max_overhead=TIGHT))
     stride = chosen.recipe.every_n_steps
     model = train(GradientRecorder(given, every_n_steps=stride))
     scores = [
-        attribute(one, model, vectors()[:3], method=TracIn(), progress=False)
-        for one in (chosen, given)
+        attribute(store, model, vectors()[:3], method=TracIn(), progress=False)
+        for store in (chosen, given)
     ]
     assert torch.equal(scores[0].values, scores[1].values)
     assert scores[0].values.abs().max() > 0
 
 
 @pytest.mark.parametrize("limits", [(LOOSE, TIGHT), (TIGHT, LOOSE)], ids=["loose", "tight"])
-def test_a_run_that_is_continued_keeps_its_stride(limits, tmp_path, caplog):
+def test_a_resumed_run_keeps_its_stride(limits, tmp_path, caplog):
     first, then = limits
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     train(GradientRecorder(tmp_path / "run", max_overhead=first), saver, enable_checkpointing=True)
@@ -223,7 +224,7 @@ def test_a_run_that_is_continued_keeps_its_stride(limits, tmp_path, caplog):
     assert len({step.index for step in store}) == len(store) == (9 if first == LOOSE else 1)
 
 
-def test_the_stride_of_a_run_that_is_replaced_does_not_count(tmp_path):
+def test_the_stride_of_a_replaced_run_is_ignored(tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     train(GradientRecorder(MemoryStore()), saver, enable_checkpointing=True)
     other = MemoryStore()
@@ -233,7 +234,7 @@ def test_the_stride_of_a_run_that_is_replaced_does_not_count(tmp_path):
     assert other.recipe.every_n_steps > 9
 
 
-def test_a_run_that_begins_later_has_no_step_off_its_stride(tmp_path):
+def test_a_run_that_begins_at_a_checkpoint_records_no_step_off_its_stride(tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     train(None, saver, enable_checkpointing=True)
     store = MemoryStore()
@@ -242,14 +243,16 @@ def test_a_run_that_begins_later_has_no_step_off_its_stride(tmp_path):
     assert len(store) == 0
 
 
-def test_manual_optimization_has_no_budget_of_time():
+def test_a_budget_of_time_in_manual_optimization_is_refused():
     store = MemoryStore()
     with pytest.raises(ValueError, match="`max_overhead` cannot be kept in manual optimization"):
-        quiet_trainer(GradientRecorder(store, max_overhead=0.1)).fit(Manual(), loader(Telling()))
+        quiet_trainer(GradientRecorder(store, max_overhead=0.1)).fit(
+            Manual(), loader(IndexedVectors())
+        )
     assert store.run_id is None
 
 
-def test_a_graph_that_cannot_be_passed_twice_is_refused():
+def test_a_graph_without_a_second_backward_pass_is_refused():
     recorder = GradientRecorder(MemoryStore(), max_overhead=0.1)
     model = Plain(Checkpointed(True))
     with pytest.raises(ValueError, match=r"`max_overhead` cannot be kept.*use_reentrant=False"):
@@ -258,6 +261,6 @@ def test_a_graph_that_cannot_be_passed_twice_is_refused():
 
 
 @pytest.mark.parametrize("limit", [0.0, -0.1, float("nan")])
-def test_a_share_of_nothing_is_refused(limit):
+def test_a_limit_that_is_not_positive_is_refused(limit):
     with pytest.raises(ValueError, match="expected a share of the time of training above 0"):
         GradientRecorder(MemoryStore(), max_overhead=limit)

@@ -1,4 +1,4 @@
-"""ContributionTracker: exact sums over steps, in a training that does not notice."""
+"""ContributionTracker: exact sums over steps, in an unchanged training."""
 
 import csv
 import warnings
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_models import Diary, Plain, Telling, loader, mlp, quiet_trainer, vectors
+from lightning_models import IndexedVectors, Plain, TrainingLog, loader, mlp, quiet_trainer, vectors
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from resumption import Interrupted, Ordered, Skipping
+from resumption import EpochSampler, InterruptAt, ResumeSampler
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
@@ -32,8 +32,8 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-class Telltale(Diary):
-    """Keeps the ids of the batches, learning rates, and by how much gradients were clipped."""
+class SettingsLog(TrainingLog):
+    """Also store learning rates, clipping factors, and the number of batches before each step."""
 
     def __init__(self):
         super().__init__()
@@ -52,31 +52,31 @@ class Telltale(Diary):
 
 
 def gradients(model, weights, batch):
-    """Gradient of each sample's own loss, one row each: the reference."""
+    """Return the gradient of each sample's loss as rows, by ``vmap``."""
     net = {name.removeprefix("net."): value for name, value in weights.items()}
 
     def loss(w, x, y):
         return functional.cross_entropy(functional_call(model.net, w, (x[None],)), y[None])
 
-    found = vmap(grad(loss), in_dims=(None, 0, 0))(net, *batch)
-    return torch.cat([one.flatten(1) for one in found.values()], dim=1)
+    result = vmap(grad(loss), in_dims=(None, 0, 0))(net, *batch)
+    return torch.cat([gradient.flatten(1) for gradient in result.values()], dim=1)
 
 
-def exact(model, diary, data, probe, stride, accumulate):
-    """The sum over steps of learning rate times products of gradients, from their definition."""
+def exact(model, log, data, probe, stride, accumulate):
+    """Sum learning rate times products of gradients over steps, from the definition."""
     x, _ = data.tensors
     total = torch.zeros(len(probe), len(x), dtype=torch.float64)
     first = 0
-    for number, last in enumerate(diary.steps):
-        batches, weights = diary.batches[first:last], diary.weights[last - 1]
+    for number, last in enumerate(log.steps):
+        batches, weights = log.batches[first:last], log.weights[last - 1]
         first = last
         if number % stride:
             continue
-        asked = gradients(model, weights, probe.tensors)
+        query_gradients = gradients(model, weights, probe.tensors)
         for batch in batches:
-            ids = [int((x == one).all(dim=1).nonzero()) for one in batch[0]]
-            factor = diary.rates[number] * diary.clipped[number] * stride / len(ids) / accumulate
-            total[:, ids] += factor * asked @ gradients(model, weights, batch).mT
+            ids = [int((x == sample).all(dim=1).nonzero()) for sample in batch[0]]
+            factor = log.rates[number] * log.clipped[number] * stride / len(ids) / accumulate
+            total[:, ids] += factor * query_gradients @ gradients(model, weights, batch).mT
     return total
 
 
@@ -95,21 +95,21 @@ SETTINGS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:tda_lightning. clipping by value has bent")
+@pytest.mark.filterwarnings("ignore:tda_lightning. clipping by value has changed")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_contributions_are_the_sums_of_exact_gradient_products(name, tmp_path):
     arguments, settings = SETTINGS[name]
-    data, probe, diary = double_vectors(), double_vectors(18), Telltale()
+    data, probe, log = double_vectors(), double_vectors(18), SettingsLog()
     probe = TensorDataset(*probe[13:])
-    # Two batches of unlike sizes.
+    # Two batches of different sizes.
     tracker = ContributionTracker(
         loader(probe, 3, shuffle=False), tmp_path / "probe.npz", **arguments
     )
     model = Plain(mlp().double(), optimizer=sgd)
-    trainer = quiet_trainer(tracker, diary, precision="64-true", **settings)
+    trainer = quiet_trainer(tracker, log, precision="64-true", **settings)
     trainer.fit(model, loader(data))
     stride, accumulate = arguments.get("every_n_steps", 1), trainer.accumulate_grad_batches
-    expected = exact(model, diary, data, probe, stride, accumulate)
+    expected = exact(model, log, data, probe, stride, accumulate)
     assert expected.abs().max() > 1e-4
     torch.testing.assert_close(tracker.scores.values, expected, rtol=1e-8, atol=1e-12)
     assert tracker.scores.train_ids.tolist() == [*range(13)]
@@ -120,7 +120,7 @@ def test_contributions_are_the_sums_of_exact_gradient_products(name, tmp_path):
     assert Contributions.load(tmp_path / "probe.npz").times.tolist() == times
 
 
-def test_contributions_foretell_the_loss_of_small_steps(tmp_path):
+def test_contributions_predict_the_loss_of_small_steps(tmp_path):
     data, probe = double_vectors(), double_vectors(18)[13:]
     model = Plain(mlp().double(), optimizer=lambda p: torch.optim.SGD(p, lr=1e-4))
 
@@ -131,46 +131,46 @@ def test_contributions_foretell_the_loss_of_small_steps(tmp_path):
     before = losses()
     tracker = ContributionTracker(probe, tmp_path / "probe.npz")
     quiet_trainer(tracker, precision="64-true").fit(model, loader(data))
-    found = tracker.scores.values.sum(dim=1)
-    torch.testing.assert_close(found, before - losses(), rtol=5e-3, atol=1e-9)
+    predicted = tracker.scores.values.sum(dim=1)
+    torch.testing.assert_close(predicted, before - losses(), rtol=5e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_under_adam_contributions_are_those_of_tracin_at_the_weights_of_each_step(
     accumulate, tmp_path
 ):
-    store, diary, probe = MemoryStore(), Diary(), double_vectors(18)[13:]
+    store, log, probe = MemoryStore(), TrainingLog(), double_vectors(18)[13:]
     tracker = ContributionTracker(probe, tmp_path / "probe.npz")
     model = Plain(mlp().double(), optimizer=lambda p: torch.optim.Adam(p, lr=0.01))
     settings = {"accumulate_grad_batches": accumulate, "precision": "64-true", "max_epochs": 9}
     recorder = GradientRecorder(store, projector=Identity())
-    quiet_trainer(tracker, recorder, diary, **settings).fit(model, loader(double_vectors()))
+    quiet_trainer(tracker, recorder, log, **settings).fit(model, loader(double_vectors()))
     total = torch.zeros_like(tracker.scores.values)
-    taken = 0
+    n_batches = 0
     for position, step in enumerate(store):
-        model.load_state_dict(diary.weights[taken])
-        taken += accumulate if len(step.sample_ids) > 5 else 1
+        model.load_state_dict(log.weights[n_batches])
+        n_batches += accumulate if len(step.sample_ids) > 5 else 1
         rows = record_queries(model, probe, like=store, at=position)
         total += TracIn().attribute(store[position : position + 1], rows).values
-    assert taken == len(diary.weights)
+    assert n_batches == len(log.weights)
     torch.testing.assert_close(tracker.scores.values, total, rtol=1e-8, atol=1e-12)
 
 
-class Busy(Plain):
-    """Draws random numbers, and keeps batch statistics."""
+class Stochastic(Plain):
+    """Draw random numbers, and keep batch statistics."""
 
     def __init__(self, optimizer):
         net = nn.Sequential(mlp(), nn.BatchNorm1d(3), nn.Dropout(0.2))
         super().__init__(net, optimizer=optimizer)
 
     def training_step(self, batch, batch_idx):
-        # Not Python's own: the checks of types at run time draw from those.
+        # Not Python's `random`, which the runtime type checks use.
         noise = float(np.random.rand()) + torch.rand(())
         self.log("noise", noise)
         return self.loss(self.net(batch[0] + 0.1 * noise), batch[1])
 
 
-def train(optimizer, *callbacks, workers=0, model=Busy, **settings):
+def train(optimizer, *callbacks, workers=0, model=Stochastic, **settings):
     pl.seed_everything(5, verbose=False)
     trained = model(optimizer)
     extra = {"num_workers": workers, "persistent_workers": workers > 0}
@@ -200,13 +200,13 @@ def test_training_is_bit_identical_with_the_tracker(settings, mode, tmp_path):
     plain, tracked = train(adamw, **settings), train(adamw, tracker, **settings)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, tracked.state_dict()[name]), name
-    for one, other in zip(plain.parameters(), tracked.parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)
+    for expected, weight in zip(plain.parameters(), tracked.parameters(), strict=True):
+        assert torch.equal(weight.grad, expected.grad)
     assert tracker.scores.values.shape == (18, 13)
     assert tracker.scores.values.abs().sum() > 0
 
 
-def test_recorder_and_tracker_beside_each_other_find_what_each_would_alone(tmp_path):
+def test_recorder_and_tracker_together_give_the_results_of_each_alone(tmp_path):
     def tracker(name):
         return ContributionTracker(vectors(18)[13:], tmp_path / f"{name}.npz")
 
@@ -229,13 +229,13 @@ def test_recorder_and_tracker_beside_each_other_find_what_each_would_alone(tmp_p
     run(trackers[2], recorders[2])
     for number in (1, 2):
         torch.testing.assert_close(trackers[number].scores.values, trackers[0].scores.values)
-        for one, other in zip(recorders[0].store, recorders[number].store, strict=True):
-            torch.testing.assert_close(one.sketch, other.sketch)
-            torch.testing.assert_close(one.curvature_rows, other.curvature_rows)
+        for expected, step in zip(recorders[0].store, recorders[number].store, strict=True):
+            torch.testing.assert_close(step.sketch, expected.sketch)
+            torch.testing.assert_close(step.curvature_rows, expected.curvature_rows)
 
 
-def test_a_step_that_the_model_declines_contributes_nothing(tmp_path):
-    class Declines(Plain):
+def test_a_step_that_the_model_skips_contributes_nothing(tmp_path):
+    class SkipsStep(Plain):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
             if batch_idx == 1:
                 optimizer_closure()
@@ -243,11 +243,11 @@ def test_a_step_that_the_model_declines_contributes_nothing(tmp_path):
                 optimizer.step(closure=optimizer_closure)
 
     tracker = ContributionTracker(vectors()[:3], tmp_path / "probe.npz")
-    quiet_trainer(tracker).fit(Declines(mlp()), loader(vectors(), shuffle=False))
+    quiet_trainer(tracker).fit(SkipsStep(mlp()), loader(vectors(), shuffle=False))
     assert (tracker.scores.values != 0).any(dim=0).tolist() == [True] * 5 + [False] * 5 + [True] * 3
 
 
-def test_nothing_is_left_behind_and_a_failure_keeps_what_was_found(tmp_path):
+def test_a_failure_removes_all_hooks_and_writes_the_contributions(tmp_path):
     class Fails(Plain):
         def training_step(self, batch, batch_idx):
             if self.trainer.current_epoch == 1:
@@ -274,9 +274,9 @@ def test_curves_go_to_the_logger(tmp_path):
     trainer.fit(Plain(mlp()), loader(vectors()))
     file = Path(logger.experiment.metrics_file_path)
     rows = list(csv.DictReader(file.read_text().splitlines()))
-    kept = [row for row in rows if row["held-out/decrease"]]
-    assert [row["step"] for row in kept] == ["0", "2", "4"]
-    logged = [{k: float(v) for k, v in row.items() if k.startswith("held-out")} for row in kept]
+    tracked = [row for row in rows if row["held-out/decrease"]]
+    assert [row["step"] for row in tracked] == ["0", "2", "4"]
+    logged = [{k: float(v) for k, v in row.items() if k.startswith("held-out")} for row in tracked]
     total = 2 * sum(row["held-out/decrease"] for row in logged)
     assert total == pytest.approx(float(tracker.scores.values.sum(dim=1).mean()), rel=1e-5)
     assert all(0 <= row["held-out/negative_share"] <= 1 for row in logged)
@@ -286,15 +286,15 @@ def test_curves_go_to_the_logger(tmp_path):
 def test_a_trajectory_shows_when_a_sample_helped(tmp_path):
     tracker = ContributionTracker(vectors()[:3], tmp_path / "probe.npz")
     quiet_trainer(tracker, max_epochs=3).fit(Plain(mlp()), loader(vectors()))
-    found = tracker.contributions.trajectory([11, 2])
-    assert found.values.shape == (3, 2, 3)
-    assert found.per == "epoch"
-    torch.testing.assert_close(found.total(), tracker.scores.values[:, [11, 2]])
-    with pytest.raises(ValueError, match="Sample 99 is not among those"):
+    trajectory = tracker.contributions.trajectory([11, 2])
+    assert trajectory.values.shape == (3, 2, 3)
+    assert trajectory.per == "epoch"
+    torch.testing.assert_close(trajectory.total(), tracker.scores.values[:, [11, 2]])
+    with pytest.raises(ValueError, match="Sample 99 was not tracked"):
         tracker.contributions.trajectory([99])
 
 
-def test_ids_of_the_users_own_are_taken_in_as_they_come(tmp_path):
+def test_ids_of_a_user_function_are_stored_as_they_appear(tmp_path):
     tracker = ContributionTracker(
         vectors()[:5], tmp_path / "probe.npz", sample_ids=lambda batch: 100 * batch[1]
     )
@@ -307,7 +307,7 @@ def test_ids_of_the_users_own_are_taken_in_as_they_come(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", [sgd, lambda p: torch.optim.Adam(p, lr=0.01)])
-def test_a_resumed_training_goes_on_where_it_stopped(optimizer, tmp_path):
+def test_a_resumed_training_continues_the_contributions(optimizer, tmp_path):
     def run(name, epochs, *callbacks, **arguments):
         data = loader(vectors(), shuffle=False)
         tracker = ContributionTracker(vectors(18)[13:], tmp_path / "probe.npz", **arguments)
@@ -334,7 +334,7 @@ MID_EPOCH = {
     "plain": ({}, {}),
     "stride and periods of two": ({"every_n_steps": 2, "period": 2}, {}),
     "accumulation": ({"period": "run"}, {"accumulate_grad_batches": 2}),
-    "ids of the user's own": ({"sample_ids": lambda batch: 100 + batch[0][:, 0].long()}, {}),
+    "ids of a user function": ({"sample_ids": lambda batch: 100 + batch[0][:, 0].long()}, {}),
     "clipping": ({"mode": "train"}, {"gradient_clip_val": 0.05}),
 }
 
@@ -343,16 +343,21 @@ MID_EPOCH = {
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("optimizer", [sgd, lambda p: torch.optim.Adam(p, lr=0.01)])
 @pytest.mark.parametrize("name", MID_EPOCH)
-def test_interrupted_in_mid_epoch_the_table_is_that_of_one_training(name, optimizer, tmp_path):
+def test_an_interruption_in_mid_epoch_does_not_change_the_table(name, optimizer, tmp_path):
     arguments, settings = MID_EPOCH[name]
 
     def run(folder, until=None, resume=None):
-        sampler = Ordered(13, 2)
+        sampler = EpochSampler(13, 2)
         tracker = ContributionTracker(vectors(18)[13:], folder / "probe.npz", **arguments)
         saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
-        callbacks = [tracker, saver, Skipping(sampler), *([Interrupted(until)] if until else [])]
+        callbacks = [
+            tracker,
+            saver,
+            ResumeSampler(sampler),
+            *([InterruptAt(until)] if until else []),
+        ]
         trainer = quiet_trainer(*callbacks, max_epochs=4, enable_checkpointing=True, **settings)
-        data = DataLoader(Telling(), batch_size=2, sampler=sampler)
+        data = DataLoader(IndexedVectors(), batch_size=2, sampler=sampler)
         trainer.fit(Plain(mlp(), optimizer=optimizer), data, ckpt_path=resume)
         return tracker
 
@@ -362,11 +367,11 @@ def test_interrupted_in_mid_epoch_the_table_is_that_of_one_training(name, optimi
         with pytest.raises(RuntimeError, match="interrupted"):
             run(parts, until, resume)
         resume = parts / f"step={save}.ckpt"
-    found = run(parts, resume=resume).contributions
-    torch.testing.assert_close(found.values, whole.values, rtol=0, atol=0)
-    assert torch.equal(found.times, whole.times)
-    assert torch.equal(found.train_ids, whole.train_ids)
-    assert found.provenance == whole.provenance
+    resumed = run(parts, resume=resume).contributions
+    torch.testing.assert_close(resumed.values, whole.values, rtol=0, atol=0)
+    assert torch.equal(resumed.times, whole.times)
+    assert torch.equal(resumed.train_ids, whole.train_ids)
+    assert resumed.provenance == whole.provenance
     assert torch.equal(Contributions.load(parts / "probe.npz").values, whole.values)
 
 
@@ -382,7 +387,7 @@ def test_interrupted_in_mid_epoch_the_table_is_that_of_one_training(name, optimi
     ],
     ids=["period", "stride", "mode", "projector", "probe"],
 )
-def test_a_tracker_that_is_another_does_not_go_on(changed, message, tmp_path):
+def test_a_tracker_with_other_settings_does_not_resume(changed, message, tmp_path):
     def run(resume=None, **arguments):
         arguments = {"probe": vectors()[:5], "store": tmp_path / "probe.npz", **arguments}
         tracker = ContributionTracker(**arguments)
@@ -392,13 +397,13 @@ def test_a_tracker_that_is_another_does_not_go_on(changed, message, tmp_path):
         trainer.fit(Plain(mlp()), loader(vectors()), ckpt_path=resume)
 
     run()
-    kept = (tmp_path / "probe.npz").read_bytes()
+    content = (tmp_path / "probe.npz").read_bytes()
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "at.ckpt", **changed)
-    assert (tmp_path / "probe.npz").read_bytes() == kept
+    assert (tmp_path / "probe.npz").read_bytes() == content
 
 
-def test_a_training_that_is_fitted_further_goes_on(tmp_path):
+def test_a_second_fit_continues_the_contributions(tmp_path):
     tracker, model, data = (
         ContributionTracker(vectors(18)[13:], tmp_path / "probe.npz"),
         Plain(mlp()),
@@ -413,33 +418,55 @@ def test_a_training_that_is_fitted_further_goes_on(tmp_path):
     assert tracker.contributions.times.tolist() == [0, 1]
 
 
-def test_large_models_are_sketched_and_that_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("tda_lightning.callbacks.tracked_training._MOST_NUMBERS", 100)
+def test_large_models_are_sketched_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr("tda_lightning.callbacks.tracked_training._MAX_NUMBERS", 100)
     tracker = ContributionTracker(vectors()[:3], tmp_path / "probe.npz")
-    with pytest.warns(UserWarning, match="estimating their products from sketches"):
+    with pytest.warns(UserWarning, match="products are estimated from sketches"):
         quiet_trainer(tracker).fit(Plain(mlp()), loader(vectors()))
     assert "KroneckerCountSketch" in tracker.scores.provenance["projector"]
 
 
-def refused(match, tmp_path, probe=None, model=None, error=ValueError, **settings):
+def assert_refused(match, tmp_path, probe=None, model=None, error=ValueError, **settings):
     tracker = ContributionTracker(vectors()[:3] if probe is None else probe, tmp_path / "probe.npz")
     with pytest.raises(error, match=match):
         quiet_trainer(tracker, **settings).fit(model or Plain(mlp()), loader(vectors()))
 
 
-def test_what_cannot_be_followed_is_refused_before_the_first_batch(tmp_path):
+def test_unsupported_trainings_are_refused_before_the_first_batch(tmp_path):
     class Manual(Plain):
         def __init__(self):
             super().__init__(mlp())
             self.automatic_optimization = False
 
-    refused("manual optimization", tmp_path, model=Manual())
-    refused("shuffled loader", tmp_path, probe=loader(vectors()))
+    assert_refused("manual optimization", tmp_path, model=Manual())
+    assert_refused("shuffled loader", tmp_path, probe=loader(vectors()))
     empty = loader(TensorDataset(torch.zeros(0, 7)), shuffle=False)
-    refused("empty loader", tmp_path, probe=empty)
+    assert_refused("empty loader", tmp_path, probe=empty)
     (tmp_path / "probe.npz").touch()
-    refused("exists already", tmp_path, error=FileExistsError)
+    assert_refused("exists already", tmp_path, error=FileExistsError)
     with pytest.raises(ValueError, match="`every_n_steps` is 0"):
         ContributionTracker(None, tmp_path / "probe.npz", every_n_steps=0)
-    with pytest.raises(ValueError, match="Nothing has been followed yet"):
+    with pytest.raises(ValueError, match="Nothing has been tracked yet"):
         _ = ContributionTracker(None, tmp_path / "probe.npz").scores
+
+
+class TwoEvaluations(torch.optim.SGD):
+    """Evaluate the closure twice, as sharpness-aware minimisation does."""
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            closure()
+        return super().step(closure)
+
+
+def test_a_second_evaluation_of_the_loss_raises(tmp_path):
+    model = Plain(mlp(), optimizer=lambda p: TwoEvaluations(p, lr=0.1))
+    assert_refused("evaluates the loss more than once per step", tmp_path, model=model)
+
+
+def test_a_layer_that_is_trained_in_part_raises(tmp_path):
+    class WeightsOnly(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.ndim == 2], lr=0.1)
+
+    assert_refused("only in part", tmp_path, model=WeightsOnly(mlp()))

@@ -1,4 +1,4 @@
-"""From tuners before the first step to a full disk in the middle: training goes on undisturbed."""
+"""The recorder with tuners, weight averaging, copies, full disks and configuration files."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning_models import Diary, Plain, Telling, loader, mlp, quiet_trainer
+from lightning_models import IndexedVectors, Plain, TrainingLog, loader, mlp, quiet_trainer
 from pytorch_lightning import callbacks
 from pytorch_lightning.callbacks import (
     BatchSizeFinder,
@@ -26,14 +26,14 @@ class Tuned(Plain):
         self.batch_size, self.lr = 2, 0.1
 
     def train_dataloader(self):
-        return loader(Telling(), batch_size=self.batch_size)
+        return loader(IndexedVectors(), batch_size=self.batch_size)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
 @pytest.mark.filterwarnings("ignore:.*The .ckpt. .*|.*_try_loop.*")
-@pytest.mark.parametrize("place", ["before", "behind"])
+@pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize(
     "finder",
     [
@@ -42,22 +42,22 @@ class Tuned(Plain):
     ],
     ids=["batch size", "learning rate"],
 )
-def test_the_trials_of_a_tuner_are_not_recorded(finder, place, tmp_path, monkeypatch):
+def test_trials_of_a_tuner_are_not_recorded(finder, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    store, diary = MemoryStore(), Diary()
+    store, log = MemoryStore(), TrainingLog()
     recorder = GradientRecorder(store)
-    both = [recorder, finder()] if place == "before" else [finder(), recorder]
-    trainer = quiet_trainer(*both, diary, enable_checkpointing=True)
+    ordered = [recorder, finder()] if place == "before" else [finder(), recorder]
+    trainer = quiet_trainer(*ordered, log, enable_checkpointing=True)
     model = Tuned()
     trainer.fit(model)
-    told = [batch[0][:, 0].long().tolist() for batch in diary.batches]
-    assert [step.sample_ids.tolist() for step in store] == told
-    assert [step.index for step in store] == list(range(len(told)))
-    assert len(told) == 2 * -(-13 // model.batch_size)
+    ids = [batch[0][:, 0].long().tolist() for batch in log.batches]
+    assert [step.sample_ids.tolist() for step in store] == ids
+    assert [step.index for step in store] == list(range(len(ids)))
+    assert len(ids) == 2 * -(-13 // model.batch_size)
     assert all(step.lr == model.lr for step in store)
 
 
-averages = pytest.mark.skipif(
+needs_weight_averaging = pytest.mark.skipif(
     not hasattr(callbacks, "WeightAveraging"), reason="this Lightning has no WeightAveraging"
 )
 
@@ -67,46 +67,48 @@ averages = pytest.mark.skipif(
     "average",
     [
         lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
-        pytest.param(lambda: callbacks.WeightAveraging(), marks=averages),
+        pytest.param(lambda: callbacks.WeightAveraging(), marks=needs_weight_averaging),
     ],
     ids=["StochasticWeightAveraging", "WeightAveraging"],
 )
-def test_averaging_weights_changes_nothing_in_the_steps(average):
+def test_weight_averaging_does_not_change_the_steps(average):
     def train(*callbacks):
         torch.manual_seed(1)
         model = Plain(mlp())
-        quiet_trainer(*callbacks, max_epochs=4).fit(model, loader(Telling()))
+        quiet_trainer(*callbacks, max_epochs=4).fit(model, loader(IndexedVectors()))
         return model
 
     store = MemoryStore()
     plain, recorded = train(average()), train(average(), GradientRecorder(store, audit=1))
-    for one, other in zip(plain.parameters(), recorded.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for expected, weight in zip(plain.parameters(), recorded.parameters(), strict=True):
+        assert torch.equal(weight, expected)
     assert len(store) == 12
     assert all(float(audit.explained().min()) > 0.9999 for audit in store.audits())
 
 
-def test_a_model_can_bring_the_recorder_itself():
+def test_a_model_can_configure_the_recorder():
     store = MemoryStore()
 
-    class Brings(Plain):
+    class ConfiguresRecorder(Plain):
         def configure_callbacks(self):
             return [GradientRecorder(store)]
 
-    quiet_trainer().fit(Brings(mlp()), loader(Telling()))
+    quiet_trainer().fit(ConfiguresRecorder(mlp()), loader(IndexedVectors()))
     assert len(store) == 6
 
 
-@pytest.mark.parametrize("through", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_of_a_recorder_records_before_and_after_use(through, tmp_path):
-    # Lightning hangs the model's `log` onto its callbacks, so the model has to be picklable too.
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))]
+)
+def test_a_copy_of_a_recorder_records_before_and_after_use(make_copy, tmp_path):
+    # Lightning sets the model's `log` on its callbacks, so the model must be picklable, too.
     model = Plain(mlp(), optimizer=partial(torch.optim.SGD, lr=0.1))
-    recorder = through(GradientRecorder(tmp_path / "one", every_n_steps=2))
-    quiet_trainer(recorder).fit(model, loader(Telling()))
+    recorder = make_copy(GradientRecorder(tmp_path / "one", every_n_steps=2))
+    quiet_trainer(recorder).fit(model, loader(IndexedVectors()))
     assert len(HDF5Store.open(tmp_path / "one")) == 3
-    again = through(recorder)
+    again = make_copy(recorder)
     again.store.path = tmp_path / "two"
-    quiet_trainer(again).fit(model, loader(Telling()))
+    quiet_trainer(again).fit(model, loader(IndexedVectors()))
     assert len(HDF5Store.open(tmp_path / "two")) == 3
 
 
@@ -120,24 +122,24 @@ def test_testing_and_predicting_record_nothing():
     store = MemoryStore()
     recorder = GradientRecorder(store)
     trainer, model = quiet_trainer(recorder), Tested(mlp())
-    trainer.test(model, loader(Telling(), shuffle=False))
-    trainer.predict(model, loader(Telling(), shuffle=False))
+    trainer.test(model, loader(IndexedVectors(), shuffle=False))
+    trainer.predict(model, loader(IndexedVectors(), shuffle=False))
     assert store.run_id is None
-    trainer.fit(model, loader(Telling()))
-    trainer.test(model, loader(Telling(), shuffle=False))
+    trainer.fit(model, loader(IndexedVectors()))
+    trainer.test(model, loader(IndexedVectors(), shuffle=False))
     assert len(store) == 6
 
 
-def test_a_model_without_a_loader_to_record_is_left_alone():
+def test_a_training_without_batches_is_not_recorded():
     store = MemoryStore()
     quiet_trainer(GradientRecorder(store), limit_train_batches=0).fit(
-        Plain(mlp()), loader(Telling())
+        Plain(mlp()), loader(IndexedVectors())
     )
-    quiet_trainer(GradientRecorder(store), max_epochs=0).fit(Plain(mlp()), loader(Telling()))
+    quiet_trainer(GradientRecorder(store), max_epochs=0).fit(Plain(mlp()), loader(IndexedVectors()))
     assert store.run_id is None
 
 
-FULL = """
+FULL_DISK = """
 import logging, resource, sys, warnings
 logging.disable(logging.CRITICAL)
 import torch
@@ -151,20 +153,20 @@ if sys.argv[1] != "plain":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 torch.manual_seed(1)
 model = Plain(mlp())
-with warnings.catch_warnings(record=True) as said:
+with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     quiet_trainer(*callbacks, max_epochs=60).fit(model, loader(vectors()))
-print(sum("the store cannot be written to any more" in str(one.message) for one in said))
-print([one.sum().item() for one in model.parameters()])
+print(sum("the store cannot be written any more" in str(warning.message) for warning in caught))
+print([weight.sum().item() for weight in model.parameters()])
 assert not any(module._forward_hooks for module in model.modules())
 """
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_recording_and_never_the_training(tmp_path, request):
+def test_a_full_disk_stops_the_recording_but_not_the_training(tmp_path, request):
     def train(*arguments):
-        command = [sys.executable, "-c", FULL, *map(str, arguments)]
-        folder = request.path.parent
+        command = [sys.executable, "-c", FULL_DISK, *map(str, arguments)]
+        folder = request.path.parents[1] / "support"
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
         return result.stdout.splitlines()
 
@@ -176,7 +178,7 @@ def test_a_full_disk_stops_the_recording_and_never_the_training(tmp_path, reques
     assert not list((tmp_path / "run").glob(".segment*"))
 
 
-def test_errors_of_writing_are_said_once(tmp_path, monkeypatch):
+def test_write_errors_warn_once(tmp_path, monkeypatch):
     from tda_lightning.stores.hdf5 import segment_writer
 
     def full(*_):
@@ -184,19 +186,19 @@ def test_errors_of_writing_are_said_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(segment_writer, "_fill", full)
     store = HDF5Store(tmp_path / "run", segment_bytes=2_000)
-    with pytest.warns(UserWarning, match="No space left on device") as said:
-        quiet_trainer(GradientRecorder(store)).fit(Plain(mlp()), loader(Telling()))
-    assert sum("cannot be written" in str(one.message) for one in said) == 1
+    with pytest.warns(UserWarning, match="No space left on device") as caught:
+        quiet_trainer(GradientRecorder(store)).fit(Plain(mlp()), loader(IndexedVectors()))
+    assert sum("cannot be written" in str(warning.message) for warning in caught) == 1
     assert len(HDF5Store.open(tmp_path / "run")) == 0
 
 
-def test_an_environment_variable_records_and_its_absence_does_not(tmp_path, monkeypatch):
-    """Through the entry point of the installed package, without a line of code."""
+def test_an_environment_variable_turns_recording_on(tmp_path, monkeypatch):
+    """The installed package has an entry point for Lightning, so no code is needed."""
     monkeypatch.delenv("TDA_LIGHTNING_STORE", raising=False)
-    quiet_trainer().fit(Plain(mlp()), loader(Telling()))
+    quiet_trainer().fit(Plain(mlp()), loader(IndexedVectors()))
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("TDA_LIGHTNING_STORE", str(tmp_path / "run"))
-    quiet_trainer().fit(Plain(mlp()), loader(Telling()))
+    quiet_trainer().fit(Plain(mlp()), loader(IndexedVectors()))
     assert len(HDF5Store.open(tmp_path / "run")) == 6
 
 
@@ -220,7 +222,7 @@ trainer:
 """
 
 
-def test_it_is_configured_by_yaml(tmp_path, monkeypatch):
+def test_the_recorder_is_configured_by_yaml(tmp_path, monkeypatch):
     pytest.importorskip("jsonargparse")
     from pytorch_lightning.cli import LightningCLI
 

@@ -1,13 +1,13 @@
-"""A training that is interrupted and resumed leaves the same store as one that is not."""
+"""An interrupted and resumed training records the same run as an uninterrupted one."""
 
 import random
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_models import Plain, Telling, loader, mlp, quiet_trainer, vectors
+from lightning_models import IndexedVectors, Plain, loader, mlp, quiet_trainer, vectors
 from pytorch_lightning.callbacks import ModelCheckpoint
-from resumption import Interrupted, Ordered, Skipping
+from resumption import EpochSampler, InterruptAt, ResumeSampler
 from torch.utils.data import DataLoader
 
 from tda_lightning import GradientRecorder, HDF5Store
@@ -24,46 +24,48 @@ SETTINGS = {"max_epochs": 4, "enable_checkpointing": True}
 
 def train(folder, run, *, until=None, resume=None, each=3, every=1, **settings):
     pl.seed_everything(5, verbose=False)
-    sampler = Ordered(13, 2)
+    sampler = EpochSampler(13, 2)
     callbacks = [
         ModelCheckpoint(folder, every_n_train_steps=each, save_top_k=-1, filename="{step}"),
         GradientRecorder(run, every_n_steps=every),
-        Skipping(sampler),
+        ResumeSampler(sampler),
     ]
     if until:
-        callbacks.append(Interrupted(until))
+        callbacks.append(InterruptAt(until))
     trainer = quiet_trainer(*callbacks, **{**SETTINGS, **settings})
     model = Plain(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
-    trainer.fit(model, DataLoader(Telling(), batch_size=2, sampler=sampler), ckpt_path=resume)
+    trainer.fit(
+        model, DataLoader(IndexedVectors(), batch_size=2, sampler=sampler), ckpt_path=resume
+    )
     return model
 
 
-def assert_same_runs(one, other):
-    assert [step.index for step in one] == [step.index for step in other]
-    assert all(map(same, one, other))
+def assert_same_runs(run, expected):
+    assert [step.index for step in run] == [step.index for step in expected]
+    assert all(map(same, run, expected))
 
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}, {"every": 2}], ids=str)
-def test_interrupted_five_times_the_store_is_that_of_one_training(tmp_path, settings):
+def test_five_interruptions_do_not_change_the_store(tmp_path, settings):
     settings = {"max_epochs": 6, **settings}
     whole = train(tmp_path / "a", tmp_path / "whole", **settings)
     total = 6 * (4 if "accumulate_grad_batches" in settings else 7)
     generator = random.Random(1)
     resume = None
     for save in sorted(generator.sample(range(1, total // 3), 5)):
-        moment = 3 * save + generator.choice([1, 2])
+        interruption = 3 * save + generator.choice([1, 2])
         with pytest.raises(RuntimeError, match="interrupted"):
-            train(tmp_path / "b", tmp_path / "parts", until=moment, resume=resume, **settings)
+            train(tmp_path / "b", tmp_path / "parts", until=interruption, resume=resume, **settings)
         resume = tmp_path / "b" / f"step={3 * save}.ckpt"
     parts = train(tmp_path / "b", tmp_path / "parts", resume=resume, **settings)
-    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for expected, weight in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(weight, expected)
     assert_same_runs(HDF5Store.open(tmp_path / "whole"), HDF5Store.open(tmp_path / "parts"))
 
 
 def fit(recorder, *callbacks, data=None, resume=None, trainer=None, **settings):
     trainer = trainer or quiet_trainer(recorder, *callbacks, **{**SETTINGS, **settings})
-    trainer.fit(Plain(mlp()), data or loader(Telling()), ckpt_path=resume)
+    trainer.fit(Plain(mlp()), data or loader(IndexedVectors()), ckpt_path=resume)
     return trainer
 
 
@@ -74,31 +76,31 @@ def checkpoint_at(folder, recorder, step, **settings):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [3, 4, 5], ids=["epoch end", "mid-epoch", "later"])
-def test_ids_stay_right_when_the_order_does_not(tmp_path, step, workers):
-    """Lightning draws a new permutation after a resumption: ids are those of the new batches."""
-    from lightning_models import Diary
+@pytest.mark.parametrize("first", [3, 4, 5], ids=["epoch end", "mid-epoch", "later"])
+def test_ids_are_correct_if_the_order_changes_on_resumption(tmp_path, first, workers):
+    """Lightning draws a new permutation after a resumption; the ids are those of its batches."""
+    from lightning_models import TrainingLog
 
-    path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), step, max_epochs=2)
-    diary = Diary()
+    path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), first, max_epochs=2)
+    log = TrainingLog()
     recorder = GradientRecorder(tmp_path / "run")
-    data = loader(Telling(), num_workers=workers)
-    fit(recorder, diary, data=data, resume=path, enable_checkpointing=False)
+    data = loader(IndexedVectors(), num_workers=workers)
+    fit(recorder, log, data=data, resume=path, enable_checkpointing=False)
     store = HDF5Store.open(tmp_path / "run")
-    assert [one.index for one in store] == list(range(12))
-    told = [batch[0][:, 0].long().tolist() for batch in diary.batches]
-    assert [one.sample_ids.tolist() for one in store[step:]] == told
+    assert [step.index for step in store] == list(range(12))
+    ids = [batch[0][:, 0].long().tolist() for batch in log.batches]
+    assert [step.sample_ids.tolist() for step in store[first:]] == ids
 
 
-def test_the_state_of_a_checkpoint_is_plain(tmp_path):
+def test_the_state_in_a_checkpoint_loads_with_weights_only(tmp_path):
     recorder = GradientRecorder(tmp_path / "run")
     path = checkpoint_at(tmp_path, recorder, 3)
-    kept = torch.load(path, weights_only=True)["callbacks"][recorder.state_key]
-    assert kept == {"run": recorder.store.run_id, "steps": 3, "lanes": [{"taken": 3}]}
+    state = torch.load(path, weights_only=True)["callbacks"][recorder.state_key]
+    assert state == {"run": recorder.store.run_id, "steps": 3, "lanes": [{"taken": 3}]}
 
 
 @pytest.mark.parametrize("strip", ["callbacks", "state"])
-def test_a_checkpoint_that_knows_nothing_of_the_run_tells_its_step(tmp_path, strip):
+def test_a_checkpoint_without_recorder_state_resumes_at_its_step(tmp_path, strip):
     path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), 6)
     checkpoint = torch.load(path, weights_only=False)
     checkpoint["callbacks"] = {}
@@ -109,10 +111,10 @@ def test_a_checkpoint_that_knows_nothing_of_the_run_tells_its_step(tmp_path, str
     assert [step.index for step in HDF5Store.open(tmp_path / "run")] == list(range(12))
 
 
-def test_fitting_further_continues_the_run(tmp_path):
+def test_a_second_fit_continues_the_run(tmp_path):
     store = MemoryStore()
     recorder = GradientRecorder(store)
-    model, data = Plain(mlp()), loader(Telling())
+    model, data = Plain(mlp()), loader(IndexedVectors())
     trainer = quiet_trainer(recorder, max_epochs=1)
     trainer.fit(model, data)
     trainer.fit_loop.max_epochs = 3
@@ -122,11 +124,11 @@ def test_fitting_further_continues_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("existing", ["refuse", "replace"])
-def test_a_new_training_does_not_continue_another(tmp_path, existing):
+def test_a_new_training_does_not_continue_an_existing_run(tmp_path, existing):
     fit(GradientRecorder(tmp_path / "run"))
     recorder = GradientRecorder(tmp_path / "run", existing=existing)
     if existing == "refuse":
-        with pytest.raises(FileExistsError, match="holds a recorded run already"):
+        with pytest.raises(FileExistsError, match="already holds a recorded run"):
             fit(recorder)
     else:
         fit(recorder, max_epochs=1)
@@ -134,7 +136,7 @@ def test_a_new_training_does_not_continue_another(tmp_path, existing):
     assert len(HDF5Store.open(tmp_path / "run")) == steps
 
 
-def test_replacing_does_not_replace_what_is_resumed(tmp_path):
+def test_a_resumed_run_is_not_replaced(tmp_path):
     path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), 6)
     recorder = GradientRecorder(tmp_path / "run", existing="replace")
     fit(recorder, resume=path, enable_checkpointing=False)
@@ -159,7 +161,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
     assert len(other) == 12
 
 
-def test_what_was_never_recorded_is_said(tmp_path):
+def test_unrecorded_steps_before_the_checkpoint_warn(tmp_path):
     path = checkpoint_at(tmp_path, GradientRecorder(MemoryStore()), 6)
     recorder = GradientRecorder(tmp_path / "run")
     with (
@@ -171,7 +173,7 @@ def test_what_was_never_recorded_is_said(tmp_path):
 
 
 class Resumable(DataLoader):
-    """A loader that skips what it has yielded before, as torchdata's does."""
+    """A loader with a state, like torchdata's, which skips the batches it has yielded already."""
 
     def state_dict(self):
         return {}
@@ -180,20 +182,20 @@ class Resumable(DataLoader):
         pass
 
 
-def test_a_loader_that_resumes_itself_is_asked_for_ids(tmp_path):
+def test_a_loader_with_a_state_needs_sample_ids(tmp_path):
     data = Resumable(vectors(), batch_size=5)
     path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), 4, data=data)
-    with pytest.raises(ValueError, match=r"resumed at batch 1 by a state of its own.*sample_ids="):
+    with pytest.raises(ValueError, match=r"resumed at batch 1 from its own state.*sample_ids="):
         fit(GradientRecorder(tmp_path / "run"), data=data, resume=path, enable_checkpointing=False)
 
 
-def test_two_recorders_keep_their_own_state(tmp_path):
-    one, two = GradientRecorder(tmp_path / "one"), GradientRecorder(tmp_path / "two")
+def test_two_recorders_have_separate_states(tmp_path):
+    first, second = GradientRecorder(tmp_path / "one"), GradientRecorder(tmp_path / "two")
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
-    quiet_trainer(one, two, saver, **SETTINGS).fit(Plain(mlp()), loader(Telling()))
+    quiet_trainer(first, second, saver, **SETTINGS).fit(Plain(mlp()), loader(IndexedVectors()))
     path = tmp_path / "step=6.ckpt"
-    one, two = GradientRecorder(tmp_path / "one"), GradientRecorder(tmp_path / "two")
-    trainer, data = quiet_trainer(one, two, max_epochs=4), loader(Telling())
+    first, second = GradientRecorder(tmp_path / "one"), GradientRecorder(tmp_path / "two")
+    trainer, data = quiet_trainer(first, second, max_epochs=4), loader(IndexedVectors())
     before = data.batch_sampler
     trainer.fit(Plain(mlp()), data, ckpt_path=path)
     assert data.batch_sampler is before

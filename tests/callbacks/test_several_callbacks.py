@@ -1,4 +1,4 @@
-"""Several callbacks in one training: none hears what another does for its own purposes."""
+"""Several recorders in one training: each ignores the extra passes of the others."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tda_lightning import GradientRecorder, HDF5Store, Identity
 
 NETS = {
     "mlp": mlp,
-    # Its layer follows the generic rule, which calls the module again.
+    # The recurrent layer uses the generic rule, which calls the module again.
     "recurrent": lambda: nn.Sequential(nn.Unflatten(1, (7, 1)), Recurrent(), nn.Linear(5, 3)),
 }
 
@@ -31,7 +31,7 @@ def train(*callbacks, net, optimizer, **settings):
 
 @pytest.mark.parametrize("curvature", ["none", "fisher"])
 @pytest.mark.parametrize("net", NETS)
-def test_recorders_beside_each_other_record_what_each_would_alone(net, curvature, tmp_path):
+def test_two_recorders_record_the_same_as_one_alone(net, curvature, tmp_path):
     def recorder(name):
         store = HDF5Store(tmp_path / name)
         return GradientRecorder(store, projector=Identity(), curvature=curvature)
@@ -43,5 +43,5 @@ def test_recorders_beside_each_other_record_what_each_would_alone(net, curvature
     for callbacks in ([alone], [first, second]):
         train(*callbacks, net=NETS[net], optimizer=adam, accumulate_grad_batches=2)
     for beside in (first, second):
-        for one, other in zip(alone.store, beside.store, strict=True):
-            torch.testing.assert_close(one.sketch, other.sketch)
+        for expected, step in zip(alone.store, beside.store, strict=True):
+            torch.testing.assert_close(step.sketch, expected.sketch)

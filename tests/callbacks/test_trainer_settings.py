@@ -1,10 +1,10 @@
-"""Rows under every setting of the loop and of precision: they sum to what the optimizer used."""
+"""The rows of a step sum to the optimizer's gradient under all loop and precision settings."""
 
 from itertools import chain
 
 import pytest
 import torch
-from lightning_models import Diary, Plain, Telling, loader, mlp, quiet_trainer
+from lightning_models import IndexedVectors, Plain, TrainingLog, loader, mlp, quiet_trainer
 from loss_scale import Scripted, ScriptedScaler
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.strategies import SingleDeviceStrategy
@@ -28,14 +28,14 @@ class Validated(Plain):
 
 def record(*callbacks, model=None, data=None, every_n_steps=1, **settings):
     """Train, and return the store and the ids of every batch that the dataset delivered."""
-    store, diary = MemoryStore(), Diary()
+    store, log = MemoryStore(), TrainingLog()
     recorder = GradientRecorder(
         store, projector=Identity(), preconditioner="none", audit=1, every_n_steps=every_n_steps
     )
-    trainer = quiet_trainer(recorder, diary, *callbacks, **settings)
-    data = data or loader(Telling())
-    trainer.fit(model or Validated(mlp()), data, loader(Telling(), shuffle=False))
-    return store, [batch[0][:, 0].long().tolist() for batch in diary.batches]
+    trainer = quiet_trainer(recorder, log, *callbacks, **settings)
+    data = data or loader(IndexedVectors())
+    trainer.fit(model or Validated(mlp()), data, loader(IndexedVectors(), shuffle=False))
+    return store, [batch[0][:, 0].long().tolist() for batch in log.batches]
 
 
 def flat(lists):
@@ -43,7 +43,7 @@ def flat(lists):
 
 
 def assert_explained(store, least=0.9999):
-    """The rows of every step sum to the gradient that its optimizer used."""
+    """Assert that the rows of every step sum to the gradient that its optimizer used."""
     assert len(store.audits()) == len(store)
     assert all(float(audit.explained().min()) > least for audit in store.audits())
 
@@ -71,19 +71,17 @@ def assert_explained(store, least=0.9999):
 def test_loops_record_every_batch_once(settings, steps):
     barebones = {"enable_progress_bar": None, "enable_model_summary": None}
     settings = {**settings, **(barebones if "barebones" in settings else {})}
-    store, told = record(**settings)
-    assert [step.sample_ids.tolist() for step in store] == told
+    store, ids = record(**settings)
+    assert [step.sample_ids.tolist() for step in store] == ids
     assert [step.index for step in store] == list(range(steps))
     assert_explained(store)
 
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuff")
 @pytest.mark.filterwarnings("ignore:You requested to overfit but enabled val dataloader shuff")
-def test_overfitting_sees_the_same_batches_again():
-    store, told = record(overfit_batches=2)
-    assert (
-        [step.sample_ids.tolist() for step in store] == told == 2 * [[*range(5)], [*range(5, 10)]]
-    )
+def test_overfit_batches_records_the_same_batches_again():
+    store, ids = record(overfit_batches=2)
+    assert [step.sample_ids.tolist() for step in store] == ids == 2 * [[*range(5)], [*range(5, 10)]]
     assert_explained(store)
 
 
@@ -95,25 +93,25 @@ def test_overfitting_sees_the_same_batches_again():
         (5, [[0.04] * 10 + [1 / 15] * 3]),
     ],
 )
-def test_the_last_accumulation_of_an_epoch_keeps_its_share(by, weights):
-    """Lightning divides the loss of the last batches by the full number, however few they are."""
-    store, told = record(accumulate_grad_batches=by)
+def test_the_last_accumulation_of_an_epoch_has_smaller_weights(by, weights):
+    """Lightning divides the loss by the full number of batches, even if fewer are left."""
+    store, ids = record(accumulate_grad_batches=by)
     assert_explained(store)
-    assert flat(step.sample_ids.tolist() for step in store) == flat(told)
+    assert flat(step.sample_ids.tolist() for step in store) == flat(ids)
     for step, expected in zip(store, 2 * weights, strict=True):
         assert step.weights.tolist() == pytest.approx(expected)
 
 
-def test_a_schedule_of_accumulation_is_followed():
+def test_an_accumulation_schedule_is_recorded():
     schedule = GradientAccumulationScheduler({0: 1, 1: 3})
-    store, told = record(schedule, max_epochs=2)
+    store, ids = record(schedule, max_epochs=2)
     assert [len(step.sample_ids) for step in store] == [5, 5, 3, 13]
-    assert store[3].sample_ids.tolist() == flat(told[3:])
+    assert store[3].sample_ids.tolist() == flat(ids[3:])
     assert store[3].weights.tolist() == pytest.approx([1 / 15] * 10 + [1 / 9] * 3)
     assert_explained(store)
 
 
-def test_schedulers_per_step_and_per_epoch_are_seen_as_used():
+def test_steps_have_the_learning_rate_before_the_scheduler_steps():
     for interval, rates in (("step", [0.5**t for t in range(6)]), ("epoch", [1] * 3 + [0.5] * 3)):
 
         class Scheduled(Plain):
@@ -131,16 +129,16 @@ def test_schedulers_per_step_and_per_epoch_are_seen_as_used():
         assert [step.lr for step in store] == pytest.approx([0.1 * rate for rate in rates])
 
 
-def test_a_model_that_declines_a_step_leaves_none():
-    class Declines(Plain):
+def test_a_step_that_the_model_skips_is_not_recorded():
+    class SkipsStep(Plain):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
             if batch_idx == 1:
                 optimizer_closure()
             else:
                 optimizer.step(closure=optimizer_closure)
 
-    store, told = record(model=Declines(mlp()))
-    assert [step.sample_ids.tolist() for step in store] == [told[n] for n in (0, 2, 3, 5)]
+    store, ids = record(model=SkipsStep(mlp()))
+    assert [step.sample_ids.tolist() for step in store] == [ids[n] for n in (0, 2, 3, 5)]
     assert_explained(store)
 
 
@@ -148,15 +146,15 @@ def test_early_stopping_ends_the_run():
     from pytorch_lightning.callbacks import EarlyStopping
 
     stop = EarlyStopping("val_loss", patience=1, min_delta=1e9)
-    store, told = record(stop, max_epochs=9)
-    assert [step.sample_ids.tolist() for step in store] == told
+    store, ids = record(stop, max_epochs=9)
+    assert [step.sample_ids.tolist() for step in store] == ids
     assert len(store) == 2 * BATCHES
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_half_precision_rows_sum_to_the_gradient_to_rounding(precision):
-    store, told = record(precision=precision)
-    assert [step.sample_ids.tolist() for step in store] == told
+    store, ids = record(precision=precision)
+    assert [step.sample_ids.tolist() for step in store] == ids
     assert store.recipe.dtype == "float32"
     assert_explained(store, 0.999)
 
@@ -166,13 +164,13 @@ def test_the_loss_scale_is_undone_and_skipped_steps_are_not_stored(accumulate):
     overflows = {1, 4} if accumulate == 1 else {1}
     plain, _ = record(accumulate_grad_batches=accumulate, max_epochs=4)
     scaler = ScriptedScaler([2.0**n for n in range(8, 30)], overflows)
-    store, told = record(
+    store, ids = record(
         plugins=[Scripted(scaler)], accumulate_grad_batches=accumulate, max_epochs=4
     )
-    taken = [n for n in range(12 // accumulate) if n not in overflows]
-    assert [step.index for step in store] == taken
+    expected = [n for n in range(12 // accumulate) if n not in overflows]
+    assert [step.index for step in store] == expected
     for step in store:
-        batches = told[step.index * accumulate : (step.index + 1) * accumulate]
+        batches = ids[step.index * accumulate : (step.index + 1) * accumulate]
         assert step.sample_ids.tolist() == flat(batches)
     assert_explained(store)
     torch.testing.assert_close(store[0].weights, plain[0].weights)
@@ -182,7 +180,7 @@ def test_the_loss_scale_is_undone_and_skipped_steps_are_not_stored(accumulate):
 BY_VALUE = {"gradient_clip_val": 0.2, "gradient_clip_algorithm": "value"}
 
 
-@pytest.mark.filterwarnings("ignore:tda_lightning. clipping by value has bent")
+@pytest.mark.filterwarnings("ignore:tda_lightning. clipping by value has changed")
 @pytest.mark.parametrize("clip", [{}, {"gradient_clip_val": 0.3}, BY_VALUE], ids=str)
 def test_rows_do_not_depend_on_the_loss_scale(clip):
     def run(scale):
@@ -193,7 +191,7 @@ def test_rows_do_not_depend_on_the_loss_scale(clip):
         )
         model = Plain(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
         trainer = quiet_trainer(recorder, **settings, **clip)
-        trainer.fit(model, loader(Telling(), shuffle=False))
+        trainer.fit(model, loader(IndexedVectors(), shuffle=False))
         return store
 
     for plain, scaled in zip(run(None), run(1024.0), strict=True):
@@ -213,22 +211,22 @@ def test_a_fused_optimizer_with_a_loss_scale_is_refused():
 
 
 class FSDPStrategy(SingleDeviceStrategy):
-    """As Lightning's is called; that one wants a GPU."""
+    """A strategy with the name of Lightning's, which needs a GPU."""
 
 
 class MyStrategy(SingleDeviceStrategy):
-    """A user's own, which works as what it is derived from."""
+    """A user's subclass of a supported strategy."""
 
 
-def test_strategies_that_cut_layers_are_refused():
-    with pytest.raises(ValueError, match=r"cut into pieces.*strategy='ddp'"):
+def test_strategies_that_split_layers_are_refused():
+    with pytest.raises(ValueError, match=r"are split.*strategy='ddp'"):
         record(strategy=FSDPStrategy(torch.device("cpu")))
     store, _ = record(strategy=MyStrategy(torch.device("cpu")))
     assert len(store) == 6
 
 
-class TwiceADay(torch.optim.SGD):
-    """Evaluates its closure twice, as sharpness-aware minimisation does."""
+class ClosureTwice(torch.optim.SGD):
+    """Evaluate the closure twice, as sharpness-aware minimisation does."""
 
     def step(self, closure=None):
         with torch.enable_grad():
@@ -240,16 +238,16 @@ class TwiceADay(torch.optim.SGD):
     ("optimizer", "message"),
     [
         (lambda p: torch.optim.LBFGS(p), "LBFGS"),
-        (lambda p: TwiceADay(p, lr=0.1), "evaluates the loss more than once"),
+        (lambda p: ClosureTwice(p, lr=0.1), "evaluates the loss more than once"),
     ],
     ids=["LBFGS", "twice"],
 )
-def test_what_cannot_be_recorded_is_refused(optimizer, message):
+def test_unsupported_optimizers_are_refused(optimizer, message):
     with pytest.raises(ValueError, match=message):
         record(model=Plain(mlp(), optimizer=optimizer))
 
 
-def test_layers_that_are_unfrozen_later_are_named():
+def test_layers_that_are_unfrozen_later_warn():
     from pytorch_lightning.callbacks import BaseFinetuning
 
     class Unfreezes(BaseFinetuning):
@@ -260,11 +258,11 @@ def test_layers_that_are_unfrozen_later_are_named():
             if epoch == 1:
                 self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.1)
 
-    class Partly(Plain):
+    class TrainsUnfrozen(Plain):
         def configure_optimizers(self):
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
     with pytest.warns(UserWarning, match="not recorded, since they were not trained when"):
-        store, _ = record(Unfreezes(), model=Partly(mlp()))
+        store, _ = record(Unfreezes(), model=TrainsUnfrozen(mlp()))
     assert [block.name for block in store.recipe.blocks] == ["net.2", "net.3"]
     assert len(store) == 6

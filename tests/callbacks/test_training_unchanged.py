@@ -1,4 +1,4 @@
-"""A good guest: weights bit-identical with and without the callback, and nothing left behind."""
+"""The recorder does not change training: bit-identical weights, and no hooks left behind."""
 
 import contextlib
 from dataclasses import replace
@@ -7,7 +7,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from lightning_models import Plain, TrainingLog, loader, mlp, quiet_trainer, vectors
 from torch.utils.data import WeightedRandomSampler
 
 from tda_lightning import CountSketch, GradientRecorder
@@ -30,9 +30,9 @@ def train(optimizer, *callbacks, workers=0, **settings):
     return model
 
 
-def assert_bit_identical(one, other):
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
+def assert_bit_identical(model, expected):
+    for weight, expected_weight in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(weight, expected_weight)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -44,7 +44,7 @@ def test_weights_are_bit_identical_with_the_callback(optimizer, workers):
 
 
 class Losses(pl.Callback):
-    """The curve of the training loss, to the last bit."""
+    """Store the training loss of each batch, to the last bit."""
 
     def __init__(self):
         self.curve = []
@@ -85,7 +85,7 @@ MATRIX = [
 
 
 def _words(settings):
-    """The settings in words that are the same in every process."""
+    """Describe the settings by words that are the same in every process."""
     return " ".join(
         f"{name}={value if isinstance(value, int | float | str) else type(value).__name__}"
         for name, value in settings.items()
@@ -94,7 +94,7 @@ def _words(settings):
 
 @pytest.mark.filterwarnings("ignore:You passed in a .val_dataloader. but have no")
 @pytest.mark.filterwarnings("ignore:.*shuffling enabled")
-@pytest.mark.filterwarnings("ignore:tda_lightning. clipping by value has bent")
+@pytest.mark.filterwarnings("ignore:tda_lightning. clipping by value has changed")
 @pytest.mark.parametrize(("settings", "loading", "recording"), MATRIX, ids=_words)
 def test_weights_and_losses_are_bit_identical_under(settings, loading, recording):
     def run(*callbacks):
@@ -122,7 +122,7 @@ def test_weights_and_losses_are_bit_identical_under(settings, loading, recording
     ],
     ids=["pytorch_lightning", "lightning.pytorch"],
 )
-def test_both_trainers_record(trainer_type, module_type):
+def test_trainers_of_both_packages_record(trainer_type, module_type):
     class Model(module_type):
         def __init__(self):
             super().__init__()
@@ -162,15 +162,15 @@ def test_nothing_is_left_behind_on_success_or_failure():
         assert len(store) == steps
 
 
-def test_steps_without_a_loss_leave_no_step_and_shift_no_id():
-    class Skips(Plain):
+def test_batches_without_a_loss_are_not_recorded_and_shift_no_ids():
+    class SkipsLoss(Plain):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             return None if batch_idx == 1 else loss
 
-    store, diary = MemoryStore(), Diary()
+    store, log = MemoryStore(), TrainingLog()
     with pytest.warns(UserWarning, match="returned `None`"):
-        quiet_trainer(GradientRecorder(store), diary).fit(Skips(mlp()), loader(vectors()))
+        quiet_trainer(GradientRecorder(store), log).fit(SkipsLoss(mlp()), loader(vectors()))
     assert [step.index for step in store] == [0, 2, 3, 5]
     assert [len(step.sample_ids) for step in store] == [5, 3, 5, 3]
 
@@ -186,7 +186,7 @@ def test_a_stride_records_whole_steps():
         GradientRecorder(store, every_n_steps=0)
 
 
-def test_what_the_optimizer_used_is_recorded_before_the_scheduler_moves():
+def test_hyperparameters_are_recorded_before_the_scheduler_steps():
     def optimizer(parameters):
         adamw = torch.optim.AdamW(parameters, lr=0.1, betas=(0.8, 0.95), weight_decay=0.3, eps=1e-6)
         decay = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: 0.5**step)
@@ -200,12 +200,12 @@ def test_what_the_optimizer_used_is_recorded_before_the_scheduler_moves():
     (group,) = store[0].groups
     settings = {"lr": 0.1, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.3, "eps": 1e-6}
     expected = ParameterGroup(**settings, share=1.0, descent=1.0)
-    assert replace(group, decoupled=0.0) == expected  # Only newer versions of torch say that.
+    assert replace(group, decoupled=0.0) == expected  # Only newer versions of torch have it.
     assert store[0].optimizer == "AdamW"
     assert [step.epoch for step in store] == [0, 0, 0, 1, 1, 1]
 
 
-def test_validation_and_sanity_check_leave_no_trace():
+def test_validation_and_sanity_checks_are_not_recorded():
     class Validated(Plain):
         def validation_step(self, batch, batch_idx):
             return self.loss(self.net(batch[0]), batch[1])

@@ -1,8 +1,8 @@
-"""Rows in the coordinates of an adaptive optimizer, and queries in the same ones."""
+"""Preconditioning: rows and queries in the coordinates of an adaptive optimizer."""
 
 import pytest
 import torch
-from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from lightning_models import Plain, TrainingLog, loader, mlp, quiet_trainer, vectors
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -23,8 +23,8 @@ ADAPTIVE = {
 }
 
 
-class Moments(Diary):
-    """Keeps what the optimizer divided by in every step: the square root of its second moment."""
+class Moments(TrainingLog):
+    """Stores the second moment of every parameter after each step."""
 
     def __init__(self):
         super().__init__()
@@ -50,37 +50,37 @@ def double_vectors():
 
 
 def record(optimizer, *, epochs=2, data=None, **arguments):
-    store, diary = MemoryStore(), Moments()
+    store, log = MemoryStore(), Moments()
     model = Plain(mlp().double(), optimizer=optimizer)
     recorder = GradientRecorder(store, projector=Identity(), **arguments)
-    trainer = quiet_trainer(recorder, diary, max_epochs=epochs, precision="64-true")
+    trainer = quiet_trainer(recorder, log, max_epochs=epochs, precision="64-true")
     trainer.fit(model, loader(data or double_vectors()))
-    return store, diary, model
+    return store, log, model
 
 
 def in_blocks(model, values):
-    """The values of parameters as the blocks' matrices."""
+    """Return the values of parameters as the matrices of the blocks."""
     sources = [source for source, *_ in select_layers(model).sources]
     named = {parameter: name for name, parameter in model.named_parameters()}
-    return [s.rule.layout([values[named[one]] for one in s.parameters()]) for s in sources]
+    return [s.rule.layout([values[named[p]] for p in s.parameters()]) for s in sources]
 
 
 def per_sample_gradients(model, weights, batch):
     x, y = batch
     net = {name.removeprefix("net."): value for name, value in weights.items()}
 
-    def loss(w, one, label):
-        return functional.cross_entropy(functional_call(model.net, w, (one[None],)), label[None])
+    def loss(w, sample, label):
+        return functional.cross_entropy(functional_call(model.net, w, (sample[None],)), label[None])
 
-    found = vmap(grad(loss), in_dims=(None, 0, 0))(net, x, y)
-    return {f"net.{name}": value for name, value in found.items()}
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(net, x, y)
+    return {f"net.{name}": value for name, value in gradients.items()}
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_rows_are_gradients_times_the_root_of_the_preconditioner(name):
-    store, diary, model = record(ADAPTIVE[name])
+    store, log, model = record(ADAPTIVE[name])
     for position, (step, weights, batch, moments) in enumerate(
-        zip(store, diary.weights, diary.batches, diary.moments, strict=True)
+        zip(store, log.weights, log.batches, log.moments, strict=True)
     ):
         gradients = per_sample_gradients(model, weights, batch)
         samples = [
@@ -88,15 +88,15 @@ def test_rows_are_gradients_times_the_root_of_the_preconditioner(name):
         ]
         factors = [rank_one(block + 0.0) for block in in_blocks(model, moments)]
         products = [torch.outer(r, c) for r, c in factors]
-        roots = [torch.where(one > 0, one**-0.25, 0) for one in products]
+        roots = [torch.where(v > 0, v**-0.25, 0) for v in products]
         expected = torch.stack(
             [
-                torch.cat([(g * p).flatten() for g, p in zip(one, roots, strict=True)])
-                for one in samples
+                torch.cat([(g * p).flatten() for g, p in zip(sample, roots, strict=True)])
+                for sample in samples
             ]
         )
-        found = step.sketch / step.weights[:, None].double()
-        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6)
+        rows = step.sketch / step.weights[:, None].double()
+        torch.testing.assert_close(rows, expected, rtol=2e-5, atol=1e-6)
         assert step.preconditioner is not None
         assert store.preconditioner(position) is step.preconditioner
     assert store.recipe.preconditioner == "optimizer"
@@ -104,19 +104,19 @@ def test_rows_are_gradients_times_the_root_of_the_preconditioner(name):
 
 @pytest.mark.parametrize("name", ["AdamW", "RMSprop"])
 def test_a_batch_has_the_same_rows_in_training_and_as_a_query_at_its_step(name):
-    store, diary, model = record(ADAPTIVE[name], epochs=9)
+    store, log, model = record(ADAPTIVE[name], epochs=9)
     assert sum(step.preconditioner is None for step in store) == 7  # 20 of 27 are the warm-up.
-    for position, (weights, batch) in enumerate(zip(diary.weights, diary.batches, strict=True)):
+    for position, (weights, batch) in enumerate(zip(log.weights, log.batches, strict=True)):
         model.load_state_dict(weights)
-        found = record_queries(model, batch, like=store, at=position)
+        queries = record_queries(model, batch, like=store, at=position)
         step = store[position]
-        torch.testing.assert_close(found, step.sketch / step.weights[:, None].double())
+        torch.testing.assert_close(queries, step.sketch / step.weights[:, None].double())
 
 
 def test_coordinates_are_refreshed_as_training_grows():
     store, _, _ = record(ADAPTIVE["AdamW"], epochs=35)
-    begun = [step.index for step in store if step.preconditioner is not None]
-    assert begun == [*range(20), 39, 59, 79, 99]
+    indices = [step.index for step in store if step.preconditioner is not None]
+    assert indices == [*range(20), 39, 59, 79, 99]
 
 
 def test_parameters_that_stop_early_do_not_change_when_coordinates_are_refreshed():
@@ -129,8 +129,8 @@ def test_parameters_that_stop_early_do_not_change_when_coordinates_are_refreshed
     model, store = Early(mlp().double(), optimizer=ADAPTIVE["AdamW"]), MemoryStore()
     trainer = quiet_trainer(GradientRecorder(store), max_epochs=14, precision="64-true")
     trainer.fit(model, loader(double_vectors()))
-    begun = [step.index for step in store if step.preconditioner is not None]
-    assert begun == [*range(20), 39]
+    indices = [step.index for step in store if step.preconditioner is not None]
+    assert indices == [*range(20), 39]
 
 
 def test_plain_gradient_descent_has_no_coordinates():
@@ -139,13 +139,13 @@ def test_plain_gradient_descent_has_no_coordinates():
     assert store.recipe.preconditioner == "none"
 
 
-def test_raw_rows_can_be_had():
-    store, diary, model = record(ADAPTIVE["AdamW"], preconditioner="none")
+def test_raw_rows_are_gradients():
+    store, log, model = record(ADAPTIVE["AdamW"], preconditioner="none")
     assert store.preconditioner() is None
-    gradients = per_sample_gradients(model, diary.weights[3], diary.batches[3])
+    gradients = per_sample_gradients(model, log.weights[3], log.batches[3])
     first = in_blocks(model, {k: v[0] for k, v in gradients.items()})
-    found = store[3].sketch[0] / store[3].weights[0].double()
-    torch.testing.assert_close(found, torch.cat([one.flatten() for one in first]))
+    row = store[3].sketch[0] / store[3].weights[0].double()
+    torch.testing.assert_close(row, torch.cat([matrix.flatten() for matrix in first]))
 
 
 def groups_of(rates):
@@ -157,24 +157,24 @@ def groups_of(rates):
 
 
 @pytest.mark.parametrize("rates", [(0.1, 0.02), (0.02, 0.1), (0.1, 0.0)], ids=str)
-def test_every_group_goes_with_its_own_learning_rate(rates):
-    store, diary, model = record(groups_of(rates), epochs=1)
+def test_every_group_contributes_with_its_learning_rate(rates):
+    store, log, model = record(groups_of(rates), epochs=1)
     query = record_queries(model, double_vectors()[:3], like=store)
     scores = TracIn().attribute(store, query, progress=False)
     weights = {k: v.detach() for k, v in model.named_parameters()}
-    asked = per_sample_gradients(model, weights, double_vectors()[:3])
+    query_gradients = per_sample_gradients(model, weights, double_vectors()[:3])
     expected = torch.zeros(3, 13, dtype=torch.float64)
-    for step, at, batch in zip(store, diary.weights, diary.batches, strict=True):
+    for step, at, batch in zip(store, log.weights, log.batches, strict=True):
         visits = per_sample_gradients(model, at, batch)
         for number, name in enumerate(visits):
             rate = rates[min(number, 1)]
-            inner = asked[name].flatten(1) @ visits[name].flatten(1).mT
+            inner = query_gradients[name].flatten(1) @ visits[name].flatten(1).mT
             expected[:, step.sample_ids] += rate * inner * step.weights.double()
     torch.testing.assert_close(scores.values, expected, rtol=1e-5, atol=1e-9)
 
 
-def test_what_never_had_a_gradient_never_counts():
-    """Pixels that are dark in every training image, and bright in the query."""
+def test_weights_without_any_gradient_do_not_contribute():
+    """Such as those of pixels that are dark in all training images, and bright in the query."""
     x, y = double_vectors().tensors
     x = x.clone()
     x[:, 2] = 0
@@ -190,7 +190,7 @@ def test_what_never_had_a_gradient_never_counts():
 
 
 def test_an_audit_measures_the_update_in_the_coordinates_of_the_optimizer():
-    """The first step of Adam without momentum is a gradient step in its own coordinates."""
+    """The first step of Adam without momentum is a gradient step in Adam's coordinates."""
     store = MemoryStore()
     model = Plain(
         mlp(), optimizer=lambda p: torch.optim.Adam(p, lr=1e-3, betas=(0.0, 0.9), eps=1e-12)
@@ -203,13 +203,13 @@ def test_an_audit_measures_the_update_in_the_coordinates_of_the_optimizer():
     )
     recorder = GradientRecorder(raw, projector=Identity(), audit=1, preconditioner="none")
     quiet_trainer(recorder, max_epochs=1).fit(model, loader(vectors()))
-    for one, other in zip(store.audits(), raw.audits(), strict=True):
-        assert one.explained_in_all() == pytest.approx(1, abs=1e-5)
-        assert one.update > max(other.update, 0.7)
+    for audit, raw_audit in zip(store.audits(), raw.audits(), strict=True):
+        assert audit.explained_in_all() == pytest.approx(1, abs=1e-5)
+        assert audit.update > max(raw_audit.update, 0.7)
 
 
 def test_scores_do_not_depend_on_the_scale_of_the_loss():
-    """As Adam's steps do not."""
+    """Just as the steps of Adam do not."""
 
     def scores(factor):
         store = MemoryStore()
@@ -221,8 +221,8 @@ def test_scores_do_not_depend_on_the_scale_of_the_loss():
         torch.manual_seed(1)
         trainer = quiet_trainer(GradientRecorder(store), precision="64-true")
         trainer.fit(model, loader(double_vectors()))
-        asked = attribute(store, model, double_vectors()[:3], method=TracIn(), progress=False)
-        return asked.values / factor
+        result = attribute(store, model, double_vectors()[:3], method=TracIn(), progress=False)
+        return result.values / factor
 
     torch.testing.assert_close(scores(1.0), scores(100.0), rtol=1e-4, atol=1e-9)
 

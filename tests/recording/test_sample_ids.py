@@ -1,10 +1,10 @@
-"""Sample ids are what the dataset really returned, for every way of loading."""
+"""Sample ids are the indices that the dataset returned, for every way of loading."""
 
 import itertools
 
 import pytest
 import torch
-from lightning_models import Diary, Plain, Telling, loader, mlp, quiet_trainer, vectors
+from lightning_models import IndexedVectors, Plain, TrainingLog, loader, mlp, quiet_trainer, vectors
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -15,24 +15,24 @@ from torch.utils.data import (
 )
 
 from tda_lightning import GradientRecorder
-from tda_lightning import record as record_anew
+from tda_lightning import record as record_run
 from tda_lightning.stores import MemoryStore
 
 
 def record(data, epochs=3, **settings):
-    store, diary = MemoryStore(), Diary()
+    store, log = MemoryStore(), TrainingLog()
     recorder = GradientRecorder(store, **settings)
-    quiet_trainer(recorder, diary, max_epochs=epochs).fit(Plain(mlp()), data)
-    told = [batch[0][:, 0].long().tolist() for batch in diary.batches]
-    return store, told
+    quiet_trainer(recorder, log, max_epochs=epochs).fit(Plain(mlp()), data)
+    ids = [batch[0][:, 0].long().tolist() for batch in log.batches]
+    return store, ids
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_ids_are_what_the_dataset_returned(workers, shuffle):
-    store, told = record(loader(Telling(), shuffle=shuffle, num_workers=workers))
-    assert [step.sample_ids.tolist() for step in store] == told
-    assert [len(ids) for ids in told] == 3 * [5, 5, 3]
+def test_ids_are_the_indices_that_the_dataset_returned(workers, shuffle):
+    store, ids = record(loader(IndexedVectors(), shuffle=shuffle, num_workers=workers))
+    assert [step.sample_ids.tolist() for step in store] == ids
+    assert [len(batch) for batch in ids] == 3 * [5, 5, 3]
 
 
 @pytest.mark.parametrize(
@@ -46,14 +46,14 @@ def test_ids_are_what_the_dataset_returned(workers, shuffle):
     ids=["persistent workers", "weighted with replacement", "no batching", "drop last"],
 )
 def test_ids_with_other_loaders(settings):
-    store, told = record(loader(Telling(), **settings))
-    assert [step.sample_ids.tolist() for step in store] == told
+    store, ids = record(loader(IndexedVectors(), **settings))
+    assert [step.sample_ids.tolist() for step in store] == ids
 
 
-def test_a_subset_is_known_by_the_ids_of_its_root():
-    outer = Subset(Telling(), [12, 3, 5, 7, 11, 1])
-    store, told = record(loader(Subset(outer, [5, 0, 2, 4])), epochs=2)
-    assert [step.sample_ids.tolist() for step in store] == told
+def test_a_subset_has_the_ids_of_its_root():
+    outer = Subset(IndexedVectors(), [12, 3, 5, 7, 11, 1])
+    store, ids = record(loader(Subset(outer, [5, 0, 2, 4])), epochs=2)
+    assert [step.sample_ids.tolist() for step in store] == ids
     assert store.train_ids().tolist() == [1, 5, 11, 12]
 
 
@@ -63,13 +63,13 @@ class Endless(Sampler):
 
 
 @pytest.mark.parametrize("settings", [{"max_steps": 5}, {"limit_train_batches": 3}], ids=str)
-def test_a_sampler_may_go_on_for_ever(settings):
-    store, diary = MemoryStore(), Diary()
-    trainer = quiet_trainer(GradientRecorder(store), diary, **settings)
-    trainer.fit(Plain(mlp()), DataLoader(Telling(), batch_size=4, sampler=Endless()))
-    told = [batch[0][:, 0].long().tolist() for batch in diary.batches]
-    assert [step.sample_ids.tolist() for step in store] == told
-    assert told[0] == [0, 5, 10, 2]
+def test_a_sampler_may_be_infinite(settings):
+    store, log = MemoryStore(), TrainingLog()
+    trainer = quiet_trainer(GradientRecorder(store), log, **settings)
+    trainer.fit(Plain(mlp()), DataLoader(IndexedVectors(), batch_size=4, sampler=Endless()))
+    ids = [batch[0][:, 0].long().tolist() for batch in log.batches]
+    assert [step.sample_ids.tolist() for step in store] == ids
+    assert ids[0] == [0, 5, 10, 2]
 
 
 def test_a_loader_shared_with_validation_keeps_its_place():
@@ -77,11 +77,11 @@ def test_a_loader_shared_with_validation_keeps_its_place():
         def validation_step(self, batch, batch_idx):
             return self.loss(self.net(batch[0]), batch[1])
 
-    data, store, diary = loader(Telling()), MemoryStore(), Diary()
-    trainer = quiet_trainer(GradientRecorder(store), diary, val_check_interval=1)
+    data, store, log = loader(IndexedVectors()), MemoryStore(), TrainingLog()
+    trainer = quiet_trainer(GradientRecorder(store), log, val_check_interval=1)
     trainer.fit(Validated(mlp()), data, data)
-    told = [batch[0][:, 0].long().tolist() for batch in diary.batches]
-    assert [step.sample_ids.tolist() for step in store] == told
+    ids = [batch[0][:, 0].long().tolist() for batch in log.batches]
+    assert [step.sample_ids.tolist() for step in store] == ids
 
 
 def test_a_batch_that_is_none_does_not_shift_the_ids():
@@ -90,11 +90,11 @@ def test_a_batch_that_is_none_does_not_shift_the_ids():
             return None
         return torch.utils.data.default_collate(samples)
 
-    data = DataLoader(Telling(), batch_size=5, collate_fn=drop_some)
+    data = DataLoader(IndexedVectors(), batch_size=5, collate_fn=drop_some)
     with pytest.warns(UserWarning, match="yielded None"):
-        store, told = record(data, epochs=2)
-    assert [step.sample_ids.tolist() for step in store] == told
-    assert told == 2 * [[0, 1, 2, 3, 4], [10, 11, 12]]
+        store, ids = record(data, epochs=2)
+    assert [step.sample_ids.tolist() for step in store] == ids
+    assert ids == 2 * [[0, 1, 2, 3, 4], [10, 11, 12]]
 
 
 class Named(Dataset):
@@ -135,17 +135,17 @@ class Handmade:
     ("data", "message"),
     [
         (lambda: DataLoader(Stream(), batch_size=5), "iterable dataset"),
-        (lambda: loader(Telling(), num_workers=2, in_order=False), "in_order=False"),
+        (lambda: loader(IndexedVectors(), num_workers=2, in_order=False), "in_order=False"),
         (lambda: Handmade(), "a `Handmade` yields"),
     ],
     ids=["iterable", "out of order", "no loader"],
 )
-def test_ids_that_cannot_be_known_are_asked_for(data, message):
+def test_ids_that_cannot_be_inferred_raise(data, message):
     with pytest.raises(ValueError, match=f"{message}.*(.|\n)*sample_ids="):
         record(data())
 
 
-def test_iterable_datasets_work_with_ids_of_their_own():
+def test_iterable_datasets_work_with_ids_from_the_batch():
     store, _ = record(
         DataLoader(Stream(), batch_size=5), sample_ids=lambda batch: range(len(batch[1]))
     )
@@ -161,14 +161,14 @@ def test_iterable_datasets_work_with_ids_of_their_own():
     ],
     ids=["no such key", "not ids", "too few"],
 )
-def test_wrong_ids_are_refused(source, message):
+def test_wrong_ids_raise(source, message):
     with pytest.raises(ValueError, match=message):
-        record(loader(Telling()), sample_ids=source)
+        record(loader(IndexedVectors()), sample_ids=source)
 
 
-def test_what_is_to_be_passed_is_named_for_all_who_take_it():
-    """Not only a recorder does: `record` and `attribute_by_gradients` do as well."""
+def test_record_names_the_missing_argument_as_the_recorder_does():
+    """The message that names `sample_ids` is the same for `record`."""
     store, model = MemoryStore(), Plain(mlp())
     quiet_trainer(GradientRecorder(store)).fit(model, loader(vectors()))
     with pytest.raises(ValueError, match=r"Pass `sample_ids=`: a key of the batch"):
-        record_anew(model, DataLoader(Stream(), batch_size=5), like=store, progress=False)
+        record_run(model, DataLoader(Stream(), batch_size=5), like=store, progress=False)
