@@ -1,4 +1,4 @@
-"""Results: the objects that attribution returns."""
+"""The objects that attribution returns."""
 
 from tda_lightning.results.contributions import Contributions
 from tda_lightning.results.embedding import Embedding

@@ -1,10 +1,10 @@
-r"""Contributions: what a training added up to, live, for a fixed set of probes.
+r"""Result of the ``ContributionTracker`` callback: contributions of training samples to probes.
 
 .. math:: c_{q, i} = \sum_{t \,:\, i \in B_t}
    \eta_t \, \langle \nabla \ell_q(\theta_t), \, g_i^{(t)} \rangle
 
-Wang et al. (2024), "Data Shapley in One Training Run", first order. Unlike TracIn at the final
-weights, the gradient of the probe is the one at the weights of each step.
+Wang et al. (2024), "Data Shapley in One Training Run", first order. The gradient of a probe is
+taken at the weights of each step. TracIn at the final weights uses one gradient for all steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor
 from tda_lightning.results.npz import load_arrays, save_arrays
 from tda_lightning.results.scores import Scores
 from tda_lightning.results.trajectory import Trajectory
-from tda_lightning.stores.durable import make_durable, partial_name
 
 _FIELDS = ("values", "times", "query_ids", "train_ids")
 
@@ -30,12 +29,12 @@ class Contributions:
     """How much each training sample lowered each probe's loss, period by period.
 
     Attributes:
-        values: To first order, in units of the loss, shape ``(n_times, n_probe, n_train)``.
+        values: Decrease of the loss to first order, shape ``(n_times, n_probe, n_train)``.
         times: Epoch, or first step index, of each period, shape ``(n_times,)``.
-        query_ids: Places of the probes in the loader, shape ``(n_probe,)``.
+        query_ids: Positions of the probes in the loader, shape ``(n_probe,)``.
         train_ids: Ids of the training samples, sorted, shape ``(n_train,)``.
-        method: Who followed them.
-        provenance: Model, optimizer, steps covered, sketch, weights, and what a period is.
+        method: The callback and its settings.
+        provenance: Model, optimizer, steps covered, sketch, weights, and the kind of period.
     """
 
     values: Float[Tensor, "n_times n_probe n_train"]
@@ -46,7 +45,7 @@ class Contributions:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def scores(self) -> Scores:
-        """Return the contributions of the whole training, shape ``(n_probe, n_train)``."""
+        """Return the sum over all periods, shape ``(n_probe, n_train)``."""
         return Scores(
             values=self.values.sum(dim=0),
             query_ids=self.query_ids,
@@ -56,32 +55,32 @@ class Contributions:
         )
 
     def trajectory(self, train_ids: Int[Tensor, " n_selected"] | Sequence[int]) -> Trajectory:
-        """Return what some training samples did in each period.
+        """Return the contributions of some training samples in each period.
 
         Args:
-            train_ids: Which ones.
+            train_ids: Ids of the training samples.
 
         Raises:
-            ValueError: If they are no whole numbers, or one of them is not in the training set.
+            ValueError: If the ids are not whole numbers, or one is not in the training set.
         """
-        given = torch.as_tensor(train_ids)
-        if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:
+        ids = torch.as_tensor(train_ids)
+        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 f"`train_ids` is {train_ids!r}; expected a list of whole numbers, ids of training "
                 "samples, such as `contributions.scores().proponents(3).ids[0]`."
             )
-        chosen = given.to(torch.int64)
-        strangers = chosen[~torch.isin(chosen, self.train_ids)]
-        if len(strangers):
+        ids = ids.to(torch.int64)
+        unknown = ids[~torch.isin(ids, self.train_ids)]
+        if len(unknown):
             raise ValueError(
-                f"Sample {int(strangers[0])} is not among those that were followed; expected some "
-                f"of the {len(self.train_ids)} ids of `train_ids`."
+                f"Sample {int(unknown[0])} was not tracked; expected some of the "
+                f"{len(self.train_ids)} ids of `contributions.train_ids`."
             )
-        places = torch.searchsorted(self.train_ids, chosen)
+        positions = torch.searchsorted(self.train_ids, ids)
         return Trajectory(
-            values=self.values[:, :, places].permute(1, 2, 0).contiguous(),
+            values=self.values[:, :, positions].permute(1, 2, 0).contiguous(),
             times=self.times,
-            train_ids=chosen,
+            train_ids=ids,
             query_ids=self.query_ids,
             per="epoch" if self.provenance.get("period") == "epoch" else "step",
             method=self.method,
@@ -89,21 +88,12 @@ class Contributions:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write to a NumPy ``.npz`` file: whole or not at all, and over what was there."""
-        path = Path(path)
-        partial = partial_name(path)
-        try:
-            save_arrays(partial, self, _FIELDS)
-            make_durable(partial)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        make_durable(path.absolute().parent)
+        """Write the contributions atomically to a NumPy ``.npz`` file; replace an existing one."""
+        save_arrays(path, self, _FIELDS)
 
     @classmethod
     def load(cls, path: str | Path) -> Contributions:
-        """Read what :meth:`save` wrote."""
+        """Read contributions written by :meth:`save`."""
         return cls(**load_arrays(path, _FIELDS))
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Embedding: one vector per training sample, for any query."""
+"""Embedding: one vector per training sample; a query is scored by one matrix product."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Embedding:
         vectors: Shape ``(n_train, k)``.
         train_ids: Ids of the training samples, shape ``(n_train,)``.
         method: The method and its hyper-parameters.
-        provenance: Where the vectors come from.
+        provenance: Model, optimizer, steps covered, and sketch behind the vectors.
     """
 
     vectors: Float[Tensor, "n_train k"]
@@ -31,14 +31,14 @@ class Embedding:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def attribute(self, queries: Float[Tensor, "n_query k"]) -> Scores:
-        """Score every training sample for every query, as the method would.
+        """Score every training sample for every query, as the embedded method does.
 
         Args:
             queries: Gradient sketches of the queries' losses, shape ``(n_query, k)``, as
                 ``record_queries(model, queries, like=run)`` returns them.
 
         Raises:
-            ValueError: If they are something else.
+            ValueError: If the queries are not sketches of the embedding's dimension.
         """
         _require_rows(queries, self.vectors.shape[1])
         return Scores(
@@ -71,6 +71,6 @@ def _require_rows(queries: object, k: int) -> None:
     shape = tuple(queries.shape) if isinstance(queries, Tensor) else type(queries).__name__
     if not isinstance(queries, Tensor) or queries.ndim != 2 or queries.shape[1] != k:
         raise ValueError(
-            f"`queries` is {shape}; expected rows of {k:,} numbers, shape (n_query, {k}). Take "
-            "those that `record_queries(model, queries, like=run)` returns for the embedded run."
+            f"`queries` is {shape}; expected rows of {k:,} numbers, shape (n_query, {k}). Pass the "
+            "result of `record_queries(model, queries, like=run)` for the embedded run."
         )

@@ -1,4 +1,4 @@
-"""Archives: answers in NumPy's ``.npz`` files, with who gave them and what they come from."""
+"""Save and load results as NumPy ``.npz`` files, with their method and provenance."""
 
 from __future__ import annotations
 
@@ -11,41 +11,43 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tda_lightning.stores.durable import atomic_write
 
-def save_arrays(path: str | Path, answer: Any, names: tuple[str, ...]) -> None:
-    """Write some fields of an answer, its method and its provenance to a ``.npz`` file.
+
+def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
+    """Write fields of a result, its method and its provenance to a ``.npz`` file.
 
     Args:
-        path: Where to; a file that is there is replaced.
-        answer: Has a ``method`` and a ``provenance``.
-        names: Its other fields: tensors, or words.
+        path: Path of the file; an existing file is replaced.
+        result: An object with a ``method`` and a ``provenance``.
+        names: Names of its other fields, which hold tensors or strings.
     """
-    fields = {name: _as_array(getattr(answer, name)) for name in names}
-    words = {"method": answer.method, "provenance": json.dumps(dict(answer.provenance))}
-    # Through an open file: given a name, NumPy would append a suffix of its own.
-    with Path(path).open("wb") as file:
-        np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in words.items()}, **fields)
+    fields = {name: _as_array(getattr(result, name)) for name in names}
+    texts = {"method": result.method, "provenance": json.dumps(dict(result.provenance))}
+    # Pass an open file: given a path, NumPy would append a suffix.
+    with atomic_write(Path(path)) as partial, partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in texts.items()}, **fields)
 
 
 def load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Read the fields of an answer that :func:`save_arrays` wrote.
+    """Read the fields of a result that :func:`save_arrays` wrote.
 
     Raises:
         FileNotFoundError: If there is no file.
-        ValueError: If the file holds an answer of another kind, or none.
+        ValueError: If the file holds a result of another class, or no result.
     """
     try:
         file = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"`{path}` holds no answer that was saved; {error}") from error
+        raise ValueError(f"`{path}` holds no saved result: {error}") from error
     if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError(f"`{path}` holds a single array; expected what `save` wrote.")
+        raise ValueError(f"`{path}` holds a single array; expected a file written by `save`.")
     with file:
-        # Files from before there was a provenance have none.
+        # Files of early versions have no provenance.
         if set(file.files) - {"provenance"} != {*names, "method"}:
             raise ValueError(
                 f"`{path}` holds {sorted(file.files)}; expected {sorted([*names, 'method'])}. "
-                "Load it with the class that saved it: `Scores`, `SampleScores`, `Embedding`, say."
+                "Load it with the class that saved it, such as `Scores` or `Embedding`."
             )
         fields = {name: _as_field(file[name]) for name in names}
         provenance = json.loads(str(file["provenance"])) if "provenance" in file.files else {}

@@ -1,4 +1,4 @@
-"""Extras: packages that not everybody needs, and what to do where one is missing."""
+"""Optional dependencies: name the extra to install where a package is missing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Say which extra to install if an import in this block finds nothing.
+    """Name the extra to install if an import in this block fails.
 
     Args:
-        extra: Its name in ``pyproject.toml``.
+        extra: Name of the extra in ``pyproject.toml``.
 
     Raises:
-        ModuleNotFoundError: Naming the package and the command.
+        ModuleNotFoundError: If the package is missing. The message holds the install command.
 
     >>> with needs("plots"):
     ...     import no_such_package

@@ -1,4 +1,4 @@
-"""Provenance: where an answer comes from, in a few words."""
+"""Provenance of scores: the model, optimizer, steps and sketch behind them, as short texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tda_lightning.stores.store import Store
 
 
 def provenance_of(run: Store) -> Mapping[str, str]:
-    """Say in a few words where scores come from: which steps, of which training, sketched how."""
+    """Describe a run in short texts: its model, optimizer, steps, and sketch."""
     if len(run) == 0:
         return {}
     first, last, recipe = run.facts[0], run.facts[-1], run.recipe
@@ -27,9 +27,9 @@ def provenance_of(run: Store) -> Mapping[str, str]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a short name for the weights of a model."""
-    found = hashlib.sha256()
+    """Return a short hash of a model's weights."""
+    digest = hashlib.sha256()
     for parameter in model.parameters():
         raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        found.update(raw.numpy().tobytes())
-    return found.hexdigest()[:12]
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,7 +1,7 @@
-"""Scores: what a method answers.
+"""Scores, rankings and per-sample scores: the results of attribution methods.
 
-Orientation is always ``(n_query, n_train)``. A positive score marks a proponent: the presence of
-that training sample lowered the query's loss.
+Scores have shape ``(n_query, n_train)``. A positive score marks a proponent: a training sample
+whose presence lowered the query's loss.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Ranking:
     """The training samples that matter most to each query.
 
     Attributes:
-        ids: Training sample ids, most extreme first, shape ``(n_query, k)``.
-        values: Their scores, shape ``(n_query, k)``.
+        ids: Ids of the training samples, most extreme first, shape ``(n_query, k)``.
+        values: Scores of these samples, shape ``(n_query, k)``.
     """
 
     ids: Int[Tensor, "n_query k"]
@@ -45,14 +45,14 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Scores:
-    """How much each training sample did for each query.
+    """One score per query and training sample.
 
     Attributes:
         values: Scores, shape ``(n_query, n_train)``.
-        query_ids: Places of the queries in what was asked, shape ``(n_query,)``.
+        query_ids: Positions of the queries, shape ``(n_query,)``.
         train_ids: Ids of the training samples, shape ``(n_train,)``.
         method: The method and its hyper-parameters.
-        provenance: Where the scores come from: model, optimizer, steps covered, sketch, weights.
+        provenance: Model, optimizer, steps covered, sketch and weights behind the scores.
     """
 
     values: Float[Tensor, "n_query n_train"]
@@ -75,34 +75,35 @@ class Scores:
 
     @classmethod
     def mean(cls, scores: Sequence[Scores]) -> Scores:
-        """Average the scores of several trainings, or of several methods.
+        """Average the scores of several runs, or of several methods.
 
         Raises:
-            ValueError: If they are not about the same queries and training samples.
+            ValueError: If the queries or the training samples differ.
         """
-        first = _alike(scores, ("query_ids", "train_ids"))
-        values = torch.stack([one.values for one in scores]).mean(dim=0)
-        return replace(first, values=values, **_joined(scores, "mean"))
+        first = _require_same_ids(scores, ("query_ids", "train_ids"))
+        values = torch.stack([item.values for item in scores]).mean(dim=0)
+        return replace(first, values=values, **_joined_provenance(scores, "mean"))
 
     @classmethod
     def concatenate(cls, scores: Sequence[Scores]) -> Scores:
-        """Put scores of several queries, one after the other, into one.
+        """Concatenate the scores of different queries.
 
         Raises:
-            ValueError: If they are not about the same training samples.
+            ValueError: If the training samples differ.
         """
-        first = _alike(scores, ("train_ids",))
-        values = torch.cat([one.values for one in scores])
-        ids = torch.cat([one.query_ids for one in scores])
-        return replace(first, values=values, query_ids=ids, **_joined(scores, "concatenation"))
+        first = _require_same_ids(scores, ("train_ids",))
+        values = torch.cat([item.values for item in scores])
+        query_ids = torch.cat([item.query_ids for item in scores])
+        provenance = _joined_provenance(scores, "concatenation")
+        return replace(first, values=values, query_ids=query_ids, **provenance)
 
     def grouped(self, labels: Int[Tensor, " n_query"] | Sequence[int]) -> Scores:
-        """Add up the scores of queries that share a label: what a sample did for each group.
+        """Sum the scores over groups of queries that share a label.
 
-        Where scores are linear in the query, these are the scores of the summed losses.
+        If scores are linear in the query, these are the scores of the summed losses.
 
         Args:
-            labels: The group of each query, shape ``(n_query,)``: of a class, a document, a token.
+            labels: Group of each query, such as its class or document, shape ``(n_query,)``.
 
         Returns:
             Scores with one row per group; ``query_ids`` are the labels, sorted.
@@ -111,22 +112,22 @@ class Scores:
             ValueError: If there is not one label per query.
         """
         try:
-            given = torch.as_tensor(labels)
+            groups = torch.as_tensor(labels)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"`labels` are no numbers: {error}; expected one whole number per query, the same "
-                "for queries that belong together."
+                f"`labels` are not numbers: {error}; expected one whole number per query, the "
+                "same for queries that belong together."
             ) from error
-        if given.shape != self.query_ids.shape:
+        if groups.shape != self.query_ids.shape:
             raise ValueError(
-                f"`labels` has the shape {tuple(given.shape)}; expected ({len(self.query_ids)},), "
+                f"`labels` has the shape {tuple(groups.shape)}; expected ({len(self.query_ids)},), "
                 "one label per query. Give queries that belong together the same number."
             )
-        groups, places = torch.unique(given, return_inverse=True)
-        values = self.values.new_zeros(len(groups), len(self.train_ids))
-        values.index_add_(0, places, self.values)
-        provenance = {**self.provenance, "groups": f"{len(groups)} of {len(given)} queries"}
-        return replace(self, values=values, query_ids=groups, provenance=provenance)
+        ids, rows = torch.unique(groups, return_inverse=True)
+        values = self.values.new_zeros(len(ids), len(self.train_ids))
+        values.index_add_(0, rows, self.values)
+        provenance = {**self.provenance, "groups": f"{len(ids)} of {len(groups)} queries"}
+        return replace(self, values=values, query_ids=ids, provenance=provenance)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with queries as rows and training samples as columns."""
@@ -147,7 +148,7 @@ class Scores:
         return cls(**load_arrays(path, _MATRIX_FIELDS))
 
     def __repr__(self) -> str:
-        """Show the shape, the method and the best proponent of the first queries."""
+        """Show the shape, the method, and the proponents and opponents of the first queries."""
         n_query, n_train = self.values.shape
         head = f"Scores of {n_query:,} queries x {n_train:,} training samples by {self.method}"
         lines = [
@@ -161,14 +162,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class TopScores:
-    """The best and the worst teachers of each query.
+    """The most helpful and the most harmful training samples of each query.
 
     Attributes:
         proponents: The training samples that lowered each query's loss most.
-        opponents: Those that raised it most.
-        query_ids: Places of the queries in what was asked, shape ``(n_query,)``.
+        opponents: The training samples that raised each query's loss most.
+        query_ids: Positions of the queries, shape ``(n_query,)``.
         method: The method and its hyper-parameters.
-        provenance: Where the scores come from: model, optimizer, steps covered, sketch, weights.
+        provenance: Model, optimizer, steps covered, sketch and weights behind the scores.
     """
 
     proponents: Ranking
@@ -178,7 +179,7 @@ class TopScores:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return a data frame with a row per query and rank; the most extreme have rank 0."""
+        """Return a data frame with a row per query and rank; rank 0 is the most extreme."""
         with needs("pandas"):
             import pandas as pd
 
@@ -196,13 +197,13 @@ class TopScores:
 
 @dataclass(frozen=True)
 class SampleScores:
-    """One score per training sample.
+    """One score per training sample, such as its self-influence.
 
     Attributes:
         values: Scores, shape ``(n_train,)``.
         train_ids: Ids of the training samples, shape ``(n_train,)``.
         method: The method and its hyper-parameters.
-        provenance: Where the scores come from: model, optimizer, steps covered, sketch, weights.
+        provenance: Model, optimizer, steps covered, sketch and weights behind the scores.
     """
 
     values: Float[Tensor, " n_train"]
@@ -248,10 +249,10 @@ _VECTOR_FIELDS = ("values", "train_ids")
 
 
 def require_rank(k: int, n_train: int) -> int:
-    """Return how many training samples to name, if there are as many.
+    """Return ``k`` if it is a valid number of training samples to rank.
 
     Raises:
-        ValueError: If there are not, or it is no number.
+        ValueError: If it is not a whole number from 1 to ``n_train``.
     """
     if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= n_train:
         raise ValueError(
@@ -262,35 +263,35 @@ def require_rank(k: int, n_train: int) -> int:
 
 def _pairs(ids: Tensor, values: Tensor) -> str:
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return ", ".join(f"{name} ({value:+.3g})" for name, value in pairs)
+    return ", ".join(f"{sample_id} ({value:+.3g})" for sample_id, value in pairs)
 
 
 def _row(ranking: Ranking, row: int) -> tuple[Tensor, Tensor]:
     return ranking.ids[row], ranking.values[row]
 
 
-def _alike(scores: Sequence[Scores], names: tuple[str, ...]) -> Scores:
+def _require_same_ids(scores: Sequence[Scores], names: tuple[str, ...]) -> Scores:
     if not isinstance(scores, list | tuple) or not scores:
         raise ValueError(f"`scores` is {scores!r}; expected at least one `Scores`, in a list.")
+    first: Scores = scores[0]
     for name in names:
-        if not all(torch.equal(getattr(one, name), getattr(scores[0], name)) for one in scores):
+        if not all(torch.equal(getattr(item, name), getattr(first, name)) for item in scores):
             raise ValueError(
                 f"`scores` differ in their `{name}`; expected the same in all of them. Attribute "
                 "the same queries to the same training set."
             )
-    first: Scores = scores[0]
     return first
 
 
-def _joined(scores: Sequence[Scores], how: str) -> dict[str, Any]:
-    """Return the method and provenance of several: what they share, or all that they say."""
-    methods = list(dict.fromkeys(one.method for one in scores))
-    method = methods[0] if len(methods) == 1 else f"{how} of {', '.join(methods)}"
-    keys = dict.fromkeys(key for one in scores for key in one.provenance)
-    said = {
-        key: dict.fromkeys(one.provenance.get(key, "unknown") for one in scores) for key in keys
+def _joined_provenance(scores: Sequence[Scores], operation: str) -> dict[str, Any]:
+    """Return the method and the provenance of several scores, with all differing values listed."""
+    methods = list(dict.fromkeys(item.method for item in scores))
+    method = methods[0] if len(methods) == 1 else f"{operation} of {', '.join(methods)}"
+    keys = dict.fromkeys(key for item in scores for key in item.provenance)
+    distinct = {
+        key: dict.fromkeys(item.provenance.get(key, "unknown") for item in scores) for key in keys
     }
-    provenance = {key: "; ".join(values) for key, values in said.items()}
+    provenance = {key: "; ".join(values) for key, values in distinct.items()}
     if len(scores) > 1:
-        provenance[how] = f"of {len(scores)}"
+        provenance[operation] = f"of {len(scores)}"
     return {"method": method, "provenance": provenance}

@@ -1,4 +1,4 @@
-"""Trajectory: when in the training did a sample help or hurt?"""
+"""Trajectory: contributions of training samples per step or epoch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Period = Literal["step", "epoch"]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What some training samples did for each query, over the training.
+    """Contributions of some training samples to each query, over the training.
 
     Attributes:
         values: Contributions, shape ``(n_query, n_selected, n_times)``.
-        times: Step indices or epochs, rising, shape ``(n_times,)``.
-        train_ids: The samples, shape ``(n_selected,)``.
-        query_ids: Places of the queries in what was asked, shape ``(n_query,)``.
-        per: What the times are.
+        times: Step indices or epochs, ascending, shape ``(n_times,)``.
+        train_ids: Ids of the selected training samples, shape ``(n_selected,)``.
+        query_ids: Positions of the queries, shape ``(n_query,)``.
+        per: Whether the times are steps or epochs.
         method: The method and its hyper-parameters.
-        provenance: Where the values come from: model, optimizer, steps covered, sketch, weights.
+        provenance: Model, optimizer, steps covered, sketch and weights behind the values.
     """
 
     values: Float[Tensor, "n_query n_selected n_times"]
@@ -47,11 +47,11 @@ class Trajectory:
         return self.values.sum(dim=2)
 
     def plot(self, query: int = 0, axes: Axes | None = None) -> Axes:
-        """Draw how the samples' contributions to one query add up (needs ``matplotlib``).
+        """Plot the samples' cumulative contributions to one query (needs ``matplotlib``).
 
         Args:
-            query: Which query.
-            axes: Where to draw; a new figure by default.
+            query: Position of the query.
+            axes: Axes to draw on; those of a new figure by default.
         """
         if axes is None:
             with needs("plots"):
@@ -60,10 +60,10 @@ class Trajectory:
             axes = pyplot.figure(figsize=(7, 4), layout="constrained").add_subplot()
         if not 0 <= query < len(self.values):
             raise ValueError(
-                f"`query` is {query}; expected a place from 0 to {len(self.values) - 1}."
+                f"`query` is {query}; expected a position from 0 to {len(self.values) - 1}."
             )
         sums = self.values[query].cumsum(dim=1)
-        marker = "o" if len(self.times) == 1 else ""  # a line of one point cannot be seen
+        marker = "o" if len(self.times) == 1 else ""  # a line of one point is invisible
         for sample, line in zip(self.train_ids.tolist(), sums, strict=True):
             axes.plot(
                 self.times.numpy(),
@@ -72,7 +72,7 @@ class Trajectory:
                 drawstyle="steps-post",
                 marker=marker,
             )
-        axes.locator_params(axis="x", integer=True)  # there is no half a step
+        axes.locator_params(axis="x", integer=True)  # no ticks at fractions of a step
         axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
         axes.set(xlabel=self.per, ylabel="contribution so far", title=f"query {query}")
         axes.legend(title="sample", frameon=False)

@@ -1,4 +1,4 @@
-"""Stores: what a run is, and where its steps are kept."""
+"""Recorded runs: steps, recipes, and the stores that hold them in memory or on disk."""
 
 from tda_lightning.stores.hdf5.store import HDF5Store
 from tda_lightning.stores.memory import MemoryStore

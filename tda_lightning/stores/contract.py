@@ -1,4 +1,4 @@
-"""StoreContract: what every writable store must do. Test a new store with three lines.
+"""StoreContract: tests that every writable store must pass. Test a new store with three lines.
 
 .. code-block:: python
 
@@ -33,7 +33,7 @@ RECIPE = Recipe(
 
 
 def make_steps(count: int, *, groups: int = 1) -> list[Step]:
-    """Return steps of 1, 2, ... visits with recognisable contents."""
+    """Return steps of 1, 2, ... visits, each with different contents."""
     return [
         Step(
             index=2 * number,
@@ -53,31 +53,29 @@ def make_steps(count: int, *, groups: int = 1) -> list[Step]:
     ]
 
 
-def same(one: Step, other: Step) -> bool:
-    """Say whether two steps hold the same."""
+def same(a: Step, b: Step) -> bool:
+    """Return whether two steps are equal."""
     rows = ("sketch", "curvature_rows")
-    return same_facts(one, other) and all(
-        _equal(getattr(one, name), getattr(other, name)) for name in rows
-    )
+    return same_facts(a, b) and all(_equal(getattr(a, name), getattr(b, name)) for name in rows)
 
 
-def same_facts(one: StepFacts, other: StepFacts) -> bool:
-    """Say whether two steps are the same but for their rows."""
+def same_facts(a: StepFacts, b: StepFacts) -> bool:
+    """Return whether two steps are equal apart from their rows."""
     tensors = ("sample_ids", "weights", "terms", "curvature")
     facts = ("index", "epoch", "optimizer", "groups", "loss")
-    return all(_equal(getattr(one, name), getattr(other, name)) for name in tensors) and all(
-        getattr(one, name) == getattr(other, name) for name in facts
+    return all(_equal(getattr(a, name), getattr(b, name)) for name in tensors) and all(
+        getattr(a, name) == getattr(b, name) for name in facts
     )
 
 
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return torch.equal(one, other)
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b)
 
 
 def filled(store: WritableStore, steps: Sequence[Step]) -> WritableStore:
-    """Return the store after it has recorded and sealed the steps, two at a time."""
+    """Begin a run, append the steps, seal after every second one, and return the store."""
     store.begin(RECIPE)
     for number, step in enumerate(steps):
         store.append(step)
@@ -88,14 +86,14 @@ def filled(store: WritableStore, steps: Sequence[Step]) -> WritableStore:
 
 
 class StoreContract(ABC):
-    """Tests that a store in ``tmp_path``, made by :meth:`make`, must pass."""
+    """Tests of a writable store; subclasses implement :meth:`make`."""
 
     @abstractmethod
     def make(self, folder: Path) -> WritableStore:
-        """Return a store that holds nothing yet; the same place for the same folder."""
+        """Return an empty store in ``folder``; the same folder gives the same location."""
 
-    def test_what_was_appended_comes_back(self, tmp_path: Path) -> None:
-        """Every step, bit for bit, in order."""
+    def test_appended_steps_are_read_back(self, tmp_path: Path) -> None:
+        """Every step is returned bit for bit, in order."""
         steps = make_steps(7)
         store = filled(self.make(tmp_path), steps)
         assert len(store) == 7
@@ -103,7 +101,7 @@ class StoreContract(ABC):
         assert store.recipe == RECIPE
 
     def test_facts_are_those_of_the_steps(self, tmp_path: Path) -> None:
-        """All that a step holds but its rows, also of a view of some steps."""
+        """``facts`` returns everything but the rows, also for a slice."""
         steps = make_steps(5, groups=2)
         steps[1] = replace(steps[1], terms=torch.ones(2), curvature=torch.ones(2), loss="Huber")
         store = filled(self.make(tmp_path), steps)
@@ -116,7 +114,7 @@ class StoreContract(ABC):
             store.facts[5]
 
     def test_the_recipe_of_a_run_that_has_just_begun_can_be_amended(self, tmp_path: Path) -> None:
-        """It stays the same run; its steps go by the new recipe."""
+        """The run id stays; the new recipe replaces the old one."""
         store = self.make(tmp_path)
         store.begin(RECIPE)
         run_id = store.run_id
@@ -129,7 +127,7 @@ class StoreContract(ABC):
         assert len(store) == 2
 
     def test_it_is_a_sequence(self, tmp_path: Path) -> None:
-        """Negative indices, slices of slices, and reading backwards."""
+        """Negative indices, slices of slices and reversed iteration work."""
         steps = make_steps(7)
         store = filled(self.make(tmp_path), steps)
         assert same(store[-2], steps[5])
@@ -139,21 +137,21 @@ class StoreContract(ABC):
         with pytest.raises(IndexError):
             store[7]
 
-    def test_no_slice_goes_backwards(self, tmp_path: Path) -> None:
-        """It would be asked as a training that ran so."""
+    def test_slices_with_a_negative_step_are_refused(self, tmp_path: Path) -> None:
+        """A method would treat such a slice as a training that ran backwards."""
         store = filled(self.make(tmp_path), make_steps(5))
         for view, key in ((store, slice(None, None, -1)), (store[:4], slice(3, 1, -2))):
             with pytest.raises(ValueError, match=r"expected a positive one.*`reversed\(run\)`"):
                 view[key]
 
     def test_the_number_of_parameter_groups_may_change(self, tmp_path: Path) -> None:
-        """As it does when layers are unfrozen during training."""
+        """It changes when layers are unfrozen during training."""
         steps = [*make_steps(3), *make_steps(3, groups=2)]
         store = filled(self.make(tmp_path), steps)
         assert [len(step.groups) for step in store] == [1, 1, 1, 2, 2, 2]
 
-    def test_what_is_known_of_the_curvature_comes_back(self, tmp_path: Path) -> None:
-        """In the steps that know it, and in no other."""
+    def test_curvature_is_read_back(self, tmp_path: Path) -> None:
+        """Steps that were recorded with curvature have it, and no others."""
         steps = make_steps(5)
         rows = torch.arange(30.0).reshape(2, 15)
         steps[1] = replace(
@@ -164,8 +162,8 @@ class StoreContract(ABC):
         store = filled(self.make(tmp_path), steps)
         assert all(same(a, b) for a, b in zip(store, steps, strict=True))
 
-    def test_the_coordinates_of_a_step_are_the_last_that_began(self, tmp_path: Path) -> None:
-        """Also if that was in an earlier segment, or before the slice that is looked at."""
+    def test_the_coordinates_of_a_step_are_the_last_ones_set(self, tmp_path: Path) -> None:
+        """They may be set in an earlier segment, or before the slice."""
         first, second = (
             Preconditioner(torch.full((3,), value), torch.full((5,), value)) for value in (2.0, 3.0)
         )
@@ -173,35 +171,35 @@ class StoreContract(ABC):
         steps[1] = replace(steps[1], preconditioner=first)
         steps[5] = replace(steps[5], preconditioner=second)
         store = filled(self.make(tmp_path), steps)
-        found = [store.preconditioner(position) for position in range(7)]
-        assert found[0] is None
-        assert [float(one.rows[0]) for one in found[1:] if one] == [2.0] * 4 + [3.0] * 2
-        assert [one.columns.shape for one in found[1:] if one] == [(5,)] * 6
+        assert store.preconditioner(0) is None
+        later = [store.preconditioner(position) for position in range(1, 7)]
+        assert [float(p.rows[0]) for p in later if p] == [2.0] * 4 + [3.0] * 2
+        assert [p.columns.shape for p in later if p] == [(5,)] * 6
         in_slice, at_end = store[2:4].preconditioner(), store.preconditioner()
         assert in_slice is not None
         assert torch.equal(in_slice.rows, first.rows)
         assert at_end is not None
         assert torch.equal(at_end.rows, second.rows)
 
-    def test_audits_come_back_with_their_steps(self, tmp_path: Path) -> None:
-        """Some steps have one, most have none."""
+    def test_audits_are_read_back_with_their_steps(self, tmp_path: Path) -> None:
+        """Steps without an audit return none."""
         audit = Audit(torch.tensor([4.0]).double(), torch.tensor([1.0]).double(), 2.0, 0.5)
         steps = make_steps(5)
         steps[0], steps[3] = replace(steps[0], audit=audit), replace(steps[3], audit=audit)
         store = filled(self.make(tmp_path), steps)
         assert [step.audit is not None for step in store] == [True, False, False, True, False]
-        found = store.audits()
-        assert [one.left_out for one in found] == [2.0, 2.0]
-        assert torch.equal(found[1].explained(), audit.explained())
+        audits = store.audits()
+        assert [stored.left_out for stored in audits] == [2.0, 2.0]
+        assert torch.equal(audits[1].explained(), audit.explained())
 
     def test_ids_are_those_of_the_recipe_and_those_visited(self, tmp_path: Path) -> None:
-        """Never-drawn samples are known from the recipe."""
+        """The recipe also lists samples that were never drawn."""
         store = filled(self.make(tmp_path), make_steps(3))
         assert store.train_ids().tolist() == [0, 1, 2, 3, 4, 5, 6, 11, 12]
         assert store.visited_ids().tolist() == [0, 1, 2, 3, 4]
 
     def test_a_second_run_is_refused_until_the_first_is_cleared(self, tmp_path: Path) -> None:
-        """Nothing is overwritten by accident."""
+        """A run is never overwritten by accident."""
         store = filled(self.make(tmp_path), make_steps(3))
         with pytest.raises(FileExistsError, match="already"):
             store.begin(RECIPE)
@@ -212,21 +210,21 @@ class StoreContract(ABC):
     def test_a_resumed_run_keeps_the_steps_before_and_goes_on(
         self, tmp_path: Path, index: int
     ) -> None:
-        """Wherever it was cut, also in the middle of what was sealed together; nothing twice."""
+        """A run may be cut anywhere, even within a segment; no step is stored twice."""
         steps = make_steps(7)
         store = filled(self.make(tmp_path), steps)
         run_id = store.run_id
         store.resume(index)
-        kept = [step for step in steps if step.index < index]
-        assert [step.index for step in store] == [step.index for step in kept]
-        for step in steps[len(kept) :]:
+        earlier = [step for step in steps if step.index < index]
+        assert [step.index for step in store] == [step.index for step in earlier]
+        for step in steps[len(earlier) :]:
             store.append(step)
         store.seal()
         assert all(same(a, b) for a, b in zip(store, steps, strict=True))
         assert store.run_id == run_id is not None
 
-    def test_weights_come_back_and_those_of_dropped_steps_do_not(self, tmp_path: Path) -> None:
-        """With the run's life: resuming keeps those that still stand, clearing keeps none."""
+    def test_weights_are_read_back_unless_their_steps_are_dropped(self, tmp_path: Path) -> None:
+        """Resuming drops the snapshots of later steps; clearing drops all."""
         store = filled(self.make(tmp_path), make_steps(5))
         assert store.snapshots() == []
         for index in (4, 0, 8):
@@ -240,8 +238,8 @@ class StoreContract(ABC):
         store.clear()
         assert store.snapshots() == []
 
-    def test_every_run_has_a_name_of_its_own(self, tmp_path: Path) -> None:
-        """So that a checkpoint knows the run it belongs to."""
+    def test_every_run_has_a_unique_id(self, tmp_path: Path) -> None:
+        """A checkpoint refers to its run by this id."""
         store = self.make(tmp_path)
         assert store.run_id is None
         first = filled(store, make_steps(2)).run_id

@@ -1,4 +1,4 @@
-"""The order of the data as a run recorded it: what never came, came twice, or came again."""
+"""Report the order of a run's training data: unseen samples, repeats and replayed steps."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tda_lightning.stores.store import Store
 
 @dataclass(frozen=True)
 class DataOrder:
-    """Which samples came when.
+    """Irregularities in the order of the training data.
 
     Attributes:
-        never: Ids of training samples that no recorded step saw, sorted.
-        repeated: Per epoch, ids that it saw more than once, sorted. Sampling with replacement does
-            that, padding for several processes, and an epoch that is resumed in its middle.
-        replayed: Steps whose samples were, one for one, those of an earlier step of their epoch.
-        same_order: Epochs whose samples came in the order of an earlier epoch, with that epoch.
+        never: Ids of training samples in no recorded step, sorted.
+        repeated: Per epoch, ids that occur more than once, sorted. Causes: sampling with
+            replacement, padding for several processes, or an epoch resumed in its middle.
+        replayed: Indices of steps with the same batch as an earlier step of their epoch.
+        same_order: Maps an epoch to the earlier epoch whose samples came in the same order.
     """
 
     never: Int[Tensor, " n_never"]
@@ -32,15 +32,15 @@ class DataOrder:
 
 
 def data_order(run: str | Path | Store) -> DataOrder:
-    """Say in which order the samples of a run came.
+    """Report irregularities in the order of a run's training data.
 
     Args:
-        run: A recorded training: its folder or a store. Of steps that its stride left out nothing
-            is known.
+        run: A recorded training: its folder or its store. Steps skipped by its stride are not
+            covered.
 
     Raises:
         FileNotFoundError: If there is no run at the path.
-        ValueError: If it is something else.
+        ValueError: If ``run`` is neither the folder of a run nor a store.
     """
     store = open_store(run, "run")
     epochs: dict[int, list[Tensor]] = {}
@@ -54,26 +54,26 @@ def data_order(run: str | Path | Store) -> DataOrder:
         seen.add(batch)
     orders = {epoch: torch.cat(parts) for epoch, parts in epochs.items()}
     visited = torch.cat([torch.empty(0, dtype=torch.int64), *orders.values()])
-    known = store.train_ids()
+    train_ids = store.train_ids()
     return DataOrder(
-        never=known[~torch.isin(known, visited)],
-        repeated={e: found for e, ids in orders.items() if len(found := _more_than_once(ids))},
+        never=train_ids[~torch.isin(train_ids, visited)],
+        repeated={e: twice for e, ids in orders.items() if len(twice := _duplicates(ids))},
         replayed=tuple(replayed),
         same_order=_same_orders(orders),
     )
 
 
-def _more_than_once(ids: Int[Tensor, " n"]) -> Int[Tensor, " m"]:
-    found, counts = torch.unique(ids, return_counts=True)
-    more: Tensor = found[counts > 1]
-    return more
+def _duplicates(ids: Int[Tensor, " n"]) -> Int[Tensor, " m"]:
+    distinct, counts = torch.unique(ids, return_counts=True)
+    duplicates: Tensor = distinct[counts > 1]
+    return duplicates
 
 
 def _same_orders(orders: dict[int, Tensor]) -> dict[int, int]:
-    first: dict[tuple[int, ...], int] = {}
-    same = {}
+    first_epochs: dict[tuple[int, ...], int] = {}
+    same_orders = {}
     for epoch, ids in orders.items():
-        earlier = first.setdefault(tuple(ids.tolist()), epoch)
+        earlier = first_epochs.setdefault(tuple(ids.tolist()), epoch)
         if earlier != epoch:
-            same[epoch] = earlier
-    return same
+            same_orders[epoch] = earlier
+    return same_orders

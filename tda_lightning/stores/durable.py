@@ -1,18 +1,36 @@
-"""Durable files: whole or not there, whatever happens while they are written."""
+"""Atomic file writes: a file appears under its name only once its content is on disk."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def partial_name(path: Path) -> Path:
-    """Return the name of a file that is being written: with it, it can be ignored."""
-    return path.with_name(f".{path.name}.partial")
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; afterwards sync the file and rename it to ``path``.
+
+    If the block raises, the temporary file is deleted, and a file at ``path`` stays unchanged. A
+    process that is killed may leave the temporary file, ``.NAME.partial``, which readers ignore.
+
+    Args:
+        path: Final name of the file; an existing file is replaced.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        make_durable(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    make_durable(path.parent)
 
 
 def make_durable(path: Path) -> None:
-    """Wait until a file's or folder's content has reached the disk."""
+    """Wait until the content of a file or folder has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""MemoryStore: a run in memory, for tests and for looking at things."""
+"""MemoryStore: a run in memory, for tests and exploration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tda_lightning.stores.store import Weights, WritableStore, require_snapshot
 
 
 class MemoryStore(WritableStore):
-    """A run that lives in memory and dies with the process.
+    """A run in memory, lost when the process ends.
 
     ``GradientRecorder(MemoryStore())`` records into it.
     """
@@ -25,12 +25,15 @@ class MemoryStore(WritableStore):
     def recipe(self) -> Recipe:
         """How the sketches were made."""
         if self._recipe is None:
-            raise ValueError("This `MemoryStore` is empty; expected a run. Train with it first.")
+            raise ValueError(
+                "This `MemoryStore` is empty; expected a recorded run. Record into it first, with "
+                "`GradientRecorder(store)`."
+            )
         return self._recipe
 
     @property
     def run_id(self) -> str | None:
-        """What names the run that is there."""
+        """Unique id of the stored run."""
         return self._run_id
 
     def __len__(self) -> int:
@@ -45,38 +48,38 @@ class MemoryStore(WritableStore):
         """Start a new run."""
         if self._recipe is not None:
             raise FileExistsError(
-                f"This `MemoryStore` holds a run of {len(self)} steps already; expected an empty "
-                "one. Make a new one, or record with `existing='replace'`."
+                f"This `MemoryStore` already holds a run of {len(self)} steps; expected an empty "
+                "store. Create a new one, or record with `existing='replace'`."
             )
         self._recipe = recipe
         self._run_id = uuid.uuid4().hex
 
     def amend(self, recipe: Recipe) -> None:
-        """Put another recipe in the place of that of a run that has just begun."""
+        """Replace the recipe of a run that has no steps yet."""
         self._recipe = recipe
 
     def resume(self, index: int) -> None:
-        """Continue the run that is there, from the optimizer step of that index on."""
+        """Continue the stored run at the optimizer step ``index``."""
         self._steps = [step for step in self._steps if step.index < index]
-        self._weights = {at: one for at, one in self._weights.items() if at <= index}
+        self._weights = {at: state for at, state in self._weights.items() if at <= index}
 
     def clear(self) -> None:
-        """Forget the run."""
+        """Delete the run."""
         self._recipe = self._run_id = None
         self._steps.clear()
         self._weights.clear()
 
     def snapshots(self) -> list[int]:
-        """Return the steps before which the weights were kept, in order."""
+        """Return the indices of the steps with a snapshot, in order."""
         return sorted(self._weights)
 
     def weights_at(self, index: int) -> Weights:
-        """Return the model's state before a step, as it was kept."""
+        """Return the stored model state before a step."""
         require_snapshot(self.snapshots(), index)
         return self._weights[index]
 
     def keep_weights(self, index: int, weights: Weights) -> None:
-        """Keep the model's state before a step."""
+        """Store the model state before a step."""
         self._weights[index] = dict(weights)
 
     def append(self, step: Step) -> None:
@@ -84,4 +87,4 @@ class MemoryStore(WritableStore):
         self._steps.append(step)
 
     def seal(self) -> None:
-        """Do nothing: steps in memory are as safe as they get."""
+        """Do nothing: steps in memory are readable at once."""

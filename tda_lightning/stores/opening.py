@@ -1,4 +1,4 @@
-"""Opened: a run that was passed as a path or as a store."""
+"""Open a run given as a path or as a store, and check that it has the needed steps."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ def open_store(run: str | os.PathLike[str] | Store, argument: str) -> Store:
     """Return the store of a run.
 
     Args:
-        run: Its folder, or the store itself.
-        argument: What it is called where the user has passed it.
+        run: Folder of the run, or its store.
+        argument: Name of the user's argument, for error messages.
 
     Raises:
         FileNotFoundError: If there is no run at the path.
-        ValueError: If it is something else.
+        ValueError: If ``run`` is neither the folder of a run nor a store.
     """
     if isinstance(run, Store):
         return run
     if not isinstance(run, str | os.PathLike):
         raise ValueError(
             f"`{argument}` is a `{type(run).__name__}`; expected the folder of a recorded run, or "
-            "its store. Only `attribute` asks several, `attribute([run, ...], [model, ...], "
-            "queries)`."
+            "its store. Only `attribute` accepts several runs: `attribute([run, ...], [model, "
+            "...], queries)`."
         )
     return HDF5Store.open(Path(run))
 
 
 def open_store_at(run: str | os.PathLike[str] | Store, argument: str, at: int) -> Store:
-    """Return the store of a run that has a step at a place.
+    """Return the store of a run that has a step at a position.
 
     Args:
-        run: Its folder, or the store itself.
-        argument: What it is called where the user has passed it.
-        at: Place of the step; negative ones count from the end.
+        run: Folder of the run, or its store.
+        argument: Name of the user's argument, for error messages.
+        at: Position of the step; negative positions count from the end.
 
     Raises:
         FileNotFoundError: If there is no run at the path.
-        ValueError: If it is something else, or has no such step.
+        ValueError: If ``run`` is neither the folder of a run nor a store, or has no such step.
     """
     store = open_store(run, argument)
     steps = len(store)
     if not isinstance(at, Integral) or not -steps <= at < steps:
         raise ValueError(
-            f"`at` is {at!r}, and `{argument}` has {steps} steps; expected the place of one of "
-            "them, such as -1 for the last."
+            f"`at` is {at!r}, and `{argument}` has {steps} steps; expected the position of a "
+            "step, such as -1 for the last."
         )
     return store
 
@@ -67,11 +67,11 @@ def open_run(run: Run) -> Store:
     store = open_store(run, "run")
     if len(store) == 0:
         raise ValueError(
-            f"The run {_name(run)} has no step yet; expected at least one. If its training is "
-            "still going, wait for its first segment; otherwise train again."
+            f"The run {_describe(run)} has no step yet; expected at least one. If training is "
+            "still running, wait for its first segment; otherwise train again."
         )
     return store
 
 
-def _name(run: Run) -> str:
+def _describe(run: Run) -> str:
     return f"in this `{type(run).__name__}`" if isinstance(run, Store) else f"at `{run}`"

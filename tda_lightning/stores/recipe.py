@@ -1,7 +1,7 @@
 """Recipe: how the sketches of a run were made, as plain data that fits into JSON.
 
-Queries are recorded by the recipe of the run they ask; :meth:`Recipe.require_blocks` is the one
-place that says whether a model can be.
+Queries are recorded with the recipe of their run. :meth:`Recipe.require_blocks` checks that a model
+has the layers of the recipe.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ SampleAxis = int | Literal["flattened"]
 class Block:
     """A layer's recorded parameters, laid out as one matrix.
 
-    A weight is flattened to ``(rows, columns)`` and its bias stands in one more column; layers with
-    vectors only (a norm's scale and shift) are stacked into a single column.
+    A weight is flattened to ``(rows, columns)``; its bias is one more column. Layers that have only
+    vectors, such as a norm's scale and shift, are stacked into a single column.
 
     Attributes:
-        name: Name of the module, as ``named_modules`` has it; with the parameter's name behind it
-            if the module's parameters stand in several blocks.
+        name: Name of the module in ``named_modules``, followed by the parameter's name if the
+            module's parameters are in several blocks.
         layer: Class name of the module.
-        modules: Names of the modules that feed it: one, or several that share a parameter.
-        parameters: Full names of the parameters, in the order in which the matrix holds them.
+        modules: Names of the modules that feed the block: several if they share a parameter.
+        parameters: Full names of the parameters, in their order in the matrix.
         rows: Rows of the matrix.
         columns: Columns of the matrix.
     """
@@ -51,7 +51,7 @@ class Block:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Trainable parameters that are not recorded, and why.
+    """Trainable parameters that are not recorded, and the reason.
 
     Attributes:
         name: Name of the module that owns them.
@@ -81,19 +81,19 @@ class Recipe:
         dimension: Length ``k`` of a sketch row.
         dtype: Number format of the rows.
         reduction: How the training loss combines samples; visits weigh 1/n under ``"mean"``.
-        batch_dims: Axis of the samples in layers whose names match a pattern, where not 0, or
-            ``"flattened"`` where that axis is joined with others, samples first.
-        preconditioner: Whose coordinates the rows are in: the optimizer's, or nobody's. The factors
-            stand in the steps at which they change.
-        curvature: Whether steps hold rows of sampled labels.
-        ranks: Number of processes that record, each its part of every step.
-        every_n_steps: Stride; one recorded step stands for this many.
-        is_training: Whether steps moved the weights; ``False`` for passes that were recorded anew.
-        train_ids: Half-open ranges of the ids in the training set, or ``None`` if it is not known.
-        widths: Number of a row's columns that belong to each block, in order, or ``None`` where
-            blocks share columns.
+        batch_dims: Sample axis by layer-name pattern, where it is not 0. ``"flattened"`` means that
+            it is merged with other axes, samples first.
+        preconditioner: ``"optimizer"`` if rows are in the coordinates of an Adam-like optimizer.
+            The steps at which its factors change hold them.
+        curvature: ``"fisher"`` if steps hold rows of sampled labels.
+        ranks: Number of recording processes; each records its part of every step.
+        every_n_steps: Stride; one recorded step represents this many.
+        is_training: Whether steps changed the weights; ``False`` for passes without training.
+        train_ids: Half-open ranges of the ids in the training set, or ``None`` if unknown.
+        widths: Number of columns of each block in a row, in order, or ``None`` if blocks share
+            columns.
         model: Class name of the model.
-        versions: Versions of the software that recorded.
+        versions: Versions of the recording software.
     """
 
     blocks: tuple[Block, ...]
@@ -115,7 +115,7 @@ class Recipe:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Number format of the rows as torch knows it."""
+        """Number format of the rows as a torch dtype."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """Rebuild a recipe from :meth:`to_dict`'s result (lists may stand for tuples)."""
+        """Rebuild a recipe from the result of :meth:`to_dict`; lists may replace tuples."""
         ranges, widths = data["train_ids"], data.get("widths")
         return cls(
             **{
@@ -146,79 +146,83 @@ class Recipe:
         )
 
     def columns_of(self, layers: Sequence[str]) -> Int[Tensor, " m"]:
-        """Return which columns of a row belong to some layers.
+        """Return the columns of a row that belong to the given layers.
 
         Args:
-            layers: Names of blocks, or of the modules that feed them, with ``*`` for any
-                characters.
+            layers: Names of blocks, or of the modules that feed them; ``*`` matches any characters.
 
         Raises:
-            ValueError: If a name matches none, or the layers share columns.
+            ValueError: If a name matches no layer, or layers share columns.
         """
         if isinstance(layers, str) or not layers:
             raise ValueError(
-                f"`layers` is {layers!r}; expected a list of names, of one layer at least, such as "
+                f"`layers` is {layers!r}; expected a non-empty list of layer names, such as "
                 f"[{self.blocks[-1].name!r}]."
             )
         if self.widths is None:
             name, *arguments = (f"{key}={value}" for key, value in self.projector.items())
             raise ValueError(
-                f"The layers of this run cannot be told apart: its `{name.removeprefix('name=')}` "
+                f"The layers of this run cannot be separated: its `{name.removeprefix('name=')}` "
                 f"({', '.join(arguments)}) adds all of them into the same columns. Record with "
-                "`GradientRecorder(layers=[...])`, or with a projector that keeps them apart: "
+                "`GradientRecorder(layers=[...])`, or with a projector that keeps them separate: "
                 "`Kronecker()` or `Identity()`."
             )
         for pattern in layers:
             if not any(_matches(block, pattern) for block in self.blocks):
                 raise ValueError(
-                    f"`layers` names `{pattern}`, which is no layer of the run; expected names out "
-                    f"of {[block.name for block in self.blocks]}. Correct the name, or use `*`."
+                    f"`layers` contains `{pattern}`, which matches no layer of the run; expected "
+                    f"names from {[block.name for block in self.blocks]}. Correct the name, or use "
+                    "`*`."
                 )
-        chosen = [any(_matches(block, one) for one in layers) for block in self.blocks]
-        whole = torch.repeat_interleave(torch.tensor(chosen), torch.tensor(self.widths))
-        return whole.nonzero()[:, 0]
+        selected = [any(_matches(block, name) for name in layers) for block in self.blocks]
+        columns = torch.repeat_interleave(torch.tensor(selected), torch.tensor(self.widths))
+        return columns.nonzero()[:, 0]
 
     def require_continued_by(self, other: Recipe) -> None:
-        """Raise unless another recipe makes the same sketches, whatever software it names.
+        """Check that ``other`` makes the same sketches; software versions may differ.
 
         Raises:
-            ValueError: Naming what differs.
+            ValueError: If another setting differs; the message names it.
         """
         ours, theirs = self.to_dict(), other.to_dict()
         # Widths follow from the projector and the blocks.
-        told = [name for name in ours if name not in ("versions", "widths")]
-        changed = [name for name in told if ours[name] != theirs[name]]
+        compared = [name for name in ours if name not in ("versions", "widths")]
+        changed = [name for name in compared if ours[name] != theirs[name]]
         if changed:
             shown = "; ".join(
                 f"`{name}` was {_shorten(ours[name])} and is now {_shorten(theirs[name])}"
                 for name in changed
             )
             raise ValueError(
-                f"This training cannot continue the recorded run: {shown}. Expected the settings "
-                "that the run was begun with. Restore them, or record into another store."
+                f"This training cannot continue the recorded run: {shown}. Expected the original "
+                "settings of the run. Restore them, or record into another store."
             )
 
     def require_alike(self, other: Recipe, argument: str) -> None:
-        """Raise unless the rows of another recording can stand for this one's.
+        """Check that the rows of another recording are comparable to this recipe's rows.
 
         Args:
-            other: The recipe of the other.
-            argument: What the other is called where the user has passed it.
+            other: Recipe of the other recording.
+            argument: Name of the user's argument that holds it, for error messages.
 
         Raises:
-            ValueError: Naming what differs.
+            ValueError: If the recipes differ in a setting of the rows; the message names it.
         """
         for name in ("projector", "blocks", "dimension", "preconditioner"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(
-                    f"`{argument}` was not sketched as the run was: its {name} is "
-                    f"{_shorten(theirs)}, the run's is {_shorten(ours)}. Expected rows of the same "
-                    "kind; record them with `record(model, loader, like=run)`."
+                    f"`{argument}` was not sketched like the run: its {name} is "
+                    f"{_shorten(theirs)}, the run's is {_shorten(ours)}. Expected equal settings; "
+                    "record with `record(model, loader, like=run)`."
                 )
 
     def require_blocks(self, blocks: Sequence[Block], model: str) -> None:
-        """Raise unless ``blocks``, read off ``model``, are the recorded ones.
+        """Check that the blocks of a model are the recorded ones.
+
+        Args:
+            blocks: Blocks of the model.
+            model: Class name of the model, for the error message.
 
         Raises:
             ValueError: If a block is missing, new, or of another shape.
@@ -228,8 +232,8 @@ class Recipe:
             raise ValueError(
                 f"`model` does not have the layers of the run, which recorded `{self.model}`: "
                 f"{'; '.join(differences[:3])}{'; ...' if len(differences) > 3 else ''}. "
-                f"Expected the model that was trained; got `{model}`. Pass the same architecture "
-                "(with the same parameters trainable)."
+                f"Expected the trained model; got `{model}`. Pass a model of the same architecture "
+                "with the same trainable parameters."
             )
 
 
@@ -242,9 +246,9 @@ def _shorten(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def _differences(expected: Sequence[Block], found: Sequence[Block]) -> list[str]:
-    ours = {block.name: block for block in expected}
-    theirs = {block.name: block for block in found}
+def _differences(recorded: Sequence[Block], blocks: Sequence[Block]) -> list[str]:
+    ours = {block.name: block for block in recorded}
+    theirs = {block.name: block for block in blocks}
     missing = [f"`{name}` is missing" for name in ours if name not in theirs]
     added = [f"`{name}` is new" for name in theirs if name not in ours]
     changed = [

@@ -1,8 +1,8 @@
-"""Step: what one optimizer step leaves behind.
+"""Step: the record of one optimizer step.
 
-A step holds one *visit* per sample that took part in it: the sample's id, its weight in the loss,
-and its sketch row. Rows are as-applied contributions: together they sum to the sketch of the
-gradient that the optimizer used. What is known of the loss's curvature stands beside them.
+A step holds one *visit* per sample in its batch: the sample's id, its weight in the loss, and its
+sketch row. Rows are as-applied contributions: they sum to the sketch of the gradient that the
+optimizer used. A step may also hold the curvature of the loss.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Hyper-parameters of one optimizer parameter group, as one step used them.
+    """Hyper-parameters of one optimizer parameter group in one step.
 
     Attributes:
-        lr: Learning rate, read before any scheduler moved it.
-        weight_decay: Coefficient of the weight decay, coupled or decoupled as the optimizer has it.
+        lr: Learning rate, read before any scheduler changes it.
+        weight_decay: Coefficient of the weight decay, coupled or decoupled.
         momentum: Momentum of SGD-like optimizers, else 0.
         dampening: Dampening of SGD-like optimizers, else 0.
         beta1: First-moment decay of Adam-like optimizers, else 0.
         beta2: Second-moment decay of Adam-like optimizers, else 0.
         eps: Term added to the denominator by Adam-like optimizers, else 0.
         nesterov: 1 for Nesterov momentum, else 0.
-        share: Share of all recorded parameters, whoever trains them, that the group holds; 0 in
-            every group of a step where it is not known.
-        decoupled: 1 if the optimizer was told to decouple its weight decay, else 0: then its name
-            tells.
-        descent: 1 if its steps are known to be gradient steps in the coordinates of the rows, else
-            0: then the optimizer's name tells.
-        owner: Tells the optimizers of a training apart: the number of the first recorded block that
-            the group's optimizer trains; 0 as well where it is not known.
+        share: Fraction of all recorded parameters, over all optimizers, that are in this group; 0
+            in every group of a step if unknown.
+        decoupled: 1 if the optimizer is configured to decouple its weight decay; if 0, the
+            optimizer's name decides.
+        descent: 1 if its steps are known to be gradient steps in the coordinates of the rows; if
+            0, the optimizer's name decides.
+        owner: Identifies the group's optimizer among several: the number of the first recorded
+            block that it trains. Also 0 if unknown.
     """
 
     lr: float
@@ -52,14 +52,16 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Audit:
-    """How much of what a step really did its recorded rows explain; squared norms, in the sketch.
+    """How well the rows of a step explain its gradient and its update.
+
+    The norms are those of sketches.
 
     Attributes:
-        gradient: Of each block's gradient, shape ``(blocks,)``.
-        deviation: Of what is between that gradient and the sum of the rows, shape ``(blocks,)``.
-        left_out: Of the gradient of all parameters that are not recorded.
-        update: Share of the recorded parameters' update that lies along the sum of the rows, from 0
-            to 1: 1 for plain SGD, less the more momentum, weight decay and preconditioning do.
+        gradient: Squared norm of each block's gradient, shape ``(blocks,)``.
+        deviation: Squared norm of that gradient minus the sum of the rows, shape ``(blocks,)``.
+        left_out: Squared norm of the gradient of all parameters that are not recorded.
+        update: Share of the recorded parameters' update along the sum of the rows, from 0 to 1. It
+            is 1 for plain SGD; momentum, weight decay and preconditioning lower it.
     """
 
     gradient: Float[Tensor, " blocks"]
@@ -79,7 +81,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Preconditioner:
-    r"""What rows are multiplied by before they are sketched: the coordinates of an optimizer.
+    r"""Factors that rows are multiplied by before sketching: the coordinates of an optimizer.
 
     Entry :math:`(i, j)` of a block's gradient matrix is multiplied by ``rows[i] * columns[j]`` of
     that block. An Adam-like optimizer moves along :math:`P g` with a diagonal :math:`P`; in the
@@ -87,8 +89,8 @@ class Preconditioner:
     :math:`\langle g, P g' \rangle`.
 
     Attributes:
-        rows: Factors of the rows of every block, one block after the other.
-        columns: Factors of the columns of every block, one block after the other.
+        rows: Factors of the rows of all blocks, concatenated.
+        columns: Factors of the columns of all blocks, concatenated.
     """
 
     rows: Float[Tensor, " all_rows"]
@@ -97,24 +99,23 @@ class Preconditioner:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFacts:
-    """One optimizer step and the visits that made it, without their rows.
+    """One optimizer step and its visits, without their rows.
 
     Attributes:
         index: Number of optimizer steps taken before this one.
-        epoch: Epoch in which the step was taken.
+        epoch: Epoch of the step.
         optimizer: Class name of the optimizer.
         groups: Hyper-parameters of each parameter group.
-        sample_ids: Which training sample each visit was, shape ``(n,)``.
+        sample_ids: Id of each visit's training sample, shape ``(n,)``.
         weights: Weight of each visit in the step's loss, 1/n for a mean, shape ``(n,)``.
-        audit: What an audit of this step found, if there was one.
-        terms: Number of loss terms (tokens, say) that each visit's loss is the mean of, if known,
+        audit: Result of the audit of this step, if it was audited.
+        terms: Number of loss terms, such as tokens, that each visit's loss averages, if known;
             shape ``(n,)``.
-        curvature: What makes ``row row^T / weight * terms`` as large as the curvature of the
-            visit's loss: p / (1 - p) of the label for cross-entropy, 1 / (2 r^2) of the residual
-            for squared error, if known; shape ``(n,)``.
-        preconditioner: The coordinates of this step's rows and of those to come, if they change
-            with it.
-        loss: What the loss is called (``"cross-entropy"``, ``"squared error"``), if known.
+        curvature: Factor that scales ``row row^T / weight * terms`` to the curvature of the
+            visit's loss, if known; shape ``(n,)``. It is p / (1 - p) for cross-entropy with label
+            probability p, and 1 / (2 r^2) for squared error with residual r.
+        preconditioner: New coordinates of the rows, from this step on; ``None`` if unchanged.
+        loss: Name of the loss (``"cross-entropy"``, ``"squared error"``), if known.
     """
 
     index: int
@@ -131,19 +132,19 @@ class StepFacts:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step: the largest; the rows' coordinates are relative to it."""
+        """Largest learning rate of the groups; the rows' coordinates are relative to it."""
         return max(group.lr for group in self.groups)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step(StepFacts):
-    """One optimizer step, the visits that made it, and their rows.
+    """One optimizer step with its visits and their rows.
 
     Attributes:
         sketch: One row per visit, shape ``(n, k)``.
-        curvature_rows: Rows from labels drawn from the model's own predictions, scaled so that
-            their outer products sum, on average, to the Gauss-Newton matrix of the step's loss, if
-            recorded; shape ``(m, k)``.
+        curvature_rows: Rows for labels sampled from the model's predictions, if recorded; shape
+            ``(m, k)``. The expected sum of their outer products is the Gauss-Newton matrix of the
+            step's loss.
     """
 
     sketch: Float[Tensor, "n k"]
@@ -156,5 +157,5 @@ class Step(StepFacts):
         sketch: Float[Tensor, "n k"],
         curvature_rows: Float[Tensor, "m k"] | None,
     ) -> Step:
-        """Put rows to the facts of a step."""
+        """Combine the facts of a step with its rows."""
         return cls(**vars(facts), sketch=sketch, curvature_rows=curvature_rows)

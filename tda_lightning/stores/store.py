@@ -1,4 +1,4 @@
-"""Store: a sequence of steps, and the recipe they were made by, on some medium."""
+"""Store, WritableStore: abstract base classes of a recorded run, a sequence of steps."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Weights = Mapping[str, Tensor]
 class Store(Sequence[Step], ABC):
     """A recorded run: ``len``, index, slice, ``reversed`` and iteration over :class:`Step`.
 
-    Steps are read when they are asked for. A slice is a view that reads just as lazily, so
-    ``attribute(store[:100], ...)`` attributes to the first hundred steps.
+    Steps are read on access. A slice is a lazy view, so ``attribute(store[:100], ...)`` attributes
+    to the first hundred steps.
     """
 
     @property
@@ -37,53 +37,54 @@ class Store(Sequence[Step], ABC):
         """Return the step at a position in ``range(len(self))``."""
 
     def facts_at(self, position: int) -> StepFacts:
-        """Return what is known of the step at a position besides its rows.
+        """Return the step at a position without its rows.
 
-        A store that can spare reading those should.
+        Stores should override this method if they can avoid reading the rows.
         """
         return self.read(position)
 
     @property
     def facts(self) -> Sequence[StepFacts]:
-        """What is known of the steps besides their rows, as a sequence that reads as lazily."""
+        """The steps without their rows, as a lazy sequence."""
         return _Facts(self)
 
     def train_ids(self) -> Int[Tensor, " n_train"]:
-        """Return the ids of all training samples, sorted: also of those never drawn, if known."""
+        """Return the sorted ids of all training samples, including unvisited ones if known."""
         if self.recipe.train_ids is not None:
             return ids_of(self.recipe.train_ids)
         return self.visited_ids()
 
     def visited_ids(self) -> Int[Tensor, " n"]:
-        """Return the ids of the samples that took part in a step, sorted."""
-        ids: Tensor = torch.unique(torch.cat([torch.unique(one.sample_ids) for one in self.facts]))
+        """Return the sorted ids of the samples with at least one visit."""
+        parts = [torch.unique(facts.sample_ids) for facts in self.facts]
+        ids: Tensor = torch.unique(torch.cat(parts))
         return ids
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
         """Return the coordinates of the rows of the step at a position, or ``None`` for raw rows.
 
-        Queries about that step are to be recorded in the same ones.
+        Queries about that step must be recorded in the same coordinates.
         """
         for earlier in range(range(len(self))[position], -1, -1):
-            found = self.facts_at(earlier).preconditioner
-            if found is not None:
-                return found
+            preconditioner = self.facts_at(earlier).preconditioner
+            if preconditioner is not None:
+                return preconditioner
         return None
 
     def snapshots(self) -> list[int]:
-        """Return the steps before which the weights were kept, in order; by default none."""
+        """Return the indices of the steps with a snapshot, in order; by default none."""
         return []
 
     def weights_at(self, index: int) -> Weights:
-        """Return the model's state before a step, as it was kept.
+        """Return the stored model state before a step.
 
         Raises:
-            ValueError: If it was not.
+            ValueError: If the run has no snapshot before that step.
         """
         require_snapshot(self.snapshots(), index)
         raise NotImplementedError(
-            f"`{type(self).__name__}` lists snapshots, and does not say what they hold; expected "
-            "`weights_at` beside `snapshots`."
+            f"`{type(self).__name__}` implements `snapshots` but not `weights_at`; expected both. "
+            "Implement `weights_at`."
         )
 
     def __repr__(self) -> str:
@@ -91,8 +92,8 @@ class Store(Sequence[Step], ABC):
         return f"{type(self).__name__}({len(self)} steps)"
 
     def audits(self) -> list[Audit]:
-        """Return what the audits of the run found, in order."""
-        return [one.audit for one in self.facts if one.audit is not None]
+        """Return the audits of the run, in order."""
+        return [step.audit for step in self.facts if step.audit is not None]
 
     @overload
     def __getitem__(self, key: int) -> Step: ...
@@ -107,9 +108,9 @@ class Store(Sequence[Step], ABC):
         positions = range(len(self))[key]
         if isinstance(positions, range) and positions.step < 0:
             raise ValueError(
-                f"The slice has a step of {positions.step}; expected a positive one, since a slice "
-                "of a run is asked as a training of its own, and none runs backwards. Go through "
-                "steps from the last to the first with `reversed(run)`."
+                f"The slice has a step of {positions.step}; expected a positive one, since methods "
+                "treat a slice as a training. To iterate from the last step to the first, use "
+                "`reversed(run)`."
             )
         return self.read(positions) if isinstance(positions, int) else StoreSlice(self, positions)
 
@@ -132,11 +133,11 @@ class _Facts(Sequence[StepFacts]):
 
 
 class StoreSlice(Store):
-    """Some of the steps of another store, in an order of their own.
+    """View of some steps of another store.
 
     Args:
         store: The store to read from.
-        positions: Which of its steps.
+        positions: Positions of the steps in ``store``.
     """
 
     def __init__(self, store: Store, positions: range) -> None:
@@ -157,122 +158,127 @@ class StoreSlice(Store):
         return self._store.read(self._positions[position])
 
     def facts_at(self, position: int) -> StepFacts:
-        """Return what is known of a step of the view besides its rows."""
+        """Return a step of the view without its rows."""
         return self._store.facts_at(self._positions[position])
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
-        """Return the coordinates of a step of the view: they may have begun before it."""
+        """Return the coordinates of a step of the view; they may be set before the view."""
         return self._store.preconditioner(self._positions[position])
 
     def snapshots(self) -> list[int]:
-        """Return the steps before which the weights were kept: also those outside of the view."""
+        """Return the indices of all snapshots, including those outside the view."""
         return self._store.snapshots()
 
     def weights_at(self, index: int) -> Weights:
-        """Return the model's state before a step, as it was kept."""
+        """Return the stored model state before a step."""
         return self._store.weights_at(index)
 
 
 class WritableStore(Store):
-    """A store to fill: :meth:`begin` or :meth:`resume`, then :meth:`append` and :meth:`seal`."""
+    """A store to write to: :meth:`begin` or :meth:`resume`, then :meth:`append`, :meth:`seal`."""
 
     @property
     @abstractmethod
     def run_id(self) -> str | None:
-        """What names the run that is there, for good, or ``None`` if there is none."""
+        """Unique, permanent id of the stored run, or ``None`` if there is none."""
 
     def join(self, rank: int, ranks: int) -> None:
-        """Write as one of several processes. Process 0 begins the run, the others resume it.
+        """Write as one of several processes. Process 0 begins the run; the others resume it.
 
         Args:
             rank: Number of this process.
-            ranks: How many there are.
+            ranks: Number of processes.
 
         Raises:
-            ValueError: If the store cannot be shared.
+            ValueError: If several processes cannot write to the store.
         """
         raise ValueError(
             f"A `{type(self).__name__}` cannot be written by {ranks} processes; expected a store "
-            "that they can share. Record into a folder, or train with `Trainer(devices=1)`."
+            "that supports this. Record into a folder, or train with `Trainer(devices=1)`."
         )
 
     def refresh(self) -> None:
-        """See what other processes have sealed; by default there are none."""
+        """Load the steps sealed by other processes; does nothing by default."""
 
     @abstractmethod
     def begin(self, recipe: Recipe) -> None:
         """Start a new run.
 
         Raises:
-            FileExistsError: If there is a run already, or something else in its place.
+            FileExistsError: If the store already holds a run, or its path holds something else.
         """
 
     def amend(self, recipe: Recipe) -> None:
-        """Put another recipe in the place of that of a run that has just begun.
+        """Replace the recipe of a run that has no steps yet.
 
         Args:
-            recipe: The same but for what is found out in the first batch.
+            recipe: The old recipe with the settings that are measured in the first batch.
 
         Raises:
-            ValueError: If the store cannot do that.
+            ValueError: If the store does not support this.
         """
         raise ValueError(
-            f"A `{type(self).__name__}` keeps the recipe that a run was begun with; expected a "
-            "store that lets the stride be chosen in the first batch. Set `every_n_steps=` instead "
-            "of `max_overhead=`."
+            f"A `{type(self).__name__}` cannot change the recipe of a run; expected a store that "
+            "can, since `max_overhead` chooses the stride in the first batch. Set `every_n_steps=` "
+            "instead of `max_overhead=`."
         )
 
     @abstractmethod
     def resume(self, index: int) -> None:
-        """Continue the run that is there: keep the steps before an index, and drop the others.
+        """Continue the stored run: keep the steps before ``index`` and drop the others.
 
         Args:
-            index: Number of optimizer steps that stand.
+            index: Number of optimizer steps that remain valid.
         """
 
     @abstractmethod
     def clear(self) -> None:
-        """Delete the run that is there, if any.
+        """Delete the stored run, if any.
 
         Raises:
-            FileExistsError: If what is there is not a run.
+            FileExistsError: If the path holds something other than a run.
         """
 
     def bytes_of(self, dtype: torch.dtype) -> int:
-        """Return how many bytes the store takes for a number of a row of this format."""
+        """Return the number of bytes per row entry that was computed in ``dtype``."""
         return dtype.itemsize
 
     @abstractmethod
     def append(self, step: Step) -> None:
-        """Add a step to the run. It is safe, and readable, once sealed."""
+        """Add a step to the run. It is durable and readable once sealed."""
 
     @abstractmethod
     def seal(self) -> None:
-        """Make every step appended so far safe and readable."""
+        """Make all appended steps durable and readable."""
 
     def keep_weights(self, index: int, weights: Weights) -> None:
-        """Keep the model's state before a step.
+        """Store the model state before a step.
 
         Args:
             index: Number of optimizer steps taken so far.
-            weights: What ``state_dict`` returns, on the CPU; the store may keep these tensors.
+            weights: Result of ``state_dict``, on the CPU; the store may keep these tensors.
+
+        Raises:
+            ValueError: If the store does not support snapshots.
         """
         raise ValueError(
-            f"A `{type(self).__name__}` keeps no weights; expected a store that does. Record into "
-            "a folder, or without `snapshots`."
+            f"A `{type(self).__name__}` does not support snapshots; expected a store that does. "
+            "Record into a folder, or without `snapshots`."
         )
 
 
-def require_snapshot(known: list[int], index: int) -> None:
-    """Raise unless there is a snapshot of a step.
+def require_snapshot(snapshots: list[int], index: int) -> None:
+    """Check that there is a snapshot before the step ``index``.
 
     Raises:
-        ValueError: Saying which there are.
+        ValueError: If there is none; the message lists the snapshots.
     """
-    if index not in known:
-        shown = ", ".join(map(str, known[:5])) + (f", ... {known[-1]}" if len(known) > 5 else "")
+    if index not in snapshots:
+        shown = ", ".join(map(str, snapshots[:5]))
+        if len(snapshots) > 5:
+            shown += f", ... {snapshots[-1]}"
         raise ValueError(
             f"The run has no snapshot of the weights before step {index}; expected one of "
             f"{shown or 'none at all'}. Record with `GradientRecorder(..., snapshots=[{index}])`, "
-            "or take over checkpoints with `add_snapshots`."
+            "or add checkpoints with `add_snapshots`."
         )

@@ -1,4 +1,4 @@
-"""Scores: rankings, averages, files, data frames and what they look like."""
+"""Scores: rankings, averages, files, data frames and their printed form."""
 
 import sys
 from dataclasses import replace
@@ -30,22 +30,22 @@ def test_proponents_and_opponents_are_named_by_their_ids():
 
 
 @pytest.mark.parametrize("k", [0, 5])
-def test_more_than_there_are_cannot_be_ranked(k):
+def test_k_out_of_range_raises(k):
     with pytest.raises(ValueError, match=f"`k` is {k}; expected a number from 1 to 4"):
         SCORES.proponents(k)
 
 
 @pytest.mark.parametrize("scores", [SCORES, SAMPLES], ids=lambda scores: type(scores).__name__)
-def test_files_give_back_what_was_saved(tmp_path, scores):
+def test_saved_scores_can_be_loaded(tmp_path, scores):
     scores.save(tmp_path / "scores.npz")
-    again = type(scores).load(tmp_path / "scores.npz")
-    assert torch.equal(again.values, scores.values)
-    assert torch.equal(again.train_ids, scores.train_ids)
-    assert again.method == scores.method
+    loaded = type(scores).load(tmp_path / "scores.npz")
+    assert torch.equal(loaded.values, scores.values)
+    assert torch.equal(loaded.train_ids, scores.train_ids)
+    assert loaded.method == scores.method
     assert [file.name for file in tmp_path.iterdir()] == ["scores.npz"]
 
 
-def test_files_of_another_kind_are_refused(tmp_path):
+def test_files_of_another_class_raise(tmp_path):
     SAMPLES.save(tmp_path / "scores.npz")
     with pytest.raises(ValueError, match="with the class that saved it"):
         Scores.load(tmp_path / "scores.npz")
@@ -58,7 +58,7 @@ def test_data_frames_are_labelled():
     assert SAMPLES.to_pandas()[7] == 2.0
 
 
-def test_scores_show_what_one_wants_to_know_first():
+def test_repr_shows_the_shape_and_the_extreme_samples():
     assert repr(SCORES).splitlines() == [
         "Scores of 2 queries x 4 training samples by TracIn()",
         "  query 0: proponents 11 (+2), 3 (+0.5), 7 (+0); opponents 5 (-1), 7 (+0), 3 (+0.5)",
@@ -68,7 +68,7 @@ def test_scores_show_what_one_wants_to_know_first():
     assert repr(SCORES.proponents(1)).splitlines()[1] == "  query 0: 11 (+2)"
 
 
-def test_auc_is_the_probability_of_ranking_a_pair_rightly():
+def test_auc_is_the_probability_of_ranking_a_pair_correctly():
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(5, (31,), generator=generator).float()
     wrong = torch.rand(31, generator=generator) < 0.3
@@ -76,22 +76,22 @@ def test_auc_is_the_probability_of_ranking_a_pair_rightly():
     assert mislabel_auc(values, wrong) == pytest.approx(sum(pairs) / len(pairs))
 
 
-def test_recall_counts_what_one_would_look_at():
+def test_recall_counts_the_inspected_samples():
     values, wrong = torch.arange(20.0), torch.arange(20) % 9 == 1
     assert mislabel_recall(values, wrong, fraction=0.1) == pytest.approx(1 / 3)
     assert mislabel_recall(values, wrong, fraction=1.0) == 1.0
 
 
-def test_files_keep_where_scores_come_from_and_old_files_have_nothing_to_keep(tmp_path):
+def test_files_hold_the_provenance_and_old_files_have_none(tmp_path):
     SCORES.save(tmp_path / "scores.npz")
     assert Scores.load(tmp_path / "scores.npz").provenance == SCORES.provenance
     with np.load(tmp_path / "scores.npz") as file:
-        old = {name: file[name] for name in file.files if name != "provenance"}
-    np.savez(tmp_path / "old.npz", **old)
-    assert Scores.load(tmp_path / "old.npz").provenance == {}
+        old_fields = {name: file[name] for name in file.files if name != "provenance"}
+    np.savez(tmp_path / "old_fields.npz", **old_fields)
+    assert Scores.load(tmp_path / "old_fields.npz").provenance == {}
 
 
-def test_a_mean_averages_values_and_says_of_what():
+def test_a_mean_averages_values_and_joins_the_provenance():
     other = replace(SCORES, values=3 * SCORES.values, provenance={"model": "Other", "steps": "7"})
     mean = Scores.mean([SCORES, other])
     torch.testing.assert_close(mean.values, 2 * SCORES.values)
@@ -100,15 +100,15 @@ def test_a_mean_averages_values_and_says_of_what():
     assert Scores.mean([SCORES, replace(SCORES, method="X()")]).method == "mean of TracIn(), X()"
 
 
-def test_concatenation_puts_queries_one_after_the_other():
+def test_concatenation_joins_the_queries_in_order():
     later = replace(SCORES, query_ids=torch.tensor([2, 3]))
-    both = Scores.concatenate([SCORES, later])
-    assert both.query_ids.tolist() == [0, 1, 2, 3]
-    assert torch.equal(both.values, torch.cat([SCORES.values, SCORES.values]))
+    joined = Scores.concatenate([SCORES, later])
+    assert joined.query_ids.tolist() == [0, 1, 2, 3]
+    assert torch.equal(joined.values, torch.cat([SCORES.values, SCORES.values]))
 
 
 @pytest.mark.parametrize("join", [Scores.mean, Scores.concatenate], ids=lambda join: join.__name__)
-def test_scores_of_different_training_sets_are_not_joined(join):
+def test_joining_scores_of_different_training_sets_raises(join):
     with pytest.raises(ValueError, match="differ in their `train_ids`; expected the same"):
         join([SCORES, replace(SCORES, train_ids=torch.tensor([3, 5, 7, 13]))])
     with pytest.raises(ValueError, match="expected at least one"):
@@ -117,26 +117,30 @@ def test_scores_of_different_training_sets_are_not_joined(join):
 
 def test_rank_agreement_is_the_correlation_of_ranks():
     generator = torch.Generator().manual_seed(0)
-    one, other = (torch.randint(7, (3, 11), generator=generator).float() for _ in range(2))
-    scores = [Scores(v, torch.arange(3), torch.arange(11), "") for v in (one, other)]
+    first, second = (torch.randint(7, (3, 11), generator=generator).float() for _ in range(2))
+    scores = [Scores(v, torch.arange(3), torch.arange(11), "") for v in (first, second)]
 
     def ranks(row):
         return torch.stack([(row < v).sum() + ((row == v).sum() + 1) / 2 for v in row])
 
-    for query, found in enumerate(rank_agreement(*scores)):
-        pair = torch.stack([ranks(one[query]), ranks(other[query])])
-        torch.testing.assert_close(found, torch.corrcoef(pair)[0, 1].double(), rtol=1e-5, atol=1e-6)
+    for query, correlation in enumerate(rank_agreement(*scores)):
+        pair = torch.stack([ranks(first[query]), ranks(second[query])])
+        torch.testing.assert_close(
+            correlation, torch.corrcoef(pair)[0, 1].double(), rtol=1e-5, atol=1e-6
+        )
 
 
-def test_rank_agreement_is_one_for_any_rising_function_and_minus_one_for_a_falling_one():
-    rising, falling = (replace(SCORES, values=f(SCORES.values)) for f in (torch.exp, torch.neg))
-    assert rank_agreement(SCORES, rising).tolist() == pytest.approx([1, 1])
-    assert rank_agreement(SCORES, falling).tolist() == pytest.approx([-1, -1])
+def test_rank_agreement_is_one_for_an_increasing_and_minus_one_for_a_decreasing_function():
+    increasing, decreasing = (
+        replace(SCORES, values=f(SCORES.values)) for f in (torch.exp, torch.neg)
+    )
+    assert rank_agreement(SCORES, increasing).tolist() == pytest.approx([1, 1])
+    assert rank_agreement(SCORES, decreasing).tolist() == pytest.approx([-1, -1])
     with pytest.raises(ValueError, match="differ in their `query_ids`"):
         rank_agreement(SCORES, replace(SCORES, query_ids=torch.tensor([1, 2])))
 
 
-def test_top_scores_make_a_data_frame_of_ranks():
+def test_the_data_frame_of_top_scores_has_a_row_per_rank():
     top = TopScores(SCORES.proponents(2), SCORES.opponents(2), SCORES.query_ids, "TracIn()")
     frame = top.to_pandas()
     assert frame.loc[(0, 0)].tolist() == [11, 2.0, 5, -1.0]
@@ -145,19 +149,19 @@ def test_top_scores_make_a_data_frame_of_ranks():
 
 
 @pytest.mark.parametrize("content", [b"nothing of the kind", b""], ids=["words", "nothing"])
-def test_files_that_hold_no_answer_are_named(tmp_path, content):
+def test_files_without_scores_raise(tmp_path, content):
     (tmp_path / "scores.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"scores\.npz` holds no answer that was saved"):
+    with pytest.raises(ValueError, match=r"scores\.npz` holds no saved result: "):
         Scores.load(tmp_path / "scores.npz")
 
 
-def test_a_file_of_one_array_is_named(tmp_path):
+def test_a_file_of_one_array_raises(tmp_path):
     np.save(tmp_path / "scores.npy", np.zeros(3))
-    with pytest.raises(ValueError, match="holds a single array; expected what `save` wrote"):
+    with pytest.raises(ValueError, match="holds a single array; expected a file written by `save`"):
         Scores.load(tmp_path / "scores.npy")
 
 
-def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
+def test_a_missing_package_raises_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'tda_lightning\[pandas\]'"):
         SCORES.to_pandas()

@@ -1,10 +1,10 @@
-"""Ways of loading beyond the plain loader, and the report of the order in which the data came."""
+"""Sample ids from unusual loaders and batches, and the `data_order` report."""
 
 from collections import UserDict
 
 import pytest
 import torch
-from lightning_models import Diary, Plain, Telling, loader, mlp, quiet_trainer, vectors
+from lightning_models import IndexedVectors, Plain, TrainingLog, loader, mlp, quiet_trainer, vectors
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSampler, Subset
@@ -15,7 +15,7 @@ from tda_lightning.stores import MemoryStore, data_order
 
 
 class Nested(Plain):
-    """Finds its inputs and labels in any structure."""
+    """Finds inputs and labels in nested batches."""
 
     def training_step(self, batch, batch_idx):
         inputs, labels = self.find(batch)
@@ -30,7 +30,7 @@ class Nested(Plain):
 
 
 class Encoding(UserDict):
-    """As tokenizers return: a mapping that is no dict, and moves itself."""
+    """Like the result of a tokenizer: a mapping that is not a dict and has a method `to`."""
 
     def to(self, device):
         return self
@@ -50,22 +50,22 @@ COLLATES = {
 
 
 def record(data, model_type=Nested, epochs=2, **settings):
-    store, diary = MemoryStore(), Diary()
+    store, log = MemoryStore(), TrainingLog()
     recorder = GradientRecorder(store, **settings)
     model = model_type(mlp())
-    quiet_trainer(recorder, diary, max_epochs=epochs).fit(model, data)
+    quiet_trainer(recorder, log, max_epochs=epochs).fit(model, data)
     finder = Nested(mlp())
-    return store, [finder.find(batch)[0][:, 0].long().tolist() for batch in diary.batches]
+    return store, [finder.find(batch)[0][:, 0].long().tolist() for batch in log.batches]
 
 
 @pytest.mark.parametrize("collate", COLLATES.values(), ids=COLLATES)
 def test_ids_in_batches_of_any_structure(collate):
-    store, told = record(loader(Telling(), collate_fn=collate))
-    assert [step.sample_ids.tolist() for step in store] == told
+    store, batch_ids = record(loader(IndexedVectors(), collate_fn=collate))
+    assert [step.sample_ids.tolist() for step in store] == batch_ids
 
 
 class ByLength:
-    """A batch sampler of the user's own, with batches of several sizes."""
+    """A custom batch sampler with batches of several sizes."""
 
     def __iter__(self):
         return iter([[12, 1, 3], [2], [5, 4, 11, 7, 0]])
@@ -74,8 +74,8 @@ class ByLength:
         return 3
 
 
-class InBatches(Telling):
-    """Asked for several samples at once, as `batch_size=None` with a batch sampler does."""
+class InBatches(IndexedVectors):
+    """Returns a batch for a list of indices, as `batch_size=None` with a batch sampler needs."""
 
     def __getitem__(self, indices):
         return torch.utils.data.default_collate(
@@ -86,16 +86,18 @@ class InBatches(Telling):
 @pytest.mark.parametrize(
     "data",
     [
-        lambda: DataLoader(Telling(), batch_sampler=ByLength()),
+        lambda: DataLoader(IndexedVectors(), batch_sampler=ByLength()),
         lambda: DataLoader(
-            InBatches(), batch_size=None, sampler=BatchSampler(RandomSampler(Telling()), 4, False)
+            InBatches(),
+            batch_size=None,
+            sampler=BatchSampler(RandomSampler(IndexedVectors()), 4, False),
         ),
         lambda: DataLoader(
-            Telling(), batch_sampler=BatchSampler(RandomSampler(Telling()), 4, True)
+            IndexedVectors(), batch_sampler=BatchSampler(RandomSampler(IndexedVectors()), 4, True)
         ),
-        lambda: loader(Telling(), num_workers=2, prefetch_factor=1, drop_last=True),
-        lambda: CombinedLoader({"data": loader(Telling())}),
-        lambda: {"data": loader(Telling())},
+        lambda: loader(IndexedVectors(), num_workers=2, prefetch_factor=1, drop_last=True),
+        lambda: CombinedLoader({"data": loader(IndexedVectors())}),
+        lambda: {"data": loader(IndexedVectors())},
     ],
     ids=[
         "batch sampler",
@@ -107,12 +109,12 @@ class InBatches(Telling):
     ],
 )
 def test_ids_with_loaders_of_any_kind(data):
-    store, told = record(data())
-    assert [step.sample_ids.tolist() for step in store] == told
+    store, batch_ids = record(data())
+    assert [step.sample_ids.tolist() for step in store] == batch_ids
 
 
 class Batches(InBatches):
-    """Its items are batches, whose samples have no numbers but their own."""
+    """Items are batches, so an index does not identify a sample."""
 
     def __len__(self):
         return 3
@@ -121,74 +123,74 @@ class Batches(InBatches):
         return super().__getitem__(range(4 * index, 4 * index + 4))
 
 
-def test_items_that_are_batches_need_ids_of_their_own():
+def test_datasets_of_batches_need_sample_ids():
     with pytest.raises(ValueError, match=r"If each item of the dataset is a batch.*sample_ids"):
         record(DataLoader(Batches(), batch_size=None))
-    named = {"sample_ids": lambda batch: batch[0][:, 0].long()}
-    store, told = record(DataLoader(Batches(), batch_size=None, shuffle=True), **named)
-    assert [step.sample_ids.tolist() for step in store] == told
+    data = DataLoader(Batches(), batch_size=None, shuffle=True)
+    store, batch_ids = record(data, sample_ids=lambda batch: batch[0][:, 0].long())
+    assert [step.sample_ids.tolist() for step in store] == batch_ids
 
 
-def test_a_concatenation_counts_on_and_a_subset_of_it_is_known_by_its_places():
-    class From(Telling):
+def test_ids_of_a_subset_are_positions_in_the_concatenated_dataset():
+    class Shifted(IndexedVectors):
         def __getitem__(self, index):
             x, y = super().__getitem__(index)
             x[0] += 13 * self.number
             return x, y
 
-    parts = [From(), From()]
+    parts = [Shifted(), Shifted()]
     parts[0].number, parts[1].number = 0, 1
-    store, told = record(loader(Subset(ConcatDataset(parts), [25, 3, 14, 0, 13, 7])))
-    assert [step.sample_ids.tolist() for step in store] == told
+    store, batch_ids = record(loader(Subset(ConcatDataset(parts), [25, 3, 14, 0, 13, 7])))
+    assert [step.sample_ids.tolist() for step in store] == batch_ids
     assert store.train_ids().tolist() == [0, 3, 7, 13, 14, 25]
 
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
-def test_several_loaders_are_refused_unless_ids_are_given(mode):
-    class Two(Plain):
+def test_several_loaders_raise_an_error_without_sample_ids(mode):
+    class JoinsLoaders(Plain):
         def training_step(self, batch, batch_idx):
             parts = [part for part in batch if part is not None]
             joined = [torch.cat(both) for both in zip(*parts, strict=True)]
             return self.loss(self.net(joined[0]), joined[1])
 
     def data():
-        return CombinedLoader([loader(Telling()), loader(Telling(7))], mode)
+        return CombinedLoader([loader(IndexedVectors()), loader(IndexedVectors(7))], mode)
 
     with pytest.raises(ValueError, match=r"2 training loaders at once.*sample_ids="):
-        quiet_trainer(GradientRecorder(MemoryStore())).fit(Two(mlp()), data())
+        quiet_trainer(GradientRecorder(MemoryStore())).fit(JoinsLoaders(mlp()), data())
 
     def ids(batch):
         parts = [(100 * n, part) for n, part in enumerate(batch) if part is not None]
         return torch.cat([offset + part[0][:, 0].long() for offset, part in parts])
 
     store = MemoryStore()
-    quiet_trainer(GradientRecorder(store, sample_ids=ids)).fit(Two(mlp()), data())
+    quiet_trainer(GradientRecorder(store, sample_ids=ids)).fit(JoinsLoaders(mlp()), data())
     assert len(store) == (4 if mode == "min_size" else 6)
     assert 100 in store.train_ids()
 
 
-def test_the_order_of_plain_data_has_nothing_to_report():
-    store, _ = record(loader(Telling()))
+def test_plain_data_has_no_irregularities():
+    store, _ = record(loader(IndexedVectors()))
     order = data_order(store)
     assert len(order.never) == len(order.repeated) == len(order.replayed) == 0
     assert order.same_order == {}
 
 
-def test_the_order_tells_what_never_came_and_what_came_again():
-    store, told = record(DataLoader(Telling(), batch_sampler=ByLength()), epochs=3)
+def test_unseen_and_repeated_samples_are_reported():
+    store, batch_ids = record(DataLoader(IndexedVectors(), batch_sampler=ByLength()), epochs=3)
     order = data_order(store)
     assert order.never.tolist() == [6, 8, 9, 10]
     assert order.same_order == {1: 0, 2: 0}
-    sampler = RandomSampler(Telling(), replacement=True, num_samples=60)
-    store, told = record(DataLoader(Telling(), batch_size=5, sampler=sampler), epochs=1)
-    ids = [one for batch in told for one in batch]
-    expected = sorted({one for one in ids if ids.count(one) > 1})
+    sampler = RandomSampler(IndexedVectors(), replacement=True, num_samples=60)
+    store, batch_ids = record(DataLoader(IndexedVectors(), batch_size=5, sampler=sampler), epochs=1)
+    ids = [sample_id for batch in batch_ids for sample_id in batch]
+    expected = sorted({sample_id for sample_id in ids if ids.count(sample_id) > 1})
     assert data_order(store).repeated[0].tolist() == expected
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
-def test_an_epoch_that_is_resumed_in_its_middle_replays_its_beginning(tmp_path, capsys):
+def test_an_epoch_resumed_in_its_middle_repeats_its_first_batches(tmp_path, capsys):
     def train(*callbacks, resume=None):
         recorder = GradientRecorder(tmp_path / "run")
         trainer = quiet_trainer(recorder, *callbacks, enable_checkpointing=bool(callbacks))
@@ -200,6 +202,6 @@ def test_an_epoch_that_is_resumed_in_its_middle_replays_its_beginning(tmp_path, 
     assert order.replayed == (5,)
     assert order.repeated[1].tolist() == [*range(5)]
     assert main(["data", str(tmp_path / "run")]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for expected in ("never seen", "steps replayed            1: 5", "1: 5 in epoch 1"):
-        assert expected in said, said
+        assert expected in printed, printed

@@ -1,4 +1,4 @@
-"""Stores: the contract, and what a folder on disk must survive besides."""
+"""Stores: the public contract, and HDF5 folders under crashes, threads and several processes."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tda_lightning import GradientRecorder, HDF5Store
-from tda_lightning.stores import MemoryStore
+from tda_lightning.stores import MemoryStore, durable
 from tda_lightning.stores.contract import (
     RECIPE,
     StoreContract,
@@ -22,7 +23,7 @@ from tda_lightning.stores.contract import (
     same,
     same_facts,
 )
-from tda_lightning.stores.hdf5 import OpenSegment, Segment, segment_reader, segment_writer
+from tda_lightning.stores.hdf5 import OpenSegment, Segment, segment_reader
 from tda_lightning.stores.hdf5.stored_rows import StoredRows, stamp_of
 
 
@@ -37,7 +38,7 @@ class TestHDF5Store(StoreContract):
 
 
 class TestSmallBlocks(StoreContract):
-    """The same, when a block holds a single step."""
+    """The contract with blocks of a single step."""
 
     @pytest.fixture(autouse=True)
     def _one_step_per_block(self, monkeypatch):
@@ -60,36 +61,36 @@ def test_a_run_is_readable_while_it_is_recorded(tmp_path):
     assert all(map(same, HDF5Store.open(tmp_path / "run"), steps))
 
 
-def written(path, count):
-    """Return how many steps are on disk, once there are ``count`` or after five seconds."""
+def steps_on_disk(path, count):
+    """Return the number of steps on disk once it is ``count``, or after five seconds."""
     deadline = time.monotonic() + 5
     while len(HDF5Store.open(path)) < count and time.monotonic() < deadline:
         time.sleep(0.01)
     return len(HDF5Store.open(path))
 
 
-def test_steps_are_written_in_the_background_when_they_are_large(tmp_path):
+def test_a_full_buffer_is_written_in_the_background(tmp_path):
     store = HDF5Store(tmp_path / "run", segment_bytes=15 * 2 * 4)  # Room for four visits.
     store.begin(RECIPE)
-    one, two, three, four = make_steps(4)
-    store.append(one)
-    store.append(two)
-    store.append(three)
-    assert written(tmp_path / "run", 2) == 2
-    store.append(four)
-    assert written(tmp_path / "run", 4) == 4
-    assert all(map(same, HDF5Store.open(tmp_path / "run"), [one, two, three, four]))
+    steps = make_steps(4)
+    store.append(steps[0])
+    store.append(steps[1])
+    store.append(steps[2])
+    assert steps_on_disk(tmp_path / "run", 2) == 2
+    store.append(steps[3])
+    assert steps_on_disk(tmp_path / "run", 4) == 4
+    assert all(map(same, HDF5Store.open(tmp_path / "run"), steps))
 
 
-def test_steps_are_written_in_the_background_when_they_are_old(tmp_path):
+def test_old_steps_are_written_in_the_background(tmp_path):
     store = HDF5Store(tmp_path / "run", segment_seconds=0.0)
     store.begin(RECIPE)
     for count, step in enumerate(make_steps(3)):
         store.append(step)
-        assert written(tmp_path / "run", count + 1) == count + 1
+        assert steps_on_disk(tmp_path / "run", count + 1) == count + 1
 
 
-def test_an_error_while_writing_is_raised_and_not_lost(tmp_path):
+def test_an_error_in_the_background_is_raised_by_seal(tmp_path):
     store = filled(HDF5Store(tmp_path / "run"), make_steps(2))
     shutil.rmtree(tmp_path / "run")
     store.append(make_steps(3)[2])
@@ -98,7 +99,7 @@ def test_an_error_while_writing_is_raised_and_not_lost(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_step_of_which_one_process_has_lost_its_part_is_left_out(tmp_path, rank):
+def test_a_step_is_left_out_if_one_process_lost_its_part(tmp_path, rank):
     stores, steps = [HDF5Store(tmp_path / "run") for _ in range(2)], make_steps(4)
     for number, store in enumerate(stores):
         store.join(number, 2)
@@ -110,21 +111,23 @@ def test_a_step_of_which_one_process_has_lost_its_part_is_left_out(tmp_path, ran
             store.seal()
     assert [step.index for step in HDF5Store.open(tmp_path / "run")] == [0, 2, 4, 6]
     (tmp_path / "run" / f"segment-000001-rank-{rank}.h5").unlink()
-    left = HDF5Store.open(tmp_path / "run")
-    assert [step.index for step in left] == [0, 4, 6]
-    for step, own in zip(left, (steps[0], *steps[2:]), strict=True):
-        assert step.sample_ids.tolist() == 2 * own.sample_ids.tolist()
-    found = [(one.index, one.epoch, one.sample_ids.tolist()) for one in left.facts]
-    assert found == [(step.index, step.epoch, step.sample_ids.tolist()) for step in left]
+    merged = HDF5Store.open(tmp_path / "run")
+    assert [step.index for step in merged] == [0, 4, 6]
+    for step, part in zip(merged, (steps[0], *steps[2:]), strict=True):
+        assert step.sample_ids.tolist() == 2 * part.sample_ids.tolist()
+    facts = [(step.index, step.epoch, step.sample_ids.tolist()) for step in merged.facts]
+    assert facts == [(step.index, step.epoch, step.sample_ids.tolist()) for step in merged]
 
 
-def test_half_written_segments_are_invisible(tmp_path, monkeypatch):
+def test_partial_segments_are_ignored(tmp_path, monkeypatch):
     store = filled(HDF5Store(tmp_path / "run"), make_steps(4))
 
     def die(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(segment_writer, "make_durable", die)
+    monkeypatch.setattr(durable, "make_durable", die)
+    # A process that is killed deletes nothing.
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
     store.append(make_steps(5)[4])
     with pytest.raises(KeyboardInterrupt):
         store.seal()
@@ -132,7 +135,7 @@ def test_half_written_segments_are_invisible(tmp_path, monkeypatch):
     assert len(HDF5Store.open(tmp_path / "run")) == 4
 
 
-def test_a_killed_beginning_can_be_begun_again(tmp_path):
+def test_a_run_can_begin_after_a_kill_during_begin(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".recipe.json.partial").write_text("{")
     assert len(filled(HDF5Store(tmp_path / "run"), make_steps(2))) == 2
@@ -146,7 +149,7 @@ def test_blocks_cover_every_step_once():
         assert all(len(b) == 1 or offset[b.stop] - offset[b.start] <= visits for b in blocks)
 
 
-def test_a_stranger_can_read_the_file_with_bare_h5py(tmp_path):
+def test_segments_can_be_read_with_h5py_alone(tmp_path):
     steps = make_steps(3)
     filled(HDF5Store(tmp_path / "run"), steps)
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
@@ -158,15 +161,16 @@ def test_a_stranger_can_read_the_file_with_bare_h5py(tmp_path):
         assert file["steps/lr"][1, 0] == steps[1].lr
 
 
-def test_segments_of_older_versions_tell_less_of_their_groups(tmp_path):
+def test_segments_of_older_versions_may_lack_columns_of_groups(tmp_path):
     steps = make_steps(3, groups=2)
     filled(HDF5Store(tmp_path / "run"), steps)
     for path in (tmp_path / "run").glob("segment-*.h5"):
         with h5py.File(path, "r+") as file:
             for name in ("share", "decoupled", "descent", "owner"):
                 del file["steps"][name]
-    for found, step in zip(HDF5Store.open(tmp_path / "run"), steps, strict=True):
-        assert found.groups == tuple(replace(group, share=0.0, owner=0.0) for group in step.groups)
+    for stored, step in zip(HDF5Store.open(tmp_path / "run"), steps, strict=True):
+        expected = tuple(replace(group, share=0.0, owner=0.0) for group in step.groups)
+        assert stored.groups == expected
 
 
 def test_several_threads_can_read_one_store(tmp_path, monkeypatch):
@@ -182,7 +186,7 @@ def test_several_threads_can_read_one_store(tmp_path, monkeypatch):
         assert all(threads.map(read, range(4)))
 
 
-def test_segments_that_somebody_compressed_are_read_as_before(tmp_path):
+def test_segments_compressed_by_a_user_are_read_correctly(tmp_path):
     steps = [replace(step, curvature_rows=2 * step.sketch) for step in make_steps(5)]
     filled(HDF5Store(tmp_path / "run"), steps)
     for path in (tmp_path / "run").glob("segment-*.h5"):
@@ -194,7 +198,7 @@ def test_segments_that_somebody_compressed_are_read_as_before(tmp_path):
     assert all(map(same, HDF5Store.open(tmp_path / "run"), steps))
 
 
-def test_a_segment_that_is_cut_off_while_it_is_read_is_said(tmp_path):
+def test_a_segment_truncated_while_it_is_read_raises_an_error(tmp_path):
     filled(HDF5Store(tmp_path / "run"), make_steps(2))
     path = tmp_path / "run" / "segment-000000.h5"
     with h5py.File(path) as file:
@@ -206,30 +210,30 @@ def test_a_segment_that_is_cut_off_while_it_is_read_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "as computed"])
-def test_a_run_that_was_resumed_meanwhile_is_to_be_opened_again(tmp_path, storage):
-    """What is in the place of an old segment has its rows elsewhere."""
+def test_reading_a_run_that_was_resumed_after_opening_raises_an_error(tmp_path, storage):
+    """The segment that replaces the old one has its rows at other offsets."""
     store, steps = HDF5Store(tmp_path / "run", storage=storage), make_steps(6)
     store.begin(RECIPE)
     for step in steps:
         store.append(step)
     store.seal()
-    late = HDF5Store.open(tmp_path / "run")
+    outdated = HDF5Store.open(tmp_path / "run")
     HDF5Store(tmp_path / "run", storage=storage).resume(steps[4].index)
-    again = HDF5Store.open(tmp_path / "run")
-    assert all(map(same, again, steps[:4]))
-    assert len(again) == 4
+    reopened = HDF5Store.open(tmp_path / "run")
+    assert all(map(same, reopened, steps[:4]))
+    assert len(reopened) == 4
     with pytest.raises(OSError, match=r"has changed since the run was opened.*open the run again"):
-        late.read(1)
+        outdated.read(1)
     with pytest.raises(OSError, match="has changed since the run was opened"):
-        late.facts_at(1)
+        outdated.facts_at(1)
 
 
-def test_facts_are_known_without_reading_rows(tmp_path, monkeypatch):
+def test_facts_are_read_without_rows(tmp_path, monkeypatch):
     steps = make_steps(2)
     filled(HDF5Store(tmp_path / "run"), steps)
     segment = OpenSegment(Segment(tmp_path / "run" / "segment-000000.h5"))
     monkeypatch.delattr(StoredRows, "read")
-    assert all(same_facts(segment.facts_at(place), step) for place, step in enumerate(steps))
+    assert all(same_facts(segment.facts_at(n), step) for n, step in enumerate(steps))
     with pytest.raises(AttributeError):
         segment.step_at(0)
 
@@ -243,18 +247,18 @@ def test_facts_are_known_without_reading_rows(tmp_path, monkeypatch):
     ],
     ids=["a file", "empty", "a thesis"],
 )
-def test_something_else_is_not_read_as_a_run(tmp_path, prepare, message):
+def test_opening_anything_but_a_run_raises_an_error(tmp_path, prepare, message):
     prepare(tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         HDF5Store.open(tmp_path / "run")
 
 
-def test_what_is_not_there_is_not_opened(tmp_path):
+def test_opening_a_missing_folder_raises_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         HDF5Store.open(tmp_path / "run")
 
 
-def test_another_format_is_refused(tmp_path):
+def test_opening_another_format_raises_an_error(tmp_path):
     filled(HDF5Store(tmp_path / "run"), make_steps(1))
     file = tmp_path / "run" / "recipe.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": 99}))
@@ -263,19 +267,21 @@ def test_another_format_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("existing", ["refuse", "replace"])
-def test_a_folder_of_something_else_is_never_written_or_cleared(tmp_path, existing):
+def test_a_folder_with_other_files_is_never_written_or_cleared(tmp_path, existing):
     from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 
     (tmp_path / "thesis.tex").write_text("all of it")
     trainer = quiet_trainer(GradientRecorder(tmp_path, existing=existing))
-    with pytest.raises(FileExistsError, match="something else than a recorded run"):
+    with pytest.raises(
+        FileExistsError, match=r"not a recorded run but a folder with `thesis\.tex`"
+    ):
         trainer.fit(Plain(mlp()), loader(vectors()))
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [
         ("thesis.tex", "all of it")
     ]
 
 
-def test_an_existing_run_is_kept_or_replaced_as_told(tmp_path):
+def test_an_existing_run_is_replaced_only_on_request(tmp_path):
     from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 
     def train(**settings):
@@ -284,13 +290,13 @@ def test_an_existing_run_is_kept_or_replaced_as_told(tmp_path):
         return HDF5Store.open(tmp_path / "run")
 
     first = train()
-    with pytest.raises(FileExistsError, match=r"holds a recorded run already.*existing='replace'"):
+    with pytest.raises(FileExistsError, match=r"already holds a recorded run.*existing='replace'"):
         train()
     assert all(map(same, HDF5Store.open(tmp_path / "run"), first))
     assert len(train(existing="replace")) == len(first)
 
 
-def test_doubles_are_kept_as_doubles(tmp_path):
+def test_float64_rows_are_stored_as_float64(tmp_path):
     step = make_steps(1)[0]
     doubles = [replace(step, sketch=step.sketch.double() / 3)]
     store = filled(HDF5Store(tmp_path / "run", storage="as computed"), doubles)
@@ -300,22 +306,22 @@ def test_doubles_are_kept_as_doubles(tmp_path):
 @pytest.mark.parametrize(
     ("storage", "error"), [("float16", 5e-4), ("bfloat16", 4e-3), ("int8", 5e-3)]
 )
-def test_rows_of_any_size_survive_being_rounded(tmp_path, storage, error):
-    """From the smallest normal float32 to the largest, in one store; none vanishes."""
+def test_rounding_preserves_rows_of_any_magnitude(tmp_path, storage, error):
+    """Rows from the smallest to the largest normal float32 do not underflow in one store."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(11, 15, generator=generator) * torch.logspace(-37, 37, 11)[:, None] / 4
     rows[5] = 0
     step = replace(make_steps(11)[10], sketch=rows)
     store = filled(HDF5Store(tmp_path / "run", storage=storage), [step])
-    found = store[0].sketch
-    assert found.dtype == torch.float32
-    assert torch.equal(found[5], torch.zeros(15))
-    relative = (found - rows).abs().amax(dim=1) / rows.abs().amax(dim=1).clamp_min(1e-45)
+    stored = store[0].sketch
+    assert stored.dtype == torch.float32
+    assert torch.equal(stored[5], torch.zeros(15))
+    relative = (stored - rows).abs().amax(dim=1) / rows.abs().amax(dim=1).clamp_min(1e-45)
     assert relative.max() < error
 
 
 @pytest.mark.parametrize("storage", ["as computed", "float16", "bfloat16", "int8"])
-def test_not_even_the_smallest_rows_vanish_and_broken_ones_stay_broken(tmp_path, storage):
+def test_the_smallest_rows_survive_and_nan_rows_stay_nan(tmp_path, storage):
     step = make_steps(2)[1]
     rows = torch.stack([torch.full((15,), 2e-38), torch.full((15,), torch.nan)])
     store = filled(HDF5Store(tmp_path / "run", storage=storage), [replace(step, sketch=rows)])
@@ -323,7 +329,7 @@ def test_not_even_the_smallest_rows_vanish_and_broken_ones_stay_broken(tmp_path,
     assert torch.isnan(store[0].sketch[1]).all()
 
 
-def test_fewer_bytes_are_fewer_bytes(tmp_path):
+def test_smaller_number_formats_make_smaller_files(tmp_path):
     step = make_steps(1)[0]
     wide = replace(
         step,

@@ -1,7 +1,7 @@
-"""Segments: sealed HDF5 files of consecutive steps. The only folder that knows h5py.
+"""HDF5 segments: sealed files of consecutive steps. Only this package imports h5py.
 
-A segment is written under a temporary name, flushed, fsynced and renamed; once it has its name it
-is whole and never changes. ``docs/file-format.md`` describes the inside.
+A segment is written under a temporary name, synced to disk and renamed. Under its final name it is
+complete and never changes. ``docs/file-format.md`` describes the content.
 """
 
 from tda_lightning.stores.hdf5.segment_reader import OpenSegment, Segment

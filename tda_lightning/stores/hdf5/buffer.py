@@ -1,7 +1,7 @@
-"""StepBuffer: steps that wait to be written, with their rows in memory that is used again.
+"""StepBuffer: steps waiting to be written, with their rows in reused memory.
 
-Fresh memory is expensive: the operating system hands it out page by page, and clears each page. A
-store that kept every step's own tensors until they are written would pay for that in every step.
+Fresh memory is expensive: the operating system provides and clears it page by page. A store that
+held every step's own tensors until they are written would pay this cost in every step.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tda_lightning.stores.step import Step
 
 
 class StepBuffer:
-    """Steps whose rows lie one after the other in one piece of memory.
+    """Steps whose rows are stored contiguously in one tensor.
 
     Args:
-        size: Bytes of rows to make room for.
-        dtype: Number format to keep rows in, if another than they come in.
+        size: Capacity in bytes of rows.
+        dtype: Number format of the buffered rows; by default that of the added rows.
     """
 
     def __init__(self, size: int, dtype: torch.dtype | None = None) -> None:
@@ -30,36 +30,36 @@ class StepBuffer:
         self.steps: list[Step] = []
 
     def has_room_for(self, step: Step) -> bool:
-        """Say whether a step can be added; an empty buffer takes any, however large."""
+        """Return whether a step can be added; an empty buffer accepts a step of any size."""
         if not self.steps:
             return True
         first = self.steps[0]
         assert self._rows is not None
         dtype = self._dtype or step.sketch.dtype
-        is_alike = dtype == self._rows.dtype and len(step.groups) == len(first.groups)
-        return is_alike and self._used + len(step.sketch) <= len(self._rows)
+        is_compatible = dtype == self._rows.dtype and len(step.groups) == len(first.groups)
+        return is_compatible and self._used + len(step.sketch) <= len(self._rows)
 
     def add(self, step: Step) -> None:
         """Add a step; its rows are copied."""
         n = len(step.sketch)
         if not self.steps:
-            self._make_room(step.sketch)
+            self._allocate(step.sketch)
         assert self._rows is not None
-        kept = self._rows[self._used : self._used + n]
-        kept.copy_(step.sketch)
+        buffered = self._rows[self._used : self._used + n]
+        buffered.copy_(step.sketch)
         self._used += n
-        self.steps.append(replace(step, sketch=kept))
+        self.steps.append(replace(step, sketch=buffered))
 
     def is_full(self) -> bool:
-        """Say whether all room is used, to within a tenth."""
+        """Return whether at least 90 % of the capacity is used."""
         return self._rows is not None and self._used >= 0.9 * len(self._rows)
 
     def clear(self) -> None:
-        """Forget the steps, and keep the memory."""
+        """Remove the steps and retain the memory."""
         self.steps = []
         self._used = 0
 
-    def _make_room(self, rows: Tensor) -> None:
+    def _allocate(self, rows: Tensor) -> None:
         n, k = rows.shape
         dtype = self._dtype or rows.dtype
         count = max(n, self._size // (k * dtype.itemsize))

@@ -1,4 +1,4 @@
-"""The folder of a run: its recipe, whose run it is, and what must not be touched in it."""
+"""Folder of a run: file names, ``recipe.json``, and checks that protect other content."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from tda_lightning.stores.durable import make_durable, partial_name
+from tda_lightning.stores.durable import atomic_write
 from tda_lightning.stores.recipe import Recipe
 
 FORMAT = "tda_lightning"
@@ -18,7 +18,7 @@ PARTIAL = ".*.partial"
 
 
 def segment_name(number: int, rank: int, ranks: int) -> str:
-    """Return the name of a segment; where several processes write, it ends in the writer's rank."""
+    """Return the name of a segment; with several processes, it ends in the writer's rank."""
     return f"segment-{number:06d}.h5" if ranks == 1 else f"segment-{number:06d}-rank-{rank}.h5"
 
 
@@ -28,19 +28,19 @@ def segments_of(path: Path, rank: int, ranks: int) -> list[Path]:
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:
-    """Begin a run in a folder that is empty or not there yet.
+    """Begin a run in an empty or new folder.
 
     Raises:
-        FileExistsError: If something is there.
+        FileExistsError: If the folder is not empty.
     """
     if path.exists() and not is_empty(path):
-        raise FileExistsError(_what_is_in_the_way(path))
+        raise FileExistsError(_occupied_message(path))
     path.mkdir(parents=True, exist_ok=True)
     _write_document(path, uuid.uuid4().hex, recipe)
 
 
 def amend_recipe(path: Path, recipe: Recipe) -> None:
-    """Put another recipe in the place of that of the run in a folder; it stays the same run."""
+    """Replace the recipe of the run in a folder; the run id stays."""
     _write_document(path, _read_document(path)["run"], recipe)
 
 
@@ -51,19 +51,16 @@ def _write_document(path: Path, run_id: str, recipe: Recipe) -> None:
         "run": run_id,
         "recipe": recipe.to_dict(),
     }
-    unfinished = partial_name(path / RECIPE)
-    unfinished.write_text(json.dumps(document, indent=1))
-    make_durable(unfinished)
-    unfinished.replace(path / RECIPE)
-    make_durable(path)
+    with atomic_write(path / RECIPE) as partial:
+        partial.write_text(json.dumps(document, indent=1))
 
 
 def read_recipe(path: Path) -> Recipe:
     """Return the recipe of the run in a folder.
 
     Raises:
-        FileNotFoundError: If nothing is there.
-        ValueError: If what is there is not a run, or one of another format.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If the path is not a run, or a run of another format.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -73,7 +70,7 @@ def read_recipe(path: Path) -> Recipe:
     if not is_run(path):
         raise ValueError(
             f"`{path}` is not a recorded run: expected a folder with a `{RECIPE}`, "
-            f"found {_describe(path)}. Correct the path."
+            f"found {_describe_content(path)}. Correct the path."
         )
     document = _read_document(path)
     if document.get("format") != FORMAT or document.get("version") != FORMAT_VERSION:
@@ -86,28 +83,28 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def read_run_id(path: Path) -> str | None:
-    """Return what names the run in a folder, or ``None`` if there is no run."""
+    """Return the id of the run in a folder, or ``None`` if there is no run."""
     return str(_read_document(path).get("run", "")) if is_run(path) else None
 
 
 def require_clearable(path: Path) -> None:
-    """Raise if a folder holds something else than a run.
+    """Check that a path holds nothing or a run.
 
     Raises:
-        FileExistsError: Naming what is there.
+        FileExistsError: If it holds something else; the message names the content.
     """
     if path.exists() and not is_run(path) and not is_empty(path):
-        raise FileExistsError(_what_is_in_the_way(path))
+        raise FileExistsError(_occupied_message(path))
 
 
 def is_run(path: Path) -> bool:
-    """Say whether a folder holds a run."""
+    """Return whether a folder holds a run."""
     return (path / RECIPE).is_file()
 
 
 def is_empty(path: Path) -> bool:
-    """Say whether a folder holds nothing of worth."""
-    # A process killed while it began a run leaves a partial recipe: as good as nothing.
+    """Return whether a folder holds nothing but partial files."""
+    # A process killed while it begins a run leaves a partial recipe.
     return path.is_dir() and all(entry.match(PARTIAL) for entry in path.iterdir())
 
 
@@ -116,7 +113,7 @@ def _read_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def _describe(path: Path) -> str:
+def _describe_content(path: Path) -> str:
     if not path.is_dir():
         return "a file"
     names = sorted(entry.name for entry in path.iterdir())
@@ -126,13 +123,13 @@ def _describe(path: Path) -> str:
     )
 
 
-def _what_is_in_the_way(path: Path) -> str:
+def _occupied_message(path: Path) -> str:
     if is_run(path):
         return (
-            f"`{path}` holds a recorded run already; expected a new place. Choose another path, or "
-            "delete the old run by recording with `existing='replace'`."
+            f"`{path}` already holds a recorded run; expected an empty or new folder. Choose "
+            "another path, or delete the old run by recording with `existing='replace'`."
         )
     return (
-        f"`{path}` holds something else than a recorded run, {_describe(path)}; expected an empty "
-        "or a new folder. Choose another path: nothing there was touched."
+        f"`{path}` is not a recorded run but {_describe_content(path)}; expected an empty or new "
+        "folder. Choose another path; nothing was changed there."
     )

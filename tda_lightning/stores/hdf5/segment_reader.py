@@ -1,4 +1,4 @@
-"""Reading a segment: what its steps were, all at once; their rows, block by block."""
+"""Read a segment: the facts of all its steps at once, their rows block by block."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tda_lightning.stores.hdf5.stored_rows import (
 )
 from tda_lightning.stores.step import Audit, ParameterGroup, Preconditioner, Step, StepFacts
 
-# Small enough to stay in a processor's cache, from the disk to the first product.
+# Small enough to stay in a processor's cache between the disk and the first product.
 _BLOCK_BYTES = 2**20
 
 
 class Segment:
-    """A sealed segment. Of its steps, only how many there are is known before one is asked for.
+    """A sealed segment. Only the step indices are read before a step is accessed.
 
     Args:
-        path: The file.
+        path: Path of the segment.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,21 +45,21 @@ class Segment:
 
     @cached_property
     def steps(self) -> StepColumns:
-        """All that is known of the steps without their visits."""
-        found = StepColumns(self.path, self._stamp)
+        """The steps without their visits."""
+        columns = StepColumns(self.path, self._stamp)
         self.require_unchanged()
-        return found
+        return columns
 
     def require_unchanged(self) -> None:
-        """Raise if another file has taken its place.
+        """Check that the file has not been replaced.
 
         Raises:
-            OSError: Saying so.
+            OSError: If the file has changed since it was opened.
         """
         require_unchanged(self.path, self._stamp, stamp_of(self.path))
 
     def visited_ids(self) -> Int[Tensor, " n"]:
-        """Return the ids of the samples in this segment, sorted."""
+        """Return the sorted ids of the samples in this segment."""
         with h5py.File(self.path, "r") as file:
             ids: Tensor = torch.unique(torch.from_numpy(file["visits/sample_id"][:]))
         return ids
@@ -69,8 +69,8 @@ class StepColumns:
     """The steps of a segment, without their visits.
 
     Args:
-        path: The file.
-        stamp: What it had when the run was opened.
+        path: Path of the segment.
+        stamp: Stamp of the file when the run was opened.
     """
 
     def __init__(self, path: Path, stamp: Stamp) -> None:
@@ -78,8 +78,8 @@ class StepColumns:
             steps = file["steps"]
             self._index = steps["index"][:].tolist()
             self._epoch = steps["epoch"][:].tolist()
-            self._optimizer, self._loss = _words(steps, "optimizer"), _words(steps, "loss")
-            self._hyper = np.stack([_hyper(steps, name) for name in GROUP_FIELDS], -1)
+            self._optimizer, self._loss = _strings(steps, "optimizer"), _strings(steps, "loss")
+            self._groups = np.stack([_or_zeros(steps, name) for name in GROUP_FIELDS], -1)
             self.audits = _read_audits(file["audits"])
             self.preconditioners = _read_preconditioners(file["preconditioners"])
             self.offset: list[int] = steps["offset"][:].tolist()
@@ -87,85 +87,89 @@ class StepColumns:
             self.sketch = StoredRows.of(path, file["visits"], stamp)
             self.curvature_rows = StoredRows.of(path, file["curvature"], stamp)
 
-    def preconditioner(self, place: int) -> Preconditioner | None:
-        """Return the last one that began at this place or before it, in this segment."""
-        begun = [one for one in self.preconditioners if one <= place]
-        return self.preconditioners[max(begun)] if begun else None
+    def preconditioner(self, position: int) -> Preconditioner | None:
+        """Return the last preconditioner set in this segment at or before the position."""
+        changes = [start for start in self.preconditioners if start <= position]
+        return self.preconditioners[max(changes)] if changes else None
 
-    def facts(self, place: int, visits: dict[str, Tensor]) -> StepFacts:
-        """Return what is known of a step, given the columns of its visits that are known."""
+    def facts(self, position: int, visits: dict[str, Tensor]) -> StepFacts:
+        """Return the facts of a step, given the available columns of its visits."""
         return StepFacts(
-            index=self._index[place],
-            epoch=self._epoch[place],
-            optimizer=self._optimizer[place],
-            groups=tuple(ParameterGroup(*values) for values in self._hyper[place].tolist()),
+            index=self._index[position],
+            epoch=self._epoch[position],
+            optimizer=self._optimizer[position],
+            groups=tuple(ParameterGroup(*values) for values in self._groups[position].tolist()),
             sample_ids=visits["sample_id"],
             weights=visits["weight"],
-            audit=self.audits.get(place),
+            audit=self.audits.get(position),
             terms=visits.get("terms"),
             curvature=visits.get("curvature"),
-            preconditioner=self.preconditioners.get(place),
-            loss=self._loss[place],
+            preconditioner=self.preconditioners.get(position),
+            loss=self._loss[position],
         )
 
 
 class OpenSegment:
-    """A segment at hand: its visits, without their rows, and one block of steps with theirs.
+    """A segment in memory: all visits without rows, and one block of steps with rows.
 
     Args:
-        segment: Which.
+        segment: The segment to open.
     """
 
     def __init__(self, segment: Segment) -> None:
         self._columns = segment.steps
         with h5py.File(segment.path, "r") as file:
-            visits = {name: file["visits"][name][:] for name in _COLUMNS}
+            visits = {name: file["visits"][name][:] for name in _VISIT_COLUMNS}
             self._scales = file["visits/scale"][:]
             self._curvature_scales = file["curvature/scale"][:]
         segment.require_unchanged()
         offset = self._columns.offset
         self._visits = {name: torch.from_numpy(values) for name, values in visits.items()}
-        self._known = {name: _known(values, offset) for name, values in visits.items()}
+        self._is_complete = {name: _is_complete(values, offset) for name, values in visits.items()}
         self._blocks = split(offset, max(1, _BLOCK_BYTES // self._columns.sketch.row_bytes))
-        self._at_hand: tuple[range, list[Step]] = (range(0), [])
+        self._cached: tuple[range, list[Step]] = (range(0), [])
 
-    def facts_at(self, place: int) -> StepFacts:
-        """Return what is known of a step besides its rows."""
-        own = slice(self._columns.offset[place], self._columns.offset[place + 1])
-        known = {name: one[own] for name, one in self._visits.items() if self._known[name][place]}
-        return self._columns.facts(place, known)
+    def facts_at(self, position: int) -> StepFacts:
+        """Return a step without its rows."""
+        span = slice(self._columns.offset[position], self._columns.offset[position + 1])
+        visits = {
+            name: values[span]
+            for name, values in self._visits.items()
+            if self._is_complete[name][position]
+        }
+        return self._columns.facts(position, visits)
 
-    def step_at(self, place: int) -> Step:
-        """Return a step, together with its block if that is not at hand."""
-        block, steps = self._at_hand
-        if place not in block:
-            block = next(one for one in self._blocks if place in one)
-            # Both at once: another thread may be reading too.
+    def step_at(self, position: int) -> Step:
+        """Return a step; read its block unless it is cached."""
+        block, steps = self._cached
+        if position not in block:
+            block = next(candidate for candidate in self._blocks if position in candidate)
             steps = self._read(block)
-            self._at_hand = (block, steps)
-        return steps[place - block.start]
+            # Set both in one assignment: another thread may be reading too.
+            self._cached = (block, steps)
+        return steps[position - block.start]
 
     def _read(self, block: range) -> list[Step]:
-        """Read consecutive steps; their rows share one piece of memory."""
+        """Read consecutive steps; their rows are views of one tensor."""
         offset, curvature_offset = self._columns.offset, self._columns.curvature_offset
         visits, curvature = _span(offset, block), _span(curvature_offset, block)
         sketch = self._columns.sketch.read(visits, self._scales[visits])
         sampled = self._columns.curvature_rows.read(curvature, self._curvature_scales[curvature])
         return [
             Step.of(
-                self.facts_at(place),
-                sketch=_part(sketch, offset, block, place),
-                curvature_rows=_if_any(_part(sampled, curvature_offset, block, place)),
+                self.facts_at(position),
+                sketch=_part(sketch, offset, block, position),
+                curvature_rows=_if_any(_part(sampled, curvature_offset, block, position)),
             )
-            for place in block
+            for position in block
         ]
 
 
-_COLUMNS = ("sample_id", "weight", "terms", "curvature")
+_VISIT_COLUMNS = ("sample_id", "weight", "terms", "curvature")
 
 
 def split(offset: Sequence[int], visits_per_block: int) -> list[range]:
-    """Cut steps into runs of at most ``visits_per_block`` visits, or of one step."""
+    """Split steps into blocks of at most ``visits_per_block`` visits, or of one step."""
     blocks = []
     start = 0
     for stop in range(1, len(offset)):
@@ -180,28 +184,28 @@ def _span(offset: Sequence[int], block: range) -> slice:
     return slice(offset[block.start], offset[block.stop])
 
 
-def _part(values: Tensor, offset: Sequence[int], block: range, place: int) -> Tensor:
+def _part(values: Tensor, offset: Sequence[int], block: range, position: int) -> Tensor:
     first = offset[block.start]
-    return values[offset[place] - first : offset[place + 1] - first]
+    return values[offset[position] - first : offset[position + 1] - first]
 
 
-def _known(values: np.ndarray, offset: Sequence[int]) -> list[bool]:
-    """Say of every step whether a column holds something of all its visits."""
-    gaps = np.concatenate([[0], np.isnan(values).cumsum()])
-    known: list[bool] = (np.diff(gaps[offset]) == 0).tolist()
-    return known
+def _is_complete(values: np.ndarray, offset: Sequence[int]) -> list[bool]:
+    """Return for every step whether the column has a value for all its visits."""
+    n_missing = np.concatenate([[0], np.isnan(values).cumsum()])
+    complete: list[bool] = (np.diff(n_missing[offset]) == 0).tolist()
+    return complete
 
 
 def _if_any(rows: Tensor) -> Tensor | None:
     return rows if len(rows) else None
 
 
-def _hyper(group: h5py.Group, name: str) -> np.ndarray:
-    # Segments of older runs lack some columns: zeros, for what is not known.
+def _or_zeros(group: h5py.Group, name: str) -> np.ndarray:
+    # Segments of older versions lack some columns; zero means unknown.
     return group[name][:] if name in group else np.zeros(group["lr"].shape)
 
 
-def _words(group: h5py.Group, name: str) -> list[str]:
+def _strings(group: h5py.Group, name: str) -> list[str]:
     if name not in group:
         return [""] * len(group["index"])
     return [sys.intern(word) for word in group[name].asstr()[:].tolist()]
@@ -210,8 +214,8 @@ def _words(group: h5py.Group, name: str) -> list[str]:
 def _read_preconditioners(group: h5py.Group) -> dict[int, Preconditioner]:
     rows, columns = torch.from_numpy(group["rows"][:]), torch.from_numpy(group["columns"][:])
     return {
-        int(place): Preconditioner(rows[number], columns[number])
-        for number, place in enumerate(group["step"][:])
+        int(position): Preconditioner(rows[number], columns[number])
+        for number, position in enumerate(group["step"][:])
     }
 
 
@@ -219,11 +223,11 @@ def _read_audits(group: h5py.Group) -> dict[int, Audit]:
     names = ("gradient", "deviation", "left_out", "update")
     gradient, deviation, left_out, update = (group[name][:] for name in names)
     return {
-        int(place): Audit(
+        int(position): Audit(
             torch.from_numpy(gradient[number]),
             torch.from_numpy(deviation[number]),
             float(left_out[number]),
             float(update[number]),
         )
-        for number, place in enumerate(group["step"][:])
+        for number, position in enumerate(group["step"][:])
     }

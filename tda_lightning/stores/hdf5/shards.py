@@ -1,4 +1,4 @@
-"""Shards: what each process wrote of a run, and all of it as one sequence of steps."""
+"""Shards: the segments of each process, merged into one sequence of steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 
 
 class Shard:
-    """Steps in the segments of one process; reading holds one of these open."""
+    """Steps in the segments of one process; reading keeps one segment open."""
 
     def __init__(self, files: Sequence[Path] = ()) -> None:
         self._segments: list[Segment] = []
@@ -38,58 +38,60 @@ class Shard:
         return [index for segment in self._segments for index in segment.indices]
 
     def add(self, segment: Segment) -> None:
-        """Add a sealed segment behind the others."""
+        """Append a sealed segment."""
         self._starts.append(len(self))
         self._segments.append(segment)
 
     def read(self, position: int) -> Step:
-        """Return the step at a position, together with its block if that is not at hand."""
-        segment, place = self._opened_at(position)
-        return segment.step_at(place)
+        """Return the step at a position; read its block unless it is cached."""
+        segment, offset = self._locate(position)
+        return segment.step_at(offset)
 
     def facts_at(self, position: int) -> StepFacts:
-        """Return what is known of the step at a position besides its rows."""
-        segment, place = self._opened_at(position)
-        return segment.facts_at(place)
+        """Return the step at a position without its rows."""
+        segment, offset = self._locate(position)
+        return segment.facts_at(offset)
 
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the coordinates of a step, without reading any sketch."""
         for start, segment in zip(reversed(self._starts), reversed(self._segments), strict=True):
-            found = segment.steps.preconditioner(position - start)
-            if found is not None:
-                return found
+            preconditioner = segment.steps.preconditioner(position - start)
+            if preconditioner is not None:
+                return preconditioner
         return None
 
     def audits(self) -> list[Audit]:
         """Return all audits, in order, without reading any sketch."""
         return [audit for segment in self._segments for audit in segment.steps.audits.values()]
 
-    def _opened_at(self, position: int) -> tuple[OpenSegment, int]:
+    def _locate(self, position: int) -> tuple[OpenSegment, int]:
+        """Return the open segment of a step, and the step's position in it."""
         number = bisect.bisect_right(self._starts, position) - 1
-        at_hand = self._open
-        if at_hand is None or at_hand[0] != number:
-            at_hand = self._open = (number, OpenSegment(self._segments[number]))
-        return at_hand[1], position - self._starts[number]
+        current = self._open
+        if current is None or current[0] != number:
+            current = self._open = (number, OpenSegment(self._segments[number]))
+        return current[1], position - self._starts[number]
 
 
 class MergedShards:
-    """The steps of which every process has sealed its part: those of equal index are one step.
+    """The steps that every process has sealed; parts with equal index form one step.
 
-    A part that was lost, with a process or a disk, takes the other parts of its step along.
+    If a process or a disk loses its part of a step, the whole step is left out.
 
     Args:
-        shards: Of each process, at least one.
+        shards: The shards of all processes, at least one.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
-        places = [{index: place for place, index in enumerate(one.indices)} for one in shards]
-        indices = sorted(set.intersection(*(set(one) for one in places)))
-        self._places = [[one[index] for one in places] for index in indices]
+        lookups = [{index: n for n, index in enumerate(shard.indices)} for shard in shards]
+        indices = sorted(set.intersection(*(set(lookup) for lookup in lookups)))
+        # For every merged step, its position in each shard.
+        self._positions = [[lookup[index] for lookup in lookups] for index in indices]
 
     def __len__(self) -> int:
         """Return the number of steps."""
-        return len(self._places)
+        return len(self._positions)
 
     @property
     def segments(self) -> Sequence[Segment]:
@@ -98,28 +100,28 @@ class MergedShards:
 
     def read(self, position: int) -> Step:
         """Return the step at a position, with the visits of all processes."""
-        parts = [shard.read(place) for shard, place in self._parts(position)]
+        parts = [shard.read(local) for shard, local in self._parts(position)]
         return Step.of(
             _merge(parts),
             sketch=torch.cat([part.sketch for part in parts]),
-            curvature_rows=_cat_if_known([part.curvature_rows for part in parts]),
+            curvature_rows=_cat_if_complete([part.curvature_rows for part in parts]),
         )
 
     def facts_at(self, position: int) -> StepFacts:
-        """Return what is known of a step besides its rows, with the visits of all processes."""
-        return _merge([shard.facts_at(place) for shard, place in self._parts(position)])
+        """Return a step without its rows, with the visits of all processes."""
+        return _merge([shard.facts_at(local) for shard, local in self._parts(position)])
 
     def preconditioner(self, position: int) -> Preconditioner | None:
-        """Return the coordinates of a step: those of all processes are the same."""
-        shard, place = self._parts(position)[0]
-        return shard.preconditioner(place)
+        """Return the coordinates of a step, which are the same in all processes."""
+        shard, local = self._parts(position)[0]
+        return shard.preconditioner(local)
 
     def audits(self) -> list[Audit]:
-        """Return all audits: those of all processes are the same."""
+        """Return all audits, which are the same in all processes."""
         return self._shards[0].audits()
 
     def _parts(self, position: int) -> list[tuple[Shard, int]]:
-        return list(zip(self._shards, self._places[position], strict=True))
+        return list(zip(self._shards, self._positions[position], strict=True))
 
 
 def _merge(parts: Sequence[StepFacts]) -> StepFacts:
@@ -132,13 +134,13 @@ def _merge(parts: Sequence[StepFacts]) -> StepFacts:
         sample_ids=torch.cat([part.sample_ids for part in parts]),
         weights=torch.cat([part.weights for part in parts]),
         audit=first.audit,
-        terms=_cat_if_known([part.terms for part in parts]),
-        curvature=_cat_if_known([part.curvature for part in parts]),
+        terms=_cat_if_complete([part.terms for part in parts]),
+        curvature=_cat_if_complete([part.curvature for part in parts]),
         preconditioner=first.preconditioner,
         loss=first.loss,
     )
 
 
-def _cat_if_known(parts: Sequence[Tensor | None]) -> Tensor | None:
-    known = [part for part in parts if part is not None]
-    return torch.cat(known) if len(known) == len(parts) else None
+def _cat_if_complete(parts: Sequence[Tensor | None]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if len(tensors) == len(parts) else None

@@ -1,4 +1,4 @@
-"""HDF5Store: a run in a folder of sealed segments, safe against whatever happens to the process."""
+"""HDF5Store: a run in a folder of sealed HDF5 segments that survive a killed process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_not_negative, require_whole
-from tda_lightning.stores.durable import make_durable, partial_name
+from tda_lightning.stores.durable import make_durable
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder, write_segment
 from tda_lightning.stores.hdf5.buffer import StepBuffer
 from tda_lightning.stores.hdf5.encoding import Storage, bytes_of
@@ -35,22 +35,24 @@ from tda_lightning.stores.store import Weights, WritableStore, require_snapshot
 class HDF5Store(WritableStore):
     """A run in a folder.
 
-    Reading holds one block of steps in memory, at most 1 MB on disk or one step, and some 30 bytes
-    for each visit of its segment. Writing buffers steps and seals them, into a file that never
-    changes again, when they are many, old, or asked to be safe. Whatever kills the process, every
-    sealed step stays readable, and none is ever half there. Several processes can write one run:
-    each has segments of its own, and a step can be read once all have sealed their part of it.
+    Reading holds one block of steps in memory: at most 1 MB on disk, or one step. It also holds
+    about 30 bytes per visit of the current segment.
+
+    Writing buffers steps and seals them into files that never change. It seals when the buffer is
+    full or old, and in :meth:`seal`. If the process is killed, every sealed step stays readable and
+    complete. Several processes can write one run: each writes separate segments, and a step can be
+    read once all have sealed their part of it.
 
     Args:
         path: The folder.
-        storage: Number format of the rows on disk. Rounding to bfloat16, float16 or int8 costs far
-            less accuracy than sketching does; ``"as computed"`` is float32, or float64 for models
-            in double precision.
+        storage: Number format of the rows on disk. Rounding to bfloat16, float16 or int8 loses far
+            less accuracy than sketching. ``"as computed"`` is float32, or float64 for models in
+            double precision.
         segment_bytes: Seal when the buffered rows take this much memory.
         segment_seconds: Seal when the oldest buffered step is this old.
 
     Raises:
-        ValueError: If an argument is none of those.
+        ValueError: If an argument is invalid.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class HDF5Store(WritableStore):
         segment_seconds: float = 20.0,
     ) -> None:
         if not isinstance(path, str | os.PathLike):
-            raise ValueError(f"`path` is {path!r}; expected that of a folder, such as 'run.tda'.")
+            raise ValueError(
+                f"`path` is {path!r}; expected the path of a folder, such as 'run.tda'."
+            )
         require_choice("storage", storage, Storage)
         require_whole("segment_bytes", segment_bytes, least=1)
         require_not_negative("segment_seconds", segment_seconds)
@@ -71,12 +75,12 @@ class HDF5Store(WritableStore):
         self._segment_seconds = segment_seconds
         self._recipe: Recipe | None = None
         self._rank, self._ranks = 0, 1
-        self._own = Shard()
+        self._shard = Shard()
         self._merged: MergedShards | None = None
         self._count = 0
         self._writing: Future[Segment] | None = None
-        # One buffer fills while the other is being written.
-        # Rounding while copying is faster than copying; scales would take another pass.
+        # One buffer is filled while the other is written. Rounding to bfloat16 while copying is
+        # faster than copying; the scales of other formats would take another pass.
         dtype = torch.bfloat16 if storage == "bfloat16" else None
         self._buffer = StepBuffer(segment_bytes, dtype)
         self._spare = StepBuffer(segment_bytes, dtype)
@@ -84,11 +88,11 @@ class HDF5Store(WritableStore):
 
     @classmethod
     def open(cls, path: str | Path) -> HDF5Store:
-        """Open a recorded run as it is now, also while it is being recorded.
+        """Open a run, even while it is being recorded; later steps need :meth:`refresh`.
 
         Raises:
-            FileNotFoundError: If nothing is there.
-            ValueError: If what is there is not a run, or one of a newer format.
+            FileNotFoundError: If the folder does not exist.
+            ValueError: If the path is not a run, or a run of another format.
         """
         store = cls(path)
         store._recipe = folder.read_recipe(store.path)
@@ -105,16 +109,16 @@ class HDF5Store(WritableStore):
 
     @property
     def run_id(self) -> str | None:
-        """What names the run that is there."""
+        """Unique id of the run in the folder."""
         return folder.read_run_id(self.path)
 
     @property
     def size_on_disk(self) -> int:
-        """Bytes that the run takes."""
+        """Number of bytes of the run's files."""
         return sum(file.stat().st_size for file in self._files())
 
     def bytes_of(self, dtype: torch.dtype) -> int:
-        """Return how many bytes a number of a row takes on disk."""
+        """Return the number of bytes on disk per row entry that was computed in ``dtype``."""
         return bytes_of(self._storage, dtype)
 
     def __len__(self) -> int:
@@ -122,15 +126,15 @@ class HDF5Store(WritableStore):
         return len(self._steps)
 
     def read(self, position: int) -> Step:
-        """Return the step at a position, together with its block if that is not at hand."""
+        """Return the step at a position; read its block unless it is cached."""
         return self._steps.read(position)
 
     def facts_at(self, position: int) -> StepFacts:
-        """Return what is known of the step at a position, without reading its rows."""
+        """Return the step at a position without reading its rows."""
         return self._steps.facts_at(position)
 
     def visited_ids(self) -> Int[Tensor, " n"]:
-        """Return the ids of the samples that took part in a step, without reading any sketch."""
+        """Return the sorted ids of the visited samples, without reading any sketch."""
         parts = [segment.visited_ids() for segment in self._steps.segments]
         ids: Tensor = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *parts]))
         return ids
@@ -140,7 +144,7 @@ class HDF5Store(WritableStore):
         return self._steps.preconditioner(range(len(self))[position])
 
     def audits(self) -> list[Audit]:
-        """Return what the audits of the run found, without reading any sketch."""
+        """Return the audits of the run, without reading any sketch."""
         return self._steps.audits()
 
     def join(self, rank: int, ranks: int) -> None:
@@ -148,35 +152,35 @@ class HDF5Store(WritableStore):
         self._rank, self._ranks = rank, ranks
 
     def begin(self, recipe: Recipe) -> None:
-        """Start a new run in a folder that is empty or not there yet."""
+        """Start a new run in an empty or new folder."""
         folder.write_recipe(self.path, recipe)
         self._recipe = recipe
 
     def amend(self, recipe: Recipe) -> None:
-        """Put another recipe in the place of that of a run that has just begun."""
+        """Replace the recipe of a run that has no steps yet."""
         if self._rank == 0:
             folder.amend_recipe(self.path, recipe)
         self._recipe = recipe
 
     def resume(self, index: int) -> None:
-        """Continue the run that is there, from the optimizer step of that index on."""
+        """Continue the stored run at the optimizer step ``index``."""
         self._finish_writing()
         self._buffer.clear()
         self._recipe = folder.read_recipe(self.path)
-        # The last go first: whatever interrupts this, what is left is a run without holes.
+        # Delete from the end, so that an interruption leaves a run without gaps.
         for file in reversed(folder.segments_of(self.path, self._rank, self._ranks)):
             _drop_from(file, index, self._storage)
         if self._rank == 0:
             drop_snapshots_after(self.path, index)
         make_durable(self.path)
-        # Other processes may be at theirs at this moment: those are looked at when all is done.
-        self._own = Shard(folder.segments_of(self.path, self._rank, self._ranks))
-        self._merged, self._count = None, len(self._own.segments)
+        # Other processes may still be changing their segments: `refresh` reads those later.
+        self._shard = Shard(folder.segments_of(self.path, self._rank, self._ranks))
+        self._merged, self._count = None, len(self._shard.segments)
 
     def clear(self) -> None:
-        """Delete the run in the folder: its own files, and nothing else."""
+        """Delete the files of the run, and nothing else in the folder."""
         folder.require_clearable(self.path)
-        # The recipe goes last: a clearing that is interrupted leaves something that can be cleared.
+        # Delete the recipe last, so that an interrupted `clear` can be repeated.
         for file in sorted(self._files(), key=lambda file: file.name == folder.RECIPE):
             file.unlink()
         self._recipe = None
@@ -184,20 +188,20 @@ class HDF5Store(WritableStore):
         self.refresh()
 
     def snapshots(self) -> list[int]:
-        """Return the steps before which the weights were kept, in order."""
+        """Return the indices of the steps with a snapshot, in order."""
         return indices_in(self.path)
 
     def weights_at(self, index: int) -> Weights:
-        """Return the model's state before a step, as it was kept."""
+        """Return the stored model state before a step."""
         require_snapshot(self.snapshots(), index)
         return read_snapshot(self.path, index)
 
     def keep_weights(self, index: int, weights: Weights) -> None:
-        """Keep the model's state before a step, in a file of its own."""
+        """Store the model state before a step, in a separate file."""
         write_snapshot(self.path, index, weights)
 
     def append(self, step: Step) -> None:
-        """Add a step; it is sealed with others, now and then."""
+        """Buffer a step; start writing when the buffer is full or old."""
         if not self._buffer.has_room_for(step):
             self._start_writing()
         if not self._buffer.steps:
@@ -208,25 +212,25 @@ class HDF5Store(WritableStore):
             self._start_writing()
 
     def seal(self) -> None:
-        """Write the buffered steps to a new segment, and wait until they are on disk."""
+        """Write the buffered steps to a new segment and wait until it is on disk."""
         if self._buffer.steps:
             self._start_writing()
         self._finish_writing()
 
     def refresh(self) -> None:
-        """See what has been sealed in the folder, by all processes."""
+        """Load the sealed segments of all processes."""
         files = [folder.segments_of(self.path, rank, self._ranks) for rank in range(self._ranks)]
-        shards = [Shard(own) for own in files]
-        self._own = shards[self._rank]
+        shards = [Shard(rank_files) for rank_files in files]
+        self._shard = shards[self._rank]
         self._merged = MergedShards(shards) if self._ranks > 1 else None
-        self._count = len(self._own.segments)
+        self._count = len(self._shard.segments)
 
     @property
     def _steps(self) -> Shard | MergedShards:
-        return self._own if self._merged is None else self._merged
+        return self._shard if self._merged is None else self._merged
 
     def _start_writing(self) -> None:
-        """Let the buffered steps be written while training goes on: one segment at a time."""
+        """Write the buffered steps in the background, one segment at a time."""
         self._finish_writing()
         file = self.path / folder.segment_name(self._count, self._rank, self._ranks)
         self._writing = _in_background(partial(_write, file, self._buffer.steps, self._storage))
@@ -237,38 +241,37 @@ class HDF5Store(WritableStore):
     def _finish_writing(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            self._own.add(writing.result())
+            self._shard.add(writing.result())
 
     def _files(self) -> list[Path]:
         patterns = (folder.SEGMENTS, SNAPSHOTS, folder.PARTIAL, folder.RECIPE)
-        return list(itertools.chain.from_iterable(self.path.glob(one) for one in patterns))
+        return list(itertools.chain.from_iterable(self.path.glob(pattern) for pattern in patterns))
 
 
 def _write(file: Path, steps: list[Step], storage: Storage) -> Segment:
     try:
         write_segment(file, steps, storage)
-    except Exception as error:  # A full disk, say: leave it what room there is.
-        partial_name(file).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise
-        # HDF5 wraps some errors of the system in errors of its own.
+    except OSError:
+        raise
+    except Exception as error:  # h5py raises some system errors, such as a full disk, as others.
         raise OSError(f"writing `{file}` failed: {error}") from error
     return Segment(file)
 
 
 def _drop_from(file: Path, index: int, storage: Storage) -> None:
-    """Take the steps from an index on out of a segment: by a new one in its place, or by none."""
+    """Drop the steps from ``index`` on: rewrite the segment, or delete it if none is left."""
     segment = Segment(file)
-    kept = sum(one < index for one in segment.indices)
-    if kept == 0:
+    n_earlier = sum(step_index < index for step_index in segment.indices)
+    if n_earlier == 0:
         file.unlink()
-    elif kept < len(segment):
+    elif n_earlier < len(segment):
         reader = OpenSegment(segment)
-        write_segment(file, [reader.step_at(place) for place in range(kept)], storage)
+        steps = [reader.step_at(position) for position in range(n_earlier)]
+        write_segment(file, steps, storage)
 
 
 def _in_background(work: Callable[[], Segment]) -> Future[Segment]:
-    """Start the work in a thread; its result, or its error, waits in the future."""
+    """Run a function in a thread; return the future of its result."""
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tda_lightning")
     future = executor.submit(work)
     executor.shutdown(wait=False)

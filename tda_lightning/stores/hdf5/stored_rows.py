@@ -1,4 +1,4 @@
-"""StoredRows: where rows lie in a file, and how they are kept there."""
+"""StoredRows: read the rows of an HDF5 dataset, past h5py where possible."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ Stamp = tuple[int, int]
 
 
 def stamp_of(file: Path | int) -> Stamp:
-    """Return what changes if a file, or what is open as one, is not what it was."""
-    found = os.stat(file)
-    return found.st_size, found.st_mtime_ns
+    """Return the size and modification time of a file, given as a path or a descriptor."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
 
 
-def require_unchanged(path: Path, expected: Stamp, found: Stamp) -> None:
-    """Raise if a sealed file has become another.
+def require_unchanged(path: Path, expected: Stamp, stamp: Stamp) -> None:
+    """Check that a sealed file has not been replaced or modified.
 
     Raises:
-        OSError: Saying what may have happened, and what to do.
+        OSError: If the stamps differ.
     """
-    if found != expected:
-        raise _changed(path)
+    if stamp != expected:
+        raise _changed_error(path)
 
 
-def _changed(path: Path) -> OSError:
+def _changed_error(path: Path) -> OSError:
     return OSError(
         f"`{path}` has changed since the run was opened; expected a sealed segment, which never "
-        "does. If training was resumed meanwhile, open the run again; else restore the file."
+        "changes. If training was resumed meanwhile, open the run again; else restore the file."
     )
 
 
@@ -44,14 +44,14 @@ class StoredRows:
     """The rows of one dataset.
 
     Attributes:
-        path: The file.
+        path: Path of the segment.
         name: Name of the dataset.
-        storage: Number format.
-        dtype: What the file holds.
+        storage: Number format of the encoded rows.
+        dtype: NumPy dtype of the dataset.
         width: Length of a row.
-        offset: The first byte in the file; ``None`` where only HDF5 knows its way, as it does in a
-            file that was packed anew by somebody.
-        stamp: The file's, when this was found out.
+        offset: Position of the first byte in the file; ``None`` if the rows are not contiguous,
+            such as in a file that a user has compressed.
+        stamp: Stamp of the file when the dataset was inspected.
     """
 
     path: Path
@@ -64,7 +64,7 @@ class StoredRows:
 
     @classmethod
     def of(cls, path: Path, group: h5py.Group, stamp: Stamp) -> StoredRows:
-        """Find the rows of a group of a file that had a stamp."""
+        """Return the rows of a group in a file with the given stamp."""
         dataset = group["sketch"]
         return cls(
             path=path,
@@ -78,38 +78,38 @@ class StoredRows:
 
     @property
     def row_bytes(self) -> int:
-        """How many bytes of the file a row takes."""
+        """Number of bytes per row in the file."""
         return self.width * self.dtype.itemsize
 
     def read(self, span: slice, scales: Float[np.ndarray, " n"]) -> Float[Tensor, "n k"]:
-        """Return some rows as numbers to calculate with.
+        """Return some decoded rows.
 
         Args:
-            span: Which rows.
-            scales: What to multiply each with.
+            span: Slice of the rows.
+            scales: Scale of each row.
 
         Raises:
-            OSError: If the file is not what it was.
+            OSError: If the file has changed.
         """
-        return decode(self._stored(span), scales, self.storage)
+        return decode(self._read_encoded(span), scales, self.storage)
 
-    def _stored(self, span: slice) -> np.ndarray:
+    def _read_encoded(self, span: slice) -> np.ndarray:
         count = span.stop - span.start
         if count and self.offset is None:
             require_unchanged(self.path, self.stamp, stamp_of(self.path))
             with h5py.File(self.path, "r") as file:
-                found: np.ndarray = file[self.name][span]
-            return found
-        # Past HDF5, whose calls would take longer than to read the bytes does.
+                encoded: np.ndarray = file[self.name][span]
+            return encoded
+        # Bypass HDF5, whose calls would take longer than reading the bytes.
         rows = np.empty((count, self.width), self.dtype)
-        left = rows.data.cast("B") if count else memoryview(b"")
+        remaining = rows.data.cast("B") if count else memoryview(b"")
         with self.path.open("rb", buffering=0) as file:
-            # What was put in its place would have other bytes there.
+            # In a new file under this name, other bytes would be at the offset.
             require_unchanged(self.path, self.stamp, stamp_of(file.fileno()))
             file.seek((self.offset or 0) + span.start * self.row_bytes)
-            while left:
-                read = file.readinto(left)
-                if not read:  # It was cut off at this moment.
-                    raise _changed(self.path)
-                left = left[read:]
+            while remaining:
+                n_bytes = file.readinto(remaining)
+                if not n_bytes:  # The file was truncated after the check.
+                    raise _changed_error(self.path)
+                remaining = remaining[n_bytes:]
         return rows

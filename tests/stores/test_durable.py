@@ -1,0 +1,51 @@
+"""Atomic writes: a file is complete or absent, and a failed write leaves the old file."""
+
+import pytest
+
+from tda_lightning.stores import durable
+from tda_lightning.stores.durable import atomic_write
+
+
+def test_a_file_is_complete_and_the_only_one(tmp_path):
+    for content in ("old", "new"):
+        with atomic_write(tmp_path / "file.txt") as partial:
+            partial.write_text(content)
+            assert partial.name == ".file.txt.partial"
+        assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [
+            ("file.txt", content)
+        ]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("moment", ["while writing", "while syncing"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, error, moment):
+    def fail(path):
+        raise error
+
+    def write():
+        with atomic_write(tmp_path / "file.txt") as partial:
+            partial.write_text("new")
+            if moment == "while writing":
+                fail(partial)
+
+    (tmp_path / "file.txt").write_text("old")
+    if moment == "while syncing":
+        monkeypatch.setattr(durable, "make_durable", fail)
+    with pytest.raises(error):
+        write()
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file.txt", "old")]
+
+
+def test_the_content_is_synced_before_the_rename_and_the_folder_after(tmp_path, monkeypatch):
+    synced = []
+
+    def sync(path):
+        synced.append((path.name, sorted(file.name for file in tmp_path.iterdir())))
+
+    monkeypatch.setattr(durable, "make_durable", sync)
+    with atomic_write(tmp_path / "file.txt") as partial:
+        partial.touch()
+    assert synced == [
+        (".file.txt.partial", [".file.txt.partial"]),
+        (tmp_path.name, ["file.txt"]),
+    ]
