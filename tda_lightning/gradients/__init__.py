@@ -1,1 +1,1 @@
-"""Gradients: from a backward pass to sketch rows, one per sample."""
+"""Gradients: turn a backward pass into sketch rows, one per sample."""

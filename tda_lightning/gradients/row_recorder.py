@@ -1,6 +1,6 @@
 """RowRecorder: turn a model's forward and backward pass over a batch into sketch rows.
 
-Training and queries use this same code under the same recipe, so their rows are comparable.
+Training and queries use this code with the same recipe, so their rows are comparable.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tda_lightning.gradients.capture import Capture, recordable
 from tda_lightning.gradients.factors import GradientFactors
 from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
+from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 from tda_lightning.stores.recipe import SampleAxis
@@ -28,16 +29,16 @@ from tda_lightning.stores.step import Preconditioner
 
 @dataclass(frozen=True)
 class BatchRows:
-    """What was recorded of a batch.
+    """The recorded rows of a batch, with properties of its loss.
 
     Attributes:
-        rows: What each sample added to the gradient of the loss, shape ``(n, k)``.
+        rows: Sketched contribution of each sample to the gradient of the loss, shape ``(n, k)``.
         terms: Number of loss terms that each sample's loss is the mean of, if known.
-        spread: Trace of each sample's Hessian at the outputs over its squared gradient there, both
-            as they are weighted in the loss of the batch, if known.
-        curvature_rows: Rows from labels of the model's own, if asked for; their outer products sum,
-            on average, to the Gauss-Newton matrix of the loss.
-        loss: What the loss is called, if known.
+        spread: Trace of each sample's Hessian with respect to the outputs, divided by its squared
+            gradient there, if known. Both are weighted as in the loss of the batch.
+        curvature_rows: Rows for labels sampled from the model, if requested. The expected sum of
+            their outer products is the Gauss-Newton matrix of the loss.
+        loss: Name of the loss, if known.
     """
 
     rows: Float[Tensor, "n k"]
@@ -47,7 +48,7 @@ class BatchRows:
     loss: str = ""
 
     def curvature(self, weight: float) -> Float[Tensor, " n"] | None:
-        """Return each visit's curvature as a :class:`Step` holds it, if known.
+        """Return each visit's curvature, as :class:`Step` stores it, if known.
 
         Args:
             weight: Weight of each sample's loss in the loss of the batch.
@@ -58,19 +59,20 @@ class BatchRows:
 
 
 class RowRecorder:
-    """Record batch by batch.
+    """Record the sketch rows of one batch after another.
 
     The order is :meth:`start`, forward, :meth:`start_backward`, backward, :meth:`end_backward`.
 
-    A context manager, whose hooks are attached inside. The model's parameters are left alone.
+    The recorder is a context manager that attaches hooks on entry and removes them on exit. It does
+    not change the model's parameters.
 
     Args:
         model: The module to record.
-        selection: What of it is recorded.
+        selection: The layers and parameters to record.
         batch_dims: Axis of the samples in layers whose names match a pattern, where not the first.
-        projector: What to sketch their gradients with.
+        projector: Sketches the gradients.
         dtype: Number format of the rows.
-        sampled: Share of each batch of which rows from sampled labels are recorded too.
+        sampled: Share of each batch for which rows from sampled labels are recorded too.
         passes: Whether several backward passes may go through one graph.
     """
 
@@ -90,7 +92,7 @@ class RowRecorder:
         self._generator = torch.Generator(device)
         self._selection = selection
         self._sketcher: Sketcher = projector.bind(selection.blocks, device, dtype)
-        self._attached = ExitStack()
+        self._hooks = ExitStack()
         self._capture = Capture(selection.sources, batch_dims, passes)
         self._summary: LossSummary | None = None
         self._preconditioner: Preconditioner | None = None
@@ -105,13 +107,13 @@ class RowRecorder:
 
     @property
     def widths(self) -> tuple[int, ...] | None:
-        """Number of a row's columns that belong to each block, or ``None`` if they share them."""
+        """Number of columns per block, or ``None`` if all blocks share the columns of a row."""
         return self._sketcher.widths
 
     def __enter__(self) -> RowRecorder:
         """Attach the hooks."""
-        self._attached.enter_context(recordable(self._model))
-        self._attached.enter_context(self._capture)
+        self._hooks.enter_context(recordable(self._model))
+        self._hooks.enter_context(self._capture)
         return self
 
     def __exit__(
@@ -121,88 +123,88 @@ class RowRecorder:
         trace: TracebackType | None = None,
     ) -> None:
         """Remove the hooks."""
-        self._attached.close()
+        self._hooks.close()
 
     def start(self, n: int) -> None:
-        """Expect a forward pass over ``n`` samples."""
+        """Prepare for the forward pass of a batch of ``n`` samples."""
         self._capture.start(n)
-        self._expect_backward(n)
+        self._reset_rows(n)
 
-    def go_on(self) -> None:
-        """Expect another backward pass of that batch, through the graph of the last one or not."""
+    def continue_batch(self) -> None:
+        """Prepare for another backward pass of the same batch, through the same graph or not."""
         n = len(self._rows)
-        self._capture.go_on(n)
-        self._expect_backward(n)
+        self._capture.continue_batch(n)
+        self._reset_rows(n)
 
-    def _expect_backward(self, n: int) -> None:
+    def _reset_rows(self, n: int) -> None:
         self._rows = self._sketcher.empty_rows(n)
         self._summary = self._curvature_rows = None
 
     def start_backward(self, loss: Tensor) -> None:
-        """Expect the backward pass of that batch's loss."""
+        """Prepare for the backward pass of the batch's loss."""
         self._summary = LossSummary(self._end_forward(loss), len(self._rows))
         self._capture.start_backward(self._receive)
 
     def extra_backward(self, loss: Tensor, trained: Sequence[nn.Parameter]) -> None:
-        """Do all that recording the backward pass of that loss will do, to no effect.
+        """Run and record the backward pass of a loss, and discard the rows; for timing.
 
         Args:
-            loss: The loss; its graph is kept.
-            trained: What its backward pass will compute the gradients of.
+            loss: The loss; its graph is retained.
+            trained: The parameters whose gradients the backward pass computes.
         """
-        state = self._generator.get_state()
+        random_state = self._generator.get_state()
         self._end_forward(loss)
         rows = self._sketcher.empty_rows(len(self._rows))
 
         def receive(number: int, factors: GradientFactors) -> None:
             self._sketcher.add_(rows, number, factors)
 
-        whole = [(get_gradient_edge(loss), torch.ones_like(loss))]
-        self._capture.extra_backward(whole, receive, trained)
+        start = [(get_gradient_edge(loss), torch.ones_like(loss))]
+        self._capture.extra_backward(start, receive, trained)
         rows.cpu()
         self._curvature_rows = None
-        self._generator.set_state(state)
+        self._generator.set_state(random_state)
 
     def _end_forward(self, loss: Tensor) -> list[LossNode]:
-        nodes = find_losses(loss, self._capture.heard)
+        loss_nodes = find_losses(loss, self._capture.output_edges)
         self._capture.end_forward(loss)
         if self._sampled:
-            self._record_curvature(loss, nodes)
-        return nodes
+            self._record_curvature(loss, loss_nodes)
+        return loss_nodes
 
     def end_backward(self) -> BatchRows:
-        """Return what was recorded of the batch."""
+        """Return the recorded rows of the batch."""
         self._capture.end_backward()
-        rows, found, sampled = self._rows, self._summary, self._curvature_rows
-        if found is None:
-            return BatchRows(rows, None, None, sampled)
-        return BatchRows(rows, found.terms(), found.spread(), sampled, found.loss())
+        rows, summary, curvature_rows = self._rows, self._summary, self._curvature_rows
+        if summary is None:
+            return BatchRows(rows, None, None, curvature_rows)
+        return BatchRows(rows, summary.terms(), summary.spread(), curvature_rows, summary.loss())
 
     def take(self) -> Float[Tensor, "n k"]:
-        """Return the rows of the backward pass that has just ended, and expect one more."""
+        """Return the rows of the last backward pass, and prepare for one more."""
         rows, self._rows = self._rows, self._sketcher.empty_rows(len(self._rows))
         return rows
 
     def precondition(self, preconditioner: Preconditioner) -> None:
-        """From now on, record in these coordinates."""
+        """Record rows in the coordinates of a preconditioner from now on."""
         self._preconditioner = preconditioner
         self._sketcher.precondition(preconditioner)
 
     def take_time(self, clock: Callable[[], float] | None) -> None:
-        """From now on, take the time of making rows; or no longer."""
+        """Reset ``seconds``, and measure the time spent on rows; ``None`` stops measuring."""
         self._capture.take_time(clock)
 
     @property
     def seconds(self) -> float:
-        """How long making rows took since then."""
+        """Time spent on rows since :meth:`take_time`."""
         return self._capture.seconds
 
     def seed(self, number: int) -> None:
-        """Begin the labels that are to be sampled anew."""
+        """Seed the generator of the sampled labels."""
         self._generator.manual_seed(number)
 
-    def _record_curvature(self, loss: Tensor, nodes: Sequence[LossNode]) -> None:
-        gradients = self._sampled_gradients(loss, nodes)
+    def _record_curvature(self, loss: Tensor, loss_nodes: Sequence[LossNode]) -> None:
+        gradients = self._sampled_gradients(loss, loss_nodes)
         n = len(self._rows)
         m = max(1, round(self._sampled * n))
         chosen = torch.randperm(n, generator=self._generator, device=self._generator.device)[:m]
@@ -215,73 +217,56 @@ class RowRecorder:
         self._curvature_rows = rows * (n / m) ** 0.5
 
     def _sampled_gradients(
-        self, loss: Tensor, nodes: Sequence[LossNode]
+        self, loss: Tensor, loss_nodes: Sequence[LossNode]
     ) -> list[tuple[GradientEdge, Tensor]]:
-        own = getattr(self._model, "sampled_output_gradients", None)
-        if own is not None:
-            pairs = own(loss, self._generator)
+        sample = getattr(self._model, "sampled_output_gradients", None)
+        if sample is not None:
+            pairs = sample(loss, self._generator)
             return [(get_gradient_edge(outputs), grad) for outputs, grad in pairs]
-        found = sampled_gradients(loss, nodes, self._generator)
-        if not found:
+        gradients = sampled_gradients(loss, loss_nodes, self._generator)
+        if not gradients:
             raise ValueError(
-                f"The loss of `{type(self._model).__name__}.training_step` is none that labels can "
-                "be sampled from: expected cross-entropy, binary cross-entropy, squared error, "
+                f"Labels cannot be sampled for the loss of `{type(self._model).__name__}."
+                "training_step`: expected cross-entropy, binary cross-entropy, squared error, "
                 "Huber's loss, or a method `sampled_output_gradients(loss, generator)` of the "
                 "model. Write that method, or record with `curvature='none'`."
             )
-        return found
+        return gradients
 
     def sketch_gradient(self) -> Float[Tensor, "blocks k"]:
-        """Sketch what stands in the parameters' ``.grad`` now, block by block."""
-        return self._sketch_each(lambda p: p.grad if p.grad is not None else torch.zeros_like(p))
+        """Sketch the current ``.grad`` of the parameters, block by block."""
+
+        def gradient(parameter: Tensor) -> Tensor:
+            return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+        return sketch_parameters(self._sketcher, self._selection.sources, gradient)
 
     def sketch_weights(self) -> Float[Tensor, "blocks k"]:
         """Sketch the parameters themselves, block by block, in the coordinates of the rows."""
-        return self._sketch_each(torch.Tensor.detach, self._inverse_squares())
+        scales = None
+        if self._preconditioner is not None:
+            scales = inverse_squares(self._preconditioner, self._selection.blocks)
+        sources = self._selection.sources
+        return sketch_parameters(self._sketcher, sources, torch.Tensor.detach, scales)
 
     def recorded_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters whose gradients rows are parts of, each once."""
-        first = [sources[0] for sources in self._selection.sources if sources]
-        return list(dict.fromkeys(p for source in first for p in source.parameters()))
+        """Return the parameters of all recorded blocks, without duplicates."""
+        first_sources = [sources[0] for sources in self._selection.sources if sources]
+        return list(dict.fromkeys(p for source in first_sources for p in source.parameters()))
 
     def left_out_gradient(self, trained: Sequence[nn.Parameter]) -> Tensor:
-        """Return the squared norm of the gradient of those that are trained but not recorded."""
+        """Return the squared gradient norm of the trained parameters that are not recorded."""
         recorded = set(self.recorded_parameters())
-        others = [p.grad for p in trained if p not in recorded]
-        squares = [grad.double().square().sum() for grad in others if grad is not None]
+        grads = [p.grad for p in trained if p not in recorded]
+        squares = [grad.double().square().sum() for grad in grads if grad is not None]
         return torch.stack(squares).sum() if squares else torch.zeros(())
 
-    def _sketch_each(
-        self, value: Callable[[Tensor], Tensor], divisors: Sequence[Tensor] | None = None
-    ) -> Float[Tensor, "blocks k"]:
-        sketches = []
-        for number, block_sources in enumerate(self._selection.sources):
-            if not block_sources:  # Another optimizer's.
-                sketches.append(self._sketcher.empty_rows(1)[0])
-                continue
-            source = block_sources[0]
-            matrix = source.rule.layout([value(one) for one in source.parameters()])
-            if divisors is not None:
-                matrix = matrix * divisors[number].to(matrix)
-            sketches.append(self._sketcher.sketch_matrix(number, matrix))
-        return torch.stack(sketches)
-
-    def _inverse_squares(self) -> list[Tensor] | None:
-        """Return what turns coordinates of gradients into those of weights: their inverse."""
-        if self._preconditioner is None:
-            return None
-        blocks = self._selection.blocks
-        rows = torch.split(self._preconditioner.rows, [block.rows for block in blocks])
-        columns = torch.split(self._preconditioner.columns, [block.columns for block in blocks])
-        scales = [torch.outer(r, c) for r, c in zip(rows, columns, strict=True)]
-        return [torch.where(scale > 0, scale**-2, 0) for scale in scales]
-
     def sum_blocks(self) -> None:
-        """From now on, sum the rows of each block over all batches, for :meth:`block_sums`."""
+        """Start to sum the rows of each block over all samples, for :meth:`block_sums`."""
         self._sums = self._sketcher.empty_rows(len(self._selection.blocks))
 
     def block_sums(self) -> Float[Tensor, "blocks k"]:
-        """Return the sums since :meth:`sum_blocks`, and stop summing."""
+        """Return the sums of rows since :meth:`sum_blocks`, and stop summing."""
         assert self._sums is not None
         sums, self._sums = self._sums, None
         return sums
@@ -290,13 +275,13 @@ class RowRecorder:
         if self._sums is None:
             self._sketcher.add_(self._rows, number, factors)
             return
-        part = torch.zeros_like(self._rows)
-        self._sketcher.add_(part, number, factors)
-        self._sums[number] += part.sum(dim=0)
-        self._rows += part
+        block_rows = torch.zeros_like(self._rows)
+        self._sketcher.add_(block_rows, number, factors)
+        self._sums[number] += block_rows.sum(dim=0)
+        self._rows += block_rows
 
 
 def row_dtype(model: nn.Module) -> torch.dtype:
-    """Return the number format of a model's rows: double precision, if all that is trained is."""
-    is_double = all(one.dtype == torch.float64 for one in model.parameters() if one.requires_grad)
+    """Return the dtype of a model's rows: float64 if all trained parameters are, else float32."""
+    is_double = all(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
     return torch.float64 if is_double else torch.float32

@@ -1,4 +1,4 @@
-"""Rows of attention: against gradients of single losses, taken from the very same forward pass."""
+"""Rows of attention layers equal the gradients of single losses in the same forward pass."""
 
 import pytest
 import torch
@@ -14,68 +14,70 @@ from tda_lightning.stores import MemoryStore
 N, T, S, E = 5, 7, 3, 6
 
 
-class Watching(Plain):
-    """Keeps the gradient of every sample's loss, dropout and all."""
+class PerSampleGradients(Plain):
+    """Stores the gradient of every sample's loss, under the same dropout as training."""
 
     def __init__(self, net):
         super().__init__(net.double(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-        self.truth = []
+        self.gradients = []
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         losses = functional.cross_entropy(self.net(x), y, reduction="none")
         named = [(k, p) for k, p in self.named_parameters() if p.requires_grad]
         for loss in losses:
-            found = torch.autograd.grad(
+            grads = torch.autograd.grad(
                 loss, [p for _, p in named], retain_graph=True, allow_unused=True
             )
-            grads = zip(named, found, strict=True)
-            self.truth.append({k: torch.zeros_like(p) if g is None else g for (k, p), g in grads})
+            pairs = zip(named, grads, strict=True)
+            self.gradients.append(
+                {k: torch.zeros_like(p) if g is None else g for (k, p), g in pairs}
+            )
         return losses.mean()
 
 
-class Attends(nn.Module):
-    """Embeds, attends in some way, and classifies."""
+class AttentionNet(nn.Module):
+    """Embeds, applies attention through a function, and classifies."""
 
-    def __init__(self, way, **settings):
+    def __init__(self, call, **settings):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.head = nn.Linear(4, E), nn.Linear(E, 3)
         self.attend = nn.MultiheadAttention(E, 2, **{"batch_first": True, **settings})
-        self.way = way
+        self.call = call
 
     def forward(self, x):
-        return self.head(self.way(self.attend, self.embed(x), x).mean(dim=1))
+        return self.head(self.call(self.attend, self.embed(x), x).mean(dim=1))
 
 
-def to_itself(attend, h, x):
+def self_attention(attend, h, x):
     return attend(h, h, h)[0]
 
 
-def to_others(attend, h, x):
+def cross_attention(attend, h, x):
     return attend(h, h[:, :S].tanh(), value=h[:, S : 2 * S])[0]
 
 
-def to_other_widths(attend, h, x):
+def other_widths(attend, h, x):
     return attend(h, x[:, :S], x[:, :S, :3], need_weights=False)[0]
 
 
-def causally(attend, h, x):
+def causal(attend, h, x):
     mask = nn.Transformer.generate_square_subsequent_mask(T, dtype=torch.float64)
     return attend(h, h, h, attn_mask=mask, is_causal=True, need_weights=False)[0]
 
 
-def past_padding(attend, h, x):
+def with_padding(attend, h, x):
     padded = torch.arange(T) >= 2 + torch.arange(len(h))[:, None]
     return attend(h, h, h, key_padding_mask=padded)[0]
 
 
-def swapped_weights(attend, h, x):
-    answer, weights = attend(h, h, h)
-    return answer + weights @ h
+def output_and_weights(attend, h, x):
+    output, weights = attend(h, h, h)
+    return output + weights @ h
 
 
-def by_weights_alone(attend, h, x):
+def weights_only(attend, h, x):
     return attend(h, h, h, average_attn_weights=False)[1].sum(dim=1) @ h
 
 
@@ -89,8 +91,8 @@ def frozen(net):
     return net
 
 
-class Layer(nn.Module):
-    """One of torch's own transformer layers, with their own dropout."""
+class TransformerNet(nn.Module):
+    """Embeds, applies one of torch's transformer layers, and classifies."""
 
     def __init__(self, kind, **settings):
         super().__init__()
@@ -105,22 +107,26 @@ class Layer(nn.Module):
 
 
 NETS = {
-    "to itself": lambda: Attends(to_itself),
-    "with dropout": lambda: Attends(to_itself, dropout=0.3),
-    "with dropout in one kernel": lambda: Attends(causally, dropout=0.3),
-    "without biases": lambda: Attends(to_itself, bias=False),
-    "to others": lambda: Attends(to_others, dropout=0.3),
-    "to other widths": lambda: Attends(to_other_widths, kdim=4, vdim=3, dropout=0.3),
-    "past padding": lambda: Attends(past_padding, dropout=0.3),
-    "with its weights": lambda: Attends(swapped_weights, dropout=0.3),
-    "by its weights alone": lambda: Attends(by_weights_alone, dropout=0.3),
-    "time first": lambda: Attends(time_first, batch_first=False, dropout=0.3),
-    "to zero too": lambda: Attends(to_itself, add_zero_attn=True, dropout=0.3),
-    "to learnt keys too": lambda: Attends(to_itself, add_bias_kv=True),
-    "partly frozen": lambda: frozen(Attends(to_itself, dropout=0.3)),
-    "encoder layer": lambda: Layer(nn.TransformerEncoderLayer, dropout=0.2),
-    "encoder layer, norm first": lambda: Layer(nn.TransformerEncoderLayer, norm_first=True),
-    "decoder layer": lambda: Layer(nn.TransformerDecoderLayer, dropout=0.2),
+    "self-attention": lambda: AttentionNet(self_attention),
+    "with dropout": lambda: AttentionNet(self_attention, dropout=0.3),
+    "with dropout in one kernel": lambda: AttentionNet(causal, dropout=0.3),
+    "without biases": lambda: AttentionNet(self_attention, bias=False),
+    "cross-attention": lambda: AttentionNet(cross_attention, dropout=0.3),
+    "keys and values of other widths": lambda: AttentionNet(
+        other_widths, kdim=4, vdim=3, dropout=0.3
+    ),
+    "with padding": lambda: AttentionNet(with_padding, dropout=0.3),
+    "output and weights": lambda: AttentionNet(output_and_weights, dropout=0.3),
+    "weights only": lambda: AttentionNet(weights_only, dropout=0.3),
+    "time first": lambda: AttentionNet(time_first, batch_first=False, dropout=0.3),
+    "with a zero key": lambda: AttentionNet(self_attention, add_zero_attn=True, dropout=0.3),
+    "with a learned key": lambda: AttentionNet(self_attention, add_bias_kv=True),
+    "partly frozen": lambda: frozen(AttentionNet(self_attention, dropout=0.3)),
+    "encoder layer": lambda: TransformerNet(nn.TransformerEncoderLayer, dropout=0.2),
+    "encoder layer, norm first": lambda: TransformerNet(
+        nn.TransformerEncoderLayer, norm_first=True
+    ),
+    "decoder layer": lambda: TransformerNet(nn.TransformerDecoderLayer, dropout=0.2),
 }
 
 
@@ -133,26 +139,27 @@ def data():
 @pytest.mark.parametrize("name", NETS)
 def test_rows_are_the_gradients_of_single_losses(name):
     torch.manual_seed(2)
-    model, store = Watching(NETS[name]()), MemoryStore()
+    model, store = PerSampleGradients(NETS[name]()), MemoryStore()
     recorder = GradientRecorder(store, projector=Identity(), curvature="fisher")
     quiet_trainer(recorder).fit(model, loader(data()))
     assert not store.recipe.left_out
     sources = [source for source, *_ in select_layers(model).sources]
-    truth = iter(model.truth)
+    gradients = iter(model.gradients)
     for step in store:
         for row in step.sketch * len(step.sketch):
-            grads = next(truth)
+            grads = next(gradients)
             blocks = zip(store.recipe.blocks, sources, strict=True)
             expected = [s.rule.layout([grads[p] for p in b.parameters]) for b, s in blocks]
-            torch.testing.assert_close(row, torch.cat([one.flatten() for one in expected]))
+            torch.testing.assert_close(row, torch.cat([matrix.flatten() for matrix in expected]))
 
 
-def test_dropping_again_leaves_random_numbers_alone():
+def test_repeated_dropout_leaves_random_state_and_weights_unchanged():
     def train(*callbacks):
         torch.manual_seed(2)
-        model = Plain(Layer(nn.TransformerEncoderLayer).double())
+        model = Plain(TransformerNet(nn.TransformerEncoderLayer).double())
         quiet_trainer(*callbacks).fit(model, loader(data()))
         return torch.get_rng_state(), model.net.layer.self_attn.in_proj_weight
 
-    for one, other in zip(train(), train(GradientRecorder(MemoryStore())), strict=True):
-        assert torch.equal(one, other)
+    plain, recorded = train(), train(GradientRecorder(MemoryStore()))
+    for expected, actual in zip(plain, recorded, strict=True):
+        assert torch.equal(actual, expected)

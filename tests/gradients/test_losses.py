@@ -1,4 +1,4 @@
-"""Losses found on the graph: their terms' weights, their curvature, and sampled labels."""
+"""Losses found on the autograd graph: weights of terms, curvature, and sampled labels."""
 
 import pytest
 import torch
@@ -20,26 +20,26 @@ def classes(*shape):
     return torch.randint(C, shape, generator=torch.Generator().manual_seed(1))
 
 
-def chances(*shape):
+def probabilities(*shape):
     return draw(*shape, seed=2).sigmoid()
 
 
 def losses_of(loss, outputs):
-    """The loss functions of a layer's outputs."""
+    """Return the loss functions that depend on a layer's outputs."""
     return find_losses(loss, [get_gradient_edge(outputs)])
 
 
-def ignoring(outputs):
+def cross_entropy_ignoring_a_label(outputs):
     labels = classes(N)
     labels[2] = -100
     return functional.cross_entropy(outputs, labels)
 
 
-# From outputs of a shape to a loss.
+# Shape of the outputs, and the loss as a function of them.
 LOSSES = {
     "cross-entropy": ((N, C), lambda o: functional.cross_entropy(o, classes(N))),
     "summed": ((N, C), lambda o: functional.cross_entropy(o, classes(N), reduction="sum")),
-    "ignoring one": ((N, C), ignoring),
+    "ignored label": ((N, C), cross_entropy_ignoring_a_label),
     "class weights": (
         (N, C),
         lambda o: functional.cross_entropy(
@@ -48,10 +48,12 @@ LOSSES = {
     ),
     "weighted by hand": (
         (N, C),
-        lambda o: (functional.cross_entropy(o, classes(N), reduction="none") * chances(N)).mean(),
+        lambda o: (
+            functional.cross_entropy(o, classes(N), reduction="none") * probabilities(N)
+        ).mean(),
     ),
     "tokens": ((N, C, T), lambda o: functional.cross_entropy(o, classes(N, T))),
-    "tokens in a row": (
+    "flattened tokens": (
         (N, T, C),
         lambda o: functional.cross_entropy(o.reshape(N * T, C), classes(N * T)),
     ),
@@ -61,7 +63,7 @@ LOSSES = {
     ),
     "soft labels": (
         (N, C),
-        lambda o: functional.cross_entropy(o, chances(N, C).softmax(dim=1)),
+        lambda o: functional.cross_entropy(o, probabilities(N, C).softmax(dim=1)),
     ),
     "smoothed labels": (
         (N, C),
@@ -71,18 +73,22 @@ LOSSES = {
         (N, C),
         lambda o: -o.log_softmax(-1).gather(1, classes(N)[:, None]).mean(),
     ),
-    "coins": (
+    "binary cross-entropy of logits": (
         (N, C),
         lambda o: functional.binary_cross_entropy_with_logits(
-            o, (chances(N, C) > 0.5).double(), pos_weight=torch.tensor([1.0, 2.0, 3.0]).double()
+            o,
+            (probabilities(N, C) > 0.5).double(),
+            pos_weight=torch.tensor([1.0, 2.0, 3.0]).double(),
         ),
     ),
-    "coins of probabilities": (
+    "binary cross-entropy": (
         (N, C),
-        lambda o: functional.binary_cross_entropy(o.sigmoid(), (chances(N, C) > 0.5).double()),
+        lambda o: functional.binary_cross_entropy(
+            o.sigmoid(), (probabilities(N, C) > 0.5).double()
+        ),
     ),
     "squared error": ((N, C), lambda o: functional.mse_loss(o, draw(N, C, seed=3))),
-    "squared by hand": (
+    "squared difference": (
         (N, C),
         lambda o: ((o - draw(N, C, seed=3)) ** 2).sum(dim=1).mean() / 2,
     ),
@@ -108,30 +114,30 @@ def test_sampled_gradients_average_to_the_hessian(name):
     size = outputs.numel()
     hessian = torch.autograd.functional.hessian(loss_of, leaf.detach()).reshape(size, size)
     generator = torch.Generator().manual_seed(0)
-    total, draws = torch.zeros(size, size, dtype=torch.float64), 300
-    for _ in range(draws):
+    total, n_draws = torch.zeros(size, size, dtype=torch.float64), 300
+    for _ in range(n_draws):
         pairs = sampled_gradients(loss, nodes, generator)
         edges, grads = zip(*pairs, strict=True)
         (pulled,) = torch.autograd.grad(edges, leaf, grads, retain_graph=True)
-        total += torch.outer(pulled.flatten(), pulled.flatten()) / draws
-    noise = hessian.diagonal().norm() * size**0.5 / draws**0.5
+        total += torch.outer(pulled.flatten(), pulled.flatten()) / n_draws
+    noise = hessian.diagonal().norm() * size**0.5 / n_draws**0.5
     assert (total - hessian).norm() < 3 * noise
-    diagonal = (total.diagonal() - hessian.diagonal()).norm() / hessian.diagonal().norm()
-    assert diagonal < 0.35
+    diagonal_error = (total.diagonal() - hessian.diagonal()).norm() / hessian.diagonal().norm()
+    assert diagonal_error < 0.35
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_weights_of_the_terms_are_those_of_the_loss(name):
+def test_weights_of_terms_are_linear_in_the_loss(name):
     shape, loss_of = LOSSES[name]
     outputs = draw(*shape).requires_grad_() * 1.0
     loss = loss_of(outputs)
-    weights = term_weights(loss / 2, losses_of(loss / 2, outputs))
-    doubled = term_weights(loss, losses_of(loss, outputs))
-    for half, whole in zip(weights, doubled, strict=True):
+    half_weights = term_weights(loss / 2, losses_of(loss / 2, outputs))
+    whole_weights = term_weights(loss, losses_of(loss, outputs))
+    for half, whole in zip(half_weights, whole_weights, strict=True):
         torch.testing.assert_close(2 * half, whole)
 
 
-def test_every_token_weighs_its_share():
+def test_every_token_has_the_same_weight():
     outputs = draw(N, C, T).requires_grad_() * 1.0
     loss = functional.cross_entropy(outputs, classes(N, T))
     (weights,) = term_weights(loss, losses_of(loss, outputs))
@@ -144,18 +150,18 @@ def summary_of(loss, outputs):
     return summary
 
 
-def test_curvature_is_p_over_its_complement():
+def test_spread_of_cross_entropy_is_p_over_its_complement():
     leaf = draw(N, C).requires_grad_()
     outputs = leaf * 1.0
     summary = summary_of(functional.cross_entropy(outputs, classes(N)), outputs)
     p = leaf.detach().softmax(dim=1).gather(1, classes(N)[:, None])[:, 0]
     torch.testing.assert_close(summary.terms(), torch.ones(N).double())
-    # Weights of 1/n stand once above and twice below.
+    # The trace has one factor of 1/n, and the squared gradient has two.
     torch.testing.assert_close(summary.spread() / N, p / (1 - p))
     assert summary.loss() == "cross-entropy"
 
 
-def test_curvature_is_one_over_twice_the_squared_residual():
+def test_spread_of_squared_error_is_one_over_twice_the_squared_residual():
     leaf = draw(N, 1).requires_grad_()
     outputs = leaf * 1.0
     summary = summary_of(functional.mse_loss(outputs, torch.zeros(N, 1).double()), outputs)
@@ -163,13 +169,13 @@ def test_curvature_is_one_over_twice_the_squared_residual():
     assert summary.loss() == "squared error"
 
 
-@pytest.mark.parametrize("in_a_row", [False, True], ids=["own axis", "in a row"])
-def test_terms_are_counted_per_sample(in_a_row):
+@pytest.mark.parametrize("flattened", [False, True], ids=["sample axis", "flattened"])
+def test_terms_are_counted_per_sample(flattened):
     leaf = draw(N, T, C).requires_grad_()
     labels = classes(N, T)
     labels[1, 2:] = -100
-    outputs = (leaf * 1.0).reshape(N * T, C) if in_a_row else (leaf * 1.0).mT
-    loss = functional.cross_entropy(outputs, labels.flatten() if in_a_row else labels)
+    outputs = (leaf * 1.0).reshape(N * T, C) if flattened else (leaf * 1.0).mT
+    loss = functional.cross_entropy(outputs, labels.flatten() if flattened else labels)
     summary = summary_of(loss, outputs)
     assert summary.terms().round().tolist() == [T, 2, T, T, T]
 
@@ -185,8 +191,8 @@ PENALTIES = {
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-@pytest.mark.parametrize("weight_shape", [(C, N), (N, C)], ids=["whole", "of as many as samples"])
-def test_a_penalty_on_parameters_is_no_loss_of_the_samples(name, weight_shape):
+@pytest.mark.parametrize("weight_shape", [(C, N), (N, C)], ids=["(C, N)", "(N, C)"])
+def test_a_penalty_on_parameters_is_not_a_loss_of_samples(name, weight_shape):
     weight = draw(*weight_shape, seed=4).requires_grad_()
 
     def summary(strength):
@@ -196,20 +202,20 @@ def test_a_penalty_on_parameters_is_no_loss_of_the_samples(name, weight_shape):
         assert [type(node).__name__ for node in losses_of(loss, outputs)] == ["SquaredLoss"]
         return summary_of(loss, outputs)
 
-    found, expected = summary(0.1), summary(0.0)
-    torch.testing.assert_close(found.terms(), expected.terms())
-    torch.testing.assert_close(found.spread(), expected.spread())
+    penalized, plain = summary(0.1), summary(0.0)
+    torch.testing.assert_close(penalized.terms(), plain.terms())
+    torch.testing.assert_close(penalized.spread(), plain.spread())
 
 
-def test_a_penalty_on_what_a_layer_gives_is_a_loss_of_the_samples():
+def test_a_penalty_on_activations_is_a_loss_of_samples():
     hidden = draw(N, C).requires_grad_() * 1.0
     loss = functional.cross_entropy(2 * hidden, classes(N)) + 0.1 * (hidden**2).mean()
-    found = {type(node).__name__ for node in losses_of(loss, hidden)}
-    assert found == {"SoftmaxLoss", "SquarePower"}
+    kinds = {type(node).__name__ for node in losses_of(loss, hidden)}
+    assert kinds == {"SoftmaxLoss", "SquarePower"}
 
 
-def test_a_loss_inside_of_a_layer_is_found():
-    """As in a module that returns each sample's loss, or log-probabilities."""
+def test_a_loss_inside_a_layer_is_found():
+    """Some modules return each sample's loss, or log-probabilities."""
     weight = draw(C, C, seed=4).requires_grad_()
     log_probabilities = (draw(N, C) @ weight).log_softmax(1)
     losses = functional.nll_loss(log_probabilities, classes(N), reduction="none")
@@ -219,14 +225,14 @@ def test_a_loss_inside_of_a_layer_is_found():
         ]
 
 
-def test_a_loss_of_layers_that_a_checkpoint_hides_is_found():
+def test_a_loss_behind_a_reentrant_checkpoint_is_found():
     net = nn.Linear(C, C).double()
     outputs = checkpoint(net, draw(N, C).requires_grad_(), use_reentrant=True)
     loss = functional.cross_entropy(outputs, classes(N)) + (net.weight**2).sum()
     assert [type(node).__name__ for node in find_losses(loss, [])] == ["SoftmaxLoss"]
 
 
-def test_a_loss_that_is_not_known_has_no_summary():
+def test_an_unsupported_loss_has_no_summary():
     leaf = draw(N, C).requires_grad_()
     outputs = leaf * 1.0
     loss = outputs.abs().mean()

@@ -1,4 +1,4 @@
-"""Projectors: unbiased, of the variance they promise, deterministic, and alike on both routes."""
+"""Projectors: unbiased, of the expected variance, reproducible, and consistent on both routes."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ PROJECTORS = [
 
 
 @pytest.mark.parametrize("projector", PROJECTORS, ids=lambda p: type(p).__name__)
-def test_factors_and_matrices_are_sketched_alike(projector):
+def test_factors_and_matrices_have_the_same_sketch(projector):
     torch.manual_seed(0)
     sketcher = bind(projector)
     inputs, grads = torch.randn(5, 3, 13).double(), torch.randn(5, 3, 11).double()
@@ -76,7 +76,7 @@ def test_factors_and_matrices_are_sketched_alike(projector):
     ],
     ids=lambda operand: type(operand).__name__,
 )
-def test_operands_project_as_if_written_down(operand):
+def test_operands_project_like_dense_tensors(operand):
     dense = operand.dense(torch.float64)
     matrix = torch.randn(dense.shape[-1], 7).double()
     assert operand.n == len(dense)
@@ -96,42 +96,41 @@ def test_operands_project_as_if_written_down(operand):
     ids=["Kronecker", "CountSketch", "KroneckerCountSketch", "DenseProjection"],
 )
 def test_inner_products_are_unbiased(make):
-    one, other = random_matrices(0), random_matrices(1)
-    other = [
-        a + b for a, b in zip(one, other, strict=True)
-    ]  # So that the product is not near zero.
-    exact = sum(float((a * b).sum()) for a, b in zip(one, other, strict=True))
+    first, noise = random_matrices(0), random_matrices(1)
+    # The sum makes an inner product that is not near zero.
+    second = [a + b for a, b in zip(first, noise, strict=True)]
+    exact = sum(float((a * b).sum()) for a, b in zip(first, second, strict=True))
     sketchers = [bind(make(seed)) for seed in range(400)]
-    estimates = torch.stack([sketch(s, one) @ sketch(s, other) for s in sketchers])
+    estimates = torch.stack([sketch(s, first) @ sketch(s, second) for s in sketchers])
     standard_error = float(estimates.std() / len(estimates) ** 0.5)
     assert standard_error < 0.05 * exact
     assert abs(float(estimates.mean()) - exact) < 4 * standard_error
 
 
-def test_the_variance_of_a_count_sketch_is_the_one_of_the_paper():
+def test_the_variance_of_a_count_sketch_matches_the_formula():
     """Var<Sa, Sb> = (|a|^2 |b|^2 + <a, b>^2 - 2 sum a_i^2 b_i^2) / k."""
-    one, other = random_matrices(0), random_matrices(1)
-    a, b = (torch.cat([m.flatten() for m in matrices]) for matrices in (one, other))
-    promised = (a @ a * (b @ b) + (a @ b) ** 2 - 2 * (a**2 @ b**2)) / 31
+    first, second = random_matrices(0), random_matrices(1)
+    a, b = (torch.cat([m.flatten() for m in matrices]) for matrices in (first, second))
+    expected = (a @ a * (b @ b) + (a @ b) ** 2 - 2 * (a**2 @ b**2)) / 31
     sketchers = [bind(CountSketch(dimension=31, seed=seed)) for seed in range(600)]
-    found = torch.stack([sketch(s, one) @ sketch(s, other) for s in sketchers]).var()
-    assert float(found / promised) == pytest.approx(1, abs=0.25)
+    variance = torch.stack([sketch(s, first) @ sketch(s, second) for s in sketchers]).var()
+    assert float(variance / expected) == pytest.approx(1, abs=0.25)
 
 
-def test_rows_are_the_same_whatever_the_batch():
+def test_rows_do_not_depend_on_the_batch():
     inputs, grads = torch.randn(7, 3, 13).double(), torch.randn(7, 3, 11).double()
     sketcher = bind(KroneckerCountSketch(dimension=31, width=5))
 
-    def rows(which):
-        found = sketcher.empty_rows(len(inputs[which]))
-        factors = GradientFactors(WithOnes(Dense(inputs[which])), Dense(grads[which]))
-        sketcher.add_(found, 0, factors)
-        return found
+    def rows_of(samples):
+        rows = sketcher.empty_rows(len(inputs[samples]))
+        factors = GradientFactors(WithOnes(Dense(inputs[samples])), Dense(grads[samples]))
+        sketcher.add_(rows, 0, factors)
+        return rows
 
-    torch.testing.assert_close(rows(slice(2, 5)), rows(slice(None))[2:5])
+    torch.testing.assert_close(rows_of(slice(2, 5)), rows_of(slice(None))[2:5])
 
 
-def test_a_seed_fixes_everything_for_ever():
+def test_a_seed_makes_sketches_reproducible():
     row = sketch(bind(KroneckerCountSketch(dimension=31, width=5, seed=3)), random_matrices(0))
     again = sketch(bind(KroneckerCountSketch(dimension=31, width=5, seed=3)), random_matrices(0))
     other = sketch(bind(KroneckerCountSketch(dimension=31, width=5, seed=4)), random_matrices(0))
@@ -142,29 +141,29 @@ def test_a_seed_fixes_everything_for_ever():
 def test_the_random_bits_are_the_documented_ones():
     from tda_lightning.gradients.sketching.random_bits import buckets, signs
 
-    # Runs recorded years ago depend on these: they must never change.
+    # Old recordings depend on these bits, so they must never change.
     assert signs(8, 0, "net/rows").tolist() == [-1, -1, -1, -1, 1, 1, 1, -1]
     assert buckets(5, 31, 0, "net/buckets").tolist() == [28, 10, 6, 19, 28]
 
 
-def test_short_sides_are_kept_whole():
+def test_short_sides_are_not_shrunk():
     sketcher = bind(Kronecker(width=7))
     assert [block.size for block in sketcher._blocks] == [49, 17, 33]
     wide = Block("head", "Linear", ("head",), ("w",), 3, 1000)
     assert bind(Kronecker(width=7), [wide])._blocks[0].size == 3 * 16
 
 
-def test_a_sketch_is_never_longer_than_what_it_holds():
+def test_a_sketch_is_never_longer_than_its_blocks():
     assert bind(KroneckerCountSketch(dimension=10_000, width=7)).dimension == 49 + 17 + 33
 
 
-def test_small_models_are_taken_whole():
+def test_small_models_are_not_shrunk():
     sketcher = bind(KroneckerCountSketch(dimension=31))
     assert [block.size for block in sketcher._blocks] == [block.size for block in BLOCKS]
 
 
 @pytest.mark.parametrize(("layers", "width"), [(2, 32), (8, 32), (9, 16), (32, 16), (33, 8)])
-def test_the_width_is_chosen_from_the_number_of_layers(layers, width):
+def test_the_default_width_depends_on_the_number_of_layers(layers, width):
     block = Block("a", "Linear", ("a",), ("a.weight",), 200, 200)
     chosen = KroneckerCountSketch(dimension=2048).chosen_for([block] * layers)
     assert chosen == KroneckerCountSketch(dimension=2048, width=width)
@@ -180,7 +179,7 @@ def test_an_unknown_projector_is_named():
         projector_from_dict({"name": "Fourier", "dimension": 3})
 
 
-def test_a_projector_whose_width_is_open_is_rebuilt_with_it_open():
+def test_a_projector_with_unset_width_is_rebuilt_with_unset_width():
     assert projector_from_dict(KroneckerCountSketch(dimension=7).to_dict()) == KroneckerCountSketch(
         7
     )

@@ -1,8 +1,8 @@
-"""Rows of sampled labels: they average to the Gauss-Newton matrix, and leave training alone."""
+"""Rows for sampled labels average to the Gauss-Newton matrix and do not affect training."""
 
 import pytest
 import torch
-from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from lightning_models import Plain, TrainingLog, loader, mlp, quiet_trainer, vectors
 from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional
@@ -23,20 +23,20 @@ def double_vectors():
 
 
 def record(model, data, *, settings=None, batch_size=N, **arguments):
-    store, diary = MemoryStore(), Diary()
+    store, log = MemoryStore(), TrainingLog()
     recorder = GradientRecorder(store, projector=Identity(), curvature="fisher", **arguments)
-    trainer = quiet_trainer(recorder, diary, precision="64-true", **(settings or {}))
+    trainer = quiet_trainer(recorder, log, precision="64-true", **(settings or {}))
     trainer.fit(model, loader(data, batch_size, shuffle=False))
-    return store, diary
+    return store, log
 
 
-def standing(p):
-    """An optimizer that never moves: every step is another draw at the same weights."""
+def frozen_sgd(p):
+    """Return an optimizer that never moves: each step is another sample at the same weights."""
     return torch.optim.SGD(p, lr=0.0)
 
 
 def gauss_newton(net, loss_of, x, y):
-    """The Hessian of the loss, as if the network were linear; parameters in the rows' order."""
+    """Return the Gauss-Newton matrix of the loss, with parameters in the order of the rows."""
     weights = dict(net.named_parameters())
     outputs = net(x).detach()
     jacobian = jacrev(lambda w: functional_call(net, w, (x,)))(weights)
@@ -52,30 +52,33 @@ def _layers(net):
 
 
 def _block_columns(net, name, jacobian):
-    """A weight with its bias as last column, flattened, as a block has it."""
+    """Return a layer's Jacobian in a block's layout: flattened, with the bias as last column."""
     weight, bias = jacobian[f"{name}.weight"], jacobian[f"{name}.bias"]
     return torch.cat([weight, bias[..., None]], dim=-1).flatten(-2)
 
 
-def linear_net(classes=3):
+def mean_curvature(store):
+    return sum(step.curvature_rows.mT @ step.curvature_rows for step in store) / len(store)
+
+
+def small_net(classes=3):
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(7, 2), nn.Tanh(), nn.Linear(2, classes)).double()
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
 def test_rows_average_to_the_gauss_newton_matrix(share):
-    data, net = double_vectors(), linear_net()
-    model = Plain(net, optimizer=standing)
+    data, net = double_vectors(), small_net()
+    model = Plain(net, optimizer=frozen_sgd)
     store, _ = record(model, data, settings={"max_epochs": 300}, curvature_share=share)
     assert store[0].curvature_rows.shape == (13 if share == 1 else 5, 25)
     expected = gauss_newton(net, functional.cross_entropy, *data.tensors)
-    found = sum(step.curvature_rows.mT @ step.curvature_rows for step in store) / len(store)
-    error = (found - expected).norm() / expected.norm()
+    error = (mean_curvature(store) - expected).norm() / expected.norm()
     assert error < (0.06 if share == 1 else 0.12)
 
 
 class Tokens(nn.Module):
-    """Classes for each of several tokens."""
+    """A classifier of tokens; classes are along axis 1 of the logits."""
 
     def __init__(self):
         super().__init__()
@@ -93,10 +96,9 @@ def test_rows_of_sequences_average_to_the_gauss_newton_matrix():
         torch.randint(4, (N, 7), generator=generator),
     )
     net = Tokens().double()
-    store, _ = record(Plain(net, optimizer=standing), data, settings={"max_epochs": 300})
+    store, _ = record(Plain(net, optimizer=frozen_sgd), data, settings={"max_epochs": 300})
     expected = gauss_newton(net, functional.cross_entropy, *data.tensors)
-    found = sum(step.curvature_rows.mT @ step.curvature_rows for step in store) / len(store)
-    assert (found - expected).norm() / expected.norm() < 0.06
+    assert (mean_curvature(store) - expected).norm() / expected.norm() < 0.06
     assert store[0].terms.round().tolist() == [7] * N
 
 
@@ -106,18 +108,18 @@ def test_rows_of_sequences_average_to_the_gauss_newton_matrix():
     ids=["plain", "accumulated", "clipped"],
 )
 def test_squared_error_of_one_output_has_its_exact_curvature(settings):
-    """The loss as the optimizer used it: accumulated, and clipped with its gradient."""
+    """Curvature is scaled like the gradient that the optimizer used: accumulated, clipped."""
     x = double_vectors().tensors[0][:12]
     net = nn.Linear(7, 1).double()
-    model = Plain(net, loss=functional.mse_loss, optimizer=standing)
+    model = Plain(net, loss=functional.mse_loss, optimizer=frozen_sgd)
     data = TensorDataset(x, x[:, :1].clone())
-    store, diary = record(model, data, batch_size=4, settings=settings)
+    store, log = record(model, data, batch_size=4, settings=settings)
     for step in store:
         inputs = torch.cat([x[step.sample_ids], torch.ones(len(step.sample_ids), 1)], dim=1)
         expected = 2 * (inputs * step.weights[:, None].double()).mT @ inputs
-        found = step.curvature_rows.mT @ step.curvature_rows
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
-    assert len(diary.batches) == 6
+        curvature = step.curvature_rows.mT @ step.curvature_rows
+        torch.testing.assert_close(curvature, expected, rtol=1e-6, atol=1e-12)
+    assert len(log.batches) == 6
 
 
 def test_empirical_rows_with_their_weights_have_the_exact_curvature_of_squared_error():
@@ -134,19 +136,21 @@ def test_empirical_rows_with_their_weights_have_the_exact_curvature_of_squared_e
 
 @pytest.mark.parametrize("curvature", ["none", "fisher"])
 def test_rows_do_not_depend_on_whether_labels_are_sampled(curvature):
-    def rows(how):
+    def rows_and_weights(curvature):
         store = MemoryStore()
         model = Plain(mlp())
         torch.manual_seed(5)
-        quiet_trainer(GradientRecorder(store, curvature=how)).fit(model, loader(vectors()))
+        quiet_trainer(GradientRecorder(store, curvature=curvature)).fit(model, loader(vectors()))
         return torch.cat([step.sketch for step in store]), model.net[0].weight
 
-    for one, other in zip(rows("none"), rows(curvature), strict=True):
-        assert torch.equal(one, other)
+    rows, weights = rows_and_weights("none")
+    sampled_rows, sampled_weights = rows_and_weights(curvature)
+    assert torch.equal(rows, sampled_rows)
+    assert torch.equal(weights, sampled_weights)
 
 
-class Dropping(nn.Module):
-    """Draws random numbers, keeps statistics, checkpoints, and works in place."""
+class NetWithDropout(nn.Module):
+    """Use random numbers, batch statistics, checkpointing and an in-place operation."""
 
     def __init__(self):
         super().__init__()
@@ -159,22 +163,22 @@ class Dropping(nn.Module):
         return self.head(checkpoint(self.middle, self.body(x), use_reentrant=False))
 
 
-def test_sampling_labels_leaves_training_alone():
+def test_sampling_labels_does_not_change_training():
     def train(*callbacks):
         torch.manual_seed(5)
-        model = Plain(Dropping(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
+        model = Plain(NetWithDropout(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
         quiet_trainer(*callbacks, max_epochs=3).fit(model, loader(vectors()))
         return model.state_dict(), torch.get_rng_state()
 
-    plain, plain_random = train()
+    plain_weights, plain_rng = train()
     recorder = GradientRecorder(MemoryStore(), curvature="fisher")
-    recorded, random = train(recorder)
-    assert all(torch.equal(recorded[name], value) for name, value in plain.items())
-    assert torch.equal(random, plain_random)
+    weights, rng = train(recorder)
+    assert all(torch.equal(weights[name], value) for name, value in plain_weights.items())
+    assert torch.equal(rng, plain_rng)
 
 
-class OwnLoss(Plain):
-    """A loss that no rule knows, with the method that tells how to sample its labels."""
+class CustomLoss(Plain):
+    """A model with a loss that is not recognised on the graph."""
 
     def training_step(self, batch, batch_idx):
         self.outputs = self.net(batch[0])
@@ -182,7 +186,9 @@ class OwnLoss(Plain):
         return self.outputs.logsumexp(1).mean() - self.outputs[range(N), self.labels].mean()
 
 
-class OwnSampling(OwnLoss):
+class CustomSampling(CustomLoss):
+    """The same model, with a method that samples labels for its loss."""
+
     def sampled_output_gradients(self, loss, generator):
         p = self.outputs.detach().softmax(dim=1)
         drawn = torch.multinomial(p, 1, generator=generator)
@@ -190,27 +196,26 @@ class OwnSampling(OwnLoss):
         return [(self.outputs, gradient / N**0.5)]
 
 
-def test_a_model_can_sample_for_a_loss_of_its_own():
-    data, net = double_vectors(), linear_net()
-    store, _ = record(OwnSampling(net, optimizer=standing), data, settings={"max_epochs": 300})
+def test_a_model_can_define_the_sampling_for_a_custom_loss():
+    data, net = double_vectors(), small_net()
+    store, _ = record(CustomSampling(net, optimizer=frozen_sgd), data, settings={"max_epochs": 300})
     expected = gauss_newton(net, functional.cross_entropy, *data.tensors)
-    found = sum(step.curvature_rows.mT @ step.curvature_rows for step in store) / len(store)
-    assert (found - expected).norm() / expected.norm() < 0.06
+    assert (mean_curvature(store) - expected).norm() / expected.norm() < 0.06
     assert store[0].terms is None
 
 
 def test_a_loss_that_cannot_be_sampled_is_refused():
-    with pytest.raises(ValueError, match=r"none that labels can be sampled from.*cross-entropy"):
-        record(OwnLoss(linear_net()), double_vectors())
+    with pytest.raises(ValueError, match=r"Labels cannot be sampled for the loss.*cross-entropy"):
+        record(CustomLoss(small_net()), double_vectors())
 
 
-def test_a_share_of_nothing_is_refused():
+def test_a_curvature_share_of_zero_is_refused():
     with pytest.raises(ValueError, match=r"`curvature_share` is 0.*above 0"):
         GradientRecorder("run", curvature_share=0.0)
 
 
 @pytest.mark.parametrize("storage", ["as computed", "int8"])
-def test_a_recorded_run_says_that_it_holds_them(tmp_path, storage):
+def test_a_run_on_disk_holds_the_curvature_rows(tmp_path, storage):
     store = HDF5Store(tmp_path / "run", storage=storage)
     model = Plain(mlp())
     quiet_trainer(GradientRecorder(store, curvature="fisher")).fit(model, loader(vectors()))
@@ -219,18 +224,18 @@ def test_a_recorded_run_says_that_it_holds_them(tmp_path, storage):
     assert [step.curvature_rows.shape for step in run] == [step.sketch.shape for step in run]
 
 
-def test_a_recording_without_training_has_the_rows_of_the_queries():
+def test_a_pass_without_training_records_the_rows_of_queries():
     data = double_vectors()
-    model = Plain(linear_net(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
+    model = Plain(small_net(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
     store, _ = record(model, data, batch_size=5)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     again = record_data(
         model, loader(data, shuffle=True), like=store, labels="sampled", progress=False
     )
-    asked = record_queries(model, data[:], like=store)
+    query_rows = record_queries(model, data[:], like=store)
     for step in again:
-        found = step.sketch / step.weights[:, None].double()
-        torch.testing.assert_close(found, asked[step.sample_ids])
+        gradients = step.sketch / step.weights[:, None].double()
+        torch.testing.assert_close(gradients, query_rows[step.sample_ids])
         assert step.curvature_rows.shape == step.sketch.shape
         assert step.curvature.shape == (len(step.sample_ids),)
     assert sorted(torch.cat([step.sample_ids for step in again]).tolist()) == list(range(N))
@@ -239,12 +244,12 @@ def test_a_recording_without_training_has_the_rows_of_the_queries():
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_a_recording_without_training_can_be_kept(tmp_path):
+def test_a_pass_without_training_can_be_stored_on_disk(tmp_path):
     data = double_vectors()
-    model = Plain(linear_net())
+    model = Plain(small_net())
     run, _ = record(model, data)
-    place = HDF5Store(tmp_path / "again")
-    record_data(model, loader(data), like=run, store=place, progress=False)
+    target = HDF5Store(tmp_path / "again")
+    record_data(model, loader(data), like=run, store=target, progress=False)
     again = HDF5Store.open(tmp_path / "again")
     assert len(again) == 3
     assert again[0].curvature_rows is None

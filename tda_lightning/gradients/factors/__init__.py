@@ -1,16 +1,16 @@
-r"""GradientFactors: the one shape in which every layer's per-sample gradient passes the door.
+r"""Gradient factors: every layer's per-sample gradient as a sum of outer products.
 
 .. math:: G_i = \sum_s \mathtt{grad\_outputs}_{i,s} \, \mathtt{inputs}_{i,s}^\top
    \quad (\text{rows} \times \text{columns})
 
-Either side may be too large to write down (a one-hot token, the patches of an image), so a side is
-known through what it is multiplied with: an :class:`Operand`. Behind this door the mathematics is
-written once, and no layer type is mentioned again.
+Either side may be too large to store as a tensor (one-hot tokens, the patches of an image). A side
+is therefore an :class:`Operand`, which supports multiplication by a matrix. Code that takes factors
+is written once for all layer types.
 """
 
-from tda_lightning.gradients.factors.gradient_factors import GradientFactors
-from tda_lightning.gradients.factors.operands import (
+from tda_lightning.gradients.factors.gradient_factors import (
     Dense,
+    GradientFactors,
     GroupedDense,
     OneHot,
     Operand,

@@ -1,4 +1,4 @@
-"""Patches: what a convolution sees, projected by a convolution and never unfolded."""
+"""Patches: the inputs of a convolution, projected by a convolution without unfolding them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from tda_lightning.gradients.factors.operands import Operand
+from tda_lightning.gradients.factors.gradient_factors import Operand
 
 
 @dataclass(frozen=True)
 class Patches(Operand):
-    """The patches that a convolution sees; projecting them never unfolds them.
+    """The image patches that are the inputs of a convolution.
 
     Attributes:
-        images: Images, shape ``(n, channels, ...)`` with one to three axes of space.
+        images: Images, shape ``(n, channels, ...)`` with one to three spatial axes.
         kernel_size: Size of a patch.
-        stride: Steps between patches.
-        dilation: Steps between the pixels of a patch.
-        padding: Zeros around the images, on either side of each axis of space.
-        groups: Number of groups of channels; patches of one group after those of another.
-        positions: How many patches to keep along each axis of space; all by default.
+        stride: Distance between neighbouring patches.
+        dilation: Distance between neighbouring pixels of a patch.
+        padding: Number of zeros on either side of each spatial axis.
+        groups: Number of groups of channels. Patches are ordered by group.
+        positions: Number of patches to keep along each spatial axis; all by default.
     """
 
     images: Float[Tensor, "n c ..."]
@@ -48,7 +48,7 @@ class Patches(Operand):
     def project(
         self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
     ) -> Float[Tensor, "n s w"]:
-        """Convolve with the columns of ``matrix`` as filters, the same ones in every group."""
+        """Convolve with the columns of ``matrix`` as filters, which all groups share."""
         channels = self.images.shape[1] // self.groups
         filters = matrix.mT.reshape(matrix.shape[1], channels, *self.kernel_size)
         convolve = _CONVOLUTIONS[len(self.kernel_size)]

@@ -1,11 +1,15 @@
-"""Layers: the only rooms that know types of layers."""
+"""Layers: rules for layer types, and the selection of the layers to record.
 
-# Rules register themselves when their rooms are imported.
+No other package distinguishes layer types.
+"""
+
+# Rules are registered when their modules are imported.
 from tda_lightning.gradients.layers import attention, embedding, linear, norms
 from tda_lightning.gradients.layers.generic import sample_axis
 from tda_lightning.gradients.layers.rule import (
     LayerCall,
     LayerRule,
+    find_tensors,
     layer_rule,
     never_draws,
     one_column,
@@ -17,7 +21,6 @@ from tda_lightning.gradients.layers.selection import (
     clean_name,
     select_layers,
 )
-from tda_lightning.gradients.layers.tensors import find_tensors
 
 __all__ = [
     "BlockSource",

@@ -1,8 +1,9 @@
-"""The generic rule: any module with parameters of its own, from its own vector-Jacobian product.
+"""The generic rule: per-sample vector-Jacobian products of any module with parameters.
 
-The module is called again for every sample, in one ``vmap`` (or one by one where a layer does not
-know ``vmap``), and its parameters' gradients are taken whole. Slow beside the other rules, and
-right for every module that treats samples one by one and draws no random numbers.
+The rule calls the module again for every sample: in one ``vmap``, or in a loop where a layer does
+not support ``vmap``. It computes the parameters' gradients in full, so it is slower than the other
+rules. It is correct for every module that processes samples independently and draws no random
+numbers.
 """
 
 from __future__ import annotations
@@ -20,17 +21,23 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tda_lightning.gradients.factors import GradientFactors
-from tda_lightning.gradients.layers.rule import LayerCall, LayerRule, as_column, one_column
-from tda_lightning.gradients.layers.tensors import find_tensors
+from tda_lightning.gradients.layers.rule import (
+    LayerCall,
+    LayerRule,
+    as_column,
+    find_tensors,
+    one_column,
+)
 
 
 def _obstacle(module: nn.Module) -> str:
+    # The reasons are part of the stored recipe: a resumed run must give the same ones.
     for inner in module.modules():
         if isinstance(inner, _BatchNorm):
             return "its parameters act together with batch statistics; give them their own module"
         if isinstance(inner, parametrize.ParametrizationList) and any(inner.buffers()):
             return "its parametrization keeps buffers that every call changes"
-        # Recurrent layers and attention keep their dropout as a number.
+        # Recurrent layers and attention store their dropout as a number.
         rate = inner.p if isinstance(inner, _DropoutNd) else getattr(inner, "dropout", 0.0)
         if isinstance(rate, float) and rate > 0:
             return f"its parameters act together with dropout ({rate}); set it to 0"
@@ -38,16 +45,16 @@ def _obstacle(module: nn.Module) -> str:
 
 
 def sample_axis(module: nn.Module, place: int, declared: int) -> int:
-    """Return the axis of the samples in the tensor at a place among inputs or outputs.
+    """Return the axis of the samples in one of a layer's input or output tensors.
 
     Args:
         module: The layer.
-        place: Number of the tensor among its inputs, or among its outputs.
-        declared: What holds for layers that keep to one axis.
+        place: Number of the tensor among the inputs, or among the outputs.
+        declared: The axis for layers that have the samples on the same axis in all tensors.
     """
-    if isinstance(module, nn.MultiheadAttention):  # Attention weights come samples first.
+    if isinstance(module, nn.MultiheadAttention):  # Attention weights are always samples first.
         return 0 if module.batch_first or place == 1 else 1
-    if isinstance(module, nn.RNNBase):  # Hidden states have the samples on axis 1, come what may.
+    if isinstance(module, nn.RNNBase):  # Hidden states always have the samples on axis 1.
         return 0 if module.batch_first and place == 0 else 1
     return declared
 
@@ -62,25 +69,25 @@ def _per_sample_vjp(call: LayerCall) -> GradientFactors:
         batches_of_one = iter(
             part.unsqueeze(axis) for part, (_, axis) in zip(parts, samples, strict=True)
         )
-        mixed = [
+        sample_leaves = [
             leaf if axis is None else next(batches_of_one)
             for leaf, axis in zip(leaves, axes, strict=True)
         ]
 
         def forward(values: dict[str, Tensor]) -> Tensor:
-            args, kwargs = tree_unflatten(mixed, structure)
+            args, kwargs = tree_unflatten(sample_leaves, structure)
             outputs = functional_call(call.module, values, args, kwargs)
             return list(find_tensors(outputs))[call.output]
 
         differentiate = _by_autograd if _is_recurrent(call) else _by_vjp
-        found = differentiate(forward, parameters, grad.unsqueeze(call.batch_dim))
-        return torch.cat([found[name].flatten() for name in call.names])
+        grads = differentiate(forward, parameters, grad.unsqueeze(call.batch_dim))
+        return torch.cat([grads[name].flatten() for name in call.names])
 
     return one_column(_map_over_samples(call, gradient, samples))
 
 
 def _is_recurrent(call: LayerCall) -> bool:
-    """Say whether the layer runs a kernel that torch.func does not know."""
+    """Return whether the layer runs a kernel that ``torch.func`` does not support."""
     return isinstance(call.module, nn.RNNBase)
 
 
@@ -88,8 +95,8 @@ _Forward = Callable[[dict[str, Tensor]], Tensor]
 
 
 def _by_vjp(forward: _Forward, parameters: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = vjp(forward, parameters)[1](grad)[0]
-    return found
+    grads: dict[str, Tensor] = vjp(forward, parameters)[1](grad)[0]
+    return grads
 
 
 def _by_autograd(
@@ -97,8 +104,8 @@ def _by_autograd(
 ) -> dict[str, Tensor]:
     with torch.enable_grad():
         leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-        found = torch.autograd.grad(forward(leaves), list(leaves.values()), grad)
-    return dict(zip(leaves, found, strict=True))
+        grads = torch.autograd.grad(forward(leaves), list(leaves.values()), grad)
+    return dict(zip(leaves, grads, strict=True))
 
 
 def _map_over_samples(
@@ -109,18 +116,18 @@ def _map_over_samples(
     tensors, axes = [leaf for leaf, _ in samples], [axis for _, axis in samples]
     if not _is_recurrent(call):
         with warnings.catch_warnings():
-            # Some operations fall back to a loop under vmap, and say so at length.
+            # Some operations fall back to a loop under vmap, with a long warning.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            mapped = vmap(gradient, in_dims=(axes, call.batch_dim))
-            found: Tensor = mapped(tensors, call.output_grad)
-        return found
+            batched_gradient = vmap(gradient, in_dims=(axes, call.batch_dim))
+            gradients: Tensor = batched_gradient(tensors, call.output_grad)
+        return gradients
     parts = zip(*(leaf.unbind(axis) for leaf, axis in samples), strict=True)
     grads = call.output_grad.unbind(call.batch_dim)
     return torch.stack([gradient(list(p), g) for p, g in zip(parts, grads, strict=True)])
 
 
 def _axes(leaves: list[Any], call: LayerCall) -> list[int | None]:
-    """Return the axis of the samples in every leaf of the call, or ``None`` if it has none."""
+    """Return the axis of the samples in every leaf of the arguments, ``None`` without one."""
     axes: list[int | None] = []
     for place, leaf in enumerate(leaves):
         axis = sample_axis(call.module, place, call.batch_dim)

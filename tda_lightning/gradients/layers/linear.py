@@ -1,4 +1,4 @@
-"""Linear maps and convolutions: a weight, seen through patches, and perhaps a bias."""
+"""Rules for linear layers and convolutions: an affine map, for convolutions one of patches."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def flat_positions(values: Tensor) -> Tensor:
 
 
 def affine(call: LayerCall, inputs: Operand, grads: Operand, bias_grads: Tensor) -> GradientFactors:
-    """Return the factors of whichever of weight and bias the block holds.
+    """Return the factors for the weight and bias of a block, or for one of them.
 
     Args:
-        call: The call.
-        inputs: What the weight's columns saw.
-        grads: Gradient of what the weight's rows said.
-        bias_grads: The same, shape ``(n, rows, ...)``, for a bias without its weight.
+        call: The layer call.
+        inputs: Inputs that the weight's columns multiply.
+        grads: Gradient with respect to the outputs, one entry per row of the weight.
+        bias_grads: The same, shape ``(n, rows, ...)``, for a block with the bias alone.
     """
     if "weight" not in call.names:
         return one_column(bias_grads.flatten(2).sum(dim=2))
@@ -49,7 +49,7 @@ def _convolution(call: LayerCall) -> GradientFactors:
     x, padding = call.input, module.padding
     if module.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        # The same private field that the layer's own forward pads with; it resolves "same".
+        # The layer's forward pads with the same private field, which resolves "same".
         x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
         padding = tuple(0 for _ in module.kernel_size)
     patches = Patches(
@@ -62,7 +62,7 @@ def _convolution(call: LayerCall) -> GradientFactors:
 @layer_rule(nn.ConvTranspose2d, apart=("bias",))
 @layer_rule(nn.ConvTranspose3d, apart=("bias",))
 def _transposed_convolution(call: LayerCall) -> GradientFactors:
-    """A convolution run backwards: input and output gradient change places."""
+    """Treat it as a convolution whose input and output gradient are swapped."""
     module = call.module
     patches = Patches(
         call.grad,
@@ -77,6 +77,6 @@ def _transposed_convolution(call: LayerCall) -> GradientFactors:
 
 
 def _grouped(values: Tensor, groups: int) -> Operand:
-    """Return ``(n, rows, ...)`` as rows of an operand, group by group."""
+    """Return ``(n, rows, ...)`` as an operand with one group of rows after the other."""
     flat = values.flatten(2).mT  # (n, s, rows)
     return Dense(flat) if groups == 1 else GroupedDense(flat, groups)

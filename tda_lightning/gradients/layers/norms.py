@@ -1,7 +1,7 @@
-"""Normalisations and PReLU: a scale and a shift per feature or channel, stacked in one column.
+"""Rules for normalization layers and PReLU: scale and shift per channel, stacked in one column.
 
-Batch norm is recorded as the batch saw it: a sample's row is what it added to the gradient of a
-batch whose statistics it shared.
+Batch norm is recorded with the statistics of the batch: a sample's row is its summand in the
+gradient of that batch.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from tda_lightning.gradients.layers.rule import LayerCall, as_column, layer_rule
 
 
 def _per_channel(values: Tensor) -> Tensor:
-    """Sum ``(n, channels, ...)`` over all but samples and channels."""
+    """Sum ``(n, channels, ...)`` over all axes but samples and channels."""
     return values.flatten(2).sum(dim=2) if values.ndim > 2 else values
 
 
 def _per_feature(values: Tensor, size: int) -> Tensor:
-    """Sum ``(n, ..., features)`` over all but samples and the last ``size`` entries."""
+    """Sum ``(n, ..., features)`` to ``(n, size)``: the last axes, of ``size`` entries, remain."""
     return values.reshape(len(values), -1, size).sum(dim=1)
 
 
 def _times_(values: Tensor, grad: Tensor) -> Tensor:
-    """Multiply values of one's own with a gradient: in place, since fresh memory is expensive."""
+    """Multiply ``values`` by a gradient: in place if its dtype allows, since allocating is slow."""
     is_wide = torch.result_type(values, grad) == values.dtype
     return values.mul_(grad) if is_wide else values * grad
 
 
 def _scale_and_shift(call: LayerCall, scale: Tensor, shift: Tensor) -> GradientFactors:
-    """Return the factors of those of scale and shift that the block holds."""
+    """Return the factors for the scale and shift of a block, or for one of them."""
     gradients = {"weight": scale, "bias": shift}
     return one_column(torch.cat([gradients[name] for name in call.names], dim=1))
 

@@ -1,14 +1,15 @@
-"""Rules: how a type of layer turns what hooks see into gradient factors.
+"""Layer rules: how the calls of a layer type become gradient factors.
 
 A rule is one function from a :class:`LayerCall` to
-:class:`~tda_lightning.gradients.factors.GradientFactors` whose outer products lie as the rule's
-layout lays out the layer's parameters. Layer types end in this folder. Add one with
+:class:`~tda_lightning.gradients.factors.GradientFactors`. The outer products of the factors have
+the layout that the rule defines for the layer's parameters. Add a rule with
 ``@layer_rule(MyLayer)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,22 +19,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tda_lightning.gradients.factors import Dense, GradientFactors
-from tda_lightning.gradients.layers.tensors import find_tensors
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer, seen from its backward pass.
+    """One call of a layer, with the gradient of its output.
 
     Attributes:
         module: The layer.
-        args: What it was called with.
-        kwargs: What it was called with, by name.
-        names: Those of its own parameters that the block holds.
-        output: Which of the tensors in its output the gradient belongs to.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        names: Names, within the layer, of the parameters in the block.
+        output: Number of the tensor, among those in the layer's output, that has the gradient.
         output_grad: Gradient of the loss with respect to that tensor, of its shape.
         batch_dim: Axis of the samples.
-        random_state: State of the random number generator when it was called, if it draws.
+        random_state: State of the random number generator before the call, if the call draws.
     """
 
     module: Any
@@ -47,7 +47,7 @@ class LayerCall:
 
     @contextmanager
     def preserved_rng(self) -> Iterator[None]:
-        """Draw what the layer drew, and leave the user's random numbers alone."""
+        """Repeat the random draws of the call, and restore the user's random state on exit."""
         device = self.output_grad.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             if self.random_state is not None:
@@ -56,7 +56,7 @@ class LayerCall:
 
     @property
     def input(self) -> Tensor:
-        """The first tensor that the layer was called with, samples first."""
+        """The first tensor among the layer's arguments, samples first."""
         x = next(find_tensors((self.args, self.kwargs)))
         return x if self.batch_dim == 0 else x.movedim(self.batch_dim, 0)
 
@@ -94,7 +94,7 @@ Draws = Callable[[Any], bool]
 
 
 def as_matrix(tensors: Sequence[Tensor]) -> Float[Tensor, "rows columns"]:
-    """Flatten a weight to a matrix, with its bias as last column; or a bias alone to a column."""
+    """Flatten a weight to a matrix, with its bias as last column; a lone bias to a column."""
     first, *rest = tensors
     matrix = first.flatten(1) if first.ndim > 1 else first[:, None]
     return torch.cat([matrix, *(tensor[:, None] for tensor in rest)], dim=1)
@@ -106,23 +106,23 @@ def as_column(tensors: Sequence[Tensor]) -> Float[Tensor, "rows 1"]:
 
 
 def one_column(gradients: Float[Tensor, "n d"]) -> GradientFactors:
-    """Return the factors of gradients that are simply there, for :func:`as_column`."""
+    """Return factors of gradients that are already computed, laid out as :func:`as_column`."""
     ones = gradients.new_ones(len(gradients), 1, 1)
     return GradientFactors(Dense(ones), Dense(gradients[:, None]))
 
 
 def no_obstacle(module: nn.Module) -> str:
-    """Say that nothing stands in the way."""
+    """Return the empty string: any module of the type can be recorded."""
     return ""
 
 
 def never_shared(first: Tensor, n: int) -> bool:
-    """Say that every call has its samples."""
+    """Return ``False``: every call has an axis of samples."""
     return False
 
 
 def never_draws(module: nn.Module) -> bool:
-    """Say that no random numbers are drawn."""
+    """Return ``False``: no call draws random numbers."""
     return False
 
 
@@ -132,14 +132,14 @@ class LayerRule:
 
     Attributes:
         factors: From a call of the layer to gradient factors.
-        parameters: The layer's own parameters that the rule knows.
+        parameters: Names of the layer's parameters that the rule supports.
         layout: From the layer's trained parameters, or their gradients, to the block's matrix.
-        apart: Parameters that do not fit into that matrix, and get blocks of their own.
-        obstacle: Why this very module cannot be recorded, or nothing.
-        is_shared: Says, of the first tensor that the layer is called with and the number of
-            samples, whether the call is for all samples at once. The rule then sees that tensor,
-            and a gradient with an axis of samples in front.
-        draws: Says whether a call of this very module draws random numbers that the rule wants to
+        apart: Parameters that do not fit into that matrix, and get separate blocks.
+        obstacle: Returns why a given module cannot be recorded, or the empty string.
+        is_shared: Returns whether a call is for all samples at once, from its first tensor and the
+            number of samples. The rule then gets that tensor, and a gradient with an axis of
+            samples in front.
+        draws: Returns whether a call of a given module draws random numbers that the rule has to
             draw again.
     """
 
@@ -169,13 +169,13 @@ def layer_rule(
 
     Args:
         layer: The type of layer. Subclasses share the rule if they keep its ``forward``.
-        parameters: The layer's own parameters that the function takes care of.
-        layout: How the layer's trained parameters lie in the block that the factors span.
-        apart: Parameters that get blocks of their own; the function is called once per block.
-        obstacle: Says why a module of this type cannot be recorded after all, or nothing.
-        is_shared: Says whether a call is for all samples at once, from its first tensor and the
-            number of samples; the function then gets a gradient with the samples in front.
-        draws: Says whether a call draws random numbers that the function wants to draw again.
+        parameters: Names of the layer's parameters that the function supports.
+        layout: From the layer's trained parameters to the matrix that the factors span.
+        apart: Parameters that get separate blocks; the function is called once per block.
+        obstacle: Returns why a given module of this type cannot be recorded, or the empty string.
+        is_shared: Returns whether a call is for all samples at once, from its first tensor and the
+            number of samples. The function then gets a gradient with the samples in front.
+        draws: Returns whether a call draws random numbers that the function has to draw again.
     """
 
     def register(factors: Factors) -> Factors:
@@ -186,7 +186,7 @@ def layer_rule(
 
 
 def registered_rule(module: nn.Module, names: Sequence[str]) -> LayerRule | None:
-    """Return the rule registered for the type of ``module``, if it knows these parameters."""
+    """Return the rule registered for the type of ``module``, if it supports these parameters."""
     for layer in type(module).__mro__:
         rule = _RULES.get(layer)
         if (
@@ -196,3 +196,24 @@ def registered_rule(module: nn.Module, names: Sequence[str]) -> LayerRule | None
         ):
             return rule
     return None
+
+
+def find_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for part in _parts(value):
+            yield from find_tensors(part)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, list | tuple):
+        return value
+    if value is None or isinstance(value, str | int | float):  # Skips the slow check below.
+        return ()
+    if isinstance(value, Mapping):
+        return value.values()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return ()

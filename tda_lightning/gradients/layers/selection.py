@@ -1,4 +1,4 @@
-"""The survey: which blocks a model has, which layers feed them, and what is left out and why."""
+"""LayerSelection: the blocks of a model, the layers that feed them, and the parameters left out."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tda_lightning.gradients.layers.generic import generic_rule
 from tda_lightning.gradients.layers.rule import LayerRule, as_matrix, registered_rule
 from tda_lightning.stores.recipe import Block, LeftOut
 
-# Wrappers that add a word to the names of what they wrap.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+# Prefixes that wrappers add to the names of the wrapped modules.
+_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class BlockSource:
 
     Attributes:
         module: The layer.
-        name: Its name.
-        rule: How its calls become factors.
-        names: Those of its own parameters that the block holds.
+        name: Its name in the model.
+        rule: Turns its calls into factors.
+        names: Names, within the layer, of the parameters in the block.
     """
 
     module: nn.Module
@@ -34,13 +34,13 @@ class BlockSource:
     names: tuple[str, ...]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the block holds."""
+        """Return the parameters in the block."""
         return [self.module.get_parameter(name) for name in self.names]
 
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """What of a model is recorded.
+    """The parameters of a model that are recorded, and those that are not.
 
     Attributes:
         blocks: Recorded parameters, in the order of ``named_modules``.
@@ -54,21 +54,21 @@ class LayerSelection:
 
 
 def clean_name(name: str) -> str:
-    """Return the name of a module or parameter without the words of wrappers around it."""
-    for word in _WRAPPERS:
-        name = name.replace(word, "")
+    """Return the name of a module or parameter without the prefixes of wrappers."""
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
     return name
 
 
 def _uses_children(module: nn.Module) -> bool:
-    """Say whether a module uses its children's parameters itself: they are recorded as its own."""
+    """Return whether a module uses its children's parameters: they are recorded as the module's."""
     return isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameters that a module uses itself, by their names in it."""
-    own = module.named_parameters(recurse=_uses_children(module), remove_duplicate=False)
-    return {name: parameter for name, parameter in own if parameter.requires_grad}
+    """Return the trained parameters that a module uses directly, by their names in it."""
+    named = module.named_parameters(recurse=_uses_children(module), remove_duplicate=False)
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def find_rule(module: nn.Module) -> LayerRule:
@@ -81,7 +81,7 @@ def find_rule(module: nn.Module) -> LayerRule:
 def select_layers(
     model: nn.Module, layers: Sequence[str] | None = None, leave_out: Sequence[str] = ()
 ) -> LayerSelection:
-    """Find out what of ``model`` can be recorded.
+    """Select the layers of ``model`` that can be recorded.
 
     Args:
         model: Any module.
@@ -89,8 +89,8 @@ def select_layers(
         leave_out: Names of modules not to record.
 
     Raises:
-        ValueError: If an entry of ``layers`` matches nothing that is trained, or nothing can be
-            recorded at all.
+        ValueError: If an entry of ``layers`` matches no trained module, or no layer can be
+            recorded.
     """
     shared = _shared_parameters(model)
     sources: dict[tuple[nn.Parameter, ...], list[BlockSource]] = {}
@@ -99,17 +99,17 @@ def select_layers(
     for name, module in _trained_modules(model):
         names.append(name)
         rule = find_rule(module)
-        reason = "left out" if name in leave_out else _why_left_out(name, module, rule, layers)
+        reason = "left out" if name in leave_out else _reason_left_out(name, module, rule, layers)
         if reason:
-            size = sum(one.numel() for one in trained_parameters(module).values())
+            size = sum(parameter.numel() for parameter in trained_parameters(module).values())
             left_out.append(LeftOut(name, type(module).__name__, size, reason))
             continue
         for source in _sources(name, module, rule, shared):
             sources.setdefault(tuple(source.parameters()), []).append(source)
     _require_matches(layers, names)
     blocks = tuple(_block(block_sources) for block_sources in sources.values())
-    _require_some(blocks, left_out)
-    return LayerSelection(blocks, tuple(tuple(one) for one in sources.values()), tuple(left_out))
+    _require_blocks(blocks, left_out)
+    return LayerSelection(blocks, tuple(map(tuple, sources.values())), tuple(left_out))
 
 
 def _trained_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -132,38 +132,42 @@ def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
 def _sources(
     name: str, module: nn.Module, rule: LayerRule, shared: set[nn.Parameter]
 ) -> Iterator[BlockSource]:
-    """Divide a layer's parameters into blocks: what is shared or does not fit stands alone."""
+    """Divide a layer's parameters into blocks.
+
+    Parameters that are shared with other layers, or listed in ``rule.apart``, get separate blocks.
+    """
     trained = trained_parameters(module)
-    alone = [own for own, one in trained.items() if one in shared or own in rule.apart]
-    together = tuple(own for own in trained if own not in alone)
-    for own in trained:
-        if own in alone:
-            # A shared weight has one layout, whichever layers share it.
-            layout = as_matrix if trained[own] in shared else rule.layout
-            yield BlockSource(module, name, replace(rule, layout=layout), (own,))
-        elif own == together[0]:
+    separate = [key for key, p in trained.items() if p in shared or key in rule.apart]
+    together = tuple(key for key in trained if key not in separate)
+    for key, parameter in trained.items():
+        if key in separate:
+            # A shared weight has the same layout in all layers.
+            layout = as_matrix if parameter in shared else rule.layout
+            yield BlockSource(module, name, replace(rule, layout=layout), (key,))
+        elif key == together[0]:
             yield BlockSource(module, name, rule, together)
 
 
 def _block(block_sources: Sequence[BlockSource]) -> Block:
     first = block_sources[0]
     parameters = first.parameters()
-    rows, columns = first.rule.layout([one.detach() for one in parameters]).shape
-    whole = len(first.names) == len(trained_parameters(first.module))
+    rows, columns = first.rule.layout([parameter.detach() for parameter in parameters]).shape
+    is_whole_layer = len(first.names) == len(trained_parameters(first.module))
     return Block(
-        name=first.name if whole else ".".join(filter(None, (first.name, first.names[0]))),
+        name=first.name if is_whole_layer else ".".join(filter(None, (first.name, first.names[0]))),
         layer=" and ".join(dict.fromkeys(type(source.module).__name__ for source in block_sources)),
         modules=tuple(source.name for source in block_sources),
-        parameters=tuple(".".join(filter(None, (first.name, own))) for own in first.names),
+        parameters=tuple(".".join(filter(None, (first.name, key))) for key in first.names),
         rows=rows,
         columns=columns,
     )
 
 
-def _why_left_out(
+def _reason_left_out(
     name: str, module: nn.Module, rule: LayerRule, layers: Sequence[str] | None
 ) -> str:
-    """Return the reason why a module is not recorded, or nothing."""
+    """Return the reason why a module is not recorded, or the empty string."""
+    # The reasons are part of the stored recipe: a resumed run must give the same ones.
     if layers is not None and not any(fnmatchcase(name, pattern) for pattern in layers):
         return "not among `layers`"
     if not name:
@@ -177,15 +181,15 @@ def _require_matches(layers: Sequence[str] | None, names: Sequence[str]) -> None
     for pattern in layers or ():
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
-                f"`layers` names `{pattern}`, which matches no layer with trainable parameters; "
-                f"expected names out of {list(names)}. Correct the name, or use `*` as a wildcard."
+                f"`layers` contains `{pattern}`, which matches no layer with trained parameters; "
+                f"expected names from {list(names)}. Correct the name, or use `*` as a wildcard."
             )
 
 
-def _require_some(blocks: Sequence[Block], left_out: Sequence[LeftOut]) -> None:
+def _require_blocks(blocks: Sequence[Block], left_out: Sequence[LeftOut]) -> None:
     if not blocks:
-        found = "; ".join(f"`{entry.name}`: {entry.reason}" for entry in left_out) or "none at all"
+        reasons = "; ".join(f"`{entry.name}`: {entry.reason}" for entry in left_out)
         raise ValueError(
             "The model has no layer that can be recorded: expected at least one layer with trained "
-            f"parameters; found {found}. Give the parameters a module that is called."
+            f"parameters; got {reasons or 'none'}. Put the parameters into a module that is called."
         )

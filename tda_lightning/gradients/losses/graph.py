@@ -1,4 +1,4 @@
-"""The graph of a loss: the loss functions on it, and gradients of sampled labels at them."""
+"""Find loss functions on a loss's autograd graph, and sample their labels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
 
 from tda_lightning.gradients.losses.loss_nodes import (
+    BernoulliLogitsLoss,
     BernoulliLoss,
-    CoinLogitsLoss,
     HuberLoss,
     LossNode,
     SoftmaxLoss,
@@ -20,12 +20,12 @@ from tda_lightning.gradients.losses.loss_nodes import (
     SquarePower,
 )
 
-# A loss function stands near the root of the graph; the model behind it may be large.
-_NODES_TO_SEARCH = 500
+# Loss functions are near the root of the graph; the model behind them may be large.
+_MAX_SEARCHED_NODES = 500
 
 _KINDS: dict[str, type[LossNode]] = {
     "LogSoftmaxBackward0": SoftmaxLoss,
-    "BinaryCrossEntropyWithLogitsBackward0": CoinLogitsLoss,
+    "BinaryCrossEntropyWithLogitsBackward0": BernoulliLogitsLoss,
     "BinaryCrossEntropyBackward0": BernoulliLoss,
     "MseLossBackward0": SquaredLoss,
     "HuberLossBackward0": HuberLoss,
@@ -33,18 +33,18 @@ _KINDS: dict[str, type[LossNode]] = {
 }
 
 
-def find_losses(loss: Tensor, heard: Sequence[GradientEdge]) -> list[LossNode]:
+def find_losses(loss: Tensor, layer_outputs: Sequence[GradientEdge]) -> list[LossNode]:
     """Return the loss functions near the root of a loss's graph, in order of their distance.
 
-    What depends on parameters alone, such as the square of a weight, is a penalty and no loss of
-    the samples, though its nodes look the same. Samples come in through layers.
+    A function of parameters alone, such as a squared weight, is a penalty, not a loss of samples.
+    Its nodes look the same, but no layer's output leads to it: samples enter through layers.
 
     Args:
-        loss: The loss of a batch, on its graph.
-        heard: Places on the graph where layers gave something for every sample. A function that
-            none of them leads to, and that no layer holds, is left out.
+        loss: The loss of a batch, with its graph.
+        layer_outputs: Edges of the graph where layers returned one output per sample. Functions
+            that neither depend on such an output nor run inside a layer are left out.
     """
-    layers = {edge.node for edge in heard}
+    layers = {edge.node for edge in layer_outputs}
     return [
         loss_node
         for loss_node, in_layer in _near_root(loss, layers)
@@ -53,36 +53,36 @@ def find_losses(loss: Tensor, heard: Sequence[GradientEdge]) -> list[LossNode]:
 
 
 def find_losses_and_penalties(loss: Tensor) -> list[LossNode]:
-    """Return the same, and what looks like one but depends on parameters alone."""
+    """Return the loss functions near the root, including penalties on parameters."""
     return [loss_node for loss_node, _ in _near_root(loss, ())]
 
 
 def _near_root(loss: Tensor, layers: Collection[Any]) -> Iterator[tuple[LossNode, bool]]:
-    """Yield what looks like a loss function, and whether a layer holds it."""
+    """Yield possible loss functions, and whether each runs inside a layer."""
     waiting, seen = deque([(loss.grad_fn, False)]), {loss.grad_fn}
-    while waiting and len(seen) < _NODES_TO_SEARCH:
+    while waiting and len(seen) < _MAX_SEARCHED_NODES:
         node, in_layer = waiting.popleft()
         in_layer = in_layer or node in layers
         kind = _kind_of(node)
         if kind is not None:
             yield kind(node), in_layer
             continue
-        for following in _following(node):
-            if following not in seen:
-                seen.add(following)
-                waiting.append((following, in_layer))
+        for child in _children(node):
+            if child not in seen:
+                seen.add(child)
+                waiting.append((child, in_layer))
 
 
 def _sees_samples(node: Any, layers: Collection[Any]) -> bool:
-    """Say whether what goes into a node may depend on the samples: sure only where it says no."""
-    waiting, seen = deque(_following(node)), {node}
-    while waiting and len(seen) < _NODES_TO_SEARCH:
-        following = waiting.popleft()
-        # A function written in Python may hold layers that nobody hears, as checkpoints do.
-        if following in layers or isinstance(following, torch.autograd.function.BackwardCFunction):
+    """Return whether a node's inputs may depend on samples; only ``False`` is certain."""
+    waiting, seen = deque(_children(node)), {node}
+    while waiting and len(seen) < _MAX_SEARCHED_NODES:
+        current = waiting.popleft()
+        # A function written in Python may contain layers that are not hooked, as checkpoints do.
+        if current in layers or isinstance(current, torch.autograd.function.BackwardCFunction):
             return True
-        seen.add(following)
-        waiting.extend(one for one in _following(following) if one not in seen)
+        seen.add(current)
+        waiting.extend(child for child in _children(current) if child not in seen)
     return bool(waiting)
 
 
@@ -94,13 +94,13 @@ def _kind_of(node: Any) -> type[LossNode] | None:
     return _KINDS.get(node.name())
 
 
-def _following(node: Any) -> Iterator[Any]:
+def _children(node: Any) -> Iterator[Any]:
     if node is not None:
-        yield from (following for following, _ in node.next_functions if following is not None)
+        yield from (child for child, _ in node.next_functions if child is not None)
 
 
 def term_weights(loss: Tensor, nodes: Sequence[LossNode]) -> list[Tensor | None]:
-    """Return the weight of every term of every loss function in ``loss``; ``None`` if unused."""
+    """Return the weights in ``loss`` of each loss function's terms; ``None`` if it is unused."""
     grads = torch.autograd.grad(
         loss, [node.value for node in nodes], retain_graph=True, allow_unused=True
     )
@@ -114,16 +114,16 @@ def term_weights(loss: Tensor, nodes: Sequence[LossNode]) -> list[Tensor | None]
 def sampled_gradients(
     loss: Tensor, nodes: Sequence[LossNode], generator: Generator
 ) -> list[tuple[GradientEdge, Tensor]]:
-    """Draw labels, and return gradients whose outer products average to the loss's Hessian.
+    """Sample labels, and return gradients whose outer products average to the loss's Hessian.
 
     Args:
-        loss: The loss of a batch, on its graph.
+        loss: The loss of a batch, with its graph.
         nodes: Its loss functions.
-        generator: Where the draws come from.
+        generator: Generator of the samples.
 
     Returns:
-        Places of the model's outputs on the graph, each with a gradient: the sum over terms of the
-        square root of their weight in ``loss`` times the gradient for a drawn label.
+        Edges of the model's outputs in the graph, each with a gradient. It is the sum over terms of
+        the gradient for a sampled label times the square root of the term's weight in ``loss``.
     """
     weights = term_weights(loss, nodes) if nodes else []
     with torch.no_grad():

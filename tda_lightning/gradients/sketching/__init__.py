@@ -1,1 +1,1 @@
-"""Sketching: random projections from gradients to rows of a fixed length."""
+"""Sketching: random projections of gradients to rows of a fixed length."""

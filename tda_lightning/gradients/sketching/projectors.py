@@ -1,13 +1,13 @@
 r"""Projectors: random linear maps from gradients to sketches of dimension ``k``.
 
-Inner products survive them on average: :math:`E \langle Pa, Pb \rangle = \langle a, b \rangle`.
-A projector is a frozen set of arguments; bound to the blocks of a model it becomes a
-:class:`Sketcher`. Every map has two parts: each layer's matrix is shrunk on both sides (Kronecker)
-or taken whole, and the results of all layers are laid side by side or hashed into ``k`` columns
+They preserve inner products on average: :math:`E \langle Pa, Pb \rangle = \langle a, b \rangle`.
+A projector is a frozen set of arguments; :meth:`Projector.bind` turns it into a :class:`Sketcher`
+for the blocks of one model. Every map has two parts. First, each layer's matrix is shrunk on both
+sides (Kronecker) or left whole. Then the layers are laid side by side or hashed into ``k`` columns
 (the count sketch of Charikar, Chen & Farach-Colton 2002).
 
-All randomness is raw Philox bits, keyed by the seed and the layer's name: the same on every
-machine, on every device, in every version.
+All random numbers are raw Philox bits, keyed by the seed and the layer's name. They are the same on
+every machine, on every device, in every version.
 """
 
 from __future__ import annotations
@@ -31,39 +31,38 @@ from tda_lightning.gradients.sketching.sketcher import (
 )
 from tda_lightning.stores.recipe import Block
 
-# A model of so many parameters is taken whole: hashing a sample's gradient then takes 20 us at
-# most.
-_SMALL_MODEL = 2**16
-# Beyond this many hashed entries for each column of a row, a wider layer adds next to nothing.
-_ENTRIES_PER_COLUMN = 4
+# Models with at most this many parameters are hashed without shrinking: at most 20 us per sample.
+_MAX_UNSHRUNK_PARAMETERS = 2**16
+# With more hashed entries per column of a row, wider layers hardly improve accuracy.
+_MAX_ENTRIES_PER_COLUMN = 4
 
 
 @dataclass(frozen=True)
 class Projector(ABC):
-    """How gradients become sketch rows; plain whole numbers as arguments, no state."""
+    """A random linear map from gradients to sketch rows; its arguments are integers."""
 
     def __post_init__(self) -> None:
-        """Raise unless lengths are at least 1, and seeds at least 0."""
+        """Check that lengths are at least 1 and the seed at least 0."""
         for name, value in asdict(self).items():
             if not (name == "width" and value is None):
                 require_whole(name, value, least=0 if name == "seed" else 1)
 
     def bind(self, blocks: Sequence[Block], device: torch.device, dtype: torch.dtype) -> Sketcher:
-        """Return the linear map for these blocks, ready to be applied on ``device``."""
+        """Return the linear map for these blocks, on ``device``."""
         chosen = self.chosen_for(blocks)
-        maps = [chosen._block_map(block).to(device, dtype) for block in blocks]
+        block_maps = [chosen._block_map(block).to(device, dtype) for block in blocks]
         names = [block.name for block in blocks]
-        columns = chosen._column_map(names, [map_.size for map_ in maps])
-        return Sketcher(maps, columns.to(device, dtype), device, dtype)
+        column_map = chosen._column_map(names, [block_map.size for block_map in block_maps])
+        return Sketcher(block_maps, column_map.to(device, dtype), device, dtype)
 
     def chosen_for(self, blocks: Sequence[Block]) -> Projector:
-        """Return the projector with every argument that was left open filled in for the blocks."""
+        """Return the projector with unset arguments chosen for these blocks."""
         return self
 
     def to_dict(self) -> dict[str, str | int]:
-        """Return the class name and the arguments but those left open, for a recipe."""
-        given = {name: int(value) for name, value in asdict(self).items() if value is not None}
-        return {"name": type(self).__name__, **given}
+        """Return the class name and the arguments that are set, for a recipe."""
+        arguments = {name: int(value) for name, value in asdict(self).items() if value is not None}
+        return {"name": type(self).__name__, **arguments}
 
     @abstractmethod
     def _block_map(self, block: Block) -> BlockMap: ...
@@ -74,7 +73,7 @@ class Projector(ABC):
 
 @dataclass(frozen=True)
 class Identity(Projector):
-    """No projection: rows are whole gradients. Exact, and as wide as the model."""
+    """No projection: rows are full gradients. Exact, but as long as the model is large."""
 
     def _block_map(self, block: Block) -> BlockMap:
         return BlockMap(block.rows, block.columns)
@@ -88,7 +87,7 @@ class Kronecker(Projector):
     """Shrink each layer's matrix to at most ``width**2`` numbers and lay the layers side by side.
 
     Attributes:
-        width: Side of a shrunk layer.
+        width: Side length of a shrunk layer.
         seed: Seed of the random signs.
     """
 
@@ -104,11 +103,11 @@ class Kronecker(Projector):
 
 @dataclass(frozen=True)
 class CountSketch(Projector):
-    """Hash every parameter into one of ``dimension`` columns. Exact factors, long hash tables.
+    """Hash every parameter into one of ``dimension`` columns. No shrinking, long hash tables.
 
     Attributes:
-        dimension: Length of a sketch row; less if the model has fewer parameters.
-        seed: Seed of hashes and signs.
+        dimension: Length of a sketch row; shorter if the model has fewer parameters.
+        seed: Seed of the hashes and signs.
     """
 
     dimension: int = 2048
@@ -123,10 +122,10 @@ class CountSketch(Projector):
 
 @dataclass(frozen=True)
 class DenseProjection(Projector):
-    """Multiply whole gradients with a dense matrix of random signs: the slow reference.
+    """Multiply full gradients by a dense matrix of random signs: the slow reference.
 
-    The matrix holds ``dimension`` times as many numbers as the model; for small models and for
-    judging the other projectors only.
+    The matrix holds ``dimension`` times as many numbers as the model. Use it only for small models
+    and to evaluate other projectors.
 
     Attributes:
         dimension: Length of a sketch row.
@@ -153,11 +152,11 @@ class KroneckerCountSketch(Projector):
     """Shrink each layer's matrix, then hash all layers into one row: the default.
 
     Attributes:
-        dimension: Length of a sketch row; less if the shrunk layers need fewer.
-        width: Side of a shrunk layer. By default wide enough to take small models whole (shrinking
-            costs more accuracy than hashing does), else 32, or less for models of many layers,
-            whose shrunk matrices fill the row several times over anyway.
-        seed: Seed of signs and hashes.
+        dimension: Length of a sketch row; shorter if the shrunk layers have fewer entries.
+        width: Side length of a shrunk layer. By default, small models are not shrunk, because
+            shrinking costs more accuracy than hashing. For others it is 32, or less for many
+            layers, whose shrunk matrices then still fill the row several times over.
+        seed: Seed of the signs and hashes.
     """
 
     dimension: int = 2048
@@ -165,14 +164,15 @@ class KroneckerCountSketch(Projector):
     seed: int = 0
 
     def chosen_for(self, blocks: Sequence[Block]) -> Projector:
-        """Choose the width, if it was left open: as wide as is of use, since width is time."""
+        """Choose the width if it is unset; more than improves accuracy would only cost time."""
         if self.width is not None:
             return self
-        if sum(block.size for block in blocks) <= _SMALL_MODEL:
+        if sum(block.size for block in blocks) <= _MAX_UNSHRUNK_PARAMETERS:
             return replace(self, width=math.isqrt(max(block.size for block in blocks)) + 1)
         matrices = sum(block.columns > 1 for block in blocks)
-        fitting = [w for w in (32, 16) if matrices * w**2 <= _ENTRIES_PER_COLUMN * self.dimension]
-        return replace(self, width=fitting[0] if fitting else 8)
+        max_entries = _MAX_ENTRIES_PER_COLUMN * self.dimension
+        widths = [w for w in (32, 16) if matrices * w**2 <= max_entries]
+        return replace(self, width=widths[0] if widths else 8)
 
     def _block_map(self, block: Block) -> BlockMap:
         assert self.width is not None
@@ -186,24 +186,24 @@ _PROJECTORS = (Identity, Kronecker, CountSketch, KroneckerCountSketch, DenseProj
 
 
 def projector_from_dict(data: Mapping[str, str | int]) -> Projector:
-    """Rebuild a projector from what a recipe says of it.
+    """Rebuild a projector from its entry in a recipe.
 
     Raises:
-        ValueError: If this version does not know the projector.
+        ValueError: If this version has no such projector.
     """
     arguments = {key: int(value) for key, value in data.items() if key != "name"}
     for projector in _PROJECTORS:
         if projector.__name__ == data["name"]:
             return projector(**arguments)
-    known = ", ".join(projector.__name__ for projector in _PROJECTORS)
+    names = ", ".join(projector.__name__ for projector in _PROJECTORS)
     raise ValueError(
-        f"The run was sketched by a `{data['name']}`; expected one of {known}. "
+        f"The run was sketched by a `{data['name']}`; expected one of {names}. "
         "Read it with the version of tda_lightning that wrote it."
     )
 
 
 def _shrink(block: Block, width: int, seed: int) -> BlockMap:
-    """Fit a block into ``width**2`` numbers; a short side leaves its room to the other."""
+    """Shrink a matrix to at most ``width**2`` numbers; beside a short side, the other is longer."""
     if block.size <= width**2 or block.columns == 1:
         return BlockMap(block.rows, block.columns)
     rows = min(block.rows, max(width, width**2 // block.columns))
@@ -221,9 +221,9 @@ def _shrink(block: Block, width: int, seed: int) -> BlockMap:
 def _hash_or_lay_out(
     names: Sequence[str], sizes: Sequence[int], dimension: int, seed: int
 ) -> ColumnMap:
-    if sum(sizes) <= dimension:  # Collisions would lose what there is room for.
+    if sum(sizes) <= dimension:  # All entries fit, so avoid collisions.
         return SideBySide(sizes)
     pairs = list(zip(names, sizes, strict=True))
-    places = [buckets(size, dimension, seed, f"{name}/buckets") for name, size in pairs]
-    flips = [signs(size, seed, f"{name}/signs") for name, size in pairs]
-    return Hashed(places, flips, dimension)
+    bucket_tables = [buckets(size, dimension, seed, f"{name}/buckets") for name, size in pairs]
+    sign_tables = [signs(size, seed, f"{name}/signs") for name, size in pairs]
+    return Hashed(bucket_tables, sign_tables, dimension)

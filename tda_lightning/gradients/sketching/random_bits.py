@@ -1,8 +1,7 @@
-"""Random signs and buckets from raw Philox bits: the same everywhere, for ever.
+"""Random signs and hash buckets from raw Philox bits: the same on all machines and versions.
 
-NumPy promises the stability of its raw words, which neither its distributions nor torch's
-generators have. Each table is keyed by a seed and a name, so that no table depends on which others
-there are.
+NumPy guarantees that its raw words never change. Its distributions and torch's generators come
+without this guarantee. Each table is keyed by a seed and a name, so it does not depend on others.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 
 def sign_matrix(height: int, width: int, seed: int, key: str) -> Float[Tensor, "height width"]:
-    """Return a matrix whose columns are random signs over the root of ``width``."""
+    """Return a matrix of random signs, divided by the square root of ``width``."""
     return signs(height * width, seed, key).reshape(height, width) / math.sqrt(width)
 
 
@@ -29,7 +28,7 @@ def signs(count: int, seed: int, key: str) -> Float[Tensor, " count"]:
 
 
 def buckets(count: int, dimension: int, seed: int, key: str) -> Int[Tensor, " count"]:
-    """Return independent numbers from 0 to ``dimension - 1``."""
+    """Return independent integers from 0 to ``dimension - 1``."""
     words = _random_words(count, seed, key)
     return torch.from_numpy((words % np.uint64(dimension)).astype(np.int64))
 

@@ -1,7 +1,7 @@
-"""Sketcher: a projector bound to the blocks of one model, a linear map ready to be applied.
+"""Sketcher: the linear map from one model's gradients to sketch rows.
 
-It has two parts. A :class:`BlockMap` shrinks one layer's gradient, or takes it whole; a
-:class:`ColumnMap` says where the results of all layers go in a row.
+It has two parts. A :class:`BlockMap` shrinks one layer's gradient or leaves it whole. A
+:class:`ColumnMap` adds the results of all layers to the columns of a row.
 """
 
 from __future__ import annotations
@@ -24,66 +24,66 @@ class Sketcher:
 
     Attributes:
         dimension: Length ``k`` of a sketch row.
-        widths: Number of its columns that belong to each block, or ``None`` where they share them.
+        widths: Number of columns per block, or ``None`` if the blocks share columns.
     """
 
     def __init__(
         self,
-        blocks: Sequence[BlockMap],
-        columns: ColumnMap,
+        block_maps: Sequence[BlockMap],
+        column_map: ColumnMap,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._plain = blocks
-        self._blocks = blocks
-        self._columns = columns
+        self._unscaled_blocks = block_maps
+        self._blocks = block_maps
+        self._column_map = column_map
         self._device = device
         self._dtype = dtype
-        self.dimension = columns.dimension
-        self.widths = columns.widths
+        self.dimension = column_map.dimension
+        self.widths = column_map.widths
 
     def precondition(self, preconditioner: Preconditioner) -> None:
-        """From now on, multiply gradients by these factors before they are sketched."""
+        """Multiply all further gradients by these factors before they are sketched."""
         rows = preconditioner.rows.to(self._device, self._dtype)
         columns = preconditioner.columns.to(self._device, self._dtype)
         parts = zip(
-            self._plain,
-            torch.split(rows, [block.rows for block in self._plain]),
-            torch.split(columns, [block.columns for block in self._plain]),
+            self._unscaled_blocks,
+            torch.split(rows, [block.rows for block in self._unscaled_blocks]),
+            torch.split(columns, [block.columns for block in self._unscaled_blocks]),
             strict=True,
         )
         self._blocks = [block.scaled(r, c) for block, r, c in parts]
 
     def empty_rows(self, n: int) -> Float[Tensor, "n k"]:
-        """Return ``n`` rows of zeros, to be added to."""
+        """Return ``n`` rows of zeros, to pass to :meth:`add_`."""
         return torch.zeros(n, self.dimension, device=self._device, dtype=self._dtype)
 
     def add_(self, rows: Float[Tensor, "n k"], block: int, factors: GradientFactors) -> None:
         """Add the sketches of one block's per-sample gradients to ``rows``, in place."""
-        self._columns.add_(rows, block, self._blocks[block].project(factors, self._dtype))
+        self._column_map.add_(rows, block, self._blocks[block].project(factors, self._dtype))
 
     def sketch_matrix(
         self, block: int, matrix: Float[Tensor, "rows columns"]
     ) -> Float[Tensor, " k"]:
-        """Sketch a gradient given as its block's matrix: the obvious form of :meth:`add_`."""
+        """Sketch one gradient of a block, given as a matrix: the direct form of :meth:`add_`."""
         row = self.empty_rows(1)
-        # A block that is taken whole may come back as it is, and it is not ours.
+        # `project_matrix` may return a view of the caller's matrix, and `add_` may overwrite it.
         values = self._blocks[block].project_matrix(matrix.to(self._dtype)).clone()
-        self._columns.add_(row, block, values[None])
+        self._column_map.add_(row, block, values[None])
         return row[0]
 
 
 @dataclass(frozen=True)
 class BlockMap:
-    """The map of one block: a matrix on either side, or none.
+    """The map of one block: on each side a matrix, or ``None`` to leave the side unchanged.
 
     Attributes:
-        rows: Rows of the block, before.
-        columns: Columns of the block, before.
-        left: Applied to the rows, shape ``(rows, rows after)``.
-        right: Applied to the columns, shape ``(columns, columns after)``.
-        scale: Multiplied with the entries of the mapped block, shape ``(1 or rows after, 1 or
-            columns after)``: what of a preconditioner concerns sides that are not mapped.
+        rows: Number of rows of the block.
+        columns: Number of columns of the block.
+        left: Applied to the rows, shape ``(rows, mapped rows)``.
+        right: Applied to the columns, shape ``(columns, mapped columns)``.
+        scale: Multiplied by the entries of the mapped block, shape ``(1 or mapped rows, 1 or
+            mapped columns)``. It holds a preconditioner's factors for unchanged sides.
     """
 
     rows: int
@@ -100,33 +100,33 @@ class BlockMap:
         return rows * columns
 
     def scaled(self, rows: Float[Tensor, " rows"], columns: Float[Tensor, " columns"]) -> BlockMap:
-        """Return the map of blocks whose entries are multiplied by ``rows[i] * columns[j]``."""
-        one = rows.new_ones(1)
-        scale = (rows if self.left is None else one)[:, None] * (
-            columns if self.right is None else one
-        )
+        """Return a map that first multiplies entry ``(i, j)`` by ``rows[i] * columns[j]``."""
+        ones = rows.new_ones(1)
+        row_scale = rows if self.left is None else ones
+        column_scale = columns if self.right is None else ones
+        scale = row_scale[:, None] * column_scale
         left = None if self.left is None else rows[:, None] * self.left
         right = None if self.right is None else columns[:, None] * self.right
         return BlockMap(self.rows, self.columns, left, right, scale)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> BlockMap:
-        """Return the same map elsewhere."""
+        """Return the map on another device, or in another number format."""
         left = None if self.left is None else self.left.to(device, dtype)
         right = None if self.right is None else self.right.to(device, dtype)
         return BlockMap(self.rows, self.columns, left, right)
 
     def project(self, factors: GradientFactors, dtype: torch.dtype) -> Float[Tensor, "n m"]:
-        """Map per-sample gradients, shape ``(n, size)``."""
+        """Map per-sample gradients to flat rows of length ``size``."""
         inputs = _apply(factors.inputs, self.right, dtype)
         grads = _apply(factors.grad_outputs, self.left, dtype)
         products = _sum_of_outer_products(grads, inputs)
         return (products if self.scale is None else products.mul_(self.scale)).flatten(1)
 
     def project_matrix(self, matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, " m"]:
-        """Map one gradient, given as a matrix."""
-        shrunk = matrix if self.left is None else self.left.mT @ matrix
-        shrunk = shrunk if self.right is None else shrunk @ self.right
-        return (shrunk if self.scale is None else shrunk * self.scale).flatten()
+        """Map one gradient, given as a matrix, to a flat row."""
+        mapped = matrix if self.left is None else self.left.mT @ matrix
+        mapped = mapped if self.right is None else mapped @ self.right
+        return (mapped if self.scale is None else mapped * self.scale).flatten()
 
 
 def _apply(operand: Operand, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -136,20 +136,20 @@ def _apply(operand: Operand, matrix: Tensor | None, dtype: torch.dtype) -> Tenso
 def _sum_of_outer_products(
     grads: Float[Tensor, "n s a"], inputs: Float[Tensor, "n s b"]
 ) -> Float[Tensor, "n a b"]:
-    if grads.shape[1] == 1:  # Broadcasting beats a batch of rank-one matrix products.
+    if grads.shape[1] == 1:  # Broadcasting is faster than rank-one matrix products.
         return grads.mT * inputs
     return grads.mT @ inputs
 
 
 class ColumnMap(ABC):
-    """Where the entries of every mapped block go in a row."""
+    """Map from the entries of all mapped blocks to the columns of a row."""
 
     dimension: int
     widths: tuple[int, ...] | None = None
 
     @abstractmethod
     def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
-        """Return the same map elsewhere."""
+        """Return the map on another device, or in another number format."""
 
     @abstractmethod
     def add_(self, rows: Float[Tensor, "n k"], block: int, values: Float[Tensor, "n m"]) -> None:
@@ -157,7 +157,7 @@ class ColumnMap(ABC):
 
 
 class SideBySide(ColumnMap):
-    """Every block has columns of its own."""
+    """Each block has separate columns."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         ends = np.cumsum(sizes).tolist()
@@ -166,7 +166,7 @@ class SideBySide(ColumnMap):
         self.widths = tuple(sizes)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
-        """Return itself: there is nothing to move."""
+        """Return the map itself: it holds no tensors."""
         return self
 
     def add_(self, rows: Float[Tensor, "n k"], block: int, values: Float[Tensor, "n m"]) -> None:
@@ -175,7 +175,7 @@ class SideBySide(ColumnMap):
 
 
 class Hashed(ColumnMap):
-    """Every entry goes, with a random sign, to a random column: one hash per entry."""
+    """Each entry is added to one random column with a random sign (count sketch)."""
 
     def __init__(self, buckets: Sequence[Tensor], signs: Sequence[Tensor], dimension: int) -> None:
         self._buckets = buckets
@@ -183,26 +183,26 @@ class Hashed(ColumnMap):
         self.dimension = dimension
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
-        """Return the same hash tables elsewhere."""
+        """Return the map on another device, or in another number format."""
         buckets = [table.to(device) for table in self._buckets]
         return Hashed(buckets, [signs.to(device, dtype) for signs in self._signs], self.dimension)
 
     def add_(self, rows: Float[Tensor, "n k"], block: int, values: Float[Tensor, "n m"]) -> None:
-        """Add a block's values, signed, to the columns that the hash names."""
+        """Add a block's values, with their signs, to their hashed columns."""
         rows.index_add_(1, self._buckets[block], values.mul_(self._signs[block]))
 
 
 class Multiplied(ColumnMap):
-    """Every entry goes to every column, with a random weight."""
+    """Each entry is added to every column with a random sign (dense projection)."""
 
     def __init__(self, matrices: Sequence[Tensor]) -> None:
         self._matrices = matrices
         self.dimension = matrices[0].shape[1]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
-        """Return the same matrices elsewhere."""
+        """Return the map on another device, or in another number format."""
         return Multiplied([matrix.to(device, dtype) for matrix in self._matrices])
 
     def add_(self, rows: Float[Tensor, "n k"], block: int, values: Float[Tensor, "n m"]) -> None:
-        """Add a block's values, multiplied with its matrix."""
+        """Add a block's values, multiplied by its matrix."""
         rows.addmm_(values, self._matrices[block])
