@@ -1,4 +1,4 @@
-"""Attribution methods: one method, one file that reads like its paper."""
+"""Attribution methods, one per file, each close to the equations of its paper."""
 
 from tda_lightning.attribution.attributor import Attributor, SelfAttributor
 from tda_lightning.attribution.dynamics.curvature import (

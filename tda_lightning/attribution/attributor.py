@@ -1,17 +1,18 @@
-r"""Attributor: what every method has in common.
+r"""Attributor: the base class of all attribution methods.
 
-A method gives, for each step of a run, the direction that each query looks for in it. The score of
-a training sample is what its visits have in that direction,
+For each step of a run, a method gives a direction per query. The score of a training sample is the
+inner product of that direction with the rows of the sample's visits, summed over the steps,
 
 .. math:: s(q, i) = \sum_{t \,:\, i \in B_t} \langle d_q^{(t)}, g_i^{(t)} \rangle
 
-so a method is a generator of a few lines, and the pass over the store is written once, here.
+A method is therefore a generator of a few lines. The pass over the store is written once, here.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,13 +27,15 @@ from tda_lightning.stores.step import Step
 
 
 class Attributor(ABC):
-    """A method of attribution, with its hyper-parameters."""
+    """An attribution method with its hyper-parameters."""
 
     @abstractmethod
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
-        """Yield the steps of ``run``, in any order, with what each query looks for in them.
+        """Yield the steps of ``run``, in any order, with one direction per query for each.
+
+        A visit scores the inner product of its row with the direction.
 
         Args:
             run: The recorded training.
@@ -40,48 +43,52 @@ class Attributor(ABC):
         """
 
     def require(self, run: Store) -> None:
-        """Raise unless this run can be asked; all are that have steps, if a method says no more.
+        """Check that the method can be applied to a run.
+
+        By default, every run that has steps is accepted.
 
         Raises:
-            ValueError: Saying what is missing.
+            ValueError: If the run lacks something that the method needs.
         """
         if len(run) == 0:
-            raise ValueError("The run has no step; expected at least one. Take more of it.")
+            raise ValueError("The run has no steps; expected at least one. Pass a longer slice.")
 
     def visit_scores(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n n_query"]]]:
-        """Yield the steps of ``run`` with what each visit has in each query's direction.
+        """Yield the steps of ``run`` with the score of each visit for each query.
 
-        A method that comes by these products on the way to its directions gives them here, to
-        spare the pass one product per step.
+        A method that computes these products on the way to its directions overrides this, which
+        saves one product per step.
         """
         for step, direction in self.directions(run, queries):
             yield step, step.sketch @ direction.mT
 
     def precomputed(self, run: Store, like: Tensor) -> Attributor:
-        """Return a method that says the same of this run, and does once what needs no query.
+        """Return an equivalent method in which the part that needs no query is computed.
 
-        It is asked about many queries, some at a time. A method for which nothing can be done
-        before, as none by default, returns itself.
+        Used where many queries are scored in several passes. By default there is no such part, and
+        the method itself is returned.
 
         Args:
             run: The recorded training.
-            like: A tensor that is where the queries will be, and as they will be.
+            like: A tensor with the device and number format of the queries to come.
         """
         return self
 
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
     ) -> Float[Tensor, "n_train n_query"]:
-        """Turn the sum over a sample's visits into its score: the sum itself, by default.
+        """Turn the sum over a sample's visits into its score; by default, the sum is the score.
 
-        The sums may be changed in place.
+        Args:
+            total: Sums over the visits of each training sample, which may be changed in place.
+            visits: Number of visits of each training sample.
         """
         return total
 
     def is_linear(self) -> bool:
-        """Say whether scores are linear in the query; they are, by default."""
+        """Return whether scores are linear in the query; by default, they are."""
         return True
 
     def attribute(
@@ -89,7 +96,11 @@ class Attributor(ABC):
     ) -> Scores:
         """Score every training sample for every query, in one pass over the run.
 
-        The work is done where ``queries`` are, in their number format.
+        The computation uses the device and number format of ``queries``.
+
+        Memory does not depend on the number of steps. It holds twice the scores, three times the
+        queries, and four blocks of the store (of one step, if steps are large). Each method
+        documents its additional memory.
 
         Args:
             run: The recorded training.
@@ -97,14 +108,12 @@ class Attributor(ABC):
             progress: Show a progress bar.
 
         Returns:
-            Scores; samples that were never drawn have zero. Memory: twice the scores, three times
-            the queries, four blocks of the store (of one step, if steps are large), and what the
-            method says; the number of steps does not matter.
+            Scores, shape ``(n_query, n_train)``; zero for samples that were never drawn.
         """
         self.require(run)
         totals = Totals(run.train_ids(), len(queries), queries)
         pairs = self.visit_scores(DeviceView(run, queries), queries)
-        for step, scores in _follow(pairs, len(run), progress, f"{type(self).__name__}"):
+        for step, scores in _with_progress(pairs, len(run), progress, f"{type(self).__name__}"):
             totals.add_(step.sample_ids, scores)
         return Scores(
             values=self.combine(totals.values, totals.visits).mT.contiguous().cpu(),
@@ -121,11 +130,11 @@ class Attributor(ABC):
         *,
         progress: bool = True,
     ) -> Scores:
-        """Average over several trainings: over their scores, by default.
+        """Average over several trainings; by default, take the mean of their scores.
 
         Args:
             runs: The recorded trainings, on the same data.
-            queries: The queries, recorded for each of them.
+            queries: Gradient sketches of the same queries, recorded for each of the runs.
             progress: Show progress bars.
         """
         pairs = zip(runs, queries, strict=True)
@@ -133,14 +142,14 @@ class Attributor(ABC):
 
 
 class SelfAttributor(Attributor):
-    """A method that also says how much a sample did for itself."""
+    """A method that can also score each training sample for its own loss."""
 
     @abstractmethod
     def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
-        """Yield the steps of ``run`` with what each of their visits did for its own sample."""
+        """Yield the steps of ``run`` with the score of each visit for its own sample's loss."""
 
     def self_influence(self, run: Store, *, progress: bool = True) -> SampleScores:
-        """Score every training sample for itself, in one pass over the run.
+        """Score every training sample for its own loss, in one pass over the run.
 
         Args:
             run: The recorded training.
@@ -151,8 +160,8 @@ class SelfAttributor(Attributor):
         totals = Totals(run.train_ids(), 1, like)
         name = f"{type(self).__name__}, self-influence"
         pairs = self.own_scores(DeviceView(run, like))
-        for step, own in _follow(pairs, len(run), progress, name):
-            totals.add_(step.sample_ids, own[:, None])
+        for step, scores in _with_progress(pairs, len(run), progress, name):
+            totals.add_(step.sample_ids, scores[:, None])
         return SampleScores(
             values=self.combine(totals.values, totals.visits)[:, 0],
             train_ids=totals.train_ids,
@@ -167,7 +176,7 @@ class Totals:
     Args:
         train_ids: Ids of the training samples, sorted.
         width: Length of a row.
-        like: A tensor that is where the sums shall be, and as they shall be.
+        like: A tensor with the device and number format of the sums.
     """
 
     def __init__(self, train_ids: Int[Tensor, " n_train"], width: int, like: Tensor) -> None:
@@ -176,23 +185,24 @@ class Totals:
         self.visits = like.new_zeros(len(train_ids), 1)
 
     def add_(self, sample_ids: Int[Tensor, " n"], values: Float[Tensor, "n width"]) -> None:
-        """Add one row per visit to the rows of its samples.
+        """Add one row per visit to the rows of the visited samples.
 
         Raises:
             ValueError: If a sample is not in the training set.
         """
-        places = torch.searchsorted(self.train_ids, sample_ids).clamp_max_(len(self.train_ids) - 1)
-        found = self.train_ids[places]
-        if not torch.equal(found, sample_ids):
-            stranger = int(sample_ids[found != sample_ids][0])
+        last = len(self.train_ids) - 1
+        positions = torch.searchsorted(self.train_ids, sample_ids).clamp_max_(last)
+        is_unknown = self.train_ids[positions] != sample_ids
+        if is_unknown.any():
             raise ValueError(
-                f"Sample {stranger} is not in the training set of the run; expected the "
-                f"{len(self.train_ids)} ids of `run.train_ids()`. Record the same data set."
+                f"Sample {int(sample_ids[is_unknown][0])} is not in the training set of the run; "
+                f"expected the {len(self.train_ids)} ids of `run.train_ids()`. Record the same "
+                "data set."
             )
-        places = places.to(values.device)
-        self.values.index_add_(0, places, values)
-        self.visits.index_add_(0, places, self.visits.new_ones(len(places), 1))
+        positions = positions.to(values.device)
+        self.values.index_add_(0, positions, values)
+        self.visits.index_add_(0, positions, self.visits.new_ones(len(positions), 1))
 
 
-def _follow(items: Iterable, total: int, progress: bool, name: str) -> Iterator:  # type: ignore[type-arg]
+def _with_progress(items: Iterable[Any], total: int, progress: bool, name: str) -> Iterator[Any]:
     return iter(tqdm(items, total=total, desc=name, unit="step", leave=False, disable=not progress))

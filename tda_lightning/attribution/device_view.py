@@ -1,4 +1,4 @@
-"""A run seen from a device: steps come with their tensors where a method wants to work."""
+"""Device view: a run whose steps are read onto one device, in one number format."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tda_lightning.stores.step import Preconditioner, Step, StepFacts
 
 
 class DeviceView(Store):
-    """A view of a run whose rows are on a device, in a number format; ids stay on the CPU.
+    """A view of a run whose rows are moved to a device and number format; ids stay on the CPU.
 
     Args:
         run: The run to view.
-        like: A tensor that is where the rows shall be, and as they shall be.
+        like: A tensor with the device and number format of the rows.
     """
 
     def __init__(self, run: Store, like: Tensor) -> None:
@@ -34,7 +34,7 @@ class DeviceView(Store):
         return len(self._run)
 
     def read(self, position: int) -> Step:
-        """Return a step, moved.
+        """Return a step, moved to the device.
 
         Raises:
             ValueError: If its rows are not finite.
@@ -51,15 +51,15 @@ class DeviceView(Store):
         )
 
     def facts_at(self, position: int) -> StepFacts:
-        """Return what is known of a step besides its rows, on the CPU."""
+        """Return the facts of a step without its rows, on the CPU."""
         return self._run.facts_at(position)
 
     def snapshots(self) -> list[int]:
-        """Return the steps before which the weights were kept."""
+        """Return the indices of the steps before which a snapshot was taken."""
         return self._run.snapshots()
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:
-        """Return the coordinates of a step's rows, where they are."""
+        """Return the coordinates of a step's rows, on the device of the run."""
         return self._run.preconditioner(position)
 
     def _move(self, tensor: Tensor | None) -> Tensor | None:
@@ -67,12 +67,12 @@ class DeviceView(Store):
 
 
 def _require_finite(step: Step, position: int) -> None:
-    # A sum takes a fraction of the time, and is finite only if its terms are.
+    # A sum is finite only if its terms are, and takes a fraction of the time.
     if isfinite(step.sketch.sum()) or bool(step.sketch.isfinite().all()):
         return
-    before = f"ask about the steps before it, `run[:{position}]` with the weights of that time"
+    earlier = f"use the steps before it, `run[:{position}]`, with the weights of that time"
     raise ValueError(
         f"Step {step.index} of the run has gradients that are not finite: the training diverged "
         "there, or a sample holds NaN. Expected finite rows; "
-        f"{before if position else 'train anew'}."
+        f"{earlier if position else 'train again'}."
     )

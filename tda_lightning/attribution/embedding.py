@@ -1,11 +1,11 @@
-r"""Embedding: a training, asked once, answers for good.
+r"""Embedding: one vector per training sample, which scores any query by an inner product.
 
-A method whose scores are linear in the query is a matrix: asked about the ``k`` unit vectors, it
-gives one vector per training sample, and the score of any query is an inner product,
+A method whose scores are linear in the query is a matrix. Its scores for the ``k`` unit vectors
+give one vector per training sample, and the score of any query is an inner product,
 
 .. math:: s(q, i) = \langle g_q, e_i \rangle, \qquad e_{i, j} = s(\text{unit vector}_j, i)
 
-Of :class:`~tda_lightning.Unrolled` these are the data value embeddings of Wang et al. (2025),
+For :class:`~tda_lightning.Unrolled` these are the data value embeddings of Wang et al. (2025),
 "Capturing the Temporal Dependence of Training Data Influence".
 """
 
@@ -28,20 +28,23 @@ def embed(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Embedding:
-    """Ask a method once for all queries to come.
+    """Compute one vector per training sample, from which any query can be scored later.
 
-    It costs what asking it about ``k`` queries costs, and the memory of twice their scores and of
+    The cost is that of attributing ``k`` queries. Memory: twice the scores of these queries, and
     three matrices of ``(k, k)`` numbers.
 
     Args:
         run: The recorded training: its folder or a store.
-        method: How to attribute; its scores must be linear in the query.
-        device: Where to work.
+        method: The attribution method; its scores must be linear in the query.
+        device: Device of the computation.
         progress: Show a progress bar.
+
+    Returns:
+        The vectors, shape ``(n_train, k)``, with the ids of their samples.
 
     Raises:
         FileNotFoundError: If there is no run at the path.
-        ValueError: If the method is not linear in the query, or the run has no step.
+        ValueError: If the method is not linear in the query, or if the run has no steps.
     """
     if not isinstance(method, Attributor) or not method.is_linear():
         raise ValueError(
@@ -49,8 +52,8 @@ def embed(
             "`Unrolled()`, `TracIn()` or `GradientSimilarity('dot')`. Use `attribute` instead."
         )
     store = open_store(run, "run")
-    units = torch.eye(store.recipe.dimension, dtype=store.recipe.torch_dtype, device=device)
-    scores = method.attribute(store, units, progress=progress)
+    unit_vectors = torch.eye(store.recipe.dimension, dtype=store.recipe.torch_dtype, device=device)
+    scores = method.attribute(store, unit_vectors, progress=progress)
     return Embedding(
         scores.values.mT.contiguous(), scores.train_ids, scores.method, scores.provenance
     )

@@ -1,11 +1,11 @@
-r"""Similarity in gradient space: which training samples ask for the change that the query asks for?
+r"""Gradient similarity: which training samples have gradients that point the way of the query's?
 
 .. math:: s(q, i) = \frac{1}{|T_i|} \sum_{t \in T_i} \cos(g_q, g_i^{(t)}), \qquad
    T_i = \{t : i \in B_t\}
 
-Hanawa et al. (2021), "Evaluation of Similarity-based Explanations", section 2 (there at the final
-weights; here averaged over the visits of the run). Their cosine passes the tests that the inner
-product fails, which large gradients dominate.
+Hanawa et al. (2021), "Evaluation of Similarity-based Explanations", section 2. They compare
+gradients at the final weights; here the similarity is averaged over the visits of the run. In
+their tests, the cosine passes where the inner product fails, which large gradients dominate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Measure = Literal["cosine", "dot"]
 
 @dataclass(frozen=True)
 class GradientSimilarity(Attributor):
-    """Mean over a sample's visits of the similarity between its gradient and the query's.
+    """Similarity of a sample's and the query's gradient, averaged over the sample's visits.
 
     Attributes:
         measure: ``"cosine"``, or ``"dot"`` for the inner product of the gradients of single losses.
@@ -37,28 +37,28 @@ class GradientSimilarity(Attributor):
     measure: Measure = "cosine"
 
     def __post_init__(self) -> None:
-        """Raise unless the measure is one of those there are."""
+        """Validate `measure`."""
         require_choice("measure", self.measure, Measure)
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
-        """Look for the query's gradient in rows that are brought to one scale."""
-        direction = unit_rows(queries) if self.measure == "cosine" else queries
+        """Yield each step, with its rows normalized, and the query's gradient."""
+        g_q = unit_rows(queries) if self.measure == "cosine" else queries
         for step in run:
-            yield replace(step, sketch=self._scaled(step)), direction
+            yield replace(step, sketch=self._normalized(step)), g_q
 
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
     ) -> Float[Tensor, "n_train n_query"]:
-        """Average over visits; samples that were never drawn keep zero."""
+        """Average over visits; the score of samples that were never drawn stays zero."""
         return total.div_(visits.clamp_min(1))
 
     def is_linear(self) -> bool:
-        """Say so of inner products; a cosine is not."""
+        """Return whether the measure is the inner product; a cosine is not linear."""
         return self.measure == "dot"
 
-    def _scaled(self, step: Step) -> Float[Tensor, "n k"]:
+    def _normalized(self, step: Step) -> Float[Tensor, "n k"]:
         return (
             unit_rows(step.sketch)
             if self.measure == "cosine"

@@ -1,18 +1,17 @@
-r"""Influence function: what would the best weights be without this sample, to first order?
+r"""Influence function: how would the optimal weights change without a sample, to first order?
 
 .. math:: s(q, i) = \frac{1}{n} \, g_q^\top (\bar H + \delta I)^{-1} \bar g_i
 
-Koh & Liang (2017), "Understanding Black-box Predictions via Influence Functions", eq. 2; here with
-the sign of a presence, in sketch space, where the matrix is :math:`k \times k`, and with curvature
-and gradients averaged over the training instead of taken at its end: the training is not at a
-minimum, and the averages agree better with what retraining does on average.
+Koh & Liang (2017), "Understanding Black-box Predictions via Influence Functions", eq. 2, with three
+differences. The sign is that of the sample's presence. The matrix is :math:`k \times k`, in sketch
+space. Curvature and gradients are averaged over the training instead of taken at its end: the
+training is not at a minimum, and the averages agree better with the mean effect of retraining.
 
-**Damping** stands for what a training of finite length leaves unlearned. Descent for a total time
-of :math:`\tau = \sum_t \eta_t` undoes :math:`1 - e^{-\tau \lambda}` of a displacement along an
-eigenvector, which :math:`\lambda / (\lambda + \delta)` resembles for a :math:`\delta` of the order
-of :math:`1 / \tau`. The default, :math:`1.5 / \tau`, was the best or near it on every task
-measured.
-Weight decay is curvature too, and added.
+**Damping** accounts for the finite length of the training. Let :math:`\tau = \sum_t \eta_t` be the
+sum of its learning rates. Gradient descent removes :math:`1 - e^{-\tau \lambda}` of a displacement
+along an eigenvector. For a :math:`\delta` of the order of :math:`1 / \tau`, this is close to
+:math:`\lambda / (\lambda + \delta)`. The default, :math:`1.5 / \tau`, was the best or near the best
+on every measured task. Weight decay is also curvature, and is added.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
     warn_of_approximations,
 )
 from tda_lightning.attribution.linalg import damped_root
-from tda_lightning.attribution.visits import as_own_gradients, last_epoch, last_visits
+from tda_lightning.attribution.visits import last_epoch, last_visits, unweighted
 from tda_lightning.stores import Store
 from tda_lightning.stores.step import Step
 
@@ -51,19 +50,20 @@ Visits = Literal["all visits", "last visit"]
 
 @dataclass(frozen=True)
 class InfluenceFunction(SelfAttributor):
-    r"""Inverse curvature times gradient; scores estimate a change of the query's loss.
+    r"""Inverse curvature times gradient, in sketch space.
 
-    Memory: three matrices of :math:`k \times k` numbers.
+    A score estimates by how much the sample's presence lowered the query's loss. Memory: three
+    matrices of :math:`k \times k` numbers.
 
     Attributes:
-        curvature: How to build each step's curvature.
-        damping: Added to the curvature's diagonal, besides the run's weight decay; ``None`` for
-            1.5 / (sum of the learning rates used, over 1 - momentum).
-        curvature_over: Which steps to average curvature over.
-        rows: Which visits to average a sample's gradient over.
-        curvature_from: A recording to take curvature from instead, such as one at the final
-            weights.
-        rows_from: A recording to take training rows from instead.
+        curvature: How to build the curvature of each step.
+        damping: Added to the diagonal of the curvature, besides the weight decay of the run. With
+            ``None``, it is 1.5 / (sum of the learning rates used, over 1 - momentum).
+        curvature_over: The steps over which curvature is averaged.
+        rows: The visits over which a sample's gradient is averaged.
+        curvature_from: Another recording, such as one at the final weights, from which to take the
+            curvature.
+        rows_from: Another recording from which to take the training rows.
     """
 
     curvature: Curvature = SampledOrEmpirical()
@@ -75,7 +75,7 @@ class InfluenceFunction(SelfAttributor):
     _factor: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Raise unless every argument is one of those there are."""
+        """Validate the arguments."""
         require_kind("curvature", self.curvature, Curvature, "`SampledLabels()`")
         require_choice("curvature_over", self.curvature_over, Steps)
         require_choice("rows", self.rows, Visits)
@@ -86,7 +86,7 @@ class InfluenceFunction(SelfAttributor):
                 require_kind(name, getattr(self, name), Store, "`record(...)` returns")
 
     def require(self, run: Store) -> None:
-        """Raise unless the run tells its damping, and other recordings can stand for its rows."""
+        """Check that the run gives a damping, and that other recordings match its rows."""
         super().require(run)
         if self.damping is None:
             require_training(run)
@@ -96,83 +96,88 @@ class InfluenceFunction(SelfAttributor):
                 continue
             run.recipe.require_alike(other.recipe, name)
             if len(other) == 0:
-                raise ValueError(f"`{name}` holds no step; expected one. Record some batches.")
+                raise ValueError(
+                    f"`{name}` holds no steps; expected at least one. Record some batches."
+                )
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
-        """Look for one direction in all visits: the query's gradient, as the minimum sees it."""
+        """Yield each step with the same direction: inverse curvature times the query's gradient."""
         extent = Extent.of(run)
-        solved = torch.cholesky_solve(queries.mT, self._root(run, extent, queries)).mT
-        direction = extent.weight / len(run.train_ids()) * solved
+        solution = torch.cholesky_solve(queries.mT, self._root(run, extent, queries)).mT
+        direction = extent.weight / len(run.train_ids()) * solution
         for step in self._visits(run, queries):
             yield step, direction
 
     def precomputed(self, run: Store, like: Tensor) -> InfluenceFunction:
-        """Return a method that has factorized the curvature, and keeps its factor."""
+        """Return a method that stores the factorized curvature."""
         return replace(self, _factor=self._root(run, Extent.of(run), like))
 
     def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
-        """Yield what the presence of each visit's sample does to that visit's loss."""
+        """Yield each step with the effect of each visit's sample on that visit's loss."""
         extent, like = Extent.of(run), torch.empty(0, dtype=run.recipe.torch_dtype)
         root = self._root(run, extent, like)
         for step in self._visits(run, like):
-            halfway = torch.linalg.solve_triangular(root, step.sketch.mT, upper=False)  # (k, n)
-            own = halfway.square().sum(dim=0)
-            yield step, extent.weight / len(run.train_ids()) * own
+            # With root L and row g: g^T (L L^T)^{-1} g is the squared norm of L^{-1} g.
+            whitened = torch.linalg.solve_triangular(root, step.sketch.mT, upper=False)  # (k, n)
+            scores = whitened.square().sum(dim=0)
+            yield step, extent.weight / len(run.train_ids()) * scores
 
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
     ) -> Float[Tensor, "n_train n_query"]:
-        """Average over visits; samples that were never drawn keep zero."""
+        """Average over visits; the score of samples that were never drawn stays zero."""
         return total.div_(visits.clamp_min(1))
 
     def _root(self, run: Store, extent: Extent, like: Tensor) -> Float[Tensor, "k k"]:
         """Return the Cholesky factor of the damped curvature."""
         if self._factor is not None:
             return self._factor
-        source = run if self.curvature_from is None else DeviceView(self.curvature_from, like)
-        steps = source if self.curvature_over == "run" else last_epoch(source)
-        matrix = objective_curvature(steps, self.curvature)
+        recording = run if self.curvature_from is None else DeviceView(self.curvature_from, like)
+        steps = recording if self.curvature_over == "run" else last_epoch(recording)
+        hessian = objective_curvature(steps, self.curvature)
         if self.damping is None:
             warn_of_approximations(run)
-            return damped_root(matrix, suggested_damping(extent))
-        return damped_root(matrix, self.damping + extent.decay)
+            return damped_root(hessian, suggested_damping(extent))
+        return damped_root(hessian, self.damping + extent.decay)
 
     def _visits(self, run: Store, like: Tensor) -> Iterator[Step]:
-        source = run if self.rows_from is None else DeviceView(self.rows_from, like)
-        steps = iter(source) if self.rows == "all visits" else last_visits(source)
-        return map(as_own_gradients, steps)
+        recording = run if self.rows_from is None else DeviceView(self.rows_from, like)
+        steps = iter(recording) if self.rows == "all visits" else last_visits(recording)
+        return map(unweighted, steps)
 
 
 def suggested_damping(extent: Extent) -> float:
-    """Return 1.5 / (sum of rates) and the weight decay, in the coordinates of the run's rows.
+    """Return 1.5 / (sum of learning rates) + weight decay, in the coordinates of the run's rows.
 
     Raises:
-        ValueError: If the run moved nothing.
+        ValueError: If the learning rates of the run sum to 0.
     """
-    if extent.time == 0:
+    if extent.total_lr == 0:
         raise ValueError(
-            "The learning rates of these steps sum to 0, and a damping follows from that sum; "
-            "expected steps that moved the weights. Take more of them, or pass `damping=`."
+            "The learning rates of these steps sum to 0, and the default damping is derived from "
+            "that sum; expected steps that moved the weights. Use more steps, or pass `damping=`."
         )
-    return DAMPING_FACTOR / extent.time + extent.decay
+    return DAMPING_FACTOR / extent.total_lr + extent.decay
 
 
 def damping_of(run: Store) -> float:
-    """Return the damping that a recorded run suggests: 1.5 / (sum of rates), and its weight decay.
+    """Return the damping that a run suggests: 1.5 / (sum of learning rates), plus weight decay.
 
-    It is what the default adds, for methods that know nothing of the run: for
-    ``FullInfluenceFunction`` at the weights that the model has.
+    :class:`InfluenceFunction` uses it by default. Pass it to methods that do not read the run, such
+    as ``FullInfluenceFunction`` at the model's current weights.
 
     Raises:
-        ValueError: If the steps were no plain gradient steps, as those of SGD are.
+        ValueError: If the steps are not plain gradient steps such as those of SGD, or if they did
+            not move the weights.
     """
     if run.preconditioner() is not None or not has_plain_rates(run):
         optimizer = run.facts[-1].optimizer
         raise ValueError(
-            f"The damping of this run is that of the coordinates of its `{optimizer}`; "
-            "expected a run in those of the parameters, of SGD say. Pass a number as damping."
+            f"The damping of this run only holds in the coordinates of its `{optimizer}`; expected "
+            "a run in the coordinates of the parameters, such as one of SGD. Pass a number as "
+            "`damping`."
         )
     require_training(run)
     extent = Extent.of(run)

@@ -1,4 +1,4 @@
-"""Pure functions on matrices whose rows are gradients."""
+"""Linear algebra on matrices whose rows are gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def unit_rows(rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """Scale every row to length one, however long it is; rows of zeros stay zeros.
+    """Scale every row to unit length, without underflow or overflow; rows of zeros stay zeros.
 
     >>> import torch
     >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
@@ -16,9 +16,9 @@ def unit_rows(rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
             [0.0000, 0.0000]])
     """
     largest = rows.abs().amax(dim=1, keepdim=True)
-    # Squares of small numbers vanish, and those of large ones overflow.
+    # Squares of small numbers underflow, and those of large ones overflow.
     scaled = rows / torch.where(largest > 0, largest, 1)
-    lengths: Tensor = scaled.norm(dim=1, keepdim=True)  # 1 or more, except of zeros
+    lengths: Tensor = scaled.norm(dim=1, keepdim=True)  # at least 1, except for zeros
     return scaled / lengths.clamp_min(1)
 
 
@@ -36,11 +36,11 @@ def damped_root(gramian: Float[Tensor, "k k"], damping: float) -> Float[Tensor, 
     """Return the lower Cholesky factor of ``gramian + damping * I``.
 
     Args:
-        gramian: Positive semi-definite matrix; it is left as it is.
-        damping: Added to the diagonal; larger is safer and blunter.
+        gramian: Positive semi-definite matrix; it is not modified.
+        damping: Added to the diagonal. Larger values are safer but less accurate.
 
     Raises:
-        ValueError: If the sum has no inverse, or is not finite.
+        ValueError: If the sum is not positive definite, or not finite.
 
     >>> import torch
     >>> damped_root(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), 1.0)
@@ -52,25 +52,32 @@ def damped_root(gramian: Float[Tensor, "k k"], damping: float) -> Float[Tensor, 
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(damped)
     if failed or not root.diagonal().isfinite().all():
-        raise ValueError(_why_none(gramian, damped))
+        raise ValueError(_explain_failure(gramian, damped))
     return root
 
 
-def _why_none(gramian: Float[Tensor, "k k"], damped: Float[Tensor, "k k"]) -> str:
-    """Say why a matrix has no root. Its damping came in units of the caller's: no number here."""
-    size = f"{len(gramian)} x {len(gramian)} matrix"
+def _explain_failure(gramian: Float[Tensor, "k k"], damped: Float[Tensor, "k k"]) -> str:
+    """Return the reason why there is no Cholesky factor.
+
+    It does not quote the damping, which users may have passed in other units.
+    """
+    size = f"{len(gramian)} x {len(gramian)}"
     if not gramian.isfinite().all():
         return (
-            f"The {size} of curvature holds NaN or infinity; expected finite numbers. Look for a "
-            "training that diverged, or for samples whose gradients are not finite."
+            f"The {size} curvature matrix holds NaN or infinity; expected finite numbers. Look for "
+            "a training that diverged, or for samples whose gradients are not finite."
         )
     if not damped.diagonal().isfinite().all():
-        return f"The damping of the {size} is not finite; expected a finite `damping`."
+        return (
+            f"The damping of the {size} curvature matrix is not finite; expected a finite "
+            "`damping`."
+        )
     if not damped.any():
         return (
-            f"The {size} of curvature is zero; expected samples whose gradients are not all zero."
+            f"The {size} curvature matrix is zero; expected samples whose gradients are not all "
+            "zero."
         )
     return (
-        f"The {size} of curvature is, as damped, without an inverse; expected more. Pass a "
-        "larger `damping`."
+        f"The damped {size} curvature matrix is not positive definite; expected an invertible one. "
+        "Increase `damping`."
     )

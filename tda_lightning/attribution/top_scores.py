@@ -1,4 +1,4 @@
-"""Top scores: the best and the worst of each query, without the matrix in between."""
+"""Top scores: the strongest proponents and opponents of each query, without the full matrix."""
 
 from __future__ import annotations
 
@@ -23,39 +23,40 @@ def top_scores(
     query_batch_size: int = 256,
     progress: bool = True,
 ) -> TopScores:
-    """Score some queries at a time and keep the extremes.
+    """Score the queries in batches and keep the extremes of each batch.
 
-    A sample's visits are spread over the run, so a query needs all of its scores before any can
-    be dropped: queries come in blocks, and each block is a pass. What needs no query, a
-    factorization say, is done once.
+    The visits of a sample are spread over the run, so a query needs all of its scores before any
+    can be dropped. Therefore each batch of queries is one pass over the run. Work that does not
+    depend on the queries, such as a factorization, is done once.
 
     Args:
         run: The recorded training.
         queries: Gradient sketches of the queries' losses, shape ``(n_query, k)``.
-        method: How to attribute.
-        k: How many of each kind to keep.
-        query_batch_size: Queries in a block. Memory: two matrices of
+        method: The attribution method.
+        k: Number of proponents, and of opponents, per query.
+        query_batch_size: Number of queries per pass. Memory: two matrices of
             ``(query_batch_size, n_train)`` numbers.
         progress: Show a progress bar.
     """
     require_whole("query_batch_size", query_batch_size, least=1)
     method.require(run)
     precomputed = method.precomputed(DeviceView(run, queries), queries)
-    best, worst, found = [], [], None
-    blocks = torch.split(queries, query_batch_size)
-    for block in tqdm(blocks, desc="queries", unit="block", leave=False, disable=not progress):
-        found = precomputed.attribute(run, block, progress=progress and len(blocks) == 1)
-        best.append(found.proponents(k))
-        worst.append(found.opponents(k))
-    assert found is not None  # `split` yields at least one block
+    proponents, opponents, scores = [], [], None
+    batches = torch.split(queries, query_batch_size)
+    for batch in tqdm(batches, desc="queries", unit="batch", leave=False, disable=not progress):
+        scores = precomputed.attribute(run, batch, progress=progress and len(batches) == 1)
+        proponents.append(scores.proponents(k))
+        opponents.append(scores.opponents(k))
+    assert scores is not None  # `split` yields at least one batch
     return TopScores(
-        proponents=_stacked(best),
-        opponents=_stacked(worst),
+        proponents=_concatenated(proponents),
+        opponents=_concatenated(opponents),
         query_ids=torch.arange(len(queries)),
         method=repr(method),
-        provenance=found.provenance,
+        provenance=scores.provenance,
     )
 
 
-def _stacked(parts: list[Ranking]) -> Ranking:
-    return Ranking(torch.cat([p.ids for p in parts]), torch.cat([p.values for p in parts]))
+def _concatenated(rankings: list[Ranking]) -> Ranking:
+    ids = torch.cat([ranking.ids for ranking in rankings])
+    return Ranking(ids, torch.cat([ranking.values for ranking in rankings]))

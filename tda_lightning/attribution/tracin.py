@@ -3,9 +3,9 @@ r"""TracIn: how much did the visits of a training sample push the query's loss d
 .. math:: s(q, i) = \sum_{t \,:\, i \in B_t} \eta_t \, \langle g_q, g_i^{(t)} \rangle
 
 Pruthi et al. (2020), "Estimating Training Data Influence by Tracing Gradient Descent", eq. 1. Rows
-are as-applied contributions, so :math:`g_i^{(t)}` holds the sample's weight in its batch. The
-query's gradient is the one at the weights given, for every step. The inner product may be taken
-over the parameters of some layers only, the last one, say.
+are as-applied contributions, so :math:`g_i^{(t)}` includes the sample's weight in its batch. For
+every step, the query's gradient is the one at the given weights. The inner product may be limited
+to the parameters of some layers, such as the last one.
 
 With a run's snapshots, each step's query gradient is taken at the nearest one, :math:`c(t)`
 (TracInCP, sec. 3):
@@ -33,14 +33,14 @@ from tda_lightning.stores.step import Step
 
 @dataclass(frozen=True)
 class TracIn(SelfAttributor):
-    """Sum over steps of learning rate times inner product with the query's gradient.
+    """Learning rate times inner product with the query's gradient, summed over the steps.
 
-    With a stride, each recorded step stands for the ones in between.
+    In a run that was recorded with a stride, each recorded step also represents the skipped ones.
 
     Attributes:
-        layers: Names of the layers whose gradients count, with ``*`` for any characters; all by
-            default. They can be told apart in runs whose projector keeps layers apart, as
-            ``Identity`` and ``Kronecker`` do; of others, record some layers only.
+        layers: Names of the layers whose gradients count, with ``*`` for any characters; all layers
+            by default. A choice requires a projector that gives each layer separate columns, such
+            as ``Identity`` or ``Kronecker``. With other projectors, record only these layers.
     """
 
     layers: Sequence[str] | None = None
@@ -48,33 +48,33 @@ class TracIn(SelfAttributor):
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
-        """Look for the query's gradient, as far as the step went."""
-        chosen = self._chosen(run, queries)
+        """Yield each step with the query's gradient, scaled by the learning rate."""
+        g_q = self._select_layers(run, queries)
         for step in run:
-            yield step, run.recipe.every_n_steps * step.lr * chosen
+            yield step, _eta(run, step) * g_q
 
     def visit_scores(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n n_query"]]]:
-        """Scale products instead of directions: they are far smaller."""
-        columns = self._chosen(run, queries).mT.contiguous()  # products are faster with these
+        """Yield each step with its visits' scores; scaling these is cheaper than directions."""
+        g_q = self._select_layers(run, queries).mT.contiguous()  # columns: a faster product
         for step in run:
-            yield step, (step.sketch @ columns).mul_(run.recipe.every_n_steps * step.lr)
+            yield step, (step.sketch @ g_q).mul_(_eta(run, step))
 
     def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
-        """Yield the visits' squared gradient norms, as far as the step went (eq. 1 with q = i)."""
+        """Yield the visits' squared gradient norms times the learning rate (eq. 1 with q = i)."""
         for step in run:
-            own = squared_norms(self._chosen(run, step.sketch)) / step.weights
-            yield step, run.recipe.every_n_steps * step.lr * own
+            inner = squared_norms(self._select_layers(run, step.sketch)) / step.weights
+            yield step, _eta(run, step) * inner
 
     def require(self, run: Store) -> None:
-        """Raise unless the run moved weights and the layers can be told apart."""
+        """Check that the run is a training, and that its rows keep the layers separate."""
         super().require(run)
         require_training(run)
         if self.layers is not None:
             run.recipe.columns_of(self.layers)
 
-    def _chosen(self, run: Store, rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    def _select_layers(self, run: Store, rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """Return the rows with zeros in the columns of other layers."""
         if self.layers is None:
             return rows
@@ -82,28 +82,32 @@ class TracIn(SelfAttributor):
         return torch.zeros_like(rows).index_copy_(1, columns, rows[:, columns])
 
 
+def _eta(run: Store, step: Step) -> float:
+    return run.recipe.every_n_steps * step.lr
+
+
 @dataclass(frozen=True)
 class TracInCP(Attributor):
     """TracIn with each step's query gradients taken at the nearest snapshot.
 
     Attributes:
-        method: The TracIn whose layers count.
+        method: The TracIn method, with its choice of layers.
     """
 
     method: TracIn
 
     def require(self, run: Store) -> None:
-        """Raise unless the method can be asked of the run."""
+        """Check that TracIn can be applied to the run."""
         self.method.require(run)
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query width"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
-        """Look for what the method does, in each part of the run with the rows that are its own."""
+        """Yield TracIn's directions for each part of the run, from the rows at its snapshot."""
         parts = list(nearest_parts(run))
         for (_, part), rows in zip(parts, queries.chunk(len(parts), dim=1), strict=True):
             yield from self.method.directions(run[part], rows)
 
     def __repr__(self) -> str:
-        """Show the method."""
+        """Return the representation of the TracIn method."""
         return repr(self.method)

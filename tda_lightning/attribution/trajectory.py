@@ -1,6 +1,7 @@
 r"""Trajectory: when in the training did a sample help or hurt?
 
-A score is a sum over steps. Here are its terms, for some samples, per step or per epoch,
+A score is a sum over steps. This module computes its terms for selected samples, per step or per
+epoch,
 
 .. math:: s(q, i) = \sum_t c_{q, i, t}, \qquad
    c_{q, i, t} = \langle d_q^{(t)}, g_i^{(t)} \rangle \; [i \in B_t]
@@ -9,7 +10,7 @@ A score is a sum over steps. Here are its terms, for some samples, per step or p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,11 +24,7 @@ from tda_lightning.results.provenance import provenance_of
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
 
-if TYPE_CHECKING:
-    pass
-
-
-_WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_INTEGER_DTYPES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def contributions(
@@ -39,14 +36,14 @@ def contributions(
     per: Period = "step",
     progress: bool = True,
 ) -> Trajectory:
-    """Say what some samples did for each query at each time of the training.
+    """Compute the contributions of selected samples to each query's score, over the training.
 
     Args:
         run: The recorded training.
         queries: Gradient sketches of the queries' losses, shape ``(n_query, k)``.
-        train_ids: Which samples.
-        method: How to attribute.
-        per: Whether to add up steps to epochs.
+        train_ids: Ids of the selected training samples.
+        method: The attribution method.
+        per: Whether to return the contribution of every step, or their sums per epoch.
         progress: Show a progress bar.
 
     Raises:
@@ -54,24 +51,24 @@ def contributions(
     """
     require_choice("per", per, Period)
     method.require(run)
-    chosen = chosen_ids(run, train_ids)
-    terms: dict[int, Tensor] = {}
-    visits = queries.new_zeros(len(chosen), 1)
+    selected_ids = chosen_ids(run, train_ids)
+    sums: dict[int, Tensor] = {}
+    visits = queries.new_zeros(len(selected_ids), 1)
     pairs: Any = method.visit_scores(DeviceView(run, queries), queries)
     for step, scores in tqdm(
         pairs, total=len(run), desc="trajectory", unit="step", leave=False, disable=not progress
     ):
-        selected = (step.sample_ids[None, :] == chosen[:, None]).to(queries)  # (n_selected, n)
-        visits += selected.sum(dim=1, keepdim=True)
+        is_visit = (step.sample_ids[None, :] == selected_ids[:, None]).to(queries)
+        visits += is_visit.sum(dim=1, keepdim=True)
         time = step.index if per == "step" else step.epoch
-        term = selected @ scores  # (n_selected, n_query)
-        terms[time] = terms[time] + term if time in terms else term
-    times = sorted(terms)
-    values = torch.stack([method.combine(terms[time], visits).mT for time in times], dim=2)
+        c = is_visit @ scores  # (n_selected, n_query)
+        sums[time] = sums[time] + c if time in sums else c
+    times = sorted(sums)
+    values = torch.stack([method.combine(sums[time], visits).mT for time in times], dim=2)
     return Trajectory(
         values=values.cpu(),
         times=torch.tensor(times),
-        train_ids=chosen,
+        train_ids=selected_ids,
         query_ids=torch.arange(len(queries)),
         per=per,
         method=repr(method),
@@ -85,19 +82,19 @@ def chosen_ids(
     """Return ids of training samples as a tensor.
 
     Raises:
-        ValueError: If they are no whole numbers, or one is not in the training set.
+        ValueError: If they are not whole numbers, or if one is not in the training set.
     """
-    given, known = torch.as_tensor(train_ids), run.train_ids()
-    if given.ndim != 1 or given.dtype not in _WHOLE:
+    ids, all_ids = torch.as_tensor(train_ids), run.train_ids()
+    if ids.ndim != 1 or ids.dtype not in _INTEGER_DTYPES:
         raise ValueError(
             f"`train_ids` is {train_ids!r}; expected a list of whole numbers, ids of training "
             "samples, such as `scores.proponents(3).ids[0]`."
         )
-    chosen = given.to(torch.int64)
-    strangers = chosen[~torch.isin(chosen, known)]
-    if len(strangers):
+    ids = ids.to(torch.int64)
+    unknown = ids[~torch.isin(ids, all_ids)]
+    if len(unknown):
         raise ValueError(
-            f"Sample {int(strangers[0])} is not in the training set of the run; expected some of "
-            f"the {len(known)} ids of `run.train_ids()`."
+            f"Sample {int(unknown[0])} is not in the training set of the run; expected some of "
+            f"the {len(all_ids)} ids of `run.train_ids()`."
         )
-    return chosen
+    return ids

@@ -1,14 +1,14 @@
-r"""TRAK: regress the model's answers on its gradients, as if it were linear in them.
+r"""TRAK: regress the model's outputs on its gradients, as if the model were linear in them.
 
 For a loss :math:`-\log p`, the gradient of the margin :math:`\log p / (1 - p)` is the loss's own
-gradient over :math:`1 - p`, with its sign turned. With these, :math:`\phi_i`, as features, training
-is a logistic regression, and one Newton step away from it is
+gradient over :math:`1 - p`, with the opposite sign. With these, :math:`\phi_i`, as features,
+training is a logistic regression, and one Newton step away from it is
 
 .. math:: s(q, i) = \phi_q^\top (\Phi^\top \Phi + \delta I)^{-1} \phi_i \, (1 - p_i)
 
-Park et al. (2023), "TRAK: Attributing Model Behavior at Scale", eqs. 13 to 17. Queries are asked
-about their loss, so :math:`\phi_q` is its gradient. Over several trainings, averages are taken of
-the part up to :math:`\phi_i` and of :math:`1 - p_i`, each by itself.
+Park et al. (2023), "TRAK: Attributing Model Behavior at Scale", eqs. 13 to 17. Here queries are
+about the loss, so :math:`\phi_q` is its gradient. Over several trainings, the part up to
+:math:`\phi_i` and :math:`1 - p_i` are averaged separately.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from tda_lightning.arguments import require_not_negative
 from tda_lightning.attribution.attributor import Attributor, Totals
 from tda_lightning.attribution.linalg import damped_root
-from tda_lightning.attribution.visits import as_own_gradients, last_visits
+from tda_lightning.attribution.visits import last_visits, unweighted
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
 from tda_lightning.stores.step import Step
@@ -31,45 +31,46 @@ from tda_lightning.stores.step import Step
 
 @dataclass(frozen=True)
 class TRAK(Attributor):
-    r"""Linear regression on gradients of margins, at each sample's last visit.
+    r"""Linear regression on the gradients of margins, at each sample's last visit.
 
-    For losses that are the cross-entropy of one label per sample. Memory: two matrices of
+    The training loss must be the cross-entropy of one label per sample. Memory: two matrices of
     :math:`k \times k` numbers.
 
     Attributes:
-        damping: Added to the diagonal, as a multiple of the mean of the diagonal. The paper adds
-            none and takes far fewer dimensions than samples; as many want some.
+        damping: Added to the diagonal of the features' second moments, as a multiple of its mean.
+            The paper adds none, but uses far fewer dimensions than samples; with as many
+            dimensions as samples, some damping is needed.
     """
 
     damping: float = 1.0
     _factor: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Raise unless the damping is a number that can be added."""
+        """Validate `damping`."""
         require_not_negative("damping", self.damping)
 
     def require(self, run: Store) -> None:
-        """Raise unless the last step tells of probabilities: all steps have one loss."""
+        """Check that the last step holds label probabilities: all steps share one loss."""
         super().require(run)
-        _doubts(run[-1])
+        _one_minus_p(run[-1])
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
-        """Look for one direction in all last visits."""
-        root = self._root(run)
-        direction = torch.cholesky_solve(queries.mT, root).mT
+        """Yield the last visits of all samples, with the same direction for each."""
+        direction = torch.cholesky_solve(queries.mT, self._root(run)).mT
         for step in last_visits(run):
-            yield as_own_gradients(step), direction
+            # phi_i * (1 - p_i) is the gradient of the sample's loss.
+            yield unweighted(step), direction
 
     def precomputed(self, run: Store, like: Tensor) -> TRAK:
-        """Return a method that has factorized the features' moments, and keeps the factor."""
+        """Return a method that stores the factorized second moments of the features."""
         return replace(self, _factor=self._root(run))
 
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
     ) -> Float[Tensor, "n_train n_query"]:
-        """Average over what came twice in a sample's last step."""
+        """Average over the visits of a sample that occurs several times in its last step."""
         return total.div_(visits.clamp_min(1))
 
     def attribute_ensemble(
@@ -79,66 +80,67 @@ class TRAK(Attributor):
         *,
         progress: bool = True,
     ) -> Scores:
-        """Average over several trainings as the paper does (eq. 17).
+        """Average over several trainings, as in eq. 17 of the paper.
 
         Args:
             runs: The recorded trainings, on the same data.
-            queries: The queries, recorded for each of them.
+            queries: Gradient sketches of the same queries, recorded for each of the runs.
             progress: Show progress bars.
         """
-        doubts = [_mean_doubts(run) for run in runs]
+        one_minus_p = [_mean_one_minus_p(run) for run in runs]
         pairs = zip(runs, queries, strict=True)
-        each = [self.attribute(run, rows, progress=progress) for run, rows in pairs]
+        all_scores = [self.attribute(run, rows, progress=progress) for run, rows in pairs]
         parts = [
-            replace(scores, values=_over(scores.values, own))
-            for scores, own in zip(each, doubts, strict=True)
+            replace(scores, values=_divide(scores.values, divisor))
+            for scores, divisor in zip(all_scores, one_minus_p, strict=True)
         ]
         mean = Scores.mean(parts)
-        return replace(mean, values=mean.values * torch.stack(doubts).mean(dim=0).to(mean.values))
+        mean_one_minus_p = torch.stack(one_minus_p).mean(dim=0)
+        return replace(mean, values=mean.values * mean_one_minus_p.to(mean.values))
 
     def _root(self, run: Store) -> Float[Tensor, "k k"]:
-        """Return the Cholesky factor of the damped second moment of the features."""
+        """Return the Cholesky factor of the features' damped second moments."""
         if self._factor is not None:
             return self._factor
         gram = torch.zeros(())
         for number, step in enumerate(last_visits(run)):
-            features = _over(as_own_gradients(step).sketch.mT, _doubts(step)).mT
-            gram = features.mT @ features if number == 0 else gram.addmm_(features.mT, features)
+            phi = _divide(unweighted(step).sketch.mT, _one_minus_p(step)).mT
+            gram = phi.mT @ phi if number == 0 else gram.addmm_(phi.mT, phi)
         return damped_root(gram, self.damping * float(gram.diagonal().mean()))
 
 
-def _doubts(step: Step) -> Float[Tensor, " n"]:
-    """Return one less the probability of each visit's label."""
+def _one_minus_p(step: Step) -> Float[Tensor, " n"]:
+    """Return 1 - p for each visit, with the probability p of its label."""
     if step.curvature is None:
         raise ValueError(
             "`TRAK` needs the probability of every sample's label: expected loss curvatures in "
             f"every step; step {step.index} has none. Record a cross-entropy with the "
-            "`GradientRecorder`, or use `InfluenceFunction()`, which does without."
+            "`GradientRecorder`, or use `InfluenceFunction()`, which does not need them."
         )
     if step.loss not in ("", "cross-entropy"):
         raise ValueError(
-            f"`TRAK` is for the cross-entropy of classes, whose margins it regresses on; the loss "
-            f"of step {step.index} is {step.loss}. Use `InfluenceFunction()` or `Unrolled()`."
+            "`TRAK` regresses on margins of classes: expected the cross-entropy of classes; the "
+            f"loss of step {step.index} is {step.loss}. Use `InfluenceFunction()` or `Unrolled()`."
         )
     if step.terms is not None and (step.terms > 1).any():
         raise ValueError(
-            "`TRAK` is for losses of one label per sample: expected one loss term; step "
+            "`TRAK` supports losses of one label per sample: expected one loss term; step "
             f"{step.index} has a sample with {int(step.terms.max())}. Use `InfluenceFunction()`."
         )
-    # Where there is no gradient left there is no doubt, and its curvature could not be told.
-    is_sure = (step.curvature == 0) & (step.sketch == 0).all(dim=1)
-    return torch.where(is_sure, 0, 1 / (1 + step.curvature))
+    # A sample that is fitted exactly has no gradient, and its curvature is recorded as zero.
+    is_fitted = (step.curvature == 0) & (step.sketch == 0).all(dim=1)
+    return torch.where(is_fitted, 0, 1 / (1 + step.curvature))
 
 
-def _over(values: Float[Tensor, "_ n"], doubts: Float[Tensor, " n"]) -> Float[Tensor, "_ n"]:
-    """Divide by doubts; what is zero where there is none stays zero."""
-    return values / torch.where(doubts == 0, 1, doubts).to(values)
+def _divide(values: Float[Tensor, "_ n"], one_minus_p: Float[Tensor, " n"]) -> Float[Tensor, "_ n"]:
+    """Divide by ``one_minus_p``; where that is zero, the values are zero and stay zero."""
+    return values / torch.where(one_minus_p == 0, 1, one_minus_p).to(values)
 
 
-def _mean_doubts(run: Store) -> Float[Tensor, " n_train"]:
-    """Return the doubt about each training sample at its last visit, 1 if there was none."""
+def _mean_one_minus_p(run: Store) -> Float[Tensor, " n_train"]:
+    """Return 1 - p of each training sample at its last visit; 1 for samples never drawn."""
     totals = Totals(run.train_ids(), 1, torch.empty(0, dtype=run.recipe.torch_dtype))
     for step in last_visits(run):
-        totals.add_(step.sample_ids, _doubts(step)[:, None].to(totals.values))
+        totals.add_(step.sample_ids, _one_minus_p(step)[:, None].to(totals.values))
     means = totals.values / totals.visits.clamp_min(1)
     return torch.where(totals.visits > 0, means, 1)[:, 0]

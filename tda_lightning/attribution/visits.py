@@ -1,4 +1,4 @@
-"""Visits: which of a sample's visits a method looks at, and how."""
+"""Visits: select and rescale the visits of a run's steps."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from tda_lightning.stores import Store
 from tda_lightning.stores.step import Step
 
 
-def as_own_gradients(step: Step) -> Step:
-    """Return the step with rows that are the gradients of the visits' own losses, at weight 1."""
+def unweighted(step: Step) -> Step:
+    """Return the step with each visit at weight 1: its row is the gradient of its sample's loss."""
     rows = step.sketch / step.weights.clamp_min(1e-30)[:, None]
     return replace(step, sketch=rows, weights=torch.ones_like(step.weights))
 
 
 def last_visits(run: Store) -> Iterator[Step]:
-    """Yield steps, last to first, with only those visits that are their samples' last.
+    """Yield the steps, last to first, each with only the visits that are their sample's last.
 
-    A sample that comes several times in its last step keeps all of these visits.
+    A sample that occurs several times in its last step keeps all of these visits.
     """
     seen: set[int] = set()
     for step in reversed(run):
         ids = step.sample_ids.tolist()
-        yield only(step, torch.tensor([i not in seen for i in ids], dtype=torch.bool))
+        yield select_visits(step, torch.tensor([i not in seen for i in ids], dtype=torch.bool))
         seen.update(ids)
 
 
 def last_epoch(run: Store) -> Store:
-    """Return the steps of the last epoch that was recorded."""
+    """Return the steps of the last recorded epoch."""
     epoch = run.facts[-1].epoch
     backwards = range(len(run) - 1, -1, -1)
     return run[next((at for at in backwards if run.facts[at].epoch != epoch), -1) + 1 :]
 
 
-def only(step: Step, chosen: Bool[Tensor, " n"]) -> Step:
-    """Return the step with some of its visits."""
-    there = chosen.to(step.sketch.device)
+def select_visits(step: Step, mask: Bool[Tensor, " n"]) -> Step:
+    """Return the step with the visits that a mask on the CPU selects."""
+    device_mask = mask.to(step.sketch.device)
     return replace(
         step,
-        sample_ids=step.sample_ids[chosen],
-        weights=step.weights[there],
-        sketch=step.sketch[there],
-        terms=None if step.terms is None else step.terms[there],
-        curvature=None if step.curvature is None else step.curvature[there],
+        sample_ids=step.sample_ids[mask],
+        weights=step.weights[device_mask],
+        sketch=step.sketch[device_mask],
+        terms=None if step.terms is None else step.terms[device_mask],
+        curvature=None if step.curvature is None else step.curvature[device_mask],
     )

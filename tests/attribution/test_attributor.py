@@ -1,4 +1,4 @@
-"""Methods against double loops over visits, and the theorems they must satisfy."""
+"""All methods: against double loops over visits, and against properties they must satisfy."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ K, N_TRAIN, N_QUERY = 11, 13, 3
 
 
 def make_run(train_ids=((0, N_TRAIN),), stride=1, permutation=None):
-    """Return a run of random rows in which samples 5 and 12 are never drawn and 3 comes often."""
+    """Return a run of random rows that never draws samples 5 and 12, and draws 3 in every step."""
     generator = torch.Generator().manual_seed(7)
     recipe = Recipe(
         blocks=(),
@@ -59,15 +59,15 @@ def queries(seed=1):
     return torch.randn(N_QUERY, K, generator=generator, dtype=torch.float64)
 
 
-def by_double_loop(run, q, of_visit):
-    """Return the list of what every visit says to every query, for every training sample."""
-    said = {i: [] for i in range(N_TRAIN)}
+def visit_scores_by_double_loop(run, q, score):
+    """Return, for every training sample, the scores of its visits for all queries."""
+    scores = {i: [] for i in range(N_TRAIN)}
     for step in run:
         for sample, weight, row in zip(
             step.sample_ids.tolist(), step.weights, step.sketch, strict=True
         ):
-            said[sample].append(torch.stack([of_visit(step, weight, row, one) for one in q]))
-    return said
+            scores[sample].append(torch.stack([score(step, weight, row, query) for query in q]))
+    return scores
 
 
 LINEAR = [TracIn(), GradientSimilarity("dot"), Unrolled(), Source(2), InfluenceFunction(), TRAK()]
@@ -75,40 +75,42 @@ METHODS = [*LINEAR, GradientSimilarity()]
 each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 
-def test_tracin_is_its_equation():
+def test_tracin_matches_its_equation():
     run, q = make_run(), queries()
-    said = by_double_loop(run, q, lambda step, weight, row, one: step.lr * (one @ row))
-    expected = torch.stack([sum(said[i], torch.zeros(N_QUERY)) for i in range(N_TRAIN)]).mT
-    found = TracIn().attribute(run, q, progress=False)
-    torch.testing.assert_close(found.values, expected, check_dtype=False)
-    assert found.train_ids.tolist() == list(range(N_TRAIN))
+    terms = visit_scores_by_double_loop(
+        run, q, lambda step, weight, row, g_q: step.lr * (g_q @ row)
+    )
+    expected = torch.stack([sum(terms[i], torch.zeros(N_QUERY)) for i in range(N_TRAIN)]).mT
+    scores = TracIn().attribute(run, q, progress=False)
+    torch.testing.assert_close(scores.values, expected, check_dtype=False)
+    assert scores.train_ids.tolist() == list(range(N_TRAIN))
 
 
 @pytest.mark.parametrize("measure", ["cosine", "dot"])
-def test_similarity_is_a_mean_over_visits(measure):
-    def of_visit(step, weight, row, one):
-        return cosine_similarity(one, row, dim=0) if measure == "cosine" else one @ row / weight
+def test_gradient_similarity_is_a_mean_over_visits(measure):
+    def similarity(step, weight, row, g_q):
+        return cosine_similarity(g_q, row, dim=0) if measure == "cosine" else g_q @ row / weight
 
     run, q = make_run(), queries()
-    said = by_double_loop(run, q, of_visit)
-    nothing = torch.zeros(1, N_QUERY, dtype=torch.float64)
-    means = [torch.stack(said[i] or list(nothing)).mean(dim=0) for i in range(N_TRAIN)]
-    found = GradientSimilarity(measure).attribute(run, q, progress=False)
-    torch.testing.assert_close(found.values, torch.stack(means).mT)
+    terms = visit_scores_by_double_loop(run, q, similarity)
+    unvisited = torch.zeros(1, N_QUERY, dtype=torch.float64)
+    means = [torch.stack(terms[i] or list(unvisited)).mean(dim=0) for i in range(N_TRAIN)]
+    scores = GradientSimilarity(measure).attribute(run, q, progress=False)
+    torch.testing.assert_close(scores.values, torch.stack(means).mT)
 
 
-def test_self_influence_is_what_a_sample_does_to_its_own_loss():
+def test_self_influence_is_the_effect_of_a_sample_on_its_own_loss():
     run = make_run()
     expected = torch.zeros(N_TRAIN, dtype=torch.float64)
     for step in run:
         for sample, weight, row in zip(step.sample_ids, step.weights, step.sketch, strict=True):
             expected[sample] += step.lr * (row / weight) @ row
-    found = TracIn().self_influence(run, progress=False)
-    torch.testing.assert_close(found.values, expected)
+    scores = TracIn().self_influence(run, progress=False)
+    torch.testing.assert_close(scores.values, expected)
 
 
 @each_method
-def test_samples_never_drawn_score_zero(method):
+def test_samples_that_are_never_drawn_score_zero(method):
     values = method.attribute(make_run(), queries(), progress=False).values
     assert values[:, [5, 12]].abs().max() == 0
     assert values[:, [0, 1, 3]].abs().min() > 0
@@ -153,37 +155,37 @@ def test_a_slice_of_a_run_is_a_run(method):
     assert not torch.allclose(first, rest)
 
 
-def test_with_a_stride_a_step_stands_for_those_in_between():
-    every, third = make_run(), make_run(stride=3)
+def test_with_a_stride_a_step_represents_the_skipped_ones():
+    run, strided = make_run(), make_run(stride=3)
     for attribute in (
         lambda run: TracIn().attribute(run, queries(), progress=False).values,
         lambda run: TracIn().self_influence(run, progress=False).values,
     ):
-        torch.testing.assert_close(attribute(third), 3 * attribute(every))
+        torch.testing.assert_close(attribute(strided), 3 * attribute(run))
 
 
-def test_similarity_does_not_depend_on_the_size_of_gradients():
-    run, louder = make_run(), MemoryStore()
-    louder.begin(run.recipe)
+def test_cosine_similarity_does_not_depend_on_the_size_of_gradients():
+    run, scaled = make_run(), MemoryStore()
+    scaled.begin(run.recipe)
     for step in run:
-        louder.append(replace(step, sketch=7 * step.sketch))
-    one, other = (
-        GradientSimilarity().attribute(r, queries(), progress=False) for r in (run, louder)
+        scaled.append(replace(step, sketch=7 * step.sketch))
+    expected, scores = (
+        GradientSimilarity().attribute(r, queries(), progress=False) for r in (run, scaled)
     )
-    torch.testing.assert_close(one.values, other.values)
-    assert one.values.abs().max() <= 1
+    torch.testing.assert_close(scores.values, expected.values)
+    assert expected.values.abs().max() <= 1
 
 
-def test_work_is_done_in_the_number_format_of_the_queries():
+def test_scores_are_computed_in_the_number_format_of_the_queries():
     single, double = MemoryStore(), make_run()
     single.begin(replace(double.recipe, dtype="float32"))
     for step in double:
         single.append(replace(step, sketch=step.sketch.float(), weights=step.weights.float()))
     for method in (TracIn(), Unrolled(), InfluenceFunction(), GradientSimilarity("dot")):
-        short = method.attribute(single, queries().float(), progress=False).values
-        assert short.dtype == torch.float32
-        found = method.attribute(single, queries(), progress=False).values
-        assert found.dtype == torch.float64
+        values = method.attribute(single, queries().float(), progress=False).values
+        assert values.dtype == torch.float32
+        values = method.attribute(single, queries(), progress=False).values
+        assert values.dtype == torch.float64
         torch.testing.assert_close(
-            found, method.attribute(double, queries(), progress=False).values, rtol=1e-5, atol=1e-5
+            values, method.attribute(double, queries(), progress=False).values, rtol=1e-5, atol=1e-5
         )

@@ -1,4 +1,4 @@
-"""Kinds of curvature against sums of outer products, one visit at a time."""
+"""Kinds of curvature, against explicit sums of outer products over visits."""
 
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ def test_weighting_by_the_loss_gives_the_hessian_of_one_output():
     torch.testing.assert_close(matrix(LossWeighted(), STEP), gauss_newton(STEP))
 
 
-def test_a_limit_keeps_loss_weights_gentle():
+def test_loss_weights_are_clamped_to_the_limit():
     scale = STEP.curvature.clamp(max=1.0)
     assert scale.min() < 1
     assert STEP.curvature.max() > 1
@@ -62,37 +62,39 @@ def test_a_limit_keeps_loss_weights_gentle():
     )
 
 
-def test_mixing_is_averaging():
+def test_mixed_curvature_is_the_mean_of_its_parts():
     mean = (gauss_newton(STEP) + fisher(STEP)) / 2
     torch.testing.assert_close(matrix(Mixed(), STEP), mean)
     third = Mixed((SampledLabels(), SampledLabels(), EmpiricalFisher()))
     torch.testing.assert_close(matrix(third, STEP), (2 * gauss_newton(STEP) + fisher(STEP)) / 3)
 
 
-def test_the_best_available_uses_sampled_labels_where_there_are_any():
+def test_the_best_available_curvature_uses_sampled_labels_if_recorded():
     bare = replace(STEP, curvature_rows=None)
     torch.testing.assert_close(matrix(BestAvailable(), STEP), matrix(Mixed(), STEP))
     torch.testing.assert_close(matrix(BestAvailable(), bare), fisher(STEP))
 
 
 BARE = replace(WITH_TERMS, curvature_rows=None)
-OWN = [EmpiricalFisher(), EmpiricalFisher("independent"), LossWeighted(), LossWeighted(1.0)]
+FROM_VISITS = [EmpiricalFisher(), EmpiricalFisher("independent"), LossWeighted(), LossWeighted(1.0)]
 
 
-@pytest.mark.parametrize("kind", [*OWN, SampledLabels(), Mixed(), BestAvailable()], ids=repr)
-def test_rows_times_their_scales_are_the_factor(kind):
+@pytest.mark.parametrize(
+    "kind", [*FROM_VISITS, SampledLabels(), Mixed(), BestAvailable()], ids=repr
+)
+def test_scaled_rows_are_the_factor(kind):
     rows, scales = kind.scaled_rows(WITH_TERMS)
     torch.testing.assert_close(rows * scales[:, None], kind.factor(WITH_TERMS))
 
 
-@pytest.mark.parametrize("kind", [*OWN, BestAvailable()], ids=repr)
-def test_a_factor_of_the_visits_own_rows_copies_none(kind):
+@pytest.mark.parametrize("kind", [*FROM_VISITS, BestAvailable()], ids=repr)
+def test_curvature_from_the_visits_rows_does_not_copy_them(kind):
     assert kind.scaled_rows(BARE)[0] is BARE.sketch
 
 
-def test_visits_that_weigh_nothing_bend_nothing():
-    nothing = replace(STEP, weights=torch.zeros(3).double(), sketch=torch.zeros(3, ls.D).double())
-    assert matrix(EmpiricalFisher(), nothing).abs().max() == 0
+def test_visits_of_weight_zero_have_no_curvature():
+    zeros = {"weights": torch.zeros(3).double(), "sketch": torch.zeros(3, ls.D).double()}
+    assert matrix(EmpiricalFisher(), replace(STEP, **zeros)).abs().max() == 0
 
 
 @pytest.mark.parametrize(
@@ -105,27 +107,27 @@ def test_visits_that_weigh_nothing_bend_nothing():
     ],
     ids=repr,
 )
-def test_what_was_not_recorded_is_missed_by_name(kind, missing):
+def test_a_missing_recording_raises_with_its_name(kind, missing):
     bare = replace(STEP, curvature=None, curvature_rows=None)
     with pytest.raises(ValueError, match=f"Expected {missing} in every step.*pass `curvature="):
         kind.factor(bare)
 
 
 def batches_of(sizes, reduction):
-    """Return steps that see the rows of eleven samples once, in batches of some sizes."""
-    own = torch.randn(11, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """Return steps that visit each of eleven samples once, in batches of the given sizes."""
+    gradients = torch.randn(11, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     steps = []
     for ids in torch.arange(11).split(sizes):
         weights = torch.ones(len(ids), dtype=torch.float64)
         if reduction == "mean":
             weights /= len(ids)
-        rows = own[ids] * weights[:, None]
+        rows = gradients[ids] * weights[:, None]
         facts = {"sample_ids": ids, "weights": weights, "sketch": rows, "curvature": None}
         steps.append(replace(STEP, **facts))
     return steps
 
 
-def test_every_visit_counts_alike_in_a_mean_over_steps_of_several_sizes():
+def test_all_visits_count_alike_in_the_objective_whatever_the_batch_sizes():
     whole, kind = (
         objective_curvature(batches_of([11], "mean"), EmpiricalFisher()),
         EmpiricalFisher(),
@@ -137,14 +139,14 @@ def test_every_visit_counts_alike_in_a_mean_over_steps_of_several_sizes():
 
 
 def test_steps_of_weight_zero_have_no_curvature():
-    nothing = replace(STEP, weights=torch.zeros_like(STEP.weights))
-    assert not objective_curvature([nothing], SampledLabels()).any()
+    weightless = replace(STEP, weights=torch.zeros_like(STEP.weights))
+    assert not objective_curvature([weightless], SampledLabels()).any()
 
 
-def test_what_steps_applied_is_their_mean_whatever_they_weigh():
+def test_applied_curvature_is_the_mean_over_steps_whatever_their_weights():
     steps = [replace(STEP, weights=STEP.weights * c, sketch=STEP.sketch * c) for c in (0.01, 1.0)]
     expected = sum(fisher(step) for step in steps) / 2
     torch.testing.assert_close(applied_curvature(steps, EmpiricalFisher()), expected)
-    # Of the objective, the clipped step says as much as the other.
+    # In the objective, the clipped step counts as much as the other.
     objective = objective_curvature(steps, EmpiricalFisher())
     torch.testing.assert_close(objective, fisher(STEP) * (0.01 + 1) / 2)

@@ -1,4 +1,4 @@
-"""Embeddings: answers to all queries at once, against asking anew and against running forward."""
+"""Embeddings, against the method they embed, and against a recursion forward in time."""
 
 import least_squares as ls
 import pytest
@@ -14,38 +14,38 @@ EXACT = Unrolled(SampledLabels(), Linear())
 
 
 @pytest.mark.parametrize("method", [TracIn(), Unrolled(), GradientSimilarity("dot")], ids=repr)
-def test_an_embedding_answers_as_its_method_does(method):
+def test_an_embedding_scores_queries_as_its_method_does(method):
     expected = method.attribute(RUN, ls.queries(), progress=False)
-    found = embed(RUN, method, progress=False).attribute(ls.queries())
-    torch.testing.assert_close(found.values, expected.values)
-    assert torch.equal(found.train_ids, expected.train_ids)
-    assert (found.method, found.provenance) == (expected.method, expected.provenance)
+    scores = embed(RUN, method, progress=False).attribute(ls.queries())
+    torch.testing.assert_close(scores.values, expected.values)
+    assert torch.equal(scores.train_ids, expected.train_ids)
+    assert (scores.method, scores.provenance) == (expected.method, expected.provenance)
 
 
-def test_it_is_what_running_forward_gives():
-    """Carry what every sample did to the weights and to the buffer from step to step."""
-    moved = torch.zeros(ls.N_TRAIN, ls.D, dtype=torch.float64)
-    buffer = torch.zeros_like(moved)
+def test_the_vectors_match_a_recursion_forward_in_time():
+    """Carry each sample's effect on the weights and on the buffer from step to step."""
+    displacement = torch.zeros(ls.N_TRAIN, ls.D, dtype=torch.float64)
+    buffer = torch.zeros_like(displacement)
     for step in RUN:
-        pushed = torch.zeros_like(moved).index_add_(0, step.sample_ids, step.sketch)
+        gradients = torch.zeros_like(displacement).index_add_(0, step.sample_ids, step.sketch)
         hessian = step.curvature_rows.mT @ step.curvature_rows + 0.1 * torch.eye(ls.D).double()
-        buffer = 0.9 * buffer + pushed - moved @ hessian
-        moved = moved + step.lr * buffer
-    torch.testing.assert_close(embed(RUN, EXACT, progress=False).vectors, moved)
+        buffer = 0.9 * buffer + gradients - displacement @ hessian
+        displacement = displacement + step.lr * buffer
+    torch.testing.assert_close(embed(RUN, EXACT, progress=False).vectors, displacement)
 
 
-def test_files_give_back_what_was_saved(tmp_path):
+def test_a_saved_embedding_can_be_loaded(tmp_path):
     saved = embed(RUN, EXACT, progress=False)
     saved.save(tmp_path / "embedding.npz")
-    again = Embedding.load(tmp_path / "embedding.npz")
-    assert torch.equal(again.vectors, saved.vectors)
-    assert torch.equal(again.train_ids, saved.train_ids)
-    assert (again.method, again.provenance) == (saved.method, saved.provenance)
-    assert repr(again).startswith("Embedding of 11 training samples in 5 dimensions by Unrolled(")
+    loaded = Embedding.load(tmp_path / "embedding.npz")
+    assert torch.equal(loaded.vectors, saved.vectors)
+    assert torch.equal(loaded.train_ids, saved.train_ids)
+    assert (loaded.method, loaded.provenance) == (saved.method, saved.provenance)
+    assert repr(loaded).startswith("Embedding of 11 training samples in 5 dimensions by Unrolled(")
     with pytest.raises(ValueError, match="with the class that saved it"):
         Scores.load(tmp_path / "embedding.npz")
 
 
-def test_a_method_that_is_not_linear_has_none():
+def test_a_method_that_is_not_linear_cannot_be_embedded():
     with pytest.raises(ValueError, match="is not linear in the query; expected a method that is"):
         embed(RUN, GradientSimilarity("cosine"))

@@ -1,4 +1,4 @@
-"""Whose steps are gradient steps, downhill and in the coordinates of the rows."""
+"""Which optimizers take gradient steps: downhill, and in the coordinates of the rows."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from tda_lightning.stores import MemoryStore
 
 
 class Homemade(torch.optim.AdamW):
-    """A user's own, which works as what it is derived from."""
+    """A user-defined optimizer that inherits all behaviour."""
 
 
 def two_rates(kind):
@@ -27,35 +27,35 @@ def two_rates(kind):
 
 KINDS = {
     "SGD": (lambda p: SGD(p, lr=0.1), True),
-    "SGD of two rates": (two_rates(SGD), True),
+    "SGD with two rates": (two_rates(SGD), True),
     "ASGD": (lambda p: torch.optim.ASGD(p, lr=0.1), True),
     **{
         name: (lambda p, name=name: getattr(torch.optim, name)(p, lr=0.01), True)
         for name in ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad")
     },
-    "one that is derived from AdamW": (lambda p: Homemade(p, lr=0.01), True),
+    "subclass of AdamW": (lambda p: Homemade(p, lr=0.01), True),
     **{
         name: (lambda p, name=name: getattr(torch.optim, name)(p, lr=0.01), False)
         for name in ("Adamax", "Rprop", "Adadelta", "Adafactor")
         if hasattr(torch.optim, name)
     },
-    "Adamax of two rates": (two_rates(torch.optim.Adamax), False),
+    "Adamax with two rates": (two_rates(torch.optim.Adamax), False),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_it_is_known_whose_steps_are_gradient_steps(name):
-    optimizer, is_known = KINDS[name]
-    assert has_plain_rates(record(optimizer)[0]) == is_known
+def test_optimizers_that_take_gradient_steps_are_recognized(name):
+    optimizer, expected = KINDS[name]
+    assert has_plain_rates(record(optimizer)[0]) == expected
 
 
-def test_in_raw_coordinates_the_steps_of_adam_are_no_gradient_steps():
+def test_adam_takes_no_gradient_steps_in_raw_coordinates():
     run, _ = record(lambda p: torch.optim.AdamW(p, lr=0.01), preconditioner="none")
     assert not has_plain_rates(run)
 
 
 @pytest.mark.parametrize(
-    ("name", "preconditioner", "is_known"),
+    ("name", "preconditioner", "expected"),
     [
         ("SGD", "none", True),
         ("AdamW", "optimizer", True),
@@ -63,25 +63,25 @@ def test_in_raw_coordinates_the_steps_of_adam_are_no_gradient_steps():
         ("Lion", "optimizer", False),
     ],
 )
-def test_runs_of_older_versions_are_known_by_the_names_of_their_optimizers(
-    name, preconditioner, is_known
+def test_in_runs_of_older_versions_optimizers_are_recognized_by_name(
+    name, preconditioner, expected
 ):
     raw, run = plain_run(), MemoryStore()
     run.begin(replace(raw.recipe, preconditioner=preconditioner))
     for step in raw:
         run.append(replace(step, optimizer=name))
-    assert has_plain_rates(run) == is_known
+    assert has_plain_rates(run) == expected
 
 
 @METHODS
-def test_what_is_no_gradient_step_is_said_once(method):
+def test_steps_that_are_no_gradient_steps_give_one_warning(method):
     run, _ = record(lambda p: torch.optim.Adamax(p, lr=0.01))
-    with pytest.warns(UserWarning, match="Steps of Adamax are not known to be grad") as said:
+    with pytest.warns(UserWarning, match="Steps of Adamax are not known to be grad") as caught:
         scores(method, run, run[0].sketch[:3])
-    assert len(said) == 1
+    assert len(caught) == 1
 
 
-def test_an_optimizer_that_takes_few_turns_is_seen_as_well():
+def test_an_optimizer_with_a_single_step_is_noticed():
     raw, run = plain_run(), MemoryStore()
     run.begin(raw.recipe)
     for step in raw:
@@ -89,19 +89,19 @@ def test_an_optimizer_that_takes_few_turns_is_seen_as_well():
     assert not has_plain_rates(run)
 
 
-def upwards(parameters):
+def maximizing(parameters):
     return SGD(parameters, lr=0.1, maximize=True)
 
 
-def some_upwards(parameters):
+def partly_maximizing(parameters):
     first, *rest = parameters
     return torch.optim.Adam([{"params": rest}, {"params": [first], "maximize": True}], lr=0.01)
 
 
-@pytest.mark.parametrize("optimizer", [upwards, some_upwards])
+@pytest.mark.parametrize("optimizer", [maximizing, partly_maximizing])
 @pytest.mark.parametrize("kind", ["recorder", "tracker"])
-def test_steps_that_go_upwards_are_refused(optimizer, kind, tmp_path):
-    """What is said to lower a loss would raise it."""
+def test_maximizing_optimizers_are_refused(optimizer, kind, tmp_path):
+    """A sample with a positive score would raise the loss instead of lowering it."""
     store, data = MemoryStore(), vectors()
     tracker = ContributionTracker(data[:3], tmp_path / "probe.npz")
     callback = GradientRecorder(store) if kind == "recorder" else tracker

@@ -1,4 +1,4 @@
-"""Influence functions against retraining ridge regression, and the sizes that do not matter."""
+"""Influence functions, against retraining of ridge regression; damping, and invariances."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.step import Preconditioner
 
 EXACT = InfluenceFunction(SampledLabels(), damping=0.0, rows="last visit")
-CONVERGED = ls.everything(ls.problem(steps=400))
+CONVERGED = ls.full_batches(ls.problem(steps=400))
 
 
 def ridge(p):
@@ -32,20 +32,20 @@ def rebuilt(run, change):
     return store
 
 
-def test_it_is_the_derivative_of_retraining_ridge_regression():
+def test_scores_are_the_derivative_of_retraining_ridge_regression():
     expected = ls.effect_of_presence(CONVERGED, ridge, ls.queries())
-    found = scores(EXACT, ls.record(CONVERGED, ridge))
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    values = scores(EXACT, ls.record(CONVERGED, ridge))
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_it_is_leaving_a_share_of_one_out_up_to_the_square_of_that_share():
-    found, whole = scores(EXACT, ls.record(CONVERGED, ridge)), ls.train(CONVERGED, ridge)
+def test_scores_match_partial_leave_one_out_up_to_second_order():
+    values, weights = scores(EXACT, ls.record(CONVERGED, ridge)), ls.train(CONVERGED, ridge)
     errors = []
     for share in (0.2, 0.1):
         presence = torch.ones(ls.N_TRAIN, dtype=torch.float64)
         presence[3] -= share
-        lowered = ls.queries() @ (ls.train(CONVERGED, ridge, presence) - whole)
-        errors.append((lowered - share * found[:, 3]).abs())
+        lowered = ls.queries() @ (ls.train(CONVERGED, ridge, presence) - weights)
+        errors.append((lowered - share * values[:, 3]).abs())
     assert (errors[0] / errors[1]).tolist() == pytest.approx([4, 4, 4], rel=0.1)
 
 
@@ -55,33 +55,33 @@ def test_gradients_and_curvature_are_averaged_over_the_run():
     direction = torch.linalg.solve(matrix + 0.7 * torch.eye(ls.D), ls.queries().mT).mT
     expected = torch.zeros(ls.N_QUERY, ls.N_TRAIN, dtype=torch.float64)
     for sample in range(ls.N_TRAIN):
-        own = [3 * step.sketch[step.sample_ids == sample] for step in run]
-        if len(torch.cat(own)):
-            expected[:, sample] = direction @ torch.cat(own).mean(dim=0) / ls.N_TRAIN
-    found = scores(InfluenceFunction(SampledLabels(), damping=0.7), run)
-    torch.testing.assert_close(found, expected)
+        gradients = [3 * step.sketch[step.sample_ids == sample] for step in run]
+        if len(torch.cat(gradients)):
+            expected[:, sample] = direction @ torch.cat(gradients).mean(dim=0) / ls.N_TRAIN
+    values = scores(InfluenceFunction(SampledLabels(), damping=0.7), run)
+    torch.testing.assert_close(values, expected)
 
 
-def test_curvature_can_be_that_of_the_last_epoch():
+def test_curvature_can_be_averaged_over_the_last_epoch():
     run = ls.record(ls.problem(steps=8), lambda p: SGD(p, lr=0.1))
-    late = InfluenceFunction(damping=0.7, curvature_over="last epoch")
-    swapped = InfluenceFunction(damping=0.7, curvature_from=run[4:])
-    torch.testing.assert_close(scores(late, run), scores(swapped, run))
-    assert not torch.allclose(scores(late, run), scores(InfluenceFunction(damping=0.7), run))
+    last_epoch = InfluenceFunction(damping=0.7, curvature_over="last epoch")
+    sliced = InfluenceFunction(damping=0.7, curvature_from=run[4:])
+    torch.testing.assert_close(scores(last_epoch, run), scores(sliced, run))
+    assert not torch.allclose(scores(last_epoch, run), scores(InfluenceFunction(damping=0.7), run))
 
 
 @pytest.mark.parametrize(
-    ("momentum", "stride", "time"), [(0.0, 1, 0.7), (0.9, 1, 7.0), (0.0, 3, 2.1)]
+    ("momentum", "stride", "total_lr"), [(0.0, 1, 0.7), (0.9, 1, 7.0), (0.0, 3, 2.1)]
 )
-def test_damping_is_three_halves_over_the_time_of_the_training(momentum, stride, time):
+def test_the_default_damping_is_three_halves_over_the_sum_of_rates(momentum, stride, total_lr):
     problem = replace(ls.problem(steps=7), rates=[1.0] * 7)
     run = ls.record(problem, lambda p: SGD(p, lr=0.1, momentum=momentum), stride=stride)
     torch.testing.assert_close(
-        scores(InfluenceFunction(), run), scores(InfluenceFunction(damping=1.5 / time), run)
+        scores(InfluenceFunction(), run), scores(InfluenceFunction(damping=1.5 / total_lr), run)
     )
 
 
-def test_it_does_not_matter_whether_losses_are_means_or_sums():
+def test_scores_do_not_depend_on_whether_losses_are_means_or_sums():
     def as_sum(step):
         group = replace(step.groups[0], lr=step.lr / 3)
         return replace(
@@ -106,7 +106,7 @@ def test_rows_and_curvature_may_come_from_other_recordings():
 
 @pytest.mark.parametrize("argument", ["rows_from", "curvature_from"])
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("recipe", "message"),
     [
         ({"projector": {"name": "CountSketch", "seed": 5}}, "its projector is {'name': 'CountSk"),
         ({"dimension": 7}, "its dimension is 7, the run's is 5"),
@@ -114,29 +114,32 @@ def test_rows_and_curvature_may_come_from_other_recordings():
     ],
     ids=["projector", "dimension", "coordinates"],
 )
-def test_recordings_that_were_sketched_otherwise_are_refused(argument, other, said):
-    run, strange = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1)), MemoryStore()
-    strange.begin(replace(run.recipe, **other))
-    with pytest.raises(ValueError, match=f"`{argument}` was not sketched as the run was: {said}"):
-        scores(InfluenceFunction(**{argument: strange}), run)
+def test_recordings_with_another_sketch_are_refused(argument, recipe, message):
+    run, other = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1)), MemoryStore()
+    other.begin(replace(run.recipe, **recipe))
+    with pytest.raises(ValueError, match=f"`{argument}` was not sketched like the run: {message}"):
+        scores(InfluenceFunction(**{argument: other}), run)
 
 
 def test_recordings_without_steps_are_refused():
     run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
-    with pytest.raises(ValueError, match="`curvature_from` holds no step; expected one"):
+    with pytest.raises(ValueError, match="`curvature_from` holds no steps; expected at least one"):
         scores(InfluenceFunction(curvature_from=run[:0]), run)
 
 
-def test_a_training_that_did_not_move_gives_no_damping():
+def test_a_training_at_rate_zero_has_no_default_damping():
     still = ls.record(replace(ls.problem(steps=9), rates=[0.0] * 9), lambda p: SGD(p, lr=0.1))
-    with pytest.raises(ValueError, match="sum to 0, and a damping follows from that sum"):
+    with pytest.raises(
+        ValueError, match="sum to 0, and the default damping is derived from that sum"
+    ):
         scores(InfluenceFunction(), still)
 
 
-def test_scores_say_that_curvature_came_from_elsewhere():
+def test_the_method_in_scores_names_the_recording_of_the_curvature():
     run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
-    found = InfluenceFunction(curvature_from=run[:2]).attribute(run, ls.queries(), progress=False)
-    assert "curvature_from=StoreSlice(2 steps), rows_from=None" in found.method
+    method = InfluenceFunction(curvature_from=run[:2])
+    method_of_scores = method.attribute(run, ls.queries(), progress=False).method
+    assert "curvature_from=StoreSlice(2 steps), rows_from=None" in method_of_scores
 
 
 def test_rows_from_a_recording_of_other_data_are_refused():
@@ -147,36 +150,39 @@ def test_rows_from_a_recording_of_other_data_are_refused():
 
 
 @pytest.mark.parametrize("rows", ["all visits", "last visit"])
-def test_self_influence_is_a_sample_as_its_own_query(rows):
-    run = ls.record(ls.everything(ls.problem(steps=1)), lambda p: SGD(p, lr=0.1))
+def test_self_influence_is_the_score_of_a_sample_for_itself_as_query(rows):
+    run = ls.record(ls.full_batches(ls.problem(steps=1)), lambda p: SGD(p, lr=0.1))
     method = InfluenceFunction(EmpiricalFisher(), rows=rows)
-    own = method.self_influence(run, progress=False).values
+    self_scores = method.self_influence(run, progress=False).values
     values = scores(method, run, ls.N_TRAIN * run[0].sketch)
-    torch.testing.assert_close(own, values.diagonal())
+    torch.testing.assert_close(self_scores, values.diagonal())
 
 
-def test_it_is_linear_in_the_query_and_blind_to_samples_never_drawn():
+def test_scores_are_linear_in_the_query_and_zero_for_samples_never_drawn():
     run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
-    one, other = ls.queries(1), ls.queries(2)
+    q1, q2 = ls.queries(1), ls.queries(2)
     method = InfluenceFunction(BestAvailable(), rows="last visit")
     torch.testing.assert_close(
-        scores(method, run, 2 * one - other),
-        2 * scores(method, run, one) - scores(method, run, other),
+        scores(method, run, 2 * q1 - q2),
+        2 * scores(method, run, q1) - scores(method, run, q2),
     )
     assert scores(method, run)[:, ls.N_TRAIN - 1].abs().max() == 0
 
 
-def test_a_curvature_without_an_inverse_is_refused():
+def test_a_singular_curvature_is_refused():
     run = ls.record(ls.problem(steps=1), lambda p: SGD(p, lr=0.1))
-    with pytest.raises(ValueError, match="without an inverse; expected more"):
+    with pytest.raises(
+        ValueError, match="damped 5 x 5 curvature matrix is not positive definite; expected"
+    ):
         scores(InfluenceFunction(BestAvailable(), damping=0.0), run)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_the_damping_of_a_run_is_what_the_default_adds(decay):
+def test_the_damping_of_a_run_is_the_default(decay):
     run = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1, momentum=0.5, weight_decay=decay))
-    same = InfluenceFunction(damping=damping_of(run) - decay)  # which it adds by itself
-    torch.testing.assert_close(scores(same, run), scores(InfluenceFunction(), run))
+    # The method adds the weight decay to a given damping.
+    explicit = InfluenceFunction(damping=damping_of(run) - decay)
+    torch.testing.assert_close(scores(explicit, run), scores(InfluenceFunction(), run))
 
 
 def test_the_damping_of_a_run_in_other_coordinates_is_refused():
@@ -192,10 +198,10 @@ def adaptive(run):
     return rebuilt(run, lambda step: replace(step, optimizer="Adamax"))
 
 
-def test_rates_of_which_no_damping_follows_are_warned_of():
+def test_a_default_damping_from_steps_that_are_no_gradient_steps_gives_a_warning():
     run = adaptive(ls.record(ls.problem(), lambda p: SGD(p, lr=0.1)))
     with pytest.warns(UserWarning, match="Steps of Adamax are not known to be gradient steps"):
         scores(InfluenceFunction(), run)
-    scores(InfluenceFunction(damping=0.7), run)  # nothing follows from the rates
+    scores(InfluenceFunction(damping=0.7), run)  # does not use the rates
     with pytest.raises(ValueError, match="coordinates of its `Adamax`"):
         damping_of(run)

@@ -1,4 +1,4 @@
-"""Functions on matrices: for numbers of any size, and clear where there is no answer."""
+"""Functions on matrices: numbers of any size, and clear errors."""
 
 import math
 
@@ -10,7 +10,7 @@ from tda_lightning.attribution.linalg import damped_root, unit_rows
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e-37, 1e-25, 1.0, 1e25, 1e38])
-def test_unit_rows_have_length_one_however_long_the_rows_are(size, dtype):
+def test_rows_of_any_size_are_scaled_to_unit_length(size, dtype):
     rows = torch.tensor([[0.6, -0.8, 0.0], [1.0, 0.0, 0.0]], dtype=dtype)
     expected = rows / rows.norm(dim=1, keepdim=True)
     torch.testing.assert_close(unit_rows(size * rows), expected)
@@ -23,21 +23,21 @@ def test_unit_rows_of_zeros_are_zeros():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", [(0, 0), (2, 2), (2, 0)], ids=str)
-def test_a_matrix_that_is_not_finite_is_called_so_and_no_damping_is_blamed(bad, place):
+def test_the_error_for_a_matrix_that_is_not_finite_does_not_mention_damping(bad, place):
     matrix = torch.eye(3)
     matrix[place] = matrix[place[::-1]] = bad
-    with pytest.raises(ValueError, match="holds NaN or infinity; expected finite") as said:
+    with pytest.raises(ValueError, match="holds NaN or infinity; expected finite") as error:
         damped_root(matrix, 1.25)
-    assert "damping" not in str(said.value)
+    assert "damping" not in str(error.value)
 
 
-def test_a_matrix_without_an_inverse_is_told_apart_from_no_gradients_and_no_damping():
+def test_errors_for_singular_and_zero_matrices_and_infinite_damping_differ():
     matrix = torch.diag(torch.tensor([1.0, 2.0, -0.5]))
     with pytest.raises(
-        ValueError, match=r"3 x 3 matrix.*without an inverse; expected more"
-    ) as said:
+        ValueError, match=r"damped 3 x 3 curvature matrix is not positive definite; expected an inv"
+    ) as error:
         damped_root(matrix, 0.478803)
-    assert "0.478" not in str(said.value)  # users may have given it in other units
+    assert "0.478" not in str(error.value)  # users may have passed it in other units
     with pytest.raises(ValueError, match="is zero; expected samples whose gradients are not"):
         damped_root(torch.zeros(3, 3), 0.0)
     with pytest.raises(ValueError, match="expected a finite `damping`"):

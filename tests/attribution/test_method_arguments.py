@@ -1,7 +1,7 @@
-"""What is said of wrong hyper-parameters of `Unrolled` and `Source`, when they are made."""
+"""Errors for wrong hyper-parameters of `Unrolled` and `Source`, raised on construction."""
 
 import pytest
-from unchecked_calls import require_said
+from unchecked_calls import require_error
 
 CALLS = """
 from tda_lightning.attribution import EmpiricalFisher, Exponential
@@ -32,5 +32,5 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_wrong_hyper_parameter_is_named_with_what_was_expected(name):
-    require_said(CALLS, name, EXPECTED[name])
+def test_wrong_hyper_parameters_raise_with_the_expected_kind(name):
+    require_error(CALLS, name, EXPECTED[name])

@@ -26,44 +26,44 @@ def scores(method, run, q=None):
 
 @pytest.mark.parametrize("propagator", [Exponential(), Linear(), Linear(2.0)], ids=repr)
 @pytest.mark.parametrize("decay", [0.0, 0.4], ids=["no decay", "decay"])
-def test_with_a_segment_per_step_it_is_unrolled(propagator, decay):
+def test_with_one_segment_per_step_it_equals_unrolled(propagator, decay):
     run = run_of(lambda p: SGD(p, lr=0.1, weight_decay=decay))
-    found = scores(Source(STEPS, BestAvailable(), propagator), run)
-    torch.testing.assert_close(found, scores(Unrolled(BestAvailable(), propagator), run))
+    values = scores(Source(STEPS, BestAvailable(), propagator), run)
+    torch.testing.assert_close(values, scores(Unrolled(BestAvailable(), propagator), run))
 
 
 @pytest.mark.parametrize("segments", [1, 2, 5])
 @pytest.mark.parametrize(("stride", "momentum"), [(1, 0.0), (3, 0.0), (1, 0.8)])
-def test_it_is_its_equation_with_dense_matrices(segments, stride, momentum):
+def test_it_matches_its_equation_with_dense_matrices(segments, stride, momentum):
     run = run_of(lambda p: SGD(p, lr=0.02, momentum=momentum), stride)
     expected = torch.zeros(ls.N_QUERY, ls.N_TRAIN, dtype=torch.float64)
     cuts = [STEPS * i // segments for i in range(segments + 1)]
-    remaining = ls.queries()
+    propagated = ls.queries()
     for a, b in reversed(list(pairwise(cuts))):
-        steps, count = [run[t] for t in range(a, b)], (b - a) * stride
-        rate = sum(step.lr for step in steps) / (1 - momentum) / (b - a)
+        steps, K = [run[t] for t in range(a, b)], (b - a) * stride
+        eta = sum(step.lr for step in steps) / (1 - momentum) / (b - a)
         hessian = sum(s.curvature_rows.mT @ s.curvature_rows for s in steps) / (b - a)
-        powers = [torch.matrix_exp(-rate * j * hessian) for j in range(count + 1)]
-        direction = remaining @ (rate * sum(powers[:count]) / (b - a))
+        powers = [torch.matrix_exp(-eta * j * hessian) for j in range(K + 1)]
+        direction = propagated @ (eta * sum(powers[:K]) / (b - a))
         for step in steps:
             expected.index_add_(1, step.sample_ids, direction @ step.sketch.mT)
-        remaining = remaining @ powers[count]
+        propagated = propagated @ powers[K]
     torch.testing.assert_close(scores(Source(segments, SampledLabels()), run), expected)
 
 
-def test_with_one_batch_and_one_rate_it_is_what_retraining_does():
-    """Nothing is lost by averaging over a training whose gradients hardly change."""
+def test_with_one_batch_and_one_rate_it_matches_retraining():
+    """Averaging is exact if the gradients hardly change during the training."""
 
     def optimizer(p):
         return SGD(p, lr=1e-4)
 
-    problem = ls.everything(ls.problem(steps=20))
+    problem = ls.full_batches(ls.problem(steps=20))
     expected = ls.effect_of_presence(problem, optimizer, ls.queries())
-    found = scores(Source(2, SampledLabels(), Linear()), ls.record(problem, optimizer))
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6)
+    values = scores(Source(2, SampledLabels(), Linear()), ls.record(problem, optimizer))
+    torch.testing.assert_close(values, expected, rtol=1e-2, atol=1e-6)
 
 
-def test_curvature_far_below_rounding_does_not_make_a_series_vanish():
+def test_the_series_is_accurate_for_curvature_below_rounding():
     run = MemoryStore()
     plain = run_of()
     run.begin(replace(plain.recipe, dtype="float32"))
@@ -79,16 +79,16 @@ def test_curvature_far_below_rounding_does_not_make_a_series_vanish():
     torch.testing.assert_close(values, expected)
 
 
-def test_overshoot_does_not_make_it_explode():
-    wild = run_of(lambda p: SGD(p, lr=0.1), scale=20.0)
-    assert math.isfinite(scores(Source(), wild).abs().max())
+def test_steps_that_overshoot_give_finite_scores():
+    overshooting = run_of(lambda p: SGD(p, lr=0.1), scale=20.0)
+    assert math.isfinite(scores(Source(), overshooting).abs().max())
 
 
-def test_it_is_linear_in_the_query_and_blind_to_samples_never_drawn():
-    run, one, other = run_of(), ls.queries(1), ls.queries(2)
+def test_scores_are_linear_in_the_query_and_zero_for_samples_never_drawn():
+    run, q1, q2 = run_of(), ls.queries(1), ls.queries(2)
     torch.testing.assert_close(
-        scores(Source(), run, 2 * one - other),
-        2 * scores(Source(), run, one) - scores(Source(), run, other),
+        scores(Source(), run, 2 * q1 - q2),
+        2 * scores(Source(), run, q1) - scores(Source(), run, q2),
     )
     assert scores(Source(), run)[:, ls.N_TRAIN - 1].abs().max() == 0
 
@@ -100,21 +100,21 @@ def test_more_segments_than_steps_are_refused():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_by_default_there_are_three_segments_or_as_many_as_steps(steps):
+def test_the_default_is_three_segments_or_one_per_step(steps):
     run = run_of()[:steps]
     torch.testing.assert_close(scores(Source(), run), scores(Source(min(3, steps)), run))
 
 
 @pytest.mark.parametrize("segments", [0, -1, True])
-def test_segments_that_are_no_number_of_segments_are_refused(segments):
+def test_wrong_numbers_of_segments_are_refused(segments):
     with pytest.raises(ValueError, match=r"`segments` is .*; expected a whole number of 1 or more"):
         Source(segments)
 
 
-def test_steps_that_were_clipped_bend_as_much_less():
+def test_clipped_steps_have_less_curvature():
     run, clipped = run_of(), MemoryStore()
     clipped.begin(run.recipe)
-    for number, step in enumerate(run):  # every second one, to a hundredth
+    for number, step in enumerate(run):  # clip every second step to a hundredth
         c = 0.01 if number % 2 else 1.0
         clipped.append(
             replace(
@@ -124,12 +124,12 @@ def test_steps_that_were_clipped_bend_as_much_less():
                 curvature_rows=c**0.5 * step.curvature_rows,
             )
         )
-    one, mean = Source(1, SampledLabels(), Linear()), torch.zeros(ls.D, ls.D, dtype=torch.float64)
+    mean_hessian = torch.zeros(ls.D, ls.D, dtype=torch.float64)
     for step in clipped:
-        mean += step.curvature_rows.mT @ step.curvature_rows / STEPS
-    rate = sum(step.lr for step in clipped) / STEPS
-    left = torch.eye(ls.D, dtype=torch.float64) - rate * mean
-    series = sum(torch.linalg.matrix_power(left, j) for j in range(STEPS)) / STEPS
-    directions = rate * ls.queries() @ series
-    for step, direction in one.directions(clipped, ls.queries()):
+        mean_hessian += step.curvature_rows.mT @ step.curvature_rows / STEPS
+    eta = sum(step.lr for step in clipped) / STEPS
+    phi = torch.eye(ls.D, dtype=torch.float64) - eta * mean_hessian
+    series = sum(torch.linalg.matrix_power(phi, j) for j in range(STEPS)) / STEPS
+    directions = eta * ls.queries() @ series
+    for step, direction in Source(1, SampledLabels(), Linear()).directions(clipped, ls.queries()):
         torch.testing.assert_close(direction, directions, msg=f"step {step.index}")

@@ -1,4 +1,4 @@
-"""TracIn by the gradients of some layers."""
+"""TracIn restricted to the gradients of some layers."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tda_lightning import (
 from tda_lightning.stores import MemoryStore
 
 QUERIES = vectors()[:3]
-APART = [Identity(), Kronecker(4), KroneckerCountSketch(dimension=2048)]
+PROJECTORS = [Identity(), Kronecker(4), KroneckerCountSketch(dimension=2048)]
 
 
 def trained(projector, layers=None, store=None):
@@ -31,40 +31,41 @@ def trained(projector, layers=None, store=None):
     return model, run
 
 
-def ask(model, run, layers=None):
+def scores(model, run, layers=None):
     queries = (QUERIES[0].double(), QUERIES[1])
     return attribute(run, model, queries, method=TracIn(layers), progress=False).values
 
 
-def own(run, layers=None):
+def self_scores(run, layers=None):
     return self_influence(run, method=TracIn(layers), progress=False).values
 
 
-@pytest.mark.parametrize("projector", APART, ids=repr)
-def test_scores_of_layers_apart_sum_to_the_scores_of_all(projector):
+@pytest.mark.parametrize("projector", PROJECTORS, ids=repr)
+def test_scores_of_separate_layers_sum_to_the_score_of_all_layers(projector):
     model, run = trained(projector)
     parts = [["net.0"], ["net.2", "net.3"]]
-    torch.testing.assert_close(sum(ask(model, run, one) for one in parts), ask(model, run))
-    torch.testing.assert_close(sum(own(run, one) for one in parts), own(run))
-    assert ask(model, run, parts[0]).abs().max() > 0
-    torch.testing.assert_close(ask(model, run, ["net.*"]), ask(model, run))
+    by_part = [scores(model, run, part) for part in parts]
+    torch.testing.assert_close(sum(by_part), scores(model, run))
+    torch.testing.assert_close(sum(self_scores(run, part) for part in parts), self_scores(run))
+    assert by_part[0].abs().max() > 0
+    torch.testing.assert_close(scores(model, run, ["net.*"]), scores(model, run))
 
 
 @pytest.mark.filterwarnings("ignore:.*not among `layers`")
-@pytest.mark.parametrize("projector", APART, ids=repr)
-def test_a_chosen_layer_is_as_if_no_other_had_been_recorded(projector):
+@pytest.mark.parametrize("projector", PROJECTORS, ids=repr)
+def test_selecting_a_layer_equals_recording_only_that_layer(projector):
     model, run = trained(projector)
-    same, alone = trained(projector, layers=["net.3"])
-    torch.testing.assert_close(ask(model, run, ["net.3"]), ask(same, alone))
-    torch.testing.assert_close(own(run, ["net.3"]), own(alone))
+    same_model, layer_run = trained(projector, layers=["net.3"])
+    torch.testing.assert_close(scores(model, run, ["net.3"]), scores(same_model, layer_run))
+    torch.testing.assert_close(self_scores(run, ["net.3"]), self_scores(layer_run))
 
 
-def test_a_store_remembers_which_columns_are_whose(tmp_path):
+def test_a_store_on_disk_holds_the_columns_of_each_layer(tmp_path):
     model, _ = trained(Identity(), store=str(tmp_path / "run"))
     run = HDF5Store.open(tmp_path / "run")
     assert run.recipe.widths == (88, 22, 36)
     assert run.recipe.columns_of(["net.2"]).tolist() == list(range(88, 110))
-    torch.testing.assert_close(ask(model, run[2:], ["net.?"]), ask(model, run[2:]))
+    torch.testing.assert_close(scores(model, run[2:], ["net.?"]), scores(model, run[2:]))
 
 
 @pytest.mark.parametrize("projector", [CountSketch(31), KroneckerCountSketch(31)], ids=repr)
@@ -72,10 +73,10 @@ def test_layers_that_share_columns_are_refused(projector):
     model, run = trained(projector)
     message = r"its `\w*CountSketch` \(dimension=31.*same columns.*GradientRecorder\(layers="
     with pytest.raises(ValueError, match=message):
-        ask(model, run, ["net.3"])
+        scores(model, run, ["net.3"])
 
 
-def test_a_layer_that_the_run_has_not_is_named():
+def test_an_unknown_layer_is_named():
     model, run = trained(Identity())
-    with pytest.raises(ValueError, match=r"names `net.7`.*\['net.0', 'net.2', 'net.3'\]"):
-        ask(model, run, ["net.3", "net.7"])
+    with pytest.raises(ValueError, match=r"contains `net.7`.*\['net.0', 'net.2', 'net.3'\]"):
+        scores(model, run, ["net.3", "net.7"])

@@ -1,4 +1,4 @@
-"""Trajectories and top scores: both are the matrix of scores, seen otherwise."""
+"""Trajectories and top scores, against the full matrix of scores."""
 
 from dataclasses import dataclass, field
 
@@ -28,7 +28,7 @@ METHODS = [
 each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 
-def of(method, per="step", chosen=CHOSEN):
+def trajectory_of(method, per="step", chosen=CHOSEN):
     return contributions(RUN, ls.queries(), chosen, method, per=per, progress=False)
 
 
@@ -36,43 +36,45 @@ def of(method, per="step", chosen=CHOSEN):
 @pytest.mark.parametrize("per", ["step", "epoch"])
 def test_the_sum_over_times_is_the_score(method, per):
     scores = method.attribute(RUN, ls.queries(), progress=False).values
-    torch.testing.assert_close(of(method, per).total(), scores[:, CHOSEN])
+    torch.testing.assert_close(trajectory_of(method, per).total(), scores[:, CHOSEN])
 
 
 def test_epochs_add_up_their_steps():
-    steps, epochs = of(Unrolled()), of(Unrolled(), "epoch")
+    steps, epochs = trajectory_of(Unrolled()), trajectory_of(Unrolled(), "epoch")
     assert steps.times.tolist() == list(range(8))
     assert epochs.times.tolist() == [0, 1]
     torch.testing.assert_close(epochs.values, steps.values.unflatten(2, (2, 4)).sum(dim=3))
 
 
-def test_nothing_happens_where_a_sample_was_not_drawn():
-    found = of(TracIn()).values
+def test_contributions_are_zero_in_steps_that_did_not_draw_the_sample():
+    values = trajectory_of(TracIn()).values
     for step in RUN:
-        for place, sample in enumerate(CHOSEN):
+        for position, sample in enumerate(CHOSEN):
             drawn = sample in step.sample_ids.tolist()
-            assert bool((found[:, place, step.index] != 0).all()) == drawn
+            assert bool((values[:, position, step.index] != 0).all()) == drawn
 
 
-def test_ids_may_be_a_tensor_and_must_be_known():
-    assert torch.equal(of(TracIn(), chosen=torch.tensor(CHOSEN)).values, of(TracIn()).values)
+def test_ids_may_be_a_tensor_and_must_be_in_the_training_set():
+    assert torch.equal(
+        trajectory_of(TracIn(), chosen=torch.tensor(CHOSEN)).values, trajectory_of(TracIn()).values
+    )
     with pytest.raises(ValueError, match="Sample 99 is not in the training set"):
-        of(TracIn(), chosen=[0, 99])
+        trajectory_of(TracIn(), chosen=[0, 99])
 
 
 def test_a_plot_has_a_line_per_sample_that_ends_at_its_score():
-    found = of(Unrolled())
-    axes = found.plot(query=1)
+    trajectory = trajectory_of(Unrolled())
+    axes = trajectory.plot(query=1)
     ends = [line.get_ydata()[-1] for line in axes.get_lines()[: len(CHOSEN)]]
-    assert ends == pytest.approx(found.total()[1].tolist())
+    assert ends == pytest.approx(trajectory.total()[1].tolist())
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["7", "0", "10"]
-    assert found.plot(axes=axes) is axes
+    assert trajectory.plot(axes=axes) is axes
     pyplot.close(axes.figure)
 
 
-def test_it_shows_its_shape_and_method():
-    shown = "Trajectory of 3 samples over 8 steps, 3 queries, TracIn(layers=None)"
-    assert repr(of(TracIn())) == shown
+def test_repr_shows_shape_and_method():
+    expected = "Trajectory of 3 samples over 8 steps, 3 queries, TracIn(layers=None)"
+    assert repr(trajectory_of(TracIn())) == expected
 
 
 @each_method
@@ -82,53 +84,56 @@ def test_top_scores_are_the_extremes_of_all_scores(method, query_batch_size):
     top = top_scores(
         RUN, ls.queries(), method, 2, query_batch_size=query_batch_size, progress=False
     )
-    for found, expected in (
+    for ranking, expected in (
         (top.proponents, scores.proponents(2)),
         (top.opponents, scores.opponents(2)),
     ):
-        torch.testing.assert_close(found.values, expected.values)
-        assert torch.equal(found.ids, expected.ids)
+        torch.testing.assert_close(ranking.values, expected.values)
+        assert torch.equal(ranking.ids, expected.ids)
     assert (top.method, top.provenance) == (scores.method, scores.provenance)
 
 
 @dataclass(frozen=True)
-class Counted(EmpiricalFisher):
-    """Notes every step whose curvature is asked for."""
+class LoggedFisher(EmpiricalFisher):
+    """Empirical Fisher that logs the steps for which it is computed."""
 
-    seen: list[int] = field(default_factory=list, compare=False)
+    indices: list[int] = field(default_factory=list, compare=False)
 
     def scales(self, step):
-        self.seen.append(step.index)
+        self.indices.append(step.index)
         return super().scales(step)
 
 
-@pytest.mark.parametrize("kind", [InfluenceFunction, Source])
-def test_blocks_of_queries_share_what_needs_no_query(kind):
-    counted = Counted()
-    top_scores(RUN, ls.queries(), kind(curvature=counted), 2, query_batch_size=1, progress=False)
-    assert sorted(counted.seen) == [step.index for step in RUN]
+@pytest.mark.parametrize("method_class", [InfluenceFunction, Source])
+def test_batches_of_queries_share_the_curvature(method_class):
+    curvature = LoggedFisher()
+    top_scores(
+        RUN, ls.queries(), method_class(curvature=curvature), 2, query_batch_size=1, progress=False
+    )
+    assert sorted(curvature.indices) == [step.index for step in RUN]
 
 
 @pytest.mark.parametrize("method", [InfluenceFunction(), Source(), TracIn()], ids=repr)
-def test_a_settled_method_shows_and_equals_what_it_was(method):
+def test_a_precomputed_method_has_the_repr_of_and_equals_the_original(method):
     precomputed = method.precomputed(RUN, ls.queries())
     assert (repr(precomputed), precomputed) == (repr(method), method)
 
 
-def test_trajectories_are_saved_and_loaded_as_they_were(tmp_path):
-    found = of(Unrolled(), "epoch")
-    found.save(tmp_path / "when.npz")
-    again = Trajectory.load(tmp_path / "when.npz")
-    assert (again.per, again.method, again.provenance) == ("epoch", found.method, found.provenance)
+def test_a_saved_trajectory_can_be_loaded(tmp_path):
+    saved = trajectory_of(Unrolled(), "epoch")
+    saved.save(tmp_path / "when.npz")
+    loaded = Trajectory.load(tmp_path / "when.npz")
+    assert loaded.per == "epoch"
+    assert (loaded.method, loaded.provenance) == (saved.method, saved.provenance)
     assert all(
-        torch.equal(getattr(again, name), getattr(found, name))
+        torch.equal(getattr(loaded, name), getattr(saved, name))
         for name in ("values", "times", "train_ids", "query_ids")
     )
 
 
-def test_a_trajectory_of_one_epoch_can_be_seen():
+def test_a_trajectory_of_one_epoch_is_plotted_with_markers():
     run = RUN[:4]
-    found = contributions(run, ls.queries(), CHOSEN, TracIn(), per="epoch", progress=False)
-    lines = found.plot().get_lines()[: len(CHOSEN)]
+    trajectory = contributions(run, ls.queries(), CHOSEN, TracIn(), per="epoch", progress=False)
+    lines = trajectory.plot().get_lines()[: len(CHOSEN)]
     assert [line.get_marker() for line in lines] == ["o"] * len(CHOSEN)
     pyplot.close("all")

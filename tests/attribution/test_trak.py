@@ -33,11 +33,14 @@ def gradients(weights, x, y):
 
 
 def train(seed):
-    """Return a run of two epochs in which sample 10 is never drawn, and the weights in it."""
+    """Return a run of two epochs that never draws sample 10, and its final weights and last visits.
+
+    Last visits are pairs of the label's probability and the gradient, by sample.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(D, CLASSES, generator=generator, dtype=torch.float64)
     x, y = data()
-    store, visited = MemoryStore(), {}
+    store, last_visits = MemoryStore(), {}
     store.begin(Recipe((), (), {"name": "Identity"}, K, "float64", train_ids=((0, N_TRAIN),)))
     for index, ids in enumerate([*torch.randperm(10, generator=generator).split(5)] * 2):
         p = (x[ids] @ weights).softmax(dim=1).gather(1, y[ids, None])[:, 0]
@@ -55,75 +58,75 @@ def train(seed):
             curvature=p / (1 - p),
         )
         store.append(step)
-        visited.update({int(i): (one, own) for i, one, own in zip(ids, p, g, strict=True)})
+        last_visits.update(zip(ids.tolist(), zip(p, g, strict=True), strict=True))
         weights = weights - 0.1 * g.mean(dim=0).view_as(weights)
-    return store, weights, visited
+    return store, weights, last_visits
 
 
 def queries(weights, seed=1):
     return gradients(weights, *data(seed, N_QUERY))
 
 
-def reference(visited, q, damping):
-    """Return the two factors of eq. 17: the part up to the features, and the doubts."""
-    p = torch.stack([visited[i][0] for i in range(10)])
-    features = torch.stack([visited[i][1] / (1 - visited[i][0]) for i in range(10)])
-    gram = features.mT @ features
+def reference(last_visits, q, damping):
+    """Return the two factors of eq. 17: the part up to the features, and 1 - p."""
+    p, g = (torch.stack(parts) for parts in zip(*map(last_visits.get, range(10)), strict=True))
+    phi = g / (1 - p)[:, None]
+    gram = phi.mT @ phi
     gram = gram + damping * gram.diagonal().mean() * torch.eye(K).double()
-    return q @ torch.linalg.inv(gram) @ features.mT, 1 - p
+    return q @ torch.linalg.inv(gram) @ phi.mT, 1 - p
 
 
 @pytest.mark.parametrize("damping", [0.01, 0.1, 3.0])
-def test_it_is_its_formula(damping):
-    run, weights, visited = train(0)
-    part, doubts = reference(visited, queries(weights), damping)
-    found = TRAK(damping).attribute(run, queries(weights), progress=False).values
-    torch.testing.assert_close(found[:, :10], part * doubts)
-    assert found[:, 10].abs().max() == 0
+def test_it_matches_its_equation(damping):
+    run, weights, last_visits = train(0)
+    part, one_minus_p = reference(last_visits, queries(weights), damping)
+    values = TRAK(damping).attribute(run, queries(weights), progress=False).values
+    torch.testing.assert_close(values[:, :10], part * one_minus_p)
+    assert values[:, 10].abs().max() == 0
 
 
-def test_an_ensemble_averages_the_parts_by_themselves():
+def test_an_ensemble_averages_the_two_factors_separately():
     trained = [train(seed) for seed in (0, 1, 2)]
     rows = [queries(weights) for _, weights, _ in trained]
     parts = [reference(v, q, 1.0) for (_, _, v), q in zip(trained, rows, strict=True)]
-    expected = sum(part for part, _ in parts) / 3 * sum(doubts for _, doubts in parts) / 3
+    expected = sum(part for part, _ in parts) / 3 * sum(one_minus_p for _, one_minus_p in parts) / 3
     runs = [run for run, _, _ in trained]
-    found = TRAK().attribute_ensemble(runs, rows, progress=False)
-    torch.testing.assert_close(found.values[:, :10], expected)
-    assert found.provenance["mean"] == "of 3"
+    scores = TRAK().attribute_ensemble(runs, rows, progress=False)
+    torch.testing.assert_close(scores.values[:, :10], expected)
+    assert scores.provenance["mean"] == "of 3"
 
 
-def test_a_sample_that_was_fitted_to_rounding_leaves_no_doubt():
-    (run, weights, visited), (later, *_) = train(0), train(1)
-    sure = MemoryStore()
-    sure.begin(later.recipe)
+def test_a_sample_that_is_fitted_exactly_has_a_factor_of_zero():
+    (run, weights, last_visits), (later, *_) = train(0), train(1)
+    fitted_run = MemoryStore()
+    fitted_run.begin(later.recipe)
     for step in later:
-        fitted = step.sample_ids == 4
-        curvature = torch.where(fitted, 0.0, step.curvature)  # as it is recorded without gradient
-        rows = torch.where(fitted[:, None], 0.0, step.sketch)
-        sure.append(replace(step, sketch=rows, curvature=curvature))
+        is_fitted = step.sample_ids == 4
+        curvature = torch.where(is_fitted, 0.0, step.curvature)  # recorded if there is no gradient
+        rows = torch.where(is_fitted[:, None], 0.0, step.sketch)
+        fitted_run.append(replace(step, sketch=rows, curvature=curvature))
     rows = [queries(weights), queries(weights)]
-    part, doubts = reference(visited, rows[0], 1.0)
-    found = TRAK().attribute_ensemble([run, sure], rows, progress=False).values
-    torch.testing.assert_close(found[:, 4], part[:, 4] / 2 * doubts[4] / 2)
+    part, one_minus_p = reference(last_visits, rows[0], 1.0)
+    values = TRAK().attribute_ensemble([run, fitted_run], rows, progress=False).values
+    torch.testing.assert_close(values[:, 4], part[:, 4] / 2 * one_minus_p[4] / 2)
 
 
-def test_an_ensemble_of_one_is_that_one():
+def test_an_ensemble_of_one_run_equals_the_run():
     run, weights, _ = train(0)
     rows = queries(weights)
-    alone = TRAK().attribute(run, rows, progress=False)
-    together = TRAK().attribute_ensemble([run], [rows], progress=False)
-    torch.testing.assert_close(together.values, alone.values)
+    single = TRAK().attribute(run, rows, progress=False)
+    ensemble = TRAK().attribute_ensemble([run], [rows], progress=False)
+    torch.testing.assert_close(ensemble.values, single.values)
 
 
-def test_it_is_linear_in_the_query():
+def test_scores_are_linear_in_the_query():
     run, weights, _ = train(0)
-    one, other = queries(weights, 1), queries(weights, 2)
+    q1, q2 = queries(weights, 1), queries(weights, 2)
 
     def scores(q):
         return TRAK().attribute(run, q, progress=False).values
 
-    torch.testing.assert_close(scores(2 * one - other), 2 * scores(one) - scores(other))
+    torch.testing.assert_close(scores(2 * q1 - q2), 2 * scores(q1) - scores(q2))
 
 
 @pytest.mark.parametrize(

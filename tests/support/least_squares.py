@@ -1,7 +1,7 @@
-"""Real least-squares trainings in float64: recorded exactly, and retrained with other weights.
+"""Least-squares trainings in float64, recorded exactly, and retrained with other sample weights.
 
-The loss of a step is the sum over its visits of ``weight * (w . x_i - y_i)^2``, so its rows and its
-curvature are known in closed form, and so is everything that a method claims to estimate.
+The loss of a step is the sum over its visits of ``weight * (w . x_i - y_i)^2``. Its rows and its
+curvature are known in closed form, and so is the quantity that each method estimates.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +22,13 @@ Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Problem:
-    """Data, and the batches in which a training goes through it.
+    """Data, and the batches and learning rates of a training on it.
 
     Attributes:
         inputs: Shape ``(N_TRAIN, D)``.
         targets: Shape ``(N_TRAIN,)``.
         batches: Sample ids of each step.
-        rates: Factor on the learning rate in each step.
+        rates: Factor on the learning rate of each step.
     """
 
     inputs: Tensor
@@ -38,7 +38,7 @@ class Problem:
 
 
 def problem(steps: int = 7, batch_size: int = 3, scale: float = 1.0, seed: int = 0) -> Problem:
-    """Return random data, batches drawn with replacement, and a schedule that decays."""
+    """Return random data, batches drawn with replacement, and a decaying schedule."""
     generator = torch.Generator().manual_seed(seed)
     inputs = scale * torch.randn(N_TRAIN, D, generator=generator, dtype=torch.float64)
     targets = torch.randn(N_TRAIN, generator=generator, dtype=torch.float64)
@@ -46,7 +46,7 @@ def problem(steps: int = 7, batch_size: int = 3, scale: float = 1.0, seed: int =
     return Problem(inputs, targets, drawn, [1 / (1 + 0.2 * t) for t in range(steps)])
 
 
-def everything(problem: Problem) -> Problem:
+def full_batches(problem: Problem) -> Problem:
     """Return the problem with all samples in every step, at a constant rate."""
     steps = len(problem.batches)
     return replace(problem, batches=[torch.arange(N_TRAIN)] * steps, rates=[1.0] * steps)
@@ -59,7 +59,7 @@ def queries(seed: int = 1) -> Tensor:
 
 
 def train(problem: Problem, optimizer: Optimizer, presence: Tensor | None = None) -> Tensor:
-    """Return the weights after training in which samples count as much as ``presence`` says."""
+    """Return the weights after a training in which sample ``i`` counts ``presence[i]`` times."""
     *_, (weights, _) = _steps(problem, optimizer, presence)
     return weights
 
@@ -67,7 +67,7 @@ def train(problem: Problem, optimizer: Optimizer, presence: Tensor | None = None
 def record(
     problem: Problem, optimizer: Optimizer, stride: int = 1, presence: Tensor | None = None
 ) -> MemoryStore:
-    """Return the run of the training, with exact curvature rows."""
+    """Return the recorded training, with exact curvature rows."""
     store = MemoryStore()
     store.begin(
         Recipe(
@@ -86,15 +86,21 @@ def record(
     return store
 
 
-def effect_of_presence(problem: Problem, optimizer: Optimizer, of: Tensor) -> Tensor:
-    """Return what each sample's presence lowers the queries' losses by: central differences."""
-    lowered = torch.zeros(len(of), N_TRAIN, dtype=torch.float64)
+def effect_of_presence(problem: Problem, optimizer: Optimizer, q: Tensor) -> Tensor:
+    """Return by how much each sample's presence lowers the queries' losses (central differences).
+
+    Args:
+        problem: The training.
+        optimizer: Makes the optimizer of the weights.
+        q: Gradients of the queries' losses, shape ``(n_query, D)``.
+    """
+    lowered = torch.zeros(len(q), N_TRAIN, dtype=torch.float64)
     epsilon = 1e-4
     for sample in range(N_TRAIN):
         change = torch.zeros(N_TRAIN, dtype=torch.float64)
         change[sample] = epsilon
         more, less = (train(problem, optimizer, 1 + sign * change) for sign in (1, -1))
-        lowered[:, sample] = of @ (less - more) / (2 * epsilon)
+        lowered[:, sample] = q @ (less - more) / (2 * epsilon)
     return lowered
 
 
@@ -102,26 +108,27 @@ def _steps(
     problem: Problem, optimizer: Optimizer, presence: Tensor | None
 ) -> Iterator[tuple[Tensor, Step]]:
     weights = torch.full((D,), 0.5, dtype=torch.float64, requires_grad=True)
-    steps: Any = optimizer([weights])
-    rates = [group["lr"] for group in steps.param_groups]
+    opt: Any = optimizer([weights])
+    rates = [group["lr"] for group in opt.param_groups]
     for index, (ids, factor) in enumerate(zip(problem.batches, problem.rates, strict=True)):
-        for group, rate in zip(steps.param_groups, rates, strict=True):
+        for group, rate in zip(opt.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        x, share = problem.inputs[ids], torch.full((len(ids),), 1 / len(ids), dtype=torch.float64)
-        counted = share if presence is None else share * presence[ids]
+        x = problem.inputs[ids]
+        mean_weights = torch.full((len(ids),), 1 / len(ids), dtype=torch.float64)
+        loss_weights = mean_weights if presence is None else mean_weights * presence[ids]
         residuals = x @ weights.detach() - problem.targets[ids]
-        rows = 2 * (counted * residuals)[:, None] * x
+        rows = 2 * (loss_weights * residuals)[:, None] * x
         weights.grad = rows.sum(dim=0)
         step = Step(
             index=index,
             epoch=2 * index // len(problem.batches),
-            optimizer=type(steps).__name__,
-            groups=read_groups(steps),
+            optimizer=type(opt).__name__,
+            groups=read_groups(opt),
             sample_ids=ids,
-            weights=share,
+            weights=mean_weights,
             sketch=rows,
             curvature=1 / (2 * residuals.square()),
-            curvature_rows=(2 * counted).sqrt()[:, None] * x,
+            curvature_rows=(2 * loss_weights).sqrt()[:, None] * x,
         )
-        steps.step()
+        opt.step()
         yield weights.detach().clone(), step

@@ -1,4 +1,4 @@
-"""Runs of small problems whose optimizer steps are known."""
+"""Recorded runs of small trainings, and the methods that model their optimizer steps."""
 
 import least_squares as ls
 import pytest
@@ -22,7 +22,7 @@ def plain_run(momentum=0.0):
 
 
 def record(optimizer, network=mlp, data=None, **settings):
-    """Train in double precision, so that what is to be equal is so to rounding."""
+    """Train and record in double precision, so that equal results agree up to rounding."""
     store, model = MemoryStore(), Plain(network().double(), optimizer=optimizer)
     torch.manual_seed(0)
     x, y = (data or vectors()).tensors

@@ -1,1 +1,1 @@
-"""Dynamics: how an optimizer step changes the effect of earlier ones."""
+"""Training dynamics: how an optimizer step changes the effect of earlier steps."""

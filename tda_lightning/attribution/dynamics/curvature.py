@@ -1,12 +1,12 @@
-r"""Curvature: how the Hessian of a step's loss is built from what the step left behind.
+r"""Curvature: how to build the Hessian of a step's loss from the step's recorded rows.
 
-Every kind gives a factor :math:`C` of a positive semi-definite matrix, so that neither the matrix
-nor its eigenvectors are ever larger than the batch requires:
+Every kind gives a factor :math:`C` of a positive semi-definite matrix. It has few rows, so neither
+the matrix nor its eigenvectors need more memory than the batch requires:
 
 .. math:: H_t = C_t^\top C_t
 
-The empirical Fisher takes the outer products of the visits' own rows, :math:`\sum_i r_i r_i^\top /
-w_i`. It needs nothing else, and is too small where the model fits its data well. Rows from labels
+The empirical Fisher sums the outer products of the visits' rows, :math:`\sum_i r_i r_i^\top / w_i`.
+It needs nothing else, but is too small where the model fits its data well. Rows from labels
 drawn from the model's own predictions give the Gauss-Newton matrix without bias; see Kunstner et
 al. (2019), "Limitations of the Empirical Fisher Approximation for Natural Gradient Descent".
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from tda_lightning.arguments import require_choice, require_kind, require_limit
 from tda_lightning.stores.step import Step
 
-_Known = TypeVar("_Known")
+_T = TypeVar("_T")
 Terms = Literal["ignored", "independent"]
 
 
@@ -38,11 +38,11 @@ class Curvature(ABC):
         """Return rows whose outer products sum to the curvature of the step's loss.
 
         Raises:
-            ValueError: If the step does not hold what this takes.
+            ValueError: If the step lacks a recording that this kind needs.
         """
 
     def scaled_rows(self, step: Step) -> tuple[Float[Tensor, "m k"], Float[Tensor, " m"]]:
-        """Return the factor as rows, and what to scale each of them by.
+        """Return unscaled rows and their scales; the products are the rows of the factor.
 
         Where the rows are ``step.sketch`` itself, their products with a direction are also the
         visits' scores, and need not be computed twice.
@@ -51,120 +51,123 @@ class Curvature(ABC):
         return factor, factor.new_ones(len(factor))
 
 
-class _OwnRows(Curvature):
-    """A kind whose factor is the visits' own rows, each scaled by a number."""
+class _VisitCurvature(Curvature):
+    """A kind whose factor consists of the visits' rows, each with a scale."""
 
     @abstractmethod
     def scales(self, step: Step) -> Float[Tensor, " n"]:
-        """Return the numbers.
+        """Return the scale of each visit's row.
 
         Raises:
-            ValueError: If the step does not hold what this takes.
+            ValueError: If the step lacks a recording that this kind needs.
         """
 
     def factor(self, step: Step) -> Float[Tensor, "n k"]:
-        """Return the rows, scaled."""
+        """Return the scaled rows of the visits."""
         return step.sketch * self.scales(step)[:, None]
 
     def scaled_rows(self, step: Step) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"]]:
-        """Return the step's own rows, and the numbers."""
+        """Return the rows of the visits and their scales."""
         return step.sketch, self.scales(step)
 
 
 @dataclass(frozen=True)
-class EmpiricalFisher(_OwnRows):
-    """Outer products of the visits' own gradients: any run has them.
+class EmpiricalFisher(_VisitCurvature):
+    """Outer products of the visits' gradients; available in every run.
 
     Attributes:
-        terms: What the terms of one sample's loss (tokens, say) are to each other. If
-            ``"independent"``, the outer product of their mean is scaled up by their number.
+        terms: How to treat the terms of one sample's loss, such as tokens. With ``"independent"``,
+            the outer product of their mean is multiplied by their number; with ``"ignored"``, it is
+            not.
     """
 
     terms: Terms = "ignored"
 
     def __post_init__(self) -> None:
-        """Raise unless what terms are to each other is one of what they can be."""
+        """Validate `terms`."""
         require_choice("terms", self.terms, Terms)
 
     def scales(self, step: Step) -> Float[Tensor, " n"]:
-        """Return one over the roots of the visits' weights, times those of their terms if asked."""
+        """Return 1 / sqrt(weight) of each visit, times sqrt(terms) if they are independent."""
         if self.terms == "ignored":
-            return _over_weight(torch.ones_like(step.weights), step)
-        terms = _known(step.terms, step, "numbers of loss terms", "EmpiricalFisher()")
-        return _over_weight(terms, step)
+            return _root_over_weight(torch.ones_like(step.weights), step)
+        terms = _require_recorded(step.terms, step, "numbers of loss terms", "EmpiricalFisher()")
+        return _root_over_weight(terms, step)
 
 
 @dataclass(frozen=True)
-class LossWeighted(_OwnRows):
-    """The empirical Fisher, each visit as large as the curvature of its loss.
+class LossWeighted(_VisitCurvature):
+    """The empirical Fisher, with each visit scaled to the curvature of its loss.
 
-    Exact for losses of one output; p / (1 - p) for the softmax of several.
+    Exact for losses of one output. For the softmax of several, the factor is p / (1 - p).
 
     Attributes:
-        limit: Largest factor. At 1, curvature is nowhere larger than the empirical Fisher's.
+        limit: Largest factor. With 1, the curvature nowhere exceeds the empirical Fisher.
     """
 
     limit: float = math.inf
 
     def __post_init__(self) -> None:
-        """Raise unless the limit leaves some curvature."""
+        """Validate `limit`."""
         require_limit("limit", self.limit)
 
     def scales(self, step: Step) -> Float[Tensor, " n"]:
-        """Return the roots of the losses' curvatures and terms, over those of the weights."""
-        bent = _known(step.curvature, step, "loss curvatures", "EmpiricalFisher()")
-        terms = torch.ones_like(bent) if step.terms is None else step.terms
-        return _over_weight(bent.clamp(max=self.limit) * terms, step)
+        """Return sqrt(curvature * terms / weight) of each visit, with the curvature limited."""
+        loss_curvature = _require_recorded(
+            step.curvature, step, "loss curvatures", "EmpiricalFisher()"
+        )
+        terms = torch.ones_like(loss_curvature) if step.terms is None else step.terms
+        return _root_over_weight(loss_curvature.clamp(max=self.limit) * terms, step)
 
 
 @dataclass(frozen=True)
 class SampledLabels(Curvature):
-    """Outer products of gradients for labels that the model draws itself: the Gauss-Newton matrix.
+    """Outer products of gradients for labels drawn by the model: the Gauss-Newton matrix.
 
-    Runs have them if they were recorded with curvature rows.
+    Available in runs that were recorded with curvature rows.
     """
 
     def factor(self, step: Step) -> Float[Tensor, "m k"]:
-        """Return the recorded rows."""
-        rows = _known(step.curvature_rows, step, "curvature rows", "BestAvailable()")
+        """Return the recorded curvature rows."""
+        rows = _require_recorded(step.curvature_rows, step, "curvature rows", "BestAvailable()")
         if not rows.sum().isfinite() and not rows.isfinite().all():
             raise ValueError(
                 f"Step {step.index} of the recording has rows of sampled labels that are not "
-                "finite; expected finite ones. Pass `curvature=EmpiricalFisher()`, which does "
-                "without, or record in a wider number format."
+                "finite; expected finite ones. Pass `curvature=EmpiricalFisher()`, which does not "
+                "use them, or record in a wider number format."
             )
         return rows
 
 
 @dataclass(frozen=True)
 class Mixed(Curvature):
-    """The mean of several kinds.
+    """The mean of several kinds of curvature.
 
     Attributes:
-        parts: What to average.
+        parts: The kinds to average.
     """
 
     parts: Sequence[Curvature] = (SampledLabels(), EmpiricalFisher())
 
     def __post_init__(self) -> None:
-        """Raise unless there is something to average."""
+        """Validate `parts`."""
         if not self.parts:
             raise ValueError(
-                "`parts` is empty; expected kinds of curvature, `SampledLabels()` say."
+                "`parts` is empty; expected kinds of curvature, such as `SampledLabels()`."
             )
         for part in self.parts:
             require_kind("parts", part, Curvature, "`SampledLabels()`")
 
     def factor(self, step: Step) -> Float[Tensor, "m k"]:
-        """Return all their rows, each kind with its share."""
+        """Return the rows of all kinds, scaled so that their outer products are averaged."""
         return torch.cat([part.factor(step) for part in self.parts]) / math.sqrt(len(self.parts))
 
 
 @dataclass(frozen=True)
 class SampledOrEmpirical(Curvature):
-    """Sampled labels where a step has them, else the empirical Fisher.
+    """Sampled labels if a step has them, otherwise the empirical Fisher.
 
-    The default where curvature is averaged over many steps.
+    The default of methods that average curvature over many steps.
     """
 
     def factor(self, step: Step) -> Float[Tensor, "m k"]:
@@ -174,9 +177,10 @@ class SampledOrEmpirical(Curvature):
 
 @dataclass(frozen=True)
 class BestAvailable(Curvature):
-    """Sampled labels averaged with the empirical Fisher where a step has them, else the latter.
+    """The mean of sampled labels and empirical Fisher if a step has both, otherwise the latter.
 
-    The default where every step's own curvature counts: the average has less noise than either.
+    The default of methods that use the curvature of every single step: the mean has less noise than
+    either kind.
     """
 
     def factor(self, step: Step) -> Float[Tensor, "m k"]:
@@ -184,7 +188,7 @@ class BestAvailable(Curvature):
         return self._kind(step).factor(step)
 
     def scaled_rows(self, step: Step) -> tuple[Float[Tensor, "m k"], Float[Tensor, " m"]]:
-        """Return what that kind does."""
+        """Return the scaled rows of the best kind that the step allows."""
         return self._kind(step).scaled_rows(step)
 
     def _kind(self, step: Step) -> Curvature:
@@ -192,43 +196,46 @@ class BestAvailable(Curvature):
 
 
 def applied_curvature(steps: Sequence[Step], kind: Curvature) -> Float[Tensor, "k k"]:
-    """Return the mean of what the steps applied: clipped where they were clipped."""
+    """Return the mean curvature of the steps as applied, with their clipping."""
     total = torch.zeros(())
     for step in steps:
-        total = _added(total, kind.factor(step), 1.0)
+        total = _add_outer_products(total, kind.factor(step), 1.0)
     return total.div_(len(steps))
 
 
 def objective_curvature(steps: Sequence[Step], kind: Curvature) -> Float[Tensor, "k k"]:
-    """Return the curvature of the objective that the steps share, to which each visit says as much.
+    """Return the curvature of the objective that the steps share, in which all visits count alike.
 
-    A step of few visits, as the last of an epoch may be, says less; one that was clipped does not.
-    Its scale is that of the steps' mean weight.
+    A step with fewer visits, such as the last of an epoch, counts less; a clipped step does not.
+    The scale is that of the steps' mean weight.
     """
-    total, weight, visits = torch.zeros(()), 0.0, 0
+    total, total_weight, visits = torch.zeros(()), 0.0, 0
     for step in steps:
-        own, n = float(step.weights.sum()), len(step.weights)
-        total = _added(total, kind.factor(step), n / own if own > 0 else 0.0)
-        weight, visits = weight + own, visits + n
-    return total.mul_(weight / (len(steps) * max(visits, 1)))
+        weight, n = float(step.weights.sum()), len(step.weights)
+        total = _add_outer_products(total, kind.factor(step), n / weight if weight > 0 else 0.0)
+        total_weight, visits = total_weight + weight, visits + n
+    return total.mul_(total_weight / (len(steps) * max(visits, 1)))
 
 
-def _added(total: Tensor, factor: Float[Tensor, "m k"], share: float) -> Float[Tensor, "k k"]:
-    """Add to a matrix, in place, or to none."""
+def _add_outer_products(
+    total: Tensor, factor: Float[Tensor, "m k"], share: float
+) -> Float[Tensor, "k k"]:
+    """Add ``share * factor.mT @ factor`` in place; a scalar ``total`` is an empty sum."""
     k = factor.shape[1]
     matrix = total if total.ndim else factor.new_zeros(k, k)
     return matrix.addmm_(factor.mT, factor, alpha=share)
 
 
-def _over_weight(squares: Float[Tensor, " n"], step: Step) -> Float[Tensor, " n"]:
-    # A visit that weighs nothing has a row of zeros: it keeps it.
+def _root_over_weight(squares: Float[Tensor, " n"], step: Step) -> Float[Tensor, " n"]:
+    # A visit of weight zero has a row of zeros, which any finite scale leaves at zero.
     return (squares / step.weights.clamp_min(1e-30)).sqrt()
 
 
-def _known(value: _Known | None, step: Step, what: str, instead: str) -> _Known:
+def _require_recorded(value: _T | None, step: Step, name: str, alternative: str) -> _T:
     if value is None:
         raise ValueError(
-            f"Expected {what} in every step of the run; step {step.index} has none. Record them "
-            f"with the `GradientRecorder`, or pass `curvature={instead}`, which does without."
+            f"Expected {name} in every step of the run; step {step.index} has none. Record them "
+            f"with the `GradientRecorder`, or pass `curvature={alternative}`, which does not need "
+            "them."
         )
     return value
