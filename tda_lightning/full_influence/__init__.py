@@ -1,8 +1,8 @@
-"""Parameter space: influence functions of small models with whole gradients, nothing sketched.
+"""Influence functions of small models with full gradients, without sketches.
 
-Curvature is a linear operator on vectors as long as the model has parameters; it is multiplied
-with, and rarely written down. Operators and solvers are those of curvlinops and SciPy, an extra,
-but for ``Woodbury``, which does without.
+The curvature is a linear operator on vectors of all parameters. It is multiplied with, and rarely
+formed as a matrix. Operators and solvers come from the optional dependencies curvlinops and SciPy;
+``Woodbury`` needs neither.
 """
 
 from tda_lightning.full_influence.attribute import attribute_by_gradients

@@ -1,4 +1,4 @@
-"""A third front door: ask a small model itself, by whole gradients."""
+"""`attribute_by_gradients`: attribution with the full gradients of a small model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.attribution.dynamics.optimizer import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
-from tda_lightning.full_influence.full_gradients import WholeGradients, whole_recipe
+from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
 from tda_lightning.full_influence.influence import FullInfluenceFunction
 from tda_lightning.gradients.layers import select_layers
 from tda_lightning.passes.batches import require_loader
@@ -47,46 +47,43 @@ def attribute_by_gradients(
     batch_dims: Mapping[str, SampleAxis] | None = None,
     progress: bool = True,
 ) -> Scores:
-    """Say which training samples lowered, or raised, the loss of each query, by whole gradients.
+    """Score every training sample by its effect on each query, with full gradients.
 
-    For small models: nothing is sketched. Without a run, all is asked of the weights that the model
-    has. With one that kept snapshots, gradients and curvature of the training data are means over
-    them (over ten, if there are more), in the coordinates of its optimizer: more accurate, and as
-    many passes over the data.
+    For small models, since gradients are not sketched. Without a run, gradients and curvature are
+    taken at the model's current weights. With a run that kept snapshots, those of the training data
+    are means over at most ten snapshots, in the coordinates of the run's optimizer. This is more
+    accurate, and takes one pass over the data per snapshot.
 
     Args:
-        model: The LightningModule that was trained, with the weights to ask about. It is left as
-            it was, and in evaluation mode in between.
+        model: The trained LightningModule, with the weights to query. It is in evaluation mode
+            meanwhile; its state is restored afterwards.
         train_loader: The training data, in any order.
-        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
-        run: The recorded training, its folder or a store, with snapshots; see
-            ``GradientRecorder(snapshots=...)``. A slice of a store has those of its steps.
-        method: How to attribute.
-        target: What is asked about: the loss, or a function of (module, batch) that returns one
-            number per sample, to raise: :class:`~tda_lightning.Logit`, say.
-        at: At which weights queries are asked: ``"now"``, those that the model has; or, with a run,
-            the index of a snapshot, or ``"snapshots"``, for the mean of the queries' gradients at
-            those of the later two thirds.
-        curvature_loader: The data to take curvature from; by default all training data. They are
-            kept in memory, and gone through in every product with the curvature: fewer will do.
-        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
-        reduction: How the training loss combines its samples; by default as the run says, or by a
-            mean.
-        batch_dims: Axis of the samples in layers whose names match a pattern, where it is not the
-            first; by default as the run says. See ``GradientRecorder``.
+        queries: See :func:`~tda_lightning.attribute`.
+        run: The recorded training with snapshots: its folder or a store; see
+            ``GradientRecorder(snapshots=...)``. A slice of a store uses the snapshots of its steps.
+        method: The attribution method.
+        target: See :func:`~tda_lightning.attribute`.
+        at: See :func:`~tda_lightning.attribute`. Without a run, only ``"now"`` is possible.
+        curvature_loader: The data to compute the curvature on; by default all training data. They
+            are held in memory, and every product with the curvature is a pass over them. A subset
+            is often enough.
+        sample_ids: See :class:`~tda_lightning.GradientRecorder`.
+        reduction: How the training loss combines its samples. The default is that of the run, or
+            ``"mean"`` without a run.
+        batch_dims: See :class:`~tda_lightning.GradientRecorder`. The default is that of the run.
         progress: Show progress bars.
 
     Returns:
-        Scores, shape ``(n_query, n_train)``; positive marks a proponent. They are of the scale of
-        those of ``InfluenceFunction``: what presence among the training samples does to the loss.
-        Memory: one vector of the parameters' size for each query and for each sample of a batch,
-        and what the solver says.
+        Scores, shape ``(n_query, n_train)``. A positive score marks a proponent. Their scale is
+        that of ``InfluenceFunction``: the effect of a sample's presence in the training data on the
+        loss. Memory: one vector of the parameters' size per query and per sample of a batch, and
+        the memory of the solver.
 
     Raises:
         ImportError: If the solver needs curvlinops or SciPy, and they are not installed:
             ``pip install 'tda_lightning[solvers]'``.
-        ValueError: If the ids cannot be known, the data do not fit the model, the run has no
-            snapshots, or the method cannot be applied to the model.
+        ValueError: If the sample ids cannot be inferred, the data do not fit the model, or the run
+            has no snapshots; or if the method cannot be applied to the model.
     """
     _require_method(method)
     require_model(model)
@@ -97,27 +94,29 @@ def attribute_by_gradients(
         require_kind("batch_dims", batch_dims, Mapping, '`{"encoder.*": 1}`')
     if reduction is not None:
         require_choice("reduction", reduction, Reduction)
-    loader = train_loader if curvature_loader is None else curvature_loader
-    name = "train_loader" if curvature_loader is None else "curvature_loader"
-    store = _opened(run, at)
-    damping = None if store is None or method.damping is not None else _suggested(store)
-    _say_what_is_left_out(model, method)
+    curvature_data = train_loader if curvature_loader is None else curvature_loader
+    argument = "train_loader" if curvature_loader is None else "curvature_loader"
+    store = _open_run(run, at)
+    damping = None if store is None or method.damping is not None else _suggested_damping(store)
+    _warn_of_skipped_layers(model, method)
     selection = select_layers(model, method.layers)
     if store is not None:
         reduction = reduction or store.recipe.reduction
         batch_dims = store.recipe.batch_dims if batch_dims is None else batch_dims
-    recipe = whole_recipe(model, selection, reduction or "mean", batch_dims or {})
-    whole = WholeGradients(model, selection, recipe, store)
-    asked = whole.of_queries(queries, target, at, progress=progress)
+    recipe = full_recipe(model, selection, reduction or "mean", batch_dims or {})
+    gradients = FullGradients(model, selection, recipe, store)
+    query_gradients = gradients.of_queries(queries, target, at, progress=progress)
     with preserved_state(model, "eval"):
-        objective = whole.objective(loader, damping, argument=name, progress=progress)
-        solution = method.solve(objective, asked, progress=progress)
-    train_ids, products = whole.products(
+        objective = gradients.objective(
+            curvature_data, damping, argument=argument, progress=progress
+        )
+        solution = method.solve(objective, query_gradients, progress=progress)
+    train_ids, products = gradients.products(
         solution.directions, train_loader, sample_ids, progress=progress
     )
     return Scores(
         values=products / len(train_ids),
-        query_ids=torch.arange(len(asked)),
+        query_ids=torch.arange(len(query_gradients)),
         train_ids=train_ids,
         method=repr(method),
         provenance={
@@ -127,13 +126,13 @@ def attribute_by_gradients(
             "target": name_of(target),
             "parameters": f"{recipe.dimension:,}",
             "curvature": f"of {objective.n:,} samples, damping {solution.damping:.3g}",
-            "along": describe_snapshots(whole.snapshots) if store else "no run",
+            "along": describe_snapshots(gradients.snapshots) if store else "no run",
         },
     )
 
 
-def _say_what_is_left_out(model: nn.Module, method: FullInfluenceFunction) -> None:
-    """Warn of layers that were to count and cannot."""
+def _warn_of_skipped_layers(model: nn.Module, method: FullInfluenceFunction) -> None:
+    """Warn of requested layers that are not supported."""
     patterns = ["*"] if method.layers is None else method.layers
     for entry in select_layers(model).left_out:
         if any(fnmatchcase(entry.name, pattern) for pattern in patterns):
@@ -143,38 +142,39 @@ def _say_what_is_left_out(model: nn.Module, method: FullInfluenceFunction) -> No
 def _require_method(method: object) -> None:
     if not isinstance(method, FullInfluenceFunction):
         raise ValueError(
-            f"`method` is {method!r}; expected a `FullInfluenceFunction`. Others are asked by "
-            "`attribute`, of a recorded run, or by `attribute_by_features`."
+            f"`method` is {method!r}; expected a `FullInfluenceFunction`. Pass methods that read a "
+            "run to `attribute`, and methods that read features to `attribute_by_features`."
         )
     method.solver.require()
 
 
-def _opened(run: Run | None, at: Moment) -> Store | None:
+def _open_run(run: Run | None, at: Moment) -> Store | None:
     if run is None and at != "now":
         raise ValueError(
-            f"`at={at!r}` came without a run; expected `run=`, the one that kept the snapshots, or "
-            '`at="now"`.'
+            f"`at={at!r}` was passed without a run; expected `run=` with the run that kept the "
+            'snapshots, or `at="now"`.'
         )
     if isinstance(run, list | tuple):
         raise ValueError(
-            f"`run` is a {type(run).__name__} of {len(run)}; expected one recorded training. Ask "
-            "each with its own model, and average: `Scores.mean([...])`."
+            f"`run` is a {type(run).__name__} of {len(run)}; expected one recorded training. "
+            "Attribute each run with its own model, and average: `Scores.mean([...])`."
         )
     return None if run is None else open_run(run)
 
 
-def _suggested(store: Store) -> float | None:
-    """Return the damping that a run suggests for a mean over samples, whatever its steps sum up."""
+def _suggested_damping(store: Store) -> float | None:
+    """Return the damping that a run suggests, rescaled to the mean loss over samples."""
     extent = Extent.of(store)
-    found = suggested_damping(extent) / extent.weight
+    damping = suggested_damping(extent) / extent.weight
     if has_plain_rates(store):
-        return found
+        return damping
     names = sorted({step.optimizer for step in store})
     warnings.warn(
-        f"attribute_by_gradients: steps of {' and '.join(names)} are no gradient steps in the "
-        f"coordinates of this run, so no damping follows from their rates ({found:.3g} it would "
-        "be); the solver's own is taken, as without a run. Pass `FullInfluenceFunction(damping=...)"
-        '`, or record with `preconditioner="optimizer"` under an optimizer that it knows.',
+        f"attribute_by_gradients: steps of {' and '.join(names)} are not gradient steps in the "
+        f"coordinates of this run, so its learning rates suggest no damping ({damping:.3g} "
+        "otherwise). The solver's default is used, as without a run. Pass "
+        '`FullInfluenceFunction(damping=...)`, or record with `preconditioner="optimizer"` and an '
+        "optimizer that it supports.",
         stacklevel=3,
     )
     return None

@@ -1,4 +1,4 @@
-"""Checks: what numbers have to be for scores to mean something, said where they come in."""
+"""Checks for NaN, infinity and negative eigenvalues, with error messages that name the source."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 _INDEFINITE = (
-    "Give more damping: it must make up for all negative eigenvalues, as the default does. Or take "
-    "`curvature=GaussNewton()`, which has none."
+    "Increase `damping` until it exceeds the magnitude of every negative eigenvalue, as the "
+    "default does. Or use `curvature=GaussNewton()`, which has none."
 )
 
 
-def require_finite(numbers: Tensor, whose: str, remedy: str) -> None:
-    """Raise if some numbers are NaN or infinite.
+def require_finite(numbers: Tensor, name: str, remedy: str) -> None:
+    """Check that all numbers are finite.
 
     Args:
-        numbers: Any.
-        whose: What they belong to, to begin a sentence with.
-        remedy: Where to look for the reason.
+        numbers: Any tensor.
+        name: What the numbers are; the error message begins with it.
+        remedy: Where to look for the cause.
 
     Raises:
-        ValueError: Saying so.
+        ValueError: If some numbers are NaN or infinite.
 
     >>> require_finite(torch.tensor([1.0, torch.nan]), "The mean", "Look at the samples.")
     Traceback (most recent call last):
@@ -30,23 +30,23 @@ def require_finite(numbers: Tensor, whose: str, remedy: str) -> None:
     wrong = int((~torch.isfinite(numbers)).sum())
     if wrong:
         raise ValueError(
-            f"{whose} is not finite: {wrong:,} of {numbers.numel():,} numbers are NaN or infinite. "
+            f"{name} is not finite: {wrong:,} of {numbers.numel():,} numbers are NaN or infinite. "
             f"{remedy}"
         )
 
 
 def require_definite(smallest: float, damping: float) -> None:
-    """Raise unless damping makes up for a curvature's smallest eigenvalue.
+    """Check that damping outweighs the smallest eigenvalue of a curvature.
 
     Args:
-        smallest: The smallest eigenvalue, or what it is at most.
-        damping: Added to all of them.
+        smallest: The smallest eigenvalue, or an upper bound of it.
+        damping: Added to all eigenvalues.
 
     Raises:
-        ValueError: Saying what to do.
+        ValueError: If the damped curvature is not positive definite.
     """
     if smallest + damping <= 0:
         raise ValueError(
             f"The curvature has an eigenvalue of {smallest:.3g} or less, and damping {damping:.3g} "
-            f"does not make up for it. {_INDEFINITE}"
+            f"does not compensate for it. {_INDEFINITE}"
         )

@@ -1,6 +1,6 @@
-"""Operators: all that is taken from curvlinops and SciPy, said in the words of this library.
+"""Bindings to curvlinops and SciPy: linear operators, iterative solvers and eigenvalues.
 
-This room is entered late, by those who ask for it: both libraries are an extra.
+Both libraries are optional dependencies, so import this file only where it is used.
 """
 
 from __future__ import annotations
@@ -17,108 +17,116 @@ from tda_lightning.full_influence.objective import Objective
 
 try:
     with warnings.catch_warnings():
-        # A library below compiles with `torch.jit.script`, about which torch warns.
+        # A dependency uses `torch.jit.script`, which torch has deprecated.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         import curvlinops
         from curvlinops._torch_base import PyTorchLinearOperator
         from scipy.sparse.linalg import ArpackError, eigsh
 except ImportError as error:
     raise ImportError(
-        f"Whole gradients need curvlinops and SciPy, and `{error.name}` is not installed. Install "
+        f"This solver needs curvlinops and SciPy, and `{error.name}` is not installed. Install "
         "them with `pip install 'tda_lightning[solvers]'`."
     ) from error
 
-# How well the smallest eigenvalue is told from zero, relative to the largest in magnitude.
-_PRECISE = 1e-3
+# Tolerance of the smallest eigenvalue, relative to the largest in magnitude.
+_EIGENVALUE_TOLERANCE = 1e-3
 Product = Callable[[Float[Tensor, "d n"]], Float[Tensor, "d n"]]
 
 
 @runtime_checkable
 class Operator(Protocol):
-    """A symmetric matrix that can be multiplied with."""
+    """A symmetric matrix that is given by its products with vectors."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Its numbers of rows and columns."""
+        """Numbers of rows and columns."""
 
     @property
     def device(self) -> torch.device:
-        """Where it acts."""
+        """Device of the vectors."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which number format."""
+        """Data type of the vectors."""
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """Return the product with the columns of a matrix."""
 
 
 class _Outputs(nn.Module):
-    """What curvlinops takes for a model: batches are known by their numbers."""
+    """Presents the model to curvlinops as a module whose inputs are the numbers of batches."""
 
-    def __init__(self, objective: Objective, read: Callable[[int], Tensor]) -> None:
+    def __init__(self, objective: Objective, outputs_of: Callable[[int], Tensor]) -> None:
         super().__init__()
         self.model = objective.model
-        self._read = read
+        self._outputs_of = outputs_of
 
     def forward(self, number: Tensor) -> Tensor:
-        return self._read(int(number))
+        return self._outputs_of(int(number))
 
 
 class _Loss(nn.Module):
-    """What curvlinops takes for a loss function."""
+    """Presents the loss to curvlinops as a module whose labels are the numbers of batches."""
 
-    def __init__(self, reduction: str, judge: Callable[[Tensor, int], Tensor]) -> None:
+    def __init__(self, reduction: str, loss_of: Callable[[Tensor, int], Tensor]) -> None:
         super().__init__()
         self.reduction = reduction
-        self._judge = judge
+        self._loss_of = loss_of
 
     def forward(self, outputs: Tensor, number: Tensor) -> Tensor:
-        return self._judge(outputs, int(number))
+        return self._loss_of(outputs, int(number))
 
 
 def gauss_newton(
-    objective: Objective, read: Callable[[int], Tensor], judge: Callable[[Tensor, int], Tensor]
+    objective: Objective,
+    outputs_of: Callable[[int], Tensor],
+    loss_of: Callable[[Tensor, int], Tensor],
 ) -> Operator:
     """Return the Gauss-Newton matrix of the mean loss.
 
     Args:
         objective: The model and the data.
-        read: From the number of a batch to the model's outputs.
-        judge: From outputs and the number of their batch to its loss.
+        outputs_of: Function from the number of a batch to the model's outputs.
+        loss_of: Function from outputs and the number of their batch to its loss.
     """
-    return _assembled(curvlinops.GGNLinearOperator, objective, read, judge)
+    return _curvature(curvlinops.GGNLinearOperator, objective, outputs_of, loss_of)
 
 
-def hessian(objective: Objective, read: Callable[[int], Tensor]) -> Operator:
-    """Return the Hessian of the mean loss; ``read`` gives that of a batch, from its number."""
-    return _assembled(curvlinops.HessianLinearOperator, objective, read, lambda loss, _: loss)
+def hessian(objective: Objective, loss_of: Callable[[int], Tensor]) -> Operator:
+    """Return the Hessian of the mean loss.
+
+    Args:
+        objective: The model and the data.
+        loss_of: Function from the number of a batch to its loss.
+    """
+    kind = curvlinops.HessianLinearOperator
+    return _curvature(kind, objective, loss_of, lambda loss, number: loss)
 
 
-def _assembled(
+def _curvature(
     kind: Any,
     objective: Objective,
-    read: Callable[[int], Tensor],
-    judge: Callable[[Tensor, int], Tensor],
+    outputs_of: Callable[[int], Tensor],
+    loss_of: Callable[[Tensor, int], Tensor],
 ) -> Operator:
     numbers = [torch.tensor(number) for number in range(len(objective.batches))]
     operator = kind(
-        _Outputs(objective, read),
-        _Loss(objective.reduction, judge),
+        _Outputs(objective, outputs_of),
+        _Loss(objective.reduction, loss_of),
         list(objective.parameters),
         list(zip(numbers, numbers, strict=True)),
         num_data=objective.n,
         batch_size_fn=lambda number: objective.sizes[int(number)],
-        # The data are kept, the model is in evaluation mode: there is nothing to check.
+        # The batches are fixed and the model is in evaluation mode: there is nothing to check.
         check_deterministic=False,
     )
-    mean: Operator = operator * objective.share
+    mean: Operator = operator * objective.mean_factor
     return mean
 
 
 def kronecker_factored(
     objective: Objective,
-    read: Callable[[int], Tensor],
+    outputs_of: Callable[[int], Tensor],
     loss: nn.Module,
     labels: Sequence[Tensor],
     fisher: Literal["type-2", "mc"],
@@ -127,14 +135,14 @@ def kronecker_factored(
 
     Args:
         objective: The model and the data.
-        read: From the number of a batch to the model's outputs.
-        loss: One of torch's loss functions that curvlinops knows; its reduction is a mean.
+        outputs_of: Function from the number of a batch to the model's outputs.
+        loss: One of torch's loss functions that curvlinops supports, with mean reduction.
         labels: The labels of each batch.
-        fisher: Whether the expectation over labels is taken, or a sample of it.
+        fisher: ``"type-2"`` for the expectation over labels, ``"mc"`` for sampled labels.
     """
     numbers = [torch.tensor(number) for number in range(len(objective.batches))]
     operator: Operator = curvlinops.EKFACLinearOperator(
-        _Outputs(objective, read),
+        _Outputs(objective, outputs_of),
         loss,
         list(objective.parameters),
         list(zip(numbers, labels, strict=True)),
@@ -148,14 +156,14 @@ def kronecker_factored(
     return operator
 
 
-class _Composed(PyTorchLinearOperator):  # type: ignore[misc]
-    """A symmetric operator, by what it does to the columns of a matrix."""
+class _ProductOperator(PyTorchLinearOperator):  # type: ignore[misc]
+    """A symmetric operator that is defined by its product with the columns of a matrix."""
 
     SELF_ADJOINT = True
 
     def __init__(self, like: Any, product: Product) -> None:
-        whole = [(like.shape[0],)]  # where parameters are not told apart
-        super().__init__(getattr(like, "_in_shape", whole), getattr(like, "_out_shape", whole))
+        flat = [(like.shape[0],)]  # of operators that do not split vectors into parameters
+        super().__init__(getattr(like, "_in_shape", flat), getattr(like, "_out_shape", flat))
         self._like, self._product = like, product
 
     @property
@@ -169,26 +177,29 @@ class _Composed(PyTorchLinearOperator):  # type: ignore[misc]
         return dtype
 
     def _matmat(self, vectors: list[Tensor]) -> list[Tensor]:
-        products = self._product(torch.cat([one.flatten(end_dim=-2) for one in vectors]))
+        products = self._product(torch.cat([block.flatten(end_dim=-2) for block in vectors]))
         parts = torch.split(products, self._in_shape_flat)
-        return [part.reshape(one.shape) for part, one in zip(parts, vectors, strict=True)]
+        return [part.reshape(block.shape) for part, block in zip(parts, vectors, strict=True)]
 
 
-def composed(like: Operator, product: Product) -> Operator:
-    """Return a symmetric operator of the shape of another.
+def from_product(like: Operator, product: Product) -> Operator:
+    """Return a symmetric operator that is defined by its product.
 
     Args:
-        like: The other.
-        product: Multiplies with the columns of a matrix.
+        like: An operator of the same shape, device and data type.
+        product: Function that multiplies with the columns of a matrix.
     """
-    return _Composed(like, product)
+    return _ProductOperator(like, product)
 
 
 def conjugate_gradient(
     operator: Operator, vectors: Float[Tensor, "d n"], tolerance: float, products: int
 ) -> Float[Tensor, "d n"]:
-    """Solve for the columns of a matrix, to a residual, or after so many products, however far."""
-    # The mean residual is what is judged; divided by their number, no vector's is above.
+    """Solve for the columns of a matrix, to a residual of ``tolerance`` or for ``products`` steps.
+
+    Whether it has converged is not checked.
+    """
+    # curvlinops limits the mean residual; this bounds the residual of every vector.
     limit = tolerance / vectors.shape[1]
     inverse = curvlinops.CGInverseLinearOperator(
         operator,
@@ -199,7 +210,7 @@ def conjugate_gradient(
         max_tridiag_iter=0,
     )
     with warnings.catch_warnings():
-        # Whether it has arrived is for the caller to judge, by the residual itself.
+        # The caller checks the residual.
         warnings.filterwarnings("ignore", message="CG terminated")
         solved: Tensor = inverse @ vectors
     return solved
@@ -208,7 +219,10 @@ def conjugate_gradient(
 def neumann(
     operator: Operator, vectors: Float[Tensor, "d n"], terms: int, scale: float
 ) -> Float[Tensor, "d n"]:
-    """Sum so many terms of the Neumann series of the inverse of ``scale`` times the operator."""
+    """Sum ``terms`` terms of the Neumann series for the columns of a matrix.
+
+    The series converges if all eigenvalues of ``scale`` times the operator are in (0, 2).
+    """
     inverse = curvlinops.NeumannInverseLinearOperator(
         operator, num_terms=terms, scale=scale, check_nan=False
     )
@@ -227,50 +241,51 @@ def kronecker_inverse(operator: Operator, damping: float) -> Operator:
 def eigenpairs(
     operator: Operator, rank: int, tolerance: float = 0.0
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "d r"]]:
-    """Return the eigenvalues largest in magnitude and their eigenvectors; ``rank`` of them, or all.
+    """Return the ``rank`` eigenvalues of largest magnitude and their eigenvectors, or all.
 
     Args:
         operator: The matrix.
-        rank: How many.
-        tolerance: How far off the eigenvalues may be, relative to themselves.
+        rank: Number of eigenvalues.
+        tolerance: Relative error allowed in the eigenvalues.
 
     Raises:
-        ValueError: If the iteration does not arrive.
+        ValueError: If the iteration does not converge.
     """
     d = operator.shape[0]
     if rank >= d - 1:
-        whole = operator @ torch.eye(d, device=operator.device, dtype=operator.dtype)
-        values, vectors = torch.linalg.eigh(0.5 * (whole + whole.mT))
+        matrix = operator @ torch.eye(d, device=operator.device, dtype=operator.dtype)
+        values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
         return values, vectors
     start = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    # More than the products are precise to would not be found.
+    # A tolerance below the precision of the products could not be reached.
     tolerance = max(tolerance, torch.finfo(operator.dtype).eps)
-    multiplied = composed(operator, lambda vectors: operator @ vectors).to_scipy()  # type: ignore[attr-defined]
+    product = from_product(operator, lambda vectors: operator @ vectors)
+    linear_operator = product.to_scipy()  # type: ignore[attr-defined]
     try:
-        found = eigsh(multiplied, k=rank, which="LM", v0=start.numpy(), tol=tolerance)
+        arrays = eigsh(linear_operator, k=rank, which="LM", v0=start.numpy(), tol=tolerance)
     except ArpackError as error:
         if not (operator @ start.to(operator.device, operator.dtype)).any():
             zeros = torch.zeros(rank, device=operator.device, dtype=operator.dtype)
             return zeros, torch.eye(d, rank, device=operator.device, dtype=operator.dtype)
         raise ValueError(
-            f"The largest eigenvalues of the curvature, {rank} of them, were not found: {error}. "
-            "Ask for fewer, or take another solver: `ConjugateGradient()`."
+            f"The {rank} largest eigenvalues of the curvature were not found: {error}. Request "
+            "fewer, or use another solver: `ConjugateGradient()`."
         ) from error
-    values, vectors = (torch.as_tensor(one).to(operator.device, operator.dtype) for one in found)
+    values, vectors = (torch.as_tensor(a).to(operator.device, operator.dtype) for a in arrays)
     return values, vectors
 
 
 def extremes(operator: Operator) -> tuple[float, float]:
-    """Return the smallest eigenvalue, at most 0, and the magnitude of the largest in magnitude.
+    """Return the smallest eigenvalue, at most 0, and the largest magnitude of an eigenvalue.
 
-    The first is on the safe side, below the true one by 0.4 % of the second at most; and 0 where it
-    is next to zero, by 0.2 %.
+    The first is a lower bound, at most 0.4 % of the second below the true value. It is 0 if it is
+    zero to within 0.2 % of the second.
     """
     size = float(eigenpairs(operator, 1)[0].abs().max())
-    # What is smallest is largest in magnitude once all are moved below zero.
-    moved = composed(operator, lambda vectors: operator @ vectors - size * vectors)
-    lowest = size + float(eigenpairs(moved, 1, _PRECISE)[0].min())
-    slack = 2 * _PRECISE * size
+    # With all eigenvalues shifted below zero, the smallest one has the largest magnitude.
+    shifted = from_product(operator, lambda vectors: operator @ vectors - size * vectors)
+    lowest = size + float(eigenpairs(shifted, 1, _EIGENVALUE_TOLERANCE)[0].min())
+    slack = 2 * _EIGENVALUE_TOLERANCE * size
     return (lowest - slack if lowest < -slack else 0.0), size
 
 

@@ -1,21 +1,21 @@
-r"""Influence function with whole gradients, at the weights that the model has or along a run.
+r"""Influence function with full gradients, at the model's current weights or along a run.
 
 .. math:: s(q, i) = \frac{1}{n} \, g_q^\top (H + \delta I)^{-1} g_i
 
-Koh & Liang (2017), "Understanding Black-box Predictions via Influence Functions", eq. 2; here with
-the sign of a presence. :math:`H` is the curvature of the mean loss over the training data. Weight
-decay that the optimizer applies is no part of the loss, and belongs to the damping.
+Koh & Liang (2017), "Understanding Black-box Predictions via Influence Functions", eq. 2, with the
+sign that stands for the presence of a sample. :math:`H` is the curvature of the mean loss over the
+training data. Weight decay of the optimizer is not part of that loss; it belongs to the damping.
 
-**Along a run** that kept snapshots, :math:`H` and :math:`g_i` are means over them, each in the
-coordinates of the optimizer, for the reasons that
-:class:`~tda_lightning.InfluenceFunction` has; its sketches are what is spared.
+**Along a run** that kept snapshots, :math:`H` and :math:`g_i` are means over the snapshots, each in
+the optimizer's coordinates. :class:`~tda_lightning.InfluenceFunction` gives the reasons; it also
+sketches.
 
-**Damping**, where none is given, is what such a run suggests, 1.5 / (sum of learning rates), if its
-steps are gradient steps in its coordinates; else the solver's own. ``EKFAC`` takes a tenth of the
-mean eigenvalue, as Grosse et al. (2023), "Studying Large Language Model Generalization with
-Influence Functions". Exact solvers want more, since most eigenvalues of a model are tiny: they take
-a fiftieth of the largest one, so that the condition number is 51, which came close to the best on
-every task measured. What a Hessian's eigenvalues reach below zero comes on top.
+**Damping** defaults to the value that such a run suggests, 1.5 / (sum of learning rates), if its
+steps are gradient steps in its coordinates. Otherwise the solver chooses it. ``EKFAC`` takes a
+tenth of the mean eigenvalue, as Grosse et al. (2023), "Studying Large Language Model Generalization
+with Influence Functions". Exact solvers need more, since most eigenvalues of a model are tiny. They
+take a fiftieth of the largest one, so that the condition number is 51, which was close to the best
+on every task measured. For a Hessian, the magnitude of its lowest negative eigenvalue is added.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solution:
-    """What queries look for in gradients.
+    """One solved direction per query; its product with a training gradient is a score.
 
     Attributes:
-        directions: Damped inverse curvature times the queries' gradients, shape ``(n_query, d)``.
-        damping: That was added.
+        directions: Damped inverse curvature times the query gradients, shape ``(n_query, d)``.
+        damping: The damping that was added.
     """
 
     directions: Float[Tensor, "n_query d"]
@@ -59,16 +59,17 @@ class Solution:
 class FullInfluenceFunction:
     """Inverse curvature times gradient, for all parameters; scores estimate a change of the loss.
 
-    Memory: one vector of the parameters' size per query, and some more for those solved at once.
+    Memory: one vector of the parameters' size per query, and a few more per query that is solved
+    for at the same time.
 
     Attributes:
-        solver: How to solve with the curvature.
-        curvature: What kind of it.
-        damping: Added to its diagonal; ``None`` for what the run suggests, if there is one, or what
-            the solver takes; and as much more as the curvature has eigenvalues below zero.
+        solver: The solver of the damped linear system.
+        curvature: The kind of curvature.
+        damping: Added to the curvature's diagonal. ``None`` takes the value that the run suggests,
+            or else the solver's default, and adds the magnitude of the lowest negative eigenvalue.
         layers: Names of the layers whose parameters count, with ``*`` for any characters; all by
-            default. The last one alone is often told from the others, and cheap.
-        query_batch_size: How many queries to solve for together.
+            default. The last layer alone is a common choice, and cheap.
+        query_batch_size: Number of queries to solve for together.
     """
 
     solver: Solver = Woodbury()
@@ -78,7 +79,7 @@ class FullInfluenceFunction:
     query_batch_size: int = 32
 
     def __post_init__(self) -> None:
-        """Raise unless these are what they are said to be."""
+        """Check all arguments."""
         require_kind("solver", self.solver, Solver, "`Woodbury()`")
         require_kind("curvature", self.curvature, ModelCurvature, "`GaussNewton()`")
         if self.damping is not None:
@@ -90,16 +91,16 @@ class FullInfluenceFunction:
     def solve(
         self, objective: Objective, queries: Float[Tensor, "n_query d"], *, progress: bool = True
     ) -> Solution:
-        """Solve for every query's gradient.
+        """Multiply the gradient of every query by the damped inverse curvature.
 
         Args:
-            objective: What was trained, and on what.
+            objective: The trained model and the data of the curvature.
             queries: Gradients of the queries' losses, shape ``(n_query, d)``.
             progress: Show a progress bar.
 
         Raises:
             ValueError: If the training step cannot be differentiated twice, the curvature is not
-                positive, or the solver does not arrive.
+                positive, or the solver does not converge.
         """
         require_finite(
             queries,
@@ -107,7 +108,7 @@ class FullInfluenceFunction:
             "Look for NaN or infinity in their inputs and targets, and in the weights.",
         )
         with torch.enable_grad(), warnings.catch_warnings():
-            # torch's own forward mode is compiled with what torch has come to warn about.
+            # torch compiles its own forward mode with a function that torch has since deprecated.
             warnings.filterwarnings("ignore", message=r"`torch.jit.script` is deprecated")
             operator = self.solver.operator(objective, self.curvature)
             damping = self._damping(objective, operator)
@@ -119,23 +120,24 @@ class FullInfluenceFunction:
     def _damping(self, objective: Objective, operator: Operator) -> float:
         if self.damping is not None:
             return self.damping
-        found = objective.damping
-        if found is None:
-            found = self.solver.default_damping(operator)
-        found += self.curvature.below_zero(operator)
-        if not 0 < found < math.inf:
+        damping = objective.damping
+        if damping is None:
+            damping = self.solver.default_damping(operator)
+        damping += self.curvature.below_zero(operator)
+        if not 0 < damping < math.inf:
             raise ValueError(
-                f"The default damping is {found:.3g}; expected a finite number above 0. It follows "
-                f"from the curvature of `{objective.argument}`: pass a number as `damping=`."
+                f"The default damping is {damping:.3g}; expected a finite number above 0. It "
+                f"follows from the curvature of `{objective.argument}`: pass a number as "
+                "`damping=`."
             )
-        return found
+        return damping
 
 
 def _require_names(layers: Any) -> None:
-    """Raise unless layers are named, in a list: a string would be taken for a list of letters."""
+    """Check that layers are a list of names; a string would count as a list of letters."""
     is_list = isinstance(layers, Sequence) and not isinstance(layers, str)
-    if not is_list or not layers or not all(isinstance(one, str) for one in layers):
+    if not is_list or not layers or not all(isinstance(name, str) for name in layers):
         raise ValueError(
-            f'`layers` is {layers!r}; expected a list of names, such as `["head"]`. Leave it out '
-            "for all layers."
+            f'`layers` is {layers!r}; expected a list of names, such as `["head"]`. Omit it for '
+            "all layers."
         )

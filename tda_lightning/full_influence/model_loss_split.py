@@ -1,9 +1,9 @@
-r"""Halves: a training step as a model followed by a loss, :math:`c(f(\theta))`, cut by itself.
+r"""Split a training step into a model followed by a loss, :math:`c(f(\theta))`, automatically.
 
-While the step runs, the calls of torch's loss functions are heard. What such a call is given is an
-output of the model; the rest of the step, run again with other outputs put into that call, is the
-loss as a function of them. Which calls count is told from the graph of the loss. So nobody writes
-a loss function again, and weights, masks and sums of several losses are as the user wrote them.
+Calls of torch's loss functions are intercepted while the step runs. The first argument of such a
+call is an output of the model. To evaluate the loss at other outputs, the step runs again with that
+argument replaced. The graph of the loss determines which calls count. So nobody writes a loss
+function again, and weights, masks and sums of several losses are as the user wrote them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 from tda_lightning.full_influence.checks import require_finite
 from tda_lightning.full_influence.objective import Objective
-from tda_lightning.full_influence.second_derivatives import differentiating, whole_loss
+from tda_lightning.full_influence.second_derivatives import differentiation_errors, step_loss
 from tda_lightning.gradients.losses import find_losses_and_penalties
 
-# Loss functions where the graph says so.
+# These may also be arithmetic; the graph of the loss determines whether they are loss functions.
 _SQUARES = {"pow", "square"}
-_HEARD = _SQUARES | {
+_LOSS_FUNCTIONS = _SQUARES | {
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
@@ -35,7 +35,7 @@ _HEARD = _SQUARES | {
     "smooth_l1_loss",
 }
 _REMEDY = (
-    "Say where to cut with `GaussNewton(outputs=..., loss=...)`, or take the curvature of the whole"
+    "Specify the split with `GaussNewton(outputs=..., loss=...)`, or use the curvature of the whole"
     " step with `Hessian()`."
 )
 
@@ -45,11 +45,11 @@ class LossCall:
     """A call of a loss function.
 
     Attributes:
-        name: Of the function.
-        outputs: What the model gave it: its first argument.
+        name: Name of the function.
+        outputs: Its first argument: outputs of the model.
         labels: Its second argument, if it has one.
         settings: Its other arguments.
-        value: What it returned.
+        value: The returned value.
     """
 
     name: str
@@ -59,19 +59,19 @@ class LossCall:
     value: Tensor
 
 
-class _Listener(TorchFunctionMode):
-    """Hears the calls of loss functions, and may put other outputs into some of them.
+class _LossCallRecorder(TorchFunctionMode):
+    """Records the calls of loss functions, and can replace the outputs passed to some of them.
 
     Args:
-        cuts: Numbers of those calls.
-        outputs: What to put in, flattened, one after the other.
+        cuts: Indices of the calls whose outputs to replace.
+        outputs: The replacements, flattened, one after the other.
     """
 
     def __init__(self, cuts: Sequence[int] = (), outputs: Tensor | None = None) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
         self._cuts = cuts
-        self._rest = outputs
+        self._remaining = outputs
 
     def __torch_function__(
         self,
@@ -82,7 +82,7 @@ class _Listener(TorchFunctionMode):
     ) -> Any:
         settings = dict(kwargs or {})
         outputs, *others = args or (settings.get("input"),)
-        if getattr(func, "__name__", "") not in _HEARD or not isinstance(outputs, Tensor):
+        if getattr(func, "__name__", "") not in _LOSS_FUNCTIONS or not isinstance(outputs, Tensor):
             return func(*args, **settings)
         settings.pop("input", None)
         outputs = self._replaced(outputs)
@@ -92,136 +92,144 @@ class _Listener(TorchFunctionMode):
         return value
 
     def _replaced(self, outputs: Tensor) -> Tensor:
-        if self._rest is None or len(self.calls) not in self._cuts:
+        if self._remaining is None or len(self.calls) not in self._cuts:
             return outputs
-        own, self._rest = self._rest[: outputs.numel()], self._rest[outputs.numel() :]
-        return own.view(outputs.shape)
+        m = outputs.numel()
+        replacement, self._remaining = self._remaining[:m], self._remaining[m:]
+        return replacement.view(outputs.shape)
 
 
 class ModelLossSplit:
-    """The training step on every batch of an objective, cut into a model and a loss.
+    """The training step on every batch of an objective, split into a model and a loss.
 
     Args:
         objective: The model and the batches.
 
     Raises:
-        ValueError: If a batch's loss is not a function of what loss functions are given.
+        ValueError: If a batch's loss depends on the parameters other than through the outputs that
+            are passed to loss functions.
     """
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        with differentiating(objective):
-            self._cuts = [self._find(number) for number in range(len(objective.batches))]
+        with differentiation_errors(objective):
+            self._cuts = [self._find_cuts(number) for number in range(len(objective.batches))]
 
     def outputs(self, number: int) -> Float[Tensor, " m"]:
         """Return all outputs of the model for a batch, one after the other."""
-        calls = self._heard(number)
+        calls = self._loss_calls(number)
         return torch.cat([call.outputs.flatten() for call in calls])
 
     def loss(self, outputs: Float[Tensor, " m"], number: int) -> Float[Tensor, ""]:
         """Return the loss of a batch for other outputs."""
-        with _Listener(self._cuts[number], outputs):
-            return whole_loss(self._objective, number)
+        with _LossCallRecorder(self._cuts[number], outputs):
+            return step_loss(self._objective, number)
 
     def only_call(self, number: int) -> LossCall:
-        """Return the call of a loss function for a batch.
+        """Return the single call of a loss function for a batch.
 
         Raises:
             ValueError: If there are several.
         """
-        calls = self._heard(number)
+        calls = self._loss_calls(number)
         if len(calls) > 1:
             raise ValueError(
                 f"The loss of `{type(self._objective.model).__name__}.training_step` has "
-                f"{len(calls)} parts; expected one. Take another solver: `ConjugateGradient()`."
+                f"{len(calls)} parts; expected one. Use another solver: `ConjugateGradient()`."
             )
         return calls[0]
 
-    def _heard(self, number: int) -> list[LossCall]:
-        with _Listener() as listener:
-            whole_loss(self._objective, number)
-        return [listener.calls[place] for place in self._cuts[number]]
+    def _loss_calls(self, number: int) -> list[LossCall]:
+        with _LossCallRecorder() as recorder:
+            step_loss(self._objective, number)
+        return [recorder.calls[index] for index in self._cuts[number]]
 
-    def _find(self, number: int) -> tuple[int, ...]:
+    def _find_cuts(self, number: int) -> tuple[int, ...]:
         model, parameters = self._objective.model, self._objective.parameters
-        with torch.enable_grad(), _Listener() as listener:
-            loss = whole_loss(self._objective, number)
+        with torch.enable_grad(), _LossCallRecorder() as recorder:
+            loss = step_loss(self._objective, number)
         require_finite(
             loss,
             f"The loss of batch {number} of `{self._objective.argument}`",
             "Look for NaN or infinity in its samples, and in the weights.",
         )
-        cuts = _cuts(listener.calls, loss)
-        through = [torch.zeros_like(one) for one in parameters]
+        cuts = _indices_of_loss_calls(recorder.calls, loss)
+        through_outputs = [torch.zeros_like(parameter) for parameter in parameters]
         if cuts:
-            outputs = torch.cat([listener.calls[place].outputs.flatten() for place in cuts])
-            through = _pulled_back(self._slope(outputs, cuts, number), outputs, parameters)
-        _require_all(through, _gradient(loss, parameters), type(model).__name__)
+            outputs = torch.cat([recorder.calls[index].outputs.flatten() for index in cuts])
+            output_gradient = self._output_gradient(outputs, cuts, number)
+            through_outputs = _pull_back(output_gradient, outputs, parameters)
+        _require_all(through_outputs, _gradients(loss, parameters), type(model).__name__)
         return cuts
 
-    def _slope(self, outputs: Tensor, cuts: Sequence[int], number: int) -> Tensor:
-        """Return the gradient of the second half."""
-        with torch.enable_grad(), _Listener(cuts, leaf := outputs.detach().requires_grad_()):
-            loss = whole_loss(self._objective, number)
-        (slope,) = torch.autograd.grad(loss, leaf)
-        return slope
+    def _output_gradient(self, outputs: Tensor, cuts: Sequence[int], number: int) -> Tensor:
+        """Return the gradient of the loss with respect to the model's outputs."""
+        leaf = outputs.detach().requires_grad_()
+        with torch.enable_grad(), _LossCallRecorder(cuts, leaf):
+            loss = step_loss(self._objective, number)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient
 
 
-def _cuts(calls: Sequence[LossCall], loss: Tensor) -> tuple[int, ...]:
-    """Return the numbers of the calls that are loss functions on the graph of the loss."""
-    counting = {place: one for place, one in enumerate(calls) if _counts(one, loss)}
-    named = [one for one in counting.values() if one.name not in _SQUARES]
-    # A square of another loss, as some are weighted with, is no end of the model.
+def _indices_of_loss_calls(calls: Sequence[LossCall], loss: Tensor) -> tuple[int, ...]:
+    """Return the indices of the calls that are loss functions on the graph of the loss."""
+    candidates = {index: call for index, call in enumerate(calls) if _is_loss_node(call, loss)}
+    named = [call for call in candidates.values() if call.name not in _SQUARES]
+    # The square of another loss, such as the weight of a focal loss, is no output of the model.
     return tuple(
-        place
-        for place, one in counting.items()
-        if one.name not in _SQUARES or not any(_comes_after(one, other) for other in named)
+        index
+        for index, call in candidates.items()
+        if call.name not in _SQUARES or not any(_depends_on(call, other) for other in named)
     )
 
 
-def _counts(call: LossCall, loss: Tensor) -> bool:
+def _is_loss_node(call: LossCall, loss: Tensor) -> bool:
     if not call.outputs.requires_grad:
         return False
-    given = _place(call.outputs)
-    for node in find_losses_and_penalties(loss):
-        if call.value.grad_fn is node.node or tuple(node.outputs)[:2] == given:
+    edge = _graph_edge(call.outputs)
+    for loss_node in find_losses_and_penalties(loss):
+        if call.value.grad_fn is loss_node.node or tuple(loss_node.outputs)[:2] == edge:
             return True
     return False
 
 
-def _comes_after(call: LossCall, other: LossCall) -> bool:
-    (found,) = torch.autograd.grad(
+def _depends_on(call: LossCall, other: LossCall) -> bool:
+    """Return whether a call's outputs are computed from the outputs of another call."""
+    (gradient,) = torch.autograd.grad(
         call.outputs.sum(), other.outputs, retain_graph=True, allow_unused=True
     )
-    return found is not None and _place(call.outputs) != _place(other.outputs)
+    return gradient is not None and _graph_edge(call.outputs) != _graph_edge(other.outputs)
 
 
-def _place(outputs: Tensor) -> tuple[Any, ...]:
-    """Return where a tensor stands on the graph."""
+def _graph_edge(outputs: Tensor) -> tuple[Any, ...]:
+    """Return the autograd node of a tensor, and its output number there."""
     return tuple(get_gradient_edge(outputs))[:2]
 
 
-def _gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-    return list(found)
+def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+    return list(gradients)
 
 
-def _pulled_back(
-    slope: Tensor, outputs: Tensor, parameters: Sequence[nn.Parameter]
+def _pull_back(
+    output_gradient: Tensor, outputs: Tensor, parameters: Sequence[nn.Parameter]
 ) -> list[Tensor]:
-    found = torch.autograd.grad(
-        outputs, parameters, slope, retain_graph=True, materialize_grads=True
+    gradients = torch.autograd.grad(
+        outputs, parameters, output_gradient, retain_graph=True, materialize_grads=True
     )
-    return list(found)
+    return list(gradients)
 
 
-def _require_all(through: Sequence[Tensor], whole: Sequence[Tensor], model: str) -> None:
-    """Raise unless all of the loss's gradient comes through the outputs."""
-    missing = sum(float((a - b).square().sum()) for a, b in zip(through, whole, strict=True))
-    size = sum(float(one.square().sum()) for one in whole)
+def _require_all(
+    through_outputs: Sequence[Tensor], gradients: Sequence[Tensor], model: str
+) -> None:
+    """Check that the whole gradient of the loss passes through the outputs."""
+    pairs = zip(through_outputs, gradients, strict=True)
+    missing = sum(float((a - b).square().sum()) for a, b in pairs)
+    size = sum(float(gradient.square().sum()) for gradient in gradients)
     if missing > 1e-6 * size:
         raise ValueError(
-            f"The loss of `{model}.training_step` is not made by torch's loss functions alone: "
+            f"The loss of `{model}.training_step` is not computed by torch's loss functions alone: "
             "expected cross-entropy, binary cross-entropy, squared error or Huber's loss. "
             f"{_REMEDY}"
         )

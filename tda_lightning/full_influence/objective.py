@@ -1,4 +1,4 @@
-"""Objective: the mean loss over some data, as a function of some of a model's parameters."""
+"""The objective: the mean loss over some data, as a function of some of a model's parameters."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ from tda_lightning.passes.batches import batch_size, with_progress
 from tda_lightning.passes.model_state import swapped_weights
 from tda_lightning.passes.training_step import transfer
 
-# Yields rows whose outer products sum to the Gauss-Newton matrix, of so many draws of labels.
+# Takes the number of labels to draw per prediction, and yields rows whose outer products sum to the
+# Gauss-Newton matrix.
 SampledRows = Callable[[int], Generator[Float[Tensor, "n d"], None, None]]
 
 
 @dataclass(frozen=True, eq=False)
 class LinearizationPoint:
-    """Where to differentiate: at which weights, and in which coordinates.
+    """Weights and coordinates at which a model is linearized.
 
     Attributes:
-        weights: As the model's ``state_dict`` has them; ``None`` for those that it has.
-        scale: What gradients are multiplied by, shape ``(d,)``; ``None`` for ones.
+        weights: Weights by their names in the model's ``state_dict``; ``None`` for its current
+            weights.
+        scale: Factors of the gradient's entries, shape ``(d,)``; ``None`` for ones.
     """
 
     weights: Mapping[str, Tensor] | None = None
     scale: Float[Tensor, " d"] | None = None
 
-    def of(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Give the model these weights, and its own back afterwards."""
+    def loaded_into(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Load these weights into the model, and restore its own weights afterwards."""
         return nullcontext() if self.weights is None else swapped_weights(model, self.weights)
 
 
@@ -45,18 +47,19 @@ CURRENT_WEIGHTS = LinearizationPoint()
 class Objective:
     """The mean loss over some data, as a function of some of a model's parameters.
 
-    A vector of it holds the parameters one after the other, each flattened.
+    Vectors, such as gradients, hold the parameters one after the other, each flattened.
 
     Attributes:
         model: The LightningModule.
-        parameters: What is differentiated by.
-        batches: The data, where the model is.
+        parameters: The parameters to differentiate by.
+        batches: The data, on the model's device.
         sizes: Number of samples in each batch.
         reduction: Whether the loss of a batch is the mean or the sum of its samples' losses.
-        linearization_points: Where its curvature is taken: it is the mean of theirs.
-        sampled: Draws labels from the model's predictions; ``None`` where nobody said how.
-        damping: What the training itself suggests, if it is known.
-        argument: What the data are called where the user has passed them.
+        linearization_points: The curvature is the mean over these points.
+        sampled: Draws labels from the model's predictions and yields their rows; ``None`` if that
+            is not possible.
+        damping: The damping that the training suggests, if it is known.
+        argument: Name of the user's argument with the data, for error messages.
     """
 
     model: nn.Module
@@ -80,10 +83,10 @@ class Objective:
         argument: str = "train_loader",
         progress: bool = True,
     ) -> Objective:
-        """Take the data from a loader, once, so that every product sees the very same.
+        """Read the data from a loader once, so that every product uses the same batches.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If the loader is empty.
         """
         batches = list(with_progress(loader, "curvature data", progress))
         if not batches:
@@ -100,15 +103,15 @@ class Objective:
     @property
     def d(self) -> int:
         """Number of parameters."""
-        return sum(one.numel() for one in self.parameters)
+        return sum(parameter.numel() for parameter in self.parameters)
 
     @property
-    def share(self) -> float:
-        """What makes a mean over samples of what the losses of batches make together."""
+    def mean_factor(self) -> float:
+        """Factor from the reduced loss of all batches to the mean loss over samples."""
         return 1.0 if self.reduction == "mean" else 1 / self.n
 
-    def of_samples(self, losses: Sequence[float]) -> list[float]:
-        """Return what the losses of the batches are per sample."""
+    def mean_losses(self, losses: Sequence[float]) -> list[float]:
+        """Return the mean loss over samples of each batch, from the batches' losses."""
         if self.reduction == "mean":
             return list(losses)
         return [loss / size for loss, size in zip(losses, self.sizes, strict=True)]
@@ -116,29 +119,34 @@ class Objective:
 
 def parameters_of(selection: LayerSelection) -> list[nn.Parameter]:
     """Return the parameters of all blocks, in the order of the blocks."""
-    return [one for block_sources in selection.sources for one in block_sources[0].parameters()]
+    return [
+        parameter
+        for block_sources in selection.sources
+        for parameter in block_sources[0].parameters()
+    ]
 
 
 def columns_of(selection: LayerSelection) -> Int[Tensor, " d"]:
-    """Return where each column of an unprojected row stands in a vector of the parameters.
+    """Return the index in a vector of the parameters for each column of an unprojected row.
 
     Raises:
-        ValueError: If a layer's layout does more than put its parameters into an order.
+        ValueError: If a layer's layout is not a permutation of its parameters.
     """
-    start, places = 0, []
+    start, indices = 0, []
     for block_sources, block in zip(selection.sources, selection.blocks, strict=True):
         source = block_sources[0]
-        sizes = [one.numel() for one in source.parameters()]
-        # Layouts are of gradients, so they take floats: in double precision, whole numbers.
+        sizes = [parameter.numel() for parameter in source.parameters()]
+        # Layouts apply to gradients, so they take floats: double precision holds integers exactly.
         numbers = torch.arange(start, start + sum(sizes), dtype=torch.float64)
         parts = zip(torch.split(numbers, sizes), source.parameters(), strict=True)
-        laid_out = source.rule.layout([part.view(one.shape) for part, one in parts]).flatten()
-        if not torch.equal(laid_out.sort().values, numbers):
+        shaped = [part.view(parameter.shape) for part, parameter in parts]
+        columns = source.rule.layout(shaped).flatten()
+        if not torch.equal(columns.sort().values, numbers):
             raise ValueError(
                 f"The layout of `{block.name}`, a {block.layer}, does not hold each of its "
-                "parameters once; expected an order of them. Correct the `layout` of its layer "
-                "rule, or leave the layer out with `layers=[...]`."
+                "parameters once; expected a permutation of them. Correct the `layout` of its "
+                "layer rule, or leave the layer out with `layers=[...]`."
             )
-        places.append(laid_out.long())
+        indices.append(columns.long())
         start += len(numbers)
-    return torch.cat(places)
+    return torch.cat(indices)

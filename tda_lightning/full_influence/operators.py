@@ -1,6 +1,6 @@
-"""Composed: operators made of another one.
+"""Operators derived from other operators: damped, averaged, or with checked products.
 
-Like the room of curvlinops, which it needs, this one is entered late.
+This file imports curvlinops, so import it only where it is used.
 """
 
 from __future__ import annotations
@@ -12,69 +12,69 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tda_lightning.full_influence.checks import require_definite, require_finite
-from tda_lightning.full_influence.curvlinops_bindings import Operator, composed
+from tda_lightning.full_influence.curvlinops_bindings import Operator, from_product
 from tda_lightning.full_influence.objective import LinearizationPoint, Objective
-from tda_lightning.full_influence.second_derivatives import differentiating
+from tda_lightning.full_influence.second_derivatives import differentiation_errors
 
-# What rounding makes of a product, in units of the number format's precision.
-_ROUNDING = 1000
+# Largest rounding error of a product, in units of the number format's precision.
+_MAX_ROUNDING = 1000
 
 
 def checked(operator: Operator, objective: Objective) -> Operator:
-    """Return the same operator, which says of the step and its data why a product cannot be had."""
+    """Return the same operator, with errors that name the training step and its data."""
 
     def product(vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
-        with differentiating(objective):
-            found = operator @ vectors
+        with differentiation_errors(objective):
+            products = operator @ vectors
         require_finite(
-            found,
+            products,
             f"A product with the curvature of `{objective.argument}`",
             "Look for NaN or infinity in its samples, and in the weights.",
         )
-        return found
+        return products
 
-    return composed(operator, product)
+    return from_product(operator, product)
 
 
-def seen_from(
+def mean_over_points(
     operator: Operator, model: nn.Module, linearization_points: Sequence[LinearizationPoint]
 ) -> Operator:
-    """Return the mean of what an operator is at several weights, each in its own coordinates."""
+    """Return the mean of an operator over several points, each in the point's coordinates."""
 
     def product(vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
         total = torch.zeros_like(vectors)
-        for viewpoint in linearization_points:
-            scale = 1.0 if viewpoint.scale is None else viewpoint.scale[:, None]
-            with viewpoint.of(model):
+        for point in linearization_points:
+            scale = 1.0 if point.scale is None else point.scale[:, None]
+            with point.loaded_into(model):
                 total += scale * (operator @ (scale * vectors))
         return total / len(linearization_points)
 
-    return composed(operator, product)
+    return from_product(operator, product)
 
 
 def damped(operator: Operator, damping: float) -> Operator:
     """Return the operator plus a multiple of the identity."""
-    return composed(operator, lambda vectors: operator @ vectors + damping * vectors)
+    return from_product(operator, lambda vectors: operator @ vectors + damping * vectors)
 
 
-def definite(operator: Operator, damping: float) -> Operator:
-    """Return the operator plus a multiple of the identity, which has to be positive definite.
+def damped_definite(operator: Operator, damping: float) -> Operator:
+    """Return the operator plus a multiple of the identity; products check that it is definite.
 
-    Iterations come to negative eigenvalues, if there are any, after a few products: from then on
-    they would lead nowhere.
+    Iterations reach negative eigenvalues, if there are any, after a few products. From then on they
+    would not converge.
     """
-    whole, size = damped(operator, damping), 0.0
+    damped_operator, size = damped(operator, damping), 0.0
 
     def product(vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
         nonlocal size
-        found, precision = whole @ vectors, torch.finfo(vectors.dtype)
+        products, precision = damped_operator @ vectors, torch.finfo(vectors.dtype)
         norms = vectors.norm(dim=0).clamp_min(precision.tiny)
-        units, images = vectors / norms, found / norms
+        units, images = vectors / norms, products / norms
         size = max(size, float(images.norm(dim=0).max()))
         least = float((units * images).sum(dim=0).min())
-        # Where the curvature is next to zero, what is left of it may be rounding.
-        if least < -_ROUNDING * precision.eps * size:
+        # A slightly negative value may be a rounding error.
+        if least < -_MAX_ROUNDING * precision.eps * size:
             require_definite(least - damping, damping)
-        return found
+        return products
 
-    return composed(operator, product)
+    return from_product(operator, product)

@@ -1,4 +1,4 @@
-"""Twice: a training step as ``torch.func`` can differentiate it twice, and gets it right."""
+"""The loss of a training step in a form that ``torch.func`` differentiates twice correctly."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.overrides import TorchFunctionMode
 
 from tda_lightning.full_influence.objective import Objective
 from tda_lightning.passes.batches import describe
-from tda_lightning.passes.model_state import same_metrics
+from tda_lightning.passes.model_state import preserved_metrics
 from tda_lightning.passes.training_step import step_of
 
 if TYPE_CHECKING:
     from tda_lightning.full_influence.curvlinops_bindings import Operator
 
 
-class _Elementary(TorchFunctionMode):
+class _ElementaryLayerNorm(TorchFunctionMode):
     """Computes layer norms from elementary operations.
 
-    What ``torch.func`` makes of the derivative of their own kernel under ``vmap`` is wrong (in
-    torch 2.13 at least), without a word.
+    The derivative of the layer-norm kernel under ``torch.func.vmap`` is wrong without an error (in
+    torch 2.13 at least).
     """
 
     def __torch_function__(
@@ -56,11 +56,11 @@ def _layer_norm(
 
 
 @contextmanager
-def differentiating(objective: Objective) -> Iterator[None]:
-    """Say of what fails in there that the training step, or its data, do not allow it.
+def differentiation_errors(objective: Objective) -> Iterator[None]:
+    """Turn errors raised inside into errors that name the training step and its data.
 
     Raises:
-        ValueError: With what was said.
+        ValueError: If the training step cannot take the batches, or be differentiated twice.
     """
     try:
         yield
@@ -68,35 +68,35 @@ def differentiating(objective: Objective) -> Iterator[None]:
         raise
     except (RuntimeError, TypeError, LookupError) as error:
         raise ValueError(
-            f"`{type(objective.model).__name__}.training_step` has no curvature on "
-            f"`{objective.argument}` that could be multiplied with: expected batches that it can "
-            "take, and a step that torch.func can differentiate twice; it said: "
+            f"The curvature of `{type(objective.model).__name__}.training_step` on "
+            f"`{objective.argument}` cannot be computed: expected batches that the step can take, "
+            "and a step that torch.func can differentiate twice; got "
             f"{type(error).__name__}: {error}"
         ) from error
 
 
-def whole_loss(objective: Objective, number: int) -> Float[Tensor, ""]:
-    """Return what the training step makes of a batch, for ``torch.func`` to differentiate."""
-    with _Elementary():
-        return _loss(objective, number)
+def step_loss(objective: Objective, number: int) -> Float[Tensor, ""]:
+    """Return the training step's loss of a batch, for ``torch.func`` to differentiate."""
+    with _ElementaryLayerNorm():
+        return _original_loss(objective, number)
 
 
-def _loss(objective: Objective, number: int) -> Float[Tensor, ""]:
-    # The other kernels of attention have no second derivative; and what a metric keeps of tensors
-    # that torch.func has wrapped is not to be seen again.
-    with sdpa_kernel(SDPBackend.MATH), same_metrics(objective.model):
+def _original_loss(objective: Objective, number: int) -> Float[Tensor, ""]:
+    # The other attention kernels have no second derivative. Metrics must not keep tensors that
+    # torch.func has wrapped.
+    with sdpa_kernel(SDPBackend.MATH), preserved_metrics(objective.model):
         result = step_of(objective.model, objective.batches[number])
     loss = result.get("loss") if isinstance(result, Mapping) else result
     if not isinstance(loss, Tensor):
-        raise TypeError(f"it returned {describe(result)}; expected the loss")
+        raise TypeError(f"the step returned {describe(result)}; expected the loss")
     return loss.reshape(())
 
 
 def require_second_derivative(objective: Objective, hessian: Operator) -> None:
-    """Raise unless a Hessian's product with some vector is what backward passes give.
+    """Check one product with the Hessian against two backward passes.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the two differ.
     """
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(hessian.shape[0], generator=generator, dtype=torch.float64)
@@ -104,12 +104,12 @@ def require_second_derivative(objective: Objective, hessian: Operator) -> None:
     expected = torch.zeros_like(vector)
     for number in range(len(objective.batches)):
         expected += _share(objective, number) * _product(objective, number, vector)
-    missing = float((hessian @ vector - expected).norm() / expected.norm())
-    if not missing < 1e-3:
+    error = float((hessian @ vector - expected).norm() / expected.norm())
+    if not error < 1e-3:
         raise ValueError(
-            f"torch.func differentiates `{type(objective.model).__name__}.training_step` wrongly: "
-            f"a product with its Hessian is off by {missing:.1%} of what two backward passes "
-            "give. Take `curvature=GaussNewton()`, which needs first derivatives only."
+            f"torch.func differentiates `{type(objective.model).__name__}.training_step` "
+            f"incorrectly: a product with its Hessian differs by {error:.1%} from that of two "
+            "backward passes. Use `curvature=GaussNewton()`, which needs first derivatives only."
         )
 
 
@@ -123,8 +123,8 @@ def _product(objective: Objective, number: int, vector: Float[Tensor, " d"]) -> 
     """Return the product of a vector with the Hessian of a batch, by two backward passes."""
     parameters = objective.parameters
     with torch.enable_grad():
-        loss = _loss(objective, number)
+        loss = _original_loss(objective, number)
         first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        slope = torch.cat([one.flatten() for one in first]) @ vector
+        slope = torch.cat([gradient.flatten() for gradient in first]) @ vector
         second = torch.autograd.grad(slope, parameters, materialize_grads=True)
-    return torch.cat([one.flatten() for one in second])
+    return torch.cat([gradient.flatten() for gradient in second])

@@ -1,18 +1,18 @@
-r"""Solvers of :math:`(H + \delta I) x = v`, where :math:`H` is only ever multiplied with.
+r"""Solvers of :math:`(H + \delta I) x = v`; most need only products with :math:`H`.
 
 ======================  ====================================================================
-`Woodbury`              exact, for a curvature of sampled labels; in a file of its own
-`ConjugateGradient`     exact to a tolerance; the number of products grows with the root of
-                        the condition number
+`Woodbury`              exact, for a curvature of sampled labels; see ``woodbury.py``
+`ConjugateGradient`     exact to a tolerance; the number of products grows with the square root
+                        of the condition number
 `Neumann`               the series :math:`\sum_j (I - \alpha (H + \delta I))^j`, with all the
                         data in every term; Agarwal et al. (2017), "Second-Order Stochastic
                         Optimization for Machine Learning in Linear Time" (LiSSA)
-`Lanczos`               the largest eigenvalues alone; Schioppa et al. (2022), "Scaling Up
-                        Influence Functions", by Arnoldi's iteration, which is Lanczos' for
-                        symmetric matrices
-`EKFAC`                 another matrix, which is inverted at once: a Kronecker product for each
-                        layer, with corrected eigenvalues; George et al. (2018), "Fast
-                        Approximate Natural Gradient Descent in a Kronecker-factored
+`Lanczos`               only the largest eigenvalues; Schioppa et al. (2022), "Scaling Up
+                        Influence Functions", who use Arnoldi's iteration; for symmetric
+                        matrices it is Lanczos' iteration
+`EKFAC`                 an approximation of :math:`H` that is inverted directly: a Kronecker
+                        product per layer, with corrected eigenvalues; George et al. (2018),
+                        "Fast Approximate Natural Gradient Descent in a Kronecker-factored
                         Eigenbasis"; Grosse et al. (2023), "Studying Large Language Model
                         Generalization with Influence Functions"
 ======================  ====================================================================
@@ -40,84 +40,86 @@ from tda_lightning.full_influence.objective import CURRENT_WEIGHTS, Objective
 if TYPE_CHECKING:
     from tda_lightning.full_influence.curvlinops_bindings import Operator
 
-SHARE_OF_LARGEST, SHARE_OF_MEAN = 0.02, 0.1
+# Default damping, relative to the largest or the mean eigenvalue.
+DAMPING_PER_LARGEST, DAMPING_PER_MEAN = 0.02, 0.1
 Labels = Literal["all", "sampled"]
 Inverse = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 
 
 class Solver(ABC):
-    """A way to solve with a damped curvature, for several right-hand sides at once."""
+    """Solves linear systems with a damped curvature, for several right-hand sides at once."""
 
     def require(self) -> None:
-        """Make sure that all it takes is installed: curvlinops and SciPy, by default.
+        """Check that the solver's dependencies are installed: curvlinops and SciPy, by default.
 
         Raises:
-            ImportError: If something is not.
+            ImportError: If a dependency is not installed.
         """
         require_operators()
 
     def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:
-        """Return the matrix that it solves with: the curvature itself, by default."""
-        from tda_lightning.full_influence.operators import seen_from
+        """Return the matrix of the linear system: the curvature itself, by default."""
+        from tda_lightning.full_influence.operators import mean_over_points
 
-        found = curvature.operator(objective)
+        operator = curvature.operator(objective)
         if objective.linearization_points == (CURRENT_WEIGHTS,):
-            return found
-        return seen_from(found, objective.model, objective.linearization_points)
+            return operator
+        return mean_over_points(operator, objective.model, objective.linearization_points)
 
     def default_damping(self, operator: Operator) -> float:
-        """Return the damping where none is given: by default, a share of the largest eigenvalue.
+        """Return the default damping: unless overridden, a fiftieth of the largest eigenvalue.
 
         Args:
-            operator: The matrix, as :meth:`operator` gave it.
+            operator: The matrix that :meth:`operator` returned.
         """
         from tda_lightning.full_influence.curvlinops_bindings import eigenpairs
 
-        return SHARE_OF_LARGEST * float(eigenpairs(operator, 1)[0].abs().max())
+        return DAMPING_PER_LARGEST * float(eigenpairs(operator, 1)[0].abs().max())
 
     @abstractmethod
     def inverse(self, operator: Operator, damping: float) -> Inverse:
-        """Return the function from right-hand sides to solutions, both as rows.
+        """Return a function from right-hand sides to solutions, both as rows.
 
         Args:
-            operator: The matrix, as :meth:`operator` gave it.
+            operator: The matrix that :meth:`operator` returned.
             damping: Added to its diagonal; positive.
 
         Raises:
-            ValueError: Also of that function, if the iteration does not arrive.
+            ValueError: If the damped matrix is not positive definite. The returned function also
+                raises it, if the iteration does not converge.
         """
 
 
 @dataclass(frozen=True)
 class ConjugateGradient(Solver):
-    """Conjugate gradients: as exact as asked for.
+    """Conjugate gradients, exact to a tolerance.
 
     Attributes:
-        tolerance: Norm of a residual, relative to its right-hand side, at which it has arrived.
-            What rounding leaves is accepted besides, up to the root of the number format's
-            precision: 3.5e-4 in single, 1.5e-8 in double precision.
-        products: Most products with the curvature, each a few passes over the data.
+        tolerance: Norm of a residual, relative to its right-hand side, at which the iteration has
+            converged. Rounding errors are accepted in addition, up to the square root of the number
+            format's precision: 3.5e-4 in single, 1.5e-8 in double precision.
+        products: Maximum number of products with the curvature, each a few passes over the data.
     """
 
     tolerance: float = 1e-5
     products: int = 1000
 
     def __post_init__(self) -> None:
-        """Raise unless there is something to arrive at, and a way to go."""
+        """Check the tolerance and the number of products."""
         require_positive("tolerance", self.tolerance)
         require_whole("products", self.products, least=1)
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
-        """Return the solution by conjugate gradients, with its residual checked."""
+        """Return a function that solves by conjugate gradients and checks the residual."""
         from tda_lightning.full_influence.curvlinops_bindings import conjugate_gradient
-        from tda_lightning.full_influence.operators import definite
+        from tda_lightning.full_influence.operators import damped_definite
 
-        whole = definite(operator, damping)
+        damped = damped_definite(operator, damping)
 
         def solve(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-            solved = conjugate_gradient(whole, rows.mT, self.tolerance, self.products).mT
+            solved = conjugate_gradient(damped, rows.mT, self.tolerance, self.products).mT
             limit = self.tolerance + torch.finfo(rows.dtype).eps ** 0.5
-            _require_arrived(self, whole, solved, rows, limit)
+            _require_converged(self, damped, solved, rows, limit)
             return solved
 
         return solve
@@ -127,19 +129,19 @@ class ConjugateGradient(Solver):
 class Neumann(Solver):
     r"""The truncated Neumann series, LiSSA's recursion.
 
-    It is scaled by the largest eigenvalue :math:`\lambda` and the smallest, :math:`\mu`, where that
-    is below zero, :math:`\alpha = 2 / (\lambda + \mu + 2 \delta)`, so it converges.
+    It converges, since it is scaled by :math:`\alpha = 2 / (\lambda + \mu + 2 \delta)`. Here
+    :math:`\lambda` is the largest eigenvalue, and :math:`\mu` the smallest or 0, if that is less.
 
     Attributes:
-        remainder: How much of a solution may be missing at most, where ``terms`` is left out.
-        terms: Number of terms, each one product; by default as many as the remainder takes.
+        remainder: Largest share of a solution that may be missing; used if ``terms`` is ``None``.
+        terms: Number of terms, each one product; by default, enough for ``remainder``.
     """
 
     remainder: float = 0.01
     terms: int | None = None
 
     def __post_init__(self) -> None:
-        """Raise unless the series has a first term and an end."""
+        """Check the remainder and the number of terms."""
         require_positive("remainder", self.remainder)
         if self.remainder >= 1:
             raise ValueError(
@@ -149,23 +151,23 @@ class Neumann(Solver):
             require_whole("terms", self.terms, least=1)
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
-        """Return the sum of the series, with its residual checked."""
+        """Return a function that sums the series and checks the residual."""
         from tda_lightning.full_influence.curvlinops_bindings import extremes, neumann
-        from tda_lightning.full_influence.operators import definite
+        from tda_lightning.full_influence.operators import damped_definite
 
         lowest, largest = extremes(operator)
         require_definite(lowest, damping)
-        both = lowest + largest + 2 * damping
-        scale, whole = 2 / both, definite(operator, damping)
-        contraction = max((largest - lowest) / both, 1e-12)
+        total = lowest + largest + 2 * damping
+        scale, damped = 2 / total, damped_definite(operator, damping)
+        contraction = max((largest - lowest) / total, 1e-12)
         terms = self.terms
         if terms is None:
             terms = math.ceil(math.log(self.remainder) / math.log(contraction))
 
         def solve(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-            solved = neumann(whole, rows.mT, terms, scale).mT
-            # The first term alone leaves the whole right-hand side, at most.
-            _require_arrived(self, whole, solved, rows, 1.0 if self.terms else self.remainder)
+            solved = neumann(damped, rows.mT, terms, scale).mT
+            # Even the first term alone leaves at most the norm of the right-hand side.
+            _require_converged(self, damped, solved, rows, 1.0 if self.terms else self.remainder)
             return solved
 
         return solve
@@ -173,10 +175,10 @@ class Neumann(Solver):
 
 @dataclass(frozen=True)
 class Lanczos(Solver):
-    """The curvature's largest eigenvalues; it is taken to be flat in all other directions.
+    """The curvature's largest eigenvalues; it is assumed to be zero in all other directions.
 
-    Exact if the rank is the curvature's own. Schioppa et al. leave the other directions out instead
-    of damping them. Memory: ``rank`` vectors of the parameters' size.
+    Exact if ``rank`` is the rank of the curvature. Schioppa et al. omit the other directions
+    instead of damping them. Memory: ``rank`` vectors of the parameters' size.
 
     Attributes:
         rank: Number of eigenvalues.
@@ -185,11 +187,11 @@ class Lanczos(Solver):
     rank: int = 64
 
     def __post_init__(self) -> None:
-        """Raise unless there is an eigenvalue to find."""
+        """Check the rank."""
         require_whole("rank", self.rank, least=1)
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
-        """Return the inverse of the truncated curvature, damped."""
+        """Return the inverse of the truncated and damped curvature."""
         from tda_lightning.full_influence.curvlinops_bindings import eigenpairs
 
         values, vectors = eigenpairs(operator, self.rank)
@@ -206,19 +208,19 @@ class Lanczos(Solver):
 class EKFAC(Solver):
     """Eigenvalue-corrected Kronecker factors of the Gauss-Newton matrix, layer by layer.
 
-    The cheapest, and approximate: layers are taken to be independent. For linear and convolution
-    layers; the loss is one cross-entropy, binary cross-entropy or squared error, of outputs of
-    shape ``(n, c)``.
+    The cheapest solver, and approximate: layers are assumed to be independent. It supports linear
+    and convolution layers. The loss must be one cross-entropy, binary cross-entropy or squared
+    error, of outputs of shape ``(n, c)``.
 
     Attributes:
         labels: ``"all"`` takes the expectation over the labels that the model predicts, with a
-            backward pass for each output; ``"sampled"`` draws one per sample.
+            backward pass for each output; ``"sampled"`` draws one label per sample.
     """
 
     labels: Labels = "all"
 
     def __post_init__(self) -> None:
-        """Raise unless the labels are of a known kind."""
+        """Check the labels."""
         require_choice("labels", self.labels, Labels)
 
     def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:
@@ -226,13 +228,12 @@ class EKFAC(Solver):
         if curvature != GaussNewton():
             raise ValueError(
                 f"`EKFAC` approximates the Gauss-Newton matrix of the training step; expected "
-                f"`curvature=GaussNewton()`, got `{curvature}`. Leave it out, or take another "
-                "solver."
+                f"`curvature=GaussNewton()`, got `{curvature}`. Omit it, or use another solver."
             )
         if objective.linearization_points != (CURRENT_WEIGHTS,):
             raise ValueError(
                 "`EKFAC` approximates the curvature at one set of weights; expected no `run=`, got "
-                f"one with {len(objective.linearization_points)} snapshots. Leave it out, or take "
+                f"one with {len(objective.linearization_points)} snapshots. Omit it, or use "
                 "`Woodbury()`."
             )
         return KroneckerFactored.of(objective, "type-2" if self.labels == "all" else "mc")
@@ -240,31 +241,32 @@ class EKFAC(Solver):
     def default_damping(self, operator: Operator) -> float:
         """Return a tenth of the mean eigenvalue, as in Grosse et al. (2023)."""
         assert isinstance(operator, KroneckerFactored)
-        return SHARE_OF_MEAN * operator.mean_eigenvalue()
+        return DAMPING_PER_MEAN * operator.mean_eigenvalue()
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
-        """Return the inverse, damped."""
+        """Return the inverse of the damped approximation."""
         assert isinstance(operator, KroneckerFactored)
         inverse = operator.inverse(damping)
         return lambda rows: (inverse @ rows.mT).mT
 
 
-def _require_arrived(
-    solver: Solver, whole: Operator, solved: Tensor, rows: Tensor, limit: float
+def _require_converged(
+    solver: Solver, damped: Operator, solved: Tensor, rows: Tensor, limit: float
 ) -> None:
-    missing = ((whole @ solved.mT).mT - rows).norm(dim=1)
-    residual = float((missing / rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)).max())
-    if not residual <= limit:  # Also if it is not a number.
+    residuals = ((damped @ solved.mT).mT - rows).norm(dim=1)
+    norms = rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
+    largest = float((residuals / norms).max())
+    if not largest <= limit:  # NaN is not.
         raise ValueError(
-            f"`{solver}` has not arrived: a residual of {residual:.2g} is left, expected at most "
-            f"{limit:.2g} of the right-hand side. Allow more products or terms, or more damping."
+            f"`{solver}` did not converge: the residual is {largest:.2g} of the right-hand side; "
+            f"expected at most {limit:.2g}. Allow more products or terms, or increase `damping`."
         )
 
 
 def require_operators() -> None:
-    """Load the room that knows curvlinops and SciPy.
+    """Import the optional dependencies curvlinops and SciPy on first use.
 
     Raises:
-        ImportError: If they are not installed, naming what to do.
+        ImportError: If they are not installed.
     """
     importlib.import_module("tda_lightning.full_influence.curvlinops_bindings")

@@ -1,14 +1,13 @@
-r"""Woodbury: a curvature that is made of few rows is inverted at once.
+r"""Woodbury: exact inversion of a curvature of sampled labels, with Woodbury's identity.
 
-The gradients of labels that the model draws itself, as rows :math:`C` scaled such that
-:math:`C^\top C` is the Gauss-Newton matrix on average (Kunstner et al., 2019, "Limitations of the
-Empirical Fisher Approximation for Natural Gradient Descent", section 3), are inverted by Woodbury's
-identity,
+Labels are drawn from the model's predictions. Their gradients are the rows of :math:`C`, scaled
+such that :math:`C^\top C` is the Gauss-Newton matrix on average. See Kunstner et al. (2019),
+"Limitations of the Empirical Fisher Approximation for Natural Gradient Descent", section 3.
 
 .. math:: (C^\top C + \delta I)^{-1} = \frac{1}{\delta}
    \left( I - C^\top (C C^\top + \delta I)^{-1} C \right)
 
-so that what is factorized has as many rows as there are draws, or parameters, whichever are fewer.
+The factorized matrix has one row per draw, or one per parameter, whichever are fewer.
 """
 
 from __future__ import annotations
@@ -28,94 +27,96 @@ from tda_lightning.attribution.linalg import damped_root
 from tda_lightning.full_influence.checks import require_finite
 from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.objective import Objective
-from tda_lightning.full_influence.solvers import SHARE_OF_LARGEST, Inverse, Solver
+from tda_lightning.full_influence.solvers import DAMPING_PER_LARGEST, Inverse, Solver
 
 if TYPE_CHECKING:
     from tda_lightning.full_influence.curvlinops_bindings import Operator
 
-# Below this, iterating takes longer than all eigenvalues.
-_SMALL = 64
-_AT_ONCE = 1024
-# Below this, in units of the number format's precision, scores are off by some percent.
-_TOLD_APART = 8
+# Below this size, computing all eigenvalues is faster than iterating for the largest one.
+_MIN_ITERATIVE_SIZE = 64
+_MIN_GATHERED_ROWS = 1024
+# Least damping relative to the largest eigenvalue, in units of the number format's precision. With
+# less, scores are off by some percent.
+_MIN_RELATIVE_DAMPING = 8
 
 
 @dataclass(frozen=True)
 class Woodbury(Solver):
-    """The Gauss-Newton matrix of sampled labels, inverted exactly. The default.
+    """The Gauss-Newton matrix of sampled labels, inverted exactly. The default solver.
 
-    It needs nothing but a few passes over the data, and neither curvlinops nor SciPy.
+    It needs only a few passes over the data, and neither curvlinops nor SciPy.
 
     Attributes:
-        draws: How many labels to draw for every prediction, in all; along a run, at least one at
-            each snapshot.
-        max_gb: Most memory, in GB, for rows of the parameters' size and what it takes to solve with
-            them: one for each sample and draw, or one for each parameter, whichever are fewer.
+        draws: Number of labels to draw for every prediction in total. Along a run, at least one is
+            drawn at each snapshot.
+        max_gb: Maximum memory, in GB, for rows of the parameters' size and the matrices to solve
+            with them. There is one row per sample and draw, or one per parameter, whichever are
+            fewer.
     """
 
     draws: int = 4
     max_gb: float = 8.0
 
     def __post_init__(self) -> None:
-        """Raise unless there is something to draw, and room for it."""
+        """Check the number of draws and the memory limit."""
         require_whole("draws", self.draws, least=1)
         require_limit("max_gb", self.max_gb)
 
     def require(self) -> None:
-        """Ask for nothing."""
+        """Do nothing: there are no optional dependencies."""
 
     def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:
-        """Return the matrix of the sampled labels."""
+        """Return the curvature of the sampled labels."""
         if curvature != GaussNewton() or objective.sampled is None:
             raise ValueError(
                 "`Woodbury` draws the labels of the Gauss-Newton matrix itself; expected "
-                f"`curvature=GaussNewton()`, got `{curvature}`. Leave it out, or take "
+                f"`curvature=GaussNewton()`, got `{curvature}`. Omit it, or use "
                 "`ConjugateGradient()`."
             )
-        views = len(objective.linearization_points)
-        draws = math.ceil(self.draws / views)
-        m, d = draws * views * objective.n, objective.d
-        self._require_room(m, objective)
-        # Closed whatever happens: until then the model has other weights.
-        with closing(objective.sampled(draws)) as drawn:
-            rows = _finite(drawn, objective.argument)
+        n_points = len(objective.linearization_points)
+        draws = math.ceil(self.draws / n_points)
+        m, d = draws * n_points * objective.n, objective.d
+        self._require_memory(m, objective)
+        # Always close the generator: only then does the model get its own weights back.
+        with closing(objective.sampled(draws)) as sampled:
+            rows = _checked(sampled, objective.argument)
             return LowRankCurvature(_stacked(rows, m)) if m < d else DenseCurvature(rows, d)
 
     def default_damping(self, operator: Operator) -> float:
-        """Return a share of the largest eigenvalue."""
+        """Return a fiftieth of the largest eigenvalue."""
         assert isinstance(operator, LowRankCurvature | DenseCurvature)
-        return SHARE_OF_LARGEST * operator.largest()
+        return DAMPING_PER_LARGEST * operator.largest_eigenvalue()
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
-        """Return the inverse, damped."""
+        """Return the inverse of the damped curvature."""
         assert isinstance(operator, LowRankCurvature | DenseCurvature)
         return operator.inverse(damping)
 
-    def _require_room(self, m: int, objective: Objective) -> None:
-        # Rows are in single precision at least.
+    def _require_memory(self, m: int, objective: Objective) -> None:
+        # Rows are at least in single precision.
         d, size = objective.d, max(4, objective.parameters[0].element_size())
         side = min(m, d)
-        # What is factorized, and its root, are in double precision.
+        # The factorized matrix and its root are in double precision.
         gigabytes = (2 * 8 * side**2 + (size * m * d if m < d else 0)) / 1e9
         if gigabytes > self.max_gb:
             raise ValueError(
-                f"`Woodbury` would keep {side:,} rows of {d:,} numbers, and what it takes to solve "
-                f"with them: {gigabytes:.1f} GB; expected at most {self.max_gb:g}. Allow more with "
-                "`max_gb=`, take the curvature of fewer samples with `curvature_loader=`, choose "
-                "layers with `layers=[...]`, or take `ConjugateGradient()`, which keeps nothing."
+                f"`Woodbury` would hold {side:,} rows of {d:,} numbers, and the matrices to solve "
+                f"with them: {gigabytes:.1f} GB; expected at most {self.max_gb:g}. Increase "
+                "`max_gb=`, compute the curvature on fewer samples with `curvature_loader=`, choose"
+                " layers with `layers=[...]`, or use `ConjugateGradient()`, which holds no rows."
             )
 
 
 class LowRankCurvature:
-    """A curvature whose rows are kept, since there are fewer of them than parameters.
+    """A curvature that is stored as its rows, which are fewer than the parameters.
 
     Args:
-        rows: Their outer products sum to it.
+        rows: Rows whose outer products sum to the curvature, shape ``(m, d)``.
     """
 
     def __init__(self, rows: Float[Tensor, "m d"]) -> None:
         self._rows = rows
-        # In double precision from here on: with little damping two large terms nearly cancel.
+        # Double precision from here on: with little damping, two large terms nearly cancel.
         self._gram = (rows @ rows.mT).double()
         self.shape = (rows.shape[1], rows.shape[1])
         self.device, self.dtype = rows.device, rows.dtype
@@ -124,13 +125,13 @@ class LowRankCurvature:
         """Return the product with the columns of a matrix."""
         return self._rows.mT @ (self._rows @ vectors)
 
-    def largest(self) -> float:
+    def largest_eigenvalue(self) -> float:
         """Return the largest eigenvalue."""
-        return _largest(self._gram)
+        return _largest_eigenvalue(self._gram)
 
     def inverse(self, damping: float) -> Inverse:
-        """Return the inverse of it plus a multiple of the identity, by Woodbury's identity."""
-        self._require_told_apart(damping)
+        """Return the inverse of the damped curvature, by Woodbury's identity."""
+        self._require_precision(damping)
         root = damped_root(self._gram, damping)
 
         def solve(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -139,21 +140,22 @@ class LowRankCurvature:
 
         return solve
 
-    def _require_told_apart(self, damping: float) -> None:
-        least = _TOLD_APART * torch.finfo(self.dtype).eps * self.largest()
+    def _require_precision(self, damping: float) -> None:
+        precision = torch.finfo(self.dtype).eps
+        least = _MIN_RELATIVE_DAMPING * precision * self.largest_eigenvalue()
         if damping < least:
             raise ValueError(
-                f"Damping {damping:.3g} is next to nothing beside the curvature's largest "
-                f"eigenvalue, in {self.dtype}; expected {least:.2g} at least. Give more, or take "
-                "`model.double()` and such data."
+                f"Damping {damping:.3g} is too small relative to the curvature's largest "
+                f"eigenvalue, in {self.dtype}; expected at least {least:.2g}. Increase `damping`, "
+                "or use `model.double()` and data in double precision."
             )
 
 
 class DenseCurvature:
-    """A curvature that is written down, since there are more rows than parameters.
+    """A curvature that is stored as a matrix, since there are at least as many rows as parameters.
 
     Args:
-        rows: Their outer products sum to it; batch by batch.
+        rows: Batches of rows whose outer products sum to the curvature.
         d: Number of parameters.
     """
 
@@ -169,27 +171,27 @@ class DenseCurvature:
         """Return the product with the columns of a matrix."""
         return (self._matrix @ vectors.double()).to(vectors)
 
-    def largest(self) -> float:
+    def largest_eigenvalue(self) -> float:
         """Return the largest eigenvalue."""
-        return _largest(self._matrix)
+        return _largest_eigenvalue(self._matrix)
 
     def inverse(self, damping: float) -> Inverse:
-        """Return the inverse of it plus a multiple of the identity."""
+        """Return the inverse of the damped curvature."""
         root = damped_root(self._matrix, damping)
         return lambda vectors: torch.cholesky_solve(vectors.mT.double(), root).mT.to(vectors)
 
 
 def _stacked(batches: Iterable[Float[Tensor, "n d"]], m: int) -> Float[Tensor, "m d"]:
-    """Return the rows of all batches: collected in place, as there is room for them only once."""
-    start, found = 0, torch.empty(0)
+    """Return the rows of all batches, collected in place: memory may hold them only once."""
+    start, stacked = 0, torch.empty(0)
     for rows in batches:
-        found = found if start else rows.new_empty(m, rows.shape[1])
-        found[start : start + len(rows)] = rows
+        stacked = stacked if start else rows.new_empty(m, rows.shape[1])
+        stacked[start : start + len(rows)] = rows
         start += len(rows)
-    return found[:start]
+    return stacked[:start]
 
 
-def _finite(
+def _checked(
     batches: Iterable[Float[Tensor, "n d"]], argument: str
 ) -> Iterator[Float[Tensor, "n d"]]:
     for rows in batches:
@@ -202,19 +204,19 @@ def _finite(
 
 
 def _gathered(batches: Iterable[Float[Tensor, "n d"]]) -> Iterator[Float[Tensor, "m d"]]:
-    """Yield the rows of several batches at once: a matrix is added to for each."""
+    """Yield the rows of several batches together, to update the matrix less often."""
     waiting: list[Tensor] = []
     for batch in batches:
         waiting.append(batch)
-        if sum(map(len, waiting)) >= _AT_ONCE:
+        if sum(map(len, waiting)) >= _MIN_GATHERED_ROWS:
             yield torch.cat(waiting)
             waiting = []
     if waiting:
         yield torch.cat(waiting)
 
 
-def _largest(matrix: Float[Tensor, "m m"]) -> float:
-    if len(matrix) < _SMALL:
+def _largest_eigenvalue(matrix: Float[Tensor, "m m"]) -> float:
+    if len(matrix) < _MIN_ITERATIVE_SIZE:
         return float(torch.linalg.eigvalsh(matrix)[-1])
     start = torch.randn(len(matrix), 1, generator=torch.Generator().manual_seed(0))
     values, _ = torch.lobpcg(matrix, X=start.to(matrix), tol=1e-6)

@@ -1,8 +1,8 @@
-"""Influence functions with whole gradients, against dense matrices and refits."""
+"""Influence functions with full gradients, against dense matrices and refits."""
 
 import pytest
 import torch
-from exact_gradients import N_QUERY, Dense, N, regression, whole
+from exact_gradients import N_QUERY, DenseObjective, N, regression, to_dense
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from torch import nn
 from torch.nn import functional
@@ -37,7 +37,7 @@ from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.recipe import Recipe
 
 pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
-# What the dense references make torch say of its own forward mode.
+# The dense references use forward mode, whose torch code is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 X, Y = vectors(N + N_QUERY)[:]
@@ -53,7 +53,7 @@ def classifier():
     return Plain(mlp()).double()
 
 
-def ask(model, method=EXACT, data=DATA, queries=QUERIES, shuffle=True, **settings):
+def score(model, method=EXACT, data=DATA, queries=QUERIES, shuffle=True, **settings):
     batches = loader(data, 6, shuffle=shuffle)  # a ragged last batch
     return attribute_by_gradients(
         model, batches, queries, method=method, progress=False, **settings
@@ -61,11 +61,11 @@ def ask(model, method=EXACT, data=DATA, queries=QUERIES, shuffle=True, **setting
 
 
 def dense(model, data=DATA):
-    return Dense(model, *data[:])
+    return DenseObjective(model, *data[:])
 
 
-def gap(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
+def gap(actual, expected):
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -75,16 +75,16 @@ def gap(found, expected):
         (ConjugateGradient(), 1e-5),
         (Neumann(remainder=1e-5), 1e-5),
         (Neumann(), 1e-2),
-        (Lanczos(rank=N * 3), 1e-9),  # all that the matrix has
+        (Lanczos(rank=N * 3), 1e-9),  # the full rank of the matrix
         (Lanczos(rank=1000), 1e-9),
     ],
     ids=repr,
 )
-def test_a_solver_gives_what_the_dense_inverse_gives(solver, tolerance):
+def test_solvers_agree_with_the_dense_inverse(solver, tolerance):
     model = classifier()
     exact = dense(model)
     expected = exact.scores(exact.gauss_newton(), DAMPING, *QUERIES)
-    assert gap(ask(model, FullInfluenceFunction(solver, damping=DAMPING)), expected) < tolerance
+    assert gap(score(model, FullInfluenceFunction(solver, damping=DAMPING)), expected) < tolerance
 
 
 def test_the_hessian_is_that_of_the_training_step():
@@ -95,7 +95,7 @@ def test_the_hessian_is_that_of_the_training_step():
     expected = exact.scores(exact.hessian(), damping, *QUERIES)
     for solver in (ConjugateGradient(tolerance=1e-10), Lanczos(rank=1000)):
         method = FullInfluenceFunction(solver, Hessian(), damping=damping)
-        assert gap(ask(model, method), expected) < 1e-6
+        assert gap(score(model, method), expected) < 1e-6
 
 
 def test_lanczos_inverts_the_largest_eigenvalues_and_damps_the_rest():
@@ -104,8 +104,8 @@ def test_lanczos_inverts_the_largest_eigenvalues_and_damps_the_rest():
     values, vectors_ = torch.linalg.eigh(exact.gauss_newton())
     values[:-5] = 0
     expected = exact.scores(vectors_ * values @ vectors_.mT, DAMPING, *QUERIES)
-    found = ask(model, FullInfluenceFunction(Lanczos(rank=5), damping=DAMPING))
-    assert gap(found, expected) < 1e-9
+    actual = score(model, FullInfluenceFunction(Lanczos(rank=5), damping=DAMPING))
+    assert gap(actual, expected) < 1e-9
 
 
 def scaled_mse(outputs, y):
@@ -120,7 +120,7 @@ def scaled_mse(outputs, y):
         (scaled_mse, "mean"),
         (lambda o, y: 3 * functional.mse_loss(o, y), "mean"),
     ],
-    ids=["mean", "sum", "by hand", "scaled"],
+    ids=["mean", "sum", "elementwise", "scaled"],
 )
 def test_ekfac_is_exact_for_a_linear_layer_under_squared_error(loss, reduction):
     x, y = regression(N + N_QUERY)
@@ -129,64 +129,65 @@ def test_ekfac_is_exact_for_a_linear_layer_under_squared_error(loss, reduction):
     exact = dense(model, data)
     matrix = exact.hessian() / (N if reduction == "sum" else 1)
     method = FullInfluenceFunction(EKFAC(), damping=0.3)
-    found = ask(model, method, data, queries, reduction=reduction)
-    assert gap(found, exact.scores(matrix, 0.3, *queries)) < 1e-9
+    actual = score(model, method, data, queries, reduction=reduction)
+    assert gap(actual, exact.scores(matrix, 0.3, *queries)) < 1e-9
 
 
-def test_ekfac_inverts_its_own_matrix():
+def test_ekfac_inverts_its_approximation():
     torch.manual_seed(3)
     model = Plain(nn.Sequential(nn.Linear(7, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))).double()
     objective = Objective.of(model, list(model.parameters()), loader(DATA), progress=False)
     solver, exact = EKFAC(), dense(model)
     with preserved_state(model, "eval"):
         operator = solver.operator(objective, GaussNewton())
-    expected = exact.scores(whole(operator), DAMPING, *QUERIES)
-    assert gap(ask(model, FullInfluenceFunction(solver, damping=DAMPING)), expected) < 1e-9
+    expected = exact.scores(to_dense(operator), DAMPING, *QUERIES)
+    assert gap(score(model, FullInfluenceFunction(solver, damping=DAMPING)), expected) < 1e-9
     trace = float(exact.gauss_newton().trace())
     assert operator.mean_eigenvalue() * operator.shape[0] == pytest.approx(trace)
-    sampled = ask(model, FullInfluenceFunction(EKFAC(labels="sampled"), damping=DAMPING))
+    sampled = score(model, FullInfluenceFunction(EKFAC(labels="sampled"), damping=DAMPING))
     assert 0.01 < gap(sampled, expected) < 1
 
 
-def test_ekfac_is_exact_for_a_convolution_that_sees_everything_at_once():
+def test_ekfac_is_exact_for_a_convolution_over_the_whole_input():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(N + N_QUERY, 2, 3, 5, generator=generator, dtype=torch.float64)
     y = torch.randn(N + N_QUERY, 3, generator=generator, dtype=torch.float64)
     net = nn.Sequential(nn.Conv2d(2, 3, (3, 5)), nn.Flatten())
     model, data = Plain(net, functional.mse_loss).double(), TensorDataset(x[:N], y[:N])
     exact, queries = dense(model, data), (x[N:], y[N:])
-    found = ask(model, FullInfluenceFunction(EKFAC(), damping=0.3), data, queries)
-    assert gap(found, exact.scores(exact.hessian(), 0.3, *queries)) < 1e-9
+    actual = score(model, FullInfluenceFunction(EKFAC(), damping=0.3), data, queries)
+    assert gap(actual, exact.scores(exact.hessian(), 0.3, *queries)) < 1e-9
 
 
 def fit_ridge(x, y, shares, decay):
-    """Return the weights that minimise the weighted mean squared error, decayed."""
+    """Return the weights that minimise the weighted mean squared error with weight decay."""
     matrix = 2 * (x * shares[:, None]).mT @ x / len(x) + decay * torch.eye(x.shape[1]).double()
     return torch.linalg.solve(matrix, 2 * (x * shares[:, None]).mT @ y / len(x))
 
 
-def test_it_is_leaving_a_share_of_one_out_of_ridge_regression_to_second_order():
+def test_scores_predict_reweighting_in_ridge_regression_to_second_order():
     x, y = regression(N + N_QUERY, c=1)
     train, queries, decay = (x[:N], y[:N]), (x[N:], y[N:]), 0.3
     model = Plain(nn.Linear(7, 1, bias=False), functional.mse_loss).double()
-    everyone = torch.ones(N, dtype=torch.float64)
-    model.net.weight.data = fit_ridge(*train, everyone, decay).mT
+    equal = torch.ones(N, dtype=torch.float64)
+    model.net.weight.data = fit_ridge(*train, equal, decay).mT
     method = FullInfluenceFunction(ConjugateGradient(tolerance=1e-12), damping=decay)
-    found = ask(model, method, TensorDataset(*train), queries)
+    scores = score(model, method, TensorDataset(*train), queries)
 
     def losses(weights):
         return (queries[0] @ weights - queries[1]).square()[:, 0]
 
     errors = []
     for share in (0.02, 0.01):
-        left = everyone.clone()
-        left[4] -= share
-        risen = losses(fit_ridge(*train, left, decay)) - losses(model.net.weight.data.mT)
-        errors.append((risen - share * found[:, 4]).abs())
+        weights = equal.clone()
+        weights[4] -= share
+        refitted = fit_ridge(*train, weights, decay)
+        increase = losses(refitted) - losses(model.net.weight.data.mT)
+        errors.append((increase - share * scores[:, 4]).abs())
     assert (errors[0] / errors[1]).tolist() == pytest.approx([4, 4, 4], rel=0.05)
 
 
-def test_it_is_the_influence_function_of_a_run_that_was_not_sketched():
+def test_scores_equal_the_influence_function_of_an_unsketched_run():
     x, y = regression(12 + N_QUERY, c=1)
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1))
@@ -202,12 +203,12 @@ def test_it_is_the_influence_function_of_a_run_that_was_not_sketched():
     )
     expected = attribute(run, model, queries, method=sketched, progress=False).values
     method = FullInfluenceFunction(ConjugateGradient(1e-10), damping=damping)
-    assert gap(ask(model, method, data, queries), expected) < 1e-6
+    assert gap(score(model, method, data, queries), expected) < 1e-6
     assert damping == pytest.approx(1.5 / (6 * 0.1))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_columns_of_rows_are_found_among_the_parameters(batch_size):
+def test_columns_of_rows_are_matched_to_parameters(batch_size):
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(2, 3, (2, 3)),
@@ -226,16 +227,16 @@ def test_columns_of_rows_are_found_among_the_parameters(batch_size):
     recipe = Recipe(selection.blocks, (), Identity().to_dict(), size, "float64")
     rows = query_rows(model, (x, y), recipe, progress=False)
     vectors_ = rows[:, columns_of(selection).argsort()]
-    for own, one, label in zip(vectors_, x, y, strict=True):
-        loss = functional.cross_entropy(net(one[None]), label[None])
+    for vector, inputs, label in zip(vectors_, x, y, strict=True):
+        loss = functional.cross_entropy(net(inputs[None]), label[None])
         grads = torch.autograd.grad(loss, parameters_of(selection))
-        torch.testing.assert_close(own, torch.cat([grad.flatten() for grad in grads]))
-    assert {id(one) for one in parameters_of(selection)} == {id(one) for one in model.parameters()}
+        torch.testing.assert_close(vector, torch.cat([grad.flatten() for grad in grads]))
+    assert set(parameters_of(selection)) == set(model.parameters())
 
 
 class Last(nn.Module):
-    def forward(self, found):
-        return found[0][:, -1]
+    def forward(self, gru_output):
+        return gru_output[0][:, -1]
 
 
 @pytest.mark.parametrize("solver", [ConjugateGradient(1e-10), EKFAC()], ids=repr)
@@ -245,8 +246,8 @@ def test_permuting_training_samples_permutes_scores(solver):
     order = [5, 0, 3, 7, 1, 2, 4, 6, 8, 10, 9]
     x, y = DATA[:]
     method = FullInfluenceFunction(solver, damping=DAMPING)
-    moved = ask(model, method, TensorDataset(x[order], y[order]))
-    assert gap(moved, ask(model, method)[:, order]) < 1e-8
+    moved = score(model, method, TensorDataset(x[order], y[order]))
+    assert gap(moved, score(model, method)[:, order]) < 1e-8
 
 
 def test_scores_are_linear_in_the_query():
@@ -257,51 +258,51 @@ def test_scores_are_linear_in_the_query():
         losses = [
             functional.cross_entropy(module.net(x), to, reduction="none") for to in (y, other)
         ]
-        return losses[1] - 2 * losses[0]  # to be raised
+        return losses[1] - 2 * losses[0]  # queries raise a target
 
-    expected = 2 * ask(model) - ask(model, queries=(x, other))
-    assert gap(ask(model, target=mixture), expected) < 1e-8
+    expected = 2 * score(model) - score(model, queries=(x, other))
+    assert gap(score(model, target=mixture), expected) < 1e-8
 
 
-def test_the_log_probability_of_labels_is_the_loss_turned_around():
+def test_the_log_probability_of_labels_scores_as_the_loss():
     model = classifier()
     target = LogProbability(outputs=lambda module, batch: module.net(batch[0]))
-    assert gap(ask(model, target=target), ask(model)) < 1e-9
+    assert gap(score(model, target=target), score(model)) < 1e-9
 
 
 def test_queries_come_in_a_batch_or_a_loader_and_are_solved_in_parts():
     model = classifier()
     in_parts = FullInfluenceFunction(EXACT.solver, damping=DAMPING, query_batch_size=2)
     batches = loader(TensorDataset(*QUERIES), 2, shuffle=False)
-    assert gap(ask(model, in_parts, queries=batches), ask(model)) < 1e-8
+    assert gap(score(model, in_parts, queries=batches), score(model)) < 1e-8
 
 
-def test_a_loss_that_is_a_sum_scores_as_one_that_is_a_mean():
+def test_a_summed_loss_scores_as_a_mean_loss():
     model = classifier()
-    expected = ask(model)
+    expected = score(model)
     model.loss = nn.CrossEntropyLoss(reduction="sum")
-    assert gap(ask(model, reduction="sum"), expected) < 1e-9
+    assert gap(score(model, reduction="sum"), expected) < 1e-9
 
 
 def test_only_the_chosen_layers_count():
     model = classifier()
     exact = dense(model)
     head = slice(-(11 * 3 + 3), None)
-    own = exact.gradients(*DATA[:])[:, head]
+    train_gradients = exact.gradients(*DATA[:])[:, head]
     matrix = exact.gauss_newton()[head, head] + DAMPING * torch.eye(36).double()
-    asked = exact.gradients(*QUERIES)[:, head]
-    expected = asked @ torch.linalg.solve(matrix, own.mT) / N
+    query_gradients = exact.gradients(*QUERIES)[:, head]
+    expected = query_gradients @ torch.linalg.solve(matrix, train_gradients.mT) / N
     method = FullInfluenceFunction(EXACT.solver, damping=DAMPING, layers=["net.3"])
-    assert gap(ask(model, method), expected) < 1e-8
+    assert gap(score(model, method), expected) < 1e-8
 
 
-def test_curvature_may_be_that_of_other_data():
+def test_curvature_can_be_computed_on_other_data():
     model = classifier()
     part = Subset(DATA, [1, 3, 4, 8])
     exact = dense(model)
-    matrix = Dense(model, *DATA[[1, 3, 4, 8]]).gauss_newton()
+    matrix = DenseObjective(model, *DATA[[1, 3, 4, 8]]).gauss_newton()
     expected = exact.scores(matrix, DAMPING, *QUERIES)
-    assert gap(ask(model, curvature_loader=loader(part, 3)), expected) < 1e-8
+    assert gap(score(model, curvature_loader=loader(part, 3)), expected) < 1e-8
 
 
 @pytest.mark.parametrize("solver", [EXACT.solver, Neumann(1e-4), Lanczos(rank=N * 3)], ids=repr)
@@ -311,36 +312,37 @@ def test_the_default_damping_is_a_fiftieth_of_the_largest_eigenvalue(solver):
     matrix = exact.gauss_newton()
     damping = float(torch.linalg.eigvalsh(matrix)[-1]) / 50
     expected = exact.scores(matrix, damping, *QUERIES)
-    assert gap(ask(model, FullInfluenceFunction(solver)), expected) < 1e-4
+    assert gap(score(model, FullInfluenceFunction(solver)), expected) < 1e-4
 
 
 def test_the_default_damping_of_ekfac_is_a_tenth_of_the_mean_eigenvalue():
     model = Plain(nn.Linear(7, 3)).double()
     damping = 0.1 * float(dense(model).gauss_newton().trace()) / 24
-    expected = ask(model, FullInfluenceFunction(EKFAC(), damping=damping))
-    assert gap(ask(model, FullInfluenceFunction(EKFAC())), expected) < 1e-9
+    expected = score(model, FullInfluenceFunction(EKFAC(), damping=damping))
+    assert gap(score(model, FullInfluenceFunction(EKFAC())), expected) < 1e-9
 
 
 @pytest.mark.parametrize("solver", [Woodbury(), ConjugateGradient(), EKFAC()], ids=repr)
-def test_scores_are_the_same_whatever_was_drawn_before(solver):
+def test_scores_do_not_depend_on_the_random_state(solver):
     method = FullInfluenceFunction(solver)
-    model, found = Plain(nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))).double(), []
+    model = Plain(nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))).double()
+    results = []
     for seed in (3, 7):
         torch.manual_seed(seed)
         scores = attribute_by_gradients(
             model, loader(DATA, shuffle=False), QUERIES, method=method, progress=False
         )
-        found.append(scores)
-    assert found[0].provenance == found[1].provenance
-    assert torch.equal(found[0].values, found[1].values)
+        results.append(scores)
+    assert results[0].provenance == results[1].provenance
+    assert torch.equal(results[0].values, results[1].values)
 
 
-def test_defaults_do_in_single_precision():
+def test_default_settings_suffice_in_single_precision():
     method = FullInfluenceFunction(ConjugateGradient())
     model = classifier()
-    expected = ask(model, method, shuffle=False)
+    expected = score(model, method, shuffle=False)
     x, y = DATA[:]
-    single = ask(
+    single = score(
         model.float(),
         method,
         TensorDataset(x.float(), y),
@@ -351,7 +353,7 @@ def test_defaults_do_in_single_precision():
 
 
 @pytest.mark.parametrize("solver", [Woodbury(), ConjugateGradient(), Lanczos(3)], ids=repr)
-def test_asking_leaves_no_trace(solver):
+def test_attribution_leaves_model_and_loader_unchanged(solver):
     method = FullInfluenceFunction(solver)
     torch.manual_seed(3)
     layers = (nn.Linear(7, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Dropout())
@@ -370,36 +372,36 @@ def test_asking_leaves_no_trace(solver):
     assert not any(hooks)
 
 
-def test_dropout_and_batch_norm_are_as_in_evaluation():
+def test_dropout_and_batch_norm_are_in_evaluation_mode():
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 3))
     model = Plain(net).double().train()
-    found = ask(model)
+    actual = score(model)
     exact = dense(model)
-    assert gap(found, exact.scores(exact.gauss_newton(), DAMPING, *QUERIES)) < 1e-8
+    assert gap(actual, exact.scores(exact.gauss_newton(), DAMPING, *QUERIES)) < 1e-8
 
 
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (FullInfluenceFunction(SHORT), "has not arrived"),
+        (FullInfluenceFunction(SHORT), "did not converge"),
         (
             FullInfluenceFunction(ConjugateGradient(products=50), Hessian(), 1e-3),
-            "more damping.*GaussNewton",
+            "Increase `damping`.*GaussNewton",
         ),
         (FullInfluenceFunction(Lanczos(99), Hessian(), damping=1e-3), "has an eigenvalue of -"),
-        (FullInfluenceFunction(EKFAC()), r"`net.2.weight` is of another.*layers"),
+        (FullInfluenceFunction(EKFAC()), r"`net.2.weight` belongs to another.*layers"),
         (FullInfluenceFunction(EKFAC(), Hessian()), r"got `Hessian\(\)`"),
         (FullInfluenceFunction(layers=["net.7"]), "`net.7`, which matches no layer"),
     ],
     ids=["products", "indefinite", "eigenvalue", "norm", "hessian", "layer"],
 )
-def test_what_cannot_be_solved_is_refused(method, message):
+def test_unsuitable_methods_are_refused(method, message):
     with pytest.raises(ValueError, match=message):
-        ask(classifier(), method)
+        score(classifier(), method)
 
 
-def test_samples_that_come_twice_and_empty_loaders_are_refused():
+def test_repeated_samples_and_empty_loaders_are_refused():
     model, sampler = classifier(), WeightedRandomSampler([1.0] + [0.0] * 10, 11)
     twice = loader(DATA, shuffle=False, sampler=sampler)
     with pytest.raises(ValueError, match="draws sample 0 11 times"):
@@ -408,15 +410,15 @@ def test_samples_that_come_twice_and_empty_loaders_are_refused():
     with pytest.raises(ValueError, match="`train_loader` is an empty loader"):
         attribute_by_gradients(model, empty, QUERIES, method=EXACT, progress=False)
     with pytest.raises(ValueError, match="`train_loader` is an empty loader"):
-        ask(model, data=Subset(DATA, []), shuffle=False, curvature_loader=loader(DATA))
+        score(model, data=Subset(DATA, []), shuffle=False, curvature_loader=loader(DATA))
 
 
 @pytest.mark.parametrize("layers", [None, ["*"]])
-def test_parameters_that_cannot_count_are_named(layers):
+def test_unsupported_parameters_are_named_in_a_warning(layers):
     model = Plain(nn.Linear(7, 3)).double()
     model.idle = nn.Parameter(torch.zeros(2).double())
     method = FullInfluenceFunction(EXACT.solver, damping=DAMPING, layers=layers)
     with pytest.warns(UserWarning, match=r"attribute_by_gradients: not recorded: Plain"):
-        everything = ask(model, method)
-    chosen = ask(model, FullInfluenceFunction(EXACT.solver, damping=DAMPING, layers=["net"]))
+        everything = score(model, method)
+    chosen = score(model, FullInfluenceFunction(EXACT.solver, damping=DAMPING, layers=["net"]))
     assert gap(chosen, everything) < 1e-9

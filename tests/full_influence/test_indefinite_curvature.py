@@ -1,8 +1,8 @@
-"""Curvature with negative eigenvalues, and numbers that are not finite: found early, and named."""
+"""Negative eigenvalues and non-finite numbers raise early, with errors that name the cause."""
 
 import pytest
 import torch
-from exact_gradients import N_QUERY, Dense, N
+from exact_gradients import N_QUERY, DenseObjective, N
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -47,114 +47,114 @@ def trained(epochs=5, *callbacks):
     return model
 
 
-def ask(model, method, train=DATA, queries=QUERIES, **settings):
+def score(model, method, train=DATA, queries=QUERIES, **settings):
     batches = loader(train, 6, shuffle=False)
     return attribute_by_gradients(
         model, batches, queries, method=method, progress=False, **settings
     )
 
 
-def gap(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
+def gap(actual, expected):
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize(
     "solver", [ConjugateGradient(1e-10), Neumann(1e-4), Lanczos(1000)], ids=repr
 )
-def test_the_default_damping_makes_up_for_negative_eigenvalues(solver):
+def test_the_default_damping_compensates_for_negative_eigenvalues(solver):
     model = trained()
-    exact = Dense(model, *DATA[:])
+    exact = DenseObjective(model, *DATA[:])
     values = torch.linalg.eigvalsh(exact.hessian())
-    assert float(values[0]) < -0.05 * float(values[-1]), "it should be indefinite here"
-    found = ask(model, FullInfluenceFunction(solver, Hessian()))
-    damping = float(found.provenance["curvature"].split()[-1])
+    assert float(values[0]) < -0.05 * float(values[-1]), "the Hessian should be indefinite here"
+    actual = score(model, FullInfluenceFunction(solver, Hessian()))
+    damping = float(actual.provenance["curvature"].split()[-1])
     spare = damping + float(values[0])
-    assert spare == pytest.approx(0.02 * float(values[-1]), rel=0.25)  # of ill condition no more
-    again = ask(model, FullInfluenceFunction(solver, Hessian(), damping=damping))
+    assert spare == pytest.approx(0.02 * float(values[-1]), rel=0.25)  # no worse conditioned
+    repeated = score(model, FullInfluenceFunction(solver, Hessian(), damping=damping))
     expected = exact.scores(exact.hessian(), damping, *QUERIES)
-    assert gap(again.values, expected) < 1e-3
-    assert gap(found.values, expected) < 0.05  # the damping was read in three digits
+    assert gap(repeated.values, expected) < 1e-3
+    assert gap(actual.values, expected) < 0.05  # the provenance rounds the damping to three digits
 
 
-def test_so_does_the_damping_that_a_run_suggests():
+def test_the_damping_that_a_run_suggests_compensates_for_negative_eigenvalues():
     store = MemoryStore()
     model = trained(5, GradientRecorder(store, snapshots=5))
     method = FullInfluenceFunction(ConjugateGradient(), Hessian())
-    suggested = ask(model, FullInfluenceFunction(), run=store).provenance["curvature"]
-    found = ask(model, method, run=store).provenance["curvature"]
-    assert float(found.split()[-1]) > float(suggested.split()[-1])
+    suggested = score(model, FullInfluenceFunction(), run=store).provenance["curvature"]
+    actual = score(model, method, run=store).provenance["curvature"]
+    assert float(actual.split()[-1]) > float(suggested.split()[-1])
 
 
-def test_curvature_that_is_not_negative_is_damped_as_before():
+def test_semidefinite_curvature_gets_no_additional_damping():
     model = trained()
-    largest = float(torch.linalg.eigvalsh(Dense(model, *DATA[:]).gauss_newton())[-1])
+    largest = float(torch.linalg.eigvalsh(DenseObjective(model, *DATA[:]).gauss_newton())[-1])
     for solver in (ConjugateGradient(), Neumann(), Lanczos(5)):
-        found = ask(model, FullInfluenceFunction(solver)).provenance["curvature"]
-        assert float(found.split()[-1]) == pytest.approx(0.02 * largest, rel=0.01)
+        actual = score(model, FullInfluenceFunction(solver)).provenance["curvature"]
+        assert float(actual.split()[-1]) == pytest.approx(0.02 * largest, rel=0.01)
 
 
 @pytest.mark.parametrize("solver", [ConjugateGradient(), Neumann(), Neumann(terms=2000)], ids=repr)
 def test_negative_eigenvalues_are_found_after_a_few_products(solver):
     model = trained()
     method = FullInfluenceFunction(solver, Hessian(), damping=1e-3)
-    with pytest.raises(ValueError, match=r"eigenvalue of -.*more damping.*GaussNewton\(\)"):
-        ask(model, method)
+    with pytest.raises(ValueError, match=r"eigenvalue of -.*Increase `damping`.*GaussNewton\(\)"):
+        score(model, method)
     assert model.steps < 2 * 60  # two batches
 
 
-class Blind(ModelCurvature):
-    """A Hessian whose negative eigenvalues nobody has looked for."""
+class UncheckedHessian(ModelCurvature):
+    """A Hessian that does not report its negative eigenvalues."""
 
     def operator(self, objective):
         return Hessian().operator(objective)
 
 
-def test_they_are_also_found_in_curvature_that_does_not_tell_of_them():
+def test_negative_eigenvalues_are_found_if_the_curvature_does_not_report_them():
     model = trained()
     with pytest.raises(ValueError, match=r"has an eigenvalue of -.* or less, and damping"):
-        ask(model, FullInfluenceFunction(ConjugateGradient(), Blind()))
+        score(model, FullInfluenceFunction(ConjugateGradient(), UncheckedHessian()))
     assert model.steps < 2 * 60
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
-def test_conjugate_gradients_return_what_is_within_their_tolerance_or_nothing(tolerance):
+def test_conjugate_gradients_meet_their_tolerance_or_raise(tolerance):
     torch.manual_seed(0)
-    kept = LowRankCurvature(
+    curvature = LowRankCurvature(
         torch.randn(40, 60).double() * torch.logspace(0, -2, 40).double()[:, None]
     )
-    damping, rows = 1e-3 * kept.largest(), torch.randn(5, 60).double()
-    arrived = []
+    damping, rows = 1e-3 * curvature.largest_eigenvalue(), torch.randn(5, 60).double()
+    converged = []
     for products in range(1, 80):
         solver = ConjugateGradient(tolerance, products)
         try:
-            found = solver.inverse(kept, damping)(rows)
+            solved = solver.inverse(curvature, damping)(rows)
         except ValueError:
             continue
-        missing = (kept @ found.mT).mT + damping * found - rows
-        assert float((missing.norm(dim=1) / rows.norm(dim=1)).max()) <= 1.01 * tolerance
-        arrived.append(products)
-    assert 1 < arrived[0] < 80, "some do not arrive here, and some do"
+        residuals = (curvature @ solved.mT).mT + damping * solved - rows
+        assert float((residuals.norm(dim=1) / rows.norm(dim=1)).max()) <= 1.01 * tolerance
+        converged.append(products)
+    assert 1 < converged[0] < 80, "some limits should be too low here, and some should suffice"
 
 
 SOLVERS = [Woodbury(), ConjugateGradient(), Neumann(), Lanczos(5)]
 
 
 @pytest.mark.parametrize("method", list(map(FullInfluenceFunction, SOLVERS)), ids=repr)
-def test_weights_queries_and_data_that_are_not_finite_are_named(method):
+def test_non_finite_weights_queries_and_data_are_named(method):
     model, (x, y) = trained(), DATA[:]
     wrong = x.clone()
     wrong[4, 2] = torch.nan
     with pytest.raises(ValueError, match=r"`train_loader` is not finite.*NaN or infinite"):
-        ask(model, method, TensorDataset(wrong, y))
+        score(model, method, TensorDataset(wrong, y))
     batches = loader(TensorDataset(wrong, y), 6)
     with pytest.raises(ValueError, match="`curvature_loader` is not finite"):
-        ask(model, method, curvature_loader=batches)
+        score(model, method, curvature_loader=batches)
     with pytest.raises(ValueError, match="gradient of query 1 is not finite"):
-        ask(model, method, queries=(wrong[3:6], y[3:6]))
+        score(model, method, queries=(wrong[3:6], y[3:6]))
     with torch.no_grad():
         model.net[0].bias[3] = torch.inf
     with pytest.raises(ValueError, match=r"weights of `model` are not finite: `net.0.bias`"):
-        ask(model, method)
+        score(model, method)
 
 
 @pytest.mark.parametrize(
@@ -162,39 +162,39 @@ def test_weights_queries_and_data_that_are_not_finite_are_named(method):
     [FullInfluenceFunction(EKFAC()), FullInfluenceFunction(ConjugateGradient(), Hessian(), 9.0)],
     ids=repr,
 )
-def test_data_that_are_not_finite_are_named_whatever_the_curvature(method):
+def test_non_finite_data_are_named_for_every_curvature(method):
     torch.manual_seed(3)
     model = Plain(nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))).double()
     x, y = DATA[:]
     wrong = x.clone()
     wrong[4, 2] = torch.nan
     with pytest.raises(ValueError, match="`train_loader` is not finite"):
-        ask(model, method, TensorDataset(wrong, y))
+        score(model, method, TensorDataset(wrong, y))
 
 
-def test_a_snapshot_whose_weights_are_not_finite_is_found():
+def test_a_snapshot_with_non_finite_weights_is_named():
     store = MemoryStore()
     model = trained(5, GradientRecorder(store, snapshots=5))
-    weights = {name: one.clone() for name, one in store.weights_at(5).items()}
+    weights = {name: weight.clone() for name, weight in store.weights_at(5).items()}
     weights["net.0.bias"][3] = torch.nan
     store.keep_weights(5, weights)
     with pytest.raises(ValueError, match=r"snapshot before step 5.*`net.0.bias`"):
-        ask(model, FullInfluenceFunction(), run=store)
+        score(model, FullInfluenceFunction(), run=store)
 
 
 @pytest.mark.parametrize("solver", [Woodbury(), ConjugateGradient()], ids=repr)
-def test_what_fails_on_the_way_leaves_no_trace(solver):
+def test_failures_leave_the_model_unchanged(solver):
     store = MemoryStore()
     model = trained(5, GradientRecorder(store, snapshots=5))
-    own = {name: one.clone() for name, one in model.state_dict().items()}
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     (x, y), method = DATA[:], FullInfluenceFunction(solver)
     wrong, batches = x.clone(), loader(DATA, 6)
     wrong[4, 2] = torch.nan
     for settings in ({}, {"curvature_loader": batches}):
         with pytest.raises(ValueError, match="NaN or infinite") as failure:
-            ask(model, method, TensorDataset(wrong, y), run=store, **settings)
-        assert failure.tb  # which holds all that was not closed
-        assert all(torch.equal(one, own[name]) for name, one in model.state_dict().items())
+            score(model, method, TensorDataset(wrong, y), run=store, **settings)
+        assert failure.tb  # its frames keep unclosed generators alive
+        assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
         assert model.training
         assert "log" not in vars(model)
 
@@ -204,7 +204,7 @@ class Exhausted(Plain):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
 
-def test_too_little_memory_is_not_taken_for_a_fault_of_the_step():
+def test_out_of_memory_errors_are_passed_on():
     model = Exhausted(mlp()).double()
     parameters, batches = list(model.parameters()), loader(DATA)
     objective = Objective.of(model, parameters, batches, progress=False)
@@ -213,19 +213,19 @@ def test_too_little_memory_is_not_taken_for_a_fault_of_the_step():
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-def test_where_there_is_no_curvature_damping_must_be_given(solver):
+def test_zero_curvature_requires_a_damping(solver):
     model = Plain(mlp(), lambda outputs, y: 0 * nn.functional.cross_entropy(outputs, y)).double()
     with pytest.raises(ValueError, match="default damping is 0; expected a finite number above 0"):
-        ask(model, FullInfluenceFunction(solver))
+        score(model, FullInfluenceFunction(solver))
     given = FullInfluenceFunction(solver, damping=0.5)
-    assert not ask(model, given).values.any()
+    assert not score(model, given).values.any()
 
 
-def test_it_can_be_asked_where_gradients_are_off():
+def test_attribution_works_inside_no_grad():
     model, method = trained(), FullInfluenceFunction(ConjugateGradient())
-    expected = ask(model, method).values
+    expected = score(model, method).values
     with torch.no_grad():
-        assert torch.equal(ask(model, method).values, expected)
+        assert torch.equal(score(model, method).values, expected)
 
 
 class Skipping(Plain):
@@ -233,7 +233,9 @@ class Skipping(Plain):
         return None if len(batch[0]) > N_QUERY else super().training_step(batch, batch_idx)
 
 
-def test_a_step_without_a_loss_says_so():
+def test_a_step_without_a_loss_is_refused():
     model = Skipping(mlp()).double()
-    with pytest.raises(ValueError, match=r"on `train_loader`.* it returned nothing; expected the"):
-        ask(model, FullInfluenceFunction(ConjugateGradient()))
+    with pytest.raises(
+        ValueError, match=r"on `train_loader`.* the step returned None; expected the"
+    ):
+        score(model, FullInfluenceFunction(ConjugateGradient()))

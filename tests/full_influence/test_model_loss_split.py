@@ -1,11 +1,11 @@
-"""Where a training step's model ends and its loss begins, told from the step itself."""
+"""The split of a training step into a model and a loss is inferred from the step."""
 
 import copy
 
 import pytest
 import torch
 import torchmetrics
-from exact_gradients import Dense, regression, whole
+from exact_gradients import DenseObjective, regression, to_dense
 from lightning_models import Plain, loader, mlp, vectors
 from torch import nn
 from torch.nn import functional
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 LABELS = vectors(11)[:][1]
 X, TARGETS = regression(11, c=3)
-COINS = (TARGETS > 0).double()
+BINARY = (TARGETS > 0).double()
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0]).double()
 SMOOTH = nn.CrossEntropyLoss(weight=WEIGHTS, label_smoothing=0.1)
 
@@ -37,7 +37,7 @@ def objective_of(model, y, batch_size=11, **settings):
 
 def matrix_of(curvature, model, y, batch_size=11, **settings):
     with preserved_state(model, "eval"):
-        return whole(curvature.operator(objective_of(model, y, batch_size, **settings)))
+        return to_dense(curvature.operator(objective_of(model, y, batch_size, **settings)))
 
 
 def focal(outputs, y):
@@ -50,7 +50,7 @@ def squared_focal(outputs, y):
     return ((1 - (-losses).exp()) ** 2 * losses).mean()
 
 
-def by_hand(outputs, y):
+def indexed_log_softmax(outputs, y):
     return -outputs.log_softmax(dim=1)[torch.arange(len(y)), y].mean()
 
 
@@ -68,31 +68,34 @@ def two_losses(outputs, y):
         (SMOOTH, LABELS),
         (focal, LABELS),
         (squared_focal, LABELS),
-        (by_hand, LABELS),
+        (indexed_log_softmax, LABELS),
         (lambda o, y: functional.nll_loss(functional.log_softmax(o, dim=1), y), LABELS),
         (functional.mse_loss, TARGETS),
         (lambda o, y: ((o - y) ** 2).mean(), TARGETS),
         (lambda o, y: torch.square(y - o).sum(dim=1).mean(), TARGETS),
         (lambda o, y: torch.pow(input=o - torch.pow(2.0, y), exponent=2).mean(), TARGETS),
         (functional.huber_loss, TARGETS),
-        (functional.binary_cross_entropy_with_logits, COINS),
-        (lambda o, y: functional.binary_cross_entropy_with_logits(o, y, pos_weight=WEIGHTS), COINS),
+        (functional.binary_cross_entropy_with_logits, BINARY),
+        (
+            lambda o, y: functional.binary_cross_entropy_with_logits(o, y, pos_weight=WEIGHTS),
+            BINARY,
+        ),
         (two_losses, TARGETS),
         (lambda o, y: functional.mse_loss(o, y) + functional.huber_loss(o, y), TARGETS),
     ],
     ids=[
-        *("classes", "shares", "weighted", "focal", "focal, squared", "by hand", "nll", "squared"),
-        *("power", "square", "pow", "huber", "coins", "weighted coins", "two", "two of one"),
+        *("classes", "soft labels", "weighted", "focal", "focal, squared", "indexed", "nll", "mse"),
+        *("power", "square", "pow", "huber", "binary", "weighted binary", "two", "two of one"),
     ],
 )
 def test_the_gauss_newton_matrix_is_that_of_the_users_own_loss(loss, y):
     model = Plain(network(), loss).double()
-    expected = Dense(model, X, y).gauss_newton()
+    expected = DenseObjective(model, X, y).gauss_newton()
     torch.testing.assert_close(matrix_of(GaussNewton(), model, y), expected)
 
 
 @pytest.mark.parametrize("curvature", [GaussNewton(), Hessian()], ids=repr)
-def test_batches_of_unequal_size_count_as_their_samples_do(curvature):
+def test_batches_are_weighted_by_their_sizes(curvature):
     model = Plain(network()).double()
     whole_batch = matrix_of(curvature, model, LABELS)
     torch.testing.assert_close(matrix_of(curvature, model, LABELS, 3), whole_batch)
@@ -104,8 +107,8 @@ def test_batches_of_unequal_size_count_as_their_samples_do(curvature):
 class Regularised(Plain):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        assert loss.item() > 0  # a step may look at numbers
-        penalty = sum(one.pow(2).sum() for one in self.parameters())
+        assert loss.item() > 0  # a step may read values
+        penalty = sum(weight.pow(2).sum() for weight in self.parameters())
         return {"loss": loss + 0.05 * penalty, "other": None}
 
 
@@ -123,7 +126,7 @@ class Counting(Plain):
 
 
 @pytest.mark.parametrize("curvature", [GaussNewton(), Hessian()], ids=repr)
-def test_metrics_in_the_step_do_not_disturb_and_are_not_disturbed(curvature):
+def test_metrics_in_the_step_neither_change_the_curvature_nor_are_changed(curvature):
     model, plain = Counting(network()).double(), Plain(network()).double()
     model.mean.update(2.0)
     expected = matrix_of(curvature, plain, LABELS, 5)
@@ -134,9 +137,9 @@ def test_metrics_in_the_step_do_not_disturb_and_are_not_disturbed(curvature):
 
 def test_a_penalty_on_the_weights_adds_its_own_curvature():
     y = LABELS
-    expected = Dense(Plain(network()).double(), X, y).gauss_newton()
-    found = matrix_of(GaussNewton(), Regularised(network()).double(), y)
-    torch.testing.assert_close(found, expected + 0.1 * torch.eye(len(expected)).double())
+    expected = DenseObjective(Plain(network()).double(), X, y).gauss_newton()
+    actual = matrix_of(GaussNewton(), Regularised(network()).double(), y)
+    torch.testing.assert_close(actual, expected + 0.1 * torch.eye(len(expected)).double())
 
 
 def test_attention_can_be_differentiated_twice():
@@ -150,19 +153,19 @@ def test_attention_can_be_differentiated_twice():
     )
     model = Plain(net).double()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        exact = Dense(model, X, LABELS)
+        exact = DenseObjective(model, X, LABELS)
         expected, full = exact.gauss_newton(), exact.hessian()
     torch.testing.assert_close(matrix_of(GaussNewton(), model, LABELS), expected)
     torch.testing.assert_close(matrix_of(Hessian(), model, LABELS), full)
 
 
-def test_the_user_may_say_where_to_cut():
+def test_the_user_can_specify_the_split():
     model = Plain(network(), lambda o, y: (o - y).abs().pow(3).mean()).double()
     curvature = GaussNewton(
         outputs=lambda module, batch: module.net(batch[0]),
         loss=lambda outputs, batch: (outputs - batch[1]).abs().pow(3).mean(),
     )
-    expected = Dense(model, X, TARGETS).gauss_newton()
+    expected = DenseObjective(model, X, TARGETS).gauss_newton()
     torch.testing.assert_close(matrix_of(curvature, model, TARGETS), expected)
 
 
@@ -173,11 +176,11 @@ def test_the_user_may_say_where_to_cut():
         lambda o, y: functional.mse_loss(o, y) + o.exp().mean(),
         lambda o, y: functional.mse_loss(o.detach(), y) + 0 * o.sum() + o.cosh().sum(),
     ],
-    ids=["unknown", "partly", "without gradient"],
+    ids=["unsupported", "partly unsupported", "without gradient"],
 )
-def test_losses_that_are_not_torchs_are_refused(loss):
+def test_losses_other_than_torchs_are_refused(loss):
     model = Plain(network(), loss).double()
-    with pytest.raises(ValueError, match=r"made by torch's loss functions.*Hessian\(\)"):
+    with pytest.raises(ValueError, match=r"computed by torch's loss functions.*Hessian\(\)"):
         matrix_of(GaussNewton(), model, TARGETS)
 
 
@@ -187,28 +190,28 @@ def test_losses_that_are_not_torchs_are_refused(loss):
         (SMOOTH, LABELS, "got `cross_entropy` of a tensor.* with label_smoothing, weight"),
         (lambda o, y: functional.mse_loss(o.view(-1, 1), y.view(-1, 1)), TARGETS, "3 samples"),
         (functional.huber_loss, TARGETS, "got `huber_loss`"),
-        (functional.cross_entropy, TARGETS.softmax(dim=1), "knows classes.*as labels"),
+        (functional.cross_entropy, TARGETS.softmax(dim=1), "supports class indices.*as labels"),
         (two_losses, TARGETS, "has 2 parts; expected one"),
-        (lambda o, y: functional.cross_entropy(o, y) * y.sum(), LABELS, "no multiple"),
+        (lambda o, y: functional.cross_entropy(o, y) * y.sum(), LABELS, "not a positive multiple"),
     ],
-    ids=["weighted", "sequences", "huber", "shares", "two", "by batch"],
+    ids=["weighted", "sequences", "huber", "soft labels", "two", "by batch"],
 )
-def test_ekfac_refuses_losses_that_it_does_not_know(loss, y, message):
+def test_ekfac_refuses_unsupported_losses(loss, y, message):
     model = Plain(network(), loss).double()
     with preserved_state(model, "eval"), pytest.raises(ValueError, match=message):
         EKFAC().operator(objective_of(model, y, 3), GaussNewton())
 
 
-def test_hooks_are_removed_where_curvature_fails():
-    model = Plain(nn.Sequential(nn.Linear(7, 3), Renamed(3))).double()
+def test_hooks_are_removed_if_the_curvature_fails():
+    model = Plain(nn.Sequential(nn.Linear(7, 3), UncalledLayer(3))).double()
     method = FullInfluenceFunction(EKFAC(), damping=0.1)
-    size = sum(one.numel() for one in model.parameters())
-    with preserved_state(model, "eval"), pytest.raises(ValueError, match="has no curvature"):
+    size = sum(parameter.numel() for parameter in model.parameters())
+    with preserved_state(model, "eval"), pytest.raises(ValueError, match="cannot be computed"):
         method.solve(objective_of(model, LABELS), torch.ones(1, size).double(), progress=False)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-class Renamed(nn.Module):
+class UncalledLayer(nn.Module):
     """Uses the weight of a layer that it never calls."""
 
     def __init__(self, d):
@@ -219,14 +222,14 @@ class Renamed(nn.Module):
         return functional.linear(x, self.inner.weight, self.inner.bias)
 
 
-def test_steps_that_torch_func_cannot_follow_are_refused():
-    model = Plain(nn.Sequential(nn.Linear(7, 3), Untraceable())).double()
+def test_steps_that_torch_func_cannot_differentiate_are_refused():
+    model = Plain(nn.Sequential(nn.Linear(7, 3), OnceDifferentiable())).double()
     method = FullInfluenceFunction(ConjugateGradient(), damping=0.1)
     with preserved_state(model, "eval"), pytest.raises(ValueError, match="differentiate twice"):
         method.solve(objective_of(model, LABELS), torch.ones(1, 24).double(), progress=False)
 
 
-class Untraceable(nn.Module):
+class OnceDifferentiable(nn.Module):
     def forward(self, x):
         return OnceOnly.apply(x)
 
@@ -248,12 +251,12 @@ class OwnNorm(nn.LayerNorm):
 
 def test_second_derivatives_that_torch_func_gets_wrong_are_refused():
     model = Plain(nn.Sequential(nn.Linear(7, 3), OwnNorm(3), nn.Tanh())).double()
-    with pytest.raises(ValueError, match=r"wrongly: .* is off by .*GaussNewton\(\)"):
+    with pytest.raises(ValueError, match=r"incorrectly: .* differs by .*GaussNewton\(\)"):
         matrix_of(Hessian(), model, LABELS)
 
 
-def test_a_normalised_network_has_the_curvature_that_two_backward_passes_give():
+def test_the_curvature_of_a_normalised_network_equals_that_of_two_backward_passes():
     model = Plain(mlp()).double()
-    exact = Dense(model, X, LABELS)
+    exact = DenseObjective(model, X, LABELS)
     torch.testing.assert_close(matrix_of(GaussNewton(), model, LABELS), exact.gauss_newton())
     torch.testing.assert_close(matrix_of(Hessian(), model, LABELS), exact.hessian())

@@ -1,4 +1,4 @@
-"""What is said where an extra is not installed."""
+"""The error that is raised if an optional dependency is not installed."""
 
 import sys
 
@@ -10,10 +10,10 @@ from tda_lightning import FullInfluenceFunction, attribute_by_gradients
 from tda_lightning.full_influence import ConjugateGradient
 
 
-def test_solvers_name_the_extra_that_they_need_and_the_default_needs_none(monkeypatch):
+def test_solvers_name_their_missing_dependency_and_the_default_needs_none(monkeypatch):
     name = "tda_lightning.full_influence.curvlinops_bindings"
     monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr(tda_lightning.full_influence, "operators", raising=False)
+    monkeypatch.delattr(tda_lightning.full_influence, "curvlinops_bindings", raising=False)
     monkeypatch.setitem(sys.modules, "curvlinops", None)
     data, method = vectors(), FullInfluenceFunction(ConjugateGradient())
     with pytest.raises(ImportError, match=r"curvlinops.*pip install 'tda_lightning\[solvers\]'"):

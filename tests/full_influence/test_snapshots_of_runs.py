@@ -1,14 +1,14 @@
-"""Whole gradients along a run: every pass sees the same samples, and slices have own snapshots."""
+"""Full gradients along a run: the same samples in every pass, and the snapshots of a slice."""
 
 import pytest
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from unchecked_calls import require_said
+from unchecked_calls import require_error
 
 from tda_lightning import FullInfluenceFunction, GradientRecorder, Identity, attribute_by_gradients
 from tda_lightning.full_influence import GaussNewton, Woodbury
-from tda_lightning.full_influence.full_gradients import WholeGradients, whole_recipe
+from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
 from tda_lightning.gradients.layers import select_layers
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.stores import MemoryStore
@@ -31,7 +31,7 @@ def trained(snapshots=2, optimizer=sgd, **settings):
     return model, store
 
 
-def ask(model, train=None, queries=QUERIES[:], method=METHOD, **settings):
+def score(model, train=None, queries=QUERIES[:], method=METHOD, **settings):
     train = loader(DATA, 4, shuffle=False) if train is None else train
     return attribute_by_gradients(model, train, queries, method=method, progress=False, **settings)
 
@@ -43,27 +43,29 @@ def shuffled(data, batch_size, **settings):
 
 def test_a_loader_that_draws_other_samples_in_each_pass_is_refused():
     model, store = trained()
-    with pytest.raises(ValueError, match=r"the same samples in every pass: \d.*all 6, one for"):
-        ask(model, shuffled(DATA, 4, drop_last=True), run=store)
-    once = ask(model, shuffled(DATA, 4, drop_last=True))  # without a run there is one pass
+    with pytest.raises(
+        ValueError, match=r"the same samples in every pass: ids \d.*all 6 passes, one for"
+    ):
+        score(model, shuffled(DATA, 4, drop_last=True), run=store)
+    once = score(model, shuffled(DATA, 4, drop_last=True))  # without a run there is one pass
     assert len(once.train_ids) == 8
 
 
 def test_the_order_of_a_pass_does_not_matter():
     model, store = trained()
     ordered = loader(DATA, 4, shuffle=False)  # labels are drawn batch by batch
-    expected = ask(model, run=store)
-    found = ask(model, shuffled(DATA, 4), run=store, curvature_loader=ordered)
-    assert torch.equal(found.train_ids, expected.train_ids)
-    torch.testing.assert_close(found.values, expected.values)
+    expected = score(model, run=store)
+    actual = score(model, shuffled(DATA, 4), run=store, curvature_loader=ordered)
+    assert torch.equal(actual.train_ids, expected.train_ids)
+    torch.testing.assert_close(actual.values, expected.values)
 
 
-def test_queries_of_a_loader_that_shuffles_are_asked_in_one_order():
+def test_a_shuffling_query_loader_is_read_only_once():
     model, store = trained()
-    order = [int(one) for one in torch.cat([y for _, y in shuffled(numbered(), 2)])]
-    expected = ask(model, run=store, at="snapshots").values[order]
-    found = ask(model, queries=shuffled(QUERIES, 2), run=store, at="snapshots").values
-    torch.testing.assert_close(found, expected)
+    order = [int(number) for number in torch.cat([y for _, y in shuffled(numbered(), 2)])]
+    expected = score(model, run=store, at="snapshots").values[order]
+    actual = score(model, queries=shuffled(QUERIES, 2), run=store, at="snapshots").values
+    torch.testing.assert_close(actual, expected)
 
 
 def numbered():
@@ -74,7 +76,7 @@ def numbered():
     ("part", "steps"),
     [
         (slice(0, 5), [0, 2, 4]),
-        (slice(0, 4), [0, 2, 4]),  # that after its last step shows what it led to
+        (slice(0, 4), [0, 2, 4]),  # including the one after its last step
         (slice(3, 7), [4, 6]),
         (slice(9, None), [10]),
         (slice(None), [0, 2, 4, 6, 8, 10]),
@@ -83,99 +85,99 @@ def numbered():
 )
 def test_a_slice_of_a_run_has_the_snapshots_of_its_steps(part, steps):
     model, store = trained()
-    found = ask(model, run=store[part])
-    assert found.provenance["along"] == f"{len(steps)} snapshots, steps {steps[0]} to {steps[-1]}"
+    actual = score(model, run=store[part])
+    assert actual.provenance["along"] == f"{len(steps)} snapshots, steps {steps[0]} to {steps[-1]}"
     fewer = MemoryStore()
     fewer.begin(store.recipe)
     for step in store[part]:
         fewer.append(step)
     for snapshot in steps:
         fewer.keep_weights(snapshot, store.weights_at(snapshot))
-    assert torch.equal(found.values, ask(model, run=fewer).values)
+    assert torch.equal(actual.values, score(model, run=fewer).values)
 
 
 def test_the_snapshot_after_the_last_recorded_step_counts_where_steps_are_skipped():
     model, store = trained(snapshots=6, every_n_steps=3)
     assert ([step.index for step in store], store.snapshots()) == ([0, 3, 6, 9], [0, 6])
-    assert ask(model, run=store[:2]).provenance["along"] == "2 snapshots, steps 0 to 6"
+    assert score(model, run=store[:2]).provenance["along"] == "2 snapshots, steps 0 to 6"
 
 
 def test_a_slice_without_snapshots_is_refused():
     model, store = trained(snapshots=6)
     with pytest.raises(ValueError, match="no snapshot of the weights at its steps 2 to 3"):
-        ask(model, run=store[2:4])
+        score(model, run=store[2:4])
 
 
 @pytest.mark.parametrize(
     ("optimizer", "preconditioner"),
     [("AdamW", "none"), ("Adamax", "optimizer"), ("Rprop", "optimizer"), ("Adadelta", "optimizer")],
 )
-def test_rates_of_steps_that_are_no_gradient_steps_suggest_no_damping(optimizer, preconditioner):
+def test_learning_rates_suggest_a_damping_only_for_gradient_steps(optimizer, preconditioner):
     model, store = trained(
         optimizer=lambda p: getattr(torch.optim, optimizer)(p, lr=0.01),
         preconditioner=preconditioner,
     )
     by_default = FullInfluenceFunction(Woodbury(draws=8))
-    with pytest.warns(UserWarning, match=f"steps of {optimizer} are no gradient steps") as said:
-        found = ask(model, method=by_default, run=store)
-    assert len(said) == 1
-    whole = WholeGradients(
-        model, select_layers(model), whole_recipe(model, select_layers(model), "mean", {}), store
+    with pytest.warns(UserWarning, match=f"steps of {optimizer} are not gradient steps") as warned:
+        actual = score(model, method=by_default, run=store)
+    assert len(warned) == 1
+    gradients = FullGradients(
+        model, select_layers(model), full_recipe(model, select_layers(model), "mean", {}), store
     )
-    objective = whole.objective(loader(DATA, 4, shuffle=False), None, progress=False)
+    objective = gradients.objective(loader(DATA, 4, shuffle=False), None, progress=False)
     with preserved_state(model, "eval"):
         operator = by_default.solver.operator(objective, GaussNewton())
     damping = by_default.solver.default_damping(operator)
     given = FullInfluenceFunction(Woodbury(draws=8), damping=damping)
-    assert torch.equal(ask(model, method=given, run=store).values, found.values)  # and no warning
+    expected = score(model, method=given, run=store)  # without a warning
+    assert torch.equal(expected.values, actual.values)
 
 
-def test_data_whose_gradients_are_not_finite_are_named():
+def test_data_with_non_finite_gradients_are_named():
     model, (x, y) = Plain(mlp()).double(), DATA[:]
     x = x.clone()
     x[[3, 7], 2] = torch.nan
     wrong = loader(TensorDataset(x, y), 11)
     with pytest.raises(ValueError, match=r"`train_loader` yields samples.*infinite: [37], [37];"):
-        ask(model, wrong, curvature_loader=loader(DATA, 4))
+        score(model, wrong, curvature_loader=loader(DATA, 4))
 
 
-def test_what_is_wrong_with_curvature_data_is_said_of_them():
+def test_errors_name_the_loader_with_the_wrong_data():
     model, empty = Plain(mlp()).double(), loader(Subset(DATA, []), shuffle=False)
     with pytest.raises(ValueError, match="`curvature_loader` is an empty loader; expected"):
-        ask(model, curvature_loader=empty)
+        score(model, curvature_loader=empty)
     with pytest.raises(ValueError, match="`train_loader` is an empty loader; expected"):
-        ask(model, empty)
+        score(model, empty)
     other = loader(TensorDataset(X.double()[:, :5], Y), 4)
-    with pytest.raises(ValueError, match="`curvature_loader` could not go through"):
-        ask(model, curvature_loader=other)
+    with pytest.raises(ValueError, match="training_step` failed on `curvature_loader`"):
+        score(model, curvature_loader=other)
 
 
 CALLS = """
-run = {"run": store}
-asked = lambda **settings: attribute_by_gradients(model, batches, queries, **settings)
+score = lambda **settings: attribute_by_gradients(model, batches, queries, **settings)
 calls = {
-    "several runs": lambda: asked(run=[store, store]),
-    "a run that is none": lambda: asked(run=3),
-    "a moment without a run": lambda: asked(at="snapshots"),
-    "another moment": lambda: asked(run=store, at="snapshot"),
-    "another reduction": lambda: asked(reduction="avg"),
-    "an axis for all": lambda: asked(batch_dims="flattened"),
-    "another model": lambda: attribute_by_gradients(None, batches, queries),
-    "a class of models": lambda: attribute_by_gradients(Plain, batches, queries),
+    "several runs": lambda: score(run=[store, store]),
+    "a number for a run": lambda: score(run=3),
+    "a moment without a run": lambda: score(at="snapshots"),
+    "an unknown moment": lambda: score(run=store, at="snapshot"),
+    "an unknown reduction": lambda: score(reduction="avg"),
+    "a string for batch_dims": lambda: score(batch_dims="flattened"),
+    "no model": lambda: attribute_by_gradients(None, batches, queries),
+    "a class for a model": lambda: attribute_by_gradients(Plain, batches, queries),
 }
 """
 EXPECTED = {
     "several runs": "`run` is a list of 2; expected one recorded training.",
-    "a run that is none": "`run` is a `int`; expected the folder of a recorded run, or its store.",
-    "a moment without a run": "`at='snapshots'` came without a run; expected `run=`",
-    "another moment": '`at` is \'snapshot\'; expected "now", "snapshots", or the index',
-    "another model": "`model` is a `NoneType`; expected the LightningModule that was trained",
-    "a class of models": "expected the LightningModule that was trained: an object",
-    "an axis for all": "`batch_dims` is 'flattened'; expected an object such as",
-    "another reduction": "`reduction` is 'avg'; expected one of 'mean', 'sum'.",
+    "a number for a run": "`run` is a `int`; expected the folder of a recorded run, or its store.",
+    "a moment without a run": "`at='snapshots'` was passed without a run; expected `run=`",
+    "an unknown moment": '`at` is \'snapshot\'; expected "now", "snapshots", or the index',
+    "no model": "`model` is a `NoneType`; expected the LightningModule that was trained",
+    "a class for a model": "expected the LightningModule that was trained: an object",
+    "a string for batch_dims": "`batch_dims` is 'flattened'; expected an object such as",
+    "an unknown reduction": "`reduction` is 'avg'; expected one of 'mean', 'sum'.",
 }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_wrong_argument_is_named_with_what_was_expected(name):
-    require_said(CALLS, name, EXPECTED[name])
+def test_wrong_arguments_raise_with_the_expected_value(name):
+    require_error(CALLS, name, EXPECTED[name])

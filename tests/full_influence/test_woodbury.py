@@ -1,8 +1,8 @@
-"""Whole gradients along a run, curvature of sampled labels: against dense matrices and sketches."""
+"""Woodbury, and full gradients along a run, against dense matrices and unsketched runs."""
 
 import pytest
 import torch
-from exact_gradients import N_QUERY, Dense, N, regression, whole
+from exact_gradients import N_QUERY, DenseObjective, N, regression, to_dense
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from torch import nn
 from torch.nn import functional
@@ -19,21 +19,21 @@ from tda_lightning import (
 )
 from tda_lightning.attribution import SampledLabels
 from tda_lightning.full_influence import EKFAC, ConjugateGradient, GaussNewton, Hessian, Woodbury
-from tda_lightning.full_influence.full_gradients import WholeGradients, whole_recipe
+from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
 from tda_lightning.full_influence.woodbury import LowRankCurvature
 from tda_lightning.gradients.layers import select_layers
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.stores import MemoryStore
 
-# What the dense references make torch say of its own forward mode.
+# The dense references use forward mode, whose torch code is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 X, Y = vectors(N + N_QUERY)[:]
 CLASSES = TensorDataset(X[:N].double(), Y[:N])
 # One output under squared error: labels drawn from the model have no noise.
-NUMBERS = TensorDataset(*(one[:N] for one in regression(N + N_QUERY, c=1)))
-QUERIES = tuple(one[N:] for one in regression(N + N_QUERY, c=1))
-ONE = FullInfluenceFunction()
+NUMBERS = TensorDataset(*(part[:N] for part in regression(N + N_QUERY, c=1)))
+QUERIES = tuple(part[N:] for part in regression(N + N_QUERY, c=1))
+DEFAULT = FullInfluenceFunction()
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.01),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
@@ -51,20 +51,20 @@ def regressor(optimizer=OPTIMIZERS["SGD"]):
 
 def operator_of(model, data, solver, reduction="mean"):
     selection = select_layers(model)
-    recipe = whole_recipe(model, selection, reduction, {})
-    taken = WholeGradients(model, selection, recipe, None)
-    objective = taken.objective(loader(data, 4), None, progress=False)  # ragged: 4, 4, 3
+    recipe = full_recipe(model, selection, reduction, {})
+    gradients = FullGradients(model, selection, recipe, None)
+    objective = gradients.objective(loader(data, 4), None, progress=False)  # ragged: 4, 4, 3
     with preserved_state(model, "eval"):
         return solver.operator(objective, GaussNewton())
 
 
-def ask(model, method=ONE, **settings):
+def score(model, method=DEFAULT, **settings):
     train = loader(NUMBERS, 4, shuffle=False)
     return attribute_by_gradients(model, train, QUERIES, method=method, progress=False, **settings)
 
 
-def gap(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
+def gap(actual, expected):
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("draws", [1, 50])  # fewer rows than parameters, and more
@@ -73,8 +73,8 @@ def test_the_curvature_of_sampled_labels_is_inverted_exactly(draws):
     operator = operator_of(model, CLASSES, solver)
     d = operator.shape[0]
     assert N < d < 50 * N
-    assert d == sum(one.numel() for one in model.parameters())
-    matrix, vectors_ = whole(operator), torch.randn(5, d, dtype=torch.float64)
+    assert d == sum(parameter.numel() for parameter in model.parameters())
+    matrix, vectors_ = to_dense(operator), torch.randn(5, d, dtype=torch.float64)
     damped = matrix + 0.03 * torch.eye(d, dtype=torch.float64)
     expected = torch.linalg.solve(damped, vectors_.mT).mT
     assert gap(solver.inverse(operator, 0.03)(vectors_), expected) < 1e-10
@@ -84,11 +84,11 @@ def test_the_curvature_of_sampled_labels_is_inverted_exactly(draws):
 
 def test_many_draws_are_the_gauss_newton_matrix():
     model = Plain(mlp()).double()
-    exact = Dense(model, *CLASSES[:]).gauss_newton()
-    errors = [
-        float((whole(operator_of(model, CLASSES, Woodbury(draws))) - exact).norm() / exact.norm())
-        for draws in (4, 100)
-    ]
+    exact = DenseObjective(model, *CLASSES[:]).gauss_newton()
+    errors = []
+    for draws in (4, 100):
+        matrix = to_dense(operator_of(model, CLASSES, Woodbury(draws)))
+        errors.append(float((matrix - exact).norm() / exact.norm()))
     assert errors[1] < 0.15
     assert errors[0] > 3 * errors[1]  # five times, on average
 
@@ -98,41 +98,39 @@ def test_many_draws_are_the_gauss_newton_matrix():
 def test_without_noise_one_draw_is_the_gauss_newton_matrix(reduction, scale, draws):
     model = regressor()
     model.loss = nn.MSELoss(reduction=reduction)
-    exact = Dense(model, *NUMBERS[:])
+    exact = DenseObjective(model, *NUMBERS[:])
     operator = operator_of(model, NUMBERS, Woodbury(draws), reduction)
-    assert gap(whole(operator), exact.gauss_newton() * scale) < 1e-10
+    assert gap(to_dense(operator), exact.gauss_newton() * scale) < 1e-10
     method = FullInfluenceFunction(Woodbury(draws), damping=0.1)
     expected = exact.scores(exact.gauss_newton() * scale, 0.1, *QUERIES)
-    assert gap(ask(model, method, reduction=reduction).values, expected) < 1e-10
+    assert gap(score(model, method, reduction=reduction).values, expected) < 1e-10
 
 
 def test_single_precision_is_enough():
     model = regressor()
-    expected = ask(model).values
+    expected = score(model).values
     x, y = NUMBERS[:]
     train = loader(TensorDataset(x.float(), y.float()), 4, shuffle=False)
-    queries = tuple(one.float() for one in QUERIES)
-    single = attribute_by_gradients(model.float(), train, queries, method=ONE, progress=False)
+    queries = tuple(part.float() for part in QUERIES)
+    single = attribute_by_gradients(model.float(), train, queries, method=DEFAULT, progress=False)
     assert single.values.dtype == torch.float32
     assert gap(single.values.double(), expected) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_damping_is_refused_only_where_the_number_format_cannot_tell(dtype):
+def test_damping_is_refused_only_below_the_precision_of_the_number_format(dtype):
     torch.manual_seed(0)
     rows = torch.randn(40, 90).to(dtype) * torch.logspace(0, -4, 40).to(dtype)[:, None]
-    # A gradient along the rows is where the two large terms cancel.
-    kept, exact, asked = (
-        LowRankCurvature(rows),
-        LowRankCurvature(rows.double()),
-        torch.randn(3, 40).to(dtype) @ rows,
-    )
-    floor = 8 * torch.finfo(dtype).eps * kept.largest()
-    found, expected = kept.inverse(1.01 * floor)(asked), exact.inverse(1.01 * floor)(asked.double())
-    scores, truth = found.double() @ rows.double().mT, expected @ rows.double().mT
+    curvature, exact = LowRankCurvature(rows), LowRankCurvature(rows.double())
+    # The two large terms cancel for gradients in the span of the rows.
+    gradients = torch.randn(3, 40).to(dtype) @ rows
+    floor = 8 * torch.finfo(dtype).eps * curvature.largest_eigenvalue()
+    actual = curvature.inverse(1.01 * floor)(gradients)
+    expected = exact.inverse(1.01 * floor)(gradients.double())
+    scores, truth = actual.double() @ rows.double().mT, expected @ rows.double().mT
     assert float((scores - truth).norm() / truth.norm()) < 0.1
-    with pytest.raises(ValueError, match=r"next to nothing beside.*largest eigenvalue, in torch"):
-        kept.inverse(0.99 * floor)
+    with pytest.raises(ValueError, match=r"too small relative to.*largest eigenvalue, in torch"):
+        curvature.inverse(0.99 * floor)
 
 
 def trained(optimizer, store, *, batch_size=4, epochs=4, snapshots=2, **settings):
@@ -145,26 +143,27 @@ def trained(optimizer, store, *, batch_size=4, epochs=4, snapshots=2, **settings
 
 @pytest.mark.parametrize("at", ["now", "snapshots"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_along_a_run_it_is_the_influence_function_of_rows_that_were_not_sketched(optimizer, at):
+def test_along_a_run_scores_equal_the_influence_function_of_unsketched_rows(optimizer, at):
     store = MemoryStore()
     # Every step visits every sample, and every step has its snapshot.
     model = trained(optimizer, store, batch_size=N, epochs=9, snapshots=1, curvature="fisher")
     assert len(store) == len(store.snapshots()) == 9
     method = InfluenceFunction(SampledLabels())
     expected = attribute(store, model, QUERIES, method=method, at=at, progress=False)
-    found = ask(model, run=store, at=at)
-    assert gap(found.values, expected.values) < 1e-6  # A store's weights are in single precision.
-    assert found.provenance["along"] == "9 snapshots, steps 0 to 8"
-    assert found.provenance["weights"] == expected.provenance["weights"]
+    actual = score(model, run=store, at=at)
+    assert gap(actual.values, expected.values) < 1e-6  # A store's weights are in single precision.
+    assert actual.provenance["along"] == "9 snapshots, steps 0 to 8"
+    assert actual.provenance["weights"] == expected.provenance["weights"]
 
 
 def scales(store, blocks):
-    """Return what coordinates multiply the parameters by, snapshot by snapshot; of plain layers."""
+    """Yield the preconditioner at each snapshot as one factor per parameter."""
     for snapshot in store.snapshots():
-        found = store.preconditioner(snapshot)
+        preconditioner = store.preconditioner(snapshot)
         parts, row, column = [], 0, 0
         for block in blocks:
-            rows, columns = found.rows[row:][: block.rows], found.columns[column:][: block.columns]
+            rows = preconditioner.rows[row:][: block.rows]
+            columns = preconditioner.columns[column:][: block.columns]
             matrix = torch.outer(rows, columns)
             is_linear = block.layer == "Linear"
             parts += [matrix[:, :-1], matrix[:, -1:]] if is_linear else [matrix]
@@ -178,75 +177,81 @@ def test_gradients_and_curvature_are_means_over_the_snapshots(solver):
         pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
     store = MemoryStore()
     model = trained("AdamW", store, snapshots=3)
-    own = {name: one.clone() for name, one in model.state_dict().items()}
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     assert (len(store), store.snapshots()) == (12, [0, 3, 6, 9])
     curvature, train, queries = [], [], []
     for snapshot, scale in zip(store.snapshots(), scales(store, store.recipe.blocks), strict=True):
         model.load_state_dict(store.weights_at(snapshot))
-        exact = Dense(model, *NUMBERS[:])
+        exact = DenseObjective(model, *NUMBERS[:])
         curvature.append(scale[:, None] * exact.gauss_newton() * scale)
         train.append(exact.gradients(*NUMBERS[:]) * scale)
         queries.append(exact.gradients(*QUERIES) * scale)
-    model.load_state_dict(own)
+    model.load_state_dict(before)
 
     def mean(parts):
         return torch.stack(parts).mean(dim=0)
 
     damped = mean(curvature) + 0.2 * torch.eye(len(curvature[0]), dtype=torch.float64)
     method = FullInfluenceFunction(solver, damping=0.2)
-    for at, asked in (("snapshots", mean(queries[2:])), (3, queries[1])):
-        expected = asked @ torch.linalg.solve(damped, mean(train).mT) / N
-        assert gap(ask(model, method, run=store, at=at).values, expected) < 1e-8
-    assert all(torch.equal(one, own[name]) for name, one in model.state_dict().items())
+    for at, gradients in (("snapshots", mean(queries[2:])), (3, queries[1])):
+        expected = gradients @ torch.linalg.solve(damped, mean(train).mT) / N
+        assert gap(score(model, method, run=store, at=at).values, expected) < 1e-8
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded")
-def test_chosen_layers_have_their_own_part_of_the_coordinates():
+def test_chosen_layers_use_their_part_of_the_preconditioner():
     store = MemoryStore()
     model = trained("AdamW", store, batch_size=N, epochs=3, snapshots=1, curvature="fisher")
-    some = FullInfluenceFunction(layers=["net.3"])
-    own = MemoryStore()
-    again = trained(
-        "AdamW", own, batch_size=N, epochs=3, snapshots=1, curvature="fisher", layers=["net.3"]
+    head = FullInfluenceFunction(layers=["net.3"])
+    head_store = MemoryStore()
+    head_model = trained(
+        "AdamW",
+        head_store,
+        batch_size=N,
+        epochs=3,
+        snapshots=1,
+        curvature="fisher",
+        layers=["net.3"],
     )
     method = InfluenceFunction(SampledLabels())
-    expected = attribute(own, again, QUERIES, method=method, progress=False).values
-    assert gap(ask(model, some, run=store).values, expected) < 1e-6
+    expected = attribute(head_store, head_model, QUERIES, method=method, progress=False).values
+    assert gap(score(model, head, run=store).values, expected) < 1e-6
 
 
-def test_a_run_is_opened_by_its_path_and_says_how_its_loss_is_reduced(tmp_path):
+def test_a_run_is_opened_by_its_path_and_sets_the_reduction(tmp_path):
     model = trained("SGD", HDF5Store(tmp_path / "run.tda"))
-    found = ask(model, run=str(tmp_path / "run.tda"))
-    assert torch.equal(found.values, ask(model, run=HDF5Store.open(tmp_path / "run.tda")).values)
+    actual = score(model, run=str(tmp_path / "run.tda"))
+    assert torch.equal(actual.values, score(model, run=HDF5Store.open(tmp_path / "run.tda")).values)
     summed = trained("SGD", store := MemoryStore(), reduction="sum")
     summed.loss = nn.MSELoss(reduction="sum")
-    mean, by_hand = ask(summed, run=store), ask(summed, run=store, reduction="sum")
-    assert torch.equal(mean.values, by_hand.values)
+    inferred, given = score(summed, run=store), score(summed, run=store, reduction="sum")
+    assert torch.equal(inferred.values, given.values)
 
 
 @pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded")
-def test_what_cannot_be_asked_says_so():
+def test_unsuitable_runs_and_methods_are_refused():
     store, bare = MemoryStore(), MemoryStore()
     model = trained("AdamW", store)
     trained("AdamW", bare, snapshots=0)
-    with pytest.raises(ValueError, match="`at=3` came without a run; expected `run=`"):
-        ask(model, at=3)
-    with pytest.raises(ValueError, match="has no snapshots; expected some"):
-        ask(model, run=bare)
+    with pytest.raises(ValueError, match="`at=3` was passed without a run; expected `run=`"):
+        score(model, at=3)
+    with pytest.raises(ValueError, match="has no snapshots; expected at least one"):
+        score(model, run=bare)
     with pytest.raises(ValueError, match="no snapshot of the weights before step 3; expected one"):
-        ask(model, run=store, at=3)
-    with pytest.raises(ValueError, match=r"would keep 11 rows of 56 numbers.*: 0.0 GB; expected"):
-        ask(model, FullInfluenceFunction(Woodbury(draws=1, max_gb=1e-6)))
+        score(model, run=store, at=3)
+    with pytest.raises(ValueError, match=r"would hold 11 rows of 56 numbers.*: 0.0 GB; expected"):
+        score(model, FullInfluenceFunction(Woodbury(draws=1, max_gb=1e-6)))
     with pytest.raises(ValueError, match=r"expected `curvature=GaussNewton\(\)`, got `Hessian"):
-        ask(model, FullInfluenceFunction(Woodbury(), Hessian()))
+        score(model, FullInfluenceFunction(Woodbury(), Hessian()))
     part = trained("AdamW", partly := MemoryStore(), layers=["net.0"])
     with pytest.raises(ValueError, match=r"did not record `net.2` as it is in the model; expected"):
-        ask(part, run=partly)
+        score(part, run=partly)
 
 
-def test_ekfac_is_of_one_moment():
+def test_ekfac_refuses_a_run():
     pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
     store = MemoryStore()
     model = trained("SGD", store)
     with pytest.raises(ValueError, match="expected no `run=`, got one with 6 snapshots"):
-        ask(model, FullInfluenceFunction(EKFAC()), run=store)
+        score(model, FullInfluenceFunction(EKFAC()), run=store)

@@ -1,4 +1,4 @@
-"""Dense matrices by torch.func, to compare operators and solvers with: slow and obvious."""
+"""Dense gradients and curvature by torch.func: slow, simple references for the solvers."""
 
 from typing import Any
 
@@ -10,25 +10,25 @@ from torch.func import functional_call, hessian, jacrev
 N, N_QUERY = 11, 3
 
 
-class Dense:
+class DenseObjective:
     """A model's objective as a function of all its parameters in one vector.
 
     Args:
         model: The model.
         x: Inputs of the training data.
-        y: Their labels.
+        y: Labels of the training data.
     """
 
     def __init__(self, model: Plain, x: Tensor, y: Tensor) -> None:
         self._model, self._x, self._y = model.eval(), x, y
         self._named = dict(model.net.named_parameters())
-        self.weights = torch.cat([one.detach().flatten() for one in self._named.values()])
+        self.weights = torch.cat([weight.detach().flatten() for weight in self._named.values()])
 
     def outputs(self, weights: Tensor, x: Tensor) -> Tensor:
-        parts = torch.split(weights, [one.numel() for one in self._named.values()])
+        parts = torch.split(weights, [weight.numel() for weight in self._named.values()])
         pairs = zip(self._named.items(), parts, strict=True)
-        own = {name: part.view(one.shape) for (name, one), part in pairs}
-        return functional_call(self._model.net, own, (x,))
+        named = {name: part.view(weight.shape) for (name, weight), part in pairs}
+        return functional_call(self._model.net, named, (x,))
 
     def gradients(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the gradient of each sample's loss, ``(n, d)``."""
@@ -41,7 +41,7 @@ class Dense:
         return jacrev(losses)(self.weights)
 
     def hessian(self) -> Tensor:
-        # Two backward passes: torch.func gets layer norms wrong.
+        # Two backward passes, since torch.func differentiates layer norms incorrectly.
         return torch.autograd.functional.hessian(self._loss_at, self.weights)
 
     def gauss_newton(self) -> Tensor:
@@ -66,8 +66,8 @@ class Dense:
         return solved.mT @ self.gradients(self._x, self._y).mT / len(self._x)
 
 
-def whole(operator: Any) -> Tensor:
-    """Write an operator down."""
+def to_dense(operator: Any) -> Tensor:
+    """Return the matrix of an operator."""
     return operator @ torch.eye(operator.shape[0], dtype=operator.dtype)
 
 
