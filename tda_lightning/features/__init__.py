@@ -1,4 +1,4 @@
-"""Features: attribution by what one layer sees; nothing needs to be recorded."""
+"""Attribution from the features of one layer; no recorded run is needed."""
 
 from tda_lightning.features.attribute import attribute_by_features, representers
 from tda_lightning.features.attributor import LayerFeatureAttributor

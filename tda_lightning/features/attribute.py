@@ -1,4 +1,4 @@
-"""A second front door: ask a model itself, where no training was recorded."""
+"""Entry points for attribution from the features of one layer; no recorded run is needed."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ def attribute_by_features(
     sample_ids: IdSource | None = None,
     progress: bool = True,
 ) -> Scores:
-    """Say which training samples a model takes for like the queries, or builds its outputs from.
+    """Score every training sample for every query from the features of one layer.
 
-    Nothing needs to have been recorded: it costs one pass over the training data, in evaluation
-    mode, through the model's own ``training_step``; two for methods that need to know its loss.
+    No recorded run is needed. The training data pass through the model's ``training_step`` once, in
+    evaluation mode; twice for methods that infer the loss.
 
     Args:
-        model: The LightningModule that was trained, with the weights to ask about. It is left as
-            it was.
+        model: The trained LightningModule, with the weights to use. It is left unchanged.
         train_loader: The training data, in any order.
-        queries: A batch as the training loader yields them, or a ``DataLoader`` of such batches.
-        method: How to attribute: ``FeatureSimilarity()`` or ``RepresenterPoint()``, say.
-        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
+        queries: A batch as the training loader yields it, or a ``DataLoader`` of such batches.
+        method: The attribution method, such as ``FeatureSimilarity()`` or ``RepresenterPoint()``.
+        sample_ids: A key of the batch that holds the sample ids, or a function from the batch to
+            ids. By default, ids come from the loader's sampler.
         progress: Show progress bars.
 
     Returns:
-        Scores, shape ``(n_query, n_train)``. Memory: these, and the features of all samples.
+        Scores, shape ``(n_query, n_train)``. Memory: the scores and the features of all samples.
 
     Raises:
-        ValueError: If the layer or the ids cannot be found, the data do not fit the model, or
-            what the layer sees is not finite.
+        ValueError: If the layer or the ids cannot be found, the data do not fit the model, or the
+            features are not finite.
     """
     if not isinstance(method, LayerFeatureAttributor):
         raise ValueError(
-            f"`method` is {method!r}; expected one that reads features, `FeatureSimilarity()` say. "
-            "Methods that read a recorded run are asked by `attribute`."
+            f"`method` is {method!r}; expected one that reads layer features, such as "
+            "`FeatureSimilarity()`. For methods that read a recorded run, call `attribute`."
         )
     layer, reads = method.layer, method.reads
     train = train_features(
         model, train_loader, layer=layer, reads=reads, sample_ids=sample_ids, progress=progress
     )
-    asked = query_features(model, queries, layer=layer, reads=reads, progress=progress)
-    scores = method.attribute(train, asked)
+    query = query_features(model, queries, layer=layer, reads=reads, progress=progress)
+    scores = method.attribute(train, query)
     facts = {"model": type(model).__name__, "weights": fingerprint(model), "mode": "eval"}
     return replace(scores, provenance={**scores.provenance, **facts})
 
@@ -71,22 +71,24 @@ def representers(
     sample_ids: IdSource | None = None,
     progress: bool = True,
 ) -> Representers:
-    """Decompose a model's last layer once, for all queries to come.
+    """Decompose a model's last layer once, for use with any number of queries.
 
     Args:
-        model: The LightningModule that was trained. It is left as it was: the refit is a copy's.
+        model: The trained LightningModule. It is left unchanged: a copy of the layer is refitted.
         train_loader: The training data, in any order.
-        method: How to decompose.
-        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
+        method: The method with its hyper-parameters.
+        sample_ids: A key of the batch that holds the sample ids, or a function from the batch to
+            ids. By default, ids come from the loader's sampler.
         progress: Show a progress bar.
 
     Returns:
-        The training samples' features and representer values. Queries are asked by
+        The training samples' features and representer values. Score queries with
         ``.attribute(query_features(model, queries, reads="head"))``.
 
     Raises:
-        ValueError: If the layer or the ids cannot be found, the data do not fit the model, the loss
-            is neither a softmax cross-entropy nor a squared error, or the refit does not arrive.
+        ValueError: If the layer or the ids cannot be found, or the data do not fit the model. If
+            the loss is neither a softmax cross-entropy nor a squared error. If the refit does not
+            converge.
     """
     require_kind("method", method, RepresenterPoint, "`RepresenterPoint()`")
     train = train_features(

@@ -1,4 +1,7 @@
-"""Methods that need no recording: they compare what a layer saw of queries and training samples."""
+"""Base class of methods that compare the layer features of queries and training samples.
+
+They read the features of one layer; no recorded run is needed.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from tda_lightning.results.scores import Scores
 
 
 class LayerFeatureAttributor(ABC):
-    """A method of attribution by the features at one layer, with its hyper-parameters.
+    """An attribution method that reads the features of one layer, with its hyper-parameters.
 
     Attributes:
         layer: Name of the layer whose inputs are the features; by default the last ``Linear`` that
             is called.
-        reads: What it needs to know of that layer.
+        reads: ``"features"``, or ``"head"`` if it also needs the layer's outputs and gradients.
     """
 
     layer: str | None
@@ -26,56 +29,57 @@ class LayerFeatureAttributor(ABC):
         """Score every training sample for every query.
 
         Args:
-            train: The training samples, as the layer saw them.
-            queries: The queries, as the layer saw them.
+            train: Layer features of the training samples.
+            queries: Layer features of the queries.
         """
 
 
 def require_layer_features(name: str, layer_features: LayerFeatures) -> None:
-    """Raise unless an argument is points, and not a batch, say.
+    """Validate that an argument holds layer features, and is not a batch.
 
     Raises:
-        ValueError: Saying where points come from.
+        ValueError: If it is anything else. The message names the functions that extract features.
     """
     if not isinstance(layer_features, LayerFeatures):
         raise ValueError(
             f"`{name}` is a {type(layer_features).__name__}; expected layer features, as "
             "`train_features(model, loader)` or `query_features(model, batch)` of "
-            '`tda_lightning.features` return them; with `reads="head"` for representer points. '
-            "`attribute_by_features` takes batches."
+            "`tda_lightning.features` return them. Representer points need `reads='head'`. To "
+            "pass batches, call `attribute_by_features`."
         )
 
 
 def require_same_layer(queries: LayerFeatures, layer: str, width: int) -> None:
-    """Raise unless queries are what a layer saw of them, and as many numbers of each.
+    """Validate that queries have features of the same layer and width as the training samples.
 
     Args:
-        queries: The queries, as a layer saw them.
-        layer: The layer that saw the training samples.
-        width: How many numbers of each it saw.
+        queries: Layer features of the queries.
+        layer: The layer of the training features.
+        width: Number of features per training sample.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If the layer or the number of features differs.
     """
     require_layer_features("queries", queries)
-    found = queries.features.shape[1]
-    if queries.layer != layer or found != width:
+    query_width = queries.features.shape[1]
+    if queries.layer != layer or query_width != width:
         raise ValueError(
-            f"The training samples are {width} numbers each that `{layer}` saw, the queries "
-            f"{found} that `{queries.layer}` saw; expected as many, of the same layer. Name it "
-            "with `layer=`; pad samples alike, or name a layer behind the pooling."
+            f"The training samples have {width} features each, the inputs of `{layer}`. The "
+            f"queries have {query_width} features, the inputs of `{queries.layer}`. Expected the "
+            "same layer and number. Name the layer with `layer=`; pad all samples to the same "
+            "length, or name a layer after the pooling."
         )
 
 
 def head_of(name: str, layer_features: LayerFeatures) -> HeadOutputs:
-    """Return the layer itself, in float64.
+    """Return the head outputs of layer features, in float64.
 
     Args:
-        name: The argument that the points are, for messages.
-        layer_features: With the layer.
+        name: Name of the argument, for messages.
+        layer_features: Layer features extracted with ``reads="head"``.
 
     Raises:
-        ValueError: If it was not taken.
+        ValueError: If they were extracted without the head outputs.
     """
     require_layer_features(name, layer_features)
     if layer_features.head is None:

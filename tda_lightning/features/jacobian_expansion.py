@@ -1,8 +1,8 @@
 r"""Representer points without a refit, by expanding the gradient of the last layer's loss.
 
-Take one step up the loss from the given weights :math:`W`, to :math:`W^\dagger`. If :math:`W` is
-a stationary point, Newton's step from :math:`W^\dagger` leads back to it, and that step is a mean
-over training samples,
+Take one ascent step on the loss from the given weights :math:`W` to :math:`W^\dagger`. If
+:math:`W` is a stationary point, Newton's step from :math:`W^\dagger` leads back to it. That step is
+a mean over training samples,
 
 .. math:: W \approx \sum_i \Theta_i, \qquad \Theta_i = \frac{1}{n} \left( W^\dagger
    - H^{-1} \frac{\partial L(x_i, y_i)}{\partial \Phi(x_i)} \phi_i^\top \right), \qquad
@@ -10,8 +10,9 @@ over training samples,
 
 with :math:`H` and the gradients at :math:`W^\dagger`. Sui et al. (2021), "Representer Point
 Selection via Local Jacobian Expansion for Post-hoc Classifier Explanation of Deep Neural Networks
-and Ensemble Models", with their one-step :math:`W^\dagger`; here for any
-number of outputs, and with as much damping as the Hessian of a softmax needs to have an inverse.
+and Ensemble Models", with their one-step :math:`W^\dagger`. Here the number of outputs is
+arbitrary, and damping makes the Hessian of a softmax invertible. No recorded run is needed: the
+features of one layer are enough.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tda_lightning.features.layer_features import LayerFeatures
 from tda_lightning.features.losses import (
     HeadLoss,
     Output,
-    loss_of_head,
+    infer_loss,
     output_directions,
     require_output,
 )
@@ -43,16 +44,16 @@ from tda_lightning.results.scores import Scores
 
 @dataclass(frozen=True)
 class LocalJacobianExpansion(LayerFeatureAttributor):
-    r"""What each training sample adds to an output of the last layer as it is.
+    r"""Contribution of each training sample to an output of the last layer, without a refit.
 
-    A positive score marks a proponent: it raises that output. Memory: three matrices of
-    :math:`cd \times cd` numbers for :math:`c` outputs and :math:`d` features, two of :math:`cd`
-    numbers for each query, and a few times the features and outputs.
+    A positive score marks a proponent: it raises that output. Memory for :math:`c` outputs and
+    :math:`d` features: three matrices of :math:`cd \times cd` numbers, two of :math:`cd` numbers
+    per query, and a few times the features and outputs.
 
     Attributes:
-        output: Which output of a query: that of its label, of the model's prediction, or that with
-            an index; ``"loss"`` weights all of them by how they lower the query's loss.
-        ascent: Learning rate of the step up the loss.
+        output: Which output of a query: its label, the model's prediction, or the output with this
+            index. ``"loss"`` weights all outputs by how they lower the query's loss.
+        ascent: Learning rate of the ascent step.
         damping: Added to the diagonal of the Hessian, as a multiple of the diagonal's mean.
         layer: Name of the layer; by default the last ``Linear`` that is called.
     """
@@ -64,7 +65,7 @@ class LocalJacobianExpansion(LayerFeatureAttributor):
     reads: ClassVar[Literal["features", "head"]] = "head"
 
     def __post_init__(self) -> None:
-        """Raise unless every argument is one that can be."""
+        """Validate the hyper-parameters."""
         require_output(self.output)
         require_not_negative("ascent", self.ascent)
         require_not_negative("damping", self.damping)
@@ -73,21 +74,23 @@ class LocalJacobianExpansion(LayerFeatureAttributor):
         """Score every training sample for every query.
 
         Args:
-            train: The training samples, as the layer saw them.
-            queries: The queries, as the layer saw them.
+            train: Layer features of the training samples.
+            queries: Layer features of the queries.
         """
-        head, asked = head_of("train", train), head_of("queries", queries)
+        head, query_head = head_of("train", train), head_of("queries", queries)
         require_same_layer(queries, train.layer, train.features.shape[1])
         features, n = train.features.double(), len(train.features)
-        loss = loss_of_head(head, train.layer)
-        slope = loss.gradients(features @ head.weight.mT).mT @ features / n
-        weight = head.weight + self.ascent * slope
+        loss = infer_loss(head, train.layer)
+        query_loss = infer_loss(query_head, queries.layer)
+        gradient = loss.gradients(features @ head.weight.mT).mT @ features / n
+        weight = head.weight + self.ascent * gradient
         outputs = features @ weight.mT
-        directions = output_directions(asked, loss_of_head(asked, queries.layer), self.output)
+        directions = output_directions(query_head, query_loss, self.output)
         phi = queries.features.double()
-        wanted = directions[:, :, None] * phi[:, None, :]  # (n_query, c, d)
+        weight_directions = directions[:, :, None] * phi[:, None, :]  # (n_query, c, d)
         root = damped_root(*self._hessian(loss, features, outputs))
-        solved = torch.cholesky_solve(wanted.flatten(1).mT, root).mT.reshape(wanted.shape)
+        solved = torch.cholesky_solve(weight_directions.flatten(1).mT, root).mT
+        solved = solved.reshape(weight_directions.shape)
         shared = (directions * (phi @ weight.mT)).sum(dim=1, keepdim=True)  # (n_query, 1)
         return Scores(
             values=(shared - _products(solved, loss.gradients(outputs), features)) / n,
@@ -104,16 +107,15 @@ class LocalJacobianExpansion(LayerFeatureAttributor):
         (n, d), c = features.shape, outputs.shape[1]
         hessian = features.new_empty(c, d, c, d)
         for column in range(c):
-            way = torch.zeros_like(outputs)
-            way[:, column] = 1
-            hessian_product = (
-                loss.hessian_product(outputs, way) / n
-            )  # (n, c): a column of every sample's Hessian
+            unit = torch.zeros_like(outputs)
+            unit[:, column] = 1
+            # One column of every sample's Hessian with respect to its outputs, (n, c).
+            hessian_column = loss.hessian_product(outputs, unit) / n
             for row in range(column, c):
-                block = (features * hessian_product[:, row, None]).mT @ features
+                block = (features * hessian_column[:, row, None]).mT @ features
                 hessian[row, :, column, :] = hessian[column, :, row, :] = block
-        square = hessian.reshape(c * d, c * d)
-        return square, self.damping * float(square.diagonal().mean())
+        matrix = hessian.reshape(c * d, c * d)
+        return matrix, self.damping * float(matrix.diagonal().mean())
 
 
 def _products(
@@ -122,5 +124,5 @@ def _products(
     features: Float[Tensor, "n d"],
 ) -> Float[Tensor, "n_query n"]:
     """Return the inner products with every sample's gradient with respect to the weights."""
-    rows = [(features @ one.mT * gradients).sum(dim=1) for one in solved]
+    rows = [(features @ direction.mT * gradients).sum(dim=1) for direction in solved]
     return torch.stack(rows)

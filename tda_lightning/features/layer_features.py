@@ -1,4 +1,4 @@
-"""Points: what a layer saw of some samples, and what their losses asked of its output."""
+"""Layer features: the inputs of one layer per sample, with its outputs and the loss's gradients."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """The linear layer behind the features, as it acted on them.
+    """Outputs of the linear layer that reads the features, and gradients of the loss there.
 
-    Two gradients per sample tell what its loss is, however well the model fits.
+    The gradients at two outputs per sample determine the loss, however well the model fits.
 
     Attributes:
-        outputs: What it returned, shape ``(n, c)``.
-        gradients: Gradient of each sample's own loss with respect to that, shape ``(n, c)``.
+        outputs: Outputs of the layer, shape ``(n, c)``.
+        gradients: Gradient of each sample's own loss with respect to them, shape ``(n, c)``.
         probes: Other outputs, drawn at random, shape ``(n, c)``.
-        probe_gradients: Gradient of each sample's own loss had these come out, shape ``(n, c)``.
-        weight: Its weight, with the bias as last column if it has one, shape ``(c, d)``.
-        rounding: Relative error of the number format that the gradients came in.
+        probe_gradients: Gradient of each sample's own loss at the probes, shape ``(n, c)``.
+        weight: Weight of the layer, with any bias as last column, shape ``(c, d)``.
+        rounding: Relative rounding error of the number format of the gradients.
     """
 
     outputs: Float[Tensor, "n c"]
@@ -33,15 +33,15 @@ class HeadOutputs:
     weight: Float[Tensor, "c d"]
     rounding: float
 
-    def at(self, places: Int[Tensor, " m"]) -> HeadOutputs:
-        """Return the head as it acted on some of the samples."""
-        own: dict[str, Any] = {name: getattr(self, name)[places] for name in _PER_SAMPLE}
-        return replace(self, **own)
+    def at(self, positions: Int[Tensor, " m"]) -> HeadOutputs:
+        """Return the head outputs of some of the samples."""
+        selected: dict[str, Any] = {name: getattr(self, name)[positions] for name in _PER_SAMPLE}
+        return replace(self, **selected)
 
     def double(self) -> HeadOutputs:
-        """Return the head in float64."""
-        own: dict[str, Any] = {name: getattr(self, name).double() for name in _PER_SAMPLE}
-        return replace(self, weight=self.weight.double(), **own)
+        """Return the head outputs in float64."""
+        converted: dict[str, Any] = {name: getattr(self, name).double() for name in _PER_SAMPLE}
+        return replace(self, weight=self.weight.double(), **converted)
 
 
 _PER_SAMPLE = ("outputs", "gradients", "probes", "probe_gradients")
@@ -49,14 +49,14 @@ _PER_SAMPLE = ("outputs", "gradients", "probes", "probe_gradients")
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """Samples as a layer saw them.
+    """Features of samples at one layer.
 
     Attributes:
-        features: Its inputs, flattened, shape ``(n, d)``; with a head that has a bias, the last
-            feature is one.
+        features: Inputs of the layer, flattened, shape ``(n, d)``. With the head outputs of a layer
+            that has a bias, the last feature is one.
         ids: Ids of the samples, shape ``(n,)``.
         layer: Name of the layer.
-        head: The layer itself, where asked for.
+        head: Outputs of the layer, if they were requested.
     """
 
     features: Float[Tensor, "n d"]
@@ -65,32 +65,32 @@ class LayerFeatures:
     head: HeadOutputs | None = None
 
     def sorted(self) -> LayerFeatures:
-        """Return the same points, sorted by id."""
+        """Return the same features, sorted by id."""
         order = self.ids.argsort()
         head = None if self.head is None else self.head.at(order)
         return replace(self, features=self.features[order], ids=self.ids[order], head=head)
 
-    def not_finite(self) -> tuple[str, int] | None:
-        """Say what holds NaN or infinity, in words, and the first sample with such; or nothing."""
-        seen = {f"what `{self.layer}` saw": self.features}
+    def first_non_finite(self) -> tuple[str, int] | None:
+        """Return a description of the values with NaN or infinity, and the first such sample."""
+        tensors = {f"the input of `{self.layer}`": self.features}
         if self.head is not None:
-            seen[f"what `{self.layer}` returned"] = self.head.outputs
-            seen["the gradient of the loss"] = self.head.gradients
-        for what, values in seen.items():
-            strange = self.ids[~values.isfinite().all(dim=1)]
-            if len(strange):
-                return what, int(strange[0])
+            tensors[f"the output of `{self.layer}`"] = self.head.outputs
+            tensors["the gradient of the loss"] = self.head.gradients
+        for description, values in tensors.items():
+            bad_ids = self.ids[~values.isfinite().all(dim=1)]
+            if len(bad_ids):
+                return description, int(bad_ids[0])
         return None
 
 
 def concatenate(parts: Sequence[LayerFeatures], ids: Int[Tensor, " n"]) -> LayerFeatures:
-    """Put the points of several batches together, under these ids."""
+    """Concatenate the layer features of several batches, with new ids."""
     heads = [part.head for part in parts if part.head is not None]
     head = None
     if heads:
-        own: dict[str, Any] = {
-            name: torch.cat([getattr(one, name) for one in heads]) for name in _PER_SAMPLE
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(head, name) for head in heads]) for name in _PER_SAMPLE
         }
-        head = replace(heads[0], **own)
+        head = replace(heads[0], **joined)
     features = torch.cat([part.features for part in parts])
     return LayerFeatures(features, ids, parts[0].layer, head)

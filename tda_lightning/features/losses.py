@@ -1,8 +1,9 @@
-"""The loss behind a linear layer, as a function of the layer's outputs.
+"""Infer the loss of one linear layer's outputs, and choose the output of each query to explain.
 
-It need not be written down again: what each sample's own loss asks of two outputs tells what the
-loss is, and what its labels are. Between the two, the gradient of a softmax cross-entropy moves as
-the probabilities do, and that of a squared error as the outputs do, whatever the labels.
+Users need not specify the loss. The gradients of each sample's loss at two outputs determine the
+loss and its targets. From one output to the other, the gradient of a softmax cross-entropy changes
+as the probabilities do. The gradient of a squared error changes as the outputs do. Both hold for
+all targets. No recorded run is needed.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ Output = OutputWord | int
 
 @dataclass(frozen=True)
 class HeadLoss(ABC):
-    """A loss per sample.
+    """The loss of each sample, as a function of a layer's outputs.
 
     Attributes:
-        targets: What every output should be, shape ``(n, c)``.
+        targets: Target of every output, shape ``(n, c)``.
     """
 
     targets: Float[Tensor, "n c"]
@@ -45,18 +46,18 @@ class HeadLoss(ABC):
     def hessian_product(
         self, outputs: Float[Tensor, "n c"], directions: Float[Tensor, "n c"]
     ) -> Float[Tensor, "n c"]:
-        """Return the Hessian of each sample's loss, times a direction; no Hessian is formed."""
+        """Multiply the Hessian of each sample's loss by a direction; no Hessian is formed."""
 
     @abstractmethod
-    def towards(self, outputs: Float[Tensor, "n c"]) -> HeadLoss:
-        """Return the same loss, of a model that gives these outputs already."""
+    def with_targets_from(self, outputs: Float[Tensor, "n c"]) -> HeadLoss:
+        """Return the same loss, with targets at which these outputs are optimal."""
 
     @abstractmethod
     def labels(self) -> Int[Tensor, " n"]:
-        """Return the output that is each sample's label.
+        """Return the index of the output that is each sample's label.
 
         Raises:
-            ValueError: If outputs are no labels.
+            ValueError: If the loss has no labels.
         """
 
 
@@ -69,18 +70,18 @@ class SoftmaxLoss(HeadLoss):
         return -(self.targets * outputs.log_softmax(dim=1)).sum(dim=1).mean()
 
     def gradients(self, outputs: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-        """Return probabilities less targets."""
+        """Return the probabilities minus the targets."""
         return outputs.softmax(dim=1) - self.targets
 
     def hessian_product(
         self, outputs: Float[Tensor, "n c"], directions: Float[Tensor, "n c"]
     ) -> Float[Tensor, "n c"]:
-        """Return the covariance of labels drawn from the probabilities, times a direction."""
+        """Multiply the covariance of labels drawn from the probabilities by a direction."""
         p = outputs.softmax(dim=1)
         return p * directions - p * (p * directions).sum(dim=1, keepdim=True)
 
-    def towards(self, outputs: Float[Tensor, "n c"]) -> HeadLoss:
-        """Take the probabilities of these outputs for targets."""
+    def with_targets_from(self, outputs: Float[Tensor, "n c"]) -> HeadLoss:
+        """Use the probabilities of these outputs as targets."""
         return SoftmaxLoss(outputs.softmax(dim=1))
 
     def labels(self) -> Int[Tensor, " n"]:
@@ -93,7 +94,7 @@ class SquaredLoss(HeadLoss):
     """Half the squared distance to the targets, times a factor.
 
     Attributes:
-        targets: What every output should be, shape ``(n, c)``.
+        targets: Target of every output, shape ``(n, c)``.
         factor: Second derivative of a sample's loss with respect to an output.
     """
 
@@ -104,7 +105,7 @@ class SquaredLoss(HeadLoss):
         return self.factor / 2 * (outputs - self.targets).square().sum(dim=1).mean()
 
     def gradients(self, outputs: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-        """Return the misses, times the factor."""
+        """Return the residuals times the factor."""
         return self.factor * (outputs - self.targets)
 
     def hessian_product(
@@ -113,85 +114,90 @@ class SquaredLoss(HeadLoss):
         """Return the factor times the direction."""
         return self.factor * directions
 
-    def towards(self, outputs: Float[Tensor, "n c"]) -> HeadLoss:
-        """Take these outputs for targets."""
+    def with_targets_from(self, outputs: Float[Tensor, "n c"]) -> HeadLoss:
+        """Use these outputs as targets."""
         return SquaredLoss(outputs, self.factor)
 
     def labels(self) -> Int[Tensor, " n"]:
-        """Return the only output."""
+        """Return the index of the only output."""
         return _only_output(self.targets)
 
 
-def loss_of_head(head: HeadOutputs, layer: str) -> HeadLoss:
-    """Tell the loss behind a layer, and its targets, from its gradients.
+def infer_loss(head: HeadOutputs, layer: str) -> HeadLoss:
+    """Infer the loss of a layer's outputs, and its targets, from its gradients.
 
-    Targets of a softmax cross-entropy may be any probabilities, of smoothed or mixed labels say. It
-    has to be the plain mean over samples; a squared error may have any factor, the same for all.
+    Targets of a softmax cross-entropy may be any probabilities, such as smoothed or mixed labels.
+    The loss must be the plain mean over samples. A squared error may have any factor that all
+    samples share.
 
     Args:
-        head: The layer, as it acted; in float64.
-        layer: Its name, for messages.
+        head: Outputs of the layer and gradients of the loss, in float64.
+        layer: Name of the layer, for messages.
 
     Raises:
         ValueError: If the loss is neither a softmax cross-entropy nor a squared error.
     """
-    # Gradients come in the number format of the model, and so do their errors.
+    # The gradients have rounding errors of the model's number format.
     tolerance = min(max(1e3 * head.rounding, 1e-5), 0.05)
-    found = _as_softmax(head, tolerance) or _as_squared(head, tolerance)
-    if found is None:
+    loss = _as_softmax(head, tolerance) or _as_squared(head, tolerance)
+    if loss is None:
         raise ValueError(
-            f"The loss behind `{layer}` is none that representer points are known for"
-            f"{_weights_said(head, tolerance)}: expected the mean over the batch of a softmax "
-            "cross-entropy, or of a squared error, of what this layer returns, without weights. "
-            "Name the layer that gives the logits with `layer=`, have `training_step` return the "
-            "plain loss when you ask, or use `FeatureSimilarity()`."
+            f"Representer points do not support the loss of the outputs of `{layer}`"
+            f"{_describe_weights(head, tolerance)}. Expected the unweighted mean over the batch of "
+            "a softmax cross-entropy or a squared error of this layer's outputs. Name the layer "
+            "that returns the logits with `layer=`, let `training_step` return the plain loss "
+            "during attribution, or use `FeatureSimilarity()`."
         )
-    return found
+    return loss
 
 
 def _as_softmax(head: HeadOutputs, tolerance: float) -> SoftmaxLoss | None:
     probabilities, probed = head.outputs.softmax(dim=1), head.probes.softmax(dim=1)
-    moved = head.gradients - head.probe_gradients
+    gradient_change = head.gradients - head.probe_gradients
     targets = probabilities - head.gradients
-    misses = (
-        (moved - (probabilities - probed)).abs().max(),
+    errors = (
+        (gradient_change - (probabilities - probed)).abs().max(),
         (targets.sum(dim=1) - 1).abs().max(),
         -targets.min(),
     )
-    if not all(miss <= tolerance for miss in misses):
+    if not all(error <= tolerance for error in errors):
         return None
     positive = targets.clamp_min(0)
     return SoftmaxLoss(positive / positive.sum(dim=1, keepdim=True))
 
 
 def _as_squared(head: HeadOutputs, tolerance: float) -> SquaredLoss | None:
-    apart, moved = head.outputs - head.probes, head.gradients - head.probe_gradients
-    factor = float((moved * apart).sum() / apart.square().sum())
-    # What a gradient is rounded to depends on the outputs and targets that it is a difference of.
+    output_change = head.outputs - head.probes
+    gradient_change = head.gradients - head.probe_gradients
+    factor = float((gradient_change * output_change).sum() / output_change.square().sum())
+    # A gradient is a difference of outputs and targets: their size determines its rounding error.
     scale = head.gradients.abs() + head.probe_gradients.abs()
     scale += abs(factor) * (head.outputs.abs() + head.probes.abs())
-    if not (factor > 0 and ((moved - factor * apart).abs() <= tolerance * scale).all()):
+    errors = (gradient_change - factor * output_change).abs()
+    if not (factor > 0 and (errors <= tolerance * scale).all()):
         return None
     return SquaredLoss(head.outputs - head.gradients / factor, factor)
 
 
-def _weights_said(head: HeadOutputs, tolerance: float) -> str:
-    """Say what the samples of a softmax cross-entropy would weigh, if it could be one."""
+def _describe_weights(head: HeadOutputs, tolerance: float) -> str:
+    """Describe the sample weights, if the loss could be a weighted softmax cross-entropy."""
     expected = head.outputs.softmax(dim=1) - head.probes.softmax(dim=1)
-    moved = head.gradients - head.probe_gradients
-    weights = (moved * expected).sum(dim=1) / expected.square().sum(dim=1)
-    misses = (moved - weights[:, None] * expected).abs().amax(dim=1)
-    if not (misses <= tolerance * weights.abs().clamp_min(1)).all():
+    gradient_change = head.gradients - head.probe_gradients
+    weights = (gradient_change * expected).sum(dim=1) / expected.square().sum(dim=1)
+    errors = (gradient_change - weights[:, None] * expected).abs().amax(dim=1)
+    if not (errors <= tolerance * weights.abs().clamp_min(1)).all():
         return ""
     least, most = float(weights.min()), float(weights.max())
-    return f" (as if samples of a softmax cross-entropy weighed {least:.3g} to {most:.3g}, not 1)"
+    return (
+        f": it looks like a softmax cross-entropy with weights of {least:.3g} to {most:.3g}, not 1"
+    )
 
 
 def require_output(output: Output) -> None:
-    """Raise unless this can be an output to ask about.
+    """Validate the choice of an output.
 
     Raises:
-        ValueError: If it is neither a word that names one nor an index.
+        ValueError: If it is neither one of the words nor an index.
     """
     if not isinstance(output, str):
         require_whole("output", output, least=0)
@@ -203,12 +209,12 @@ def require_output(output: Output) -> None:
 
 
 def output_directions(head: HeadOutputs, loss: HeadLoss, output: Output) -> Float[Tensor, "n c"]:
-    """Return what is asked of the outputs of each query, as a direction to raise.
+    """Return the direction in the outputs that each query raises.
 
     Args:
-        head: The layer, as it acted on the queries.
+        head: Outputs of the layer for the queries.
         loss: The loss of the queries.
-        output: The output to raise, or ``"loss"`` for the way down the query's own loss.
+        output: The output to raise, or ``"loss"`` for the descent direction of the query's loss.
 
     Raises:
         ValueError: If there is no such output.
@@ -218,27 +224,27 @@ def output_directions(head: HeadOutputs, loss: HeadLoss, output: Output) -> Floa
     if output == "loss":
         return -head.gradients
     if output == "label":
-        chosen = loss.labels()
+        indices = loss.labels()
     elif output == "prediction":
         is_softmax = isinstance(loss, SoftmaxLoss)
-        chosen = head.outputs.argmax(dim=1) if is_softmax else _only_output(head.outputs)
+        indices = head.outputs.argmax(dim=1) if is_softmax else _only_output(head.outputs)
     else:
-        chosen = torch.full((len(head.outputs),), _checked(output, c))
-    return one_hot(chosen, c).to(head.outputs)
+        indices = torch.full((len(head.outputs),), _require_index(output, c))
+    return one_hot(indices, c).to(head.outputs)
 
 
 def _only_output(outputs: Float[Tensor, "n c"]) -> Int[Tensor, " n"]:
     if outputs.shape[1] > 1:
         raise ValueError(
-            f"A squared error of {outputs.shape[1]} outputs has no label to ask about; expected "
-            "`output=` to be the index of one of them, or 'loss'."
+            f"A squared error of {outputs.shape[1]} outputs has no label; expected `output=` to be "
+            "the index of one of them, or 'loss'."
         )
     return torch.zeros(len(outputs), dtype=torch.int64)
 
 
-def _checked(output: int, c: int) -> int:
+def _require_index(output: int, c: int) -> int:
     if output >= c:
         raise ValueError(
-            f"`output={output}` names none of the {c} outputs; expected an index from 0 to {c - 1}."
+            f"`output` is {output}, but there are {c} outputs; expected an index from 0 to {c - 1}."
         )
     return output

@@ -1,15 +1,16 @@
 r"""Representer points: outputs as sums over training samples.
 
-Where the last layer :math:`\Phi = \phi W^\top` is at a stationary point of its loss with L2
-regularization, its weights are a weighted sum of the training features, and so is every output,
+Let the last layer :math:`\Phi = \phi W^\top` be at a stationary point of its loss with L2
+regularization. Then its weights and outputs are weighted sums over the training samples,
 
 .. math:: \Phi(x_t) = \sum_i \alpha_i \, \langle \phi_i, \phi_t \rangle, \qquad
    \alpha_i = -\frac{1}{2 \lambda n} \frac{\partial L(x_i, y_i)}{\partial \Phi(x_i)}
 
-Yeh et al. (2018), "Representer Point Selection for Explaining Deep Neural Networks", theorem 3.1. A
-trained model's last layer is not at such a point, so it is first brought there, from the weights
-given, with all else as it is (section 3.2; there by gradient descent with a line search, here by
-L-BFGS with one). A bias is the weight of a feature that is always one.
+Yeh et al. (2018), "Representer Point Selection for Explaining Deep Neural Networks", theorem 3.1.
+The last layer of a trained model is not at such a point. It is first refitted from its current
+weights, with the other layers fixed (section 3.2). The paper uses gradient descent with a line
+search; this module uses L-BFGS with one. A bias is the weight of a feature that is always one. No
+recorded run is needed: the features of one layer are enough.
 """
 
 from __future__ import annotations
@@ -31,29 +32,29 @@ from tda_lightning.features.layer_features import LayerFeatures
 from tda_lightning.features.losses import (
     HeadLoss,
     Output,
-    loss_of_head,
+    infer_loss,
     output_directions,
     require_output,
 )
 from tda_lightning.results.scores import SampleScores, Scores
 
 Targets = Literal["labels", "predictions"]
-# The decomposition shall give the outputs of the last layer to this.
-_PRECISION = 1e-6
+# Largest error of the outputs that the decomposition reproduces.
+_MAX_OUTPUT_ERROR = 1e-6
 
 
 @dataclass(frozen=True)
 class RepresenterPoint(LayerFeatureAttributor):
-    r"""What each training sample adds to an output of the refitted last layer.
+    r"""Contribution of each training sample to an output of the refitted last layer.
 
     A positive score marks a proponent: it raises that output. Scores of a query sum to the output.
     Memory: a few times the features and the outputs of all samples, and sixty times the weight.
 
     Attributes:
-        output: Which output of a query: that of its label, of the model's prediction, or that with
-            an index; ``"loss"`` weights all of them by how they lower the query's loss.
-        targets: What the last layer is fitted to: the labels, or the model's own predictions, which
-            keeps the refitted model close to the given one (the paper's choice for trained models).
+        output: Which output of a query: its label, the model's prediction, or the output with this
+            index. ``"loss"`` weights all outputs by how they lower the query's loss.
+        targets: Targets of the refit: the labels, or the model's own predictions. Predictions keep
+            the refitted model close to the given one (the paper's choice for trained models).
         regularization: The factor :math:`\lambda` of the squared weights.
         layer: Name of the layer; by default the last ``Linear`` that is called.
     """
@@ -65,7 +66,7 @@ class RepresenterPoint(LayerFeatureAttributor):
     reads: ClassVar[Literal["features", "head"]] = "head"
 
     def __post_init__(self) -> None:
-        """Raise unless every argument is one that can be."""
+        """Validate the hyper-parameters."""
         require_output(self.output)
         require_choice("targets", self.targets, Targets)
         require_positive("regularization", self.regularization)
@@ -74,10 +75,10 @@ class RepresenterPoint(LayerFeatureAttributor):
         """Score every training sample for every query.
 
         Args:
-            train: The training samples, as the layer saw them.
-            queries: The queries, as the layer saw them.
+            train: Layer features of the training samples.
+            queries: Layer features of the queries.
         """
-        _directions(queries, self.output)  # refused before the refit, not after it
+        _directions(queries, self.output)  # raises before the refit, not after it
         return self.fit(train).attribute(queries, self.output)
 
     def fit(self, train: LayerFeatures) -> Representers:
@@ -85,12 +86,12 @@ class RepresenterPoint(LayerFeatureAttributor):
 
         Raises:
             ValueError: If the loss is neither a softmax cross-entropy nor a squared error, or the
-                refit does not arrive.
+                refit does not converge.
         """
         head, features = head_of("train", train), train.features.double()
-        loss = loss_of_head(head, train.layer)
+        loss = infer_loss(head, train.layer)
         if self.targets == "predictions":
-            loss = loss.towards(head.outputs)
+            loss = loss.with_targets_from(head.outputs)
         weight = stationary_weight(loss, features, head.weight, self.regularization)
         gradients = loss.gradients(features @ weight.mT)
         values = -gradients / (2 * self.regularization * len(features))
@@ -99,14 +100,14 @@ class RepresenterPoint(LayerFeatureAttributor):
 
 @dataclass(frozen=True)
 class Representers:
-    r"""A last layer as a weighted sum of training samples.
+    r"""A last layer, decomposed into a weighted sum of training samples.
 
     Attributes:
         features: Features of the training samples, shape ``(n_train, d)``.
         values: Representer values :math:`\alpha`, one per output, shape ``(n_train, c)``.
         train_ids: Ids of the training samples, shape ``(n_train,)``.
         layer: Name of the layer.
-        weight: The refitted weight, with the bias as last column, shape ``(c, d)``.
+        weight: The refitted weight, with any bias as last column, shape ``(c, d)``.
         method: The method and its hyper-parameters.
     """
 
@@ -119,22 +120,22 @@ class Representers:
 
     def outputs(self, queries: LayerFeatures) -> Float[Tensor, "n_query c"]:
         """Return the outputs of the refitted layer, as sums over training samples."""
-        return self._alike(queries) @ self.values
+        return self._inner_products(queries) @ self.values
 
     def contributions(self, queries: LayerFeatures) -> Float[Tensor, "n_query n_train c"]:
-        """Return what every training sample adds to every output of every query."""
-        return self._alike(queries)[:, :, None] * self.values
+        """Return the contribution of every training sample to every output of every query."""
+        return self._inner_products(queries)[:, :, None] * self.values
 
     def attribute(self, queries: LayerFeatures, output: Output = "label") -> Scores:
         """Score every training sample for one output of every query.
 
         Args:
-            queries: The queries, as the layer saw them.
+            queries: Layer features of the queries.
             output: Which output; see :class:`RepresenterPoint`.
         """
         directions = _directions(queries, output)
         return Scores(
-            values=self._alike(queries) * (directions @ self.values.mT),
+            values=self._inner_products(queries) * (directions @ self.values.mT),
             query_ids=queries.ids,
             train_ids=self.train_ids,
             method=self.method,
@@ -142,7 +143,7 @@ class Representers:
         )
 
     def importance(self) -> SampleScores:
-        r"""Return the length of every sample's :math:`\alpha`: how much the layer leans on it."""
+        r"""Return the norm of every sample's :math:`\alpha`: its weight in the layer."""
         return SampleScores(
             values=self.values.norm(dim=1),
             train_ids=self.train_ids,
@@ -150,81 +151,81 @@ class Representers:
             provenance={"layer": self.layer},
         )
 
-    def _alike(self, queries: LayerFeatures) -> Float[Tensor, "n_query n_train"]:
+    def _inner_products(self, queries: LayerFeatures) -> Float[Tensor, "n_query n_train"]:
         require_same_layer(queries, self.layer, self.features.shape[1])
         return queries.features.double() @ self.features.mT
 
 
 def _directions(queries: LayerFeatures, output: Output) -> Float[Tensor, "n_query c"]:
     head = head_of("queries", queries)
-    return output_directions(head, loss_of_head(head, queries.layer), output)
+    return output_directions(head, infer_loss(head, queries.layer), output)
 
 
 def stationary_weight(
     loss: HeadLoss,
     features: Float[Tensor, "n d"],
-    weight: Float[Tensor, "c d"],
+    initial: Float[Tensor, "c d"],
     regularization: float,
 ) -> Float[Tensor, "c d"]:
-    r"""Minimize the mean loss plus :math:`\lambda \lVert W \rVert^2`, from the weights given.
+    r"""Minimize the mean loss plus :math:`\lambda \lVert W \rVert^2`, from an initial weight.
 
     Raises:
         ValueError: If L-BFGS does not come close enough for the decomposition to hold.
     """
-    found = weight.clone()
-    # Of a weight with this gradient, the decomposition misses no output by more than the precision.
-    tolerance = 2 * regularization * _PRECISION / max(1.0, float(features.norm(dim=1).max()))
+    weight = initial.clone()
+    # With this gradient norm, the error of the outputs is at most `_MAX_OUTPUT_ERROR`.
+    tolerance = 2 * regularization * _MAX_OUTPUT_ERROR / max(1.0, float(features.norm(dim=1).max()))
     optimizer = torch.optim.LBFGS(
-        [found],
+        [weight],
         max_iter=10_000,
         max_eval=20_000,
-        tolerance_grad=tolerance / found.numel() ** 0.5,
+        tolerance_grad=tolerance / weight.numel() ** 0.5,
         tolerance_change=0.0,
         history_size=30,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
-        outputs = features @ found.mT
-        pull = loss.gradients(outputs).mT @ features / len(features)
-        found.grad = pull + 2 * regularization * found
-        return loss.value(outputs) + regularization * found.square().sum()
+        outputs = features @ weight.mT
+        loss_gradient = loss.gradients(outputs).mT @ features / len(features)
+        weight.grad = loss_gradient + 2 * regularization * weight
+        return loss.value(outputs) + regularization * weight.square().sum()
 
     with torch.no_grad():
         optimizer.step(closure)  # type: ignore[no-untyped-call]
         closure()
-        # The line search ends where rounding hides the slope of the loss; Newton's step does not.
-        found -= _newton_step(loss, features, found, regularization)
+        # Rounding of the loss stops the line search early; a Newton step gets closer.
+        weight -= _newton_step(loss, features, weight, regularization)
         closure()
-    assert found.grad is not None
-    missed = float(found.grad.norm())
-    # A hundred times the precision is still exact enough.
-    if not missed <= 100 * tolerance:
+    assert weight.grad is not None
+    gradient_norm = float(weight.grad.norm())
+    # A hundred times the tolerance is still exact enough.
+    if not gradient_norm <= 100 * tolerance:
         raise ValueError(
-            "The last layer did not arrive at a stationary point with `regularization="
-            f"{regularization:g}`: its gradient is {missed:.1e}; expected {100 * tolerance:.1e} or "
-            "less. Take a larger `regularization`."
+            "The refit of the last layer did not converge with `regularization="
+            f"{regularization:g}`: the norm of the gradient is {gradient_norm:.1e}; expected "
+            f"{100 * tolerance:.1e} or less. Increase `regularization`."
         )
-    found.grad = None
-    return found
+    weight.grad = None
+    return weight
 
 
 def _newton_step(
     loss: HeadLoss, features: Float[Tensor, "n d"], weight: Float[Tensor, "c d"], lam: float
 ) -> Float[Tensor, "c d"]:
-    """Solve for Newton's step, to be subtracted, by conjugate gradients."""
+    """Solve for the Newton step, which is to be subtracted, by conjugate gradients."""
     n, outputs = len(features), features @ weight.mT
     residual = loss.gradients(outputs).mT @ features / n + 2 * lam * weight
     step, direction = torch.zeros_like(weight), residual.clone()
-    square = first = residual.square().sum()
+    square = initial_square = residual.square().sum()
     for _ in range(weight.numel()):
-        if square <= 1e-16 * first:
+        if square <= 1e-16 * initial_square:
             break
-        moved = loss.hessian_product(outputs, features @ direction.mT)
-        product = moved.mT @ features / n + 2 * lam * direction
+        output_products = loss.hessian_product(outputs, features @ direction.mT)
+        product = output_products.mT @ features / n + 2 * lam * direction
         length = square / (direction * product).sum()
         step += length * direction
         residual -= length * product
-        before, square = square, residual.square().sum()
-        direction = residual + square / before * direction
+        previous_square, square = square, residual.square().sum()
+        direction = residual + square / previous_square * direction
     return step

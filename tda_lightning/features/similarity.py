@@ -1,11 +1,11 @@
-r"""Similarity in feature space: which training samples look to the model like the query?
+r"""Similarity of layer features: which training samples look like the query to the model?
 
 .. math:: s(q, i) = \cos(\phi_q, \phi_i), \qquad \langle \phi_q, \phi_i \rangle
    \qquad \text{or} \qquad -\lVert \phi_q - \phi_i \rVert^2
 
-Caruana et al. (1999), "Case-Based Explanation of Non-Case-Based Learning Methods", whose neighbours
-are near in the activations of a hidden layer; Hanawa et al. (2021), "Evaluation of Similarity-based
-Explanations", section 2.2. Labels play no part: a neighbour with another label is a neighbour.
+Caruana et al. (1999), "Case-Based Explanation of Non-Case-Based Learning Methods", who compare the
+activations of a hidden layer; Hanawa et al. (2021), "Evaluation of Similarity-based Explanations",
+section 2.2. Labels are ignored. No recorded run is needed: one layer's features are enough.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Measure = Literal["cosine", "dot", "euclidean"]
 
 @dataclass(frozen=True)
 class FeatureSimilarity(LayerFeatureAttributor):
-    """Similarity of what a layer sees of two samples.
+    """Similarity of two samples' features at one layer.
 
     Attributes:
         layer: Name of the layer whose inputs are the features; by default the last ``Linear`` that
@@ -45,18 +45,18 @@ class FeatureSimilarity(LayerFeatureAttributor):
     measure: Measure = "cosine"
 
     def __post_init__(self) -> None:
-        """Raise unless the measure is one of those there are."""
+        """Validate the measure."""
         require_choice("measure", self.measure, Measure)
 
     def attribute(self, train: LayerFeatures, queries: LayerFeatures) -> Scores:
         """Score every training sample for every query.
 
         Args:
-            train: The training samples, as the layer saw them.
-            queries: The queries, as the layer saw them.
+            train: Layer features of the training samples.
+            queries: Layer features of the queries.
 
         Raises:
-            ValueError: If a layer saw features of another number in the queries, or another layer.
+            ValueError: If the queries' features come from another layer or differ in number.
         """
         require_layer_features("train", train)
         require_same_layer(queries, train.layer, train.features.shape[1])
@@ -71,7 +71,7 @@ class FeatureSimilarity(LayerFeatureAttributor):
     def _similarities(
         self, queries: Float[Tensor, "n_query d"], train: Float[Tensor, "n_train d"]
     ) -> Float[Tensor, "n_query n_train"]:
-        queries, train = _wide(queries), _wide(train)
+        queries, train = _at_least_float32(queries), _at_least_float32(train)
         if self.measure == "cosine":
             return unit_rows(queries) @ unit_rows(train).mT
         if self.measure == "dot":
@@ -80,6 +80,6 @@ class FeatureSimilarity(LayerFeatureAttributor):
         return -torch.cdist(queries, train, compute_mode=exact).square()
 
 
-def _wide(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    # Sums of many products need more digits than 16 bits have, and distances are not made of them.
+def _at_least_float32(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    # 16 bits are too few for sums of many products, and `cdist` does not support them.
     return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features

@@ -1,4 +1,4 @@
-"""Metrics: pure functions that tell whether an attribution is any good."""
+"""Metrics that measure how good an attribution is, as pure functions."""
 
 from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.metrics.lds import linear_datamodeling_score

@@ -1,4 +1,4 @@
-"""Do two sets of scores rank the training samples alike? Spearman's rank correlation, per query."""
+"""Rank agreement: Spearman's correlation of two sets of scores, per query."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from tda_lightning.metrics.checks import said
+from tda_lightning.metrics.checks import describe
 from tda_lightning.metrics.ranks import rank_correlation
 from tda_lightning.results.scores import Scores
 
@@ -16,20 +16,20 @@ def rank_agreement(one: Scores, other: Scores) -> Float64[Tensor, " n_query"]:
 
     Args:
         one: Scores of some queries.
-        other: Scores of the same queries and training samples: another method, or another training.
+        other: Scores of the same queries and training samples, from another method or training.
 
     Returns:
-        1 where they rank alike, -1 where one reverses the other, ties at their average rank; not a
-        number where either is constant, and so ranks nothing, or holds NaN.
+        Correlations, shape ``(n_query,)``: 1 for the same order, -1 for the reverse. Ties share
+        their average rank. NaN where either row of scores is constant or holds NaN.
 
     Raises:
-        ValueError: If they are not about the same queries and training samples.
+        ValueError: If the queries or the training samples differ.
     """
     for name, scores in (("one", one), ("other", other)):
         if not isinstance(scores, Scores):
             raise ValueError(
-                f"`{name}` is {said(scores)}; expected `Scores`, which know their queries and "
-                "training samples, such as `attribute` returns."
+                f"`{name}` is {describe(scores)}; expected `Scores`, which hold the ids of their "
+                "queries and training samples. Pass the result of `attribute`."
             )
     for name in ("query_ids", "train_ids"):
         if not torch.equal(getattr(one, name), getattr(other, name)):

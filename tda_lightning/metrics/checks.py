@@ -1,4 +1,7 @@
-"""Checks of what metrics are given: a mask of numbers would count samples as others."""
+"""Checks of metric arguments.
+
+Without them, numbers in place of a boolean mask would select the wrong samples.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +12,44 @@ from torch import Tensor
 
 
 def require_numbers(name: str, value: Any, axes: int, example: str) -> None:
-    """Raise unless an argument is a tensor of floating-point numbers.
+    """Validate that an argument is a tensor of floating-point numbers.
 
     Args:
-        name: Of the argument.
-        value: What came.
-        axes: How many it has to have.
-        example: Where one comes from.
+        name: Name of the argument.
+        value: The argument.
+        axes: Expected number of axes.
+        example: An expression that returns such a tensor, for the message.
 
     Raises:
-        ValueError: Saying so.
+        ValueError: If it is anything else, or has another number of axes.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != axes:
         raise ValueError(
-            f"`{name}` is {said(value)}; expected floating-point numbers in a tensor of {axes} "
+            f"`{name}` is {describe(value)}; expected floating-point numbers in a tensor of {axes} "
             f"ax{'i' if axes == 1 else 'e'}s, such as `{example}`."
         )
 
 
 def require_mask(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    """Raise unless an argument is a tensor of booleans, of the shape that others have.
+    """Validate that an argument is a tensor of booleans of a given shape.
 
     Args:
-        name: Of the argument.
-        value: What came.
-        shape: What is expected.
+        name: Name of the argument.
+        value: The argument.
+        shape: Expected shape.
 
     Raises:
-        ValueError: Saying so.
+        ValueError: If it is anything else, or has another shape.
     """
     if not isinstance(value, Tensor) or value.dtype != torch.bool or tuple(value.shape) != shape:
         raise ValueError(
-            f"`{name}` is {said(value)}; expected a tensor of booleans of shape {shape}, one per "
-            "training sample. Make one of ids with `torch.isin(train_ids, ids)`."
+            f"`{name}` is {describe(value)}; expected a tensor of booleans of shape {shape}, one "
+            "per training sample. Convert ids to a mask with `torch.isin(train_ids, ids)`."
         )
 
 
-def said(value: Any) -> str:
-    """Say in a few words what an argument is."""
+def describe(value: Any) -> str:
+    """Describe an argument by its type, for a message; a tensor by its shape and dtype."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} ({value.dtype})"
     return f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-r"""Do the scores foretell what retraining without some samples does? The linear datamodeling score.
+r"""Linear datamodeling score: do scores predict the losses after retraining without some samples?
 
 For each query :math:`q`, over subsets :math:`S_1, \dots, S_m` of the training data,
 
@@ -8,7 +8,7 @@ For each query :math:`q`, over subsets :math:`S_1, \dots, S_m` of the training d
 with Spearman's rank correlation :math:`\rho` and the loss :math:`L_q(\theta_{S_j})` of the query
 after retraining on :math:`S_j`. Park et al. (2023), "TRAK: Attributing Model Behavior at Scale",
 definition 2.3; Ilyas et al. (2022), "Datamodels: Predicting Predictions from Training Data". Losses
-stand with a minus because positive scores mark proponents, whose presence lowers the loss.
+enter with a minus sign because positive scores mark proponents, whose presence lowers the loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def linear_datamodeling_score(
     kept: Bool[Tensor, "n_subsets n_train"],
     losses: Float[Tensor, "n_subsets n_query"],
 ) -> Float64[Tensor, " n_query"]:
-    """Return, per query, how well summed scores rank the subsets by the loss after retraining.
+    """Correlate each query's summed scores with its losses, over retrainings on subsets.
 
     Args:
         scores: Scores, positive for proponents, shape ``(n_query, n_train)``.
@@ -33,11 +33,11 @@ def linear_datamodeling_score(
         losses: Each query's loss after each retraining, shape ``(n_subsets, n_query)``.
 
     Returns:
-        Spearman's correlations, ties at their average rank, shape ``(n_query,)``; not a number
-        where all predictions or all losses are equal, or one is not a number.
+        Spearman's correlations, shape ``(n_query,)``. Ties share their average rank. NaN where all
+        predictions or all losses are equal, or one is NaN.
 
     Raises:
-        ValueError: If one of them is something else than said, or of another shape.
+        ValueError: If an argument has another type or shape.
 
     >>> import torch
     >>> kept = torch.tensor([[True, False], [False, True], [True, True]])
@@ -52,7 +52,7 @@ def linear_datamodeling_score(
     if losses.shape != (n_subsets, n_query):
         raise ValueError(
             f"`losses` has the shape {tuple(losses.shape)}; expected ({n_subsets}, {n_query}): a "
-            "row for each retraining, and a column for each query of `scores`."
+            "row for each retraining and a column for each query of `scores`."
         )
     predictions = scores.double() @ kept.double().mT  # (n_query, n_subsets)
     return rank_correlation(predictions, -losses.mT)

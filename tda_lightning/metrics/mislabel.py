@@ -1,4 +1,4 @@
-"""Do the scores find mislabelled samples? Recall at the top, and area under the ROC curve."""
+"""Detect mislabelled samples by their scores: recall at the top and area under the ROC curve."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from tda_lightning.metrics.checks import require_mask, require_numbers
 def mislabel_recall(
     values: Float[Tensor, " n_train"], mislabelled: Bool[Tensor, " n_train"], fraction: float = 0.1
 ) -> float:
-    """Return the share of mislabelled samples that stand among the highest scores.
+    """Return the share of mislabelled samples that are among the highest scores.
 
-    Of samples that tie at the border, which one would look at is left to chance: they count by the
-    share of them that there is room for.
+    Samples that tie at the cutoff are inspected in random order; the expected share is returned.
 
     Args:
         values: One score per sample; higher is more suspicious, shape ``(n_train,)``.
-        mislabelled: Which samples carry a wrong label, shape ``(n_train,)``.
-        fraction: Share of all samples that one would look at, above 0 and up to 1.
+        mislabelled: Whether each sample has a wrong label, shape ``(n_train,)``.
+        fraction: Share of all samples to inspect, above 0 and up to 1.
 
     Raises:
-        ValueError: If nothing is mislabelled, nothing would be looked at, or a value is NaN.
+        ValueError: If no sample is mislabelled, no sample would be inspected, or a value is NaN.
 
     >>> import torch
     >>> wrong = torch.tensor([True, True, False, False])
@@ -36,24 +35,27 @@ def mislabel_recall(
     k = round(fraction * len(values))
     if not 1 <= k <= len(values):
         raise ValueError(
-            f"`fraction` is {fraction}, of {len(values)} samples {k}; expected from 1 to all."
+            f"`fraction` is {fraction}, which is {k} of {len(values)} samples; expected from 1 to "
+            "all samples."
         )
-    border = values.topk(k).values[-1]
-    above, tied = values > border, values == border
-    share = (k - above.sum()) / tied.sum()
-    found = mislabelled[above].sum() + share * mislabelled[tied].sum()
-    return float(found / mislabelled.sum())
+    cutoff = values.topk(k).values[-1]
+    above, tied = values > cutoff, values == cutoff
+    inspected_share = (k - above.sum()) / tied.sum()
+    n_detected = mislabelled[above].sum() + inspected_share * mislabelled[tied].sum()
+    return float(n_detected / mislabelled.sum())
 
 
 def mislabel_auc(values: Float[Tensor, " n_train"], mislabelled: Bool[Tensor, " n_train"]) -> float:
-    """Return the chance that a mislabelled sample scores above a correct one (ties are half).
+    """Return the probability that a mislabelled sample scores above a correct one.
+
+    A tie counts as one half.
 
     Args:
         values: One score per sample; higher is more suspicious, shape ``(n_train,)``.
-        mislabelled: Which samples carry a wrong label, shape ``(n_train,)``.
+        mislabelled: Whether each sample has a wrong label, shape ``(n_train,)``.
 
     Raises:
-        ValueError: If no sample is mislabelled, or all are, or a value is NaN.
+        ValueError: If no sample is mislabelled, all samples are, or a value is NaN.
 
     >>> import torch
     >>> wrong = torch.tensor([True, True, False, False])
@@ -62,7 +64,7 @@ def mislabel_auc(values: Float[Tensor, " n_train"], mislabelled: Bool[Tensor, " 
     """
     _require(values, mislabelled)
     if mislabelled.all():
-        raise ValueError("All of `mislabelled` is true; expected some samples that are right.")
+        raise ValueError("`mislabelled` is true for all samples; expected some correct samples.")
     wrong, right = values[mislabelled].sort().values, values[~mislabelled].sort().values
     below = torch.searchsorted(right, wrong).sum()
     not_above = torch.searchsorted(right, wrong, right=True).sum()
@@ -73,9 +75,9 @@ def _require(values: Tensor, mislabelled: Tensor) -> None:
     require_numbers("values", values, 1, "self_influence(run).values")
     require_mask("mislabelled", mislabelled, (len(values),))
     if not mislabelled.any():
-        raise ValueError("None of `mislabelled` is true; expected some mislabelled samples.")
-    if values.isnan().any():
+        raise ValueError("`mislabelled` is false for all samples; expected some true ones.")
+    n_nan = int(values.isnan().sum())
+    if n_nan:
         raise ValueError(
-            f"`values` of {int(values.isnan().sum())} samples are NaN; expected numbers, which can "
-            "be ranked."
+            f"`values` of {n_nan} samples are NaN; expected numbers only, since NaN has no rank."
         )

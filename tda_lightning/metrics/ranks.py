@@ -1,4 +1,4 @@
-"""Ranks: Spearman's correlation, row by row."""
+"""Spearman's rank correlation, row by row."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from torch import Tensor
 
 
 def rank_correlation(
-    one: Float[Tensor, "n m"], other: Float[Tensor, "n m"]
+    first: Float[Tensor, "n m"], second: Float[Tensor, "n m"]
 ) -> Float64[Tensor, " n"]:
-    """Return Spearman's rank correlation of each row with the other's; ties share their mean rank.
+    """Return Spearman's rank correlation of each pair of rows; ties share their mean rank.
 
-    It is not a number where one of the two rows is constant, since nothing is ranked there, nor
-    where one holds NaN, which has no rank.
+    It is NaN where either row is constant or holds NaN.
 
     >>> import torch
     >>> rank_correlation(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[3.0, 5.0, 7.0]]))
     tensor([1.], dtype=torch.float64)
     """
-    ours, theirs = _centred_ranks(one), _centred_ranks(other)
-    products = (ours * theirs).sum(dim=1)
-    return products / (ours.square().sum(dim=1) * theirs.square().sum(dim=1)).sqrt()
+    first_ranks, second_ranks = _centred_ranks(first), _centred_ranks(second)
+    products = (first_ranks * second_ranks).sum(dim=1)
+    norms = (first_ranks.square().sum(dim=1) * second_ranks.square().sum(dim=1)).sqrt()
+    return products / norms
 
 
 def _centred_ranks(values: Float[Tensor, "n m"]) -> Float64[Tensor, "n m"]:
-    """Return ranks less their mean, zeros of a row that is constant; NaN for a row with NaN."""
+    """Return ranks minus their mean: zeros for a constant row, NaN for a row with NaN."""
     values = values.contiguous()
     ordered = values.sort(dim=1).values
     below = torch.searchsorted(ordered, values)

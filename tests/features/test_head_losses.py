@@ -1,4 +1,4 @@
-"""The loss behind a layer is told from two gradients, however well the model fits."""
+"""The loss of a layer's outputs is inferred from two gradients, however well the model fits."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from tda_lightning import RepresenterPoint
 from tda_lightning.features import LocalJacobianExpansion, representers
 from tda_lightning.features.extraction import query_features, train_features
-from tda_lightning.features.losses import SoftmaxLoss, SquaredLoss, loss_of_head
+from tda_lightning.features.losses import SoftmaxLoss, SquaredLoss, infer_loss
 
 N, CLASSES = 17, 3
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0]).double()
@@ -28,15 +28,15 @@ def network(loss, confidence=1.0, classes=CLASSES):
     return Plain(net.double(), loss=loss)
 
 
-def fitted(model):
-    """Return data that a model fits the better, the surer it is: labelled by its predictions."""
+def predicted_data(model):
+    """Label data by the model's predictions: a more confident model fits them better."""
     x = vectors(N)[:][0].double()
     return x, model.net(x).argmax(dim=1)
 
 
-def told(model, batch):
+def inferred_loss(model, batch):
     head = query_features(model, batch, reads="head", progress=False).head
-    return loss_of_head(head.double(), "net.2")
+    return infer_loss(head.double(), "net.2")
 
 
 @confidence
@@ -50,14 +50,14 @@ def told(model, batch):
     ],
     ids=["half", "sum", "class weights", "a thousandth more, smoothed"],
 )
-def test_weights_of_a_cross_entropy_are_refused_and_said(loss, weights, confidence):
+def test_a_weighted_cross_entropy_raises_with_its_weights(loss, weights, confidence):
     model = network(loss, confidence)
-    x, _ = fitted(model)
-    batch = x, torch.arange(N) % CLASSES if confidence == 0 else fitted(model)[1]
+    x, _ = predicted_data(model)
+    batch = x, torch.arange(N) % CLASSES if confidence == 0 else predicted_data(model)[1]
     if confidence > 0:
         weights = weights.replace("0.5 to 2", "")  # not all classes are predicted
-    with pytest.raises(ValueError, match=f"cross-entropy weighed {weights}.*without weights"):
-        told(model, batch)
+    with pytest.raises(ValueError, match=f"cross-entropy with weights of {weights}.*unweighted"):
+        inferred_loss(model, batch)
 
 
 def soft(labels):
@@ -73,20 +73,20 @@ def smoothed(outputs, labels):
 @confidence
 def test_labels_may_be_smoothed_or_mixed(confidence):
     model = network(smoothed, confidence)
-    x, y = fitted(model)
+    x, y = predicted_data(model)
     expected = 0.9 * functional.one_hot(y, CLASSES).double() + 0.1 / CLASSES
-    found = told(model, (x, y))
-    assert isinstance(found, SoftmaxLoss)
-    torch.testing.assert_close(found.targets, expected)
-    torch.testing.assert_close(told(network(cross_entropy), (x, soft(y))).targets, soft(y))
+    inferred = inferred_loss(model, (x, y))
+    assert isinstance(inferred, SoftmaxLoss)
+    torch.testing.assert_close(inferred.targets, expected)
+    torch.testing.assert_close(inferred_loss(network(cross_entropy), (x, soft(y))).targets, soft(y))
 
 
 def test_the_refit_to_smoothed_labels_is_stationary_for_smoothed_labels():
     model = network(smoothed)
-    x, y = fitted(model)
-    found = representers(model, loader(TensorDataset(x, y)), progress=False)
-    weight = found.weight.clone().requires_grad_()
-    value = smoothed(found.features @ weight.mT, y) + 3e-3 * weight.square().sum()
+    x, y = predicted_data(model)
+    refit = representers(model, loader(TensorDataset(x, y)), progress=False)
+    weight = refit.weight.clone().requires_grad_()
+    value = smoothed(refit.features @ weight.mT, y) + 3e-3 * weight.square().sum()
     (gradient,) = torch.autograd.grad(value, weight)
     assert gradient.abs().max() < 1e-9
 
@@ -102,10 +102,10 @@ def test_the_refit_to_smoothed_labels_is_stationary_for_smoothed_labels():
     ],
     ids=["temperature", "penalty", "margin", "focal"],
 )
-def test_other_losses_of_labels_are_refused(loss, confidence):
+def test_other_losses_of_labels_raise(loss, confidence):
     model = network(loss, confidence)
-    with pytest.raises(ValueError, match="none that representer points are known for"):
-        told(model, fitted(model))
+    with pytest.raises(ValueError, match="Representer points do not support the loss"):
+        inferred_loss(model, predicted_data(model))
 
 
 @confidence
@@ -119,11 +119,11 @@ def test_other_losses_of_labels_are_refused(loss, confidence):
     ],
     ids=["binary", "absolute", "Huber", "weighted"],
 )
-def test_other_losses_of_one_output_are_refused(loss, confidence):
+def test_other_losses_of_one_output_raise(loss, confidence):
     model = network(loss, confidence, classes=1)
     batch = vectors(N)[:][0].double(), torch.arange(N) % CLASSES
-    with pytest.raises(ValueError, match="none that representer points are known for"):
-        told(model, batch)
+    with pytest.raises(ValueError, match="Representer points do not support the loss"):
+        inferred_loss(model, batch)
 
 
 @confidence
@@ -131,57 +131,64 @@ def test_other_losses_of_one_output_are_refused(loss, confidence):
 def test_a_squared_error_has_any_factor(factor, confidence):
     model = network(lambda z, y: factor * mse_loss(z, y), confidence)
     targets = torch.randn(N, CLASSES, dtype=torch.float64)
-    found = told(model, (vectors(N)[:][0].double(), targets))
-    assert isinstance(found, SquaredLoss)
-    assert found.factor == pytest.approx(2 * factor / CLASSES)
-    torch.testing.assert_close(found.targets, targets)
+    inferred = inferred_loss(model, (vectors(N)[:][0].double(), targets))
+    assert isinstance(inferred, SquaredLoss)
+    assert inferred.factor == pytest.approx(2 * factor / CLASSES)
+    torch.testing.assert_close(inferred.targets, targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", [cross_entropy, smoothed, mse_loss])
-def test_losses_are_told_in_any_number_format(loss, dtype):
+def test_losses_are_inferred_in_any_number_format(loss, dtype):
     model = network(loss, 30.0).to(dtype)
     x = vectors(N)[:][0].to(dtype)
     y = model.net(x).argmax(dim=1) if loss is not mse_loss else 100 * torch.ones(N, 3).to(dtype)
-    assert isinstance(told(model, (x, y)), SquaredLoss if loss is mse_loss else SoftmaxLoss)
-    halved = Plain(model.net, loss=lambda z, y: 0.9 * cross_entropy(z, y))
-    with pytest.raises(ValueError, match="known for"):
-        told(halved, (x, model.net(x).argmax(dim=1)))
+    assert isinstance(
+        inferred_loss(model, (x, y)), SquaredLoss if loss is mse_loss else SoftmaxLoss
+    )
+    scaled = Plain(model.net, loss=lambda z, y: 0.9 * cross_entropy(z, y))
+    with pytest.raises(ValueError, match="do not support"):
+        inferred_loss(scaled, (x, model.net(x).argmax(dim=1)))
 
 
 @pytest.mark.parametrize("targets", ["probabilities", "numbers"])
-def test_a_bent_loss_is_its_hessian(targets):
-    outputs, way = torch.randn(2, N, CLASSES, dtype=torch.float64)
-    kinds = {"probabilities": SoftmaxLoss(way.softmax(1)), "numbers": SquaredLoss(way, 0.7)}
-    _, expected = torch.autograd.functional.hvp(lambda z: N * kinds[targets].value(z), outputs, way)
-    torch.testing.assert_close(kinds[targets].hessian_product(outputs, way), expected)
+def test_the_hessian_product_is_that_of_autograd(targets):
+    outputs, direction = torch.randn(2, N, CLASSES, dtype=torch.float64)
+    losses = {
+        "probabilities": SoftmaxLoss(direction.softmax(1)),
+        "numbers": SquaredLoss(direction, 0.7),
+    }
+    _, expected = torch.autograd.functional.hvp(
+        lambda z: N * losses[targets].value(z), outputs, direction
+    )
+    torch.testing.assert_close(losses[targets].hessian_product(outputs, direction), expected)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor."""
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor."""
 
     def __init__(self):
         super().__init__()
         self.numel = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        if isinstance(found, torch.Tensor):
-            self.numel = max(self.numel, found.numel())
-        return found
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
 
 
 @pytest.mark.parametrize(
-    ("method", "most"),
+    ("method", "max_numel"),
     [(RepresenterPoint(), 31 * 53), (LocalJacobianExpansion(), (31 * 6) ** 2)],
     ids=["RepresenterPoint", "LocalJacobianExpansion"],
 )
-def test_memory_is_a_few_times_the_outputs_and_no_matrix_per_sample(method, most):
+def test_memory_is_a_few_times_the_outputs_and_no_matrix_per_sample(method, max_numel):
     n, c = 53, 31
     x = vectors(n)[:][0].double()
     model = network(cross_entropy, classes=c)
     data = TensorDataset(x, torch.arange(n) % c)
     train = train_features(model, loader(data), reads="head", progress=False)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         method.attribute(train, train)
-    assert largest.numel <= max(most, n * n) < n * c * c
+    assert largest.numel <= max(max_numel, n * n) < n * c * c
