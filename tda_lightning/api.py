@@ -18,7 +18,7 @@ from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Unroll
 from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.attribution.tracin import TracInCP
 from tda_lightning.attribution.trajectory import chosen_ids, contributions
-from tda_lightning.passes.batches import kept_batches
+from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.passes.queries import mean_rows_at, record_queries, rows_at_snapshots
 from tda_lightning.passes.targets import Loss, Target, name_of
@@ -76,7 +76,7 @@ def attribute(
     """
     question = Question(_method_at(method, at), target, at, mode, progress)
     stores, models = _pairs(run, model)
-    queries = kept_batches(queries) if len(stores) > 1 else queries
+    queries = batches_in_memory(queries) if len(stores) > 1 else queries
     rows = [
         question.query_rows(store, own_model, queries)
         for store, own_model in zip(stores, models, strict=True)
@@ -229,7 +229,7 @@ class Question:
         """
         self.method.require(store)
         if self.at == "snapshots":
-            queries = kept_batches(queries)
+            queries = batches_in_memory(queries)
 
         def record(position: int) -> Float[Tensor, "n_query k"]:
             return record_queries(

@@ -1,40 +1,25 @@
-"""Arguments: what users pass is checked here, once, at the door, where Python does not check it.
+"""Checks of user arguments, made once, before any work begins.
 
-A misspelt word must not select the other branch, nor a number out of its range give scores.
+A misspelt option must not select another branch, and a number out of range must not yield scores.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, get_args
 
 
-def require_choices(given: object, choices: Mapping[str, Any]) -> None:
-    """Raise unless attributes of an object are words out of their ``Literal`` types.
-
-    Args:
-        given: The object: a method with its hyper-parameters, say.
-        choices: The ``Literal`` type of each attribute, by its name.
-
-    Raises:
-        ValueError: Naming the first that is not.
-    """
-    for name, literal in choices.items():
-        require_choice(name, getattr(given, name), literal)
-
-
 def require_choice(name: str, value: object, literal: Any) -> None:
-    """Raise unless an argument is a word out of its ``Literal`` type.
+    """Check that an argument is a value of its ``Literal`` type.
 
     Args:
-        name: Of the argument.
-        value: What came.
+        name: Name of the argument.
+        value: Value of the argument.
         literal: The type, such as ``Literal["step", "epoch"]``.
 
     Raises:
-        ValueError: Saying which there are.
+        ValueError: If it is not; the message lists the values.
 
     >>> from typing import Literal
     >>> require_choice("per", "batch", Literal["step", "epoch"])
@@ -42,13 +27,13 @@ def require_choice(name: str, value: object, literal: Any) -> None:
         ...
     ValueError: `per` is 'batch'; expected one of 'step', 'epoch'.
     """
-    words = get_args(literal)
-    if value not in words:
-        raise ValueError(f"`{name}` is {value!r}; expected one of {', '.join(map(repr, words))}.")
+    choices = get_args(literal)
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; expected one of {', '.join(map(repr, choices))}.")
 
 
 def require_whole(name: str, value: object, *, least: int) -> None:
-    """Raise unless an argument is a whole number that is large enough.
+    """Check that an argument is a whole number of at least ``least``.
 
     >>> require_whole("k", 0, least=1)
     Traceback (most recent call last):
@@ -60,7 +45,7 @@ def require_whole(name: str, value: object, *, least: int) -> None:
 
 
 def require_positive(name: str, value: object) -> None:
-    """Raise unless an argument is a finite number above zero.
+    """Check that an argument is a finite number above zero.
 
     >>> require_positive("limit", -1.0)
     Traceback (most recent call last):
@@ -72,7 +57,7 @@ def require_positive(name: str, value: object) -> None:
 
 
 def require_limit(name: str, value: object) -> None:
-    """Raise unless an argument is a number above zero, or infinity for no limit.
+    """Check that an argument is a number above zero; infinity means no limit.
 
     >>> require_limit("max_gb", 0)
     Traceback (most recent call last):
@@ -84,7 +69,7 @@ def require_limit(name: str, value: object) -> None:
 
 
 def require_not_negative(name: str, value: object) -> None:
-    """Raise unless an argument is a finite number of zero or more.
+    """Check that an argument is a finite number of zero or more.
 
     >>> require_not_negative("damping", float("inf"))
     Traceback (most recent call last):
@@ -96,13 +81,13 @@ def require_not_negative(name: str, value: object) -> None:
 
 
 def require_kind(name: str, value: object, kind: type, examples: str) -> None:
-    """Raise unless an argument is an object of some kind: an object, not its class.
+    """Check that an argument is an instance of a class, and not the class.
 
     Args:
-        name: Of the argument.
-        value: What came.
-        kind: What it has to be.
-        examples: What users could pass, as they would write it.
+        name: Name of the argument.
+        value: Value of the argument.
+        kind: The class.
+        examples: Valid values, written as code.
 
     >>> require_kind("method", "tracin", int, "`TracIn()`")
     Traceback (most recent call last):
@@ -114,7 +99,7 @@ def require_kind(name: str, value: object, kind: type, examples: str) -> None:
 
 
 def _finite(value: object) -> float:
-    """Return a finite number, and what compares as false for anything else."""
+    """Return a finite number as a float, else NaN, which fails every comparison."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     return float(value) if math.isfinite(value) else math.nan

@@ -15,7 +15,7 @@ from tda_lightning.stores.recipe import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, or 1 after one clear line on the standard error."""
+    """Run a command; return 0, or print one line to standard error and return 1."""
     options = _parser().parse_args(arguments)
     try:
         print(options.describe(options.run))
@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def info(run: Path) -> str:
-    """Describe a run: what was recorded, what was not and why, how long and how large it is.
+    """Describe a run: its steps, samples and size, and which layers it records or leaves out.
 
     Args:
-        run: The folder of the run; it may still be being recorded.
+        run: The folder of the run; the recording may still be in progress.
     """
     store = HDF5Store.open(run)
     recipe = store.recipe
@@ -44,7 +44,7 @@ def info(run: Path) -> str:
 
 
 def audit(run: Path) -> str:
-    """Say how much of the gradient, and of the parameter update, the recorded rows explain.
+    """Show how much of the gradient, and of the parameter update, the recorded rows explain.
 
     Args:
         run: The folder of the run.
@@ -56,26 +56,26 @@ def audit(run: Path) -> str:
     audits = store.audits()
     if not audits:
         raise ValueError(f"`{run}` has no audited step yet; expected at least the first one.")
-    explained = torch.stack([one.explained() for one in audits])
+    explained = torch.stack([entry.explained() for entry in audits])
     rows = [
-        (block.name, block.layer, f"{mean:.2%}", f"{least:.2%}")
-        for block, mean, least in zip(
+        (block.name, block.layer, f"{mean:.2%}", f"{minimum:.2%}")
+        for block, mean, minimum in zip(
             store.recipe.blocks, explained.mean(dim=0), explained.amin(dim=0), strict=True
         )
     ]
-    in_all = [one.explained_in_all() for one in audits]
-    update = [one.update for one in audits]
+    overall = [entry.explained_in_all() for entry in audits]
+    update = [entry.update for entry in audits]
     left_out = len(store.recipe.left_out)
     rows += [
-        (f"all, with {left_out} left out", "", f"{_mean(in_all):.2%}", f"{min(in_all):.2%}"),
+        (f"all, including {left_out} left out", "", f"{_mean(overall):.2%}", f"{min(overall):.2%}"),
         ("parameter update", "", f"{_mean(update):.2%}", f"{min(update):.2%}"),
     ]
     head = f"{run}: {len(audits)} of {len(store):,} steps audited; share that the rows explain"
-    return "\n".join([head, *_aligned([("layer", "type", "mean", "least"), *rows])])
+    return "\n".join([head, *_aligned([("layer", "type", "mean", "minimum"), *rows])])
 
 
 def data(run: Path) -> str:
-    """Say in which order the samples came: which never did, which twice, which steps again.
+    """Show the order of the data: samples that are missing or repeated, and replayed steps.
 
     Args:
         run: The folder of the run.
@@ -87,17 +87,17 @@ def data(run: Path) -> str:
     rows = [
         ("steps", _steps(store)),
         ("samples", _samples(store)),
-        ("never seen", _some([str(one) for one in order.never.tolist()])),
-        ("seen again in one epoch", _some(repeated)),
-        ("steps replayed", _some([f"{index:,}" for index in order.replayed])),
-        ("epochs in the same order", _some(same)),
+        ("never seen", _count_and_list([str(sample) for sample in order.never.tolist()])),
+        ("seen again in one epoch", _count_and_list(repeated)),
+        ("steps replayed", _count_and_list([f"{index:,}" for index in order.replayed])),
+        ("epochs in the same order", _count_and_list(same)),
     ]
     return "\n".join([f"{run}: the order of the data", *_aligned(rows)])
 
 
-def _some(found: Sequence[str]) -> str:
-    shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
-    return f"{len(found):,}: {shown}" if found else "none"
+def _count_and_list(items: Sequence[str]) -> str:
+    shown = ", ".join(items[:8]) + (", ..." if len(items) > 8 else "")
+    return f"{len(items):,}: {shown}" if items else "none"
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -110,9 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, describe, purpose in (
-        ("info", info, "say what a run recorded"),
-        ("data", data, "say which samples never came, came twice, or came again"),
-        ("audit", audit, "say how much of the training the recorded rows explain"),
+        ("info", info, "show what a run recorded"),
+        ("data", data, "show missing and repeated samples, and replayed steps"),
+        ("audit", audit, "show how much of the training the recorded rows explain"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)
         command.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
@@ -144,26 +144,35 @@ def _steps(store: HDF5Store) -> str:
 
 
 def _samples(store: HDF5Store) -> str:
-    drawn, known = len(store.visited_ids()), len(store.train_ids())
-    return f"{drawn:,} drawn of {known:,} in the training set"
+    n_visited, n_train = len(store.visited_ids()), len(store.train_ids())
+    return f"{n_visited:,} drawn of {n_train:,} in the training set"
 
 
 def _optimizer(store: HDF5Store) -> str:
     if len(store) == 0:
         return "unknown"
     first, last = store.facts[0], store.facts[-1]
-    return f"{first.optimizer}, learning rate {first.lr:g} at first and {last.lr:g} at last"
+    return (
+        f"{first.optimizer}, learning rate {first.lr:g} in the first step, {last.lr:g} in the last"
+    )
 
 
 def _layer_table(recipe: Recipe) -> list[str]:
-    total = sum(block.size for block in recipe.blocks) + sum(one.size for one in recipe.left_out)
+    left_out = recipe.left_out
+    total = sum(block.size for block in recipe.blocks) + sum(entry.size for entry in left_out)
     rows = [
         (block.name, block.layer, f"{block.size:,}", f"{block.size / total:.1%}", "recorded")
         for block in recipe.blocks
     ]
     rows += [
-        (one.name, one.layer, f"{one.size:,}", f"{one.size / total:.1%}", f"LEFT OUT: {one.reason}")
-        for one in recipe.left_out
+        (
+            entry.name,
+            entry.layer,
+            f"{entry.size:,}",
+            f"{entry.size / total:.1%}",
+            f"LEFT OUT: {entry.reason}",
+        )
+        for entry in left_out
     ]
     return _aligned([("layer", "type", "parameters", "share", ""), *rows])
 

@@ -1,4 +1,4 @@
-"""The command line: what it says, and one clear line when something is wrong."""
+"""The command line: its output, and one line per error."""
 
 import subprocess
 import sys
@@ -11,7 +11,9 @@ from tda_lightning import GradientRecorder
 from tda_lightning.cli import main
 
 
-class Half(nn.Module):
+class PartlyRecorded(nn.Module):
+    """A network of which only the head is recorded."""
+
     def __init__(self):
         super().__init__()
         self.gate = nn.PReLU(7)
@@ -25,13 +27,13 @@ class Half(nn.Module):
 def run(tmp_path):
     recorder = GradientRecorder(tmp_path / "run", every_n_steps=2, layers=["net.head"])
     with pytest.warns(UserWarning, match="not recorded"):
-        quiet_trainer(recorder).fit(Plain(Half()), loader(vectors()))
+        quiet_trainer(recorder).fit(Plain(PartlyRecorded()), loader(vectors()))
     return tmp_path / "run"
 
 
-def test_info_says_what_was_recorded_and_what_was_not(run, capsys):
+def test_info_lists_recorded_and_left_out_layers(run, capsys):
     assert main(["info", str(run)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for expected in (
         "a recording of `Plain`",
         "3 (index 0 to 4, one in 2), epochs 0 to 1",
@@ -41,20 +43,20 @@ def test_info_says_what_was_recorded_and_what_was_not(run, capsys):
         "net.head  Linear  24          77.4%  recorded",
         "net.gate  PReLU   7           22.6%  LEFT OUT: not among `layers`",
     ):
-        assert expected in said, said
+        assert expected in output, output
 
 
-def test_audit_says_how_much_the_rows_explain(tmp_path, capsys):
+def test_audit_shows_how_much_the_rows_explain(tmp_path, capsys):
     recorder = GradientRecorder(tmp_path / "run", audit=2, layers=["net.head"])
     with pytest.warns(UserWarning, match="not recorded"):
-        quiet_trainer(recorder).fit(Plain(Half()), loader(vectors()))
+        quiet_trainer(recorder).fit(Plain(PartlyRecorded()), loader(vectors()))
     assert main(["audit", str(tmp_path / "run")]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert "3 of 6 steps audited" in said[0]
-    assert said[2].split()[:4] == ["net.head", "Linear", "100.00%", "100.00%"]
-    in_all = float(said[3].split()[-2].rstrip("%"))
-    assert 0 < in_all < 100
-    assert said[4].split()[-2:] == ["100.00%", "100.00%"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "3 of 6 steps audited" in lines[0]
+    assert lines[2].split()[:4] == ["net.head", "Linear", "100.00%", "100.00%"]
+    overall = float(lines[3].split()[-2].rstrip("%"))
+    assert 0 < overall < 100
+    assert lines[4].split()[-2:] == ["100.00%", "100.00%"]
 
 
 def test_errors_are_one_line_and_an_exit_code(tmp_path, capsys):

@@ -1,1 +1,1 @@
-"""Passes: data through a model and its own `training_step`, without a trainer."""
+"""Passes: run data through a model's `training_step` without a trainer, and record rows."""

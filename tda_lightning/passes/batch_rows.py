@@ -1,6 +1,6 @@
-"""Passes: a batch goes through the user's own ``training_step``, and its rows are recorded.
+"""Record the rows of one batch with the user's own ``training_step``.
 
-So do queries and probes, in and after training; that is why nobody writes a loss function again.
+Queries, probes and passes over training data use this code, so users write no second loss function.
 """
 
 from __future__ import annotations
@@ -26,41 +26,45 @@ from tda_lightning.stores.step import Preconditioner
 def record_batch(
     model: nn.Module, rows: RowRecorder, batch: Any, argument: str
 ) -> tuple[Tensor, BatchRows]:
-    """Record what each sample of a batch adds to the gradient of the batch's loss.
+    """Record each sample's contribution to the gradient of a batch's loss.
 
     Args:
-        model: A LightningModule. Its parameters' ``.grad`` are left alone.
-        rows: Records its rows; attached.
-        batch: A batch as the training loader yields them.
-        argument: What the batch is called where the user has passed it.
+        model: A LightningModule. The ``.grad`` of its parameters does not change.
+        rows: A row recorder that is attached to the model.
+        batch: A batch as the training loader yields it.
+        argument: Name of the user's argument that the batch comes from, for error messages.
 
     Returns:
-        The loss, and what was recorded.
+        The loss, and the recorded rows.
 
     Raises:
-        ValueError: If ``training_step`` cannot take the batch or returns no loss.
+        ValueError: If ``training_step`` fails on the batch or returns no loss.
     """
     rows.start(batch_size(batch, argument))
     try:
         loss = loss_of(model, transfer(model, batch))
         rows.start_backward(loss)
-        trained = [one for one in model.parameters() if one.requires_grad]
-        # Not `backward`: the `.grad` of the user's parameters is none of our business.
-        torch.autograd.grad(loss, trained, allow_unused=True)
+        # Not `backward`, which would change the `.grad` of the user's parameters.
+        torch.autograd.grad(loss, trained_parameters(model), allow_unused=True)
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise ValueError(
-            f"`{argument}` could not go through `{type(model).__name__}.training_step`: expected a "
-            f"batch such as the training loader yields; got {describe(batch)}, and the step said: "
-            f"{error}"
+            f"`{type(model).__name__}.training_step` failed on `{argument}`: expected a batch as "
+            f"the training loader yields it; got {describe(batch)}. The error was: {error}"
         ) from error
     finally:
-        found = rows.end_backward()
-    return loss.detach(), found
+        batch_rows = rows.end_backward()
+    return loss.detach(), batch_rows
 
 
-def own_gradients(found: BatchRows, recipe: Recipe) -> Float[Tensor, "n k"]:
-    """Return the gradients of the samples' own losses, of rows of the loss of their batch."""
-    return found.rows * len(found.rows) if recipe.reduction == "mean" else found.rows
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def sample_gradients(batch_rows: BatchRows, recipe: Recipe) -> Float[Tensor, "n k"]:
+    """Return the gradient of each sample's loss, undoing the mean over the batch."""
+    rows = batch_rows.rows
+    return rows * len(rows) if recipe.reduction == "mean" else rows
 
 
 @contextmanager
@@ -72,7 +76,7 @@ def recording(
     sampled: float,
     passes: Literal["one", "several"] = "one",
 ) -> Iterator[RowRecorder]:
-    """Record the model by a recipe, and leave it as it was."""
+    """Attach a row recorder to the model by a recipe, and restore the model afterwards."""
     require_model(model)
     selection = select_layers(model, leave_out=[entry.name for entry in recipe.left_out])
     recipe.require_blocks(selection.blocks, type(model).__name__)

@@ -1,4 +1,4 @@
-"""Batches: what a trainer does between a loader and the loss, without a trainer."""
+"""Batches: iterate over loaders, check them, and describe batches in error messages."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tda_lightning.gradients.layers import find_tensors
 def with_progress(
     batches: Iterable[Any], name: str, progress: bool, unit: str = "batch"
 ) -> Iterable[Any]:
-    """Return the batches, with a progress bar while they are gone through."""
+    """Return an iterable over the batches that shows a progress bar."""
     bar: Iterable[Any] = tqdm(batches, desc=name, unit=unit, leave=False, disable=not progress)
     return bar
 
 
 def require_loader(loader: Any, argument: str) -> None:
-    """Raise if what should yield batches is a dataset, which yields samples.
+    """Check that an argument is a loader of batches, not a dataset of samples.
 
     Raises:
-        ValueError: Saying so.
+        ValueError: If it is not.
     """
     if isinstance(loader, Dataset):
         raise ValueError(
@@ -40,24 +40,24 @@ def require_loader(loader: Any, argument: str) -> None:
 
 
 class Batches(list[Any]):
-    """The batches of a loader, kept: every pass over them is the same."""
+    """The batches of a loader, held in memory so that every pass over them is the same."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield copies: a step may write into its batch."""
+        """Yield copies, because a step may modify its batch in place."""
         return map(copy.deepcopy, super().__iter__())
 
 
-def kept_batches(queries: Any) -> Any:
-    """Return queries that can be gone through again: a shuffled loader has another order then.
+def batches_in_memory(queries: Any) -> Any:
+    """Load the batches of a loader into memory: a shuffled loader changes its order every time.
 
     Args:
-        queries: A batch, or a loader of batches.
+        queries: A batch, which is returned unchanged, or a loader of batches.
     """
     return Batches(queries) if isinstance(queries, DataLoader) else queries
 
 
 def batches_of(queries: Any) -> Iterable[Any]:
-    """Return the batches of a loader, or the one batch."""
+    """Return the batches of a loader, or the single batch."""
     return queries if isinstance(queries, DataLoader | Batches) else [queries]
 
 
@@ -65,24 +65,24 @@ def batch_size(batch: Any, argument: str) -> int:
     """Return the number of samples in a batch.
 
     Raises:
-        ValueError: If it holds no tensor that tells.
+        ValueError: If it holds no tensor with an axis of samples.
     """
     first = next(find_tensors(batch), None)
     if first is None or first.ndim == 0:
         raise ValueError(
             f"`{argument}` holds no tensor with samples along its first axis: got "
-            f"{describe(batch)}; expected a batch such as the training loader yields, or a "
-            "`DataLoader` of such."
+            f"{describe(batch)}; expected a batch as the training loader yields it, or a "
+            "`DataLoader` of such batches."
         )
     return len(first)
 
 
 def describe(value: Any) -> str:
-    """Say in a few words what something is."""
+    """Describe a value in a few words, for error messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} ({value.dtype})"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {describe(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{key!r}: {describe(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "(" + ", ".join(describe(one) for one in value) + ")"
-    return f"a {type(value).__name__}" if value is not None else "nothing"
+        return "(" + ", ".join(describe(item) for item in value) + ")"
+    return f"a {type(value).__name__}" if value is not None else "None"

@@ -1,4 +1,4 @@
-"""Run a user's model and leave no trace: modes, buffers, metrics, logs, random numbers."""
+"""Preserve a user's model during a pass: modes, buffers, metrics, logs, random state."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# How a model acts while something passes through it: as in evaluation, or as in training.
+# Whether a model is in evaluation or training mode during a pass.
 Mode = Literal["eval", "train"]
 
 
 @contextmanager
 def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put the model into ``mode`` with logging muted, and put everything back afterwards.
+    """Put the model into ``mode`` with logging muted, and restore its state afterwards.
 
     Args:
         model: A LightningModule, or any module.
-        mode: Whether layers such as dropout and batch norm act as in evaluation or in training.
+        mode: Mode of layers such as dropout and batch norm.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(cuda_devices(model)))
-        for context in (_same_modes, _same_buffers, same_metrics, _muted):
+        for context in (_preserved_modes, _preserved_buffers, preserved_metrics, _muted_logging):
             stack.enter_context(context(model))
         model.train(mode == "train")
         yield
@@ -34,65 +34,65 @@ def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
 
 def cuda_devices(model: nn.Module) -> list[torch.device]:
     """Return the GPUs on which a model has parameters."""
-    return list({one.device for one in model.parameters() if one.device.type == "cuda"})
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
 
 @contextmanager
 def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the model other weights and buffers, and its own back afterwards.
+    """Load other weights and buffers into the model, and restore the original ones afterwards.
 
     Args:
         model: Any module.
-        weights: As its ``state_dict`` has them, on any device.
+        weights: Tensors by their names in its ``state_dict``, on any device.
 
     Raises:
-        ValueError: If they are not those of such a model.
+        ValueError: If names or shapes differ from those of the model.
     """
-    own = {name: one for name, one in model.state_dict().items() if isinstance(one, Tensor)}
-    unlike = [n for n in {*own, *weights} if _shape(own.get(n)) != _shape(weights.get(n))]
-    if unlike:
-        name = min(unlike)
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    differing = [n for n in {*state, *weights} if _shape(state.get(n)) != _shape(weights.get(n))]
+    if differing:
+        name = min(differing)
         raise ValueError(
             f"The weights do not fit the `{type(model).__name__}`: expected `{name}` of shape "
-            f"{_shape(own.get(name))}, got {_shape(weights.get(name))}. Pass the model that was "
+            f"{_shape(state.get(name))}, got {_shape(weights.get(name))}. Pass the model that was "
             "trained."
         )
-    copies = {name: one.detach().clone() for name, one in own.items()}
+    originals = {name: tensor.detach().clone() for name, tensor in state.items()}
     try:
-        _copy(own, weights)
+        _copy(state, weights)
         yield
     finally:
-        _copy(own, copies)
+        _copy(state, originals)
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
-def _copy(to: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, tensor in to.items():
-            tensor.copy_(found[name])
+        for name, tensor in targets.items():
+            tensor.copy_(sources[name])
 
 
 @contextmanager
 def preserved_rng(devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Put the random numbers of torch, NumPy and Python back to where they were.
+    """Restore the random states of torch, NumPy and Python afterwards.
 
     Args:
-        devices: GPUs whose random numbers to put back as well.
+        devices: GPUs whose random states to restore as well.
     """
-    python, array = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(array)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager
-def _same_modes(model: nn.Module) -> Iterator[None]:
+def _preserved_modes(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -102,7 +102,7 @@ def _same_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
+def _preserved_buffers(model: nn.Module) -> Iterator[None]:
     copies = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
@@ -113,12 +113,12 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def same_metrics(model: nn.Module) -> Iterator[None]:
-    """Let the model's metrics count on copies, and give them their own numbers back afterwards."""
-    # A torchmetrics.Metric, recognised by what it keeps, counts in `training_step`.
-    metrics = [one for one in model.modules() if hasattr(one, "metric_state")]
+def preserved_metrics(model: nn.Module) -> Iterator[None]:
+    """Let the model's metrics update copies of their states, and restore the states afterwards."""
+    # `training_step` may update a torchmetrics.Metric, which is recognised by `metric_state`.
+    metrics = [module for module in model.modules() if hasattr(module, "metric_state")]
     states = [_metric_state(metric) for metric in metrics]
-    _set_states(metrics, [{k: _copied(v) for k, v in state.items()} for state in states])
+    _set_states(metrics, [{k: _copy_of(v) for k, v in state.items()} for state in states])
     try:
         yield
     finally:
@@ -130,7 +130,7 @@ def _metric_state(metric: Any) -> dict[str, Any]:
     return {name: getattr(metric, name, None) for name in names}
 
 
-def _copied(value: Any) -> Any:
+def _copy_of(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
 
@@ -141,18 +141,18 @@ def _set_states(metrics: Sequence[Any], states: Sequence[Mapping[str, Any]]) -> 
 
 
 @contextmanager
-def _muted(model: nn.Module) -> Iterator[None]:
+def _muted_logging(model: nn.Module) -> Iterator[None]:
     names = ("log", "log_dict")
-    own = {name: vars(model)[name] for name in names if name in vars(model)}
+    overridden = {name: vars(model)[name] for name in names if name in vars(model)}
     for name in names:
-        vars(model)[name] = _say_nothing
+        vars(model)[name] = _ignore_log
     try:
         yield
     finally:
         for name in names:
             del vars(model)[name]
-        vars(model).update(own)
+        vars(model).update(overridden)
 
 
-def _say_nothing(*args: object, **kwargs: object) -> None:
+def _ignore_log(*args: object, **kwargs: object) -> None:
     return None

@@ -1,6 +1,6 @@
-"""Anew: passes over data without training, at the weights that a model has.
+"""Record passes over training data at fixed weights, without training.
 
-They go through the user's own ``training_step`` under a recipe, as queries do.
+Batches go through the user's own ``training_step`` under a recipe, like queries.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.gradients.row_recorder import BatchRows
-from tda_lightning.passes.batch_rows import own_gradients, record_batch, recording
+from tda_lightning.passes.batch_rows import record_batch, recording, sample_gradients
 from tda_lightning.passes.batches import require_loader, with_progress
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
@@ -40,33 +40,34 @@ def record(
     store: WritableStore | None = None,
     progress: bool = True,
 ) -> Store:
-    """Record a pass over data at the weights that ``model`` has, without training.
+    """Record a pass over data at the current weights of ``model``, without training.
 
-    The result is a run of its own, one step per batch: training rows anew at the final weights, or
-    their curvature, for methods that take them from elsewhere.
+    The result is a separate run with one step per batch. Some methods can take the rows or the
+    curvature of training samples at the final weights from it.
 
     Args:
-        model: The LightningModule that was trained. It is left as it was.
-        loader: The training data, say, in any order.
+        model: The trained LightningModule. Its state is restored afterwards.
+        loader: The data, usually the training data, in any order.
         like: The run whose recipe to record by: its folder or a store.
-        labels: ``"sampled"`` adds rows from labels drawn from the model's own predictions.
-        at: In the coordinates of which step of that run: its place, -1 for the last.
-        mode: Whether the model acts as in evaluation or as in training.
-        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
-        store: Where to record to; into memory by default.
+        labels: ``"sampled"`` adds rows for labels sampled from the model's predictions.
+        at: Position of the step of that run whose coordinates are used; -1 for the last.
+        mode: Whether the model is in evaluation or training mode.
+        sample_ids: Key of the ids in a batch, or a function from a batch to its ids. By default,
+            ids are inferred from the sampler.
+        store: The store to record to; by default in memory.
         progress: Show a progress bar.
 
     Raises:
         FileNotFoundError: If there is no run at the path of ``like``.
-        ValueError: If the model's layers are not the recorded ones, if ``training_step`` cannot
-            take the batches or returns no loss, or if there are no batches.
+        ValueError: If the model's layers are not the recorded ones, if ``training_step`` fails on
+            a batch or returns no loss, or if there are no batches.
     """
     require_loader(loader, "loader")
     require_choice("labels", labels, Labels)
     require_choice("mode", mode, Mode)
     run = open_store_at(like, "like", at)
     result = MemoryStore() if store is None else store
-    require_kind("store", result, WritableStore, '`HDF5Store("anew.tda")`')
+    require_kind("store", result, WritableStore, '`HDF5Store("pass.tda")`')
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
     facts, preconditioner = run.facts[at], run.preconditioner(at)
@@ -75,13 +76,13 @@ def record(
     try:
         with recording(model, run.recipe, preconditioner, mode, sampled) as rows:
             for number, batch in enumerate(with_progress(loader, "recording", progress)):
-                named = ledger.name(batch, number)
+                ids = ledger.name(batch, number)
                 rows.seed(number)
-                _, found = record_batch(model, rows, batch, "loader")
+                _, batch_rows = record_batch(model, rows, batch, "loader")
                 if not started:
                     result.begin(_recipe(run, ledger, labels))
                     started = True
-                result.append(_step(number, facts, named, found, run, preconditioner))
+                result.append(_step(number, facts, ids, batch_rows, run, preconditioner))
     finally:
         ledger.release()
         if started:
@@ -106,7 +107,7 @@ def _step(
     number: int,
     facts: StepFacts,
     sample_ids: Int[Tensor, " n"],
-    found: BatchRows,
+    batch_rows: BatchRows,
     run: Store,
     preconditioner: Preconditioner | None,
 ) -> Step:
@@ -119,17 +120,17 @@ def _step(
         groups=facts.groups,
         sample_ids=sample_ids,
         weights=torch.full((n,), weight),
-        sketch=found.rows.cpu(),
-        terms=_on_cpu(found.terms),
-        curvature=_on_cpu(found.curvature(weight)),
-        curvature_rows=_on_cpu(found.curvature_rows),
+        sketch=batch_rows.rows.cpu(),
+        terms=_on_cpu(batch_rows.terms),
+        curvature=_on_cpu(batch_rows.curvature(weight)),
+        curvature_rows=_on_cpu(batch_rows.curvature_rows),
         preconditioner=preconditioner if number == 0 else None,
-        loss=found.loss,
+        loss=batch_rows.loss,
     )
 
 
-def _on_cpu(found: Tensor | None) -> Tensor | None:
-    return None if found is None else found.cpu()
+def _on_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
 
 
 def train_rows(
@@ -139,31 +140,32 @@ def train_rows(
     *,
     sample_ids: IdSource | None = None,
 ) -> Generator[tuple[Int[Tensor, " n"], Float[Tensor, "n k"]], None, None]:
-    """Sketch, batch by batch, the gradient of each training sample's own loss.
+    """Sketch the gradient of each training sample's loss, batch by batch.
 
-    Nothing is kept. The model is in evaluation mode, and is left as it was at the end: close it
-    where you may stop before, with ``contextlib.closing``.
+    Nothing is stored. The model is in evaluation mode meanwhile; its state is restored at the end
+    of the generator. If you may stop early, close it with ``contextlib.closing``.
 
     Args:
-        model: The LightningModule, with the weights to ask about.
+        model: The LightningModule, with the weights to evaluate.
         loader: The training data, in any order.
-        recipe: How to record.
-        sample_ids: Where a batch has its samples' ids; by default learnt from the sampler.
+        recipe: The recipe to record by.
+        sample_ids: Key of the ids in a batch, or a function from a batch to its ids. By default,
+            ids are inferred from the sampler.
 
     Yields:
-        The ids of a batch's samples and their rows, where the model is, shape ``(n, k)``.
+        The ids of a batch's samples, and their rows on the model's device, shape ``(n, k)``.
 
     Raises:
-        ValueError: If the ids cannot be known, or ``training_step`` cannot take a batch.
+        ValueError: If the ids cannot be inferred, or if ``training_step`` fails on a batch.
     """
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
     try:
         with recording(model, recipe, None, "eval", sampled=0.0) as rows:
             for number, batch in enumerate(loader):
-                named = ledger.name(batch, number)
-                _, found = record_batch(model, rows, batch, "train_loader")
-                yield named, own_gradients(found, recipe)
+                ids = ledger.name(batch, number)
+                _, batch_rows = record_batch(model, rows, batch, "train_loader")
+                yield ids, sample_gradients(batch_rows, recipe)
     finally:
         ledger.release()
 
@@ -176,28 +178,29 @@ def sampled_rows(
     seed: int = 0,
     argument: str = "train_loader",
 ) -> Generator[Float[Tensor, "n k"], None, None]:
-    """Sketch, batch by batch, gradients for labels drawn from the model's own predictions.
+    """Sketch gradients for labels sampled from the model's predictions, batch by batch.
 
-    The model is in evaluation mode, and is left as it was at the end: close it where you may stop
-    before, with ``contextlib.closing``.
+    The model is in evaluation mode meanwhile; its state is restored at the end of the generator. If
+    you may stop early, close it with ``contextlib.closing``.
 
     Args:
-        model: The LightningModule, with the weights to ask about.
+        model: The LightningModule, with the weights to evaluate.
         batches: Training data.
-        recipe: How to record.
-        seed: Which labels are drawn.
-        argument: What the data are called where the user has passed them.
+        recipe: The recipe to record by.
+        seed: Seed of the sampled labels.
+        argument: Name of the user's argument that the batches come from, for error messages.
 
     Yields:
-        Rows, where the model is; on average their outer products sum to the Gauss-Newton matrix of
-        the batch's loss.
+        Rows on the model's device. On average, their outer products sum to the Gauss-Newton matrix
+        of the batch's loss.
 
     Raises:
-        ValueError: If ``training_step`` cannot take a batch, or its loss has no labels to draw.
+        ValueError: If ``training_step`` fails on a batch, or if labels cannot be sampled for its
+            loss.
     """
     with recording(model, recipe, None, "eval", sampled=1.0) as rows:
         for number, batch in enumerate(batches):
             rows.seed(seed + number)
-            _, found = record_batch(model, rows, batch, argument)
-            assert found.curvature_rows is not None
-            yield found.curvature_rows
+            _, batch_rows = record_batch(model, rows, batch, argument)
+            assert batch_rows.curvature_rows is not None
+            yield batch_rows.curvature_rows

@@ -1,9 +1,9 @@
-"""Queries: recorded like training, and without a trace in the model."""
+"""Queries are recorded like training batches, and the model's state is preserved."""
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from lightning_models import Plain, TrainingLog, loader, mlp, quiet_trainer, vectors
 from torch import nn
 from torch.utils.data import Subset
 from torchmetrics.classification import MulticlassAccuracy
@@ -14,9 +14,9 @@ from tda_lightning.stores import MemoryStore
 
 
 def record(model, **settings):
-    store, diary = MemoryStore(), Diary()
-    quiet_trainer(GradientRecorder(store, **settings), diary).fit(model, loader(vectors()))
-    return store, diary
+    store, log = MemoryStore(), TrainingLog()
+    quiet_trainer(GradientRecorder(store, **settings), log).fit(model, loader(vectors()))
+    return store, log
 
 
 def at_weights(model, weights):
@@ -25,12 +25,12 @@ def at_weights(model, weights):
 
 
 @pytest.mark.parametrize("settings", [{}, {"projector": Identity()}], ids=["default", "identity"])
-def test_a_batch_has_the_same_rows_in_training_and_as_a_query(settings):
+def test_a_batch_has_the_same_rows_in_training_and_as_queries(settings):
     model = Plain(mlp())
-    store, diary = record(model, **settings)
-    for step, weights, batch in zip(store, diary.weights, diary.batches, strict=True):
-        found = record_queries(at_weights(model, weights), batch, like=store)
-        torch.testing.assert_close(found, step.sketch / step.weights[:, None])
+    store, log = record(model, **settings)
+    for step, weights, batch in zip(store, log.weights, log.batches, strict=True):
+        rows = record_queries(at_weights(model, weights), batch, like=store)
+        torch.testing.assert_close(rows, step.sketch / step.weights[:, None])
 
 
 def test_queries_of_a_summed_loss_are_not_scaled():
@@ -38,12 +38,12 @@ def test_queries_of_a_summed_loss_are_not_scaled():
         return nn.functional.cross_entropy(outputs, labels, reduction="sum")
 
     model = Plain(mlp(), loss=summed, optimizer=lambda p: torch.optim.SGD(p, lr=1e-4))
-    store, diary = record(model, reduction="sum")
-    found = record_queries(at_weights(model, diary.weights[0]), diary.batches[0], like=store)
-    torch.testing.assert_close(found, store[0].sketch)
+    store, log = record(model, reduction="sum")
+    rows = record_queries(at_weights(model, log.weights[0]), log.batches[0], like=store)
+    torch.testing.assert_close(rows, store[0].sketch)
 
 
-def test_a_loader_of_queries_gives_one_row_each():
+def test_a_loader_of_queries_has_the_rows_of_its_batches():
     model = Plain(mlp())
     store, _ = record(model)
     whole = record_queries(model, vectors()[:], like=store)
@@ -51,8 +51,8 @@ def test_a_loader_of_queries_gives_one_row_each():
     torch.testing.assert_close(parts, whole)
 
 
-class Busy(Plain):
-    """Logs, counts, draws random numbers and keeps batch statistics in its training step."""
+class StatefulModel(Plain):
+    """Log, update a metric, use random numbers and batch statistics in the training step."""
 
     def __init__(self):
         super().__init__(
@@ -70,8 +70,8 @@ class Busy(Plain):
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. BatchNorm1d")
-def test_asking_leaves_no_trace_in_the_model(mode):
-    model = Busy()
+def test_recording_queries_preserves_the_state_of_the_model(mode):
+    model = StatefulModel()
     store, _ = record(model)
     model.net.train()
     model.net[2].eval()
@@ -97,20 +97,20 @@ def test_asking_leaves_no_trace_in_the_model(mode):
 
 
 @pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. BatchNorm1d")
-def test_the_model_acts_as_in_evaluation_unless_told_otherwise():
-    model = Busy()
+def test_the_mode_of_the_model_changes_the_rows():
+    model = StatefulModel()
     store, _ = record(model)
     torch.manual_seed(0)
     rows = {m: record_queries(model, vectors()[:5], like=store, mode=m) for m in ("eval", "train")}
     assert not torch.allclose(rows["eval"], rows["train"])
 
 
-def test_asking_works_on_a_model_that_has_no_trainer():
+def test_queries_work_on_a_model_without_a_trainer():
     model = Plain(mlp())
     store, _ = record(model)
-    stranger = Plain(mlp())
-    stranger.load_state_dict(model.state_dict())
-    scores = attribute(store, stranger, vectors()[:3], progress=False)
+    other = Plain(mlp())
+    other.load_state_dict(model.state_dict())
+    scores = attribute(store, other, vectors()[:3], progress=False)
     torch.testing.assert_close(
         scores.values, attribute(store, model, vectors()[:3], progress=False).values
     )
@@ -118,35 +118,35 @@ def test_asking_works_on_a_model_that_has_no_trainer():
     assert scores.method == repr(Unrolled())
 
 
-def test_queries_follow_the_module_hooks_on_batches():
+def test_queries_call_the_module_hooks_on_batches():
     class Doubling(Plain):
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return 2 * batch[0], batch[1]
 
     model, plain = Doubling(mlp()), Plain(mlp())
-    store, diary = record(model)
+    store, log = record(model)
     x, y = vectors()[:5]
-    for one in (model, plain):
-        one.load_state_dict(diary.weights[0])
+    for module in (model, plain):
+        module.load_state_dict(log.weights[0])
     doubled = record_queries(model, (x, y), like=store)
     torch.testing.assert_close(doubled, record_queries(plain, (2 * x, y), like=store))
 
 
 class NoLoss(Plain):
-    answer = None
+    result = None
 
     def training_step(self, batch, batch_idx):
         super().training_step(batch, batch_idx)
-        return self.answer
+        return self.result
 
 
 @pytest.mark.parametrize(
-    "answer", [None, {"accuracy": 1.0}, torch.ones(3), torch.tensor(1.0)], ids=repr
+    "result", [None, {"accuracy": 1.0}, torch.ones(3), torch.tensor(1.0)], ids=repr
 )
-def test_a_step_without_a_loss_is_refused(answer):
+def test_a_training_step_without_a_loss_is_refused(result):
     model = NoLoss(mlp())
     store, _ = record(Plain(mlp()))
-    model.answer = answer
+    model.result = result
     with pytest.raises(ValueError, match=r"NoLoss.training_step.*expected the loss"):
         attribute(store, model, vectors()[:3], progress=False)
 
@@ -187,7 +187,7 @@ def test_an_empty_loader_is_refused():
         (nn.Sequential(*mlp(), nn.Linear(3, 3)), "`net.4` is new"),
         (mlp(classes=5), r"`net.3` was recorded as Linear of 3 x 12 and is now Linear of 5 x 12"),
     ],
-    ids=["other layers", "one more", "other shape"],
+    ids=["other layers", "extra layer", "other shape"],
 )
 def test_another_model_is_refused(net, message):
     store, _ = record(Plain(mlp()))
@@ -215,13 +215,13 @@ def test_a_model_without_supported_layers_is_refused_before_the_first_batch():
         def training_step(self, batch, batch_idx):
             return super().training_step((batch[0] * self.scale, batch[1]), batch_idx)
 
-    diary = Diary()
-    trainer = quiet_trainer(GradientRecorder(MemoryStore()), diary)
+    log = TrainingLog()
+    trainer = quiet_trainer(GradientRecorder(MemoryStore()), log)
     with pytest.raises(
         ValueError, match=r"no layer that can be recorded.*act outside of any layer"
     ):
         trainer.fit(Scaled(), loader(vectors()))
-    assert not diary.batches
+    assert not log.batches
 
 
 @pytest.mark.parametrize(
@@ -230,31 +230,31 @@ def test_a_model_without_supported_layers_is_refused_before_the_first_batch():
         (lambda p: torch.optim.LBFGS(p), "LBFGS"),
         (
             lambda p: torch.optim.SGD(
-                [{"params": [one], "lr": 0.1 * (1 + i)} for i, one in enumerate(p)]
+                [{"params": [weight], "lr": 0.1 * (1 + i)} for i, weight in enumerate(p)]
             ),
             "learning rates",
         ),
     ],
-    ids=["LBFGS", "several rates"],
+    ids=["LBFGS", "several learning rates"],
 )
-def test_what_cannot_be_recorded_is_refused_before_the_first_batch(optimizer, message):
-    model, diary = Plain(mlp(), optimizer=optimizer), Diary()
+def test_an_unsupported_optimizer_is_refused_before_the_first_batch(optimizer, message):
+    model, log = Plain(mlp(), optimizer=optimizer), TrainingLog()
     recorder = GradientRecorder(MemoryStore(), preconditioner="none")
-    trainer = quiet_trainer(recorder, diary)
+    trainer = quiet_trainer(recorder, log)
     with pytest.raises(ValueError, match=message):
         trainer.fit(model, loader(vectors()))
-    assert not diary.batches
+    assert not log.batches
 
 
 def test_a_misspelt_layer_is_named():
     recorder = GradientRecorder(MemoryStore(), layers=["net.head"])
     with pytest.raises(
-        ValueError, match=r"`layers` names `net.head`.*\['net.0', 'net.2', 'net.3'\]"
+        ValueError, match=r"`layers` contains `net.head`.*\['net.0', 'net.2', 'net.3'\]"
     ):
         quiet_trainer(recorder).fit(Plain(mlp()), loader(vectors()))
 
 
-def test_a_frozen_run_can_be_asked_with_its_frozen_layers(tmp_path):
+def test_a_run_with_frozen_layers_can_be_queried(tmp_path):
     pl.seed_everything(0, verbose=False)
     net = mlp()
     net[0].requires_grad_(False)
@@ -264,20 +264,20 @@ def test_a_frozen_run_can_be_asked_with_its_frozen_layers(tmp_path):
     assert attribute(store, model, vectors()[:3], progress=False).values.abs().max() > 0
 
 
-class OtherNames(Plain):
-    def training_step(self, one, number):
+class OtherArgumentNames(Plain):
+    def training_step(self, data, number):
         assert number in (0, 1, 2)
-        return super().training_step(one, number)
+        return super().training_step(data, number)
 
 
-class NoNumber(Plain):
-    def training_step(self, one):
-        return super().training_step(one, 0)
+class NoBatchIndex(Plain):
+    def training_step(self, data):
+        return super().training_step(data, 0)
 
 
-@pytest.mark.parametrize("kind", [OtherNames, NoNumber])
-def test_a_step_may_name_its_arguments_as_it_likes(kind):
+@pytest.mark.parametrize("model_class", [OtherArgumentNames, NoBatchIndex])
+def test_training_step_may_have_any_argument_names(model_class):
     pl.seed_everything(0, verbose=False)
-    model = kind(mlp())
+    model = model_class(mlp())
     store, _ = record(model)
     assert attribute(store, model, vectors()[:3], progress=False).values.abs().max() > 0

@@ -1,4 +1,4 @@
-"""Targets: what else than a loss a query can ask about."""
+"""Targets: attribution of quantities other than the loss."""
 
 import pytest
 import pytorch_lightning as pl
@@ -60,44 +60,44 @@ def test_the_loss_is_the_default(run):
     assert torch.equal(rows_of(run, Loss()), record_queries(model, batch, like=store))
 
 
-def test_a_log_probability_asks_what_a_cross_entropy_asks(run):
+def test_the_log_probability_has_the_rows_of_the_cross_entropy(run):
     torch.testing.assert_close(rows_of(run, LogProbability()), rows_of(run, Loss()))
 
 
-def test_a_cross_entropy_is_a_sum_over_logits(run):
+def test_the_rows_of_a_cross_entropy_are_weighted_sums_over_logits(run):
     model, _, (x, y) = run
-    lacking = torch.eye(3, dtype=torch.float64)[y] - model(x).softmax(dim=1).detach()
+    residuals = torch.eye(3, dtype=torch.float64)[y] - model(x).softmax(dim=1).detach()
     logits = torch.stack([rows_of(run, Logit(index)) for index in range(3)], dim=1)
-    torch.testing.assert_close((lacking[:, :, None] * logits).sum(dim=1), rows_of(run, Loss()))
+    torch.testing.assert_close((residuals[:, :, None] * logits).sum(dim=1), rows_of(run, Loss()))
     torch.testing.assert_close(rows_of(run, Logit()), logits[torch.arange(7), y])
 
 
-def test_a_margin_is_a_loss_over_doubt(run):
+def test_the_rows_of_a_margin_are_those_of_the_loss_over_1_minus_p(run):
     model, _, (x, y) = run
-    doubt = 1 - model(x).softmax(dim=1).detach()[torch.arange(7), y]
-    torch.testing.assert_close(doubt[:, None] * rows_of(run, Margin()), rows_of(run, Loss()))
+    complement = 1 - model(x).softmax(dim=1).detach()[torch.arange(7), y]
+    torch.testing.assert_close(complement[:, None] * rows_of(run, Margin()), rows_of(run, Loss()))
 
 
-def test_a_margin_is_the_log_of_the_odds(run):
+def test_a_margin_is_the_log_odds(run):
     model, _, batch = run
     p = LogProbability()(model, batch).exp()
     torch.testing.assert_close(Margin()(model, batch), torch.log(p / (1 - p)))
 
 
 @pytest.mark.parametrize("target", [Margin(), Logit(), Logit(1), LogProbability()], ids=repr)
-def test_scores_are_what_a_step_added_to_the_target(target):
+def test_scores_sum_to_the_change_in_the_target(target):
     model = Forward(mlp(), optimizer=lambda p: torch.optim.SGD(p, lr=1e-5))
     batch = double_vectors()[:5]
     model.double()
     before = target(model, batch).detach()
     store = trained(model, double_vectors())
-    found = attribute(store, model, batch, target=target, progress=False)
-    risen = target(model, batch).detach() - before
-    torch.testing.assert_close(found.values.sum(dim=1), risen, rtol=1e-3, atol=1e-9)
-    assert found.provenance["target"] == repr(target)
+    scores = attribute(store, model, batch, target=target, progress=False)
+    change = target(model, batch).detach() - before
+    torch.testing.assert_close(scores.values.sum(dim=1), change, rtol=1e-3, atol=1e-9)
+    assert scores.provenance["target"] == repr(target)
 
 
-def test_any_function_is_a_target_and_queries_are_apart(run):
+def test_any_function_can_be_a_target_and_queries_are_independent(run):
     model, store, (x, y) = run
 
     def energy(module, batch):
@@ -111,7 +111,7 @@ def test_any_function_is_a_target_and_queries_are_apart(run):
     torch.testing.assert_close(together[2].norm(), torch.cat([g.flatten() for g in grads]).norm())
 
 
-def test_top_attributions_and_trajectories_ask_about_targets_too(run):
+def test_top_attributions_and_trajectories_take_targets(run):
     model, store, batch = run
     whole = attribute(store, model, batch, target=Margin(), progress=False)
     top = top_attributions(store, model, batch, 3, target=Margin(), progress=False)
@@ -120,8 +120,8 @@ def test_top_attributions_and_trajectories_ask_about_targets_too(run):
     torch.testing.assert_close(over_time.values.sum(dim=2), whole.values[:, [0, 5]])
 
 
-class Reader(pl.LightningModule):
-    """A model of sequences: positions shared by all samples, and a layer of the generic rule."""
+class SequenceModel(pl.LightningModule):
+    """A token classifier with shared positions and a layer that needs the generic rule."""
 
     def __init__(self):
         super().__init__()
@@ -154,27 +154,29 @@ class Sentences(torch.utils.data.Dataset):
 
 
 @pytest.fixture(scope="module")
-def reading():
-    model, data = Reader(), Sentences(10)
+def sequence_run():
+    model, data = SequenceModel(), Sentences(10)
     return model, trained(model, data), data[:3]
 
 
-def test_tokens_are_queries_of_their_own(reading):
-    model, _, batch = reading
-    rows = rows_of(reading, LogProbability())
+def test_each_token_is_a_query(sequence_run):
+    model, _, batch = sequence_run
+    rows = rows_of(sequence_run, LogProbability())
     assert len(rows) == 3 * 4
     for token in range(4):
 
         def of_token(module, batch, token=token):
             return LogProbability()(module, batch)[:, token]
 
-        torch.testing.assert_close(rows.unflatten(0, (3, 4))[:, token], rows_of(reading, of_token))
+        torch.testing.assert_close(
+            rows.unflatten(0, (3, 4))[:, token], rows_of(sequence_run, of_token)
+        )
     grads = torch.autograd.grad(-LogProbability()(model, batch)[1, 2], list(model.parameters()))
     torch.testing.assert_close(rows[6].norm(), torch.cat([g.flatten() for g in grads]).norm())
 
 
-def test_the_tokens_of_a_sample_sum_to_its_loss(reading):
-    model, store, batch = reading
+def test_the_scores_of_tokens_average_to_those_of_their_sample(sequence_run):
+    model, store, batch = sequence_run
     tokens = attribute(store, model, batch, target=LogProbability(), progress=False)
     sample = torch.arange(3).repeat_interleave(4)
     whole = attribute(store, model, batch, progress=False)
@@ -182,29 +184,29 @@ def test_the_tokens_of_a_sample_sum_to_its_loss(reading):
 
 
 @pytest.mark.parametrize("method", [TracIn(), Unrolled()], ids=repr)
-def test_a_group_is_asked_about_as_one(run, method):
+def test_grouped_scores_are_those_of_summed_rows(run, method):
     model, store, batch = run
     scores = attribute(store, model, batch, method=method, progress=False)
     groups = [1, 0, 1, 4, 4, 4, 0]
-    found = scores.grouped(groups)
-    assert found.query_ids.tolist() == [0, 1, 4]
+    grouped = scores.grouped(groups)
+    assert grouped.query_ids.tolist() == [0, 1, 4]
     rows = record_queries(model, batch, like=store)
     summed = torch.stack([rows[[1, 6]].sum(0), rows[[0, 2]].sum(0), rows[[3, 4, 5]].sum(0)])
-    asked = method.attribute(store, summed, progress=False)
-    torch.testing.assert_close(found.values, asked.values)
+    expected = method.attribute(store, summed, progress=False)
+    torch.testing.assert_close(grouped.values, expected.values)
     with pytest.raises(ValueError, match=r"expected \(7,\), one label per query"):
         scores.grouped([1, 2])
 
 
-def test_asking_leaves_no_trace(run):
+def test_recording_a_target_preserves_the_state_of_the_model(run):
     model, store, batch = run
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.net.train()
-    random = torch.get_rng_state()
+    rng = torch.get_rng_state()
     record_queries(model, batch, like=store, target=Margin())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.net.training
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), rng)
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -215,24 +217,24 @@ def test_asking_leaves_no_trace(run):
         (lambda module, batch: module(batch[0])[:5, 0], r"\(5,\).*for 7 samples"),
         (lambda module, batch: module(batch[0])[:, 0].detach(), "depends on the parameters"),
         (lambda module, batch: 1.0, "returned a float"),
-        (Logit(3), r"Logit\(index=3\)` names no class.*0 to 2"),
+        (Logit(3), r"Logit\(index=3\)` is out of range.*0 to 2"),
         (Margin(labels=lambda batch: batch[1].double()), "expected integers"),
-        (Margin(labels=lambda batch: batch[1] - 100), "Labels go from -100"),
+        (Margin(labels=lambda batch: batch[1] - 100), "Labels range from -100"),
         (Margin(outputs=lambda module, batch: module(batch[0])[:, :1]), "at least two"),
     ],
     ids=["scalar", "too few", "constant", "number", "class", "floats", "ignored", "one output"],
 )
-def test_what_is_no_target_is_refused(run, target, message):
-    with pytest.raises(ValueError, match=r"could not be asked about.*" + message):
+def test_an_invalid_target_is_refused(run, target, message):
+    with pytest.raises(ValueError, match=r"The target `.*` failed on `queries`.*" + message):
         rows_of(run, target)
 
 
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (torch.ones(3, 7).double(), "No labels are in a tensor"),
-        ({"data": torch.ones(3, 7)}, "No inputs are in a batch with the keys"),
-        ({"x": torch.ones(3, 7).double()}, "No labels are in a batch with the keys"),
+        (torch.ones(3, 7).double(), "There are no labels in a tensor"),
+        ({"data": torch.ones(3, 7)}, "There are no inputs in a batch with the keys"),
+        ({"x": torch.ones(3, 7).double()}, "There are no labels in a batch with the keys"),
     ],
     ids=["tensor", "unknown keys", "no labels"],
 )
@@ -242,12 +244,12 @@ def test_a_batch_without_inputs_or_labels_is_refused(run, batch, message):
         record_queries(model, batch, like=store, target=Margin())
 
 
-def test_a_model_without_forward_is_refused_and_can_be_helped(run):
+def test_a_model_without_forward_needs_an_outputs_function(run):
     model, store, batch = run
-    silent = Plain(model.net)
+    without_forward = Plain(model.net)
     with pytest.raises(ValueError, match="`Plain` has no `forward`"):
-        record_queries(silent, batch, like=store, target=Margin())
-    helped = Margin(outputs=lambda module, batch: module.net(batch[0]))
+        record_queries(without_forward, batch, like=store, target=Margin())
+    target = Margin(outputs=lambda module, batch: module.net(batch[0]))
     torch.testing.assert_close(
-        record_queries(silent, batch, like=store, target=helped), rows_of(run, Margin())
+        record_queries(without_forward, batch, like=store, target=target), rows_of(run, Margin())
     )
