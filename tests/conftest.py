@@ -1,16 +1,17 @@
-"""Settings for all tests: threads, and Lightning's remarks on how small the tests are.
+"""Settings for all tests: the number of threads, ignored warnings, and groups of tests for xdist.
 
-Warnings are errors; the few that are ignored here are not about this package.
+Warnings are errors. The few that are ignored here concern Lightning and torch, not this package.
 """
 
 import os
 
-# The tests run in one process per core, and their matrices are small. Set it to override.
+# The tests run in one process per core, and their matrices are small. A value in the environment
+# takes precedence.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-REMARKS = (
+IGNORED_WARNINGS = (
     "ignore:.*does not have many workers.*",
     "ignore:This DataLoader will create 3 worker processes.*",
     "ignore:Starting from v1.9.0, .tensorboardX. has been removed.*",
@@ -22,7 +23,16 @@ REMARKS = (
 )
 
 
+# Modules whose tests share the result of a subprocess: they stay in one process, so it runs once.
+SHARED_SUBPROCESS = {"unchecked_calls", "test_emulated_device"}
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
-        for remark in REMARKS:
-            item.add_marker(pytest.mark.filterwarnings(remark))
+        module = getattr(item, "module", None)
+        names = vars(module).values() if module else ()
+        source_modules = {getattr(value, "__module__", "") for value in names}
+        if SHARED_SUBPROCESS & {item.path.stem, *source_modules}:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        for ignored in IGNORED_WARNINGS:
+            item.add_marker(pytest.mark.filterwarnings(ignored))

@@ -1,4 +1,4 @@
-"""Do the scores foretell what retraining says? Linear datamodeling scores of all methods.
+"""Do scores predict the effect of retraining? Linear datamodeling scores of all methods.
 
     python tests/benchmarks/lds.py
     python tests/benchmarks/lds.py --tasks digits-mlp --methods tracin knn --quick
@@ -7,12 +7,12 @@ Two truths, both from real retraining. *Same run*: a tenth of the samples is lef
 recorded run, which starts from the same weights and draws the same batches. *Expected*: new
 trainings on half of the samples, the mean over several initial weights and orders.
 
-The table has the mean over queries of Spearman's correlation, and its standard error; how long a
-method took to answer and how large the store is that it read; and the best value of a grid, which
-is picked by the very truth it is then judged by: a bar for others, no result. Rows without a value
-at defaults are there as bars only. Times are of one thread.
+The table has, for each method: the mean over queries of Spearman's correlation, with its standard
+error; the seconds that it took; the size of its store; and the best value of a grid. That value is
+chosen by the truth that it is then compared with: a bar for others, not a result. Rows without a
+value at defaults are bars only. Times are of one thread.
 
-The first run retrains for an hour or so and remembers it in the folder `--cache`.
+The first run retrains for about an hour and caches the results in the folder `--cache`.
 """
 
 import argparse
@@ -41,21 +41,21 @@ Judged = tuple[float, float]
 def judge(scores: Tensor, truth: Truth) -> Judged:
     """Return the mean over queries of the score, and its standard error."""
     losses = truth.losses.mean(dim=0)
-    found = linear_datamodeling_score(scores, truth.kept, losses)
-    # Where a method says the same of every subset it has foretold nothing.
-    found = found.nan_to_num(0.0)
-    return float(found.mean()), float(found.std() / len(found) ** 0.5)
+    correlations = linear_datamodeling_score(scores, truth.included, losses)
+    # A method that predicts the same for every subset has predicted nothing.
+    correlations = correlations.nan_to_num(0.0)
+    return float(correlations.mean()), float(correlations.std() / len(correlations) ** 0.5)
 
 
 def ceiling(truth: Truth) -> float:
-    """Return about what a method could reach that knew the mean over all seeds there are.
+    """Estimate the score of a perfect method, which predicts the mean over infinitely many seeds.
 
-    The losses of half of the seeds are correlated with those of the other half, and Spearman and
-    Brown's formula says from that how reliable the mean over both halves is.
+    The losses of one half of the seeds are correlated with those of the other half. The formula of
+    Spearman and Brown turns that into the reliability of the mean over both halves.
     """
-    one, other = (half.mean(dim=0) for half in truth.losses.tensor_split(2))
-    each = torch.eye(len(truth.kept), dtype=torch.bool)
-    agreement = float(linear_datamodeling_score(-one.mT, each, other).mean())
+    first, second = (half.mean(dim=0) for half in truth.losses.tensor_split(2))
+    each = torch.eye(len(truth.included), dtype=torch.bool)
+    agreement = float(linear_datamodeling_score(-first.mT, each, second).mean())
     return (2 * agreement / (1 + agreement)) ** 0.5
 
 
@@ -145,7 +145,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the recorded run")
     parser.add_argument("--threads", type=int, default=1)
     default = Path(tempfile.gettempdir()) / "tda-lightning-lds"
-    parser.add_argument("--cache", type=Path, default=default, help="folder of what was retrained")
+    parser.add_argument("--cache", type=Path, default=default, help="folder of retraining results")
     return parser.parse_args()
 
 
@@ -153,7 +153,7 @@ def main() -> None:
     options = parsed()
     torch.set_num_threads(options.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # Lightning's, about how small all this is.
+    warnings.simplefilter("ignore")  # Lightning warns that batches and epochs are small.
     tasks = [TASKS[name] for name in options.tasks]
     print_estimate(tasks, options)
     for task in tasks:

@@ -1,12 +1,12 @@
-r"""The bars to jump: influence functions and TRAK with exact per-sample gradients, tuned by a grid.
+r"""The bars of `lds.py`: influence functions and TRAK with exact gradients, tuned by a grid.
 
-Brute force, without the library: whole gradients from `vmap(grad)`, nothing sketched. With the
+Brute force, without the library: whole gradients from `vmap(grad)`, without sketches. With the
 training rows :math:`G`, the query rows :math:`Q` and rows :math:`C` of the curvature,
 
 .. math:: S = Q \left(\tfrac{1}{m} C^\top C + \lambda I\right)^{-1} G^\top
    = \tfrac{1}{\lambda} \left(Q G^\top - Q C^\top (C C^\top + m \lambda I)^{-1} C G^\top\right)
 
-so that one eigendecomposition of :math:`C C^\top` serves every damping.
+One eigendecomposition of :math:`C C^\top` serves every damping.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,28 +26,29 @@ Measure = Callable[[Weights, Tensor, Tensor], Tensor]
 def rows_of(measure: Measure, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the gradient of a measure of each sample, shape ``(n, parameters)``."""
 
-    def of_one(values: Weights, one: Tensor, target: Tensor) -> Tensor:
-        return measure(values, one[None], target[None]).squeeze(0)
+    def of_sample(values: Weights, sample: Tensor, target: Tensor) -> Tensor:
+        return measure(values, sample[None], target[None]).squeeze(0)
 
-    found = vmap(grad(of_one), in_dims=(None, 0, 0), chunk_size=100)(weights, inputs, targets)
-    return torch.cat([found[name].flatten(1) for name in weights], dim=1)
+    per_sample = vmap(grad(of_sample), in_dims=(None, 0, 0), chunk_size=100)
+    gradients = per_sample(weights, inputs, targets)
+    return torch.cat([gradients[name].flatten(1) for name in weights], dim=1)
 
 
 def over_dampings(queries: Tensor, train: Tensor, curvature: Tensor) -> Scored:
-    """Yield the damping and the scores, for each damping of the grid.
+    """Yield each damping of the grid with its scores.
 
     Dampings are shares of the curvature's trace.
     """
     # In double precision: with little damping the two terms nearly cancel.
     queries, train, curvature = queries.double(), train.double(), curvature.double()
     values, vectors = torch.linalg.eigh(curvature @ curvature.mT)
-    straight = queries @ train.mT
+    undamped = queries @ train.mT
     left = queries @ curvature.mT @ vectors
     right = vectors.mT @ (curvature @ train.mT)
     for share in DAMPINGS:
         damping = share * values.sum() / len(curvature)
         floor = len(curvature) * damping
-        scores = (straight - left / (values + floor) @ right) / damping
+        scores = (undamped - left / (values + floor) @ right) / damping
         yield f"damping {share:.0e} of trace", scores
 
 
@@ -69,7 +70,7 @@ def sampled_influence(task: Task, weights: Weights) -> Scored:
         chances = functional_call(task.network(), weights, (inputs,)).softmax(dim=-1)
     torch.manual_seed(0)
     labels = chances.flatten(0, -2).multinomial(1).reshape(chances.shape[:-1])
-    # The gradient of a mean over places; the curvature is the mean of the places' own.
+    # The gradient is that of a mean over places; the curvature is the mean of those of the places.
     places = labels[0].numel()
     curvature = rows_of(losses, weights, inputs, labels) * places**0.5
     yield from over_dampings(queries, train, curvature)
@@ -80,7 +81,7 @@ def trak(task: Task, models: Weights) -> Scored:
     margins, data = margin_of(task), task.data()
     network = task.network()
     summed: dict[str, Tensor] = {}
-    doubts = torch.zeros(len(data.train))
+    misses = torch.zeros(len(data.train))
     for number in range(len(next(iter(models.values())))):
         weights = {name: value[number] for name, value in models.items()}
         train = rows_of(margins, weights, *data.train.tensors)
@@ -89,12 +90,12 @@ def trak(task: Task, models: Weights) -> Scored:
             summed[name] = summed.get(name, 0) + scores
         with torch.no_grad():
             outputs = functional_call(network, weights, (data.train.tensors[0],))
-        doubts += 1 - _mean_chance(outputs, data.train.tensors[1])
-    yield from ((name, scores * doubts) for name, scores in summed.items())
+        misses += 1 - _mean_chance(outputs, data.train.tensors[1])
+    yield from ((name, scores * misses) for name, scores in summed.items())
 
 
 def margin_of(task: Task) -> Measure:
-    """Return the function to the samples' log odds of their targets, the mean over places."""
+    """Return a function that computes the log odds of the targets, averaged over places."""
     network = task.network()
 
     def margins(weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:

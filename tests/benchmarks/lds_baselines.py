@@ -1,7 +1,7 @@
 """Baselines that need no gradients: nearest neighbours and cosines, of inputs and of features.
 
-Every sample is a set of points with a label each: one point for an image, one per place for a text.
-A sample's value is the sum over its points; a query's is the mean over its own.
+Every sample is a set of labelled points: one point for an image, one per place for a text. Values
+are summed over the points of a training sample, and averaged over the points of a query.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,10 @@ PAIRS_AT_ONCE = 4_000_000
 
 
 def features(network: Network, inputs: Tensor) -> Tensor:
-    """Return what the last layer sees of each point, shape ``(n, points, d)``."""
+    """Return the last layer's input at each point, shape ``(n, points, d)``."""
     with torch.no_grad():
-        found = network.body(inputs)
-    return found if found.ndim == 3 else found[:, None]
+        outputs = network.body(inputs)
+    return outputs if outputs.ndim == 3 else outputs[:, None]
 
 
 def cosine(train: Tensor, queries: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def knn_shapley(
     query_labels: Tensor,
     numbers: Sequence[int],
 ) -> list[Tensor]:
-    """Return exact Shapley values of nearest neighbours' votes, one matrix per number of them.
+    """Return exact Shapley values of nearest neighbours' votes, one matrix per entry of `numbers`.
 
     Jia et al. (2019), "Efficient Task-Specific Data Valuation for Nearest Neighbor Algorithms",
     theorem 1.
@@ -42,23 +42,23 @@ def knn_shapley(
         train: Points of the training samples, shape ``(n_train, points, d)``.
         queries: Points of the queries, shape ``(n_query, points, d)``.
         train_labels: One per point, shape ``(n_train,)`` or ``(n_train, points)``.
-        query_labels: One per point, likewise.
-        numbers: How many neighbours vote.
+        query_labels: One per point, ``(n_query,)`` or ``(n_query, points)``.
+        numbers: Numbers of neighbours that vote.
 
     Returns:
         Values per number of neighbours, shape ``(n_query, n_train)``.
     """
     n_train, points = train.shape[:2]
     flat, labels = train.flatten(0, 1), train_labels.flatten()
-    found: list[list[Tensor]] = [[] for _ in numbers]
-    for some, own_labels in _blocks(queries, query_labels.flatten(), len(flat)):
-        order = torch.cdist(some, flat).argsort(dim=1, stable=True)
-        agrees = (labels[order] == own_labels[:, None]).float()
-        for number, collected in zip(numbers, found, strict=True):
+    blocks: list[list[Tensor]] = [[] for _ in numbers]
+    for block, block_labels in _blocks(queries, query_labels.flatten(), len(flat)):
+        order = torch.cdist(block, flat).argsort(dim=1, stable=True)
+        agrees = (labels[order] == block_labels[:, None]).float()
+        for number, collected in zip(numbers, blocks, strict=True):
             sorted_values = _shapley_along(agrees, number)
             values = torch.zeros_like(agrees).scatter_(1, order, sorted_values)
             collected.append(values.unflatten(1, (n_train, points)).sum(dim=2))
-    per_query = (torch.cat(collected) for collected in found)
+    per_query = (torch.cat(collected) for collected in blocks)
     return [values.unflatten(0, (len(queries), -1)).mean(dim=1) for values in per_query]
 
 

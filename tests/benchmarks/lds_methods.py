@@ -33,12 +33,12 @@ Grid = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
 def recordings(dimension: int) -> dict[str, dict[str, object]]:
-    """Return, by name, what recorders are given besides a place to record to.
+    """Return the settings of each recorder, by name.
 
-    Every method of the library is asked about each of these runs.
+    Every method of the library is evaluated on each of these runs.
 
     Args:
-        dimension: Length of the rows of the one that has not the default.
+        dimension: Length of the rows of the wider recording.
     """
     wide = {"curvature": "fisher", "projector": KroneckerCountSketch(dimension)}
     sampled = {"curvature": "fisher"}
@@ -51,8 +51,8 @@ class Entry:
 
     Attributes:
         name: Of the method.
-        compute: Scores at the defaults, shape ``(n_query, n_train)``; none if it has no defaults.
-        grid: Other settings, by name, and their scores.
+        compute: Returns scores at the defaults, shape ``(n_query, n_train)``; none for bars.
+        grid: Returns the names and the scores of other settings.
         mebibytes: Size of the store that the method reads.
     """
 
@@ -63,7 +63,7 @@ class Entry:
 
 
 def methods_of(runs: Mapping[str, Run], retrainer: Retrainer) -> list[Entry]:
-    """Return everything that is compared on a task.
+    """Return all entries that are compared on a task.
 
     Args:
         runs: The recorded runs, by the name of their recording.
@@ -80,7 +80,7 @@ def methods_of(runs: Mapping[str, Run], retrainer: Retrainer) -> list[Entry]:
 
 
 def of_the_library(run: Run, recording: str) -> list[Entry]:
-    """Return the methods that read a run: each at its defaults, and other settings to try."""
+    """Return the methods that read a run, each with its defaults and a grid of other settings."""
     if recording:
         return of_sampled_labels(run, recording)
     return [
@@ -100,16 +100,16 @@ def of_the_library(run: Run, recording: str) -> list[Entry]:
 def of_sampled_labels(run: Run, recording: str) -> list[Entry]:
     """Return the methods that gain from rows of sampled labels."""
     unrolled = [Unrolled(propagator=Linear()), Unrolled(SampledLabels())]
-    found = [
+    entries = [
         from_run(run, recording, Unrolled(), unrolled),
         from_run(run, recording, InfluenceFunction(), [InfluenceFunction(Mixed())]),
         from_run(run, recording, InfluenceFunction(), at="snapshots"),
         mean_of_both(run, recording),
     ]
     if run.store.recipe.dimension <= LARGEST_FOR_SOURCE:
-        found.append(from_run(run, recording, Source(), [Source(3, SampledLabels())]))
-        found.append(from_run(run, recording, Source(), at="snapshots"))
-    return found
+        entries.append(from_run(run, recording, Source(), [Source(3, SampledLabels())]))
+        entries.append(from_run(run, recording, Source(), at="snapshots"))
+    return entries
 
 
 def from_run(
@@ -129,7 +129,7 @@ def from_run(
 
 
 def mean_of_both(run: Run, recording: str) -> Entry:
-    """Return the mean of the method that averages nothing and of the one that averages all."""
+    """Return the mean of the scores of `Unrolled` and of `InfluenceFunction`."""
 
     def compute() -> Tensor:
         return (run.scores(Unrolled(), "now") + run.scores(InfluenceFunction(), "now")) / 2
@@ -143,27 +143,28 @@ def arguments_of(method: Attributor) -> str:
 
 
 def by_whole_gradients(run: Run) -> list[Entry]:
-    """Return the methods that sketch nothing: at the final weights, and along the run.
+    """Return the methods with whole gradients: at the final weights, and along the run.
 
-    Not to be waited for are EKFAC, which refuses sequences, and conjugate gradients for many terms.
+    EKFAC refuses sequences, and conjugate gradients take hours with many terms per sample.
     """
     solvers: list[Solver] = [Woodbury()]
     if run.has_one_label:
         solvers += [ConjugateGradient(), EKFAC()]
-    found = []
+    entries = []
     for solver in solvers:
         method = FullInfluenceFunction(solver)
         name = f"FullInfluenceFunction, {type(solver).__name__}"
-        found.append(Entry(name, partial(run.scores_by_gradients, method)))
+        entries.append(Entry(name, partial(run.scores_by_gradients, method)))
     along = "FullInfluenceFunction along the run"
     method = FullInfluenceFunction()
-    found.append(Entry(along, partial(run.scores_along, method, "now")))
-    found.append(Entry(f"{along}, at snapshots", partial(run.scores_along, method, "snapshots")))
-    return found
+    at_snapshots = partial(run.scores_along, method, "snapshots")
+    entries.append(Entry(along, partial(run.scores_along, method, "now")))
+    entries.append(Entry(f"{along}, at snapshots", at_snapshots))
+    return entries
 
 
 def without_gradients(run: Run, space: str, points: Callable[[Tensor], Tensor]) -> list[Entry]:
-    """Return the baselines that compare points, in one space."""
+    """Return the baselines that compare the points of a space."""
     data = run.task.data()
     train, queries = points(data.train.tensors[0]), points(data.queries.tensors[0])
     labels = (data.train.tensors[1], data.queries.tensors[1])
@@ -180,7 +181,7 @@ def without_gradients(run: Run, space: str, points: Callable[[Tensor], Tensor]) 
 
 
 def bars(run: Run, retrainer: Retrainer) -> list[Entry]:
-    """Return what only tuning by the truth itself makes as good as it is here."""
+    """Return the bars: methods whose settings are tuned by the truth itself."""
     task: Task = run.task
 
     def of_several_models() -> Iterable[tuple[str, Tensor]]:

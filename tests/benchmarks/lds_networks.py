@@ -1,4 +1,4 @@
-"""The networks of the benchmark `lds.py`: small, and such that `vmap` can follow them."""
+"""The networks of the benchmark `lds.py`: small, and compatible with `vmap`."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Network(nn.Module):
-    """A network that says what its last layer sees.
+    """A network with a separate last layer.
 
     Attributes:
         body: Everything but the last layer.
@@ -41,7 +41,7 @@ def convolutional() -> Network:
 
 
 class Block(nn.Module):
-    """A causal transformer block, in parts that `vmap` can follow."""
+    """A causal transformer block, from parts that are compatible with `vmap`."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

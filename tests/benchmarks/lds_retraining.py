@@ -1,8 +1,8 @@
-"""Retraining of many networks at once, step for step what Lightning would do with each of them.
+"""Retrain many networks at once, with the same steps as Lightning would take for each of them.
 
-The parameters of all members are stacked along a first axis, through which `vmap` sends forward and
-backward pass. The optimizers of torch work entry by entry, so that one of them, given the stacked
-parameters, does for each member what it would do for that member alone.
+The parameters of all members are stacked along a first axis, and `vmap` maps forward and backward
+pass over it. The optimizers of torch act on each entry separately. One optimizer for the stacked
+parameters therefore updates each member as if it were alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Weights = dict[str, Tensor]
 
 
 def initial_weights(task: Task, seed: int) -> Weights:
-    """Return what a training with this seed starts from."""
+    """Return the initial weights of a training with this seed."""
     torch.manual_seed(seed)
     return {name: value.detach() for name, value in task.network().named_parameters()}
 
@@ -48,10 +48,10 @@ def retrain(
     Args:
         task: What to train.
         initial: Stacked weights to start from.
-        batches: Per step the places of the samples that it draws, shape ``(members, n)``, or
-            ``(n,)`` if all members draw the same.
-        weighting: What every sample's loss is multiplied with before the mean over the batch is
-            taken: zero for those left out, shape ``(members, n_train)``.
+        batches: Indices of the samples of each step, shape ``(members, n)``, or ``(n,)`` if all
+            members draw the same.
+        weighting: Factors of the samples' losses before the mean over the batch, shape
+            ``(members, n_train)``; zero for those left out.
         progress: Called after every step.
 
     Returns:
@@ -67,9 +67,9 @@ def retrain(
         losses = vmap(losses_of, in_dims=(0, data_axis, data_axis))(
             values, inputs[batch], targets[batch]
         )  # (members, n)
-        counted = weighting.gather(1, batch.expand(len(weighting), -1))
-        # By the size of the whole batch: leaving out a sample takes away what it added, no more.
-        (losses * counted).mean(dim=1).sum().backward()
+        factors = weighting.gather(1, batch.expand(len(weighting), -1))
+        # Divide by the size of the whole batch, so that only the sample's own term is left out.
+        (losses * factors).mean(dim=1).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -84,19 +84,20 @@ def query_losses(task: Task, weights: Weights) -> Tensor:
         return vmap(member_losses(task), in_dims=(0, None, None))(weights, inputs, targets)
 
 
-def shuffled_batches(kept: Tensor, batch_size: int, steps: int, seed: int) -> list[Tensor]:
-    """Return per step what each member draws, if it shuffles its own samples for every pass.
+def shuffled_batches(included: Tensor, batch_size: int, steps: int, seed: int) -> list[Tensor]:
+    """Return the batches of each step if every member shuffles its samples for every pass.
 
     Args:
-        kept: Which samples each member has, as many for each, shape ``(members, n_train)``.
+        included: Mask of each member's samples, the same number for each, shape
+            ``(members, n_train)``.
         batch_size: Samples per step.
-        steps: How many.
-        seed: Of the order.
+        steps: Number of steps.
+        seed: Seed of the order.
     """
-    own = kept.nonzero()[:, 1].unflatten(0, (len(kept), -1))  # (members, n_kept)
+    samples = included.nonzero()[:, 1].unflatten(0, (len(included), -1))  # (members, n_included)
     generator = torch.Generator().manual_seed(seed)
     batches: list[Tensor] = []
     while len(batches) < steps:
-        order = torch.rand(own.shape, generator=generator).argsort(dim=1)
-        batches += own.gather(1, order).split(batch_size, dim=1)
+        order = torch.rand(samples.shape, generator=generator).argsort(dim=1)
+        batches += samples.gather(1, order).split(batch_size, dim=1)
     return batches[:steps]

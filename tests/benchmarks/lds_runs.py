@@ -1,4 +1,4 @@
-"""The recorded run of a task, and its own truth."""
+"""The recorded run of a task, and the scores of methods on it."""
 
 import time
 from collections.abc import Mapping
@@ -22,20 +22,20 @@ from tda_lightning.attribution import Attributor
 from tda_lightning.stores.snapshots import Moment
 
 SNAPSHOTS = 20
-# Of the distance that training went: rounding grows along the way.
+# As a share of the distance that training moved the weights: rounding errors grow with it.
 TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training that was recorded.
+    """A recorded training.
 
     Attributes:
-        task: What was trained.
+        task: The task that was trained.
         learner: The trained module.
-        store: What was recorded.
-        seconds: How long the recorded training took.
-        seed: What it began with.
+        store: The recorded run.
+        seconds: Time of the recorded training.
+        seed: Seed of the initial weights and of the order.
     """
 
     task: Task
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def batches(self) -> list[Tensor]:
-        """Places of the samples that each step drew, in order."""
+        """Indices of the samples of each step, in order."""
         return [step.sample_ids for step in self.store]
 
     @property
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def has_one_label(self) -> bool:
-        """Whether the loss of a sample is that of one label, as TRAK wants it."""
+        """Whether each sample has one label, as TRAK requires."""
         terms = self.store[0].terms
         return terms is not None and float(terms.max()) == 1
 
@@ -72,20 +72,20 @@ class Run:
         return self.store.size_on_disk / 2**20
 
     def scores(self, method: Attributor, at: Moment) -> Tensor:
-        """Ask the run about the task's queries."""
+        """Return the scores of the task's queries from the run."""
         queries = self._queries()
-        found = attribute(self.store, self.learner, queries, method=method, at=at, progress=False)
-        assert torch.equal(found.train_ids, torch.arange(len(self.task.data().train)))
-        return found.values
+        scores = attribute(self.store, self.learner, queries, method=method, at=at, progress=False)
+        assert torch.equal(scores.train_ids, torch.arange(len(self.task.data().train)))
+        return scores.values
 
     def scores_by_gradients(self, method: FullInfluenceFunction) -> Tensor:
-        """Ask the final weights about the task's queries, with whole gradients and no run."""
+        """Return the scores from whole gradients at the final weights, without a run."""
         return attribute_by_gradients(
             self.learner, self._loader(), self._queries(), method=method, progress=False
         ).values
 
     def scores_along(self, method: FullInfluenceFunction, at: Moment) -> Tensor:
-        """Ask the run's snapshots about the task's queries, with whole gradients."""
+        """Return the scores from whole gradients at the run's snapshots."""
         return attribute_by_gradients(
             self.learner,
             self._loader(),
@@ -103,7 +103,7 @@ class Run:
         return self.task.data().queries.tensors
 
     def require_replayable(self) -> None:
-        """Make sure that retraining without leaving anything out ends at the run's weights.
+        """Check that retraining on all samples ends at the run's weights.
 
         Raises:
             RuntimeError: If it does not.
@@ -114,15 +114,15 @@ class Run:
         share = gap / distance(self.initial, self.final)
         if share > TOLERANCE:
             raise RuntimeError(
-                f"Retraining {self.task.title!r} on all samples ends {share:.1%} of its way from "
-                f"where the recorded run ended; expected at most {TOLERANCE:.0%}. The truth would "
-                "be that of another run."
+                f"Retraining {self.task.title!r} on all samples ends {share:.1%} of the training "
+                f"distance away from the recorded weights; expected at most {TOLERANCE:.0%}. The "
+                "truth would be that of another run."
             )
 
 
-def distance(one: Weights, other: Weights) -> float:
-    """Return the Euclidean distance of all parameters together."""
-    squares = [(one[name] - other[name]).square().sum() for name in one]
+def distance(first: Weights, second: Weights) -> float:
+    """Return the Euclidean distance between all parameters."""
+    squares = [(first[name] - second[name]).square().sum() for name in first]
     return float(torch.stack(squares).sum().sqrt())
 
 

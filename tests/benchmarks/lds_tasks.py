@@ -1,8 +1,8 @@
-"""The tasks of the benchmark `lds.py`: a model, data, and how the one is trained on the other.
+"""The tasks of the benchmark `lds.py`: models, data and training settings.
 
-A tenth of the training labels is wrong where there are labels; queries have their right ones. Only
-what scikit-learn and Python bring along is used. (Python's help differs a little from version to
-version, and so does the text.)
+If a task has labels, a tenth of the training labels is wrong; those of the queries are right. All
+data come with scikit-learn and Python. (Python's help differs a little between versions, and so
+does the text.)
 """
 
 import hashlib
@@ -29,7 +29,7 @@ COMMON_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class Data:
-    """What to train on, and what to ask about.
+    """The training samples and the queries of a task.
 
     Attributes:
         train: Inputs and targets of the training samples.
@@ -41,26 +41,26 @@ class Data:
 
     def digest(self) -> str:
         """Return a fingerprint of every tensor."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for tensor in (*self.train.tensors, *self.queries.tensors):
-            found.update(tensor.contiguous().numpy().tobytes())
-        return found.hexdigest()
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Task:
-    """One training, in full.
+    """The full definition of a training.
 
     Attributes:
-        name: How the command line calls it.
-        title: How the table calls it.
-        data: Makes the data, always the same.
-        network: Makes an untrained network from torch's random numbers.
-        optimizer: Makes the optimizer of given parameters.
+        name: Name on the command line.
+        title: Name in the table.
+        data: Creates the data, always the same.
+        network: Creates an untrained network from torch's random numbers.
+        optimizer: Creates the optimizer of some parameters.
         is_cosine: Whether the learning rate falls to zero along half a cosine, step by step.
         batch_size: Samples per step.
         epochs: Passes over the data.
-        raw_points: Says where an input's predictions stand in a space that needs no training.
+        raw_points: Maps inputs to points of a space that needs no training, one per prediction.
     """
 
     name: str
@@ -74,17 +74,17 @@ class Task:
     raw_points: Callable[[Tensor], Tensor]
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LambdaLR:
-        """Return the schedule of the learning rate over a training of so many steps."""
+        """Return the learning rate schedule of a training with that number of steps."""
         half_turn = math.pi / steps if self.is_cosine else 0.0
         return LambdaLR(optimizer, lambda step: (1 + math.cos(half_turn * step)) / 2)
 
     @property
     def steps(self) -> int:
-        """How many steps a training takes."""
+        """Number of steps of a training."""
         return self.epochs * math.ceil(len(self.data().train) / self.batch_size)
 
     def settings(self) -> str:
-        """Return everything that a training depends on, besides its random numbers."""
+        """Describe everything that a training depends on, except its random numbers."""
         optimizer = self.optimizer([torch.zeros(1)])
         parts = (self.data().digest(), self.network(), optimizer, self.is_cosine)
         return repr((*parts, self.batch_size, self.epochs))
@@ -151,27 +151,28 @@ def labelled(inputs: Tensor, labels: Tensor, n_train: int, n_query: int) -> Data
 
 @cache
 def digits(*shape: int) -> Data:
-    found = load_digits()
-    images = torch.tensor(found.data).float().reshape(-1, *shape) / 16
-    return labelled(images, torch.tensor(found.target), n_train=1000, n_query=100)
+    dataset = load_digits()
+    images = torch.tensor(dataset.data).float().reshape(-1, *shape) / 16
+    return labelled(images, torch.tensor(dataset.target), n_train=1000, n_query=100)
 
 
 @cache
 def breast_cancer() -> Data:
-    found = load_breast_cancer()
-    measured = torch.tensor(found.data)
-    standard = (measured - measured.mean(dim=0)) / measured.std(dim=0)
-    return labelled(standard.float(), torch.tensor(found.target), n_train=400, n_query=100)
+    dataset = load_breast_cancer()
+    raw = torch.tensor(dataset.data)
+    standardized = (raw - raw.mean(dim=0)) / raw.std(dim=0)
+    return labelled(standardized.float(), torch.tensor(dataset.target), n_train=400, n_query=100)
 
 
 @cache
 def characters(length: int, n_train: int, n_query: int) -> Data:
-    """Return stretches of Python's own help, where each character's target is the next one."""
+    """Return excerpts of Python's help, where each character's target is the next one."""
     text = " ".join(" ".join(pydoc_data.topics.topics.values()).lower().split())
     text = text[: (length + 1) * (n_train + n_query)]
-    by_count = sorted(set(text), key=lambda one: (-text.count(one), one))
-    number = {one: place + 1 for place, one in enumerate(by_count[: COMMON_CHARACTERS - 1])}
-    tokens = torch.tensor([number.get(one, 0) for one in text]).unflatten(0, (-1, length + 1))
+    by_count = sorted(set(text), key=lambda letter: (-text.count(letter), letter))
+    number = {letter: rank + 1 for rank, letter in enumerate(by_count[: COMMON_CHARACTERS - 1])}
+    tokens = torch.tensor([number.get(letter, 0) for letter in text])
+    tokens = tokens.unflatten(0, (-1, length + 1))
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))]
     pairs = TensorDataset(tokens[:, :-1], tokens[:, 1:])
     return Data(TensorDataset(*pairs[:n_train]), TensorDataset(*pairs[n_train:]))

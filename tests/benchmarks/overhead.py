@@ -1,20 +1,21 @@
-"""What does recording cost? Time of a step and memory, beside the same training without it.
+"""What does recording cost? Time of a step and memory, relative to training without it.
 
     python tests/benchmarks/overhead.py
     python tests/benchmarks/overhead.py --models digits resnet --rounds 9 --baselines
     python tests/benchmarks/overhead.py --profile transformer
 
-Both sides are a real Trainer. A run is timed from the end of its warm-up until training is over and
-every row is sealed on disk, divided by its steps; what happens once (random tables, the check of
-the first step, the first coordinates of an adaptive optimizer) is left out. Plain and recording
-runs take turns, and each pair gives one ratio: the table has their median, with the least and the
-greatest in brackets.
+Both sides use a real Trainer. A run is timed from the end of its warm-up until training is over and
+every row is sealed on disk. That time is divided by its steps. One-time work is not counted: random
+tables, the check of the first step, the first coordinates of an adaptive optimizer. Plain and
+recording runs take turns, and each pair gives one ratio. The table has their median, with the
+smallest and the largest in brackets.
 
-Memory is the peak of one run in a process of its own: on a GPU of its allocator, otherwise of the
-resident set. It includes the rows that wait to be sealed, as far as the run's steps pile them up.
+Memory is the peak of one run in a separate process: of the allocator on a GPU, otherwise of the
+resident set. It includes the rows that wait to be sealed, as many as the run's steps accumulate.
 
-`--baselines` adds what other ways to per-sample gradients cost: steps of a bare loop on one batch,
-as a multiple of its plain steps. They end at the gradients: nothing is projected or stored.
+`--baselines` adds the cost of other ways to compute per-sample gradients. These are steps of a bare
+loop on one batch, as a multiple of its plain steps. They end at the gradients: nothing is projected
+or stored.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from tda_lightning import GradientRecorder, HDF5Store, KroneckerCountSketch
 from tda_lightning.stores.hdf5.encoding import Storage
 from tda_lightning.stores.recipe import Recipe
 
-# Of an adaptive optimizer, the first steps take their gradient twice: that happens once.
+# The first steps of an adaptive optimizer compute their gradient twice. That is one-time work.
 WARM_UP = 22
 NOTHING_ELSE = {"logger": False, "enable_checkpointing": False}
 NOTHING_ELSE |= {"enable_progress_bar": False, "enable_model_summary": False}
@@ -113,7 +114,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # One row of positions per sample: what a recorded layer sees begins with the sample axis.
+        # One row of positions per sample: inputs of a recorded layer begin with the sample axis.
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(positions))))
 
@@ -134,7 +135,7 @@ def random_tokens(vocabulary: int, length: int) -> TensorDataset:
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained on what, and how many steps make a run, the warm-up included."""
+    """A model, its data and the number of steps of a run, including the warm-up."""
 
     title: str
     network: Callable[[], nn.Module]
@@ -147,7 +148,7 @@ class Case:
         return self.optimizer(network.parameters(), lr=1e-3)
 
 
-# Where steps are short a run fills two segments of the store, so that sealing has its usual share.
+# Runs with short steps fill two segments of the store, so that sealing has its usual share.
 CASES = {
     "digits": Case(
         "digits MLP", lambda: multilayer_perceptron(64, 128, 10), digits, 50, SGD, steps=656
@@ -193,13 +194,13 @@ class Training(pl.LightningModule):
 
 @dataclass
 class Outcome:
-    """What one run took.
+    """Time and memory of one run.
 
     Attributes:
         step_seconds: Mean over the steps after the warm-up.
-        memory_before: Peak in bytes, before the first step.
-        memory_peak: Peak in bytes, in the end.
-        recorded_share: Share of the parameters that were recorded.
+        memory_before: Peak in bytes before the first step.
+        memory_peak: Peak in bytes at the end.
+        recorded_share: Share of the recorded parameters.
     """
 
     step_seconds: float = 0.0
@@ -209,7 +210,7 @@ class Outcome:
 
 
 class Observer(pl.Callback):
-    """Watches one run. It stands before the recorder, whose work thus falls between its hooks."""
+    """Measures one run. It comes before the recorder, whose work thus falls between its hooks."""
 
     def __init__(self, profiler: profile | None) -> None:
         self.profiler, self.outcome = profiler, Outcome()
@@ -247,7 +248,7 @@ def peak_memory() -> int:
 
 def be_quiet() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # Among them the recorder's, about what it leaves out.
+    warnings.simplefilter("ignore")  # Including the recorder's about layers that are left out.
 
 
 def train(
@@ -287,7 +288,7 @@ def recorded_share(recipe: Recipe) -> float:
 def train_in_own_process(
     case_name: str, record: bool, steps: int, options: argparse.Namespace
 ) -> Outcome:
-    """Train where nothing has run yet: a process cannot forget its peak."""
+    """Train in a new process, because a process cannot reset its peak memory."""
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=be_quiet) as pool:
         return pool.submit(train, case_name, record, steps, options).result()
 
@@ -308,8 +309,8 @@ def opacus_step(network: nn.Module, optimizer: Optimizer) -> Step:
 
 
 def vmap_step(network: nn.Module, optimizer: Optimizer) -> Step:
-    def loss(values: dict[str, Tensor], one: Tensor, target: Tensor) -> Tensor:
-        return loss_of(functional_call(network, values, (one[None],)), target[None])
+    def loss(values: dict[str, Tensor], sample: Tensor, target: Tensor) -> Tensor:
+        return loss_of(functional_call(network, values, (sample[None],)), target[None])
 
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
     parameters = dict(network.named_parameters())
@@ -324,7 +325,7 @@ def vmap_step(network: nn.Module, optimizer: Optimizer) -> Step:
 
 
 def measure_baselines(case: Case, rounds: int, steps: int, device: str) -> dict[str, float]:
-    """Return, per other way to per-sample gradients, its step as a multiple of a plain one."""
+    """Return the step time of each baseline as a multiple of a plain step."""
     batch = [tensor.to(device) for tensor in case.dataset()[: case.batch_size]]
     makers = {"plain": backward_step, "vmap(grad)": vmap_step}
     if importlib.util.find_spec("opacus"):
@@ -368,13 +369,13 @@ def measure(case_name: str, memory: Sequence[Outcome], options: argparse.Namespa
         f"{extra / max(1, plain.memory_peak - plain.memory_before):+.0%}",
     ]
     if options.baselines:
-        found = measure_baselines(case, options.rounds, max(2, steps // 10), options.device)
-        cells += [f"{found[way]:.2f}" if way in found else "-" for way in BASELINES]
+        factors = measure_baselines(case, options.rounds, max(2, steps // 10), options.device)
+        cells += [f"{factors[way]:.2f}" if way in factors else "-" for way in BASELINES]
     return cells
 
 
 def print_table(options: argparse.Namespace) -> None:
-    # Memory first: on Linux the peak of a process is at least what its parent had at its birth.
+    # Memory first: on Linux the peak of a process is at least that of its parent at its start.
     memory = {
         name: [
             train_in_own_process(name, record, options.steps or CASES[name].steps, options)
@@ -395,7 +396,7 @@ def print_row(cells: Sequence[str], headings: Sequence[str]) -> None:
 
 
 def print_profile(case_name: str, steps: int, options: argparse.Namespace) -> None:
-    """Print the operations that take most time while recording, beside the plain training."""
+    """Print the operations that take most time in recording, and their time in plain training."""
     tables = []
     for record in (False, True):
         profiler = profile(activities=[ProfilerActivity.CPU])
@@ -404,10 +405,10 @@ def print_profile(case_name: str, steps: int, options: argparse.Namespace) -> No
     print(f"{CASES[case_name].title}: self CPU time in ms, and calls, per step")
     print(f"{'operation':50s} {'recording':>10s} {'plain':>10s} {'calls':>10s} {'plain':>10s}")
     plain, recording = tables
-    for operation in sorted(recording.values(), key=lambda one: -one.self_cpu_time_total)[:25]:
+    for operation in sorted(recording.values(), key=lambda event: -event.self_cpu_time_total)[:25]:
         pair = [operation, plain.get(operation.key)]
-        times = [one.self_cpu_time_total / 1000 if one else 0.0 for one in pair]
-        counts = [one.count if one else 0 for one in pair]
+        times = [event.self_cpu_time_total / 1000 if event else 0.0 for event in pair]
+        counts = [event.count if event else 0 for event in pair]
         columns = " ".join(f"{number / (steps - WARM_UP):10.3f}" for number in times + counts)
         print(f"{operation.key[:50]:50s} {columns}")
 

@@ -1,17 +1,16 @@
-"""What does asking cost? A pass over a store, beside the bare matrix products that it must do.
+"""What does a query cost? Time of a pass over a store, relative to the bare matrix products.
 
     python tests/benchmarks/query.py
     python tests/benchmarks/query.py --queries 200 --epochs 20 --rounds 9
 
 A digits MLP is trained and recorded to disk; its test digits are the queries. Each method is timed
-on that HDF5 store, on the same steps in a `MemoryStore`, and against the bare products: the same
-arrays, in memory, step by step, with nothing added up, tamed or looked up. For `TracIn` that is one
-product per step. For `Unrolled`, whose curvature here is made of the very rows that are scored, it
-is three: scores, from there back to directions, and the rows' Gram matrix; or, more strictly, two,
-the least that an adjoint of gradient descent needs.
+on that HDF5 store, on the same steps in a `MemoryStore`, and on the bare products: the same arrays
+in memory, step by step, without sums, damping or look-ups. `TracIn` needs one product per step.
+`Unrolled`, whose curvature here consists of the scored rows, needs three: scores, directions from
+the scores, and the rows' Gram matrix. The strict minimum for an adjoint of gradient descent is two.
 
-All take turns, and each round gives one ratio: the table has their median, with the least and the
-greatest in brackets. Files have been read before, so they come from the page cache.
+All take turns, and each round gives one ratio. The table has their median, with the smallest and
+the largest in brackets. Files have been read before, so they come from the page cache.
 """
 
 import argparse
@@ -52,7 +51,7 @@ class Classifier(pl.LightningModule):
 
 
 def recorded(folder: Path, epochs: int, n_query: int) -> tuple[HDF5Store, Tensor]:
-    """Return a training on disk and the rows of its queries."""
+    """Record a training on disk, and return it with the rows of its queries."""
     pl.seed_everything(0, verbose=False)
     digits = load_digits()
     images, labels = torch.tensor(digits.data).float() / 16, torch.tensor(digits.target)
@@ -68,7 +67,7 @@ def recorded(folder: Path, epochs: int, n_query: int) -> tuple[HDF5Store, Tensor
 
 
 def in_memory(run: HDF5Store) -> MemoryStore:
-    """Return the same run, read."""
+    """Return the same run in memory."""
     store = MemoryStore()
     store.begin(run.recipe)
     for step in run:
@@ -77,13 +76,13 @@ def in_memory(run: HDF5Store) -> MemoryStore:
 
 
 def one_product(steps: Sequence[Step], queries: Tensor) -> None:
-    """Do what TracIn cannot do without."""
+    """Compute the minimum that TracIn needs."""
     for step in steps:
         step.sketch @ queries.mT
 
 
 def three_products(steps: Sequence[Step], queries: Tensor) -> None:
-    """Do what Unrolled's formula says."""
+    """Compute the products of Unrolled's formula."""
     for step in reversed(steps):
         rows = step.sketch
         (queries @ rows.mT) @ rows
@@ -91,7 +90,7 @@ def three_products(steps: Sequence[Step], queries: Tensor) -> None:
 
 
 def two_products(steps: Sequence[Step], queries: Tensor) -> None:
-    """Do what an adjoint of gradient descent cannot do without."""
+    """Compute the minimum that an adjoint of gradient descent needs."""
     for step in reversed(steps):
         (queries @ step.sketch.mT) @ step.sketch
 
@@ -113,7 +112,7 @@ def seconds(task: Callable[[], object]) -> float:
 def ratios(
     method: Attributor, bare: Bare, run: HDF5Store, queries: Tensor, rounds: int
 ) -> list[list[float]]:
-    """Return the bare time, and both stores' ratios to it, of every round but the first."""
+    """Return the bare time and the ratios of both stores to it, for every round but the first."""
     memory = in_memory(run)
     steps = list(memory)
     tasks = (
@@ -122,7 +121,7 @@ def ratios(
         lambda: method.attribute(run, queries, progress=False),
     )
     times = [[seconds(task) for task in tasks] for _ in range(rounds + 1)][1:]
-    columns = [[one[0], one[1] / one[0], one[2] / one[0]] for one in times]
+    columns = [[plain, cached / plain, disk / plain] for plain, cached, disk in times]
     return [list(column) for column in zip(*columns, strict=True)]
 
 

@@ -1,11 +1,12 @@
-"""How good are sketched inner products, for how many bytes?
+"""How accurate are sketched inner products, for how many bytes?
 
     python tests/benchmarks/sketch_quality.py
 
 Per-sample gradients of a digits CNN, after an epoch of training, are recorded exactly and by every
-projector, with several seeds. The table has, for each projector and storage, the bytes of a stored
-row; the error of inner products between two halves of the samples, relative to the product of
-the norms (root mean square); and the rank correlation with the exact products.
+projector, with several seeds. For each projector and storage, the table has the bytes of a stored
+row, an error and a rank correlation. The error is that of inner products between two halves of the
+samples, relative to the product of the norms (root mean square). The rank correlation is that with
+the exact products.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def rows_of(network: nn.Module, batch: tuple[Tensor, Tensor], projector: Project
         loss = functional.cross_entropy(network(batch[0]), batch[1], reduction="sum")
         recorder.start_backward(loss)
         torch.autograd.grad(loss, list(network.parameters()))
-        return recorder.finish().rows
+        return recorder.end_backward().rows
 
 
 def products(rows: Tensor) -> Tensor:
@@ -73,9 +74,9 @@ def products(rows: Tensor) -> Tensor:
     return (first @ second.mT).flatten()
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> float:
+def rank_correlation(first: Tensor, second: Tensor) -> float:
     """Return Spearman's correlation."""
-    ranks = torch.stack([one.argsort().argsort(), other.argsort().argsort()]).double()
+    ranks = torch.stack([first.argsort().argsort(), second.argsort().argsort()]).double()
     return float(torch.corrcoef(ranks)[0, 1])
 
 

@@ -1,4 +1,4 @@
-"""Kills at random moments of a training by two processes: it resumes as if nothing had happened."""
+"""Training by two processes resumes after kills at random moments."""
 
 import contextlib
 import os
@@ -21,9 +21,9 @@ def test_processes_killed_fifty_times_leave_the_run_of_an_undisturbed_training(t
         start_new_session=True,
     ) as process:
         try:
-            said, _ = process.communicate(timeout=500)
+            output, _ = process.communicate(timeout=500)
         finally:
-            # Whatever happened: the script and what it has forked are one group.
+            # Always end the script and its child processes, which are one process group.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, said[-3000:]
+    assert process.returncode == 0, output[-3000:]

@@ -1,4 +1,4 @@
-"""Every documented Python block runs, in order, in one folder; the README's go first."""
+"""Every documented Python block runs, in order, in one folder, after those of the README."""
 
 import re
 from importlib.util import find_spec
@@ -13,12 +13,12 @@ PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 def blocks_of(path: Path) -> list[tuple[int, str]]:
     """Return the first line and the code of each Python block."""
     text = path.read_text()
-    found = re.finditer(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    return [(text[: match.start()].count("\n") + 2, match.group(1)) for match in found]
+    matches = re.finditer(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [(text[: match.start()].count("\n") + 2, match.group(1)) for match in matches]
 
 
 def can_run(code: str) -> bool:
-    """Say whether the extra that a block needs is installed; CI installs all of them."""
+    """Return whether the extra that a block needs is installed; CI installs all of them."""
     return "ConjugateGradient" not in code or find_spec("curvlinops") is not None
 
 
@@ -30,7 +30,7 @@ def run_blocks(path: Path, names: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def after_readme(tmp_path_factory):
-    """Return the folder and the names that the README's blocks leave behind."""
+    """Return the folder and the names after running the README's blocks."""
     folder = tmp_path_factory.mktemp("reader")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -50,13 +50,13 @@ def test_a_page_runs(page, after_readme, monkeypatch):
     run_blocks(ROOT / "docs" / page, dict(names))
 
 
-def test_recording_takes_two_lines_and_asking_one():
+def test_recording_takes_two_lines_and_querying_one():
     diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     added = [line for line in diff.splitlines() if line.startswith("+")]
     assert len(added) == 3
 
 
-def test_the_pages_name_files_that_exist():
+def test_links_in_the_pages_point_to_existing_files():
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name} points to {target}"

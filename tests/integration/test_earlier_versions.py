@@ -1,7 +1,7 @@
-"""A run that version 0.1.0 recorded opens, answers and resumes.
+"""Open, query and resume a run that version 0.1.0 recorded.
 
-The folder ``recorded_by_0_1`` holds what it wrote: a run of 9 steps with snapshots and rows of
-sampled labels, the checkpoint after step 6, the final weights, and its answers.
+The folder ``recorded_by_0_1`` was written by that version. It holds a run of 9 steps with snapshots
+and rows of sampled labels, the checkpoint after step 6, the final weights, and the scores.
 """
 
 import shutil
@@ -33,31 +33,31 @@ METHODS = [TracIn(), Unrolled(), InfluenceFunction(), TRAK(), Source(), Gradient
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A copy of the recorded folder, with the working directory in it: paths were relative."""
+    """Copy the recorded folder and make the copy the working directory: its paths are relative."""
     shutil.copytree(RECORDED, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     return tmp_path / "copy"
 
 
-def model():
+def untrained_model():
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 3))
     return Plain(net, optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
 
 
 def trained_model(folder):
-    trained = model()
+    trained = untrained_model()
     trained.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
     return trained
 
 
-def assert_near(ours, theirs):
-    """Compare float32 answers of two builds: each is a sum over a few thousand products."""
-    scale = np.abs(theirs).max()
-    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-3, atol=1e-4 * scale)
+def assert_near(values, expected):
+    """Compare float32 scores of two builds: each is a sum over a few thousand products."""
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(values), expected, rtol=1e-3, atol=1e-4 * scale)
 
 
-def test_an_earlier_run_opens_whole(folder):
+def test_an_earlier_run_opens_with_all_its_data(folder):
     run = HDF5Store.open("run")
     assert [step.index for step in run] == list(range(9))
     assert run.snapshots() == [0, 4, 8]
@@ -67,19 +67,19 @@ def test_an_earlier_run_opens_whole(folder):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
-def test_an_earlier_run_gives_the_answers_it_gave(folder, method):
+def test_an_earlier_run_gives_the_same_scores(folder, method):
     scores = attribute("run", trained_model(folder), vectors()[:3], method=method, progress=False)
     assert_near(scores.values, np.load("answers.npz")[type(method).__name__])
 
 
-def test_an_earlier_run_answers_at_its_snapshots(folder):
+def test_an_earlier_run_gives_the_same_scores_at_snapshots(folder):
     scores = attribute(
         "run", trained_model(folder), vectors()[:3], method=TracIn(), at="snapshots", progress=False
     )
     assert_near(scores.values, np.load("answers.npz")["at snapshots"])
 
 
-def test_an_earlier_run_gives_its_self_influence(folder):
+def test_an_earlier_run_gives_the_same_self_influence(folder):
     assert_near(
         self_influence("run", progress=False).values, np.load("answers.npz")["self-influence"]
     )
@@ -88,7 +88,7 @@ def test_an_earlier_run_gives_its_self_influence(folder):
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
 def test_an_earlier_run_resumes_from_its_checkpoint(folder):
-    earlier = [step.sketch for step in HDF5Store.open("run")]
+    earlier_sketches = [step.sketch for step in HDF5Store.open("run")]
     recorder = GradientRecorder(
         "run",
         projector=KroneckerCountSketch(dimension=32),
@@ -98,8 +98,8 @@ def test_an_earlier_run_resumes_from_its_checkpoint(folder):
     )
     trainer = quiet_trainer(recorder, max_epochs=3)
 
-    trainer.fit(model(), loader(vectors(), shuffle=False), ckpt_path="step=6.ckpt")
+    trainer.fit(untrained_model(), loader(vectors(), shuffle=False), ckpt_path="step=6.ckpt")
     resumed = HDF5Store.open("run")
     assert [step.index for step in resumed] == list(range(9))
-    for position, sketch in enumerate(earlier):
+    for position, sketch in enumerate(earlier_sketches):
         assert_near(resumed[position].sketch, sketch.numpy())

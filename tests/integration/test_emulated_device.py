@@ -1,7 +1,7 @@
-"""Recording and asking on a device: no tensor stays behind, and the answers are those of the CPU.
+"""Recording and attribution on an emulated device give the CPU's results, with all tensors on it.
 
-Not there: solvers that differentiate forwards, and `EKFAC`, which torch and curvlinops do not let
-run on a device that is written in Python.
+Not covered: solvers with forward-mode differentiation, and `EKFAC`. torch and curvlinops do not
+support them on a device that is written in Python.
 """
 
 import ast
@@ -17,18 +17,18 @@ SUPPORT = Path(__file__).parents[1] / "support"
 SCRIPT = SUPPORT / "emulated_device_cases.py"
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch takes no device that is written in Python",
+    reason="this torch does not support devices that are written in Python",
 )
 
 
 def names_in(table):
-    """Return the keys of a table of the script, unrun: an answer that is missing is a failure."""
-    found = [
+    """Return the keys of a table in the script without running it; a missing answer then fails."""
+    tables = [
         node
         for node in ast.walk(ast.parse(SCRIPT.read_text()))
         if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == table
     ]
-    return [key.value for key in found[0].value.keys]
+    return [key.value for key in tables[0].value.keys]
 
 
 @functools.cache
@@ -43,10 +43,10 @@ def answer(name):
 
 
 @pytest.mark.parametrize("name", names_in("CASES"))
-def test_a_device_answers_as_the_cpu_does(name):
+def test_a_device_gives_the_results_of_the_cpu(name):
     assert answer(name) == "equal", result().stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", names_in("MEETINGS"))
-def test_the_device_takes_no_tensor_from_another(name):
+@pytest.mark.parametrize("name", names_in("MIXED_DEVICES"))
+def test_the_device_refuses_tensors_of_another(name):
     assert "same device" in answer(name) or "not supported" in answer(name)

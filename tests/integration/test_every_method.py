@@ -1,4 +1,4 @@
-"""Every method through the front door, on real recordings."""
+"""Every method through `attribute`, on runs recorded during training."""
 
 import lightning_models as lm
 import pytest
@@ -46,19 +46,19 @@ def train(store, seed=0, **settings):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("asked")
+    folder = tmp_path_factory.mktemp("runs")
     return [(folder / str(seed), train(folder / str(seed), seed)) for seed in (0, 1)]
 
 
-def asked():
+def queries():
     x, y = lm.vectors().tensors
     return x[:3] + 0.1, y[:3]
 
 
 @each_method
-def test_every_method_answers(trained, method):
+def test_every_method_returns_finite_scores(trained, method):
     (run, model), _ = trained
-    scores = attribute(run, model, asked(), method=method, progress=False)
+    scores = attribute(run, model, queries(), method=method, progress=False)
     assert scores.values.shape == (3, 13)
     assert scores.values.isfinite().all()
     assert scores.values.abs().sum(dim=1).min() > 0
@@ -66,51 +66,53 @@ def test_every_method_answers(trained, method):
 
 
 @each_method
-def test_helpful_samples_are_rather_the_query_s_own_twin(trained, method):
-    """Queries are training samples, hardly moved: their twins stand above the median."""
+def test_a_training_sample_near_the_query_scores_above_the_median(trained, method):
+    """Queries are slightly shifted training samples."""
     (run, model), _ = trained
-    values = attribute(run, model, asked(), method=method, progress=False).values
+    values = attribute(run, model, queries(), method=method, progress=False).values
     assert (values[:, :3].diagonal() > values.median(dim=1).values).all()
 
 
 @each_method
-def test_several_runs_are_averaged(trained, method):
+def test_scores_of_several_runs_are_averaged(trained, method):
     runs, models = [run for run, _ in trained], [model for _, model in trained]
-    together = attribute(runs, models, asked(), method=method, progress=False)
-    each = [attribute(r, m, asked(), method=method, progress=False) for r, m in trained]
-    if method != TRAK():  # which averages two factors by themselves
-        torch.testing.assert_close(together.values, Scores.mean(each).values)
-    assert together.provenance["mean"] == "of 2"
-    assert len(set(together.provenance["weights"].split(", "))) == 2
+    averaged = attribute(runs, models, queries(), method=method, progress=False)
+    each = [attribute(r, m, queries(), method=method, progress=False) for r, m in trained]
+    if method != TRAK():  # TRAK averages its two factors separately
+        torch.testing.assert_close(averaged.values, Scores.mean(each).values)
+    assert averaged.provenance["mean"] == "of 2"
+    assert len(set(averaged.provenance["weights"].split(", "))) == 2
 
 
 def test_runs_and_models_must_pair_up(trained):
     (run, model), _ = trained
     with pytest.raises(ValueError, match="There are 2 runs and 1 models; expected one model"):
-        attribute([run, run], model, asked())
+        attribute([run, run], model, queries())
 
 
 @each_method
 def test_trajectories_and_top_scores_agree_with_the_scores(trained, method):
     (run, model), _ = trained
-    scores = attribute(run, model, asked(), method=method, progress=False)
-    when = trajectory(run, model, asked(), [4, 2], method=method, per="epoch", progress=False)
-    torch.testing.assert_close(when.total(), scores.values[:, [4, 2]])
+    scores = attribute(run, model, queries(), method=method, progress=False)
+    over_time = trajectory(
+        run, model, queries(), [4, 2], method=method, per="epoch", progress=False
+    )
+    torch.testing.assert_close(over_time.total(), scores.values[:, [4, 2]])
     top = top_attributions(
-        run, model, asked(), 3, method=method, query_batch_size=2, progress=False
+        run, model, queries(), 3, method=method, query_batch_size=2, progress=False
     )
     assert torch.equal(top.proponents.ids, scores.proponents(3).ids)
     assert top.provenance == scores.provenance
 
 
-def test_embeddings_answer_as_the_front_door_does(trained):
+def test_embeddings_return_the_scores_of_attribute(trained):
     (run, model), _ = trained
     store = HDF5Store.open(run)
-    found = embed(store, Unrolled(), progress=False).attribute(
-        record_queries(model, asked(), like=store, progress=False)
+    scores = embed(store, Unrolled(), progress=False).attribute(
+        record_queries(model, queries(), like=store, progress=False)
     )
-    expected = attribute(run, model, asked(), method=Unrolled(), progress=False)
-    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-6)
+    expected = attribute(run, model, queries(), method=Unrolled(), progress=False)
+    torch.testing.assert_close(scores.values, expected.values, rtol=1e-4, atol=1e-6)
 
 
 def test_an_influence_function_takes_rows_and_curvature_from_a_later_pass(trained):
@@ -118,26 +120,26 @@ def test_an_influence_function_takes_rows_and_curvature_from_a_later_pass(traine
     store = HDF5Store.open(run)
     later = record(model, lm.loader(lm.vectors()), like=store, labels="sampled", progress=False)
     method = InfluenceFunction(curvature_from=later, rows_from=later)
-    scores = attribute(store, model, asked(), method=method, progress=False)
+    scores = attribute(store, model, queries(), method=method, progress=False)
     assert scores.values.isfinite().all()
-    own = self_influence(store, method=method, progress=False)
-    assert (own.values > 0).all()
+    self_scores = self_influence(store, method=method, progress=False)
+    assert (self_scores.values > 0).all()
 
 
-def test_answers_say_where_they_come_from(trained):
+def test_scores_hold_their_provenance(trained):
     (run, model), _ = trained
-    said = attribute(run, model, asked(), method=Unrolled(), progress=False).provenance
-    assert said["model"] == "Plain"
-    assert said["optimizer"] == "AdamW"
-    assert said["steps"] == "6, index 0 to 5"
-    assert said["rows"].endswith("x float32, coordinates of optimizer")
-    assert said["mode"] == "eval"
+    provenance = attribute(run, model, queries(), method=Unrolled(), progress=False).provenance
+    assert provenance["model"] == "Plain"
+    assert provenance["optimizer"] == "AdamW"
+    assert provenance["steps"] == "6, index 0 to 5"
+    assert provenance["rows"].endswith("x float32, coordinates of optimizer")
+    assert provenance["mode"] == "eval"
 
 
-def test_a_run_without_sampled_labels_is_asked_all_the_same():
+def test_every_method_reads_a_run_without_sampled_labels():
     store = MemoryStore()
     model = lm.Plain(lm.mlp(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
     lm.quiet_trainer(GradientRecorder(store)).fit(model, lm.loader(lm.vectors()))
     for method in METHODS:
-        scores = attribute(store, model, asked(), method=method, progress=False)
+        scores = attribute(store, model, queries(), method=method, progress=False)
         assert scores.values.isfinite().all()

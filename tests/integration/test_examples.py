@@ -1,4 +1,4 @@
-"""The examples do, on real data, what they say."""
+"""The examples run on real data and give the documented results."""
 
 import re
 import subprocess
@@ -13,10 +13,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_the_digits_example_finds_the_flipped_labels(tmp_path):
     command = [sys.executable, str(EXAMPLES / "digits.py")]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    said = result.stdout
-    found = float(re.search(r"self-influence stand ([\d.]+)%", said).group(1))
-    assert found >= 85
-    assert re.search(r"highest loss after training\s+[\d.]+%", said)
-    assert said.count("proponents") == said.count("opponents ") == 5
+    output = result.stdout
+    percentage = float(re.search(r"self-influence stand ([\d.]+)%", output).group(1))
+    assert percentage >= 85
+    assert re.search(r"highest loss after training\s+[\d.]+%", output)
+    assert output.count("proponents") == output.count("opponents ") == 5
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     assert len(HDF5Store.open(tmp_path / "digits.tda")) == 450

@@ -1,4 +1,4 @@
-"""The benchmark's truths are only as true as its retraining: it does what Lightning does."""
+"""The LDS benchmark: its retraining equals Lightning's, and its baselines equal their formulas."""
 
 import subprocess
 import sys
@@ -19,11 +19,11 @@ from torch.utils.data import TensorDataset
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Keep to one thread: for sizes like these more of them mostly wait for each other."""
-    before = torch.get_num_threads()
+    """Use one thread: at these sizes, more threads mostly wait for each other."""
+    n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(n_threads)
 
 
 EVERY_TASK = pytest.mark.parametrize("name", TASKS)
@@ -46,70 +46,72 @@ def small(task: Task) -> Task:
 @EVERY_TASK
 def test_retraining_on_all_samples_ends_where_lightning_ended(name, tmp_path):
     run = record(small(TASKS[name]), tmp_path / "run", {}, seed=0)
-    found = retrain(run.task, stacked(run.initial, 3), run.batches, torch.ones(3, 17))
+    retrained = retrain(run.task, stacked(run.initial, 3), run.batches, torch.ones(3, 17))
     for member in range(3):
-        weights = {key: value[member] for key, value in found.items()}
+        weights = {key: value[member] for key, value in retrained.items()}
         torch.testing.assert_close(weights, run.final, rtol=0, atol=1e-10)
 
 
 @EVERY_TASK
-def test_left_out_samples_take_away_what_they_added_to_each_step(name, tmp_path):
+def test_left_out_samples_no_longer_add_to_any_step(name, tmp_path):
     run = record(small(TASKS[name]), tmp_path / "run", {}, seed=0)
-    kept = random_subsets(3, 17, share=0.7)
-    found = retrain(run.task, stacked(run.initial, 3), run.batches, kept.float())
+    subsets = random_subsets(3, 17, share=0.7)
+    retrained = retrain(run.task, stacked(run.initial, 3), run.batches, subsets.float())
     torch.manual_seed(0)
     network = run.task.network()
     optimizer = run.task.optimizer(network.parameters())
     schedule = run.task.schedule(optimizer, len(run.batches))
     inputs, targets = run.task.data().train.tensors
     for batch in run.batches:
-        some = batch[kept[1, batch]]
+        remaining = batch[subsets[1, batch]]
         optimizer.zero_grad()
-        (sample_losses(network(inputs[some]), targets[some]).sum() / len(batch)).backward()
+        (
+            sample_losses(network(inputs[remaining]), targets[remaining]).sum() / len(batch)
+        ).backward()
         optimizer.step()
         schedule.step()
-    weights = {key: value[1] for key, value in found.items()}
+    weights = {key: value[1] for key, value in retrained.items()}
     torch.testing.assert_close(weights, dict(network.named_parameters()), rtol=0, atol=1e-10)
 
 
-def test_members_with_batches_of_their_own_are_trained_as_if_alone(tmp_path):
+def test_members_with_separate_batches_are_trained_as_if_alone(tmp_path):
     run = record(small(TASKS["digits-cnn"]), tmp_path / "run", {}, seed=0)
-    own = shuffled_batches(random_subsets(3, 17, share=0.6), batch_size=4, steps=7, seed=1)
-    together = retrain(run.task, stacked(run.initial, 3), own, torch.ones(3, 17))
-    alone = retrain(run.task, stacked(run.initial, 1), [b[2] for b in own], torch.ones(1, 17))
+    batches = shuffled_batches(random_subsets(3, 17, share=0.6), batch_size=4, steps=7, seed=1)
+    together = retrain(run.task, stacked(run.initial, 3), batches, torch.ones(3, 17))
+    alone = retrain(run.task, stacked(run.initial, 1), [b[2] for b in batches], torch.ones(1, 17))
     torch.testing.assert_close({key: value[2:] for key, value in together.items()}, alone)
 
 
-def test_every_pass_draws_each_kept_sample_once_in_an_order_of_its_own():
-    kept = random_subsets(3, 13, share=0.5)
-    batches = shuffled_batches(kept, batch_size=4, steps=4, seed=1)
+def test_every_pass_draws_each_sample_of_a_subset_once_in_a_new_order():
+    subsets = random_subsets(3, 13, share=0.5)
+    batches = shuffled_batches(subsets, batch_size=4, steps=4, seed=1)
     first, second = torch.cat(batches[:2], dim=1), torch.cat(batches[2:], dim=1)
     for member in range(3):
-        own = kept[member].nonzero()[:, 0]
-        assert torch.equal(first[member].sort().values, own)
-        assert torch.equal(second[member].sort().values, own)
+        members = subsets[member].nonzero()[:, 0]
+        assert torch.equal(first[member].sort().values, members)
+        assert torch.equal(second[member].sort().values, members)
     assert not torch.equal(first, second)
 
 
-def test_truths_are_remembered_and_others_are_not_taken_for_them(tmp_path):
+def test_cached_truths_are_reused_only_for_the_same_task_and_settings(tmp_path):
     task = small(TASKS["breast-cancer"])
     truth = Retrainer(task, 3, 2, tmp_path).expected()
     assert truth.losses.shape == (2, 3, 3)
-    before = set(tmp_path.iterdir())
+    cached = set(tmp_path.iterdir())
     torch.testing.assert_close(Retrainer(task, 3, 2, tmp_path).expected().losses, truth.losses)
-    assert set(tmp_path.iterdir()) == before
+    assert set(tmp_path.iterdir()) == cached
     Retrainer(replace(task, epochs=1), 3, 2, tmp_path).expected()
     Retrainer(task, 3, 1, tmp_path).expected()
-    assert len(set(tmp_path.iterdir()) - before) == 2
+    assert len(set(tmp_path.iterdir()) - cached) == 2
 
 
-def test_a_query_loss_is_the_mean_over_its_places(tmp_path):
+def test_a_query_loss_is_the_mean_over_its_positions(tmp_path):
     run = record(small(TASKS["characters"]), tmp_path / "run", {}, seed=0)
-    found = query_losses(run.task, stacked(run.final, 1))[0]
+    losses = query_losses(run.task, stacked(run.final, 1))[0]
     inputs, targets = run.task.data().queries.tensors
-    chances = run.learner.network(inputs).log_softmax(dim=-1)
-    expected = -chances.gather(-1, targets[..., None]).mean(dim=(1, 2))
-    torch.testing.assert_close(found, expected)
+    log_probabilities = run.learner.network(inputs).log_softmax(dim=-1)
+    expected = -log_probabilities.gather(-1, targets[..., None]).mean(dim=(1, 2))
+    torch.testing.assert_close(losses, expected)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
@@ -120,26 +122,26 @@ def test_knn_shapley_is_the_shapley_value_of_the_neighbours_vote(number):
     by_distance = train[:, 0].norm(dim=1).argsort().tolist()
 
     def vote(members) -> float:
-        nearest = [one for one in by_distance if one in members][:number]
-        return sum(float(labels[one] == 1) for one in nearest) / number
+        nearest = [sample for sample in by_distance if sample in members][:number]
+        return sum(float(labels[sample] == 1) for sample in nearest) / number
 
     expected = torch.zeros(6)
     orders = list(permutations(range(6)))
     for order in orders:
-        for place, one in enumerate(order):
-            expected[one] += vote(order[: place + 1]) - vote(order[:place])
-    (found,) = knn_shapley(train, query, labels, torch.tensor([1]), [number])
-    torch.testing.assert_close(found[0], expected / len(orders))
+        for position, sample in enumerate(order):
+            expected[sample] += vote(order[: position + 1]) - vote(order[:position])
+    (values,) = knn_shapley(train, query, labels, torch.tensor([1]), [number])
+    torch.testing.assert_close(values[0], expected / len(orders))
 
 
 def test_the_brute_force_influence_solves_with_the_damped_curvature():
     generator = torch.Generator().manual_seed(3)
     queries, train, rows = (torch.randn(n, 7, generator=generator).double() for n in (3, 5, 11))
     curvature = rows.mT @ rows / len(rows)
-    (name, found), *_ = reversed(list(over_dampings(queries, train, rows)))
+    (name, scores), *_ = reversed(list(over_dampings(queries, train, rows)))
     assert name == "damping 1e+01 of trace"
     damped = curvature + 10 * curvature.trace() * torch.eye(7)
-    torch.testing.assert_close(found, queries @ torch.linalg.solve(damped, train.mT))
+    torch.testing.assert_close(scores, queries @ torch.linalg.solve(damped, train.mT))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Asking takes a stated amount of memory, whatever the number of steps."""
+"""Attribution takes the documented amount of memory, whatever the number of steps."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ from tda_lightning.stores.step import ParameterGroup
 
 N_TRAIN, N_QUERY, K, BATCH = 503, 101, 307, 37
 SCORES, SQUARE, QUERIES = 4 * N_TRAIN * N_QUERY, 4 * K * K, 4 * N_QUERY * K
-ROWS = 2 * 4 * BATCH * K  # of a step in float32, with as many of sampled labels
+ROWS = 2 * 4 * BATCH * K  # of one step in float32, and those of sampled labels
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of 40 and 100 steps, in blocks of one step and segments of some."""
-    folder, found = tmp_path_factory.mktemp("runs"), []
+    """Return runs of 40 and 100 steps, in blocks of one step and segments of several."""
+    folder, stores = tmp_path_factory.mktemp("runs"), []
     for count in (40, 100):
         generator = torch.Generator().manual_seed(count)
         store = HDF5Store(folder / str(count), segment_bytes=2**18)
@@ -53,8 +53,8 @@ def runs(tmp_path_factory):
                 )
             )
         store.seal()
-        found.append(store)
-    return found
+        stores.append(store)
+    return stores
 
 
 @pytest.fixture(autouse=True)
@@ -63,22 +63,22 @@ def _small_blocks(monkeypatch):
 
 
 def attributed(method):
-    def ask(run):
+    def query(run):
         queries = torch.randn(N_QUERY, K, generator=torch.Generator().manual_seed(0))
         method.attribute(run, queries, progress=False)
 
-    return ask
+    return query
 
 
-def best_only(method):
-    def ask(run):
+def top_only(method):
+    def query(run):
         top_scores(run, torch.ones(N_QUERY, K), method, 3, query_batch_size=29, progress=False)
 
-    return ask
+    return query
 
 
 @pytest.mark.parametrize(
-    ("ask", "stated"),
+    ("query", "limit"),
     [
         (attributed(TracIn()), 2 * SCORES + 2 * QUERIES),
         (attributed(GradientSimilarity()), 2 * SCORES + 2 * QUERIES),
@@ -88,24 +88,24 @@ def best_only(method):
         (attributed(TRAK()), 2 * SCORES + 3 * QUERIES + 2 * SQUARE),
         (attributed(Source()), 2 * SCORES + 3 * QUERIES + 4 * SQUARE),
         (attributed(Source(segments=3)), 2 * SCORES + 3 * QUERIES + 4 * SQUARE),
-        (best_only(TracIn()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES),
-        (best_only(InfluenceFunction()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 3 * SQUARE),
-        (best_only(Source()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 7 * SQUARE),
-        (best_only(Source(segments=9)), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 4 * SQUARE),
+        (top_only(TracIn()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES),
+        (top_only(InfluenceFunction()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 3 * SQUARE),
+        (top_only(Source()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 7 * SQUARE),
+        (top_only(Source(segments=9)), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 4 * SQUARE),
         (lambda run: TracIn().self_influence(run, progress=False), QUERIES),
         (lambda run: embed(run, progress=False), 2 * 4 * N_TRAIN * K + 3 * SQUARE),
     ],
     ids=[
         *("TracIn", "GradientSimilarity", "Unrolled", "Unrolled, linear", "InfluenceFunction"),
-        *("TRAK", "Source", "Source, three segments", "the best only", "the best, influence"),
-        *("the best, Source", "the best, nine segments", "self-influence", "embed"),
+        *("TRAK", "Source", "Source, three segments", "top scores", "top scores, influence"),
+        *("top scores, Source", "top scores, nine segments", "self-influence", "embed"),
     ],
 )
-def test_memory_is_what_is_stated_and_does_not_grow_with_steps(runs, ask, stated):
+def test_memory_is_as_documented_and_does_not_grow_with_steps(runs, query, limit):
     peaks = []
     for run in runs:
         with LiveBytes() as live:
-            ask(run)
+            query(run)
         peaks.append(live.peak)
-    assert peaks[1] < peaks[0] + 2 * ROWS  # of 60 steps more
-    assert peaks[1] < stated + 4 * ROWS
+    assert peaks[1] < peaks[0] + 2 * ROWS  # for 60 steps more
+    assert peaks[1] < limit + 4 * ROWS

@@ -1,9 +1,9 @@
-"""What is said where weights, queries or rows are not finite, instead of a ranking of nothing."""
+"""Weights, queries or rows that are not finite raise instead of being ranked."""
 
 import pytest
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
-from unchecked_calls import require_said, what_is_said
+from unchecked_calls import errors_of, require_error
 
 from tda_lightning import GradientRecorder, attribute
 from tda_lightning.stores import MemoryStore
@@ -17,7 +17,7 @@ def trained():
     return store, model
 
 
-def test_weights_that_are_not_finite_are_named():
+def test_non_finite_weights_raise_with_their_name():
     store, model = trained()
     with torch.no_grad():
         model.net[0].weight[0, 0] = torch.nan
@@ -25,15 +25,15 @@ def test_weights_that_are_not_finite_are_named():
         attribute(store, model, DATA[:3], progress=False)
 
 
-def test_a_query_that_is_not_finite_is_named():
+def test_a_non_finite_query_raises_with_its_position():
     store, model = trained()
-    inputs, labels = (one.clone() for one in DATA[:3])
+    inputs, labels = (tensor.clone() for tensor in DATA[:3])
     inputs[1, 2] = torch.inf
     with pytest.raises(ValueError, match=r"gradient of query 1 is not finite.*inputs and targets"):
         attribute(store, model, (inputs, labels), progress=False)
 
 
-# Type checks look into runs at random, and would come upon the step before a method does.
+# Type checks read random steps of a run, and could meet the bad step before the method does.
 CALLS = """
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ calls = {
     "InfluenceFunction": lambda: attribute(run[1:], model, queries, method=InfluenceFunction()),
     "sampled labels": lambda: attribute(diverged("curvature_rows"), model, queries),
     "from the first step": lambda: attribute(run[4:], model, queries),
-    "what needs no curvature": lambda: attribute(
+    "no curvature": lambda: attribute(
         diverged("curvature_rows"), model, queries, method=TracIn()
     ),
     "self-influence": lambda: self_influence(run[1:]),
@@ -74,16 +74,16 @@ calls = {
         "a trajectory",
     ],
 )
-def test_a_step_that_diverged_is_named_with_the_steps_before_it(call):
-    require_said(CALLS, call, "Step 4 of the run has gradients that are not finite")
-    require_said(CALLS, call, "ask about the steps before it, `run[:3]`")
+def test_a_diverged_step_raises_with_the_steps_before_it(call):
+    require_error(CALLS, call, "Step 4 of the run has gradients that are not finite")
+    require_error(CALLS, call, "use the steps before it, `run[:3]`")
 
 
-def test_what_diverged_at_once_is_to_be_trained_anew():
-    require_said(CALLS, "from the first step", "Expected finite rows; train anew")
+def test_a_run_that_diverged_at_its_first_step_must_be_trained_again():
+    require_error(CALLS, "from the first step", "Expected finite rows; train again")
 
 
-def test_rows_of_sampled_labels_matter_to_methods_that_read_them():
+def test_non_finite_rows_of_sampled_labels_raise_only_if_they_are_read():
     expected = "Step 4 of the recording has rows of sampled labels that are not finite"
-    require_said(CALLS, "sampled labels", expected)
-    assert what_is_said(CALLS)["what needs no curvature"] == "nothing was said"
+    require_error(CALLS, "sampled labels", expected)
+    assert errors_of(CALLS)["no curvature"] == "no error"

@@ -1,9 +1,9 @@
-"""Weights along the way: kept before chosen steps, and asked about afterwards."""
+"""Snapshots: weights stored before chosen steps, and queries at these weights."""
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_models import Diary, Plain, loader, mlp, quiet_trainer, vectors
+from lightning_models import Plain, TrainingLog, loader, mlp, quiet_trainer, vectors
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -49,6 +49,14 @@ def queries():
     return double_vectors(18)[13:]
 
 
+def cloned_state(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def assert_same_state(model, state):
+    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_tracin_at_snapshots_of_every_step_is_the_sum_of_exact_products(optimizer, tmp_path):
     tracker = ContributionTracker(queries(), tmp_path / "probe.npz")
@@ -59,11 +67,10 @@ def test_tracin_at_snapshots_of_every_step_is_the_sum_of_exact_products(optimize
     assert scores.provenance["weights"] == "the nearest of 27 snapshots, steps 0 to 26"
 
 
-def test_tracin_at_snapshots_of_every_step_foretells_the_loss_of_small_steps():
+def test_tracin_at_snapshots_of_every_step_predicts_the_loss_change_of_small_steps():
     store = MemoryStore()
     model = record(store, optimizer=lambda p: torch.optim.SGD(p, lr=1e-4), snapshots=1)
-    after, x, y = model.state_dict(), *queries()
-    after = {name: one.clone() for name, one in after.items()}
+    after, (x, y) = cloned_state(model), queries()
 
     def losses(weights):
         model.load_state_dict(weights)
@@ -75,7 +82,7 @@ def test_tracin_at_snapshots_of_every_step_foretells_the_loss_of_small_steps():
     torch.testing.assert_close(scores.values.sum(dim=1), change, rtol=5e-3, atol=1e-9)
 
 
-def test_each_step_is_asked_about_at_its_nearest_snapshot():
+def test_each_step_is_queried_at_its_nearest_snapshot():
     store = MemoryStore()
     model = record(store, snapshots=[1, 4])
     assert store.snapshots() == [1, 4]
@@ -84,23 +91,23 @@ def test_each_step_is_asked_about_at_its_nearest_snapshot():
         model.load_state_dict(store.weights_at(index))
         rows = record_queries(model, queries(), like=store, at=index)
         expected += TracIn().attribute(steps, rows).values
-    found = attribute(store, model, queries(), method=TracIn(), at="snapshots")
-    torch.testing.assert_close(found.values, expected)
+    scores = attribute(store, model, queries(), method=TracIn(), at="snapshots")
+    torch.testing.assert_close(scores.values, expected)
     half = attribute(store[3:], model, queries(), method=TracIn(), at="snapshots")
     assert half.provenance["weights"] == "the nearest of 1 snapshots, steps 4 to 4"
 
 
 def test_snapshots_are_the_weights_before_their_step():
-    store, diary = MemoryStore(), Diary()
-    record(store, diary, snapshots=2, accumulate_grad_batches=2, max_epochs=3)
+    store, log = MemoryStore(), TrainingLog()
+    record(store, log, snapshots=2, accumulate_grad_batches=2, max_epochs=3)
     assert store.snapshots() == [0, 2, 4]
     for index, batch in ((0, 0), (2, 3), (4, 6)):
         for name, weight in store.weights_at(index).items():
-            assert torch.equal(weight, diary.weights[batch][name])
+            assert torch.equal(weight, log.weights[batch][name])
 
 
 @pytest.mark.parametrize(
-    ("snapshots", "settings", "said"),
+    ("snapshots", "settings", "estimate"),
     [
         (2, {}, "; about 3 of them, 0.0 MiB"),
         (4, {"max_steps": 5}, "; about 2 of them, 0.0 MiB"),
@@ -109,11 +116,11 @@ def test_snapshots_are_the_weights_before_their_step():
     ],
     ids=repr,
 )
-def test_their_size_is_said_beforehand(snapshots, settings, said, caplog):
+def test_the_size_of_snapshots_is_estimated_before_training(snapshots, settings, estimate, caplog):
     store = MemoryStore()
     with caplog.at_level("INFO"):
         record(store, snapshots=snapshots, **settings)
-    assert f"snapshots of the weights take 0.0 MiB each{said}" in caplog.text
+    assert f"snapshots of the weights take 0.0 MiB each{estimate}" in caplog.text
     if "max_time" not in settings:
         assert f"about {len(store.snapshots())} of them" in caplog.text
     caplog.clear()
@@ -122,38 +129,38 @@ def test_their_size_is_said_beforehand(snapshots, settings, said, caplog):
 
 
 @pytest.mark.parametrize("method", [TracIn(), Source()], ids=repr)
-def test_queries_at_a_step_are_those_of_a_model_with_its_weights(method):
+def test_queries_at_a_step_use_the_weights_of_its_snapshot(method):
     store = MemoryStore()
     model = record(store, optimizer=OPTIMIZERS["Adam"], snapshots=3)
-    own = {name: one.clone() for name, one in model.state_dict().items()}
-    found = attribute(store, model, queries(), method=method, at=3)
-    assert all(torch.equal(one, own[name]) for name, one in model.state_dict().items())
+    state = cloned_state(model)
+    scores = attribute(store, model, queries(), method=method, at=3)
+    assert_same_state(model, state)
     model.load_state_dict(store.weights_at(3))
     rows = record_queries(model, queries(), like=store, at=3)
-    torch.testing.assert_close(found.values, method.attribute(store, rows).values)
-    assert found.provenance["weights"] == "the snapshot before step 3"
+    torch.testing.assert_close(scores.values, method.attribute(store, rows).values)
+    assert scores.provenance["weights"] == "the snapshot before step 3"
 
 
 @pytest.mark.parametrize("at", [4, "snapshots"])
 def test_trajectories_and_top_scores_at_snapshots_are_parts_of_all_scores(at):
     store, chosen = MemoryStore(), [7, 0, 12]
     model = record(store, optimizer=OPTIMIZERS["Adam"], snapshots=2, max_epochs=3)
-    own = {name: one.clone() for name, one in model.state_dict().items()}
-    asked = {"method": TracIn(), "at": at, "progress": False}
-    scores = attribute(store, model, queries(), **asked)
-    now = attribute(store, model, queries(), method=TracIn(), progress=False)
-    assert not torch.allclose(scores.values, now.values, rtol=1e-3)
-    along = trajectory(store, model, queries(), chosen, **asked)
-    torch.testing.assert_close(along.total(), scores.values[:, chosen])
-    assert along.times.tolist() == list(range(9))
+    state = cloned_state(model)
+    settings = {"method": TracIn(), "at": at, "progress": False}
+    scores = attribute(store, model, queries(), **settings)
+    scores_now = attribute(store, model, queries(), method=TracIn(), progress=False)
+    assert not torch.allclose(scores.values, scores_now.values, rtol=1e-3)
+    over_time = trajectory(store, model, queries(), chosen, **settings)
+    torch.testing.assert_close(over_time.total(), scores.values[:, chosen])
+    assert over_time.times.tolist() == list(range(9))
     for query_batch_size in (2, 256):
         top = top_attributions(
-            store, model, queries(), 3, query_batch_size=query_batch_size, **asked
+            store, model, queries(), 3, query_batch_size=query_batch_size, **settings
         )
         torch.testing.assert_close(top.proponents.values, scores.proponents(3).values)
         assert torch.equal(top.opponents.ids, scores.opponents(3).ids)
         assert (top.method, top.provenance) == (scores.method, scores.provenance)
-    assert all(torch.equal(one, own[name]) for name, one in model.state_dict().items())
+    assert_same_state(model, state)
 
 
 @pytest.mark.parametrize(
@@ -164,41 +171,43 @@ def test_other_methods_average_over_the_later_two_thirds(method, optimizer):
     store = MemoryStore()
     model = record(store, optimizer=OPTIMIZERS[optimizer], snapshots=2, max_epochs=3)
     assert (len(store), store.snapshots()) == (9, [0, 2, 4, 6, 8])
-    asked = {"method": method, "progress": False}
-    found = attribute(store, model, queries(), at="snapshots", **asked)
-    each = [attribute(store, model, queries(), at=one, **asked).values for one in (4, 6, 8)]
-    torch.testing.assert_close(found.values, torch.stack(each).mean(dim=0))
-    assert found.provenance["weights"] == "the mean of 3 snapshots, steps 4 to 8"
-    part = attribute(store[3:], model, queries(), at="snapshots", method=TracIn(), progress=False)
-    assert part.provenance["weights"] == "the nearest of 4 snapshots, steps 2 to 8"
+    settings = {"method": method, "progress": False}
+    scores = attribute(store, model, queries(), at="snapshots", **settings)
+    each = [attribute(store, model, queries(), at=step, **settings).values for step in (4, 6, 8)]
+    torch.testing.assert_close(scores.values, torch.stack(each).mean(dim=0))
+    assert scores.provenance["weights"] == "the mean of 3 snapshots, steps 4 to 8"
+    late_scores = attribute(
+        store[3:], model, queries(), at="snapshots", method=TracIn(), progress=False
+    )
+    assert late_scores.provenance["weights"] == "the nearest of 4 snapshots, steps 2 to 8"
 
 
-def test_ten_snapshots_stand_for_many():
+def test_at_most_ten_snapshots_are_averaged():
     store = MemoryStore()
     model = record(store, snapshots=1, max_epochs=11)
     assert len(store) == 33
-    chosen = [12, 14, 16, 18, 20, 23, 25, 27, 29, 31]  # of 11 to 32
+    steps = [12, 14, 16, 18, 20, 23, 25, 27, 29, 31]  # of 11 to 32
     rows = []
-    for index in chosen:
+    for index in steps:
         model.load_state_dict(store.weights_at(index))
         rows.append(record_queries(model, queries(), like=store, at=index))
-    found = attribute(store, model, queries(), method=Source(), at="snapshots")
+    scores = attribute(store, model, queries(), method=Source(), at="snapshots")
     expected = Source().attribute(store, torch.stack(rows).mean(dim=0))
-    torch.testing.assert_close(found.values, expected.values)
-    assert found.provenance["weights"] == "the mean of 10 snapshots, steps 12 to 31"
+    torch.testing.assert_close(scores.values, expected.values)
+    assert scores.provenance["weights"] == "the mean of 10 snapshots, steps 12 to 31"
 
 
-def test_several_trainings_are_each_asked_at_their_own_snapshots():
+def test_several_runs_are_each_queried_at_their_own_snapshots():
     stores = [MemoryStore(), MemoryStore()]
     models = [record(store, snapshots=n) for store, n in zip(stores, (2, 3), strict=True)]
-    asked = {"method": TracIn(), "at": "snapshots", "progress": False}
+    settings = {"method": TracIn(), "at": "snapshots", "progress": False}
     pairs = zip(stores, models, strict=True)
-    each = [attribute(*pair, queries(), **asked).values for pair in pairs]
-    both = attribute(stores, models, queries(), **asked)
-    torch.testing.assert_close(both.values, (each[0] + each[1]) / 2)
+    each = [attribute(*pair, queries(), **settings).values for pair in pairs]
+    averaged = attribute(stores, models, queries(), **settings)
+    torch.testing.assert_close(averaged.values, (each[0] + each[1]) / 2)
 
 
-def test_checkpoints_of_a_trainer_can_be_taken_over(tmp_path):
+def test_trainer_checkpoints_can_be_added_as_snapshots(tmp_path):
     for name, snapshots in (("with", 2), ("without", 0)):
         pl.seed_everything(5, verbose=False)
         saved = ModelCheckpoint(tmp_path / name, every_n_train_steps=2, save_top_k=-1)
@@ -206,12 +215,12 @@ def test_checkpoints_of_a_trainer_can_be_taken_over(tmp_path):
         model = record(store, saved, snapshots=snapshots, enable_checkpointing=True)
     files = sorted((tmp_path / "without").glob("*.ckpt"))
     add_snapshots(tmp_path / "without.tda", files)
-    one, other = (HDF5Store.open(tmp_path / f"{name}.tda") for name in ("with", "without"))
-    assert (one.snapshots(), other.snapshots()) == ([0, 2, 4], [2, 4, 6])
-    for name, weight in one.weights_at(4).items():
-        assert torch.equal(weight, other.weights_at(4)[name])
-    assert attribute(other, model, queries(), at=6).values.shape == (5, 13)
-    assert one.size_on_disk > 3 * sum(8 * p.numel() for p in model.parameters())
+    recorded, added = (HDF5Store.open(tmp_path / f"{name}.tda") for name in ("with", "without"))
+    assert (recorded.snapshots(), added.snapshots()) == ([0, 2, 4], [2, 4, 6])
+    for name, weight in recorded.weights_at(4).items():
+        assert torch.equal(weight, added.weights_at(4)[name])
+    assert attribute(added, model, queries(), at=6).values.shape == (5, 13)
+    assert recorded.size_on_disk > 3 * sum(8 * p.numel() for p in model.parameters())
 
 
 def test_training_is_bit_identical_with_snapshots():
@@ -223,21 +232,21 @@ def test_training_is_bit_identical_with_snapshots():
 
     recorder = GradientRecorder(MemoryStore(), snapshots=1)
     pairs = zip(weights(), weights(recorder), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
+    assert all(torch.equal(plain, recorded) for plain, recorded in pairs)
 
 
-def test_what_cannot_be_asked_says_so():
+def test_queries_without_the_needed_snapshots_raise():
     store, bare, early = MemoryStore(), MemoryStore(), MemoryStore()
     model = record(store, snapshots=2)
     record(bare)
     record(early, snapshots=[0, 1])
     with pytest.raises(ValueError, match="no snapshot of the weights before step 3; expected one"):
         attribute(store, model, queries(), at=3)
-    with pytest.raises(ValueError, match="no snapshots of its later two thirds, steps 2 to 6; exp"):
+    with pytest.raises(ValueError, match="no snapshots in its last two thirds, steps 2 to 6; exp"):
         attribute(early, model, queries(), method=Source(), at="snapshots")
-    with pytest.raises(ValueError, match="has no snapshots; expected some"):
+    with pytest.raises(ValueError, match="has no snapshots; expected at least one"):
         attribute(bare, model, queries(), method=TracIn(), at="snapshots")
-    with pytest.raises(ValueError, match="has no snapshots; expected some"):
+    with pytest.raises(ValueError, match="has no snapshots; expected at least one"):
         trajectory(bare, model, queries(), [0], at="snapshots")
     with pytest.raises(ValueError, match="no snapshot of the weights before step 3; expected one"):
         top_attributions(store, model, queries(), at=3)
@@ -251,22 +260,22 @@ def shuffled(data):
 
 
 @pytest.mark.parametrize("method", [TracIn(), InfluenceFunction()], ids=lambda m: type(m).__name__)
-def test_a_loader_of_queries_that_shuffles_has_one_order_at_all_snapshots(method):
+def test_a_shuffling_query_loader_has_one_order_at_all_snapshots(method):
     store = MemoryStore()
     model, data = record(store, snapshots=1), queries()
-    found = attribute(store, model, shuffled(data), method=method, at="snapshots", progress=False)
+    scores = attribute(store, model, shuffled(data), method=method, at="snapshots", progress=False)
     in_order = [torch.cat(parts) for parts in zip(*shuffled(data), strict=True)]
-    same = attribute(store, model, in_order, method=method, at="snapshots", progress=False)
-    torch.testing.assert_close(found.values, same.values)
+    expected = attribute(store, model, in_order, method=method, at="snapshots", progress=False)
+    torch.testing.assert_close(scores.values, expected.values)
 
 
-def test_a_loader_of_queries_that_shuffles_has_one_order_in_all_trainings():
+def test_a_shuffling_query_loader_has_one_order_in_all_runs():
     stores = [MemoryStore(), MemoryStore()]
     models, data = [record(store) for store in stores], queries()
-    found = attribute(stores, models, shuffled(data), progress=False)
+    scores = attribute(stores, models, shuffled(data), progress=False)
     in_order = [torch.cat(parts) for parts in zip(*shuffled(data), strict=True)]
     torch.testing.assert_close(
-        found.values, attribute(stores, models, in_order, progress=False).values
+        scores.values, attribute(stores, models, in_order, progress=False).values
     )
 
 
@@ -276,8 +285,8 @@ def test_snapshots_after_the_last_recorded_step_of_a_stride_belong_to_the_run():
     recorder = GradientRecorder(store, projector=Identity(), snapshots=[5], every_n_steps=4)
     quiet_trainer(recorder, precision="64-true").fit(model, loader(double_vectors()))
     assert [step.index for step in store] == [0, 4]
-    found = attribute(store, model, queries(), at="snapshots", progress=False)
-    assert found.provenance["weights"] == "the mean of 1 snapshots, steps 5 to 5"
+    scores = attribute(store, model, queries(), at="snapshots", progress=False)
+    assert scores.provenance["weights"] == "the mean of 1 snapshots, steps 5 to 5"
 
 
 class Scaling(Plain):
@@ -288,18 +297,18 @@ class Scaling(Plain):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_step_may_write_into_its_batch():
+def test_a_training_step_may_overwrite_its_batch():
     store, data = MemoryStore(), double_vectors()
     model = Scaling(mlp().double())
     recorder = GradientRecorder(store, projector=Identity(), snapshots=1)
     trainer = quiet_trainer(recorder, precision="64-true")
     trainer.fit(model, DataLoader(data, 5, collate_fn=copied))
     batches = DataLoader(TensorDataset(*queries()), batch_size=3, collate_fn=copied)
-    found = attribute(store, model, batches, at="snapshots", progress=False)
+    scores = attribute(store, model, batches, at="snapshots", progress=False)
     halved = (queries()[0] * 0.5, queries()[1])
     plain = Plain(model.net)
     expected = attribute(store, plain, halved, at="snapshots", progress=False)
-    torch.testing.assert_close(found.values, expected.values)
+    torch.testing.assert_close(scores.values, expected.values)
 
 
 def copied(samples):

@@ -1,7 +1,7 @@
-"""Two processes that train together are killed at random; run as a script, since they are forks.
+"""Kill two processes of a DDP training at random and check the recorded run; run as a script.
 
-Forks of a warm process need not import torch a hundred times. They are started as ``torchrun``
-starts its workers, and as there, when one has died, the other one is not left waiting.
+The processes are forks of this one, so that torch is not imported a hundred times. They are started
+as ``torchrun`` starts its workers. As there, if one has died, the other is ended, too.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from lightning_models import Plain, Telling, mlp, quiet_trainer
+from lightning_models import IndexedVectors, Plain, mlp, quiet_trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Sampler
 
@@ -28,18 +28,18 @@ from tda_lightning.stores.contract import same
 KILLS = 50
 RANKS = 2
 SAMPLES, BATCH = 48, 3
-# More than a training takes that nobody kills; nothing here waits longer.
-PATIENCE = 60.0
+# Longer than any training here takes; the upper limit of every wait.
+MAX_SECONDS = 60.0
 
 
 def ids_of_step(index):
-    """Return the samples of a step, in the order of the processes."""
-    drawn = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(index))
-    return drawn[: RANKS * BATCH].tolist()
+    """Return the sample ids of a step, in the order of the processes."""
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(index))
+    return order[: RANKS * BATCH].tolist()
 
 
 class Stream(Sampler):
-    """What one process sees of an endless epoch that can be begun at any step."""
+    """The part of one process of an endless epoch that can begin at any step."""
 
     def __init__(self, rank):
         self.part, self.begin = slice(rank * BATCH, (rank + 1) * BATCH), 0
@@ -49,8 +49,8 @@ class Stream(Sampler):
             yield from ids_of_step(index)[self.part]
 
 
-class Skips(pl.Callback):
-    """Lets a stream go on where the checkpoint was saved."""
+class ResumeStream(pl.Callback):
+    """Make a stream continue at the step at which the checkpoint was saved."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -59,26 +59,28 @@ class Skips(pl.Callback):
         self.stream.begin = checkpoint["global_step"]
 
 
-class Sluggish(HDF5Store):
-    """Takes its time to seal, so that a kill may come before all processes have."""
+class SlowStore(HDF5Store):
+    """A store that seals slowly, so that a kill may come before all processes have sealed."""
 
     def seal(self):
         time.sleep(random.uniform(0.0, 0.03))
         super().seal()
 
 
-class Fragile(Plain):
-    """Fails in the step after it was told to."""
+class FailsOnSignal(Plain):
+    """A module that fails in the next step once ``is_to_fail`` is set."""
 
     is_to_fail = False
 
     def training_step(self, batch, batch_idx):
-        if Fragile.is_to_fail:
+        if FailsOnSignal.is_to_fail:
             raise RuntimeError("on purpose")
         return super().training_step(batch, batch_idx)
 
 
-class Tells(pl.Callback):
+class SignalStart(pl.Callback):
+    """Write a byte to a pipe when the training starts."""
+
     def __init__(self, pipe):
         self.pipe = pipe
 
@@ -88,16 +90,16 @@ class Tells(pl.Callback):
 
 def train(folder, rank, pipe, max_steps):
     def fail(*_):
-        Fragile.is_to_fail = True
+        FailsOnSignal.is_to_fail = True
 
     random.seed(os.getpid())
     signal.signal(signal.SIGUSR1, fail)
-    store = Sluggish(folder / "run", storage="as computed", segment_bytes=20_000)
+    store = SlowStore(folder / "run", storage="as computed", segment_bytes=20_000)
     saver = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=7)
     recorder = GradientRecorder(store, projector=Identity(), existing="replace", snapshots=10)
     stream = Stream(rank)
     trainer = quiet_trainer(
-        *(recorder, saver, Skips(stream), Tells(pipe)),
+        *(recorder, saver, ResumeStream(stream), SignalStart(pipe)),
         devices=RANKS,
         strategy="ddp",
         use_distributed_sampler=False,
@@ -105,14 +107,14 @@ def train(folder, rank, pipe, max_steps):
         max_steps=max_steps,
         enable_checkpointing=True,
     )
-    model = Fragile(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
-    data = DataLoader(Telling(SAMPLES), batch_size=BATCH, sampler=stream)
+    model = FailsOnSignal(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
+    data = DataLoader(IndexedVectors(SAMPLES), batch_size=BATCH, sampler=stream)
     last = folder / "last.ckpt"
     trainer.fit(model, data, ckpt_path=last if last.exists() else None)
 
 
 def work(folder, rank, pipe, max_steps):
-    """Train in a forked process, and end it; what it said last stays behind."""
+    """Train in a forked process and exit; write a traceback to ``rank-<rank>.txt`` on failure."""
     code = 1
     try:
         train(folder, rank, pipe, max_steps)
@@ -123,70 +125,70 @@ def work(folder, rank, pipe, max_steps):
         os._exit(code)
 
 
-def last_words(folder):
+def tracebacks(folder):
     return [file.read_text() for file in folder.glob("rank-?.txt")]
 
 
 def start(folder, max_steps=-1):
-    """Fork the processes; return them, and a pipe on which they tell that they take steps."""
+    """Fork the processes; return them and a pipe on which they signal that training started."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    hearing, telling = os.pipe()
+    read_end, write_end = os.pipe()
     children = []
     for rank in range(RANKS):
         child = os.fork()
         if child == 0:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LOCAL_RANK=str(rank))
-            work(folder, rank, telling, max_steps)
+            work(folder, rank, write_end, max_steps)
         children.append(child)
-    os.close(telling)
-    return children, hearing
+    os.close(write_end)
+    return children, read_end
 
 
 def wait(children, seconds):
-    """Return those that still live after some time, and whether all that ended ended well."""
-    deadline, is_well = time.monotonic() + seconds, True
+    """Return the children alive after some time, and whether all others exited with status 0."""
+    deadline, all_succeeded = time.monotonic() + seconds, True
     alive = list(children)
     while alive and time.monotonic() < deadline:
         for child in list(alive):
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 alive.remove(child)
-                is_well = is_well and status == 0
+                all_succeeded = all_succeeded and status == 0
         time.sleep(0.005)
-    return alive, is_well
+    return alive, all_succeeded
 
 
 def finish(folder, max_steps):
-    """Train to the end, undisturbed."""
-    children, hearing = start(folder, max_steps)
-    alive, is_well = wait(children, PATIENCE)
+    """Train to the end without a kill."""
+    children, read_end = start(folder, max_steps)
+    alive, all_succeeded = wait(children, MAX_SECONDS)
     for child in alive:
         os.kill(child, signal.SIGKILL)
-    os.close(hearing)
-    assert not alive, last_words(folder)
-    assert is_well, last_words(folder)
+    os.close(read_end)
+    assert not alive, tracebacks(folder)
+    assert all_succeeded, tracebacks(folder)
 
 
-def kill(folder, dice, is_early):
-    """Begin or resume a training, and end it; return how."""
-    children, hearing = start(folder)
+def kill(folder, rng, is_early):
+    """Start or resume a training, and kill it; return the signal and the victims."""
+    children, read_end = start(folder)
     if not is_early:
-        assert os.read(hearing, 1), last_words(folder)
-    time.sleep(dice.uniform(0.0, 1.0 if is_early else 0.5))
-    way = dice.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
-    victims = dice.choice([[0], [1], [0, 1]])
+        assert os.read(read_end, 1), tracebacks(folder)
+    time.sleep(rng.uniform(0.0, 1.0 if is_early else 0.5))
+    chosen_signal = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+    victims = rng.choice([[0], [1], [0, 1]])
     for rank in victims:
-        os.kill(children[rank], way)
+        os.kill(children[rank], chosen_signal)
     alive = children
-    for seconds, more in ((1.5, signal.SIGTERM), (1.0, signal.SIGKILL), (PATIENCE, None)):
+    for seconds, stronger in ((1.5, signal.SIGTERM), (1.0, signal.SIGKILL), (MAX_SECONDS, None)):
         alive, _ = wait(alive, seconds)
-        for child in alive if more else ():
-            os.kill(child, more)
-    os.close(hearing)
+        for child in alive if stronger else ():
+            os.kill(child, stronger)
+    os.close(read_end)
     assert not alive
-    return way.name, victims
+    return chosen_signal.name, victims
 
 
 def saved_steps(folder):
@@ -195,15 +197,15 @@ def saved_steps(folder):
 
 
 def check(folder):
-    """Require a run without holes in which every step is whole; return its length."""
-    # A kill before the first checkpoint may come before the run, too.
+    """Assert that the run has no missing or incomplete step; return its length."""
+    # A kill before the first checkpoint may also come before the run is created.
     if not (folder / "run" / "recipe.json").exists():
         assert not saved_steps(folder)
         return 0
     store = HDF5Store.open(folder / "run")
-    for place, step in enumerate(store):
-        assert step.index == place
-        assert step.sample_ids.tolist() == ids_of_step(place), place
+    for position, step in enumerate(store):
+        assert step.index == position
+        assert step.sample_ids.tolist() == ids_of_step(position), position
         assert step.sketch.shape == (RANKS * BATCH, store.recipe.dimension)
         assert torch.isfinite(step.sketch).all()
         assert (step.sketch != 0).any(dim=1).all()
@@ -211,16 +213,16 @@ def check(folder):
     assert len(store) >= saved, (len(store), saved)
     snapshots = store.snapshots()
     assert snapshots[: saved // 10] == list(range(0, saved - saved % 10, 10))
-    assert all(store.weights_at(one) for one in snapshots[-2:])
+    assert all(store.weights_at(index) for index in snapshots[-2:])
     return len(store)
 
 
 def main(folder):
-    dice, lengths, ways = random.Random(0), [], []
+    rng, lengths, kills = random.Random(0), [], []
     for number in range(KILLS):
-        ways.append(kill(folder / "parts", dice, is_early=number % 5 == 0))
+        kills.append(kill(folder / "parts", rng, is_early=number % 5 == 0))
         lengths.append(check(folder / "parts"))
-    print(list(zip(lengths, ways, strict=True)), flush=True)
+    print(list(zip(lengths, kills, strict=True)), flush=True)
     total = saved_steps(folder / "parts") + 20
     for name in ("parts", "whole"):
         finish(folder / name, total)

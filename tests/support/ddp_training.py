@@ -1,4 +1,4 @@
-"""A training by two processes; run as a script, since each process runs it from its beginning."""
+"""A DDP training with settings from the command line; each process runs this script."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from lightning_models import Plain, Telling, mlp, quiet_trainer
+from lightning_models import IndexedVectors, Plain, mlp, quiet_trainer
 from manual_models import Gan
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -27,7 +27,7 @@ OPTIMIZERS = {
 
 
 class SlowStore(HDF5Store):
-    """Takes its time to seal in all processes but the first, and notes who keeps weights."""
+    """A store that seals slowly except in process 0, and logs which process keeps weights."""
 
     rank = os.environ.get("LOCAL_RANK", "0")
 
@@ -41,14 +41,14 @@ class SlowStore(HDF5Store):
         super().keep_weights(index, weights)
 
 
-class Looks(TorchCheckpointIO):
-    """Keeps how many steps a checkpoint has taken, and how many can be read as it is written."""
+class CheckpointLog(TorchCheckpointIO):
+    """Log the steps of each saved checkpoint, and how many recorded steps are readable then."""
 
     def __init__(self, run):
-        self.run, self.seen = run, []
+        self.run, self.saved = run, []
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        self.seen.append((checkpoint["global_step"], len(HDF5Store.open(self.run))))
+        self.saved.append((checkpoint["global_step"], len(HDF5Store.open(self.run))))
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
@@ -59,7 +59,9 @@ STORES = {
 }
 
 
-class Dies(pl.Callback):
+class ExitAt(pl.Callback):
+    """End one process after a step."""
+
     def __init__(self, rank, at):
         self.rank, self.at = rank, at
 
@@ -68,55 +70,60 @@ class Dies(pl.Callback):
             os._exit(1)
 
 
-def train(folder, devices, given):
-    """Train on global batches of four, whoever has which part of them."""
-    n, batch = 12 - given.get("ragged", 0), 4 // devices
-    data = Telling(n)
+def train(folder, devices, settings):
+    """Train on global batches of four, split among the processes."""
+    n, batch = 12 - settings.get("ragged", 0), 4 // devices
+    data = IndexedVectors(n)
     if devices == 1:
         sampler = SequentialSampler(data)
     else:
         rank = int(os.environ.get("LOCAL_RANK", 0))
         sampler = DistributedSampler(data, devices, rank, shuffle=False)
     callbacks = []
-    if given.get("record", True):
+    if settings.get("record", True):
         recorder = GradientRecorder(
-            STORES[given.get("store", "HDF5Store")](folder / "run"),
+            STORES[settings.get("store", "HDF5Store")](folder / "run"),
             projector=Identity(),
             audit=1,
-            curvature=given.get("curvature", "none"),
-            max_overhead=given.get("max_overhead"),
-            snapshots=given.get("snapshots", 0),
-            existing=given.get("existing", "refuse"),
+            curvature=settings.get("curvature", "none"),
+            max_overhead=settings.get("max_overhead"),
+            snapshots=settings.get("snapshots", 0),
+            existing=settings.get("existing", "refuse"),
         )
         callbacks.append(recorder)
-    if "checkpoint" in given:
+    if "checkpoint" in settings:
         callbacks.append(
             ModelCheckpoint(
-                folder, every_n_train_steps=given["checkpoint"], save_top_k=-1, filename="{step}"
+                folder, every_n_train_steps=settings["checkpoint"], save_top_k=-1, filename="{step}"
             )
         )
-    if "dies" in given:
-        callbacks.append(Dies(1, given["dies"]))
-    looks = Looks(folder / "run")
+    if "dies" in settings:
+        callbacks.append(ExitAt(1, settings["dies"]))
+    checkpoints = CheckpointLog(folder / "run")
     pl.seed_everything(3, verbose=False)
-    model = Gan() if given.get("gan") else Plain(mlp(), optimizer=OPTIMIZERS[given["optimizer"]])
+    optimizer = OPTIMIZERS[settings["optimizer"]]
+    model = Gan() if settings.get("gan") else Plain(mlp(), optimizer=optimizer)
     trainer = quiet_trainer(
         *callbacks,
         devices=devices,
-        strategy=given.get("strategy", "ddp") if devices > 1 else "auto",
-        enable_checkpointing="checkpoint" in given,
-        plugins=[looks] if "checkpoint" in given else [],
-        **given.get("trainer", {}),
+        strategy=settings.get("strategy", "ddp") if devices > 1 else "auto",
+        enable_checkpointing="checkpoint" in settings,
+        plugins=[checkpoints] if "checkpoint" in settings else [],
+        **settings.get("trainer", {}),
     )
-    resume = given.get("resume")
-    with warnings.catch_warnings(record=True) as told:
+    resume = settings.get("resume")
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(model, DataLoader(data, batch_size=batch, sampler=sampler), ckpt_path=resume)
     if trainer.is_global_zero:
-        weights = [one.tolist() for one in model.parameters()]
-        read = len(recorder.store) if given.get("record", True) else 0
-        said = [str(one.message) for one in told]
-        result = {"weights": weights, "read": read, "seen": looks.seen, "warnings": said}
+        weights = [parameter.tolist() for parameter in model.parameters()]
+        read = len(recorder.store) if settings.get("record", True) else 0
+        result = {
+            "weights": weights,
+            "read": read,
+            "seen": checkpoints.saved,
+            "warnings": [str(warning.message) for warning in caught],
+        }
         (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -125,6 +132,6 @@ if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     train(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
-    # Threads of gloo that are still there when Python ends bring the process down, now and then.
+    # Threads of gloo that are alive when Python exits sometimes crash the process.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

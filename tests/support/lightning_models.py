@@ -1,4 +1,4 @@
-"""Real modules, data and trainers for the tests: small, and every axis another prime."""
+"""Small Lightning modules, datasets and trainers for tests; axes have distinct prime lengths."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Plain(pl.LightningModule):
-    """Any network, any loss, any optimizer."""
+    """A module with the given network, loss and optimizer."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Plain(pl.LightningModule):
 
 
 def quiet_trainer(*callbacks: pl.Callback, trainer_type: type = pl.Trainer, **settings: Any) -> Any:
-    """Return a Trainer that trains on the CPU and says nothing."""
+    """Return a Trainer on the CPU without logger, checkpoints, progress bar and model summary."""
     defaults = {
         "max_epochs": 2,
         "accelerator": "cpu",
@@ -53,7 +53,7 @@ def quiet_trainer(*callbacks: pl.Callback, trainer_type: type = pl.Trainer, **se
 
 
 def loader(dataset: Dataset[Any], batch_size: int = 5, **settings: Any) -> DataLoader[Any]:
-    """Return a shuffled loader with a ragged last batch, for a length not divisible by five."""
+    """Return a shuffled loader; its last batch may be smaller than ``batch_size``."""
     return DataLoader(dataset, batch_size=batch_size, **{"shuffle": True, **settings})
 
 
@@ -70,8 +70,8 @@ def mlp(d: int = 7, classes: int = 3) -> nn.Module:
     return nn.Sequential(nn.Linear(d, 11), nn.ReLU(), nn.LayerNorm(11), nn.Linear(11, classes))
 
 
-class Diary(pl.Callback):
-    """Keeps each batch and the weights it was used at: the truth to compare a recording with."""
+class TrainingLog(pl.Callback):
+    """Store each batch, the weights before it, and each gradient before clipping, as references."""
 
     def __init__(self) -> None:
         self.batches: list[Any] = []
@@ -87,8 +87,8 @@ class Diary(pl.Callback):
         self.gradients.append(gradients)
 
 
-class Telling(Dataset):
-    """A dataset whose samples carry, in their first entry, the index they were asked for."""
+class IndexedVectors(Dataset):
+    """A dataset in which the first entry of each sample is its index."""
 
     def __init__(self, n: int = 13) -> None:
         self.vectors, self.labels = vectors(n).tensors
@@ -102,8 +102,8 @@ class Telling(Dataset):
         return x, self.labels[index]
 
 
-class AppliedDiary(Diary):
-    """Keeps the gradient after clipping, as the optimizer used it."""
+class AppliedGradientsLog(TrainingLog):
+    """Store the gradients after clipping, too, as the optimizer used them."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
         if len(self.gradients) > len(self.applied):

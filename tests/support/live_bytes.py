@@ -1,4 +1,4 @@
-"""LiveBytes: how much memory torch's tensors take at most while some work is done."""
+"""LiveBytes: measure the peak memory of torch's tensors during some work."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages of all tensors that operations return.
+    """Track the storages of all tensors that operations return.
 
     Attributes:
-        peak: The most bytes that they took at the end of an operation. What an operation takes and
-            gives back meanwhile, as ``eigh`` does, is not seen.
+        peak: The most bytes that were alive at the end of an operation. Memory that an operation
+            allocates and frees itself, as ``eigh`` does, is not included.
     """
 
     def __init__(self) -> None:
@@ -24,11 +24,11 @@ class LiveBytes(TorchDispatchMode):
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for one in pytree.tree_leaves(found):
-            if isinstance(one, Tensor):
-                storage = one.untyped_storage()
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
                 self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._live = {key: one for key, one in self._live.items() if not one[0].expired()}
+        self._live = {k: entry for k, entry in self._live.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
-        return found
+        return result

@@ -1,11 +1,11 @@
-"""A loss scale whose overflows are scripted."""
+"""A loss scale with scripted overflows, and a precision plugin for it on the CPU."""
 
 import torch
 from pytorch_lightning.plugins import MixedPrecision
 
 
 class ScriptedScaler:
-    """A loss scale on the CPU that says of chosen steps that their gradients overflowed."""
+    """A loss scale on the CPU that skips given steps, as if their gradients had overflowed."""
 
     def __init__(self, scales, overflows):
         self.scales, self.overflows, self.number = list(scales), set(overflows), 0
@@ -18,8 +18,8 @@ class ScriptedScaler:
 
     def unscale_(self, optimizer):
         for group in optimizer.param_groups:
-            for one in group["params"]:
-                one.grad /= self.get_scale()
+            for parameter in group["params"]:
+                parameter.grad /= self.get_scale()
 
     def step(self, optimizer, **settings):
         return None if self.number in self.overflows else optimizer.step(**settings)
@@ -32,7 +32,7 @@ class ScriptedScaler:
 
 
 class Scripted(MixedPrecision):
-    """The loss scale of 16-mixed without its autocast, which CPUs are no good at."""
+    """The loss scale of 16-mixed without its autocast, which CPUs support poorly."""
 
     def __init__(self, scaler):
         self.precision, self.scaler, self.device = "16-mixed", scaler, "cpu"

@@ -1,4 +1,4 @@
-"""Networks with many kinds of layers, and data for each."""
+"""Small networks with many kinds of layers, and a dataset for each."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class Twice(nn.Module):
 
 
 class Tied(nn.Module):
-    """Embedding and head share one weight; the head has a bias of its own."""
+    """Embedding and head share one weight; only the head has a bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Adapted(nn.Module):
 
 
 class Bare(nn.Module):
-    """Parameters of its own, a child besides, and tensors in and out of a nest."""
+    """Bare parameters beside a child module, with nested inputs and outputs."""
 
     def __init__(self, entangled: bool) -> None:
         super().__init__()
@@ -66,6 +66,8 @@ class Bare(nn.Module):
 
 
 class Nested(nn.Module):
+    """A network around :class:`Bare`; if entangled, its two outputs depend on each other."""
+
     def __init__(self, entangled: bool = False) -> None:
         super().__init__()
         self.bare, self.head = Bare(entangled), nn.Linear(5, 3)
@@ -76,7 +78,7 @@ class Nested(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer, whose last hidden state and whose outputs are both used."""
+    """A recurrent layer of which both the outputs and the last hidden state are used."""
 
     def __init__(self, kind: type[nn.RNNBase], **settings: Any) -> None:
         super().__init__()
@@ -123,7 +125,7 @@ class Bag(nn.Module):
 
 
 class OffsetBag(nn.Module):
-    """Bags given by offsets, with weighted tokens of which one is padding."""
+    """Bags defined by offsets, with weighted tokens; token 3 is padding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +141,7 @@ class OffsetBag(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Embedded tokens, normalised, pooled; token 2 is padding."""
+    """Embed, normalize and pool tokens, of which one may be padding."""
 
     def __init__(self, padding_idx: int | None) -> None:
         super().__init__()
@@ -151,8 +153,8 @@ class Tokens(nn.Module):
         return self.head(self.norm(self.embed(tokens)).tanh().mean(dim=-2))
 
 
-def in_evaluation(module: nn.BatchNorm1d) -> nn.Module:
-    """Return a batch norm that stays with its running statistics."""
+def in_eval_mode(module: nn.BatchNorm1d) -> nn.Module:
+    """Keep a batch norm in evaluation mode, with random running statistics."""
     module.running_mean.uniform_()
     module.running_var.uniform_(1, 2)
     module.training = False
@@ -167,7 +169,7 @@ def frozen(module: nn.Module, *names: str) -> nn.Module:
 
 
 def convolution(kind=nn.Conv2d, channels=(2, 5), then=nn.Identity, **settings):
-    """Return a convolution, something behind it, and a head."""
+    """Return a convolution, another layer behind it, and a head."""
     conv = kind(*channels, **{"kernel_size": 3, **settings})
     shape = {1: LINE, 2: IMAGE, 3: VOLUME}[len(conv.kernel_size)]
     body = nn.Sequential(conv, then(), nn.ReLU(inplace=True), nn.Flatten())
@@ -254,20 +256,20 @@ NETS = {
         IMAGE,
     ),
     "rms norm": (lambda: nn.Sequential(nn.RMSNorm(7), nn.Linear(7, 3)), VECTOR),
-    "prelu, one for all": (
+    "prelu, one slope for all channels": (
         lambda: nn.Sequential(nn.Linear(7, 5), nn.PReLU(), nn.Linear(5, 3)),
         VECTOR,
     ),
     "prelu per channel": (lambda: convolution(then=lambda: nn.PReLU(5)), IMAGE),
     "batch norm in evaluation": (
-        lambda: nn.Sequential(nn.Linear(7, 5), in_evaluation(nn.BatchNorm1d(5)), nn.Linear(5, 3)),
+        lambda: nn.Sequential(nn.Linear(7, 5), in_eval_mode(nn.BatchNorm1d(5)), nn.Linear(5, 3)),
         VECTOR,
     ),
     "tied weights": (Tied, TOKENS),
     "low-rank adapter": (Adapted, VECTOR),
-    "bare parameters in a nest": (Nested, VECTOR),
+    "bare parameters, nested inputs": (Nested, VECTOR),
     "lstm": (lambda: Recurrent(nn.LSTM), SEQUENCE),
-    "gru, two layers and ways": (lambda: Recurrent(nn.GRU, num_layers=2), SEQUENCE),
+    "gru, two layers": (lambda: Recurrent(nn.GRU, num_layers=2), SEQUENCE),
     "attention": (Attention, SEQUENCE),
     "attention without bias": (lambda: Attention(bias=False), SEQUENCE),
     "checkpoint": (lambda: Checkpointed(False), VECTOR),
@@ -291,6 +293,7 @@ NETS = {
 
 
 def data_of(shape) -> TensorDataset:
+    """Return 13 samples of a shape, or token sequences, with labels of three classes."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(3, (13,), generator=generator)
     if shape == TOKENS:

@@ -5,8 +5,8 @@ import torch
 from torch.utils.data import Sampler
 
 
-class Ordered(Sampler):
-    """A permutation per epoch that can be begun anywhere: the same order however often resumed."""
+class EpochSampler(Sampler):
+    """Draw a permutation from the number of the epoch, which can be resumed at any batch."""
 
     def __init__(self, n: int, batch_size: int) -> None:
         self.n, self.batch_size, self.epoch, self.begin = n, batch_size, 0, 0
@@ -23,19 +23,21 @@ class Ordered(Sampler):
         return self.n
 
 
-class Skipping(pl.Callback):
-    """Makes an ``Ordered`` sampler go on where the checkpoint was saved."""
+class ResumeSampler(pl.Callback):
+    """Make an ``EpochSampler`` continue at the batch at which the checkpoint was saved."""
 
     def __init__(self, sampler):
         self.sampler = sampler
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done = progress["current"]["ready"]
-        self.sampler.begin = 0 if progress["is_last_batch"] else done
+        trained_batches = progress["current"]["ready"]
+        self.sampler.begin = 0 if progress["is_last_batch"] else trained_batches
 
 
-class Interrupted(pl.Callback):
+class InterruptAt(pl.Callback):
+    """Raise an error after a step."""
+
     def __init__(self, at):
         self.at = at
 

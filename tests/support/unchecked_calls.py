@@ -1,4 +1,7 @@
-"""Calls with wrong arguments, made where nothing checks types, as these tests do otherwise."""
+"""Call functions with wrong arguments in a process without runtime type checks.
+
+In the test process itself, beartype would refuse such arguments first.
+"""
 
 import functools
 import subprocess
@@ -20,34 +23,34 @@ data, store, model = vectors(), MemoryStore(), Plain(mlp())
 quiet_trainer(GradientRecorder(store, snapshots=1)).fit(model, loader(data))
 queries, batches = data[:3], loader(data)
 """
-SAY = """
+PRINT_ERRORS = """
 for name, call in calls.items():
     try:
         call()
-        print(name, "nothing was said", sep=": ")
+        print(name, "no error", sep=": ")
     except Exception as error:
         print(name, type(error).__name__, str(error).replace(chr(10), " "), sep=": ")
 """
 
 
 @functools.cache
-def what_is_said(calls: str) -> dict[str, str]:
-    """Make calls in a process of their own, and return what each of them raises.
+def errors_of(calls: str) -> dict[str, str]:
+    """Make calls in a subprocess, and return the error of each, or ``"no error"``.
 
     Args:
-        calls: Python that fills a dictionary ``calls`` of functions by name. It finds a recorded
+        calls: Python that fills a dictionary ``calls`` of functions by name. It may use a recorded
             ``store`` with its ``model``, ``data``, ``batches`` (a loader), and ``queries``.
     """
-    command = [sys.executable, "-W", "ignore", "-c", SETUP + calls + SAY]
-    found = subprocess.run(
+    command = [sys.executable, "-W", "ignore", "-c", SETUP + calls + PRINT_ERRORS]
+    process = subprocess.run(
         command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
-    assert found.returncode == 0, found.stderr
-    return dict(line.split(": ", 1) for line in found.stdout.splitlines() if ": " in line)
+    assert process.returncode == 0, process.stderr
+    return dict(line.split(": ", 1) for line in process.stdout.splitlines() if ": " in line)
 
 
-def require_said(calls: str, name: str, expected: str) -> None:
-    """Make sure that a call is refused with what was expected in one sentence."""
-    said = what_is_said(calls)[name]
-    assert said.startswith("ValueError: ")
-    assert expected in said
+def require_error(calls: str, name: str, expected: str) -> None:
+    """Assert that a call raises a ``ValueError`` whose message contains ``expected``."""
+    error = errors_of(calls)[name]
+    assert error.startswith("ValueError: ")
+    assert expected in error
