@@ -1,7 +1,7 @@
-"""Which training digits made a CNN say that? And which of their labels are wrong?
+"""Which training digits caused a CNN's predictions? And which of their labels are wrong?
 
-Trains a small CNN on scikit-learn's handwritten digits, a tenth of whose labels are flipped, with
-one callback; then asks for the training samples behind some predictions, and for the flipped
+Trains a small CNN on scikit-learn's handwritten digits with one callback. A tenth of the training
+labels are flipped. Then it finds the training samples behind some predictions, and the flipped
 labels.
 """
 
@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 
 
 class DigitsCNN(pl.LightningModule):
-    """A plain LightningModule: nothing in it knows that it is recorded."""
+    """A plain LightningModule, without any code for recording."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class DigitsCNN(pl.LightningModule):
 
 
 def load(seed: int) -> tuple[TensorDataset, TensorDataset, Tensor]:
-    """Return training set, test set, and which training labels were flipped."""
+    """Return training set, test set, and a mask of the flipped training labels."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(data.target)
@@ -64,8 +64,8 @@ def load(seed: int) -> tuple[TensorDataset, TensorDataset, Tensor]:
     train, test = order[:1497], order[1497:]
     flipped = torch.rand(len(train), generator=generator) < 0.1
     wrong = (labels[train] + torch.randint(1, 10, train.shape, generator=generator)) % 10
-    given = torch.where(flipped, wrong, labels[train])
-    return TensorDataset(images[train], given), TensorDataset(images[test], labels[test]), flipped
+    noisy = torch.where(flipped, wrong, labels[train])
+    return TensorDataset(images[train], noisy), TensorDataset(images[test], labels[test]), flipped
 
 
 def losses(model: nn.Module, data: TensorDataset) -> Tensor:
@@ -76,15 +76,15 @@ def losses(model: nn.Module, data: TensorDataset) -> Tensor:
 
 
 def easiest_and_hardest(model: nn.Module, test: TensorDataset) -> Tensor:
-    """Return the places of the test digit of lowest loss and the four of highest."""
+    """Return the indices of the test digit with the lowest loss and the four with the highest."""
     order = losses(model, test).argsort()
     return torch.cat([order[:1], order[-4:]])
 
 
-def print_answer(train: TensorDataset, truth: Tensor, best: Ranking, worst: Ranking) -> None:
-    """Print, for every query, who taught it and who taught against it."""
+def print_answer(train: TensorDataset, digits: Tensor, best: Ranking, worst: Ranking) -> None:
+    """Print the proponents and the opponents of every query."""
     labels = train.tensors[1]
-    for row, digit in enumerate(truth.tolist()):
+    for row, digit in enumerate(digits.tolist()):
         print(f"\nTest digit {row}, a {digit}:")
         for name, ranking in (("proponents", best), ("opponents", worst)):
             pairs = zip(ranking.ids[row].tolist(), ranking.values[row].tolist(), strict=True)
@@ -100,7 +100,7 @@ def draw(
     best: Ranking,
     worst: Ranking,
 ) -> None:
-    """Save a picture: each query beside its proponents and its opponents."""
+    """Save a picture of each query beside its proponents and its opponents."""
     rows, k = best.ids.shape
     figure, axes = plt.subplots(rows, 2 * k + 1, figsize=(1.25 * (2 * k + 1), 1.6 * rows))
     images, labels = train.tensors
@@ -161,12 +161,12 @@ def main() -> None:
     draw(options.picture, train, flipped, queries, best, worst)
 
     influence = self_influence(options.run)
-    found = mislabel_recall(influence.values, flipped)
+    recall = mislabel_recall(influence.values, flipped)
     baseline = mislabel_recall(losses(model, train), flipped)
     print(f"\n{int(flipped.sum())} of {len(flipped)} training labels were flipped. Among the 10 %")
-    print(f"  of highest self-influence stand {found:.1%} of them,")
+    print(f"  of highest self-influence stand {recall:.1%} of them,")
     print(f"  of highest loss after training  {baseline:.1%}.")
-    print(f"\nPicture: {options.picture}. What was kept: tda-lightning info {options.run}")
+    print(f"\nPicture: {options.picture}. To inspect the run: tda-lightning info {options.run}")
 
 
 if __name__ == "__main__":
