@@ -129,8 +129,9 @@ def check():
     store = HDF5Store.open(run) if (run / "recipe.json").exists() else []
     assert [step.index for step in store] == list(range(len(store))), [s.index for s in store]
     for step in store:
-        assert step.sketch.shape == (len(step.sample_ids), store.recipe.dimension)
-        assert torch.isfinite(step.sketch).all() and (step.sketch != 0).any(dim=1).all()
+        where = (step.index, len(store), step.sketch.shape, step.sketch.abs().amax(dim=1).tolist())
+        assert step.sketch.shape == (len(step.sample_ids), store.recipe.dimension), where
+        assert torch.isfinite(step.sketch).all() and (step.sketch != 0).any(dim=1).all(), where
     if last.exists():
         saved = torch.load(last, weights_only=False)["global_step"]
         assert len(store) >= saved, (len(store), saved)

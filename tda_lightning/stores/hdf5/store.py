@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from torch import Tensor
 from tda_lightning.arguments import require_choice, require_not_negative, require_whole
 from tda_lightning.stores.durable import make_durable
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder, write_segment
+from tda_lightning.stores.hdf5.background_write import BackgroundWrite
 from tda_lightning.stores.hdf5.buffer import StepBuffer
 from tda_lightning.stores.hdf5.encoding import Storage, bytes_of
 from tda_lightning.stores.hdf5.shards import MergedShards, Shard
@@ -78,7 +77,7 @@ class HDF5Store(WritableStore):
         self._shard = Shard()
         self._merged: MergedShards | None = None
         self._count = 0
-        self._writing: Future[Segment] | None = None
+        self._writing: BackgroundWrite[Segment] | None = None
         # One buffer is filled while the other is written. Rounding to bfloat16 while copying is
         # faster than copying; the scales of other formats would take another pass.
         dtype = torch.bfloat16 if storage == "bfloat16" else None
@@ -233,15 +232,24 @@ class HDF5Store(WritableStore):
         """Write the buffered steps in the background, one segment at a time."""
         self._finish_writing()
         file = self.path / folder.segment_name(self._count, self._rank, self._ranks)
-        self._writing = _in_background(partial(_write, file, self._buffer.steps, self._storage))
-        self._count += 1
+        # An exception may come between any two of these lines, from a signal handler: the write is
+        # registered before its thread starts, and a second call repeats it at worst.
+        self._writing = BackgroundWrite(partial(_write, file, self._buffer.steps, self._storage))
+        self._spare.clear()
         self._buffer, self._spare = self._spare, self._buffer
-        self._buffer.clear()
+        self._count += 1
+        self._writing.start()
 
     def _finish_writing(self) -> None:
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            self._shard.add(writing.result())
+        if self._writing is None:
+            return
+        try:
+            segment = self._writing.result()
+        except OSError:
+            self._writing = None
+            raise
+        self._writing = None
+        self._shard.add(segment)
 
     def _files(self) -> list[Path]:
         patterns = (folder.SEGMENTS, SNAPSHOTS, folder.PARTIAL, folder.RECIPE)
@@ -268,11 +276,3 @@ def _drop_from(file: Path, index: int, storage: Storage) -> None:
         reader = OpenSegment(segment)
         steps = [reader.step_at(position) for position in range(n_earlier)]
         write_segment(file, steps, storage)
-
-
-def _in_background(work: Callable[[], Segment]) -> Future[Segment]:
-    """Run a function in a thread; return the future of its result."""
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tda_lightning")
-    future = executor.submit(work)
-    executor.shutdown(wait=False)
-    return future
