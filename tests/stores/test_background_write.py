@@ -1,4 +1,4 @@
-"""A segment is written once, whatever interrupts the thread that asked for it."""
+"""A segment is written once, whatever interrupts the main thread."""
 
 import threading
 
