@@ -24,7 +24,7 @@ from tda_lightning.stores.contract import (
     same_facts,
 )
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, segment_reader
-from tda_lightning.stores.hdf5.stored_rows import StoredRows, stamp_of
+from tda_lightning.stores.hdf5.segment_datasets import StoredRows, stamp_of
 
 
 class TestMemoryStore(StoreContract):

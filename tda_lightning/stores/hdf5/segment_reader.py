@@ -1,8 +1,11 @@
-"""Read a segment: the facts of all its steps at once, their rows block by block."""
+"""Read steps from segments: of one file, of one process, and merged over processes.
+
+The facts of all steps of a segment are read at once, their rows block by block.
+"""
 
 from __future__ import annotations
 
-import sys
+import bisect
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +16,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.stores.hdf5.segment_writer import GROUP_FIELDS
-from tda_lightning.stores.hdf5.stored_rows import (
-    Stamp,
-    StoredRows,
-    require_unchanged,
-    stamp_of,
-)
-from tda_lightning.stores.step import Audit, ParameterGroup, Preconditioner, Step, StepFacts
+from tda_lightning.stores.hdf5.segment_datasets import StepColumns, require_unchanged, stamp_of
+from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 
 # Small enough to stay in a processor's cache between the disk and the first product.
 _BLOCK_BYTES = 2**20
@@ -63,50 +60,6 @@ class Segment:
         with h5py.File(self.path, "r") as file:
             ids: Tensor = torch.unique(torch.from_numpy(file["visits/sample_id"][:]))
         return ids
-
-
-class StepColumns:
-    """The steps of a segment, without their visits.
-
-    Args:
-        path: Path of the segment.
-        stamp: Stamp of the file when the run was opened.
-    """
-
-    def __init__(self, path: Path, stamp: Stamp) -> None:
-        with h5py.File(path, "r") as file:
-            steps = file["steps"]
-            self._index = steps["index"][:].tolist()
-            self._epoch = steps["epoch"][:].tolist()
-            self._optimizer, self._loss = _strings(steps, "optimizer"), _strings(steps, "loss")
-            self._groups = np.stack([_or_zeros(steps, name) for name in GROUP_FIELDS], -1)
-            self.audits = _read_audits(file["audits"])
-            self.preconditioners = _read_preconditioners(file["preconditioners"])
-            self.offset: list[int] = steps["offset"][:].tolist()
-            self.curvature_offset: list[int] = file["curvature/offset"][:].tolist()
-            self.sketch = StoredRows.of(path, file["visits"], stamp)
-            self.curvature_rows = StoredRows.of(path, file["curvature"], stamp)
-
-    def preconditioner(self, position: int) -> Preconditioner | None:
-        """Return the last preconditioner set in this segment at or before the position."""
-        changes = [start for start in self.preconditioners if start <= position]
-        return self.preconditioners[max(changes)] if changes else None
-
-    def facts(self, position: int, visits: dict[str, Tensor]) -> StepFacts:
-        """Return the facts of a step, given the available columns of its visits."""
-        return StepFacts(
-            index=self._index[position],
-            epoch=self._epoch[position],
-            optimizer=self._optimizer[position],
-            groups=tuple(ParameterGroup(*values) for values in self._groups[position].tolist()),
-            sample_ids=visits["sample_id"],
-            weights=visits["weight"],
-            audit=self.audits.get(position),
-            terms=visits.get("terms"),
-            curvature=visits.get("curvature"),
-            preconditioner=self.preconditioners.get(position),
-            loss=self._loss[position],
-        )
 
 
 class OpenSegment:
@@ -200,34 +153,134 @@ def _if_any(rows: Tensor) -> Tensor | None:
     return rows if len(rows) else None
 
 
-def _or_zeros(group: h5py.Group, name: str) -> np.ndarray:
-    # Segments of older versions lack some columns; zero means unknown.
-    return group[name][:] if name in group else np.zeros(group["lr"].shape)
+class Shard:
+    """Steps in the segments of one process; reading keeps one segment open."""
+
+    def __init__(self, files: Sequence[Path] = ()) -> None:
+        self._segments: list[Segment] = []
+        self._starts: list[int] = []
+        self._open: tuple[int, OpenSegment] | None = None
+        for file in files:
+            self.add(Segment(file))
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return self._starts[-1] + len(self._segments[-1]) if self._segments else 0
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """The segments, in order."""
+        return self._segments
+
+    @property
+    def indices(self) -> list[int]:
+        """Index of every step: the number of optimizer steps taken before it."""
+        return [index for segment in self._segments for index in segment.indices]
+
+    def add(self, segment: Segment) -> None:
+        """Append a sealed segment."""
+        self._starts.append(len(self))
+        self._segments.append(segment)
+
+    def read(self, position: int) -> Step:
+        """Return the step at a position; read its block unless it is cached."""
+        segment, offset = self._locate(position)
+        return segment.step_at(offset)
+
+    def facts_at(self, position: int) -> StepFacts:
+        """Return the step at a position without its rows."""
+        segment, offset = self._locate(position)
+        return segment.facts_at(offset)
+
+    def preconditioner(self, position: int) -> Preconditioner | None:
+        """Return the coordinates of a step, without reading any sketch."""
+        for start, segment in zip(reversed(self._starts), reversed(self._segments), strict=True):
+            preconditioner = segment.steps.preconditioner(position - start)
+            if preconditioner is not None:
+                return preconditioner
+        return None
+
+    def audits(self) -> list[Audit]:
+        """Return all audits, in order, without reading any sketch."""
+        return [audit for segment in self._segments for audit in segment.steps.audits.values()]
+
+    def _locate(self, position: int) -> tuple[OpenSegment, int]:
+        """Return the open segment of a step, and the step's position in it."""
+        number = bisect.bisect_right(self._starts, position) - 1
+        current = self._open
+        if current is None or current[0] != number:
+            current = self._open = (number, OpenSegment(self._segments[number]))
+        return current[1], position - self._starts[number]
 
 
-def _strings(group: h5py.Group, name: str) -> list[str]:
-    if name not in group:
-        return [""] * len(group["index"])
-    return [sys.intern(word) for word in group[name].asstr()[:].tolist()]
+class MergedShards:
+    """The steps that every process has sealed; parts with equal index form one step.
 
+    If a process or a disk loses its part of a step, the whole step is left out.
 
-def _read_preconditioners(group: h5py.Group) -> dict[int, Preconditioner]:
-    rows, columns = torch.from_numpy(group["rows"][:]), torch.from_numpy(group["columns"][:])
-    return {
-        int(position): Preconditioner(rows[number], columns[number])
-        for number, position in enumerate(group["step"][:])
-    }
+    Args:
+        shards: The shards of all processes, at least one.
+    """
 
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        lookups = [{index: n for n, index in enumerate(shard.indices)} for shard in shards]
+        indices = sorted(set.intersection(*(set(lookup) for lookup in lookups)))
+        # For every merged step, its position in each shard.
+        self._positions = [[lookup[index] for lookup in lookups] for index in indices]
 
-def _read_audits(group: h5py.Group) -> dict[int, Audit]:
-    names = ("gradient", "deviation", "left_out", "update")
-    gradient, deviation, left_out, update = (group[name][:] for name in names)
-    return {
-        int(position): Audit(
-            torch.from_numpy(gradient[number]),
-            torch.from_numpy(deviation[number]),
-            float(left_out[number]),
-            float(update[number]),
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._positions)
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """The segments of all processes."""
+        return [segment for shard in self._shards for segment in shard.segments]
+
+    def read(self, position: int) -> Step:
+        """Return the step at a position, with the visits of all processes."""
+        parts = [shard.read(local) for shard, local in self._parts(position)]
+        return Step.of(
+            _merge(parts),
+            sketch=torch.cat([part.sketch for part in parts]),
+            curvature_rows=_cat_if_complete([part.curvature_rows for part in parts]),
         )
-        for number, position in enumerate(group["step"][:])
-    }
+
+    def facts_at(self, position: int) -> StepFacts:
+        """Return a step without its rows, with the visits of all processes."""
+        return _merge([shard.facts_at(local) for shard, local in self._parts(position)])
+
+    def preconditioner(self, position: int) -> Preconditioner | None:
+        """Return the coordinates of a step, which are the same in all processes."""
+        shard, local = self._parts(position)[0]
+        return shard.preconditioner(local)
+
+    def audits(self) -> list[Audit]:
+        """Return all audits, which are the same in all processes."""
+        return self._shards[0].audits()
+
+    def _parts(self, position: int) -> list[tuple[Shard, int]]:
+        return list(zip(self._shards, self._positions[position], strict=True))
+
+
+def _merge(parts: Sequence[StepFacts]) -> StepFacts:
+    first = parts[0]
+    return StepFacts(
+        index=first.index,
+        epoch=first.epoch,
+        optimizer=first.optimizer,
+        groups=first.groups,
+        sample_ids=torch.cat([part.sample_ids for part in parts]),
+        weights=torch.cat([part.weights for part in parts]),
+        audit=first.audit,
+        terms=_cat_if_complete([part.terms for part in parts]),
+        curvature=_cat_if_complete([part.curvature for part in parts]),
+        preconditioner=first.preconditioner,
+        loss=first.loss,
+    )
+
+
+def _cat_if_complete(parts: Sequence[Tensor | None]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if len(tensors) == len(parts) else None

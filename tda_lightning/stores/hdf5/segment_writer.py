@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple
 from pathlib import Path
 
 import h5py
@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from tda_lightning.stores.durable import atomic_write
-from tda_lightning.stores.hdf5.encoding import Storage, encode
-from tda_lightning.stores.step import ParameterGroup, Step
-
-GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
+from tda_lightning.stores.hdf5.segment_datasets import GROUP_FIELDS, Storage, encode
+from tda_lightning.stores.step import Step
 
 
 def write_segment(path: Path, steps: Sequence[Step], storage: Storage) -> None:

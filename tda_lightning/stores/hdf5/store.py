@@ -17,8 +17,8 @@ from tda_lightning.stores.durable import make_durable
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder, write_segment
 from tda_lightning.stores.hdf5.background_write import BackgroundWrite
 from tda_lightning.stores.hdf5.buffer import StepBuffer
-from tda_lightning.stores.hdf5.encoding import Storage, bytes_of
-from tda_lightning.stores.hdf5.shards import MergedShards, Shard
+from tda_lightning.stores.hdf5.segment_datasets import Storage, bytes_of
+from tda_lightning.stores.hdf5.segment_reader import MergedShards, Shard
 from tda_lightning.stores.hdf5.snapshot_files import (
     SNAPSHOTS,
     drop_snapshots_after,
