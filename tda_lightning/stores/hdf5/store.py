@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -71,6 +71,7 @@ class HDF5Store(WritableStore):
         require_not_negative("segment_seconds", segment_seconds)
         self.path = Path(path)
         self._storage = storage
+        self._segment_bytes = segment_bytes
         self._segment_seconds = segment_seconds
         self._recipe: Recipe | None = None
         self._rank, self._ranks = 0, 1
@@ -78,11 +79,6 @@ class HDF5Store(WritableStore):
         self._merged: MergedShards | None = None
         self._count = 0
         self._writing: BackgroundWrite[Segment] | None = None
-        # One buffer is filled while the other is written. Rounding to bfloat16 while copying is
-        # faster than copying; the scales of other formats would take another pass.
-        dtype = torch.bfloat16 if storage == "bfloat16" else None
-        self._buffer = StepBuffer(segment_bytes, dtype)
-        self._spare = StepBuffer(segment_bytes, dtype)
         self._buffered_since = 0.0
 
     @classmethod
@@ -228,6 +224,18 @@ class HDF5Store(WritableStore):
     def _steps(self) -> Shard | MergedShards:
         return self._shard if self._merged is None else self._merged
 
+    @cached_property
+    def _buffers(self) -> list[StepBuffer]:
+        """The buffer being filled and the one being written; a store that only reads has none."""
+        # Rounding to bfloat16 while copying is faster than copying; the scales of other formats
+        # would take another pass.
+        dtype = torch.bfloat16 if self._storage == "bfloat16" else None
+        return [StepBuffer(self._segment_bytes, dtype) for _ in range(2)]
+
+    @property
+    def _buffer(self) -> StepBuffer:
+        return self._buffers[0]
+
     def _start_writing(self) -> None:
         """Write the buffered steps in the background, one segment at a time."""
         self._finish_writing()
@@ -235,8 +243,8 @@ class HDF5Store(WritableStore):
         # An exception may come between any two of these lines, from a signal handler: the write is
         # registered before its thread starts, and a second call repeats it at worst.
         self._writing = BackgroundWrite(partial(_write, file, self._buffer.steps, self._storage))
-        self._spare.clear()
-        self._buffer, self._spare = self._spare, self._buffer
+        self._buffers[1].clear()
+        self._buffers.reverse()
         self._count += 1
         self._writing.start()
 
