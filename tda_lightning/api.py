@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.arguments import require_choice, require_kind, require_whole
+from tda_lightning.arguments import name_of, require_choice, require_kind, require_whole
 from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Unrolled
 from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.attribution.tracin import TracInCP
@@ -21,7 +21,7 @@ from tda_lightning.attribution.trajectory import chosen_ids, contributions
 from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.passes.queries import mean_rows_at, record_queries, rows_at_snapshots
-from tda_lightning.passes.targets import Loss, Target, name_of
+from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.provenance import fingerprint
 from tda_lightning.results.scores import SampleScores, Scores, TopScores, require_rank
 from tda_lightning.results.trajectory import Period, Trajectory

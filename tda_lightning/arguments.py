@@ -1,4 +1,4 @@
-"""Checks of user arguments, made once, before any work begins.
+"""Check user arguments once, before any work begins, and describe them in error messages.
 
 A misspelt option must not select another branch, and a number out of range must not yield scores.
 """
@@ -6,8 +6,11 @@ A misspelt option must not select another branch, and a number out of range must
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, get_args
+
+from torch import Tensor
 
 
 def require_choice(name: str, value: object, literal: Any) -> None:
@@ -96,6 +99,27 @@ def require_kind(name: str, value: object, kind: type, examples: str) -> None:
     """
     if not isinstance(value, kind):
         raise ValueError(f"`{name}` is {value!r}; expected an object such as {examples}.")
+
+
+def describe(value: Any) -> str:
+    """Describe a value in a few words, for error messages.
+
+    >>> import torch
+    >>> describe({"x": torch.zeros(3, 5), "names": ["a"]})
+    "{'x': a tensor of shape (3, 5) (torch.float32), 'names': (a str)}"
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} ({value.dtype})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(describe(item) for item in value) + ")"
+    return f"a {type(value).__name__}" if value is not None else "None"
+
+
+def name_of(function: object) -> str:
+    """Return the name of a function, or the ``repr`` of an object."""
+    return getattr(function, "__name__", None) or repr(function)
 
 
 def _finite(value: object) -> float:

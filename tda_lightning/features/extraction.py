@@ -15,16 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import require_choice
+from tda_lightning.arguments import describe, require_choice
 from tda_lightning.features.layer_features import HeadOutputs, LayerFeatures, concatenate
 from tda_lightning.gradients.layers import find_tensors
-from tda_lightning.passes.batches import (
-    batch_size,
-    batches_of,
-    describe,
-    require_loader,
-    with_progress,
-)
+from tda_lightning.passes.batches import batch_size, batches_of, require_loader, with_progress
 from tda_lightning.passes.model_state import cuda_devices, preserved_rng, preserved_state
 from tda_lightning.passes.training_step import (
     loss_of,

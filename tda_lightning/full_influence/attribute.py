@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import require_choice, require_kind
+from tda_lightning.arguments import name_of, require_choice, require_kind
 from tda_lightning.attribution.dynamics.optimizer import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
@@ -19,7 +19,7 @@ from tda_lightning.full_influence.influence import FullInfluenceFunction
 from tda_lightning.gradients.layers import select_layers
 from tda_lightning.passes.batches import require_loader
 from tda_lightning.passes.model_state import preserved_state
-from tda_lightning.passes.targets import Loss, Target, name_of
+from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.passes.training_step import require_model
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.results.provenance import fingerprint

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tda_lightning.arguments import describe
 from tda_lightning.gradients.layers import select_layers
 from tda_lightning.gradients.row_recorder import BatchRows, RowRecorder
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
-from tda_lightning.passes.batches import batch_size, describe
+from tda_lightning.passes.batches import batch_size
 from tda_lightning.passes.model_state import Mode, preserved_state
 from tda_lightning.passes.training_step import loss_of, require_model, transfer
 from tda_lightning.stores.recipe import Recipe

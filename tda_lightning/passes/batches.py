@@ -1,15 +1,15 @@
-"""Batches: iterate over loaders, check them, and describe batches in error messages."""
+"""Batches: check loaders, and iterate over their batches."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from tda_lightning.arguments import describe
 from tda_lightning.gradients.layers import find_tensors
 
 
@@ -75,14 +75,3 @@ def batch_size(batch: Any, argument: str) -> int:
             "`DataLoader` of such batches."
         )
     return len(first)
-
-
-def describe(value: Any) -> str:
-    """Describe a value in a few words, for error messages."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} ({value.dtype})"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {describe(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "(" + ", ".join(describe(item) for item in value) + ")"
-    return f"a {type(value).__name__}" if value is not None else "None"

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tda_lightning.arguments import require_choice
+from tda_lightning.arguments import describe, name_of, require_choice
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.batch_rows import (
     record_batch,
@@ -22,9 +22,9 @@ from tda_lightning.passes.batch_rows import (
     sample_gradients,
     trained_parameters,
 )
-from tda_lightning.passes.batches import batch_size, batches_of, describe, with_progress
+from tda_lightning.passes.batches import batch_size, batches_of, with_progress
 from tda_lightning.passes.model_state import Mode, swapped_weights
-from tda_lightning.passes.targets import Loss, Target, name_of, per_sample
+from tda_lightning.passes.targets import Loss, Target, per_sample
 from tda_lightning.passes.training_step import require_finite_weights, transfer
 from tda_lightning.stores import Store, open_store_at
 from tda_lightning.stores.recipe import Recipe

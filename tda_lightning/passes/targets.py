@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from tda_lightning.arguments import require_choice, require_whole
-from tda_lightning.passes.batches import describe
+from tda_lightning.arguments import describe, name_of, require_choice, require_whole
 from tda_lightning.passes.training_step import loss_of
 
 Target = Callable[[nn.Module, Any], Tensor]
@@ -208,11 +207,6 @@ def per_sample(target: Target, module: nn.Module, batch: Any, n: int) -> Float[T
             f"or one per token, shape ({n}, T)"
         )
     return values.reshape(n, -1)
-
-
-def name_of(target: Target) -> str:
-    """Return the name of a function, or the ``repr`` of an object."""
-    return getattr(target, "__name__", None) or repr(target)
 
 
 def _look_up(batch: Mapping[str, Any], names: tuple[str, ...], kind: str, argument: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tda_lightning.passes.batches import describe
+from tda_lightning.arguments import describe
 
 
 def require_model(model: Any) -> None:
