@@ -6,7 +6,7 @@ yields the gradients at the layer's output. The model is left unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -72,7 +72,7 @@ def train_features(
                 parts.append(hooks.extract(batch, "train_loader"))
     finally:
         ledger.release()
-    layer_features = _join(parts, torch.cat(ids) if ids else None, "train_loader")
+    layer_features = concatenate(parts, torch.cat(ids) if ids else None, "train_loader")
     require_once(layer_features.ids)
     layer_features = layer_features.sorted()
     _require_finite(layer_features, model, "train_loader")
@@ -100,7 +100,7 @@ def query_features(
     with _feature_hooks(model, layer, reads) as hooks:
         batches = with_progress(batches_of(queries), "queries", progress)
         parts = [hooks.extract(batch, "queries") for batch in batches]
-    layer_features = _join(parts, None, "queries")
+    layer_features = concatenate(parts, None, "queries")
     _require_finite(layer_features, model, "queries")
     return layer_features
 
@@ -266,20 +266,6 @@ def _with_bias(head: nn.Linear, inputs: Tensor) -> tuple[Tensor, Tensor]:
         return weight, inputs
     ones = inputs.new_ones(len(inputs), 1)
     return torch.cat([weight, head.bias.detach()[:, None]], 1), torch.cat([inputs, ones], 1)
-
-
-def _join(parts: Sequence[LayerFeatures], ids: Tensor | None, argument: str) -> LayerFeatures:
-    if not parts:
-        raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
-    widths = {part.features.shape[1] for part in parts}
-    if len(widths) > 1:
-        raise ValueError(
-            f"The samples of `{argument}` have {sorted(widths)} features at `{parts[0].layer}`; "
-            "expected the same number for all. Pad all batches to the same length, or name a "
-            "layer after the pooling."
-        )
-    n = sum(len(part.ids) for part in parts)
-    return concatenate(parts, torch.arange(n) if ids is None else ids)
 
 
 def _require_finite(layer_features: LayerFeatures, model: nn.Module, argument: str) -> None:

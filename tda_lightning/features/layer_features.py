@@ -83,8 +83,28 @@ class LayerFeatures:
         return None
 
 
-def concatenate(parts: Sequence[LayerFeatures], ids: Int[Tensor, " n"]) -> LayerFeatures:
-    """Concatenate the layer features of several batches, with new ids."""
+def concatenate(
+    parts: Sequence[LayerFeatures], ids: Int[Tensor, " n"] | None, argument: str
+) -> LayerFeatures:
+    """Concatenate the layer features of several batches.
+
+    Args:
+        parts: The layer features of each batch.
+        ids: Ids of all samples; by default their positions.
+        argument: Name of the user's argument that holds the batches, for error messages.
+
+    Raises:
+        ValueError: If there are no batches, or their numbers of features differ.
+    """
+    if not parts:
+        raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
+    widths = {part.features.shape[1] for part in parts}
+    if len(widths) > 1:
+        raise ValueError(
+            f"The samples of `{argument}` have {sorted(widths)} features at `{parts[0].layer}`; "
+            "expected the same number for all. Pad all batches to the same length, or name a "
+            "layer after the pooling."
+        )
     heads = [part.head for part in parts if part.head is not None]
     head = None
     if heads:
@@ -93,4 +113,5 @@ def concatenate(parts: Sequence[LayerFeatures], ids: Int[Tensor, " n"]) -> Layer
         }
         head = replace(heads[0], **joined)
     features = torch.cat([part.features for part in parts])
-    return LayerFeatures(features, ids, parts[0].layer, head)
+    all_ids = torch.arange(len(features)) if ids is None else ids
+    return LayerFeatures(features, all_ids, parts[0].layer, head)
