@@ -18,14 +18,21 @@ from torch.utils.data import DataLoader
 from tda_lightning.arguments import describe, require_choice
 from tda_lightning.features.layer_features import HeadOutputs, LayerFeatures, concatenate
 from tda_lightning.gradients.layers import find_tensors
-from tda_lightning.passes.batches import batch_size, batches_of, require_loader, with_progress
-from tda_lightning.passes.model_state import cuda_devices, preserved_rng, preserved_state
-from tda_lightning.passes.training_step import (
+from tda_lightning.passes.batches import (
+    batch_size,
+    batches_of,
     loss_of,
-    require_finite_weights,
-    require_model,
+    require_loader,
     step_of,
     transfer,
+    with_progress,
+)
+from tda_lightning.passes.model_state import (
+    cuda_devices,
+    preserved_rng,
+    preserved_state,
+    require_finite_weights,
+    require_model,
 )
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger, require_once
 

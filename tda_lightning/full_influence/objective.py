@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.gradients.layers import LayerSelection
-from tda_lightning.passes.batches import batch_size, with_progress
+from tda_lightning.passes.batches import batch_size, transfer, with_progress
 from tda_lightning.passes.model_state import swapped_weights
-from tda_lightning.passes.training_step import transfer
 
 # Takes the number of labels to draw per prediction, and yields rows whose outer products sum to the
 # Gauss-Newton matrix.

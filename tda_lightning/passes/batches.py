@@ -1,16 +1,29 @@
-"""Batches: check loaders, and iterate over their batches."""
+"""Batches: iterate over them, pass one through the ``training_step``, and record its rows.
+
+Queries, probes and passes over training data use this code, so users write no second loss function.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from typing import Any
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tda_lightning.arguments import describe
-from tda_lightning.gradients.layers import find_tensors
+from tda_lightning.gradients.layers import find_tensors, select_layers
+from tda_lightning.gradients.row_recorder import BatchRows, RowRecorder
+from tda_lightning.gradients.sketching.projectors import projector_from_dict
+from tda_lightning.passes.model_state import Mode, preserved_state, require_model
+from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.step import Preconditioner
 
 
 def with_progress(
@@ -75,3 +88,101 @@ def batch_size(batch: Any, argument: str) -> int:
             "`DataLoader` of such batches."
         )
     return len(first)
+
+
+def transfer(model: Any, batch: Any) -> Any:
+    """Move a batch to the model's device, with the module's hooks that a trainer calls."""
+    device = next(model.parameters()).device
+    batch = model.on_before_batch_transfer(batch, 0)
+    batch = model.transfer_batch_to_device(batch, device, 0)
+    return model.on_after_batch_transfer(batch, 0)
+
+
+def step_of(model: Any, batch: Any) -> Any:
+    """Return the result of ``training_step`` on a batch."""
+    # Like a trainer: the name of the second argument does not matter.
+    takes_index = len(inspect.signature(model.training_step).parameters) > 1
+    return model.training_step(batch, 0) if takes_index else model.training_step(batch)
+
+
+def loss_of(model: Any, batch: Any) -> Tensor:
+    """Return the loss of ``training_step`` on a batch.
+
+    Raises:
+        TypeError: If it returns no loss.
+    """
+    result = step_of(model, batch)
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise TypeError(
+            f"`training_step` returned {describe(result)}; expected the loss, a tensor of one "
+            "number that depends on the parameters, or a dict that holds it under 'loss'"
+        )
+    return loss
+
+
+@contextmanager
+def recording(
+    model: nn.Module,
+    recipe: Recipe,
+    preconditioner: Preconditioner | None,
+    mode: Mode,
+    sampled: float,
+    passes: Literal["one", "several"] = "one",
+) -> Iterator[RowRecorder]:
+    """Attach a row recorder to the model by a recipe, and restore the model afterwards."""
+    require_model(model)
+    selection = select_layers(model, leave_out=[entry.name for entry in recipe.left_out])
+    recipe.require_blocks(selection.blocks, type(model).__name__)
+    projector = projector_from_dict(recipe.projector)
+    rows = RowRecorder(
+        model, selection, recipe.batch_dims, projector, recipe.torch_dtype, sampled, passes
+    )
+    if preconditioner is not None:
+        rows.precondition(preconditioner)
+    with preserved_state(model, mode), rows, torch.enable_grad():
+        yield rows
+
+
+def record_batch(
+    model: nn.Module, rows: RowRecorder, batch: Any, argument: str
+) -> tuple[Tensor, BatchRows]:
+    """Record each sample's contribution to the gradient of a batch's loss.
+
+    Args:
+        model: A LightningModule. The ``.grad`` of its parameters does not change.
+        rows: A row recorder that is attached to the model.
+        batch: A batch as the training loader yields it.
+        argument: Name of the user's argument that the batch comes from, for error messages.
+
+    Returns:
+        The loss, and the recorded rows.
+
+    Raises:
+        ValueError: If ``training_step`` fails on the batch or returns no loss.
+    """
+    rows.start(batch_size(batch, argument))
+    try:
+        loss = loss_of(model, transfer(model, batch))
+        rows.start_backward(loss)
+        # Not `backward`, which would change the `.grad` of the user's parameters.
+        torch.autograd.grad(loss, trained_parameters(model), allow_unused=True)
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"`{type(model).__name__}.training_step` failed on `{argument}`: expected a batch as "
+            f"the training loader yields it; got {describe(batch)}. The error was: {error}"
+        ) from error
+    finally:
+        batch_rows = rows.end_backward()
+    return loss.detach(), batch_rows
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def sample_gradients(batch_rows: BatchRows, recipe: Recipe) -> Float[Tensor, "n k"]:
+    """Return the gradient of each sample's loss, undoing the mean over the batch."""
+    rows = batch_rows.rows
+    return rows * len(rows) if recipe.reduction == "mean" else rows

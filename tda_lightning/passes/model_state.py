@@ -1,4 +1,4 @@
-"""Preserve a user's model during a pass: modes, buffers, metrics, logs, random state."""
+"""A user's model in a pass: check it, and preserve its weights, modes, metrics and random state."""
 
 from __future__ import annotations
 
@@ -14,6 +14,34 @@ from torch import Tensor, nn
 
 # Whether a model is in evaluation or training mode during a pass.
 Mode = Literal["eval", "train"]
+
+
+def require_model(model: Any) -> None:
+    """Check that an object is a module with a ``training_step``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "training_step"):
+        description = repr(model) if isinstance(model, type) else f"a `{type(model).__name__}`"
+        raise ValueError(
+            f"`model` is {description}; expected the LightningModule that was trained: an object "
+            "with a `training_step`."
+        )
+
+
+def require_finite_weights(model: nn.Module) -> None:
+    """Check that no weight of a model is NaN or infinite.
+
+    Raises:
+        ValueError: If one is; the message names the first.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"The weights of `model` are not finite: `{name}` holds NaN or infinity. Expected "
+                "weights from a training that did not diverge; load an earlier checkpoint."
+            )
 
 
 @contextmanager

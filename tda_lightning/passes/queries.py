@@ -16,16 +16,18 @@ from torch import Tensor, nn
 
 from tda_lightning.arguments import describe, name_of, require_choice
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.passes.batch_rows import (
+from tda_lightning.passes.batches import (
+    batch_size,
+    batches_of,
     record_batch,
     recording,
     sample_gradients,
     trained_parameters,
+    transfer,
+    with_progress,
 )
-from tda_lightning.passes.batches import batch_size, batches_of, with_progress
-from tda_lightning.passes.model_state import Mode, swapped_weights
+from tda_lightning.passes.model_state import Mode, require_finite_weights, swapped_weights
 from tda_lightning.passes.targets import Loss, Target, per_sample
-from tda_lightning.passes.training_step import require_finite_weights, transfer
 from tda_lightning.stores import Store, open_store_at
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.snapshots import Moment, later_snapshots, position_of

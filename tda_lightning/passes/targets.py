@@ -21,7 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from tda_lightning.arguments import describe, name_of, require_choice, require_whole
-from tda_lightning.passes.training_step import loss_of
+from tda_lightning.passes.batches import loss_of
 
 Target = Callable[[nn.Module, Any], Tensor]
 ClassAxis = Literal[1, -1] | None

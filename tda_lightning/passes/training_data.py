@@ -17,8 +17,13 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.gradients.row_recorder import BatchRows
-from tda_lightning.passes.batch_rows import record_batch, recording, sample_gradients
-from tda_lightning.passes.batches import require_loader, with_progress
+from tda_lightning.passes.batches import (
+    record_batch,
+    recording,
+    require_loader,
+    sample_gradients,
+    with_progress,
+)
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.stores import MemoryStore, Store, WritableStore, open_store_at
