@@ -19,10 +19,9 @@ from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.attribution.tracin import TracInCP
 from tda_lightning.attribution.trajectory import chosen_ids, contributions
 from tda_lightning.passes.batches import batches_in_memory
-from tda_lightning.passes.model_state import Mode
+from tda_lightning.passes.model_state import Mode, fingerprint
 from tda_lightning.passes.queries import mean_rows_at, record_queries, rows_at_snapshots
 from tda_lightning.passes.targets import Loss, Target
-from tda_lightning.results.provenance import fingerprint
 from tda_lightning.results.scores import SampleScores, Scores, TopScores, require_rank
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store

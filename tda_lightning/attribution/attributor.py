@@ -11,7 +11,7 @@ A method is therefore a generator of a few lines. The pass over the store is wri
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tda_lightning.attribution.device_view import DeviceView
-from tda_lightning.results.provenance import provenance_of
 from tda_lightning.results.scores import SampleScores, Scores
 from tda_lightning.stores import Store
 from tda_lightning.stores.step import Step
@@ -202,6 +201,21 @@ class Totals:
         positions = positions.to(values.device)
         self.values.index_add_(0, positions, values)
         self.visits.index_add_(0, positions, self.visits.new_ones(len(positions), 1))
+
+
+def provenance_of(run: Store) -> Mapping[str, str]:
+    """Describe a run in short texts: its model, optimizer, steps, and sketch."""
+    if len(run) == 0:
+        return {}
+    first, last, recipe = run.facts[0], run.facts[-1], run.recipe
+    stride = "" if recipe.every_n_steps == 1 else f", one in {recipe.every_n_steps}"
+    return {
+        "model": recipe.model,
+        "optimizer": last.optimizer,
+        "steps": f"{len(run)}, index {first.index} to {last.index}{stride}",
+        "projector": ", ".join(f"{key}={value}" for key, value in recipe.projector.items()),
+        "rows": f"{recipe.dimension} x {recipe.dtype}, coordinates of {recipe.preconditioner}",
+    }
 
 
 def _with_progress(items: Iterable[Any], total: int, progress: bool, name: str) -> Iterator[Any]:

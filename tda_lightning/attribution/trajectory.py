@@ -18,9 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tda_lightning.arguments import require_choice
-from tda_lightning.attribution.attributor import Attributor
+from tda_lightning.attribution.attributor import Attributor, provenance_of
 from tda_lightning.attribution.device_view import DeviceView
-from tda_lightning.results.provenance import provenance_of
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
 

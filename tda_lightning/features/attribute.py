@@ -13,8 +13,8 @@ from tda_lightning.features.attributor import LayerFeatureAttributor
 from tda_lightning.features.extraction import query_features, train_features
 from tda_lightning.features.representer import RepresenterPoint, Representers
 from tda_lightning.features.similarity import FeatureSimilarity
+from tda_lightning.passes.model_state import fingerprint
 from tda_lightning.recording.sample_ids import IdSource
-from tda_lightning.results.provenance import fingerprint
 from tda_lightning.results.scores import Scores
 
 

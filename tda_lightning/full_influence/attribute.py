@@ -18,10 +18,9 @@ from tda_lightning.full_influence.full_gradients import FullGradients, full_reci
 from tda_lightning.full_influence.influence import FullInfluenceFunction
 from tda_lightning.gradients.layers import select_layers
 from tda_lightning.passes.batches import require_loader
-from tda_lightning.passes.model_state import preserved_state, require_model
+from tda_lightning.passes.model_state import fingerprint, preserved_state, require_model
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.recording.sample_ids import IdSource
-from tda_lightning.results.provenance import fingerprint
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run

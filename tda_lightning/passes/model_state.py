@@ -1,8 +1,9 @@
-"""A user's model in a pass: check it, and preserve its weights, modes, metrics and random state."""
+"""A user's model in a pass: check it, hash its weights, and preserve its state."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -42,6 +43,15 @@ def require_finite_weights(model: nn.Module) -> None:
                 f"The weights of `model` are not finite: `{name}` holds NaN or infinity. Expected "
                 "weights from a training that did not diverge; load an earlier checkpoint."
             )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a short hash of a model's weights."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 @contextmanager
