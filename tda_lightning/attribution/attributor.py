@@ -112,7 +112,8 @@ class Attributor(ABC):
         """
         self.require(run)
         totals = Totals(run.train_ids(), len(queries), queries)
-        pairs = self.visit_scores(DeviceView(run, queries), queries)
+        view = DeviceView(run, queries)
+        pairs = self.visit_scores(view, queries)
         for step, scores in _with_progress(pairs, len(run), progress, f"{type(self).__name__}"):
             totals.add_(step.sample_ids, scores)
         return Scores(
@@ -120,7 +121,7 @@ class Attributor(ABC):
             query_ids=torch.arange(len(queries)),
             train_ids=totals.train_ids,
             method=repr(self),
-            provenance=provenance_of(run),
+            provenance={**provenance_of(run), **view.provenance()},
         )
 
     def attribute_ensemble(
@@ -159,14 +160,15 @@ class SelfAttributor(Attributor):
         like = torch.empty(0, dtype=run.recipe.torch_dtype)
         totals = Totals(run.train_ids(), 1, like)
         name = f"{type(self).__name__}, self-influence"
-        pairs = self.own_scores(DeviceView(run, like))
+        view = DeviceView(run, like)
+        pairs = self.own_scores(view)
         for step, scores in _with_progress(pairs, len(run), progress, name):
             totals.add_(step.sample_ids, scores[:, None])
         return SampleScores(
             values=self.combine(totals.values, totals.visits)[:, 0],
             train_ids=totals.train_ids,
             method=repr(self),
-            provenance=provenance_of(run),
+            provenance={**provenance_of(run), **view.provenance()},
         )
 
 

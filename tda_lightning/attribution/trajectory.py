@@ -54,7 +54,8 @@ def contributions(
     selected_ids = chosen_ids(run, train_ids)
     sums: dict[int, Tensor] = {}
     visits = queries.new_zeros(len(selected_ids), 1)
-    pairs: Any = method.visit_scores(DeviceView(run, queries), queries)
+    view = DeviceView(run, queries)
+    pairs: Any = method.visit_scores(view, queries)
     for step, scores in tqdm(
         pairs, total=len(run), desc="trajectory", unit="step", leave=False, disable=not progress
     ):
@@ -72,7 +73,7 @@ def contributions(
         query_ids=torch.arange(len(queries)),
         per=per,
         method=repr(method),
-        provenance=provenance_of(run),
+        provenance={**provenance_of(run), **view.provenance()},
     )
 
 

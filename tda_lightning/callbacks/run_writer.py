@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ class RunWriter:
         self._run_id: str | None = None
         self._count = 0
         self._checkpoint: dict[str, Any] = {}
+        self._has_warned_of_non_finite = False
         self.has_failed = False
 
     def begin(
@@ -86,6 +88,7 @@ class RunWriter:
 
     def append(self, step: Step) -> None:
         """Write a step."""
+        self._warn_of_non_finite(step)
         if self._try(lambda: self._store.append(step)):
             self._count += 1
 
@@ -168,6 +171,19 @@ class RunWriter:
                 f"GradientRecorder: the store lacks {missing:,} steps that were recorded before "
                 "this checkpoint; continuing without them."
             )
+
+    def _warn_of_non_finite(self, step: Step) -> None:
+        """Name the first sample whose gradient is not finite, in this or another process."""
+        if self._has_warned_of_non_finite or not len(bad := step.non_finite_visits()):
+            return
+        self._has_warned_of_non_finite = True
+        warnings.warn(
+            f"GradientRecorder: the gradient of sample {int(step.sample_ids[bad[0]])} at step "
+            f"{step.index} is not finite; expected finite numbers. It is stored as it is. Answers "
+            "leave such visits out, or refuse the run from there on if the training diverged. "
+            "Look at the sample, or at the loss. Later ones are not named.",
+            stacklevel=2,
+        )
 
     def _try(self, write: Callable[[], None]) -> bool:
         """Write, unless writing has failed before; return whether it succeeded."""

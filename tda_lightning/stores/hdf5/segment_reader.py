@@ -125,7 +125,7 @@ class OpenSegment:
         segment.require_unchanged()
         offset = self._columns.offset
         self._visits = {name: torch.from_numpy(values) for name, values in visits.items()}
-        self._is_complete = {name: _is_complete(values, offset) for name, values in visits.items()}
+        self._is_known = {name: _is_known(visits[name], offset) for name in _OPTIONAL_COLUMNS}
         self._blocks = split(offset, max(1, _BLOCK_BYTES // self._columns.sketch.row_bytes))
         self._cached: tuple[range, list[Step]] = (range(0), [])
 
@@ -135,7 +135,7 @@ class OpenSegment:
         visits = {
             name: values[span]
             for name, values in self._visits.items()
-            if self._is_complete[name][position]
+            if name not in self._is_known or self._is_known[name][position]
         }
         return self._columns.facts(position, visits)
 
@@ -165,7 +165,8 @@ class OpenSegment:
         ]
 
 
-_VISIT_COLUMNS = ("sample_id", "weight", "terms", "curvature")
+_OPTIONAL_COLUMNS = ("terms", "curvature")
+_VISIT_COLUMNS = ("sample_id", "weight", *_OPTIONAL_COLUMNS)
 
 
 def split(offset: Sequence[int], visits_per_block: int) -> list[range]:
@@ -189,11 +190,13 @@ def _part(values: Tensor, offset: Sequence[int], block: range, position: int) ->
     return values[offset[position] - first : offset[position + 1] - first]
 
 
-def _is_complete(values: np.ndarray, offset: Sequence[int]) -> list[bool]:
-    """Return for every step whether the column has a value for all its visits."""
+def _is_known(values: np.ndarray, offset: Sequence[int]) -> list[bool]:
+    """Return for every step whether the column was recorded; NaN in all visits means unknown."""
+    # Some values may be NaN in a recorded column: those of samples whose loss is not finite.
     n_missing = np.concatenate([[0], np.isnan(values).cumsum()])
-    complete: list[bool] = (np.diff(n_missing[offset]) == 0).tolist()
-    return complete
+    n_visits = np.diff(offset)
+    known: list[bool] = ((np.diff(n_missing[offset]) < n_visits) | (n_visits == 0)).tolist()
+    return known
 
 
 def _if_any(rows: Tensor) -> Tensor | None:
