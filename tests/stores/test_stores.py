@@ -61,6 +61,34 @@ def test_a_run_is_readable_while_it_is_recorded(tmp_path):
     assert all(map(same, HDF5Store.open(tmp_path / "run"), steps))
 
 
+class LosingStore(MemoryStore):
+    """A store that raises an IndexError for one step, such as a database that loses a row."""
+
+    has_lost = False
+
+    def read(self, position):
+        if self.has_lost and position == 2:
+            raise IndexError
+        return super().read(position)
+
+
+@pytest.mark.parametrize("view", ["steps", "facts", "slice", "reversed"])
+def test_an_index_error_while_reading_does_not_end_the_run_early(view):
+    run = filled(LosingStore(), make_steps(5))
+    iterable = {"steps": run, "facts": run.facts, "slice": run[1:], "reversed": reversed(run)}[view]
+    run.has_lost = True
+    with pytest.raises(IndexError):
+        list(iterable)
+
+
+def test_a_damaged_offset_does_not_end_the_run_early(tmp_path):
+    filled(HDF5Store(tmp_path / "run"), make_steps(6))
+    with h5py.File(tmp_path / "run" / "segment-000001.h5", "r+") as file:
+        file["steps/offset"][1] = 2**40
+    with pytest.raises((IndexError, OSError)):
+        list(HDF5Store.open(tmp_path / "run"))
+
+
 def steps_on_disk(path, count):
     """Return the number of steps on disk once it is ``count``, or after five seconds."""
     deadline = time.monotonic() + 5
