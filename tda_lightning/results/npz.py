@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tda_lightning.stores.durable import atomic_write
+from tda_lightning.stores.durable import absolute_path, atomic_write
 
 
 def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
@@ -25,7 +25,7 @@ def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
     fields = {name: _as_array(getattr(result, name)) for name in names}
     texts = {"method": result.method, "provenance": json.dumps(dict(result.provenance))}
     # Pass an open file: given a path, NumPy would append a suffix.
-    with atomic_write(Path(path)) as partial, partial.open("wb") as file:
+    with atomic_write(absolute_path(path)) as partial, partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in texts.items()}, **fields)
 
 
@@ -37,7 +37,7 @@ def load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:
         ValueError: If the file holds a result of another class, or no result.
     """
     try:
-        file = np.load(path, allow_pickle=False)
+        file = np.load(absolute_path(path), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"`{path}` holds no saved result: {error}") from error
     if not isinstance(file, np.lib.npyio.NpzFile):

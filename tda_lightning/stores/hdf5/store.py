@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_not_negative, require_whole
-from tda_lightning.stores.durable import make_durable
+from tda_lightning.stores.durable import absolute_path, make_durable
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder, write_segment
 from tda_lightning.stores.hdf5.background_write import BackgroundWrite
 from tda_lightning.stores.hdf5.buffer import StepBuffer
@@ -43,12 +43,16 @@ class HDF5Store(WritableStore):
     read once all have sealed their part of it.
 
     Args:
-        path: The folder.
+        path: The folder. ``~`` is expanded, and a relative path is resolved at once.
         storage: Number format of the rows on disk. Rounding to bfloat16, float16 or int8 loses far
             less accuracy than sketching. ``"as computed"`` is float32, or float64 for models in
             double precision.
         segment_bytes: Seal when the buffered rows take this much memory.
         segment_seconds: Seal when the oldest buffered step is this old.
+
+    Attributes:
+        path: The absolute path of the folder.
+        name: The path as it was given; it identifies the store in checkpoints.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -69,7 +73,8 @@ class HDF5Store(WritableStore):
         require_choice("storage", storage, Storage)
         require_whole("segment_bytes", segment_bytes, least=1)
         require_not_negative("segment_seconds", segment_seconds)
-        self.path = Path(path)
+        self.path = absolute_path(path)
+        self.name = os.fspath(path)
         self._storage = storage
         self._segment_seconds = segment_seconds
         self._recipe: Recipe | None = None
