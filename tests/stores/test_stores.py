@@ -370,3 +370,38 @@ def test_smaller_number_formats_make_smaller_files(tmp_path):
         for name in ("as computed", "float16", "int8")
     ]
     assert sizes[0] > 1.8 * sizes[1] > 3.2 * sizes[2]
+
+
+def test_a_run_that_lost_a_segment_is_continued_without_overwriting_another(tmp_path):
+    steps = make_steps(10)
+    filled(HDF5Store(tmp_path / "run"), steps[:8])
+    (tmp_path / "run" / "segment-000001.h5").unlink()
+    store = HDF5Store(tmp_path / "run")
+    store.resume(16)
+    for step in steps[8:]:
+        store.append(step)
+    store.seal()
+    expected = [step.index for step in (*steps[:2], *steps[4:])]
+    assert [step.index for step in HDF5Store.open(tmp_path / "run")] == expected
+    assert [step.index for step in store] == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_segments_beyond_a_million_are_read_in_order(tmp_path, ranks):
+    stores, steps = [HDF5Store(tmp_path / "run") for _ in range(ranks)], make_steps(4)
+    for number, store in enumerate(stores):
+        if ranks > 1:
+            store.join(number, ranks)
+    stores[0].begin(replace(RECIPE, ranks=ranks))
+    for store in stores:
+        store.resume(0)
+        store._next = 999_998
+        for step in steps:
+            store.append(step)
+            store.seal()
+    run = HDF5Store.open(tmp_path / "run")
+    assert [step.index for step in run] == [0, 2, 4, 6]
+    run.resume(4)
+    assert [step.index for step in HDF5Store.open(tmp_path / "run")] == [0, 2]
+    run.clear()
+    assert not list((tmp_path / "run").iterdir())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from tda_lightning.stores.recipe import Recipe
 FORMAT = "tda_lightning"
 FORMAT_VERSION = 2
 RECIPE = "recipe.json"
-SEGMENTS = "segment-*.h5"
 PARTIAL = ".*.partial"
+_SEGMENT = re.compile(r"segment-(\d{6,})(?:-rank-(\d+))?\.h5")
 
 
 def segment_name(number: int, rank: int, ranks: int) -> str:
@@ -24,7 +26,29 @@ def segment_name(number: int, rank: int, ranks: int) -> str:
 
 def segments_of(path: Path, rank: int, ranks: int) -> list[Path]:
     """Return the sealed segments of one process, in order."""
-    return sorted(path.glob("segment-??????.h5" if ranks == 1 else f"segment-*-rank-{rank}.h5"))
+    writer = None if ranks == 1 else str(rank)
+    return sorted((f for f in all_segments(path) if _parts_of(f)[1] == writer), key=number_of)
+
+
+def all_segments(path: Path) -> list[Path]:
+    """Return the sealed segments of all processes, in no order."""
+    return [file for file in path.glob("segment-*.h5") if _SEGMENT.fullmatch(file.name)]
+
+
+def number_of(file: Path) -> int:
+    """Return the number in the name of a segment, which may have more than six digits."""
+    return int(_parts_of(file)[0])
+
+
+def next_number(files: Sequence[Path]) -> int:
+    """Return the number of the segment after these, some of which may have been lost."""
+    return max(map(number_of, files), default=-1) + 1
+
+
+def _parts_of(file: Path) -> tuple[str, str | None]:
+    match = _SEGMENT.fullmatch(file.name)
+    assert match is not None
+    return match[1], match[2]
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:

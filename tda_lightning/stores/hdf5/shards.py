@@ -33,6 +33,11 @@ class Shard:
         return self._segments
 
     @property
+    def files(self) -> list[Path]:
+        """The files of the segments, in order."""
+        return [segment.path for segment in self._segments]
+
+    @property
     def indices(self) -> list[int]:
         """Index of every step: the number of optimizer steps taken before it."""
         return [index for segment in self._segments for index in segment.indices]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -10,18 +11,30 @@ from torch import Tensor
 from tda_lightning.stores.durable import atomic_write
 from tda_lightning.stores.store import Weights
 
-SNAPSHOTS = "snapshot-*.pt"
+_NAME = re.compile(r"snapshot-(\d{8,})\.pt")
 
 
 def indices_in(path: Path) -> list[int]:
-    """Return the indices of the steps with a snapshot in a folder, in order."""
-    return sorted(int(file.stem.removeprefix("snapshot-")) for file in path.glob(SNAPSHOTS))
+    """Return the indices of the steps with a snapshot in a folder, in order.
+
+    Other files, such as a user's ``snapshot-best.pt``, are ignored.
+    """
+    matches = (_NAME.fullmatch(file.name) for file in path.glob("snapshot-*.pt"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def write_snapshot(path: Path, index: int, weights: Weights) -> None:
-    """Write the weights before a step to a file in a folder, atomically."""
-    with atomic_write(snapshot_file(path, index)) as partial:
-        torch.save(dict(weights), partial)
+    """Write the weights before a step to a file in a folder, atomically.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    file = snapshot_file(path, index)
+    try:
+        with atomic_write(file) as partial:
+            torch.save(dict(weights), partial)
+    except RuntimeError as error:  # torch raises system errors, such as a full disk, as these.
+        raise OSError(f"writing `{file}` failed: {error}") from error
 
 
 def read_snapshot(path: Path, index: int) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from functools import partial
@@ -20,10 +19,10 @@ from tda_lightning.stores.hdf5.buffer import StepBuffer
 from tda_lightning.stores.hdf5.encoding import Storage, bytes_of
 from tda_lightning.stores.hdf5.shards import MergedShards, Shard
 from tda_lightning.stores.hdf5.snapshot_files import (
-    SNAPSHOTS,
     drop_snapshots_after,
     indices_in,
     read_snapshot,
+    snapshot_file,
     write_snapshot,
 )
 from tda_lightning.stores.recipe import Recipe
@@ -81,7 +80,7 @@ class HDF5Store(WritableStore):
         self._rank, self._ranks = 0, 1
         self._shard = Shard()
         self._merged: MergedShards | None = None
-        self._count = 0
+        self._next = 0  # number of the next segment
         self._writing: BackgroundWrite[Segment] | None = None
         # One buffer is filled while the other is written. Rounding to bfloat16 while copying is
         # faster than copying; the scales of other formats would take another pass.
@@ -179,7 +178,7 @@ class HDF5Store(WritableStore):
         make_durable(self.path)
         # Other processes may still be changing their segments: `refresh` reads those later.
         self._shard = Shard(folder.segments_of(self.path, self._rank, self._ranks))
-        self._merged, self._count = None, len(self._shard.segments)
+        self._merged, self._next = None, folder.next_number(self._shard.files)
 
     def clear(self) -> None:
         """Delete the files of the run, and nothing else in the folder."""
@@ -227,7 +226,7 @@ class HDF5Store(WritableStore):
         shards = [Shard(rank_files) for rank_files in files]
         self._shard = shards[self._rank]
         self._merged = MergedShards(shards) if self._ranks > 1 else None
-        self._count = len(self._shard.segments)
+        self._next = folder.next_number(self._shard.files)
 
     @property
     def _steps(self) -> Shard | MergedShards:
@@ -236,13 +235,13 @@ class HDF5Store(WritableStore):
     def _start_writing(self) -> None:
         """Write the buffered steps in the background, one segment at a time."""
         self._finish_writing()
-        file = self.path / folder.segment_name(self._count, self._rank, self._ranks)
+        file = self.path / folder.segment_name(self._next, self._rank, self._ranks)
         # An exception may come between any two of these lines, from a signal handler: the write is
         # registered before its thread starts, and a second call repeats it at worst.
         self._writing = BackgroundWrite(partial(_write, file, self._buffer.steps, self._storage))
         self._spare.clear()
         self._buffer, self._spare = self._spare, self._buffer
-        self._count += 1
+        self._next += 1
         self._writing.start()
 
     def _finish_writing(self) -> None:
@@ -257,8 +256,9 @@ class HDF5Store(WritableStore):
         self._shard.add(segment)
 
     def _files(self) -> list[Path]:
-        patterns = (folder.SEGMENTS, SNAPSHOTS, folder.PARTIAL, folder.RECIPE)
-        return list(itertools.chain.from_iterable(self.path.glob(pattern) for pattern in patterns))
+        others = [*self.path.glob(folder.PARTIAL), *self.path.glob(folder.RECIPE)]
+        snapshots = [snapshot_file(self.path, index) for index in indices_in(self.path)]
+        return [*folder.all_segments(self.path), *snapshots, *others]
 
 
 def _write(file: Path, steps: list[Step], storage: Storage) -> Segment:
