@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -105,11 +106,18 @@ class RunWriter:
         index = trainer.global_step
         if isinstance(chosen, int):
             chosen = [index] if chosen and index % chosen == 0 else []
-        if index not in chosen or not trainer.is_global_zero or index in self._store.snapshots():
+        if index not in chosen or not trainer.is_global_zero or self.has_failed:
+            return
+        if not self._try(lambda: self._keep_weights(index, model)):
+            with suppress(Exception):  # Rows are far smaller than weights, and may still fit.
+                self._store.seal()
+
+    def _keep_weights(self, index: int, model: LightningModule) -> None:
+        if index in self._store.snapshots():
             return
         state = model.state_dict()
         weights = {k: v.detach().cpu().clone() for k, v in state.items() if isinstance(v, Tensor)}
-        self._try(lambda: self._store.keep_weights(index, weights))
+        self._store.keep_weights(index, weights)
 
     def seal(self) -> None:
         """Seal all steps written so far."""
@@ -186,12 +194,18 @@ class RunWriter:
         )
 
     def _try(self, write: Callable[[], None]) -> bool:
-        """Write, unless writing has failed before; return whether it succeeded."""
+        """Write, unless writing has failed before; return whether it succeeded.
+
+        Raises:
+            ValueError: If the store does not support the request.
+        """
         if self.has_failed:
             return False
         try:
             write()
-        except OSError as error:
+        except ValueError:
+            raise
+        except Exception as error:  # A store may raise anything; it must not end the training.
             self.has_failed = True
             rank_zero_warn(
                 f"GradientRecorder: the store cannot be written any more ({error}). Training goes "
