@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tda_lightning.stores.hdf5.file import open_hdf5
 from tda_lightning.stores.hdf5.segment_writer import GROUP_FIELDS
 from tda_lightning.stores.hdf5.stored_rows import (
     Stamp,
@@ -36,7 +37,7 @@ class Segment:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stamp = stamp_of(path)
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             self.indices: list[int] = file["steps/index"][:].tolist()
 
     def __len__(self) -> int:
@@ -60,7 +61,7 @@ class Segment:
 
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the sorted ids of the samples in this segment."""
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path) as file:
             ids: Tensor = torch.unique(torch.from_numpy(file["visits/sample_id"][:]))
         return ids
 
@@ -74,7 +75,7 @@ class StepColumns:
     """
 
     def __init__(self, path: Path, stamp: Stamp) -> None:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             steps = file["steps"]
             self._index = steps["index"][:].tolist()
             self._epoch = steps["epoch"][:].tolist()
@@ -118,7 +119,7 @@ class OpenSegment:
 
     def __init__(self, segment: Segment) -> None:
         self._columns = segment.steps
-        with h5py.File(segment.path, "r") as file:
+        with open_hdf5(segment.path) as file:
             visits = {name: file["visits"][name][:] for name in _VISIT_COLUMNS}
             self._scales = file["visits/scale"][:]
             self._curvature_scales = file["curvature/scale"][:]

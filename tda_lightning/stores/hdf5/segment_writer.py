@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tda_lightning.stores.durable import atomic_write
 from tda_lightning.stores.hdf5.encoding import Storage, encode
+from tda_lightning.stores.hdf5.file import open_hdf5
 from tda_lightning.stores.step import ParameterGroup, Step
 
 GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
@@ -29,7 +30,7 @@ def write_segment(path: Path, steps: Sequence[Step], storage: Storage) -> None:
     sketches = [encode(step.sketch, storage) for step in steps]
     curvature = [encode(_curvature_rows(step), storage) for step in steps]
     with atomic_write(path) as partial:
-        with h5py.File(partial, "w") as file:
+        with open_hdf5(partial, "w") as file:
             _write_steps(file.create_group("steps"), steps)
             _write_audits(file.create_group("audits"), steps)
             _write_preconditioners(file.create_group("preconditioners"), steps)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.stores.hdf5.encoding import Storage, decode
+from tda_lightning.stores.hdf5.file import open_hdf5
 
 Stamp = tuple[int, int]
 
@@ -97,7 +98,7 @@ class StoredRows:
         count = span.stop - span.start
         if count and self.offset is None:
             require_unchanged(self.path, self.stamp, stamp_of(self.path))
-            with h5py.File(self.path, "r") as file:
+            with open_hdf5(self.path) as file:
                 encoded: np.ndarray = file[self.name][span]
             return encoded
         # Bypass HDF5, whose calls would take longer than reading the bytes.
