@@ -19,13 +19,21 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.capture import capture_paused
+from tda_lightning.gradients.row_recorder import RowRecorder
 
 
-def gradients_of(loss: Tensor, parameters: Sequence[Parameter]) -> dict[Parameter, Tensor]:
-    """Return the gradients of the parameters that the loss depends on, and retain its graph."""
+def gradients_of(
+    loss: Tensor, parameters: Sequence[Parameter], recorder: RowRecorder
+) -> dict[Parameter, Tensor]:
+    """Return the gradients of the parameters that the loss depends on, and retain its graph.
+
+    Args:
+        loss: The loss.
+        parameters: The parameters.
+        recorder: A recorder of their model, which does not record this pass.
+    """
     try:
-        with capture_paused():
+        with recorder.paused():
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise ValueError(

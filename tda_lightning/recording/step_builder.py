@@ -147,7 +147,7 @@ class StepBuilder:
         gradients = {}
         if preconditioner.needs_gradients():
             trained = [p for p in preconditioner.parameters() if p.requires_grad]
-            local_gradients = gradients_of(loss / self._share, trained)
+            local_gradients = gradients_of(loss / self._share, trained, self._rows)
             mean, scale = self._distributed.mean, self._loss_scale
             gradients = {p: mean(gradient) / scale for p, gradient in local_gradients.items()}
         self._new_preconditioner = preconditioner.read(gradients)
