@@ -35,6 +35,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
     warn_of_approximations,
 )
 from tda_lightning.attribution.dynamics.propagator import Exponential, Propagator
+from tda_lightning.attribution.linalg import eigendecomposition
 from tda_lightning.stores import Store
 from tda_lightning.stores.step import Step
 
@@ -106,7 +107,7 @@ class Source(Attributor):
         K = n_recorded * steps.recipe.every_n_steps
         extent = Extent.of(steps)
         eta = extent.total_lr / K
-        eigenvalues, vectors = torch.linalg.eigh(applied_curvature(steps, self.curvature))
+        eigenvalues, vectors = eigendecomposition(applied_curvature(steps, self.curvature))
         # Decay acts on top of the propagator, as in an unrolled step.
         one_minus_phi = self.propagator.taken(eta * eigenvalues.clamp_min(0)) + eta * extent.decay
         one_minus_power = _one_minus_power(one_minus_phi, K)

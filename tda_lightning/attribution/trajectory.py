@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tda_lightning.arguments import require_choice
-from tda_lightning.attribution.attributor import Attributor
+from tda_lightning.attribution.attributor import Attributor, require_finite_totals
 from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.results.provenance import provenance_of
 from tda_lightning.results.trajectory import Period, Trajectory
@@ -66,6 +66,7 @@ def contributions(
         sums[time] = sums[time] + c if time in sums else c
     times = sorted(sums)
     values = torch.stack([method.combine(sums[time], visits).mT for time in times], dim=2)
+    require_finite_totals(values, view, repr(method))
     return Trajectory(
         values=values.cpu(),
         times=torch.tensor(times),

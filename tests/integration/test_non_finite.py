@@ -221,3 +221,31 @@ def test_every_storage_keeps_which_visits_are_not_finite(tmp_path, storage):
     read = HDF5Store.open(tmp_path / "run")[0]
     assert read.non_finite_visits().tolist() == [2]
     assert torch.equal(read.curvature.nan_to_num(3.0), torch.arange(1.0, 6.0))
+
+
+class SquaredError(Plain):
+    def training_step(self, batch, batch_idx):
+        targets = torch.nn.functional.one_hot(batch[1], 3).float()
+        return torch.nn.functional.mse_loss(self.net(batch[0]), targets)
+
+
+NAMED = rf"scores by `Unrolled.* largest row, of sample {BAD_SAMPLE} at step {BAD_STEP}, holds"
+
+
+@pytest.mark.parametrize(
+    ("factor", "match"), [(1e8, NAMED), (1e10, "curvature matrix holds NaN or infinity")]
+)
+def test_scores_that_overflow_raise_instead_of_being_ranked(tmp_path, factor, match):
+    x, y = (tensor.clone() for tensor in DATA.tensors)
+    x[BAD_SAMPLE] *= factor
+    data = torch.utils.data.TensorDataset(x, y)
+    model = SquaredError(torch.nn.Linear(7, 3), optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
+    recorder = GradientRecorder(tmp_path / "run")
+    quiet_trainer(recorder, max_epochs=1).fit(model, loader(data, shuffle=False))
+    run = HDF5Store.open(tmp_path / "run")
+    assert all(step.sketch.isfinite().all() for step in run)
+    with pytest.raises(ValueError, match=match):
+        attribute(run, model, DATA[:3], method=Unrolled(), progress=False)
+    with pytest.raises(ValueError, match=match):
+        trajectory(run, model, DATA[:3], [0], method=Unrolled(), progress=False)
+    assert attribute(run, model, DATA[:3], method=TracIn(), progress=False).values.isfinite().all()
