@@ -405,3 +405,26 @@ def test_segments_beyond_a_million_are_read_in_order(tmp_path, ranks):
     assert [step.index for step in HDF5Store.open(tmp_path / "run")] == [0, 2]
     run.clear()
     assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-300, 1e45])
+def test_rows_in_double_precision_keep_their_range_by_default(tmp_path, size):
+    (step,) = make_steps(3)[2:]
+    rows = step.sketch.double() * size
+    filled(HDF5Store(tmp_path / "run"), [replace(step, sketch=rows, curvature_rows=rows)])
+    (read,) = HDF5Store.open(tmp_path / "run")
+    assert torch.equal(read.sketch, rows)
+    assert torch.equal(read.curvature_rows, rows)
+
+
+def test_a_rewritten_segment_keeps_rows_in_double_precision(tmp_path):
+    steps = [replace(step, sketch=step.sketch.double() * 1e-200) for step in make_steps(4)]
+    store = filled(HDF5Store(tmp_path / "run"), steps)
+    store.resume(6)
+    assert all(map(same, HDF5Store.open(tmp_path / "run"), steps[:3]))
+
+
+def test_the_default_storage_takes_two_bytes_for_float32_and_eight_for_float64(tmp_path):
+    store = HDF5Store(tmp_path / "run")
+    assert (store.bytes_of(torch.float32), store.bytes_of(torch.float64)) == (2, 8)
+    assert HDF5Store(tmp_path / "run", storage="bfloat16").bytes_of(torch.float64) == 2

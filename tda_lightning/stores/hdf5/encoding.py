@@ -20,9 +20,20 @@ _INT8_LIMIT = 127
 _MIN_FLOAT32_SCALE = 1e-30
 
 
-def bytes_of(storage: Storage, dtype: torch.dtype) -> int:
+def storage_for(storage: Storage | None, dtype: torch.dtype) -> Storage:
+    """Return the number format of rows that were computed in ``dtype``.
+
+    By default it has their range: bfloat16 has that of float32, but not that of float64.
+    """
+    if storage is not None:
+        return storage
+    return "as computed" if dtype == torch.float64 else "bfloat16"
+
+
+def bytes_of(storage: Storage | None, dtype: torch.dtype) -> int:
     """Return the number of bytes that ``storage`` uses per number computed in ``dtype``."""
-    return {"as computed": dtype.itemsize, "float16": 2, "bfloat16": 2, "int8": 1}[storage]
+    sizes = {"as computed": dtype.itemsize, "float16": 2, "bfloat16": 2, "int8": 1}
+    return sizes[storage_for(storage, dtype)]
 
 
 def encode(

@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from tda_lightning.stores.durable import atomic_write
-from tda_lightning.stores.hdf5.encoding import Storage, encode
+from tda_lightning.stores.hdf5.encoding import Storage, encode, storage_for
 from tda_lightning.stores.hdf5.file import open_hdf5
 from tda_lightning.stores.step import ParameterGroup, Step
 
 GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
 
 
-def write_segment(path: Path, steps: Sequence[Step], storage: Storage) -> None:
+def write_segment(path: Path, steps: Sequence[Step], storage: Storage | None) -> None:
     """Write steps to a new sealed segment, atomically.
 
     Args:
         path: Path of the segment.
         steps: At least one step; all with the same number of parameter groups.
-        storage: Number format of the rows.
+        storage: Number format of the rows; by default, one with their range.
     """
+    storage = storage_for(storage, steps[0].sketch.dtype)
     sketches = [encode(step.sketch, storage) for step in steps]
     curvature = [encode(_curvature_rows(step), storage) for step in steps]
     with atomic_write(path) as partial:

@@ -43,9 +43,10 @@ class HDF5Store(WritableStore):
 
     Args:
         path: The folder. ``~`` is expanded, and a relative path is resolved at once.
-        storage: Number format of the rows on disk. Rounding to bfloat16, float16 or int8 loses far
-            less accuracy than sketching. ``"as computed"`` is float32, or float64 for models in
-            double precision.
+        storage: Number format of the rows on disk. By default, it is bfloat16 for rows in float32
+            and float64 for those of models in double precision, so that no row leaves its range.
+            Rounding to bfloat16, float16 or int8 loses far less accuracy than sketching. ``"as
+            computed"`` is float32 or float64.
         segment_bytes: Seal when the buffered rows take this much memory.
         segment_seconds: Seal when the oldest buffered step is this old.
 
@@ -61,7 +62,7 @@ class HDF5Store(WritableStore):
         self,
         path: str | Path,
         *,
-        storage: Storage = "bfloat16",
+        storage: Storage | None = None,
         segment_bytes: int = 16 * 2**20,
         segment_seconds: float = 20.0,
     ) -> None:
@@ -69,7 +70,8 @@ class HDF5Store(WritableStore):
             raise ValueError(
                 f"`path` is {path!r}; expected the path of a folder, such as 'run.tda'."
             )
-        require_choice("storage", storage, Storage)
+        if storage is not None:
+            require_choice("storage", storage, Storage)
         require_whole("segment_bytes", segment_bytes, least=1)
         require_not_negative("segment_seconds", segment_seconds)
         self.path = absolute_path(path)
@@ -82,11 +84,9 @@ class HDF5Store(WritableStore):
         self._merged: MergedShards | None = None
         self._next = 0  # number of the next segment
         self._writing: BackgroundWrite[Segment] | None = None
-        # One buffer is filled while the other is written. Rounding to bfloat16 while copying is
-        # faster than copying; the scales of other formats would take another pass.
-        dtype = torch.bfloat16 if storage == "bfloat16" else None
-        self._buffer = StepBuffer(segment_bytes, dtype)
-        self._spare = StepBuffer(segment_bytes, dtype)
+        # One buffer is filled while the other is written.
+        self._buffer = StepBuffer(segment_bytes, storage)
+        self._spare = StepBuffer(segment_bytes, storage)
         self._buffered_since = 0.0
 
     @classmethod
@@ -261,7 +261,7 @@ class HDF5Store(WritableStore):
         return [*folder.all_segments(self.path), *snapshots, *others]
 
 
-def _write(file: Path, steps: list[Step], storage: Storage) -> Segment:
+def _write(file: Path, steps: list[Step], storage: Storage | None) -> Segment:
     try:
         write_segment(file, steps, storage)
     except OSError:
@@ -271,7 +271,7 @@ def _write(file: Path, steps: list[Step], storage: Storage) -> Segment:
     return Segment(file)
 
 
-def _drop_from(file: Path, index: int, storage: Storage) -> None:
+def _drop_from(file: Path, index: int, storage: Storage | None) -> None:
     """Drop the steps from ``index`` on: rewrite the segment, or delete it if none is left."""
     segment = Segment(file)
     n_earlier = sum(step_index < index for step_index in segment.indices)
