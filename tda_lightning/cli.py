@@ -19,8 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         print(options.describe(options.run))
-    except (OSError, ValueError) as error:
-        print(f"tda-lightning: {error}", file=sys.stderr)
+    except Exception as error:  # Whatever is wrong with a run, its user gets one line.
+        is_expected = isinstance(error, OSError | ValueError)
+        name = "" if is_expected else f"{type(error).__name__}: "
+        print(f"tda-lightning: {name}{' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

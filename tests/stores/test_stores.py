@@ -262,7 +262,7 @@ def test_facts_are_read_without_rows(tmp_path, monkeypatch):
     segment = OpenSegment(Segment(tmp_path / "run" / "segment-000000.h5"))
     monkeypatch.delattr(StoredRows, "read")
     assert all(same_facts(segment.facts_at(n), step) for n, step in enumerate(steps))
-    with pytest.raises(AttributeError):
+    with pytest.raises(OSError, match="no attribute 'read'"):
         segment.step_at(0)
 
 

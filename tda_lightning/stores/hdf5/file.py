@@ -1,11 +1,14 @@
-"""Open HDF5 files without HDF5's own locks."""
+"""Open HDF5 files, without HDF5's own locks and with errors that name the file."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
 import h5py
+
+from tda_lightning.stores.damage import reading
 
 
 def open_hdf5(path: Path, mode: Literal["r", "w"] = "r") -> h5py.File:
@@ -16,3 +19,16 @@ def open_hdf5(path: Path, mode: Literal["r", "w"] = "r") -> h5py.File:
     segment is written under a temporary name, and never changes under its final name.
     """
     return h5py.File(path, mode, locking=False)
+
+
+def reading_segment(path: Path) -> AbstractContextManager[None]:
+    """Turn every error inside the context into one that names the segment.
+
+    Raises:
+        StoreFileError: If anything goes wrong.
+    """
+    remedy = (
+        "Restore it from a copy. Without one, record again, or use the steps before it, "
+        "such as `run[:100]`"
+    )
+    return reading(path, "a segment of a run as it was sealed", f"{remedy}.")

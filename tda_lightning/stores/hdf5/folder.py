@@ -6,11 +6,14 @@ import json
 import re
 import uuid
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from tda_lightning.stores.damage import StoreFileError, reading
 from tda_lightning.stores.durable import atomic_write
 from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.recipe_checks import require_recipe
 
 FORMAT = "tda_lightning"
 FORMAT_VERSION = 2
@@ -56,11 +59,20 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
 
     Raises:
         FileExistsError: If the folder is not empty.
+        StoreFileError: If the folder cannot be written.
     """
-    if path.exists() and not is_empty(path):
-        raise FileExistsError(_occupied_message(path))
-    path.mkdir(parents=True, exist_ok=True)
-    _write_document(path, uuid.uuid4().hex, recipe)
+    try:
+        if path.exists() and not is_empty(path):
+            raise FileExistsError(_occupied_message(path))
+        path.mkdir(parents=True, exist_ok=True)
+        _write_document(path, uuid.uuid4().hex, recipe)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise StoreFileError(
+            f"`{path}` cannot be written: {error.strerror or error}. Expected a folder that can be "
+            "created, on a disk with space. Choose another path, or make space."
+        ) from error
 
 
 def amend_recipe(path: Path, recipe: Recipe) -> None:
@@ -103,7 +115,9 @@ def read_recipe(path: Path) -> Recipe:
             f"expected {FORMAT!r}, version {FORMAT_VERSION}. Read it with the version of "
             "tda_lightning that wrote it."
         )
-    return Recipe.from_dict(document["recipe"])
+    with _reading_recipe(path):
+        require_recipe(document["recipe"])
+        return Recipe.from_dict(document["recipe"])
 
 
 def read_run_id(path: Path) -> str | None:
@@ -133,8 +147,16 @@ def is_empty(path: Path) -> bool:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((path / RECIPE).read_text())
+    with _reading_recipe(path):
+        document: dict[str, Any] = json.loads((path / RECIPE).read_text())
+        if not isinstance(document, dict):
+            raise TypeError(f"it holds a {type(document).__name__}, not an object")
     return document
+
+
+def _reading_recipe(path: Path) -> AbstractContextManager[None]:
+    expected = "the recipe of a run, in JSON"
+    return reading(path / RECIPE, expected, "Restore it from a copy, or record again.")
 
 
 def _describe_content(path: Path) -> str:

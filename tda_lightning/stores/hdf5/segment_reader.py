@@ -13,7 +13,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.stores.hdf5.file import open_hdf5
+from tda_lightning.stores.hdf5.file import open_hdf5, reading_segment
+from tda_lightning.stores.hdf5.segment_checks import (
+    require_lengths,
+    require_offsets,
+    require_rising,
+)
 from tda_lightning.stores.hdf5.segment_writer import GROUP_FIELDS
 from tda_lightning.stores.hdf5.stored_rows import (
     Stamp,
@@ -36,9 +41,11 @@ class Segment:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stamp = stamp_of(path)
-        with open_hdf5(path) as file:
-            self.indices: list[int] = file["steps/index"][:].tolist()
+        with reading_segment(path):
+            self._stamp = stamp_of(path)
+            with open_hdf5(path) as file:
+                self.indices: list[int] = file["steps/index"][:].tolist()
+            require_rising(self.indices)
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -47,21 +54,23 @@ class Segment:
     @cached_property
     def steps(self) -> StepColumns:
         """The steps without their visits."""
-        columns = StepColumns(self.path, self._stamp)
-        self.require_unchanged()
+        with reading_segment(self.path):
+            columns = StepColumns(self.path, self._stamp)
+            self.require_unchanged()
         return columns
 
     def require_unchanged(self) -> None:
         """Check that the file has not been replaced.
 
         Raises:
-            OSError: If the file has changed since it was opened.
+            StoreFileError: If the file has changed since it was opened.
         """
-        require_unchanged(self.path, self._stamp, stamp_of(self.path))
+        with reading_segment(self.path):
+            require_unchanged(self.path, self._stamp, stamp_of(self.path))
 
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the sorted ids of the samples in this segment."""
-        with open_hdf5(self.path) as file:
+        with reading_segment(self.path), open_hdf5(self.path) as file:
             ids: Tensor = torch.unique(torch.from_numpy(file["visits/sample_id"][:]))
         return ids
 
@@ -80,13 +89,20 @@ class StepColumns:
             self._index = steps["index"][:].tolist()
             self._epoch = steps["epoch"][:].tolist()
             self._optimizer, self._loss = _strings(steps, "optimizer"), _strings(steps, "loss")
-            self._groups = np.stack([_or_zeros(steps, name) for name in GROUP_FIELDS], -1)
+            self._groups = np.stack([_group_values(steps, name) for name in GROUP_FIELDS], -1)
             self.audits = _read_audits(file["audits"])
             self.preconditioners = _read_preconditioners(file["preconditioners"])
             self.offset: list[int] = steps["offset"][:].tolist()
             self.curvature_offset: list[int] = file["curvature/offset"][:].tolist()
             self.sketch = StoredRows.of(path, file["visits"], stamp)
             self.curvature_rows = StoredRows.of(path, file["curvature"], stamp)
+            n_visits, n_curvature = len(file["visits/sketch"]), len(file["curvature/sketch"])
+        require_offsets(self.offset, len(self._index), n_visits)
+        require_offsets(self.curvature_offset, len(self._index), n_curvature)
+        require_lengths(
+            len(self._index), epoch=self._epoch, optimizer=self._optimizer, loss=self._loss
+        )
+        require_lengths(len(self._index), groups=self._groups)
 
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the last preconditioner set in this segment at or before the position."""
@@ -118,13 +134,17 @@ class OpenSegment:
     """
 
     def __init__(self, segment: Segment) -> None:
+        self._path = segment.path
         self._columns = segment.steps
-        with open_hdf5(segment.path) as file:
-            visits = {name: file["visits"][name][:] for name in _VISIT_COLUMNS}
-            self._scales = file["visits/scale"][:]
-            self._curvature_scales = file["curvature/scale"][:]
-        segment.require_unchanged()
-        offset = self._columns.offset
+        offset, curvature_offset = self._columns.offset, self._columns.curvature_offset
+        with reading_segment(segment.path):
+            with open_hdf5(segment.path) as file:
+                visits = {name: file["visits"][name][:] for name in _VISIT_COLUMNS}
+                self._scales = file["visits/scale"][:]
+                self._curvature_scales = file["curvature/scale"][:]
+            segment.require_unchanged()
+            require_lengths(offset[-1], **visits, scale=self._scales)
+            require_lengths(curvature_offset[-1], scale=self._curvature_scales)
         self._visits = {name: torch.from_numpy(values) for name, values in visits.items()}
         self._is_known = {name: _is_known(visits[name], offset) for name in _OPTIONAL_COLUMNS}
         self._blocks = split(offset, max(1, _BLOCK_BYTES // self._columns.sketch.row_bytes))
@@ -152,6 +172,10 @@ class OpenSegment:
 
     def _read(self, block: range) -> list[Step]:
         """Read consecutive steps; their rows are views of one tensor."""
+        with reading_segment(self._path):
+            return self._read_block(block)
+
+    def _read_block(self, block: range) -> list[Step]:
         offset, curvature_offset = self._columns.offset, self._columns.curvature_offset
         visits, curvature = _span(offset, block), _span(curvature_offset, block)
         sketch = self._columns.sketch.read(visits, self._scales[visits])
@@ -204,28 +228,38 @@ def _if_any(rows: Tensor) -> Tensor | None:
     return rows if len(rows) else None
 
 
-def _or_zeros(group: h5py.Group, name: str) -> np.ndarray:
-    # Segments of older versions lack some columns; zero means unknown.
-    return group[name][:] if name in group else np.zeros(group["lr"].shape)
+# Segments of older versions lack these columns; zero means unknown.
+_NEW_GROUP_FIELDS = {"share", "decoupled", "descent", "owner"}
+
+
+def _group_values(group: h5py.Group, name: str) -> np.ndarray:
+    is_missing = name in _NEW_GROUP_FIELDS and name not in group
+    return np.zeros(group["lr"].shape) if is_missing else group[name][:]
 
 
 def _strings(group: h5py.Group, name: str) -> list[str]:
-    if name not in group:
+    if name == "loss" and name not in group:  # In segments of older versions.
         return [""] * len(group["index"])
     return [sys.intern(word) for word in group[name].asstr()[:].tolist()]
 
 
 def _read_preconditioners(group: h5py.Group) -> dict[int, Preconditioner]:
     rows, columns = torch.from_numpy(group["rows"][:]), torch.from_numpy(group["columns"][:])
+    positions = group["step"][:]
+    require_lengths(len(positions), rows=rows, columns=columns)
     return {
         int(position): Preconditioner(rows[number], columns[number])
-        for number, position in enumerate(group["step"][:])
+        for number, position in enumerate(positions)
     }
 
 
 def _read_audits(group: h5py.Group) -> dict[int, Audit]:
     names = ("gradient", "deviation", "left_out", "update")
     gradient, deviation, left_out, update = (group[name][:] for name in names)
+    positions = group["step"][:]
+    require_lengths(
+        len(positions), gradient=gradient, deviation=deviation, left_out=left_out, update=update
+    )
     return {
         int(position): Audit(
             torch.from_numpy(gradient[number]),
@@ -233,5 +267,5 @@ def _read_audits(group: h5py.Group) -> dict[int, Audit]:
             float(left_out[number]),
             float(update[number]),
         )
-        for number, position in enumerate(group["step"][:])
+        for number, position in enumerate(positions)
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tda_lightning.stores.damage import StoreFileError
 from tda_lightning.stores.hdf5 import OpenSegment, Segment
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 
@@ -21,7 +22,9 @@ class Shard:
         self._starts: list[int] = []
         self._open: tuple[int, OpenSegment] | None = None
         for file in files:
-            self.add(Segment(file))
+            segment = Segment(file)
+            self._require_order(segment)
+            self.add(segment)
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -68,6 +71,17 @@ class Shard:
     def audits(self) -> list[Audit]:
         """Return all audits, in order, without reading any sketch."""
         return [audit for segment in self._segments for audit in segment.steps.audits.values()]
+
+    def _require_order(self, segment: Segment) -> None:
+        if not self._segments or not self._segments[-1].indices or not segment.indices:
+            return
+        last, first = self._segments[-1].indices[-1], segment.indices[0]
+        if first <= last:
+            raise StoreFileError(
+                f"`{segment.path}` begins with step {first}, but `{self._segments[-1].path.name}` "
+                f"before it ends with step {last}; expected later steps. One of them was swapped, "
+                "copied or written by another training. Restore the files from a copy."
+            )
 
     def _locate(self, position: int) -> tuple[OpenSegment, int]:
         """Return the open segment of a step, and the step's position in it."""

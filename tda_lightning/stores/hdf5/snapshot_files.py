@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tda_lightning.stores.damage import reading
 from tda_lightning.stores.durable import atomic_write
 from tda_lightning.stores.store import Weights
 
@@ -39,7 +40,13 @@ def write_snapshot(path: Path, index: int, weights: Weights) -> None:
 
 def read_snapshot(path: Path, index: int) -> dict[str, Tensor]:
     """Return the weights before a step."""
-    weights: dict[str, Tensor] = torch.load(snapshot_file(path, index), weights_only=True)
+    file = snapshot_file(path, index)
+    expected = "a snapshot: a dict from names to tensors, saved with `torch.save`"
+    remedy = "Restore it from a copy, or delete it and use another snapshot."
+    with reading(file, expected, remedy):
+        weights: dict[str, Tensor] = torch.load(file, weights_only=True)
+        if not all(isinstance(weight, Tensor) for weight in weights.values()):
+            raise TypeError("it holds other objects than tensors")
     return weights
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.stores.damage import StoreFileError
 from tda_lightning.stores.hdf5.encoding import Storage, decode
 from tda_lightning.stores.hdf5.file import open_hdf5
 
@@ -27,14 +28,14 @@ def require_unchanged(path: Path, expected: Stamp, stamp: Stamp) -> None:
     """Check that a sealed file has not been replaced or modified.
 
     Raises:
-        OSError: If the stamps differ.
+        StoreFileError: If the stamps differ.
     """
     if stamp != expected:
         raise _changed_error(path)
 
 
-def _changed_error(path: Path) -> OSError:
-    return OSError(
+def _changed_error(path: Path) -> StoreFileError:
+    return StoreFileError(
         f"`{path}` has changed since the run was opened; expected a sealed segment, which never "
         "changes. If training was resumed meanwhile, open the run again; else restore the file."
     )
@@ -90,7 +91,7 @@ class StoredRows:
             scales: Scale of each row.
 
         Raises:
-            OSError: If the file has changed.
+            StoreFileError: If the file has changed.
         """
         return decode(self._read_encoded(span), scales, self.storage)
 

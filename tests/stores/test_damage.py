@@ -1,0 +1,313 @@
+"""Every damage to a file of a run raises one error that names the file and says what to do."""
+
+import json
+import random
+import shutil
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from tda_lightning import HDF5Store, Scores, add_snapshots
+from tda_lightning.cli import main
+from tda_lightning.stores.contract import RECIPE, make_steps
+from tda_lightning.stores.damage import StoreFileError
+from tda_lightning.stores.recipe_checks import require_recipe
+from tda_lightning.stores.step import Audit, Preconditioner
+
+SEGMENT = "segment-000001.h5"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of three segments of two steps, with all that a step can hold, and a snapshot."""
+    store = HDF5Store(tmp_path / "run")
+    store.begin(RECIPE)
+    for number, step in enumerate(make_steps(6)):
+        n = len(step.sample_ids)
+        store.append(
+            replace(
+                step,
+                terms=torch.ones(n),
+                curvature=torch.ones(n),
+                curvature_rows=step.sketch,
+                audit=Audit(torch.ones(1), torch.zeros(1), 0.0, 1.0),
+                preconditioner=Preconditioner(torch.ones(3), torch.ones(5)),
+            )
+        )
+        if number % 2:
+            store.seal()
+    store.keep_weights(4, {"weight": torch.ones(3)})
+    return tmp_path / "run"
+
+
+def read_all(path):
+    """Return everything that a run holds, in a form that can be compared."""
+    store = HDF5Store.open(path)
+    steps = [
+        (
+            *(step.index, step.epoch, step.optimizer, step.groups, step.loss),
+            *(step.sample_ids.tolist(), step.weights.tolist(), step.sketch.tolist()),
+            *(step.terms.tolist(), step.curvature.tolist(), step.curvature_rows.tolist()),
+            *(step.preconditioner.rows.tolist(), step.preconditioner.columns.tolist()),
+        )
+        for step in store
+    ]
+    facts = [(step.index, step.sample_ids.tolist()) for step in store.facts]
+    audits = [(a.gradient.tolist(), a.deviation.tolist(), a.update) for a in store.audits()]
+    weights = {index: store.weights_at(index)["weight"].tolist() for index in store.snapshots()}
+    ids = (store.train_ids().tolist(), store.visited_ids().tolist())
+    return repr((store.recipe, steps, facts, audits, weights, ids))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_link(path):
+    path.unlink()
+    path.symlink_to("/nowhere/at/all")
+
+
+def write_other_content(path):
+    path.write_bytes(b"\xff\xfe something else")
+
+
+DAMAGES = [truncate, empty, replace_by_folder, replace_by_link, write_other_content]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [SEGMENT, "snapshot-00000004.pt"])
+def test_a_damaged_file_raises_an_error_that_names_it(run, name, damage):
+    damage(run / name)
+    with pytest.raises(StoreFileError, match=rf"{name}` is .*; expected .*Restore it from a copy"):
+        read_all(run)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, write_other_content])
+def test_a_damaged_recipe_raises_an_error_that_names_it(run, damage):
+    damage(run / "recipe.json")
+    with pytest.raises(StoreFileError, match=r"recipe\.json` is damaged; expected the recipe"):
+        HDF5Store.open(run)
+    with pytest.raises(StoreFileError, match=r"recipe\.json` is damaged"):
+        HDF5Store(run).resume(4)
+
+
+COLUMNS = [
+    "steps/index",
+    "steps/epoch",
+    "steps/optimizer",
+    "steps/offset",
+    "steps/lr",
+    "visits/sample_id",
+    "visits/weight",
+    "visits/terms",
+    "visits/scale",
+    "visits/sketch",
+    "curvature/offset",
+    "curvature/scale",
+    "preconditioners/rows",
+    "preconditioners/step",
+    "audits/gradient",
+]
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_missing_or_short_column_raises_an_error_that_names_the_segment(run, column):
+    with h5py.File(run / SEGMENT, "r+", locking=False) as file:
+        values = file[column][:]
+        del file[column]
+    with pytest.raises(StoreFileError, match=SEGMENT):
+        read_all(run)
+    with h5py.File(run / SEGMENT, "r+", locking=False) as file:
+        file[column] = values[:-1]
+    with pytest.raises(StoreFileError, match=SEGMENT):
+        read_all(run)
+
+
+@pytest.mark.parametrize("offset", [[0, 3, 2], [1, 3, 7], [0, 2**40, 7], [0, -1, 7], [0, 3, 8]])
+@pytest.mark.parametrize("group", ["steps", "curvature"])
+def test_offsets_that_do_not_divide_the_rows_raise(run, group, offset):
+    with h5py.File(run / SEGMENT, "r+", locking=False) as file:
+        file[f"{group}/offset"][:] = offset
+    with pytest.raises(StoreFileError, match=f"{SEGMENT}.*do not rise from 0 to 7"):
+        read_all(run)
+
+
+def test_swapped_and_repeated_segments_raise(run):
+    shutil.copy(run / SEGMENT, run / "segment-000003.h5")
+    with pytest.raises(StoreFileError, match=r"segment-000003\.h5` begins with step 4"):
+        HDF5Store.open(run)
+    (run / "segment-000003.h5").unlink()
+    (run / SEGMENT).rename(run / "other")
+    (run / "segment-000002.h5").rename(run / SEGMENT)
+    (run / "other").rename(run / "segment-000002.h5")
+    with pytest.raises(StoreFileError, match=r"segment-000002\.h5` begins with step 4"):
+        HDF5Store.open(run)
+
+
+BAD_FIELDS = [
+    ("dimension", 0),
+    ("dimension", "15"),
+    ("dimension", True),
+    ("dtype", "bogus"),
+    ("reduction", "bogus"),
+    ("reduction", None),
+    ("preconditioner", []),
+    ("curvature", "none "),
+    ("ranks", 0),
+    ("every_n_steps", -1),
+    ("train_ids", [[5, 1]]),
+    ("train_ids", [[0, 9], [0, 9]]),
+    ("train_ids", [[0]]),
+    ("train_ids", 7),
+    ("widths", [1, 2, 3]),
+    ("widths", [14]),
+    ("blocks", [{}]),
+    ("blocks", [None]),
+    ("left_out", {"name": "net"}),
+    ("projector", {}),
+    ("projector", {"name": None}),
+    ("batch_dims", {"net": "third"}),
+    ("model", 3),
+    ("versions", None),
+    ("is_training", "yes"),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_FIELDS, ids=lambda value: str(value)[:20])
+def test_an_invalid_field_of_the_recipe_raises_with_its_name(run, field, value):
+    document = json.loads((run / "recipe.json").read_text())
+    document["recipe"][field] = value
+    (run / "recipe.json").write_text(json.dumps(document))
+    with pytest.raises(StoreFileError, match=rf"recipe\.json` is damaged.*`{field}`"):
+        HDF5Store.open(run)
+
+
+@pytest.mark.parametrize("field", RECIPE.to_dict())
+def test_a_missing_field_of_the_recipe_raises_unless_earlier_versions_lacked_it(field):
+    data = {name: value for name, value in RECIPE.to_dict().items() if name != field}
+    if field in ("widths", "is_training"):
+        require_recipe(data)
+        return
+    with pytest.raises(ValueError, match=f"`{field}` is missing"):
+        require_recipe(data)
+    with pytest.raises(ValueError, match="`surplus` is unknown"):
+        require_recipe({**RECIPE.to_dict(), "surplus": 1})
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{}", '{"format": "tda_lightning"}'])
+def test_another_document_raises(run, content):
+    (run / "recipe.json").write_text(content)
+    with pytest.raises((StoreFileError, ValueError), match=rf"{run.name}.*expected"):
+        HDF5Store.open(run)
+
+
+@contextmanager
+def named(file):
+    """Check that an error is one line that names the file or its folder."""
+    try:
+        yield
+    except Exception as error:
+        message = str(error)
+        assert file.name in message or str(file.parent) in message, message
+        assert "\n" not in message
+        raise
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_damage_is_never_raw(run, seed):
+    rng = random.Random(seed)
+    file = rng.choice(sorted(run.iterdir()))
+    raw = bytearray(file.read_bytes())
+    at = rng.randrange(len(raw))
+    match seed % 3:
+        case 0:
+            raw[at] ^= 1 << rng.randrange(8)
+        case 1:
+            raw = raw[:at]
+        case 2:
+            raw[at : at + 256] = bytes(len(raw[at : at + 256]))
+    file.write_bytes(raw)
+    with suppress(StoreFileError, ValueError), named(file):
+        read_all(run)
+
+
+@pytest.mark.parametrize("command", ["info", "audit", "data"])
+@pytest.mark.parametrize("name", ["segment-000000.h5", "segment-000002.h5", "recipe.json"])
+@pytest.mark.parametrize("damage", [truncate, empty, write_other_content])
+def test_the_command_line_prints_one_line(run, command, name, damage, capsys):
+    damage(run / name)
+    assert main([command, str(run)]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert name in output.err
+
+
+def test_an_unexpected_error_on_the_command_line_is_one_line_too(run, monkeypatch, capsys):
+    def fail(path):
+        raise KeyError("weight")
+
+    monkeypatch.setattr(HDF5Store, "open", fail)
+    assert main(["info", str(run)]) == 1
+    assert capsys.readouterr().err == "tda-lightning: KeyError: 'weight'\n"
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, write_other_content])
+def test_a_damaged_result_raises_with_its_name(tmp_path, damage):
+    file = tmp_path / "scores.npz"
+    ids = torch.arange(50)
+    Scores(torch.rand(50, 50), ids, ids, "TracIn()").save(file)
+    damage(file)
+    with pytest.raises(ValueError, match=r"scores\.npz` is damaged; expected a result written by"):
+        Scores.load(file)
+
+
+def test_a_flipped_byte_in_a_result_raises_with_its_name(tmp_path):
+    file = tmp_path / "scores.npz"
+    ids = torch.arange(50)
+    Scores(torch.rand(50, 50), ids, ids, "TracIn()").save(file)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"scores\.npz` is damaged; expected a result written by"):
+        Scores.load(file)
+
+
+def test_a_missing_result_raises_with_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no result at .*scores\.npz`; expected a file"):
+        Scores.load(tmp_path / "scores.npz")
+
+
+def test_an_object_array_in_a_result_is_not_unpickled(tmp_path):
+    np.savez(tmp_path / "scores.npz", values=np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"scores\.npz` is damaged"):
+        Scores.load(tmp_path / "scores.npz")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_raises_with_its_name(run, tmp_path, damage):
+    checkpoint = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"weight": torch.ones(3)}, "global_step": 3}, checkpoint)
+    damage(checkpoint)
+    with pytest.raises(OSError, match=r"last\.ckpt`.*; expected a"):
+        add_snapshots(run, [checkpoint])
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreFileError, match=r"file/run` cannot be written: .*Choose another path"):
+        HDF5Store(tmp_path / "file" / "run").begin(RECIPE)
