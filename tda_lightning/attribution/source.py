@@ -48,7 +48,7 @@ class Source(Attributor):
     r"""Unrolled differentiation of averaged segments.
 
     It takes two passes over the run, and an eigendecomposition of a :math:`k \times k` matrix per
-    segment. Memory: four such matrices. When many queries are scored in batches, one matrix per
+    segment. Memory: seven such matrices. When many queries are scored in batches, one matrix per
     segment is stored in addition, for up to eight segments.
 
     Attributes:
