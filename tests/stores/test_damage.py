@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from tda_lightning import HDF5Store, Scores, add_snapshots
 from tda_lightning.cli import main
 from tda_lightning.stores.contract import RECIPE, make_steps
 from tda_lightning.stores.damage import StoreFileError
+from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
+from tda_lightning.stores.hdf5.verification import verify_files
 from tda_lightning.stores.recipe_checks import require_recipe
 from tda_lightning.stores.step import Audit, Preconditioner
 
@@ -85,6 +88,11 @@ def write_other_content(path):
     path.write_bytes(b"\xff\xfe something else")
 
 
+def without_header(path):
+    """Turn a segment into one of an older version, which had no header."""
+    path.write_bytes(path.read_bytes()[HEADER_BYTES:])
+
+
 DAMAGES = [truncate, empty, replace_by_folder, replace_by_link, write_other_content]
 
 
@@ -125,7 +133,9 @@ COLUMNS = [
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_a_missing_or_short_column_raises_an_error_that_names_the_segment(run, column):
+@pytest.mark.parametrize("prepare", [without_header, lambda path: None], ids=["old", "new"])
+def test_a_missing_or_short_column_raises_an_error_that_names_the_segment(run, column, prepare):
+    prepare(run / SEGMENT)
     with h5py.File(run / SEGMENT, "r+", locking=False) as file:
         values = file[column][:]
         del file[column]
@@ -140,13 +150,16 @@ def test_a_missing_or_short_column_raises_an_error_that_names_the_segment(run, c
 @pytest.mark.parametrize("offset", [[0, 3, 2], [1, 3, 7], [0, 2**40, 7], [0, -1, 7], [0, 3, 8]])
 @pytest.mark.parametrize("group", ["steps", "curvature"])
 def test_offsets_that_do_not_divide_the_rows_raise(run, group, offset):
+    without_header(run / SEGMENT)
     with h5py.File(run / SEGMENT, "r+", locking=False) as file:
         file[f"{group}/offset"][:] = offset
     with pytest.raises(StoreFileError, match=f"{SEGMENT}.*do not rise from 0 to 7"):
         read_all(run)
 
 
-def test_swapped_and_repeated_segments_raise(run):
+def test_swapped_and_repeated_segments_of_older_versions_raise(run):
+    for file in run.glob("segment-*"):
+        without_header(file)
     shutil.copy(run / SEGMENT, run / "segment-000003.h5")
     with pytest.raises(StoreFileError, match=r"segment-000003\.h5` begins with step 4"):
         HDF5Store.open(run)
@@ -194,6 +207,20 @@ def test_an_invalid_field_of_the_recipe_raises_with_its_name(run, field, value):
     (run / "recipe.json").write_text(json.dumps(document))
     with pytest.raises(StoreFileError, match=rf"recipe\.json` is damaged.*`{field}`"):
         HDF5Store.open(run)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("reduction", "sum"), ("every_n_steps", 2), ("is_training", False)]
+)
+def test_a_valid_but_changed_field_of_the_recipe_raises(run, field, value):
+    document = json.loads((run / "recipe.json").read_text())
+    document["recipe"][field] = value
+    (run / "recipe.json").write_text(json.dumps(document))
+    with pytest.raises(StoreFileError, match=r"recipe\.json` is damaged.*checksum"):
+        HDF5Store.open(run)
+    del document["crc32"]  # As an older version wrote it.
+    (run / "recipe.json").write_text(json.dumps(document))
+    assert getattr(HDF5Store.open(run).recipe, field) == value
 
 
 @pytest.mark.parametrize("field", RECIPE.to_dict())
@@ -311,3 +338,118 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StoreFileError, match=r"file/run` cannot be written: .*Choose another path"):
         HDF5Store(tmp_path / "file" / "run").begin(RECIPE)
+
+
+def run_of(path, seed=0):
+    """Record a small run; runs of different seeds have different rows."""
+    store = HDF5Store(path)
+    store.begin(RECIPE)
+    for number, step in enumerate(make_steps(6)):
+        store.append(replace(step, sketch=step.sketch + seed))
+        if number % 2:
+            store.seal()
+    return path
+
+
+def test_swapped_repeated_and_foreign_segments_raise(tmp_path):
+    other = run_of(tmp_path / "other", seed=1)
+    cases = {
+        "swapped": (2, 1, rf"{SEGMENT}` .*it is another number: its `number` is 2, not 1"),
+        "repeated": (1, 3, r"segment-000003\.h5` .*it is another number"),
+        "foreign": (other / SEGMENT, 1, rf"{SEGMENT}` .*it belongs to another run"),
+    }
+    for name, (source, target, message) in cases.items():
+        path = run_of(tmp_path / name)
+        source = path / f"segment-{source:06d}.h5" if isinstance(source, int) else source
+        shutil.copy(source, path / f"segment-{target:06d}.h5")
+        with pytest.raises(StoreFileError, match=message):
+            HDF5Store.open(path)
+
+
+def test_a_lost_segment_raises_unless_its_steps_may_be_left_out(run):
+    (run / SEGMENT).unlink()
+    with pytest.raises(StoreFileError, match=rf"{SEGMENT}` is missing.*missing='skip'"):
+        HDF5Store.open(run)
+    rest = HDF5Store.open(run, missing="skip")
+    assert [step.index for step in rest] == [0, 2, 8, 10]
+
+
+@pytest.mark.parametrize("part", range(12))
+def test_every_flipped_bit_of_a_segment_raises(run, part):
+    file = run / SEGMENT
+    original, expected = file.read_bytes(), read_all(run)
+    rng = random.Random(part)
+    for _ in range(10):
+        raw = bytearray(original)
+        at = rng.randrange(len(raw)) if part else rng.randrange(HEADER_BYTES)
+        raw[at] ^= 1 << rng.randrange(8)
+        file.write_bytes(raw)
+        # Only the padding of the header may change without an effect.
+        if at < HEADER_BYTES and original[at] == 0:
+            assert read_all(run) == expected
+            continue
+        with pytest.raises(StoreFileError, match=SEGMENT):
+            read_all(run)
+
+
+def test_every_flipped_bit_of_a_snapshots_weights_raises(run):
+    file = run / "snapshot-00000004.pt"
+    original = file.read_bytes()
+    at = original.index(torch.ones(3).numpy().tobytes())
+    for bit in range(24):
+        raw = bytearray(original)
+        raw[at + bit // 8] ^= 1 << bit % 8
+        file.write_bytes(raw)
+        with pytest.raises(StoreFileError, match=r"snapshot-00000004\.pt` is damaged"):
+            HDF5Store.open(run).weights_at(4)
+
+
+def test_a_segment_without_a_header_is_read_unverified(run):
+    expected = read_all(run)
+    for file in run.glob("segment-*"):
+        without_header(file)
+    assert read_all(run) == expected
+    assert {report.state for report in verify_files(run)} == {"unverified", "good"}
+    assert main(["verify", str(run)]) == 0
+
+
+def test_bare_h5py_reads_a_segment_with_a_header(run):
+    with h5py.File(run / SEGMENT, locking=False) as file:
+        assert file["steps/index"][:].tolist() == [4, 6]
+        assert file.userblock_size == HEADER_BYTES
+    header = json.loads((run / SEGMENT).read_bytes()[:HEADER_BYTES].split(b"\n")[0])
+    assert header["identity"] == {
+        "run": json.loads((run / "recipe.json").read_text())["run"],
+        "number": 1,
+        "rank": 0,
+        "ranks": 1,
+    }
+    content = (run / SEGMENT).read_bytes()[HEADER_BYTES:]
+    assert (header["size"], header["crc32"]) == (len(content), zlib.crc32(content))
+
+
+def test_verify_lists_every_file_and_returns_0_for_a_good_run(run, capsys):
+    assert main(["verify", str(run)]) == 0
+    output = capsys.readouterr().out
+    assert "5 files, 0 damaged or missing" in output
+    for line in (
+        "recipe.json           good  the recipe",
+        "segment-000001.h5     good  2 steps, index 4 to 6",
+        "snapshot-00000004.pt  good  1 tensors before step 4",
+    ):
+        assert line in output
+
+
+def test_verify_names_what_is_damaged_or_missing_and_returns_1(run, capsys):
+    (run / "segment-000000.h5").unlink()
+    raw = bytearray((run / SEGMENT).read_bytes())
+    raw[-1] ^= 1
+    (run / SEGMENT).write_bytes(raw)
+    truncate(run / "snapshot-00000004.pt")
+    assert main(["verify", str(run)]) == 1
+    output = capsys.readouterr().out
+    assert "5 files, 3 damaged or missing" in output
+    assert "segment-000000.h5     missing" in output
+    assert "segment-000001.h5     damaged" in output
+    assert "segment-000002.h5     good" in output
+    assert "snapshot-00000004.pt  damaged" in output

@@ -9,6 +9,7 @@ from typing import Literal
 import h5py
 
 from tda_lightning.stores.damage import reading
+from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
 
 
 def open_hdf5(path: Path, mode: Literal["r", "w"] = "r") -> h5py.File:
@@ -18,7 +19,9 @@ def open_hdf5(path: Path, mode: Literal["r", "w"] = "r") -> h5py.File:
     inherit its lock and keep it, so that nobody could read the segment. No lock is needed: a
     segment is written under a temporary name, and never changes under its final name.
     """
-    return h5py.File(path, mode, locking=False)
+    # The user block is for our header; see `segment_header`.
+    block = HEADER_BYTES if mode == "w" else None
+    return h5py.File(path, mode, locking=False, userblock_size=block)
 
 
 def reading_segment(path: Path) -> AbstractContextManager[None]:

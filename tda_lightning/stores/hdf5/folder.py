@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from tda_lightning.stores.damage import StoreFileError, reading
 from tda_lightning.stores.durable import atomic_write
+from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.recipe_checks import require_recipe
 
@@ -43,6 +45,38 @@ def number_of(file: Path) -> int:
     return int(_parts_of(file)[0])
 
 
+def identity_of(file: Path, run: str, ranks: int) -> SegmentIdentity:
+    """Return which segment a file is, by its name.
+
+    Args:
+        file: The file.
+        run: Id of the run in its folder.
+        ranks: Number of processes of that run.
+    """
+    number, rank = _parts_of(file)
+    return SegmentIdentity(run, int(number), int(rank or 0), ranks)
+
+
+def require_no_gaps(files: Sequence[Path]) -> None:
+    """Check that no segment of one process has been lost between two others.
+
+    Args:
+        files: Its segments, in order.
+
+    Raises:
+        StoreFileError: If one is missing; the message names the first.
+    """
+    for expected, file in enumerate(files):
+        number, rank = _parts_of(file)
+        if int(number) != expected:
+            name = segment_name(expected, int(rank or 0), 1 if rank is None else 2)
+            raise StoreFileError(
+                f"`{file.with_name(name)}` is missing, although `{file.name}` exists; expected all "
+                "segments of the run. Restore it from a copy, or leave its steps out: "
+                "`HDF5Store.open(path, missing='skip')`."
+            )
+
+
 def next_number(files: Sequence[Path]) -> int:
     """Return the number of the segment after these, some of which may have been lost."""
     return max(map(number_of, files), default=-1) + 1
@@ -54,8 +88,8 @@ def _parts_of(file: Path) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-def write_recipe(path: Path, recipe: Recipe) -> None:
-    """Begin a run in an empty or new folder.
+def write_recipe(path: Path, recipe: Recipe) -> str:
+    """Begin a run in an empty or new folder, and return its id.
 
     Raises:
         FileExistsError: If the folder is not empty.
@@ -65,7 +99,8 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
         if path.exists() and not is_empty(path):
             raise FileExistsError(_occupied_message(path))
         path.mkdir(parents=True, exist_ok=True)
-        _write_document(path, uuid.uuid4().hex, recipe)
+        run_id = uuid.uuid4().hex
+        _write_document(path, run_id, recipe)
     except FileExistsError:
         raise
     except OSError as error:
@@ -73,6 +108,7 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
             f"`{path}` cannot be written: {error.strerror or error}. Expected a folder that can be "
             "created, on a disk with space. Choose another path, or make space."
         ) from error
+    return run_id
 
 
 def amend_recipe(path: Path, recipe: Recipe) -> None:
@@ -87,6 +123,7 @@ def _write_document(path: Path, run_id: str, recipe: Recipe) -> None:
         "run": run_id,
         "recipe": recipe.to_dict(),
     }
+    document["crc32"] = _checksum(document)
     with atomic_write(path / RECIPE) as partial:
         partial.write_text(json.dumps(document, indent=1))
 
@@ -117,7 +154,14 @@ def read_recipe(path: Path) -> Recipe:
         )
     with _reading_recipe(path):
         require_recipe(document["recipe"])
+        if document.get("crc32", expected := _checksum(document)) != expected:
+            raise ValueError("its checksum is another one: somebody has changed it")
         return Recipe.from_dict(document["recipe"])
+
+
+def has_checksum(path: Path) -> bool:
+    """Return whether the recipe in a folder has a checksum; those of older versions have none."""
+    return "crc32" in _read_document(path)
 
 
 def read_run_id(path: Path) -> str | None:
@@ -152,6 +196,12 @@ def _read_document(path: Path) -> dict[str, Any]:
         if not isinstance(document, dict):
             raise TypeError(f"it holds a {type(document).__name__}, not an object")
     return document
+
+
+def _checksum(document: Mapping[str, Any]) -> int:
+    """Return the checksum of a document: that of its JSON, with sorted keys and no spaces."""
+    content = {key: value for key, value in document.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _reading_recipe(path: Path) -> AbstractContextManager[None]:

@@ -19,6 +19,13 @@ from tda_lightning.stores.hdf5.segment_checks import (
     require_offsets,
     require_rising,
 )
+from tda_lightning.stores.hdf5.segment_header import (
+    SegmentIdentity,
+    read_header,
+    require_checksum,
+    require_identity,
+    require_steps,
+)
 from tda_lightning.stores.hdf5.segment_writer import GROUP_FIELDS
 from tda_lightning.stores.hdf5.stored_rows import (
     Stamp,
@@ -37,15 +44,20 @@ class Segment:
 
     Args:
         path: Path of the segment.
+        expected: Which segment it should be, if known.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, expected: SegmentIdentity | None = None) -> None:
         self.path = path
         with reading_segment(path):
             self._stamp = stamp_of(path)
+            self.header = read_header(path)
             with open_hdf5(path) as file:
                 self.indices: list[int] = file["steps/index"][:].tolist()
             require_rising(self.indices)
+            if self.header is not None:
+                require_steps(self.header, self.indices)
+                require_identity(self.header, expected or self.header.identity)
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -55,9 +67,23 @@ class Segment:
     def steps(self) -> StepColumns:
         """The steps without their visits."""
         with reading_segment(self.path):
+            assert self.is_verified is not None  # Verify before anything else is read.
             columns = StepColumns(self.path, self._stamp)
             self.require_unchanged()
         return columns
+
+    @cached_property
+    def is_verified(self) -> bool:
+        """Whether the content has its checksum; false for older versions, which wrote none.
+
+        Raises:
+            StoreFileError: If it has another one.
+        """
+        with reading_segment(self.path):
+            self.require_unchanged()
+            if self.header is not None:
+                require_checksum(self.path, self.header)
+        return self.header is not None
 
     def require_unchanged(self) -> None:
         """Check that the file has not been replaced.
@@ -70,6 +96,7 @@ class Segment:
 
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the sorted ids of the samples in this segment."""
+        assert self.is_verified is not None
         with reading_segment(self.path), open_hdf5(self.path) as file:
             ids: Tensor = torch.unique(torch.from_numpy(file["visits/sample_id"][:]))
         return ids

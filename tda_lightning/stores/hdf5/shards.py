@@ -11,18 +11,25 @@ from torch import Tensor
 
 from tda_lightning.stores.damage import StoreFileError
 from tda_lightning.stores.hdf5 import OpenSegment, Segment
+from tda_lightning.stores.hdf5.folder import identity_of
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 
 
 class Shard:
-    """Steps in the segments of one process; reading keeps one segment open."""
+    """Steps in the segments of one process; reading keeps one segment open.
 
-    def __init__(self, files: Sequence[Path] = ()) -> None:
+    Args:
+        files: The segments, in order.
+        run: Id of the run that they belong to.
+        ranks: Number of processes of that run.
+    """
+
+    def __init__(self, files: Sequence[Path] = (), run: str = "", ranks: int = 1) -> None:
         self._segments: list[Segment] = []
         self._starts: list[int] = []
         self._open: tuple[int, OpenSegment] | None = None
         for file in files:
-            segment = Segment(file)
+            segment = Segment(file, identity_of(file, run, ranks))
             self._require_order(segment)
             self.add(segment)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
@@ -44,6 +45,9 @@ def read_snapshot(path: Path, index: int) -> dict[str, Tensor]:
     expected = "a snapshot: a dict from names to tensors, saved with `torch.save`"
     remedy = "Restore it from a copy, or delete it and use another snapshot."
     with reading(file, expected, remedy):
+        with ZipFile(file) as archive:  # torch does not compare the checksums that it wrote.
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of `{damaged}` is another one")
         weights: dict[str, Tensor] = torch.load(file, weights_only=True)
         if not all(isinstance(weight, Tensor) for weight in weights.values()):
             raise TypeError("it holds other objects than tensors")

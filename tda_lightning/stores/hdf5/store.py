@@ -6,6 +6,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_not_negative, require_whole
 from tda_lightning.stores.durable import absolute_path, make_durable
-from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder, write_segment
+from tda_lightning.stores.hdf5 import Segment, folder, write_segment
 from tda_lightning.stores.hdf5.background_write import BackgroundWrite
 from tda_lightning.stores.hdf5.buffer import StepBuffer
 from tda_lightning.stores.hdf5.encoding import Storage, bytes_of
+from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
 from tda_lightning.stores.hdf5.shards import MergedShards, Shard
 from tda_lightning.stores.hdf5.snapshot_files import (
     drop_snapshots_after,
@@ -25,6 +27,7 @@ from tda_lightning.stores.hdf5.snapshot_files import (
     snapshot_file,
     write_snapshot,
 )
+from tda_lightning.stores.hdf5.truncation import drop_from
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 from tda_lightning.stores.store import Weights, WritableStore, require_snapshot
@@ -79,6 +82,9 @@ class HDF5Store(WritableStore):
         self._storage = storage
         self._segment_seconds = segment_seconds
         self._recipe: Recipe | None = None
+        self._run = ""  # id of the run that is written
+        # A training goes on even if its run has lost a segment.
+        self._missing: Literal["refuse", "skip"] = "skip"
         self._rank, self._ranks = 0, 1
         self._shard = Shard()
         self._merged: MergedShards | None = None
@@ -90,14 +96,21 @@ class HDF5Store(WritableStore):
         self._buffered_since = 0.0
 
     @classmethod
-    def open(cls, path: str | Path) -> HDF5Store:
+    def open(cls, path: str | Path, *, missing: Literal["refuse", "skip"] = "refuse") -> HDF5Store:
         """Open a run, even while it is being recorded; later steps need :meth:`refresh`.
+
+        Args:
+            path: The folder.
+            missing: What to do if a segment between two others has been lost.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
+            StoreFileError: If a file is damaged or missing.
             ValueError: If the path is not a run, or a run of another format.
         """
+        require_choice("missing", missing, Literal["refuse", "skip"])
         store = cls(path)
+        store._missing = missing
         store._recipe = folder.read_recipe(store.path)
         store._ranks = store._recipe.ranks
         store.refresh()
@@ -156,7 +169,7 @@ class HDF5Store(WritableStore):
 
     def begin(self, recipe: Recipe) -> None:
         """Start a new run in an empty or new folder."""
-        folder.write_recipe(self.path, recipe)
+        self._run = folder.write_recipe(self.path, recipe)
         self._recipe = recipe
 
     def amend(self, recipe: Recipe) -> None:
@@ -169,15 +182,16 @@ class HDF5Store(WritableStore):
         """Continue the stored run at the optimizer step ``index``."""
         self._finish_writing()
         self._buffer.clear()
-        self._recipe = folder.read_recipe(self.path)
+        self._recipe, self._run = folder.read_recipe(self.path), self.run_id or ""
         # Delete from the end, so that an interruption leaves a run without gaps.
         for file in reversed(folder.segments_of(self.path, self._rank, self._ranks)):
-            _drop_from(file, index, self._storage)
+            drop_from(file, index, self._storage, self._identity(file))
         if self._rank == 0:
             drop_snapshots_after(self.path, index)
         make_durable(self.path)
         # Other processes may still be changing their segments: `refresh` reads those later.
-        self._shard = Shard(folder.segments_of(self.path, self._rank, self._ranks))
+        files = folder.segments_of(self.path, self._rank, self._ranks)
+        self._shard = Shard(files, self._run, self._ranks)
         self._merged, self._next = None, folder.next_number(self._shard.files)
 
     def clear(self) -> None:
@@ -223,7 +237,11 @@ class HDF5Store(WritableStore):
     def refresh(self) -> None:
         """Load the sealed segments of all processes."""
         files = [folder.segments_of(self.path, rank, self._ranks) for rank in range(self._ranks)]
-        shards = [Shard(rank_files) for rank_files in files]
+        if self._missing == "refuse":
+            for rank_files in files:
+                folder.require_no_gaps(rank_files)
+        self._run = self.run_id or ""
+        shards = [Shard(rank_files, self._run, self._ranks) for rank_files in files]
         self._shard = shards[self._rank]
         self._merged = MergedShards(shards) if self._ranks > 1 else None
         self._next = folder.next_number(self._shard.files)
@@ -238,7 +256,8 @@ class HDF5Store(WritableStore):
         file = self.path / folder.segment_name(self._next, self._rank, self._ranks)
         # An exception may come between any two of these lines, from a signal handler: the write is
         # registered before its thread starts, and a second call repeats it at worst.
-        self._writing = BackgroundWrite(partial(_write, file, self._buffer.steps, self._storage))
+        write = partial(_write, file, self._buffer.steps, self._storage, self._identity(file))
+        self._writing = BackgroundWrite(write)
         self._spare.clear()
         self._buffer, self._spare = self._spare, self._buffer
         self._next += 1
@@ -251,9 +270,13 @@ class HDF5Store(WritableStore):
             segment = self._writing.result()
         except OSError:
             self._writing = None
+            self._next -= 1  # A failed write leaves no gap.
             raise
         self._writing = None
         self._shard.add(segment)
+
+    def _identity(self, file: Path) -> SegmentIdentity:
+        return folder.identity_of(file, self._run, self._ranks)
 
     def _files(self) -> list[Path]:
         others = [*self.path.glob(folder.PARTIAL), *self.path.glob(folder.RECIPE)]
@@ -261,23 +284,13 @@ class HDF5Store(WritableStore):
         return [*folder.all_segments(self.path), *snapshots, *others]
 
 
-def _write(file: Path, steps: list[Step], storage: Storage | None) -> Segment:
+def _write(
+    file: Path, steps: list[Step], storage: Storage | None, identity: SegmentIdentity
+) -> Segment:
     try:
-        write_segment(file, steps, storage)
+        write_segment(file, steps, storage, identity)
     except OSError:
         raise
     except Exception as error:  # h5py raises some system errors, such as a full disk, as others.
         raise OSError(f"writing `{file}` failed: {error}") from error
-    return Segment(file)
-
-
-def _drop_from(file: Path, index: int, storage: Storage | None) -> None:
-    """Drop the steps from ``index`` on: rewrite the segment, or delete it if none is left."""
-    segment = Segment(file)
-    n_earlier = sum(step_index < index for step_index in segment.indices)
-    if n_earlier == 0:
-        file.unlink()
-    elif n_earlier < len(segment):
-        reader = OpenSegment(segment)
-        steps = [reader.step_at(position) for position in range(n_earlier)]
-        write_segment(file, steps, storage)
+    return Segment(file, identity)
