@@ -148,9 +148,9 @@ def read_recipe(path: Path) -> Recipe:
     document = _read_document(path)
     if document.get("format") != FORMAT or document.get("version") != FORMAT_VERSION:
         raise ValueError(
-            f"`{path}` is in format {document.get('format')!r}, version {document.get('version')}; "
-            f"expected {FORMAT!r}, version {FORMAT_VERSION}. Read it with the version of "
-            "tda_lightning that wrote it."
+            f"`{path / RECIPE}` is in format {document.get('format')!r}, version "
+            f"{document.get('version')}; expected {FORMAT!r}, version {FORMAT_VERSION}. "
+            "Read it with the version of tda_lightning that wrote it."
         )
     with _reading_recipe(path):
         require_recipe(document["recipe"])
