@@ -171,6 +171,7 @@ class HDF5Store(WritableStore):
         """Start a new run in an empty or new folder."""
         self._run = folder.write_recipe(self.path, recipe)
         self._recipe = recipe
+        self._shard, self._merged, self._next = Shard(), None, 0
 
     def amend(self, recipe: Recipe) -> None:
         """Replace the recipe of a run that has no steps yet."""
