@@ -1,4 +1,4 @@
-"""The command line: ``tda-lightning info RUN``, ``audit RUN`` and ``data RUN``."""
+"""The command line: ``tda-lightning info RUN``, ``audit``, ``data`` and ``verify RUN``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 
 from tda_lightning.stores import HDF5Store
 from tda_lightning.stores.data_order import data_order
+from tda_lightning.stores.durable import absolute_path
+from tda_lightning.stores.hdf5.verification import verify_files
 from tda_lightning.stores.recipe import Recipe
 
 
@@ -19,8 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         print(options.describe(options.run))
-    except (OSError, ValueError) as error:
-        print(f"tda-lightning: {error}", file=sys.stderr)
+    except BadRunError as error:
+        print(error)
+        return 1
+    except Exception as error:  # Whatever is wrong with a run, its user gets one line.
+        is_expected = isinstance(error, OSError | ValueError)
+        name = "" if is_expected else f"{type(error).__name__}: "
+        print(f"tda-lightning: {name}{' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
@@ -95,6 +102,31 @@ def data(run: Path) -> str:
     return "\n".join([f"{run}: the order of the data", *_aligned(rows)])
 
 
+def verify(run: Path) -> str:
+    """Check every file of a run against its checksum.
+
+    Args:
+        run: The folder of the run.
+
+    Raises:
+        ValueError: If a file is damaged or missing; the message lists all files.
+    """
+    reports = list(verify_files(absolute_path(run)))
+    bad = [report for report in reports if report.state in ("damaged", "missing")]
+    unverified = sum(report.state == "unverified" for report in reports)
+    rows = _aligned([(report.name, report.state, report.content) for report in reports])
+    old = f", {unverified:,} without a checksum, of an older version" if unverified else ""
+    head = f"{run}: {len(reports):,} files, {len(bad):,} damaged or missing{old}"
+    text = "\n".join([head, *rows])
+    if bad:
+        raise BadRunError(text)
+    return text
+
+
+class BadRunError(ValueError):
+    """A run has damaged or missing files; the message is a table of all files."""
+
+
 def _count_and_list(items: Sequence[str]) -> str:
     shown = ", ".join(items[:8]) + (", ..." if len(items) > 8 else "")
     return f"{len(items):,}: {shown}" if items else "none"
@@ -112,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, describe, purpose in (
         ("info", info, "show what a run recorded"),
         ("data", data, "show missing and repeated samples, and replayed steps"),
+        ("verify", verify, "check every file against its checksum"),
         ("audit", audit, "show how much of the training the recorded rows explain"),
     ):
         command = commands.add_parser(name, help=purpose, description=purpose)

@@ -111,15 +111,17 @@ class Attributor(ABC):
         """
         self.require(run)
         totals = Totals(run.train_ids(), len(queries), queries)
-        pairs = self.visit_scores(DeviceView(run, queries), queries)
+        view = DeviceView(run, queries)
+        pairs = self.visit_scores(view, queries)
         for step, scores in _with_progress(pairs, len(run), progress, f"{type(self).__name__}"):
             totals.add_(step.sample_ids, scores)
+        totals.require_finite(view, repr(self))
         return Scores(
             values=self.combine(totals.values, totals.visits).mT.contiguous().cpu(),
             query_ids=torch.arange(len(queries)),
             train_ids=totals.train_ids,
             method=repr(self),
-            provenance=provenance_of(run),
+            provenance={**provenance_of(run), **view.provenance()},
         )
 
     def attribute_ensemble(
@@ -158,14 +160,16 @@ class SelfAttributor(Attributor):
         like = torch.empty(0, dtype=run.recipe.torch_dtype)
         totals = Totals(run.train_ids(), 1, like)
         name = f"{type(self).__name__}, self-influence"
-        pairs = self.own_scores(DeviceView(run, like))
+        view = DeviceView(run, like)
+        pairs = self.own_scores(view)
         for step, scores in _with_progress(pairs, len(run), progress, name):
             totals.add_(step.sample_ids, scores[:, None])
+        totals.require_finite(view, repr(self))
         return SampleScores(
             values=self.combine(totals.values, totals.visits)[:, 0],
             train_ids=totals.train_ids,
             method=repr(self),
-            provenance=provenance_of(run),
+            provenance={**provenance_of(run), **view.provenance()},
         )
 
 
@@ -201,6 +205,50 @@ class Totals:
         positions = positions.to(values.device)
         self.values.index_add_(0, positions, values)
         self.visits.index_add_(0, positions, self.visits.new_ones(len(positions), 1))
+
+    def require_finite(self, run: Store, method: str) -> None:
+        """Check that all sums are finite: rankings would put NaN first.
+
+        Args:
+            run: The recorded training, read again if some sums are not finite.
+            method: The method, for the error message.
+
+        Raises:
+            ValueError: If they are not, although the rows are.
+        """
+        require_finite_totals(self.values, run, method)
+
+
+def require_finite_totals(values: Tensor, run: Store, method: str) -> None:
+    """Check that sums over visits are finite.
+
+    Args:
+        values: The sums.
+        run: The recorded training, read again if some sums are not finite.
+        method: The method, for the error message.
+
+    Raises:
+        ValueError: If they are not. The message names the visit with the largest row.
+    """
+    # A sum is finite only if its terms are, and takes a fraction of the time.
+    if values.sum().isfinite() or (is_finite := values.isfinite()).all():
+        return
+    size, sample, index = max(_largest_rows(run))
+    raise ValueError(
+        f"{int((~is_finite).sum()):,} of {values.numel():,} scores by `{method}` are not finite, "
+        "although all rows are; expected finite scores. Products of very large rows overflow: the "
+        f"largest row, of sample {sample} at step {index}, holds {size:.2g}. Use the steps before "
+        "it, query with `TracIn()` or in double precision, or train again with clipping."
+    )
+
+
+def _largest_rows(run: Store) -> Iterator[tuple[float, int, int]]:
+    """Yield the largest entry of every step's rows, with its sample and the step."""
+    for step in run:
+        if len(step.sketch):
+            sizes = step.sketch.abs().amax(dim=1)
+            largest = int(sizes.argmax())
+            yield float(sizes[largest]), int(step.sample_ids[largest]), step.index
 
 
 def provenance_of(run: Store) -> Mapping[str, str]:

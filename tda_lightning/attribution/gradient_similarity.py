@@ -62,5 +62,5 @@ class GradientSimilarity(Attributor):
         return (
             unit_rows(step.sketch)
             if self.measure == "cosine"
-            else step.sketch / step.weights[:, None]
+            else step.sketch / step.weights.clamp_min(1e-30)[:, None]
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -30,6 +32,49 @@ def squared_norms(rows: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
     tensor([25.])
     """
     return rows.square().sum(dim=1)
+
+
+def eigendecomposition(
+    matrix: Float[Tensor, "k k"],
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "k k"]]:
+    """Return the eigenvalues of a symmetric matrix, ascending, and its eigenvectors as columns.
+
+    It is computed in double precision. In single precision, LAPACK fails, or returns NaN, for
+    matrices with many rows of almost zeros, such as those of models with dead inputs.
+
+    Raises:
+        ValueError: If the matrix is not finite, or if there is no result.
+
+    >>> import torch
+    >>> eigendecomposition(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))[0]
+    tensor([1., 2.])
+    """
+    if not matrix.isfinite().all():
+        raise ValueError(_explain_failure(matrix, matrix))
+    device = "cpu" if matrix.device.type == "mps" else matrix.device  # It has no double precision.
+    try:
+        values, vectors = torch.linalg.eigh(matrix.to(device, torch.float64))
+    except RuntimeError as error:  # `LinAlgError` is one.
+        raise ValueError(
+            f"The eigenvectors of the {len(matrix)} x {len(matrix)} curvature matrix were not "
+            f"found: {error} Expected a result in double precision. Record with a smaller "
+            "projector, or use another method."
+        ) from error
+    return values.to(matrix), vectors.to(matrix)
+
+
+def fast_eigendecomposition(
+    matrix: Float[Tensor, "k k"],
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "k k"]]:
+    """Return :func:`eigendecomposition`, in the precision of the matrix where that succeeds.
+
+    For small matrices of many steps: double precision would slow :class:`Unrolled` by a third.
+    """
+    with suppress(RuntimeError):
+        values, vectors = torch.linalg.eigh(matrix)
+        if values.isfinite().all() and vectors.isfinite().all():
+            return values, vectors
+    return eigendecomposition(matrix)
 
 
 def damped_root(gramian: Float[Tensor, "k k"], damping: float) -> Float[Tensor, "k k"]:
@@ -65,7 +110,8 @@ def _explain_failure(gramian: Float[Tensor, "k k"], damped: Float[Tensor, "k k"]
     if not gramian.isfinite().all():
         return (
             f"The {size} curvature matrix holds NaN or infinity; expected finite numbers. Look for "
-            "a training that diverged, or for samples whose gradients are not finite."
+            "a training that diverged, or for samples whose gradients are not finite, or too large "
+            "to be squared."
         )
     if not damped.diagonal().isfinite().all():
         return (

@@ -35,6 +35,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
     warn_of_approximations,
 )
 from tda_lightning.attribution.dynamics.propagator import Exponential, Propagator
+from tda_lightning.attribution.linalg import eigendecomposition
 from tda_lightning.stores import Store
 from tda_lightning.stores.step import Step
 
@@ -47,7 +48,7 @@ class Source(Attributor):
     r"""Unrolled differentiation of averaged segments.
 
     It takes two passes over the run, and an eigendecomposition of a :math:`k \times k` matrix per
-    segment. Memory: four such matrices. When many queries are scored in batches, one matrix per
+    segment. Memory: seven such matrices. When many queries are scored in batches, one matrix per
     segment is stored in addition, for up to eight segments.
 
     Attributes:
@@ -106,7 +107,7 @@ class Source(Attributor):
         K = n_recorded * steps.recipe.every_n_steps
         extent = Extent.of(steps)
         eta = extent.total_lr / K
-        eigenvalues, vectors = torch.linalg.eigh(applied_curvature(steps, self.curvature))
+        eigenvalues, vectors = eigendecomposition(applied_curvature(steps, self.curvature))
         # Decay acts on top of the propagator, as in an unrolled step.
         one_minus_phi = self.propagator.taken(eta * eigenvalues.clamp_min(0)) + eta * extent.decay
         one_minus_power = _one_minus_power(one_minus_phi, K)

@@ -64,7 +64,9 @@ class TracIn(SelfAttributor):
     def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
         """Yield the visits' squared gradient norms times the learning rate (eq. 1 with q = i)."""
         for step in run:
-            inner = squared_norms(self._select_layers(run, step.sketch)) / step.weights
+            # Weights are zero in a step whose gradient was zeroed, and so are its rows.
+            weights = step.weights.clamp_min(1e-30)
+            inner = squared_norms(self._select_layers(run, step.sketch)) / weights
             yield step, _eta(run, step) * inner
 
     def require(self, run: Store) -> None:

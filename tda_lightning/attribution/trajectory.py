@@ -18,7 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tda_lightning.arguments import require_choice
-from tda_lightning.attribution.attributor import Attributor, provenance_of
+from tda_lightning.attribution.attributor import (
+    Attributor,
+    provenance_of,
+    require_finite_totals,
+)
 from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
@@ -53,7 +57,8 @@ def contributions(
     selected_ids = chosen_ids(run, train_ids)
     sums: dict[int, Tensor] = {}
     visits = queries.new_zeros(len(selected_ids), 1)
-    pairs: Any = method.visit_scores(DeviceView(run, queries), queries)
+    view = DeviceView(run, queries)
+    pairs: Any = method.visit_scores(view, queries)
     for step, scores in tqdm(
         pairs, total=len(run), desc="trajectory", unit="step", leave=False, disable=not progress
     ):
@@ -64,6 +69,7 @@ def contributions(
         sums[time] = sums[time] + c if time in sums else c
     times = sorted(sums)
     values = torch.stack([method.combine(sums[time], visits).mT for time in times], dim=2)
+    require_finite_totals(values, view, repr(method))
     return Trajectory(
         values=values.cpu(),
         times=torch.tensor(times),
@@ -71,7 +77,7 @@ def contributions(
         query_ids=torch.arange(len(queries)),
         per=per,
         method=repr(method),
-        provenance=provenance_of(run),
+        provenance={**provenance_of(run), **view.provenance()},
     )
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from tda_lightning.callbacks.cost_estimate import describe_cost, stride_within
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.run_writer import RunWriter
-from tda_lightning.gradients.capture import capture_paused
 from tda_lightning.recording.timing import BatchTiming, Stopwatch, measure
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
@@ -125,7 +124,7 @@ def _timing_of(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def plain() -> None:
-        with capture_paused():
+        with recorder.rows.paused():
             torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
 
     def recorded() -> None:

@@ -26,6 +26,7 @@ from tda_lightning.recording.contribution_table import Period
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.results.contributions import Contributions
 from tda_lightning.results.scores import Scores
+from tda_lightning.stores.durable import absolute_path
 
 
 class ContributionTracker(RecordingCallback):
@@ -91,7 +92,8 @@ class ContributionTracker(RecordingCallback):
         require_sensible(locals(), TRACKER)
         super().__init__(sample_ids)
         self.probe = probe
-        self.store = Path(store)
+        self.store = absolute_path(store)
+        self._name = str(store)
         self.every_n_steps = every_n_steps
         self.period: Period = period
         self.projector = projector
@@ -171,7 +173,7 @@ class ContributionTracker(RecordingCallback):
                 f"`{self.store}` exists already, and this training does not continue it; expected "
                 "a new file. Choose another name, delete it, or pass `existing='replace'`."
             )
-        self.store.absolute().parent.mkdir(parents=True, exist_ok=True)
+        self.store.parent.mkdir(parents=True, exist_ok=True)
         if trainer.global_step:
             rank_zero_warn(
                 f"ContributionTracker: the {trainer.global_step:,} steps before this checkpoint "
@@ -212,7 +214,7 @@ class ContributionTracker(RecordingCallback):
     @property
     def state_key(self) -> str:
         """Name of this tracker in a checkpoint; trackers are distinguished by their files."""
-        return self._generate_state_key(store=str(self.store))
+        return self._generate_state_key(store=self._name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the contributions so far, for a training that resumes from the checkpoint."""

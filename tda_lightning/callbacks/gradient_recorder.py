@@ -213,7 +213,7 @@ class GradientRecorder(RecordingCallback):
     @property
     def state_key(self) -> str:
         """Name of this recorder in a checkpoint; recorders are distinguished by their stores."""
-        return self._generate_state_key(store=str(getattr(self.store, "path", "")))
+        return self._generate_state_key(store=getattr(self.store, "name", ""))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint, in builtins."""

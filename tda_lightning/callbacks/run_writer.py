@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -32,6 +34,7 @@ class RunWriter:
         self._run_id: str | None = None
         self._count = 0
         self._checkpoint: dict[str, Any] = {}
+        self._has_warned_of_non_finite = False
         self.has_failed = False
 
     def begin(
@@ -86,6 +89,7 @@ class RunWriter:
 
     def append(self, step: Step) -> None:
         """Write a step."""
+        self._warn_of_non_finite(step)
         if self._try(lambda: self._store.append(step)):
             self._count += 1
 
@@ -102,11 +106,18 @@ class RunWriter:
         index = trainer.global_step
         if isinstance(chosen, int):
             chosen = [index] if chosen and index % chosen == 0 else []
-        if index not in chosen or not trainer.is_global_zero or index in self._store.snapshots():
+        if index not in chosen or not trainer.is_global_zero or self.has_failed:
+            return
+        if not self._try(lambda: self._keep_weights(index, model)):
+            with suppress(Exception):  # Rows are far smaller than weights, and may still fit.
+                self._store.seal()
+
+    def _keep_weights(self, index: int, model: LightningModule) -> None:
+        if index in self._store.snapshots():
             return
         state = model.state_dict()
         weights = {k: v.detach().cpu().clone() for k, v in state.items() if isinstance(v, Tensor)}
-        self._try(lambda: self._store.keep_weights(index, weights))
+        self._store.keep_weights(index, weights)
 
     def seal(self) -> None:
         """Seal all steps written so far."""
@@ -169,13 +180,32 @@ class RunWriter:
                 "this checkpoint; continuing without them."
             )
 
+    def _warn_of_non_finite(self, step: Step) -> None:
+        """Name the first sample whose gradient is not finite, in this or another process."""
+        if self._has_warned_of_non_finite or not len(bad := step.non_finite_visits()):
+            return
+        self._has_warned_of_non_finite = True
+        warnings.warn(
+            f"GradientRecorder: the gradient of sample {int(step.sample_ids[bad[0]])} at step "
+            f"{step.index} is not finite; expected finite numbers. It is stored as it is. Answers "
+            "leave such visits out, or refuse the run from there on if the training diverged. "
+            "Look at the sample, or at the loss. Later ones are not named.",
+            stacklevel=2,
+        )
+
     def _try(self, write: Callable[[], None]) -> bool:
-        """Write, unless writing has failed before; return whether it succeeded."""
+        """Write, unless writing has failed before; return whether it succeeded.
+
+        Raises:
+            ValueError: If the store does not support the request.
+        """
         if self.has_failed:
             return False
         try:
             write()
-        except OSError as error:
+        except ValueError:
+            raise
+        except Exception as error:  # A store may raise anything; it must not end the training.
             self.has_failed = True
             rank_zero_warn(
                 f"GradientRecorder: the store cannot be written any more ({error}). Training goes "

@@ -6,7 +6,7 @@ Training and queries use this code with the same recipe, so their rows are compa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -93,12 +93,16 @@ class RowRecorder:
         self._selection = selection
         self._sketcher: Sketcher = projector.bind(selection.blocks, device, dtype)
         self._hooks = ExitStack()
-        self._capture = Capture(selection.sources, batch_dims, passes)
+        self._capture = Capture(model, selection.sources, batch_dims, passes)
         self._summary: LossSummary | None = None
         self._preconditioner: Preconditioner | None = None
         self._curvature_rows: Tensor | None = None
         self._rows = self._sketcher.empty_rows(0)
         self._sums: Tensor | None = None
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Pause all recorders of the model, for an extra pass that is not to be recorded."""
+        return self._capture.switch.paused()
 
     @property
     def dimension(self) -> int:

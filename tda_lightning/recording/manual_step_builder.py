@@ -187,7 +187,8 @@ class ManualStepBuilder(StepBuilder):
     def _require_common_factor(self, name: str) -> None:
         if not self._pending or _gradient_versions(self._parameters) == self._versions:
             return
-        factors = [gradient_norm(p) / norm for p, norm in self._reference_norms]
+        reference = self._reference_norms
+        factors = [gradient_norm(p) / norm for p, norm in reference if p.grad is not None]
         spread = float(max(factors) / min(factors) - 1) if factors else 0.0
         if spread > _MAX_FACTOR_SPREAD:
             raise ValueError(
@@ -204,4 +205,4 @@ def _gradient_versions(parameters: Sequence[Parameter]) -> list[_GradientVersion
 def _nonzero_norms(parameters: Sequence[Parameter]) -> list[tuple[Parameter, Tensor]]:
     """Return the parameters whose gradient is not zero, with its norm."""
     norms = [(p, gradient_norm(p)) for p in parameters if p.grad is not None]
-    return [(parameter, norm) for parameter, norm in norms if norm > 0]
+    return [(parameter, norm) for parameter, norm in norms if norm != 0]  # NaN is not zero

@@ -19,13 +19,21 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.capture import capture_paused
+from tda_lightning.gradients.row_recorder import RowRecorder
 
 
-def gradients_of(loss: Tensor, parameters: Sequence[Parameter]) -> dict[Parameter, Tensor]:
-    """Return the gradients of the parameters that the loss depends on, and retain its graph."""
+def gradients_of(
+    loss: Tensor, parameters: Sequence[Parameter], recorder: RowRecorder
+) -> dict[Parameter, Tensor]:
+    """Return the gradients of the parameters that the loss depends on, and retain its graph.
+
+    Args:
+        loss: The loss.
+        parameters: The parameters.
+        recorder: A recorder of their model, which does not record this pass.
+    """
     try:
-        with capture_paused():
+        with recorder.paused():
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise ValueError(
@@ -83,7 +91,9 @@ def clip_coefficient(probe: Parameter | None, norm: Tensor | None) -> Tensor:
     if probe is None or norm is None or probe.grad is None:
         return torch.ones((), dtype=torch.float64)
     # `.grad` survives, clipped, until the next step's `zero_grad`.
-    return gradient_norm(probe) / norm
+    after = gradient_norm(probe)
+    # A gradient may hold NaN and be zeroed before the step, which then applies none of its rows.
+    return torch.where(after == 0, after, after / norm)
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,14 @@ class GradientScale:
         """Return the factor up to now."""
         return self._factor_before * float(clip_coefficient(self._probe, self._norm))
 
+    def factor_of(self, rows: Sequence[Tensor]) -> float:
+        """Return the factor from the rows of the step's batches to the gradient that was used.
+
+        It is 0 if no parameter had a gradient, although the rows do not cancel: the gradient was
+        zeroed after the backward pass, as some trainings do where it is not finite.
+        """
+        return self.factor() if self._probe is not None or _cancel(rows) else 0.0
+
     def before_value_clipping(self, parameters: Iterable[Parameter], bound: float) -> ValueClipping:
         """Account for clipping by value that is about to happen, and return its effect.
 
@@ -144,6 +162,12 @@ class GradientScale:
         if self._probe is not None:
             self._norm = clipped_norm(self._probe, bound)
         return clipping
+
+
+def _cancel(rows: Sequence[Tensor]) -> bool:
+    total = sum(float(part.sum(dim=0).norm()) for part in rows)
+    size = sum(float(part.norm()) for part in rows)
+    return total <= 1e-3 * size  # False for NaN
 
 
 def clipped_norm(parameter: Parameter, bound: float) -> Tensor:

@@ -132,7 +132,8 @@ class SampleLedger:
             self._sampler.claim()
         self._last_batch = batch_index
         drawn = self._sampler.claim()
-        return torch.as_tensor(drawn if self._ids is None else self._ids[drawn])
+        ids = drawn if self._ids is None else self._ids[drawn]
+        return torch.as_tensor(ids, dtype=torch.int64)
 
     def start_training(self, steps: int) -> None:
         """Prepare for batch 0, or for any batch if training is resumed in the middle of an epoch.
@@ -229,6 +230,8 @@ def _look_up(batch: Any, source: IdSource) -> Any:
 
 def _as_ids(values: Any) -> Int[Tensor, " n"]:
     is_sequence = isinstance(values, Sequence | np.ndarray | Tensor)
+    if is_sequence and len(values) == 0:  # A batch may be empty.
+        return torch.empty(0, dtype=torch.int64)
     ids = torch.as_tensor(values).cpu() if is_sequence else torch.empty(0)
     if ids.ndim != 1 or ids.is_floating_point() or len(ids) == 0 or ids.dtype == torch.bool:
         shape = tuple(ids.shape) if is_sequence else type(values).__name__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -146,7 +147,7 @@ class StepBuilder:
         gradients = {}
         if preconditioner.needs_gradients():
             trained = [p for p in preconditioner.parameters() if p.requires_grad]
-            local_gradients = gradients_of(loss / self._share, trained)
+            local_gradients = gradients_of(loss / self._share, trained, self._rows)
             mean, scale = self._distributed.mean, self._loss_scale
             gradients = {p: mean(gradient) / scale for p, gradient in local_gradients.items()}
         self._new_preconditioner = preconditioner.read(gradients)
@@ -202,8 +203,8 @@ class StepBuilder:
         """Return the step that was taken since the last call, or ``None`` if none was recorded."""
         if self._facts is None or self._scale is None:
             return None
-        facts, batches, scale = self._facts, self._pending, self._scale.factor()
-        start = self._audit_start
+        facts, batches, start = self._facts, self._pending, self._audit_start
+        scale = self._scale.factor_of(rows := [batch.recorded.rows for batch in batches])
         audit = None if start is None else finish_audit(self._rows, start)
         self._discard_step()
         self._n_recorded_steps += 1
@@ -212,7 +213,8 @@ class StepBuilder:
             torch.full((len(batch.sample_ids),), batch.weight * factor)
             for batch, factor in zip(batches, factors, strict=True)
         ]
-        sketch = concatenated([batch.recorded.rows for batch in batches], factors)
+        # If the scale is NaN, so are the weights. Unscaled rows show which samples are the cause.
+        sketch = concatenated(rows, factors if isfinite(scale) else None)
         assert sketch is not None
         preconditioner, self._new_preconditioner = self._new_preconditioner, None
         return Step(

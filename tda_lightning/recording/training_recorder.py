@@ -130,6 +130,8 @@ class TrainingRecorder:
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Prepare for the forward pass of a batch, where one of its steps is to be recorded."""
         self._backward_passes = 0
+        if len(sample_ids) == 0:  # It contributes nothing, and has no sample axis to find.
+            return
         for recorder in self._recorders:
             if self.settings.optimization == "manual" or recorder.is_due():
                 recorder.builder.start_batch(index, sample_ids, share)

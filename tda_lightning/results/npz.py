@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tda_lightning.stores.durable import atomic_write
+from tda_lightning.stores.damage import reading
+from tda_lightning.stores.durable import absolute_path, atomic_write
 
 
 def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
@@ -25,7 +27,7 @@ def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
     fields = {name: _as_array(getattr(result, name)) for name in names}
     texts = {"method": result.method, "provenance": json.dumps(dict(result.provenance))}
     # Pass an open file: given a path, NumPy would append a suffix.
-    with atomic_write(Path(path)) as partial, partial.open("wb") as file:
+    with atomic_write(absolute_path(path)) as partial, partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in texts.items()}, **fields)
 
 
@@ -34,24 +36,39 @@ def load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no file.
-        ValueError: If the file holds a result of another class, or no result.
+        ValueError: If the file is damaged, or holds something else.
     """
-    try:
-        file = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"`{path}` holds no saved result: {error}") from error
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError(f"`{path}` holds a single array; expected a file written by `save`.")
-    with file:
-        # Files of early versions have no provenance.
-        if set(file.files) - {"provenance"} != {*names, "method"}:
-            raise ValueError(
-                f"`{path}` holds {sorted(file.files)}; expected {sorted([*names, 'method'])}. "
-                "Load it with the class that saved it, such as `Scores` or `Embedding`."
-            )
-        fields = {name: _as_field(file[name]) for name in names}
-        provenance = json.loads(str(file["provenance"])) if "provenance" in file.files else {}
-        return {**fields, "method": str(file["method"]), "provenance": provenance}
+    file = absolute_path(path)
+    if not file.exists():
+        raise FileNotFoundError(
+            f"There is no result at `{file}`; expected a file written by `save`. Correct the path."
+        )
+    with _reading_result(file):
+        arrays = _read_arrays(file)
+    # Files of early versions have no provenance.
+    if set(arrays) - {"provenance"} != {*names, "method"}:
+        raise ValueError(
+            f"`{path}` holds {sorted(arrays)}; expected {sorted([*names, 'method'])}. "
+            "Load it with the class that saved it, such as `Scores` or `Embedding`."
+        )
+    with _reading_result(file):
+        fields = {name: _as_field(arrays[name]) for name in names}
+        provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
+    return {**fields, "method": str(arrays["method"]), "provenance": provenance}
+
+
+def _reading_result(file: Path) -> AbstractContextManager[None]:
+    remedy = "Pass another file, or compute and save the result again."
+    return reading(file, "a result written by `save`", remedy, ValueError)
+
+
+def _read_arrays(file: Path) -> dict[str, NDArray[Any]]:
+    with file.open("rb") as stream:  # Given a path, NumPy leaves a damaged file open.
+        archive = np.load(stream, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise TypeError("it holds a single array")
+        with archive:
+            return {name: archive[name] for name in archive.files}
 
 
 def _as_array(field: Tensor | str) -> NDArray[Any]:

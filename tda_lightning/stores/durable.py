@@ -1,4 +1,4 @@
-"""Atomic file writes: a file appears under its name only once its content is on disk."""
+"""Files of a run: absolute paths, and writes that are atomic and durable."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def absolute_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path that no later change of the working directory affects; ``~`` is expanded."""
+    # Unlike `Path.expanduser`, this leaves the name of an unknown user as it is.
+    return Path(os.path.expanduser(path)).absolute()
 
 
 @contextmanager

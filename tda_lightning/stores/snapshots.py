@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from tda_lightning.stores import Store, WritableStore, open_store
+from tda_lightning.stores.damage import reading
+from tda_lightning.stores.durable import absolute_path
 
 # Weights for queries: the model's current ones, those before a step, or several snapshots.
 Moment = int | Literal["now", "snapshots"]
@@ -120,7 +122,14 @@ def add_snapshots(run: str | Path | WritableStore, checkpoints: Sequence[str | P
 
 def _checkpoint(path: str | Path) -> tuple[int, dict[str, Tensor]]:
     """Return the number of steps taken and the weights in a trainer's checkpoint."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    file = absolute_path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"There is no checkpoint at `{file}`; expected a file. Correct the path."
+        )
+    expected = "a checkpoint saved by a `ModelCheckpoint`, with weights and builtins only"
+    with reading(file, expected, "Pass another checkpoint."):
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, Mapping) or not {"state_dict", "global_step"} <= set(checkpoint):
         raise ValueError(
             f"`{path}` is not a Lightning checkpoint; expected the keys `state_dict` and "

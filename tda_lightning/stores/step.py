@@ -8,7 +8,9 @@ optimizer used. A step may also hold the curvature of the loss.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -159,3 +161,10 @@ class Step(StepFacts):
     ) -> Step:
         """Combine the facts of a step with its rows."""
         return cls(**vars(facts), sketch=sketch, curvature_rows=curvature_rows)
+
+    def non_finite_visits(self) -> Int[Tensor, " m"]:
+        """Return the positions of the visits whose rows hold NaN or infinity."""
+        # A sum is finite only if its terms are, and takes a fraction of the time.
+        if isfinite(self.sketch.sum()):
+            return torch.empty(0, dtype=torch.int64)
+        return (~self.sketch.isfinite().all(dim=1)).nonzero()[:, 0].cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
 import torch
@@ -35,6 +35,11 @@ class Store(Sequence[Step], ABC):
     @abstractmethod
     def read(self, position: int) -> Step:
         """Return the step at a position in ``range(len(self))``."""
+
+    def __iter__(self) -> Iterator[Step]:
+        """Iterate over the steps."""
+        # `Sequence.__iter__` would take an `IndexError` of `read` for the end of the run.
+        return (self.read(position) for position in range(len(self)))
 
     def facts_at(self, position: int) -> StepFacts:
         """Return the step at a position without its rows.
@@ -121,6 +126,9 @@ class _Facts(Sequence[StepFacts]):
 
     def __len__(self) -> int:
         return len(self._store)
+
+    def __iter__(self) -> Iterator[StepFacts]:
+        return (self._store.facts_at(position) for position in range(len(self)))
 
     @overload
     def __getitem__(self, key: int) -> StepFacts: ...

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from tda_lightning.attribution.linalg import damped_root, unit_rows
+from tda_lightning.attribution.linalg import (
+    damped_root,
+    eigendecomposition,
+    fast_eigendecomposition,
+    unit_rows,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -42,3 +47,40 @@ def test_errors_for_singular_and_zero_matrices_and_infinite_damping_differ():
         damped_root(torch.zeros(3, 3), 0.0)
     with pytest.raises(ValueError, match="expected a finite `damping`"):
         damped_root(torch.eye(3), math.inf)
+
+
+EIGH = torch.linalg.eigh
+
+
+def failing(matrix):
+    """Fail in single precision, as LAPACK does for some matrices with many rows of zeros."""
+    if matrix.dtype == torch.float32:
+        raise torch.linalg.LinAlgError("The algorithm failed to converge")
+    return EIGH(matrix)
+
+
+def returning_nan(matrix):
+    values, vectors = EIGH(matrix)
+    return (values, vectors) if matrix.dtype == torch.float64 else (values, vectors * math.nan)
+
+
+@pytest.mark.parametrize("decomposition", [eigendecomposition, fast_eigendecomposition])
+@pytest.mark.parametrize("eigh", [EIGH, failing, returning_nan])
+def test_eigenvectors_are_found_where_single_precision_fails(monkeypatch, decomposition, eigh):
+    rows = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    matrix = rows @ rows.mT
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    values, vectors = decomposition(matrix)
+    assert values.dtype == vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors * values @ vectors.mT, matrix, atol=1e-4, rtol=1e-4)
+
+
+def test_a_matrix_without_eigenvectors_raises_with_a_remedy(monkeypatch):
+    def fail(matrix):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with pytest.raises(ValueError, match=r"7 x 7 curvature matrix .* no convergence .*smaller"):
+        fast_eigendecomposition(torch.eye(7))
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        eigendecomposition(torch.full((3, 3), math.nan))

@@ -7,9 +7,12 @@ from itertools import pairwise
 import least_squares as ls
 import pytest
 import torch
+from lightning_models import Plain, loader, quiet_trainer
+from torch import nn
 from torch.optim import SGD
+from torch.utils.data import TensorDataset
 
-from tda_lightning import Source, Unrolled
+from tda_lightning import GradientRecorder, Source, Unrolled, attribute
 from tda_lightning.attribution import BestAvailable, Exponential, Linear, SampledLabels
 from tda_lightning.stores import MemoryStore
 
@@ -133,3 +136,16 @@ def test_clipped_steps_have_less_curvature():
     directions = eta * ls.queries() @ series
     for step, direction in Source(1, SampledLabels(), Linear()).directions(clipped, ls.queries()):
         torch.testing.assert_close(direction, directions, msg=f"step {step.index}")
+
+
+def test_dead_inputs_do_not_break_the_eigenvectors():
+    """Digits have pixels that are always zero; LAPACK failed for this run in single precision."""
+    x, y = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(x[:1000] / 16, dtype=torch.float32), torch.tensor(y[:1000]))
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    model = Plain(net, optimizer=lambda p: SGD(p, lr=0.1, momentum=0.9))
+    run = MemoryStore()
+    quiet_trainer(GradientRecorder(run), max_epochs=10).fit(model, loader(data, batch_size=50))
+    values = attribute(run, model, data[:3], method=Source(), progress=False).values
+    assert values.isfinite().all()

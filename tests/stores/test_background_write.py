@@ -1,11 +1,15 @@
 """A segment is written once, whatever interrupts the main thread."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 
 from tda_lightning import GradientRecorder, HDF5Store
+from tda_lightning.stores.contract import filled, make_steps, same
+from tda_lightning.stores.hdf5 import segment_writer
 from tda_lightning.stores.hdf5.background_write import BackgroundWrite
 
 
@@ -51,3 +55,25 @@ def test_an_interrupt_while_the_thread_starts_loses_no_step(tmp_path, monkeypatc
     assert [step.index for step in run] == list(range(len(run)))
     assert len(run) > 5
     assert all((step.sketch != 0).any(dim=1).all() for step in run)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no descriptors are inherited there")
+def test_a_process_that_inherits_an_open_segment_does_not_stop_the_recording(tmp_path, monkeypatch):
+    workers = []
+    write_audits = segment_writer._write_audits
+
+    def fork_meanwhile(group, steps):
+        # Like a loader's worker that is forked now: it has a copy of every open file.
+        workers.append(subprocess.Popen(["sleep", "60"], close_fds=False))
+        write_audits(group, steps)
+
+    monkeypatch.setattr(segment_writer, "_write_audits", fork_meanwhile)
+    try:
+        store = filled(HDF5Store(tmp_path / "run"), steps := make_steps(4))
+        assert len(workers) == 2
+        assert all(map(same, store, steps))
+        assert all(map(same, HDF5Store.open(tmp_path / "run"), steps))
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()

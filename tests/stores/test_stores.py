@@ -25,6 +25,7 @@ from tda_lightning.stores.contract import (
 )
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, segment_reader
 from tda_lightning.stores.hdf5.segment_datasets import StoredRows, stamp_of
+from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
 
 
 class TestMemoryStore(StoreContract):
@@ -59,6 +60,34 @@ def test_a_run_is_readable_while_it_is_recorded(tmp_path):
     assert len(HDF5Store.open(tmp_path / "run")) == 3
     store.seal()
     assert all(map(same, HDF5Store.open(tmp_path / "run"), steps))
+
+
+class LosingStore(MemoryStore):
+    """A store that raises an IndexError for one step, such as a database that loses a row."""
+
+    has_lost = False
+
+    def read(self, position):
+        if self.has_lost and position == 2:
+            raise IndexError
+        return super().read(position)
+
+
+@pytest.mark.parametrize("view", ["steps", "facts", "slice", "reversed"])
+def test_an_index_error_while_reading_does_not_end_the_run_early(view):
+    run = filled(LosingStore(), make_steps(5))
+    iterable = {"steps": run, "facts": run.facts, "slice": run[1:], "reversed": reversed(run)}[view]
+    run.has_lost = True
+    with pytest.raises(IndexError):
+        list(iterable)
+
+
+def test_a_damaged_offset_does_not_end_the_run_early(tmp_path):
+    filled(HDF5Store(tmp_path / "run"), make_steps(6))
+    with h5py.File(tmp_path / "run" / "segment-000001.h5", "r+") as file:
+        file["steps/offset"][1] = 2**40
+    with pytest.raises((IndexError, OSError)):
+        list(HDF5Store.open(tmp_path / "run"))
 
 
 def steps_on_disk(path, count):
@@ -111,7 +140,7 @@ def test_a_step_is_left_out_if_one_process_lost_its_part(tmp_path, rank):
             store.seal()
     assert [step.index for step in HDF5Store.open(tmp_path / "run")] == [0, 2, 4, 6]
     (tmp_path / "run" / f"segment-000001-rank-{rank}.h5").unlink()
-    merged = HDF5Store.open(tmp_path / "run")
+    merged = HDF5Store.open(tmp_path / "run", missing="skip")
     assert [step.index for step in merged] == [0, 4, 6]
     for step, part in zip(merged, (steps[0], *steps[2:]), strict=True):
         assert step.sample_ids.tolist() == 2 * part.sample_ids.tolist()
@@ -161,10 +190,16 @@ def test_segments_can_be_read_with_h5py_alone(tmp_path):
         assert file["steps/lr"][1, 0] == steps[1].lr
 
 
+def without_header(path):
+    """Turn a segment into one of an older version, which had no header."""
+    path.write_bytes(path.read_bytes()[HEADER_BYTES:])
+
+
 def test_segments_of_older_versions_may_lack_columns_of_groups(tmp_path):
     steps = make_steps(3, groups=2)
     filled(HDF5Store(tmp_path / "run"), steps)
     for path in (tmp_path / "run").glob("segment-*.h5"):
+        without_header(path)
         with h5py.File(path, "r+") as file:
             for name in ("share", "decoupled", "descent", "owner"):
                 del file["steps"][name]
@@ -190,6 +225,7 @@ def test_segments_compressed_by_a_user_are_read_correctly(tmp_path):
     steps = [replace(step, curvature_rows=2 * step.sketch) for step in make_steps(5)]
     filled(HDF5Store(tmp_path / "run"), steps)
     for path in (tmp_path / "run").glob("segment-*.h5"):
+        without_header(path)  # As h5repack leaves it.
         with h5py.File(path, "r+") as file:
             for group in ("visits", "curvature"):
                 rows = file[group]["sketch"][:]
@@ -234,7 +270,7 @@ def test_facts_are_read_without_rows(tmp_path, monkeypatch):
     segment = OpenSegment(Segment(tmp_path / "run" / "segment-000000.h5"))
     monkeypatch.delattr(StoredRows, "read")
     assert all(same_facts(segment.facts_at(n), step) for n, step in enumerate(steps))
-    with pytest.raises(AttributeError):
+    with pytest.raises(OSError, match="no attribute 'read'"):
         segment.step_at(0)
 
 
@@ -342,3 +378,61 @@ def test_smaller_number_formats_make_smaller_files(tmp_path):
         for name in ("as computed", "float16", "int8")
     ]
     assert sizes[0] > 1.8 * sizes[1] > 3.2 * sizes[2]
+
+
+def test_a_run_that_lost_a_segment_is_continued_without_overwriting_another(tmp_path):
+    steps = make_steps(10)
+    filled(HDF5Store(tmp_path / "run"), steps[:8])
+    (tmp_path / "run" / "segment-000001.h5").unlink()
+    store = HDF5Store(tmp_path / "run")
+    store.resume(16)
+    for step in steps[8:]:
+        store.append(step)
+    store.seal()
+    expected = [step.index for step in (*steps[:2], *steps[4:])]
+    assert [step.index for step in HDF5Store.open(tmp_path / "run", missing="skip")] == expected
+    assert [step.index for step in store] == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_segments_beyond_a_million_are_read_in_order(tmp_path, ranks):
+    stores, steps = [HDF5Store(tmp_path / "run") for _ in range(ranks)], make_steps(4)
+    for number, store in enumerate(stores):
+        if ranks > 1:
+            store.join(number, ranks)
+    stores[0].begin(replace(RECIPE, ranks=ranks))
+    for store in stores:
+        store.resume(0)
+        store._next = 999_998
+        for step in steps:
+            store.append(step)
+            store.seal()
+    run = HDF5Store.open(tmp_path / "run", missing="skip")
+    assert [step.index for step in run] == [0, 2, 4, 6]
+    run.resume(4)
+    assert [step.index for step in HDF5Store.open(tmp_path / "run", missing="skip")] == [0, 2]
+    run.clear()
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-300, 1e45])
+def test_rows_in_double_precision_keep_their_range_by_default(tmp_path, size):
+    (step,) = make_steps(3)[2:]
+    rows = step.sketch.double() * size
+    filled(HDF5Store(tmp_path / "run"), [replace(step, sketch=rows, curvature_rows=rows)])
+    (read,) = HDF5Store.open(tmp_path / "run")
+    assert torch.equal(read.sketch, rows)
+    assert torch.equal(read.curvature_rows, rows)
+
+
+def test_a_rewritten_segment_keeps_rows_in_double_precision(tmp_path):
+    steps = [replace(step, sketch=step.sketch.double() * 1e-200) for step in make_steps(4)]
+    store = filled(HDF5Store(tmp_path / "run"), steps)
+    store.resume(6)
+    assert all(map(same, HDF5Store.open(tmp_path / "run"), steps[:3]))
+
+
+def test_the_default_storage_takes_two_bytes_for_float32_and_eight_for_float64(tmp_path):
+    store = HDF5Store(tmp_path / "run")
+    assert (store.bytes_of(torch.float32), store.bytes_of(torch.float64)) == (2, 8)
+    assert HDF5Store(tmp_path / "run", storage="bfloat16").bytes_of(torch.float64) == 2

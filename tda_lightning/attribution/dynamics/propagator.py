@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.arguments import require_limit
+from tda_lightning.attribution.linalg import fast_eigendecomposition
 
 
 class Propagator(ABC):
@@ -128,7 +129,7 @@ def _inner_matrix(
     bound = float((gram @ gram).norm()) ** 0.5
     if rate * bound <= propagator.linear_up_to():
         return None
-    eigenvalues, vectors = torch.linalg.eigh(gram)
+    eigenvalues, vectors = fast_eigendecomposition(gram)
     x = rate * eigenvalues.clamp_min(torch.finfo(gram.dtype).eps * bound)
     inner: Tensor = (vectors * (propagator.taken(x) / x)) @ vectors.mT
     return inner

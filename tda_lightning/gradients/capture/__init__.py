@@ -7,6 +7,6 @@ checkpointing recomputes delivers its factors when its backward pass runs.
 """
 
 from tda_lightning.gradients.capture.capture import Capture
-from tda_lightning.gradients.capture.hooks import capture_paused, recordable
+from tda_lightning.gradients.capture.hooks import recordable
 
-__all__ = ["Capture", "capture_paused", "recordable"]
+__all__ = ["Capture", "recordable"]

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tda_lightning.gradients.capture.broadcasting import Shared, hook_broadcasts
-from tda_lightning.gradients.capture.hooks import capture_paused, hook_gradient, is_capturing
+from tda_lightning.gradients.capture.hooks import hook_gradient
 from tda_lightning.gradients.capture.layer_output import (
     LayerOutput,
     current_autocast,
@@ -21,6 +21,7 @@ from tda_lightning.gradients.capture.layer_output import (
     require_multiple,
     require_unchanged,
 )
+from tda_lightning.gradients.capture.pausing import PauseSwitch
 from tda_lightning.gradients.factors import GradientFactors
 from tda_lightning.gradients.layers import (
     BlockSource,
@@ -44,17 +45,23 @@ class Capture:
     gradients that a training step computes itself (such as a gradient penalty) are not recorded.
 
     Args:
+        model: The model.
         sources: The layers that feed each block.
         batch_dims: Axis of the samples in the layers whose names match a pattern, where not 0.
         passes: Whether several backward passes may go through one graph.
+
+    Attributes:
+        switch: Pauses this capture and the model's others during extra passes through the model.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         sources: Sequence[Sequence[BlockSource]],
         batch_dims: Mapping[str, SampleAxis],
         passes: Literal["one", "several"] = "one",
     ) -> None:
+        self.switch = PauseSwitch(model)
         self._sources: dict[nn.Module, list[_NumberedSource]] = {}
         for number, block_sources in enumerate(sources):
             for source in block_sources:
@@ -78,6 +85,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         """Attach the hooks."""
+        self.switch.attach()
         for module, sources in self._sources.items():
             # In a compiled model, the layer runs compiled and the hook does not.
             hook = torch.compiler.disable(self._forward_hook(sources))  # type: ignore[no-untyped-call]
@@ -94,6 +102,7 @@ class Capture:
         trace: TracebackType | None = None,
     ) -> None:
         """Remove every hook."""
+        self.switch.detach()
         self.end_backward()
         self._output_edges, self._shared = [], []
         for handle in self._handles:
@@ -147,7 +156,7 @@ class Capture:
         """
         self._receive, self._in_extra_backward = receive, True
         try:
-            with capture_paused(active=self):
+            with self.switch.others_paused():
                 torch.autograd.grad(
                     [edge for edge, _ in gradients],
                     inputs or self._output_edges,
@@ -176,7 +185,7 @@ class Capture:
 
     def _random_state_hook(self, sources: Sequence[_NumberedSource]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            is_active = self._n is not None and is_capturing(self)
+            is_active = self._n is not None and not self.switch.is_paused()
             if is_active and sources[0][1].rule.draws(module):
                 self._random_states[module] = random_state(next(module.parameters()).device)
 
@@ -190,7 +199,7 @@ class Capture:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> None:
-            if self._n is None or not torch.is_grad_enabled() or not is_capturing(self):
+            if self._n is None or not torch.is_grad_enabled() or self.switch.is_paused():
                 return
             inputs = (
                 [*find_tensors(args), *find_tensors(kwargs)] if kwargs else [*find_tensors(args)]
@@ -242,7 +251,7 @@ class Capture:
         pending = [layer_output]
 
         def hook(grad: Tensor) -> None:
-            if self._receive is not None and pending and is_capturing(self):
+            if self._receive is not None and pending and not self.switch.is_paused():
                 current = pending[0] if self._expects_another_pass() else pending.pop()
                 start = 0.0 if self._clock is None else self._clock()
                 self._deliver(sources, current, grad, self._receive)
@@ -262,7 +271,7 @@ class Capture:
         require_unchanged(name, module, layer_output.inputs(), layer_output.versions)
         n = self._n
         assert n is not None
-        with torch.no_grad(), capture_paused():  # The generic rule calls the module again.
+        with torch.no_grad(), self.switch.paused():  # The generic rule calls the module again.
             for number, source in sources:
                 with layer_output.autocast:
                     factors = source.rule.factors(layer_output.call(source.names, grad))

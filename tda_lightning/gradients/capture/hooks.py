@@ -1,4 +1,4 @@
-"""Hooks: tensor hooks that survive in-place changes, pausing captures, and compiled models."""
+"""Hooks: tensor hooks that survive in-place changes, and compiled models."""
 
 from __future__ import annotations
 
@@ -37,26 +37,6 @@ def hook_gradient(
 def _register(tensor: Tensor, hook: Callable[[Tensor], None]) -> GradientEdge:
     tensor.register_hook(hook)  # type: ignore[no-untyped-call]
     return get_gradient_edge(tensor)
-
-
-# One entry per open context: its only active capture, or None. A global rather than a thread-local
-# stack, because on a GPU backward passes run in separate threads.
-_active_captures: list[object] = []
-
-
-@contextmanager
-def capture_paused(active: object = None) -> Iterator[None]:
-    """Pause all captures inside the context, except ``active`` if one is given."""
-    _active_captures.append(active)
-    try:
-        yield
-    finally:
-        _active_captures.pop()
-
-
-def is_capturing(capture: object) -> bool:
-    """Return whether a capture is active now, that is, not paused."""
-    return not _active_captures or _active_captures[-1] is capture
 
 
 # A stack of the settings that active recorders found; the user's is at the bottom.

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from tda_lightning.stores.damage import StoreFileError, reading
 from tda_lightning.stores.durable import atomic_write
+from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
 from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.recipe_checks import require_recipe
 
 FORMAT = "tda_lightning"
 FORMAT_VERSION = 2
 RECIPE = "recipe.json"
-SEGMENTS = "segment-*.h5"
 PARTIAL = ".*.partial"
+_SEGMENT = re.compile(r"segment-(\d{6,})(?:-rank-(\d+))?\.h5")
 
 
 def segment_name(number: int, rank: int, ranks: int) -> str:
@@ -24,19 +31,84 @@ def segment_name(number: int, rank: int, ranks: int) -> str:
 
 def segments_of(path: Path, rank: int, ranks: int) -> list[Path]:
     """Return the sealed segments of one process, in order."""
-    return sorted(path.glob("segment-??????.h5" if ranks == 1 else f"segment-*-rank-{rank}.h5"))
+    writer = None if ranks == 1 else str(rank)
+    return sorted((f for f in all_segments(path) if _parts_of(f)[1] == writer), key=number_of)
 
 
-def write_recipe(path: Path, recipe: Recipe) -> None:
-    """Begin a run in an empty or new folder.
+def all_segments(path: Path) -> list[Path]:
+    """Return the sealed segments of all processes, in no order."""
+    return [file for file in path.glob("segment-*.h5") if _SEGMENT.fullmatch(file.name)]
+
+
+def number_of(file: Path) -> int:
+    """Return the number in the name of a segment, which may have more than six digits."""
+    return int(_parts_of(file)[0])
+
+
+def identity_of(file: Path, run: str, ranks: int) -> SegmentIdentity:
+    """Return which segment a file is, by its name.
+
+    Args:
+        file: The file.
+        run: Id of the run in its folder.
+        ranks: Number of processes of that run.
+    """
+    number, rank = _parts_of(file)
+    return SegmentIdentity(run, int(number), int(rank or 0), ranks)
+
+
+def require_no_gaps(files: Sequence[Path]) -> None:
+    """Check that no segment of one process has been lost between two others.
+
+    Args:
+        files: Its segments, in order.
+
+    Raises:
+        StoreFileError: If one is missing; the message names the first.
+    """
+    for expected, file in enumerate(files):
+        number, rank = _parts_of(file)
+        if int(number) != expected:
+            name = segment_name(expected, int(rank or 0), 1 if rank is None else 2)
+            raise StoreFileError(
+                f"`{file.with_name(name)}` is missing, although `{file.name}` exists; expected all "
+                "segments of the run. Restore it from a copy, or leave its steps out: "
+                "`HDF5Store.open(path, missing='skip')`."
+            )
+
+
+def next_number(files: Sequence[Path]) -> int:
+    """Return the number of the segment after these, some of which may have been lost."""
+    return max(map(number_of, files), default=-1) + 1
+
+
+def _parts_of(file: Path) -> tuple[str, str | None]:
+    match = _SEGMENT.fullmatch(file.name)
+    assert match is not None
+    return match[1], match[2]
+
+
+def write_recipe(path: Path, recipe: Recipe) -> str:
+    """Begin a run in an empty or new folder, and return its id.
 
     Raises:
         FileExistsError: If the folder is not empty.
+        StoreFileError: If the folder cannot be written.
     """
-    if path.exists() and not is_empty(path):
-        raise FileExistsError(_occupied_message(path))
-    path.mkdir(parents=True, exist_ok=True)
-    _write_document(path, uuid.uuid4().hex, recipe)
+    try:
+        if path.exists() and not is_empty(path):
+            raise FileExistsError(_occupied_message(path))
+        path.mkdir(parents=True, exist_ok=True)
+        run_id = uuid.uuid4().hex
+        _write_document(path, run_id, recipe)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise StoreFileError(
+            f"`{path}` cannot be written: {error.strerror or error}. Expected a folder that can be "
+            "created, on a disk with space. Choose another path, or make space."
+        ) from error
+    return run_id
 
 
 def amend_recipe(path: Path, recipe: Recipe) -> None:
@@ -51,6 +123,7 @@ def _write_document(path: Path, run_id: str, recipe: Recipe) -> None:
         "run": run_id,
         "recipe": recipe.to_dict(),
     }
+    document["crc32"] = _checksum(document)
     with atomic_write(path / RECIPE) as partial:
         partial.write_text(json.dumps(document, indent=1))
 
@@ -75,11 +148,20 @@ def read_recipe(path: Path) -> Recipe:
     document = _read_document(path)
     if document.get("format") != FORMAT or document.get("version") != FORMAT_VERSION:
         raise ValueError(
-            f"`{path}` is in format {document.get('format')!r}, version {document.get('version')}; "
-            f"expected {FORMAT!r}, version {FORMAT_VERSION}. Read it with the version of "
-            "tda_lightning that wrote it."
+            f"`{path / RECIPE}` is in format {document.get('format')!r}, version "
+            f"{document.get('version')}; expected {FORMAT!r}, version {FORMAT_VERSION}. "
+            "Read it with the version of tda_lightning that wrote it."
         )
-    return Recipe.from_dict(document["recipe"])
+    with _reading_recipe(path):
+        require_recipe(document["recipe"])
+        if document.get("crc32", expected := _checksum(document)) != expected:
+            raise ValueError("its checksum is another one: somebody has changed it")
+        return Recipe.from_dict(document["recipe"])
+
+
+def has_checksum(path: Path) -> bool:
+    """Return whether the recipe in a folder has a checksum; those of older versions have none."""
+    return "crc32" in _read_document(path)
 
 
 def read_run_id(path: Path) -> str | None:
@@ -109,8 +191,22 @@ def is_empty(path: Path) -> bool:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((path / RECIPE).read_text())
+    with _reading_recipe(path):
+        document: dict[str, Any] = json.loads((path / RECIPE).read_text())
+        if not isinstance(document, dict):
+            raise TypeError(f"it holds a {type(document).__name__}, not an object")
     return document
+
+
+def _checksum(document: Mapping[str, Any]) -> int:
+    """Return the checksum of a document: that of its JSON, with sorted keys and no spaces."""
+    content = {key: value for key, value in document.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _reading_recipe(path: Path) -> AbstractContextManager[None]:
+    expected = "the recipe of a run, in JSON"
+    return reading(path / RECIPE, expected, "Restore it from a copy, or record again.")
 
 
 def _describe_content(path: Path) -> str:

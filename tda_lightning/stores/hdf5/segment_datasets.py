@@ -19,6 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.stores.damage import StoreFileError
+from tda_lightning.stores.hdf5.file import open_hdf5
+from tda_lightning.stores.hdf5.segment_checks import require_lengths, require_offsets
 from tda_lightning.stores.step import Audit, ParameterGroup, Preconditioner, StepFacts
 
 Storage = Literal["as computed", "float16", "bfloat16", "int8"]
@@ -30,9 +33,20 @@ _INT8_LIMIT = 127
 _MIN_FLOAT32_SCALE = 1e-30
 
 
-def bytes_of(storage: Storage, dtype: torch.dtype) -> int:
+def storage_for(storage: Storage | None, dtype: torch.dtype) -> Storage:
+    """Return the number format of rows that were computed in ``dtype``.
+
+    By default it has their range: bfloat16 has that of float32, but not that of float64.
+    """
+    if storage is not None:
+        return storage
+    return "as computed" if dtype == torch.float64 else "bfloat16"
+
+
+def bytes_of(storage: Storage | None, dtype: torch.dtype) -> int:
     """Return the number of bytes that ``storage`` uses per number computed in ``dtype``."""
-    return {"as computed": dtype.itemsize, "float16": 2, "bfloat16": 2, "int8": 1}[storage]
+    sizes = {"as computed": dtype.itemsize, "float16": 2, "bfloat16": 2, "int8": 1}
+    return sizes[storage_for(storage, dtype)]
 
 
 def encode(
@@ -87,14 +101,14 @@ def require_unchanged(path: Path, expected: Stamp, stamp: Stamp) -> None:
     """Check that a sealed file has not been replaced or modified.
 
     Raises:
-        OSError: If the stamps differ.
+        StoreFileError: If the stamps differ.
     """
     if stamp != expected:
         raise _changed_error(path)
 
 
-def _changed_error(path: Path) -> OSError:
-    return OSError(
+def _changed_error(path: Path) -> StoreFileError:
+    return StoreFileError(
         f"`{path}` has changed since the run was opened; expected a sealed segment, which never "
         "changes. If training was resumed meanwhile, open the run again; else restore the file."
     )
@@ -150,7 +164,7 @@ class StoredRows:
             scales: Scale of each row.
 
         Raises:
-            OSError: If the file has changed.
+            StoreFileError: If the file has changed.
         """
         return decode(self._read_encoded(span), scales, self.storage)
 
@@ -158,7 +172,7 @@ class StoredRows:
         count = span.stop - span.start
         if count and self.offset is None:
             require_unchanged(self.path, self.stamp, stamp_of(self.path))
-            with h5py.File(self.path, "r") as file:
+            with open_hdf5(self.path) as file:
                 encoded: np.ndarray = file[self.name][span]
             return encoded
         # Bypass HDF5, whose calls would take longer than reading the bytes.
@@ -185,18 +199,25 @@ class StepColumns:
     """
 
     def __init__(self, path: Path, stamp: Stamp) -> None:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             steps = file["steps"]
             self._index = steps["index"][:].tolist()
             self._epoch = steps["epoch"][:].tolist()
             self._optimizer, self._loss = _strings(steps, "optimizer"), _strings(steps, "loss")
-            self._groups = np.stack([_or_zeros(steps, name) for name in GROUP_FIELDS], -1)
+            self._groups = np.stack([_group_values(steps, name) for name in GROUP_FIELDS], -1)
             self.audits = _read_audits(file["audits"])
             self.preconditioners = _read_preconditioners(file["preconditioners"])
             self.offset: list[int] = steps["offset"][:].tolist()
             self.curvature_offset: list[int] = file["curvature/offset"][:].tolist()
             self.sketch = StoredRows.of(path, file["visits"], stamp)
             self.curvature_rows = StoredRows.of(path, file["curvature"], stamp)
+            n_visits, n_curvature = len(file["visits/sketch"]), len(file["curvature/sketch"])
+        require_offsets(self.offset, len(self._index), n_visits)
+        require_offsets(self.curvature_offset, len(self._index), n_curvature)
+        require_lengths(
+            len(self._index), epoch=self._epoch, optimizer=self._optimizer, loss=self._loss
+        )
+        require_lengths(len(self._index), groups=self._groups)
 
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the last preconditioner set in this segment at or before the position."""
@@ -220,28 +241,38 @@ class StepColumns:
         )
 
 
-def _or_zeros(group: h5py.Group, name: str) -> np.ndarray:
-    # Segments of older versions lack some columns; zero means unknown.
-    return group[name][:] if name in group else np.zeros(group["lr"].shape)
+# Segments of older versions lack these columns; zero means unknown.
+_NEW_GROUP_FIELDS = {"share", "decoupled", "descent", "owner"}
+
+
+def _group_values(group: h5py.Group, name: str) -> np.ndarray:
+    is_missing = name in _NEW_GROUP_FIELDS and name not in group
+    return np.zeros(group["lr"].shape) if is_missing else group[name][:]
 
 
 def _strings(group: h5py.Group, name: str) -> list[str]:
-    if name not in group:
+    if name == "loss" and name not in group:  # In segments of older versions.
         return [""] * len(group["index"])
     return [sys.intern(word) for word in group[name].asstr()[:].tolist()]
 
 
 def _read_preconditioners(group: h5py.Group) -> dict[int, Preconditioner]:
     rows, columns = torch.from_numpy(group["rows"][:]), torch.from_numpy(group["columns"][:])
+    positions = group["step"][:]
+    require_lengths(len(positions), rows=rows, columns=columns)
     return {
         int(position): Preconditioner(rows[number], columns[number])
-        for number, position in enumerate(group["step"][:])
+        for number, position in enumerate(positions)
     }
 
 
 def _read_audits(group: h5py.Group) -> dict[int, Audit]:
     names = ("gradient", "deviation", "left_out", "update")
     gradient, deviation, left_out, update = (group[name][:] for name in names)
+    positions = group["step"][:]
+    require_lengths(
+        len(positions), gradient=gradient, deviation=deviation, left_out=left_out, update=update
+    )
     return {
         int(position): Audit(
             torch.from_numpy(gradient[number]),
@@ -249,5 +280,5 @@ def _read_audits(group: h5py.Group) -> dict[int, Audit]:
             float(left_out[number]),
             float(update[number]),
         )
-        for number, position in enumerate(group["step"][:])
+        for number, position in enumerate(positions)
     }

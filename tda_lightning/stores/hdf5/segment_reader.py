@@ -1,4 +1,4 @@
-"""Read steps from segments: of one file, of one process, and merged over processes.
+"""Read steps from segments: of one file, and of one process.
 
 The facts of all steps of a segment are read at once, their rows block by block.
 """
@@ -10,13 +10,23 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tda_lightning.stores.damage import StoreFileError
+from tda_lightning.stores.hdf5.file import open_hdf5, reading_segment
+from tda_lightning.stores.hdf5.folder import identity_of
+from tda_lightning.stores.hdf5.segment_checks import require_lengths, require_rising
 from tda_lightning.stores.hdf5.segment_datasets import StepColumns, require_unchanged, stamp_of
+from tda_lightning.stores.hdf5.segment_header import (
+    SegmentIdentity,
+    read_header,
+    require_checksum,
+    require_identity,
+    require_steps,
+)
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 
 # Small enough to stay in a processor's cache between the disk and the first product.
@@ -28,13 +38,20 @@ class Segment:
 
     Args:
         path: Path of the segment.
+        expected: Which segment it should be, if known.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, expected: SegmentIdentity | None = None) -> None:
         self.path = path
-        self._stamp = stamp_of(path)
-        with h5py.File(path, "r") as file:
-            self.indices: list[int] = file["steps/index"][:].tolist()
+        with reading_segment(path):
+            self._stamp = stamp_of(path)
+            self.header = read_header(path)
+            with open_hdf5(path) as file:
+                self.indices: list[int] = file["steps/index"][:].tolist()
+            require_rising(self.indices)
+            if self.header is not None:
+                require_steps(self.header, self.indices)
+                require_identity(self.header, expected or self.header.identity)
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -43,21 +60,38 @@ class Segment:
     @cached_property
     def steps(self) -> StepColumns:
         """The steps without their visits."""
-        columns = StepColumns(self.path, self._stamp)
-        self.require_unchanged()
+        with reading_segment(self.path):
+            assert self.is_verified is not None  # Verify before anything else is read.
+            columns = StepColumns(self.path, self._stamp)
+            self.require_unchanged()
         return columns
+
+    @cached_property
+    def is_verified(self) -> bool:
+        """Whether the content has its checksum; false for older versions, which wrote none.
+
+        Raises:
+            StoreFileError: If it has another one.
+        """
+        with reading_segment(self.path):
+            self.require_unchanged()
+            if self.header is not None:
+                require_checksum(self.path, self.header)
+        return self.header is not None
 
     def require_unchanged(self) -> None:
         """Check that the file has not been replaced.
 
         Raises:
-            OSError: If the file has changed since it was opened.
+            StoreFileError: If the file has changed since it was opened.
         """
-        require_unchanged(self.path, self._stamp, stamp_of(self.path))
+        with reading_segment(self.path):
+            require_unchanged(self.path, self._stamp, stamp_of(self.path))
 
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the sorted ids of the samples in this segment."""
-        with h5py.File(self.path, "r") as file:
+        assert self.is_verified is not None
+        with reading_segment(self.path), open_hdf5(self.path) as file:
             ids: Tensor = torch.unique(torch.from_numpy(file["visits/sample_id"][:]))
         return ids
 
@@ -70,15 +104,19 @@ class OpenSegment:
     """
 
     def __init__(self, segment: Segment) -> None:
+        self._path = segment.path
         self._columns = segment.steps
-        with h5py.File(segment.path, "r") as file:
-            visits = {name: file["visits"][name][:] for name in _VISIT_COLUMNS}
-            self._scales = file["visits/scale"][:]
-            self._curvature_scales = file["curvature/scale"][:]
-        segment.require_unchanged()
-        offset = self._columns.offset
+        offset, curvature_offset = self._columns.offset, self._columns.curvature_offset
+        with reading_segment(segment.path):
+            with open_hdf5(segment.path) as file:
+                visits = {name: file["visits"][name][:] for name in _VISIT_COLUMNS}
+                self._scales = file["visits/scale"][:]
+                self._curvature_scales = file["curvature/scale"][:]
+            segment.require_unchanged()
+            require_lengths(offset[-1], **visits, scale=self._scales)
+            require_lengths(curvature_offset[-1], scale=self._curvature_scales)
         self._visits = {name: torch.from_numpy(values) for name, values in visits.items()}
-        self._is_complete = {name: _is_complete(values, offset) for name, values in visits.items()}
+        self._is_known = {name: _is_known(visits[name], offset) for name in _OPTIONAL_COLUMNS}
         self._blocks = split(offset, max(1, _BLOCK_BYTES // self._columns.sketch.row_bytes))
         self._cached: tuple[range, list[Step]] = (range(0), [])
 
@@ -88,7 +126,7 @@ class OpenSegment:
         visits = {
             name: values[span]
             for name, values in self._visits.items()
-            if self._is_complete[name][position]
+            if name not in self._is_known or self._is_known[name][position]
         }
         return self._columns.facts(position, visits)
 
@@ -104,6 +142,10 @@ class OpenSegment:
 
     def _read(self, block: range) -> list[Step]:
         """Read consecutive steps; their rows are views of one tensor."""
+        with reading_segment(self._path):
+            return self._read_block(block)
+
+    def _read_block(self, block: range) -> list[Step]:
         offset, curvature_offset = self._columns.offset, self._columns.curvature_offset
         visits, curvature = _span(offset, block), _span(curvature_offset, block)
         sketch = self._columns.sketch.read(visits, self._scales[visits])
@@ -118,7 +160,8 @@ class OpenSegment:
         ]
 
 
-_VISIT_COLUMNS = ("sample_id", "weight", "terms", "curvature")
+_OPTIONAL_COLUMNS = ("terms", "curvature")
+_VISIT_COLUMNS = ("sample_id", "weight", *_OPTIONAL_COLUMNS)
 
 
 def split(offset: Sequence[int], visits_per_block: int) -> list[range]:
@@ -142,11 +185,13 @@ def _part(values: Tensor, offset: Sequence[int], block: range, position: int) ->
     return values[offset[position] - first : offset[position + 1] - first]
 
 
-def _is_complete(values: np.ndarray, offset: Sequence[int]) -> list[bool]:
-    """Return for every step whether the column has a value for all its visits."""
+def _is_known(values: np.ndarray, offset: Sequence[int]) -> list[bool]:
+    """Return for every step whether the column was recorded; NaN in all visits means unknown."""
+    # Some values may be NaN in a recorded column: those of samples whose loss is not finite.
     n_missing = np.concatenate([[0], np.isnan(values).cumsum()])
-    complete: list[bool] = (np.diff(n_missing[offset]) == 0).tolist()
-    return complete
+    n_visits = np.diff(offset)
+    known: list[bool] = ((np.diff(n_missing[offset]) < n_visits) | (n_visits == 0)).tolist()
+    return known
 
 
 def _if_any(rows: Tensor) -> Tensor | None:
@@ -154,14 +199,22 @@ def _if_any(rows: Tensor) -> Tensor | None:
 
 
 class Shard:
-    """Steps in the segments of one process; reading keeps one segment open."""
+    """Steps in the segments of one process; reading keeps one segment open.
 
-    def __init__(self, files: Sequence[Path] = ()) -> None:
+    Args:
+        files: The segments, in order.
+        run: Id of the run that they belong to.
+        ranks: Number of processes of that run.
+    """
+
+    def __init__(self, files: Sequence[Path] = (), run: str = "", ranks: int = 1) -> None:
         self._segments: list[Segment] = []
         self._starts: list[int] = []
         self._open: tuple[int, OpenSegment] | None = None
         for file in files:
-            self.add(Segment(file))
+            segment = Segment(file, identity_of(file, run, ranks))
+            self._require_order(segment)
+            self.add(segment)
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -171,6 +224,11 @@ class Shard:
     def segments(self) -> Sequence[Segment]:
         """The segments, in order."""
         return self._segments
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the segments, in order."""
+        return [segment.path for segment in self._segments]
 
     @property
     def indices(self) -> list[int]:
@@ -204,6 +262,17 @@ class Shard:
         """Return all audits, in order, without reading any sketch."""
         return [audit for segment in self._segments for audit in segment.steps.audits.values()]
 
+    def _require_order(self, segment: Segment) -> None:
+        if not self._segments or not self._segments[-1].indices or not segment.indices:
+            return
+        last, first = self._segments[-1].indices[-1], segment.indices[0]
+        if first <= last:
+            raise StoreFileError(
+                f"`{segment.path}` begins with step {first}, but `{self._segments[-1].path.name}` "
+                f"before it ends with step {last}; expected later steps. One of them was swapped, "
+                "copied or written by another training. Restore the files from a copy."
+            )
+
     def _locate(self, position: int) -> tuple[OpenSegment, int]:
         """Return the open segment of a step, and the step's position in it."""
         number = bisect.bisect_right(self._starts, position) - 1
@@ -211,76 +280,3 @@ class Shard:
         if current is None or current[0] != number:
             current = self._open = (number, OpenSegment(self._segments[number]))
         return current[1], position - self._starts[number]
-
-
-class MergedShards:
-    """The steps that every process has sealed; parts with equal index form one step.
-
-    If a process or a disk loses its part of a step, the whole step is left out.
-
-    Args:
-        shards: The shards of all processes, at least one.
-    """
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = shards
-        lookups = [{index: n for n, index in enumerate(shard.indices)} for shard in shards]
-        indices = sorted(set.intersection(*(set(lookup) for lookup in lookups)))
-        # For every merged step, its position in each shard.
-        self._positions = [[lookup[index] for lookup in lookups] for index in indices]
-
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self._positions)
-
-    @property
-    def segments(self) -> Sequence[Segment]:
-        """The segments of all processes."""
-        return [segment for shard in self._shards for segment in shard.segments]
-
-    def read(self, position: int) -> Step:
-        """Return the step at a position, with the visits of all processes."""
-        parts = [shard.read(local) for shard, local in self._parts(position)]
-        return Step.of(
-            _merge(parts),
-            sketch=torch.cat([part.sketch for part in parts]),
-            curvature_rows=_cat_if_complete([part.curvature_rows for part in parts]),
-        )
-
-    def facts_at(self, position: int) -> StepFacts:
-        """Return a step without its rows, with the visits of all processes."""
-        return _merge([shard.facts_at(local) for shard, local in self._parts(position)])
-
-    def preconditioner(self, position: int) -> Preconditioner | None:
-        """Return the coordinates of a step, which are the same in all processes."""
-        shard, local = self._parts(position)[0]
-        return shard.preconditioner(local)
-
-    def audits(self) -> list[Audit]:
-        """Return all audits, which are the same in all processes."""
-        return self._shards[0].audits()
-
-    def _parts(self, position: int) -> list[tuple[Shard, int]]:
-        return list(zip(self._shards, self._positions[position], strict=True))
-
-
-def _merge(parts: Sequence[StepFacts]) -> StepFacts:
-    first = parts[0]
-    return StepFacts(
-        index=first.index,
-        epoch=first.epoch,
-        optimizer=first.optimizer,
-        groups=first.groups,
-        sample_ids=torch.cat([part.sample_ids for part in parts]),
-        weights=torch.cat([part.weights for part in parts]),
-        audit=first.audit,
-        terms=_cat_if_complete([part.terms for part in parts]),
-        curvature=_cat_if_complete([part.curvature for part in parts]),
-        preconditioner=first.preconditioner,
-        loss=first.loss,
-    )
-
-
-def _cat_if_complete(parts: Sequence[Tensor | None]) -> Tensor | None:
-    tensors = [part for part in parts if part is not None]
-    return torch.cat(tensors) if len(tensors) == len(parts) else None

@@ -12,22 +12,28 @@ import torch
 from torch import Tensor
 
 from tda_lightning.stores.durable import atomic_write
-from tda_lightning.stores.hdf5.segment_datasets import GROUP_FIELDS, Storage, encode
+from tda_lightning.stores.hdf5.file import open_hdf5
+from tda_lightning.stores.hdf5.segment_datasets import GROUP_FIELDS, Storage, encode, storage_for
+from tda_lightning.stores.hdf5.segment_header import SegmentIdentity, write_header
 from tda_lightning.stores.step import Step
 
 
-def write_segment(path: Path, steps: Sequence[Step], storage: Storage) -> None:
+def write_segment(
+    path: Path, steps: Sequence[Step], storage: Storage | None, identity: SegmentIdentity
+) -> None:
     """Write steps to a new sealed segment, atomically.
 
     Args:
         path: Path of the segment.
         steps: At least one step; all with the same number of parameter groups.
-        storage: Number format of the rows.
+        storage: Number format of the rows; by default, one with their range.
+        identity: Which segment of which run it is.
     """
+    storage = storage_for(storage, steps[0].sketch.dtype)
     sketches = [encode(step.sketch, storage) for step in steps]
     curvature = [encode(_curvature_rows(step), storage) for step in steps]
     with atomic_write(path) as partial:
-        with h5py.File(partial, "w") as file:
+        with open_hdf5(partial, "w") as file:
             _write_steps(file.create_group("steps"), steps)
             _write_audits(file.create_group("audits"), steps)
             _write_preconditioners(file.create_group("preconditioners"), steps)
@@ -39,6 +45,7 @@ def write_segment(path: Path, steps: Sequence[Step], storage: Storage) -> None:
             file["curvature/offset"] = np.cumsum([0, *(len(rows) for rows, _ in curvature)])
         for offset, encoded in zip(offsets, (sketches, curvature), strict=True):
             _fill(partial, offset, [rows for rows, _ in encoded])
+        write_header(partial, identity, [step.index for step in steps])
 
 
 def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_not_negative, require_whole
-from tda_lightning.stores.durable import make_durable
-from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder, write_segment
-from tda_lightning.stores.hdf5.background_write import BackgroundWrite
+from tda_lightning.stores.durable import absolute_path, make_durable
+from tda_lightning.stores.hdf5 import Segment, folder
+from tda_lightning.stores.hdf5.background_write import BackgroundWrite, write_and_open
 from tda_lightning.stores.hdf5.buffer import StepBuffer
+from tda_lightning.stores.hdf5.merged_shards import MergedShards
 from tda_lightning.stores.hdf5.segment_datasets import Storage, bytes_of
-from tda_lightning.stores.hdf5.segment_reader import MergedShards, Shard
+from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
+from tda_lightning.stores.hdf5.segment_reader import Shard
 from tda_lightning.stores.hdf5.snapshot_files import (
-    SNAPSHOTS,
     drop_snapshots_after,
     indices_in,
     read_snapshot,
+    snapshot_file,
     write_snapshot,
 )
+from tda_lightning.stores.hdf5.truncation import drop_from
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 from tda_lightning.stores.store import Weights, WritableStore, require_snapshot
@@ -43,12 +46,17 @@ class HDF5Store(WritableStore):
     read once all have sealed their part of it.
 
     Args:
-        path: The folder.
-        storage: Number format of the rows on disk. Rounding to bfloat16, float16 or int8 loses far
-            less accuracy than sketching. ``"as computed"`` is float32, or float64 for models in
-            double precision.
+        path: The folder. ``~`` is expanded, and a relative path is resolved at once.
+        storage: Number format of the rows on disk. By default, it is bfloat16 for rows in float32
+            and float64 for those of models in double precision, so that no row leaves its range.
+            Rounding to bfloat16, float16 or int8 loses far less accuracy than sketching. ``"as
+            computed"`` is float32 or float64.
         segment_bytes: Seal when the buffered rows take this much memory.
         segment_seconds: Seal when the oldest buffered step is this old.
+
+    Attributes:
+        path: The absolute path of the folder.
+        name: The path as it was given; it identifies the store in checkpoints.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -58,7 +66,7 @@ class HDF5Store(WritableStore):
         self,
         path: str | Path,
         *,
-        storage: Storage = "bfloat16",
+        storage: Storage | None = None,
         segment_bytes: int = 16 * 2**20,
         segment_seconds: float = 20.0,
     ) -> None:
@@ -66,30 +74,42 @@ class HDF5Store(WritableStore):
             raise ValueError(
                 f"`path` is {path!r}; expected the path of a folder, such as 'run.tda'."
             )
-        require_choice("storage", storage, Storage)
+        if storage is not None:
+            require_choice("storage", storage, Storage)
         require_whole("segment_bytes", segment_bytes, least=1)
         require_not_negative("segment_seconds", segment_seconds)
-        self.path = Path(path)
+        self.path = absolute_path(path)
+        self.name = os.fspath(path)
         self._storage = storage
         self._segment_bytes = segment_bytes
         self._segment_seconds = segment_seconds
         self._recipe: Recipe | None = None
+        self._run = ""  # id of the run that is written
+        # A training goes on even if its run has lost a segment.
+        self._missing: Literal["refuse", "skip"] = "skip"
         self._rank, self._ranks = 0, 1
         self._shard = Shard()
         self._merged: MergedShards | None = None
-        self._count = 0
+        self._next = 0  # number of the next segment
         self._writing: BackgroundWrite[Segment] | None = None
         self._buffered_since = 0.0
 
     @classmethod
-    def open(cls, path: str | Path) -> HDF5Store:
+    def open(cls, path: str | Path, *, missing: Literal["refuse", "skip"] = "refuse") -> HDF5Store:
         """Open a run, even while it is being recorded; later steps need :meth:`refresh`.
+
+        Args:
+            path: The folder.
+            missing: What to do if a segment between two others has been lost.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
+            StoreFileError: If a file is damaged or missing.
             ValueError: If the path is not a run, or a run of another format.
         """
+        require_choice("missing", missing, Literal["refuse", "skip"])
         store = cls(path)
+        store._missing = missing
         store._recipe = folder.read_recipe(store.path)
         store._ranks = store._recipe.ranks
         store.refresh()
@@ -148,8 +168,9 @@ class HDF5Store(WritableStore):
 
     def begin(self, recipe: Recipe) -> None:
         """Start a new run in an empty or new folder."""
-        folder.write_recipe(self.path, recipe)
+        self._run = folder.write_recipe(self.path, recipe)
         self._recipe = recipe
+        self._shard, self._merged, self._next = Shard(), None, 0
 
     def amend(self, recipe: Recipe) -> None:
         """Replace the recipe of a run that has no steps yet."""
@@ -161,16 +182,17 @@ class HDF5Store(WritableStore):
         """Continue the stored run at the optimizer step ``index``."""
         self._finish_writing()
         self._buffer.clear()
-        self._recipe = folder.read_recipe(self.path)
+        self._recipe, self._run = folder.read_recipe(self.path), self.run_id or ""
         # Delete from the end, so that an interruption leaves a run without gaps.
         for file in reversed(folder.segments_of(self.path, self._rank, self._ranks)):
-            _drop_from(file, index, self._storage)
+            drop_from(file, index, self._storage, self._identity(file))
         if self._rank == 0:
             drop_snapshots_after(self.path, index)
         make_durable(self.path)
         # Other processes may still be changing their segments: `refresh` reads those later.
-        self._shard = Shard(folder.segments_of(self.path, self._rank, self._ranks))
-        self._merged, self._count = None, len(self._shard.segments)
+        files = folder.segments_of(self.path, self._rank, self._ranks)
+        self._shard = Shard(files, self._run, self._ranks)
+        self._merged, self._next = None, folder.next_number(self._shard.files)
 
     def clear(self) -> None:
         """Delete the files of the run, and nothing else in the folder."""
@@ -215,10 +237,14 @@ class HDF5Store(WritableStore):
     def refresh(self) -> None:
         """Load the sealed segments of all processes."""
         files = [folder.segments_of(self.path, rank, self._ranks) for rank in range(self._ranks)]
-        shards = [Shard(rank_files) for rank_files in files]
+        if self._missing == "refuse":
+            for rank_files in files:
+                folder.require_no_gaps(rank_files)
+        self._run = self.run_id or ""
+        shards = [Shard(rank_files, self._run, self._ranks) for rank_files in files]
         self._shard = shards[self._rank]
         self._merged = MergedShards(shards) if self._ranks > 1 else None
-        self._count = len(self._shard.segments)
+        self._next = folder.next_number(self._shard.files)
 
     @property
     def _steps(self) -> Shard | MergedShards:
@@ -227,10 +253,7 @@ class HDF5Store(WritableStore):
     @cached_property
     def _buffers(self) -> list[StepBuffer]:
         """The buffer being filled and the one being written; a store that only reads has none."""
-        # Rounding to bfloat16 while copying is faster than copying; the scales of other formats
-        # would take another pass.
-        dtype = torch.bfloat16 if self._storage == "bfloat16" else None
-        return [StepBuffer(self._segment_bytes, dtype) for _ in range(2)]
+        return [StepBuffer(self._segment_bytes, self._storage) for _ in range(2)]
 
     @property
     def _buffer(self) -> StepBuffer:
@@ -239,13 +262,16 @@ class HDF5Store(WritableStore):
     def _start_writing(self) -> None:
         """Write the buffered steps in the background, one segment at a time."""
         self._finish_writing()
-        file = self.path / folder.segment_name(self._count, self._rank, self._ranks)
+        file = self.path / folder.segment_name(self._next, self._rank, self._ranks)
         # An exception may come between any two of these lines, from a signal handler: the write is
         # registered before its thread starts, and a second call repeats it at worst.
-        self._writing = BackgroundWrite(partial(_write, file, self._buffer.steps, self._storage))
+        write = partial(
+            write_and_open, file, self._buffer.steps, self._storage, self._identity(file)
+        )
+        self._writing = BackgroundWrite(write)
         self._buffers[1].clear()
         self._buffers.reverse()
-        self._count += 1
+        self._next += 1
         self._writing.start()
 
     def _finish_writing(self) -> None:
@@ -255,32 +281,15 @@ class HDF5Store(WritableStore):
             segment = self._writing.result()
         except OSError:
             self._writing = None
+            self._next -= 1  # A failed write leaves no gap.
             raise
         self._writing = None
         self._shard.add(segment)
 
+    def _identity(self, file: Path) -> SegmentIdentity:
+        return folder.identity_of(file, self._run, self._ranks)
+
     def _files(self) -> list[Path]:
-        patterns = (folder.SEGMENTS, SNAPSHOTS, folder.PARTIAL, folder.RECIPE)
-        return list(itertools.chain.from_iterable(self.path.glob(pattern) for pattern in patterns))
-
-
-def _write(file: Path, steps: list[Step], storage: Storage) -> Segment:
-    try:
-        write_segment(file, steps, storage)
-    except OSError:
-        raise
-    except Exception as error:  # h5py raises some system errors, such as a full disk, as others.
-        raise OSError(f"writing `{file}` failed: {error}") from error
-    return Segment(file)
-
-
-def _drop_from(file: Path, index: int, storage: Storage) -> None:
-    """Drop the steps from ``index`` on: rewrite the segment, or delete it if none is left."""
-    segment = Segment(file)
-    n_earlier = sum(step_index < index for step_index in segment.indices)
-    if n_earlier == 0:
-        file.unlink()
-    elif n_earlier < len(segment):
-        reader = OpenSegment(segment)
-        steps = [reader.step_at(position) for position in range(n_earlier)]
-        write_segment(file, steps, storage)
+        others = [*self.path.glob(folder.PARTIAL), *self.path.glob(folder.RECIPE)]
+        snapshots = [snapshot_file(self.path, index) for index in indices_in(self.path)]
+        return [*folder.all_segments(self.path), *snapshots, *others]

@@ -1,0 +1,131 @@
+"""What goes wrong while recording ends the recording, with one warning, and never the training."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+from torch.nn import functional
+from torch.utils.data import DataLoader, default_collate
+
+from tda_lightning import GradientRecorder, HDF5Store, TracIn, Unrolled, attribute
+from tda_lightning.stores import MemoryStore
+from tda_lightning.stores.hdf5 import snapshot_files
+
+DATA = vectors()
+
+
+def trained(*callbacks, module=None, data=None):
+    module = module or Plain(mlp())
+    trainer = quiet_trainer(*callbacks)
+    trainer.fit(module, data or loader(DATA, shuffle=False))
+    return trainer, {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same_weights(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_disk_that_is_full_during_a_snapshot_ends_the_recording_only(tmp_path, monkeypatch):
+    save = torch.save
+
+    def fill_disk(weights, path):
+        if "00000004" in str(path):
+            raise RuntimeError("basic_ios::clear: iostream error")
+        save(weights, path)
+
+    monkeypatch.setattr(snapshot_files.torch, "save", fill_disk)
+    recorder = GradientRecorder(tmp_path / "run", snapshots=2)
+    with pytest.warns(UserWarning, match=r"snapshot-00000004\.pt` failed: basic_ios") as record:
+        trainer, weights = trained(recorder)
+    assert sum("GradientRecorder" in str(warning.message) for warning in record) == 1
+    assert trainer.global_step == 6
+    assert same_weights(weights, trained()[1])
+    run = HDF5Store.open(tmp_path / "run")
+    assert [step.index for step in run] == [0, 1, 2, 3]
+    assert run.snapshots() == [0, 2]
+    assert not list((tmp_path / "run").glob(".*.partial"))
+
+
+class FailingStore(MemoryStore):
+    """A store that raises an error of its own, as one that is written by a user may."""
+
+    def append(self, step):
+        if step.index == 3:
+            raise ConnectionRefusedError if self.is_system_error else KeyError("row")
+        super().append(step)
+
+
+@pytest.mark.parametrize("is_system_error", [True, False])
+def test_a_store_that_fails_ends_the_recording_only(is_system_error):
+    store = FailingStore()
+    store.is_system_error = is_system_error
+    with pytest.warns(UserWarning, match="cannot be written any more"):
+        trainer, weights = trained(GradientRecorder(store))
+    assert trainer.global_step == 6
+    assert same_weights(weights, trained()[1])
+    assert len(store) == 3
+
+
+class LeavesFile(pl.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step == 1:
+            self.path.write_bytes(b"mine")
+
+
+def test_files_of_the_user_in_the_folder_are_neither_read_nor_deleted(tmp_path):
+    names = ("snapshot-best.pt", "segment-best.h5", "snapshot-7.pt", "segment-000001.h5.bak")
+    mine = [tmp_path / "run" / name for name in names]
+    recorder = GradientRecorder(tmp_path / "run", snapshots=2)
+    trainer, _ = trained(recorder, *map(LeavesFile, mine))
+    assert trainer.global_step == 6
+    run = HDF5Store.open(tmp_path / "run")
+    assert run.snapshots() == [0, 2, 4]
+    assert len(list(run)) == 6
+    recorder.store.resume(3)
+    recorder.store.clear()
+    assert sorted(path for path in (tmp_path / "run").iterdir()) == sorted(mine)
+
+
+class WithEmptyBatch:
+    """A batch sampler whose second batch is empty."""
+
+    def __iter__(self):
+        return iter([[0, 1, 2], [], [3, 4], [5, 6]])
+
+    def __len__(self):
+        return 4
+
+
+def collate(samples):
+    return default_collate(samples) if samples else [tensor[:0] for tensor in DATA.tensors]
+
+
+def summed(outputs, labels):
+    return functional.cross_entropy(outputs, labels, reduction="sum")
+
+
+@pytest.mark.parametrize("ids", [None, lambda batch: batch[0][:, 0].long().tolist()])
+def test_an_empty_batch_of_a_summed_loss_contributes_nothing(tmp_path, ids):
+    data = DataLoader(DATA, batch_sampler=WithEmptyBatch(), collate_fn=collate)
+    module = Plain(mlp(), summed)
+    recorder = GradientRecorder(tmp_path / "run", reduction="sum", sample_ids=ids)
+    trainer, weights = trained(recorder, module=module, data=data)
+    assert trainer.global_step == 8
+    assert same_weights(weights, trained(module=Plain(mlp(), summed), data=data)[1])
+    run = HDF5Store.open(tmp_path / "run")
+    assert [step.index for step in run] == [0, 2, 3, 4, 6, 7]
+    assert [len(step.sample_ids) for step in run] == [3, 2, 2] * 2
+    for method in (TracIn(), Unrolled()):
+        assert attribute(run, module, DATA[:3], method=method, progress=False).values.any()
+
+
+def test_an_empty_batch_among_accumulated_ones_contributes_nothing(tmp_path):
+    data = DataLoader(DATA, batch_sampler=WithEmptyBatch(), collate_fn=collate)
+    recorder = GradientRecorder(tmp_path / "run", reduction="sum")
+    trainer = quiet_trainer(recorder, accumulate_grad_batches=2)
+    trainer.fit(Plain(mlp(), summed), data)
+    run = HDF5Store.open(tmp_path / "run")
+    assert [step.sample_ids.tolist() for step in run] == [[0, 1, 2], [3, 4, 5, 6]] * 2
