@@ -6,7 +6,9 @@ network returns its loss, or an object that has it. The models are in `zoo_decod
 """
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,10 +67,14 @@ class Case:
     packages: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
 
-    def module(self) -> pl.LightningModule:
+    def module(self, dtype: torch.dtype = torch.float32) -> pl.LightningModule:
         """Return a new LightningModule with the same initial weights each time."""
         torch.manual_seed(0)
-        network = self.network()
+        with quiet():
+            network = self.network().to(dtype)
+        if dtype == torch.float64 and hasattr(network, "set_experts_implementation"):
+            # The fused product of all experts has no kernel for float64.
+            network.set_experts_implementation("eager")
         return network if isinstance(network, pl.LightningModule) else Wrapped(network)
 
     def batch(self, n: int, dtype: torch.dtype = torch.float32) -> Batch:
@@ -79,6 +85,14 @@ class Case:
         """Return ``n`` samples, floating-point entries in ``dtype``."""
         samples = [self.sample(i, Generator().manual_seed(i)) for i in range(n)]
         return Samples([{k: as_dtype(v, dtype) for k, v in each.items()} for each in samples])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore warnings: of other libraries about tiny configs, and about parameters left out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def as_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:

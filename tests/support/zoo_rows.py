@@ -5,9 +5,7 @@ batch's loss terms. A contrastive loss has no loss of one sample. There, the gra
 loss with respect to one sample's embeddings goes back through that sample alone.
 """
 
-import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
@@ -15,7 +13,7 @@ import torch
 from lightning_models import TrainingLog, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from zoo_cases import Batch, Case
+from zoo_cases import Batch, Case, quiet
 from zoo_precision import computing_in
 
 from tda_lightning import GradientRecorder, Identity
@@ -46,7 +44,7 @@ def compare(case: Case, dtype: torch.dtype) -> Comparison:
     Raises:
         ValueError: If the recorder refuses the model.
     """
-    model = case.module().to(dtype)
+    model = case.module(dtype)
     model.train(case.mode == "train")
     with computing_in(dtype), quiet():
         rows, recipe, batch = record_one_batch(model, case, dtype)
@@ -104,7 +102,7 @@ def reference(model: pl.LightningModule, case: Case, batch: Batch) -> dict[str, 
     roots = contrastive_roots(model, batch) if is_contrastive else own_losses(model, case, batch)
     samples = [gradients_of(root, trained.values()) for root in roots]
     columns = zip(trained, zip(*samples, strict=True), strict=True)
-    return {name: torch.stack(column).flatten(1) for name, column in columns}
+    return {name: torch.stack(column).reshape(len(samples), -1) for name, column in columns}
 
 
 def gradients_of(root: Tensor, parameters: Collection[nn.Parameter]) -> list[Tensor]:
@@ -131,11 +129,3 @@ def contrastive_roots(model: pl.LightningModule, batch: Batch) -> Iterator[Tenso
 
 def sample_of(batch: Batch, i: int) -> Batch:
     return {name: values[i : i + 1] for name, values in batch.items()}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Ignore warnings: of other libraries about tiny configs, and about parameters left out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

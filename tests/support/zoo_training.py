@@ -6,8 +6,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_models import quiet_trainer
 from torch.utils.data import DataLoader
-from zoo_cases import Case
-from zoo_rows import quiet
+from zoo_cases import Case, quiet
 
 from tda_lightning import GradientRecorder, HDF5Store, Scores, attribute, self_influence
 from tda_lightning.results.scores import SampleScores

@@ -5,16 +5,14 @@ A few models run by default; the others are slow together. To try one by name, w
     pytest tests/zoo -m "" -k mixtral
 """
 
-import os
-
 import pytest
 import torch
-from zoo_limits import LEFT_OUT, REFUSED_ROWS, REFUSED_TRAINING
+from zoo_cases import quiet
+from zoo_limits import LEFT_OUT, REFUSED, REFUSED_TRAINING
 from zoo_models import ZOO
-from zoo_rows import N, compare, gradients_of, quiet, reference
+from zoo_precision import computing_in
+from zoo_rows import N, compare, gradients_of, reference
 from zoo_training import N_QUERY, N_TRAIN, STEPS, ask, train_and_resume
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 FAST = ("mlp-weight-norm", "own-parameters", "simclr", "gpt2-padded", "mixtral", "mamba", "t5")
 ERRORS = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -41,7 +39,7 @@ def case_named(name):
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@every_model(REFUSED_ROWS)
+@every_model(REFUSED)
 def test_each_row_is_the_gradient_of_its_sample(name, dtype):
     comparison = compare(case_named(name), dtype)
     assert comparison.error < ERRORS[dtype]
@@ -51,8 +49,8 @@ def test_each_row_is_the_gradient_of_its_sample(name, dtype):
 @every_model()
 def test_the_references_sum_to_the_gradient(name):
     case = case_named(name)
-    with quiet():
-        model = case.module().double()
+    model = case.module(torch.float64)
+    with quiet(), computing_in(torch.float64):
         model.train(case.mode == "train")
         batch = case.batch(N, torch.float64)
         rows = reference(model, case, batch)
@@ -64,11 +62,11 @@ def test_the_references_sum_to_the_gradient(name):
         if name not in case.shared
     ]
     total, gradient = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    assert (total - gradient).norm() / gradient.norm() < 1e-6
+    assert (total - gradient).norm() / gradient.norm() < 1e-10
 
 
 @pytest.mark.parametrize("sampled", [0, 0.25], ids=["rows", "sampled labels"])
-@every_model(REFUSED_TRAINING)
+@every_model({**REFUSED, **REFUSED_TRAINING})
 def test_a_resumed_training_answers(name, sampled, tmp_path):
     case = case_named(name)
     if sampled and not case.has_likelihood:
