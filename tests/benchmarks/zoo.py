@@ -110,7 +110,7 @@ def line(name: str, rounds: int) -> list[str]:
     left_out = [f"`{entry.name}`: {entry.reason}" for entry in reached.left_out] if reached else []
     return [
         name,
-        f"{reached.recorded_share:.1%}" if reached else "-",
+        f"{reached.recorded / reached.trained:.1%}" if reached else "-",
         *(f"{comparison.error:.0e}" if comparison else "-" for comparison in comparisons),
         *answered,
         factor or "-",

@@ -29,12 +29,14 @@ class Comparison:
 
     Attributes:
         error: Largest relative error of a row, over the compared parameters.
-        recorded_share: Share of the trained parameters that are recorded.
+        trained: Number of trained parameters.
+        recorded: How many of them are recorded.
         left_out: What is not recorded, and why.
     """
 
     error: float
-    recorded_share: float
+    trained: int
+    recorded: int
     left_out: tuple[LeftOut, ...]
 
 
@@ -56,7 +58,7 @@ def compare(case: Case, dtype: torch.dtype) -> Comparison:
     errors = (given - wanted).norm(dim=1) / wanted.norm(dim=1)
     recorded = sum(block.size for block in recipe.blocks)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Comparison(float(errors.max()), recorded / trained, recipe.left_out)
+    return Comparison(float(errors.max()), trained, recorded, recipe.left_out)
 
 
 def record_one_batch(
