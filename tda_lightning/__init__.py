@@ -2,7 +2,7 @@
 
 # Record
 from tda_lightning.callbacks import ContributionTracker, GradientRecorder
-from tda_lightning.gradients.layers import layer_rule
+from tda_lightning.gradients.nodes import node_rule
 from tda_lightning.gradients.sketching.projectors import (
     CountSketch,
     DenseProjection,
@@ -65,7 +65,7 @@ __all__ = [
     "attribute_by_features",
     "attribute_by_gradients",
     "embed",
-    "layer_rule",
+    "node_rule",
     "record",
     "record_queries",
     "self_influence",

@@ -192,10 +192,11 @@ def _optimizer(store: HDF5Store) -> str:
 
 def _layer_table(recipe: Recipe) -> list[str]:
     left_out = recipe.left_out
-    total = sum(block.size for block in recipe.blocks) + sum(entry.size for entry in left_out)
+    recorded = recipe.recorded_blocks
+    total = sum(block.size for block in recorded) + sum(entry.size for entry in left_out)
     rows = [
         (block.name, block.layer, f"{block.size:,}", f"{block.size / total:.1%}", "recorded")
-        for block in recipe.blocks
+        for block in recorded
     ]
     rows += [
         (

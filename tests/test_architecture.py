@@ -87,7 +87,10 @@ def test_imports_point_down_and_never_across(place):
         ("gradients/row_recorder.py", "from tda_lightning.results import scores"),
         ("api.py", "from tda_lightning import features"),
         ("passes/queries.py", "from tda_lightning.attribution import TracIn"),
-        ("attribution/tracin.py", "from tda_lightning.gradients.layers import select_layers"),
+        (
+            "attribution/tracin.py",
+            "from tda_lightning.gradients.selection import select_parameters",
+        ),
         ("recording/timing.py", "import tda_lightning.arguments"),
         ("features/similarity.py", "from tda_lightning.passes.queries import record_queries"),
         ("metrics/lds.py", "def late():\n    from tda_lightning.recording import timing"),

@@ -40,8 +40,9 @@ def test_info_lists_recorded_and_left_out_layers(run, capsys):
         "of 13 in the training set",
         "SGD, learning rate 0.1",
         "MiB",
-        "net.head  Linear  24          77.4%  recorded",
-        "net.gate  PReLU   7           22.6%  LEFT OUT: not among `layers`",
+        "net.head.weight  Linear  21          67.7%  recorded",
+        "net.head.bias    Linear  3           9.7%   recorded",
+        "net.gate         PReLU   7           22.6%  LEFT OUT: not among `layers`",
     ):
         assert expected in output, output
 
@@ -53,10 +54,11 @@ def test_audit_shows_how_much_the_rows_explain(tmp_path, capsys):
     assert main(["audit", str(tmp_path / "run")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "3 of 6 steps audited" in lines[0]
-    assert lines[2].split()[:4] == ["net.head", "Linear", "100.00%", "100.00%"]
-    overall = float(lines[3].split()[-2].rstrip("%"))
+    for line, name in zip(lines[2:4], ("net.head.weight", "net.head.bias"), strict=True):
+        assert line.split()[:4] == [name, "Linear", "100.00%", "100.00%"]
+    overall = float(lines[4].split()[-2].rstrip("%"))
     assert 0 < overall < 100
-    assert lines[4].split()[-2:] == ["100.00%", "100.00%"]
+    assert lines[5].split()[-2:] == ["100.00%", "100.00%"]
 
 
 def test_errors_are_one_line_and_an_exit_code(tmp_path, capsys):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.results.scores import SampleScores, Scores
 from tda_lightning.stores import Store
+from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Step
 
 
@@ -263,7 +264,14 @@ def provenance_of(run: Store) -> Mapping[str, str]:
         "steps": f"{len(run)}, index {first.index} to {last.index}{stride}",
         "projector": ", ".join(f"{key}={value}" for key, value in recipe.projector.items()),
         "rows": f"{recipe.dimension} x {recipe.dtype}, coordinates of {recipe.preconditioner}",
+        "recorded": _recorded_share(recipe),
     }
+
+
+def _recorded_share(recipe: Recipe) -> str:
+    recorded = sum(block.size for block in recipe.recorded_blocks)
+    total = recorded + sum(entry.size for entry in recipe.left_out)
+    return f"{recorded:,} of {total:,} parameters"
 
 
 def _with_progress(items: Iterable[Any], total: int, progress: bool, name: str) -> Iterator[Any]:

@@ -63,9 +63,9 @@ class Budgets:
         self._undecided = None
         if self._max_gb is None and self._max_overhead is None:
             return recipe
-        stride = self._writer.stride_of_run(trainer)
-        if stride is not None:  # A continued run keeps its stride.
-            return replace(recipe, every_n_steps=stride)
+        continued = self._writer.continued_recipe(trainer)
+        if continued is not None:  # A continued run keeps its stride.
+            return replace(recipe, every_n_steps=continued.every_n_steps)
         recipe = self._within_disk(trainer, recipe)
         if self._max_overhead is not None:
             self._undecided = recipe

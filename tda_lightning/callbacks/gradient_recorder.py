@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,9 @@ from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.run_writer import RunWriter
 from tda_lightning.callbacks.strategies import distributed_context, loss_scale_of
-from tda_lightning.gradients.layers import LayerSelection
-from tda_lightning.gradients.row_recorder import RowRecorder, row_dtype
+from tda_lightning.gradients.capture.capture import NO_EFFECT
+from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
 from tda_lightning.recording.optimizer_layers import select_trained_layers
 from tda_lightning.recording.optimizer_recorder import RecordingSettings
@@ -28,7 +30,7 @@ from tda_lightning.recording.preconditioning import has_preconditioner
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import HDF5Store, WritableStore
-from tda_lightning.stores.recipe import Recipe, ranges_of
+from tda_lightning.stores.recipe import LeftOut, Recipe, ranges_of
 
 
 class GradientRecorder(RecordingCallback):
@@ -111,6 +113,7 @@ class GradientRecorder(RecordingCallback):
         self._writer = RunWriter(self.store, existing)
         self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._writer)
         self._first_batch = FirstBatch()
+        self._recipe: Recipe | None = None  # Only during training.
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that everything can be recorded, begin the run and attach the hooks."""
@@ -123,8 +126,8 @@ class GradientRecorder(RecordingCallback):
         state, preconditioner = self._writer.begin(trainer, recipe)
         recorder.resume(trainer.global_step, state.get("lanes", ()), preconditioner)
         self._ledger.start_training(trainer.global_step)
-        for entry in recipe.left_out:
-            rank_zero_warn(f"GradientRecorder: {entry.describe()}")
+        _warn_of(recipe.left_out)
+        self._recipe = recipe
         self._budgets.describe(trainer, recipe)
         for line in describe_snapshots(trainer, pl_module, self.snapshots):
             rank_zero_info(f"GradientRecorder: {line}")
@@ -132,15 +135,17 @@ class GradientRecorder(RecordingCallback):
         self._first_batch = FirstBatch()
 
     def _create_recorder(self, trainer: Trainer, model: LightningModule) -> TrainingRecorder:
-        selection = select_trained_layers(model, self.layers, trainer.optimizers)
+        continued = self._writer.continued_recipe(trainer)
+        selection = select_trained_layers(model, self.layers, trainer.optimizers, continued)
+        lost = [] if continued is None else _lost_blocks(continued)
+        selection = replace(selection, left_out=(*selection.left_out, *lost))
         projector = self.projector.chosen_for(selection.blocks)
         is_preconditioned = any(map(has_preconditioner, trainer.optimizers))
 
-        def rows(part: LayerSelection, passes: Literal["one", "several"]) -> RowRecorder:
+        def rows(part: ParameterSelection) -> RowRecorder:
             dtype = row_dtype(model)
-            return RowRecorder(
-                model, part, self.batch_dims, projector, dtype, self._sampled, passes
-            )
+            names = [entry.name for entry in lost]
+            return RowRecorder(model, part, self.batch_dims, projector, dtype, self._sampled, names)
 
         settings = RecordingSettings(
             optimization="automatic" if model.automatic_optimization else "manual",
@@ -150,10 +155,18 @@ class GradientRecorder(RecordingCallback):
             audit=self.audit,
             distributed=distributed_context(trainer),
             warn=rank_zero_warn,
+            leave_out=self._leave_out,
         )
         return TrainingRecorder(
             trainer.optimizers, selection, projector, settings, self._writer.append
         )
+
+    def _leave_out(self, entries: Sequence[LeftOut]) -> None:
+        """Name parameters that turned out not to be recordable, here and in the recipe."""
+        _warn_of(entries)
+        if self._recipe is not None and not len(self.store):
+            self._recipe = replace(self._recipe, left_out=(*self._recipe.left_out, *entries))
+            self._writer.amend(self._recipe)
 
     def _create_recipe(
         self, trainer: Trainer, model: LightningModule, recorder: TrainingRecorder
@@ -238,3 +251,15 @@ class GradientRecorder(RecordingCallback):
 
     def _save(self) -> None:
         self._writer.seal()
+
+
+def _warn_of(entries: Sequence[LeftOut]) -> None:
+    for entry in entries:
+        # What has no effect is not missing from the rows.
+        report = rank_zero_info if NO_EFFECT in entry.reason else rank_zero_warn
+        report(f"GradientRecorder: {entry.describe()}")
+
+
+def _lost_blocks(recipe: Recipe) -> list[LeftOut]:
+    """Return the entries of a recipe for blocks that turned out not to be recordable."""
+    return [entry for entry in recipe.left_out if entry.name in recipe.block_names]

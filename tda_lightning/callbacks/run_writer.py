@@ -78,10 +78,9 @@ class RunWriter:
             trainer.strategy.barrier("tda_lightning")
             self._store.refresh()
 
-    def stride_of_run(self, trainer: Trainer) -> int | None:
-        """Return the stride of the run that :meth:`begin` will continue, or ``None``."""
-        is_continued = self._is_continued(trainer.global_step)
-        return self._store.recipe.every_n_steps if is_continued else None
+    def continued_recipe(self, trainer: Trainer) -> Recipe | None:
+        """Return the recipe of the run that :meth:`begin` will continue, or ``None``."""
+        return self._store.recipe if self._is_continued(trainer.global_step) else None
 
     def amend(self, recipe: Recipe) -> None:
         """Replace the recipe of a run that holds no steps yet."""

@@ -14,8 +14,9 @@ from pytorch_lightning.utilities import rank_zero_warn
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.probe import Probe
 from tda_lightning.callbacks.strategies import distributed_context
-from tda_lightning.gradients.layers import LayerSelection
-from tda_lightning.gradients.row_recorder import RowRecorder, row_dtype
+from tda_lightning.gradients.capture.capture import NO_EFFECT
+from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity, KroneckerCountSketch, Projector
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.recording.contribution_recorder import ContributionRecorder
@@ -24,7 +25,7 @@ from tda_lightning.recording.optimizer_layers import select_trained_layers
 from tda_lightning.recording.optimizer_recorder import RecordingSettings
 from tda_lightning.recording.preconditioning import has_preconditioner
 from tda_lightning.results.contributions import Contributions
-from tda_lightning.stores.recipe import SampleAxis
+from tda_lightning.stores.recipe import LeftOut, SampleAxis
 
 # Gradients are compared in full if those of a step's samples, and of all probes, fit in this.
 _MAX_NUMBERS = 10_000_000
@@ -153,8 +154,8 @@ def track(
     preconditioner = settings.preconditioner if has_preconditioner(optimizer) else "none"
     dtype = row_dtype(model)
 
-    def rows(part: LayerSelection, passes: Literal["one", "several"]) -> RowRecorder:
-        return RowRecorder(model, part, settings.batch_dims, projector, dtype, 0.0, passes)
+    def rows(part: ParameterSelection) -> RowRecorder:
+        return RowRecorder(model, part, settings.batch_dims, projector, dtype)
 
     recording_settings = RecordingSettings(
         optimization="automatic",
@@ -164,6 +165,7 @@ def track(
         audit=0,
         distributed=distributed_context(trainer),
         warn=rank_zero_warn,
+        leave_out=_warn_of_lost,
     )
     ids = torch.empty(0, dtype=torch.int64) if train_ids is None else torch.as_tensor(train_ids)
     table = ContributionTable(len(probe), ids, settings.period)
@@ -184,8 +186,14 @@ def track(
     return TrackedTraining(recorder, probe, warnings, facts, settings.every_n_steps)
 
 
+def _warn_of_lost(entries: Sequence[LeftOut]) -> None:
+    for entry in entries:
+        if NO_EFFECT not in entry.reason:
+            rank_zero_warn(f"ContributionTracker: {entry.describe()}")
+
+
 def _projector(
-    settings: TrackerSettings, trainer: Trainer, selection: LayerSelection, n_probe: int
+    settings: TrackerSettings, trainer: Trainer, selection: ParameterSelection, n_probe: int
 ) -> tuple[Projector, tuple[str, ...]]:
     """Return the projector that gradients are compared by, and warnings about it."""
     if settings.projector is not None:

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import describe, require_choice
 from tda_lightning.features.layer_features import HeadOutputs, LayerFeatures, concatenate
-from tda_lightning.gradients.layers import find_tensors
 from tda_lightning.passes.batches import (
     batch_size,
     batches_of,
+    find_tensors,
     loss_of,
     require_loader,
     step_of,

@@ -16,7 +16,7 @@ from tda_lightning.attribution.dynamics.optimizer import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
 from tda_lightning.full_influence.influence import FullInfluenceFunction
-from tda_lightning.gradients.layers import select_layers
+from tda_lightning.gradients.selection import select_parameters
 from tda_lightning.passes.batches import require_loader
 from tda_lightning.passes.model_state import fingerprint, preserved_state, require_model
 from tda_lightning.passes.targets import Loss, Target
@@ -97,7 +97,7 @@ def attribute_by_gradients(
     store = _open_run(run, at)
     damping = None if store is None or method.damping is not None else _suggested_damping(store)
     _warn_of_skipped_layers(model, method)
-    selection = select_layers(model, method.layers)
+    selection = select_parameters(model, method.layers)
     if store is not None:
         reduction = reduction or store.recipe.reduction
         batch_dims = store.recipe.batch_dims if batch_dims is None else batch_dims
@@ -132,7 +132,7 @@ def attribute_by_gradients(
 def _warn_of_skipped_layers(model: nn.Module, method: FullInfluenceFunction) -> None:
     """Warn of requested layers that are not supported."""
     patterns = ["*"] if method.layers is None else method.layers
-    for entry in select_layers(model).left_out:
+    for entry in select_parameters(model).left_out:
         if any(fnmatchcase(entry.name, pattern) for pattern in patterns):
             warnings.warn(f"attribute_by_gradients: {entry.describe()}", stacklevel=3)
 

@@ -23,8 +23,7 @@ from tda_lightning.full_influence.objective import (
     columns_of,
     parameters_of,
 )
-from tda_lightning.gradients.layers import LayerSelection
-from tda_lightning.gradients.row_recorder import row_dtype
+from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity
 from tda_lightning.passes.batches import batches_in_memory, with_progress
 from tda_lightning.passes.queries import mean_rows_at, query_rows
@@ -38,7 +37,7 @@ from tda_lightning.stores.snapshots import MAX_SNAPSHOTS, Moment, own_snapshots,
 
 def full_recipe(
     model: nn.Module,
-    selection: LayerSelection,
+    selection: ParameterSelection,
     reduction: Literal["mean", "sum"],
     batch_dims: Mapping[str, SampleAxis],
 ) -> Recipe:
@@ -70,7 +69,7 @@ class FullGradients:
     """
 
     def __init__(
-        self, model: nn.Module, selection: LayerSelection, recipe: Recipe, run: Store | None
+        self, model: nn.Module, selection: ParameterSelection, recipe: Recipe, run: Store | None
     ) -> None:
         self._model, self._recipe, self._run = model, recipe, run
         self._parameters = parameters_of(selection)

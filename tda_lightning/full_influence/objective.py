@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.gradients.layers import LayerSelection
+from tda_lightning.gradients.selection import ParameterSelection, lay_out
 from tda_lightning.passes.batches import batch_size, transfer, with_progress
 from tda_lightning.passes.model_state import swapped_weights
 
@@ -116,36 +116,19 @@ class Objective:
         return [loss / size for loss, size in zip(losses, self.sizes, strict=True)]
 
 
-def parameters_of(selection: LayerSelection) -> list[nn.Parameter]:
+def parameters_of(selection: ParameterSelection) -> list[nn.Parameter]:
     """Return the parameters of all blocks, in the order of the blocks."""
-    return [
-        parameter
-        for block_sources in selection.sources
-        for parameter in block_sources[0].parameters()
-    ]
+    return selection.all_parameters()
 
 
-def columns_of(selection: LayerSelection) -> Int[Tensor, " d"]:
-    """Return the index in a vector of the parameters for each column of an unprojected row.
-
-    Raises:
-        ValueError: If a layer's layout is not a permutation of its parameters.
-    """
+def columns_of(selection: ParameterSelection) -> Int[Tensor, " d"]:
+    """Return the index in a vector of the parameters for each column of an unprojected row."""
     start, indices = 0, []
-    for block_sources, block in zip(selection.sources, selection.blocks, strict=True):
-        source = block_sources[0]
-        sizes = [parameter.numel() for parameter in source.parameters()]
-        # Layouts apply to gradients, so they take floats: double precision holds integers exactly.
-        numbers = torch.arange(start, start + sum(sizes), dtype=torch.float64)
-        parts = zip(torch.split(numbers, sizes), source.parameters(), strict=True)
+    for block, parameters in zip(selection.blocks, selection.parameters, strict=True):
+        sizes = [parameter.numel() for parameter in parameters]
+        numbers = torch.arange(start, start + sum(sizes))
+        parts = zip(torch.split(numbers, sizes), parameters, strict=True)
         shaped = [part.view(parameter.shape) for part, parameter in parts]
-        columns = source.rule.layout(shaped).flatten()
-        if not torch.equal(columns.sort().values, numbers):
-            raise ValueError(
-                f"The layout of `{block.name}`, a {block.layer}, does not hold each of its "
-                "parameters once; expected a permutation of them. Correct the `layout` of its "
-                "layer rule, or leave the layer out with `layers=[...]`."
-            )
-        indices.append(columns.long())
+        indices.append(lay_out(block, shaped).flatten())
         start += len(numbers)
     return torch.cat(indices)

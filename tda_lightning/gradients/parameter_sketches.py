@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.gradients.layers import BlockSource
+from tda_lightning.gradients.selection import ParameterSelection, lay_out
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 from tda_lightning.stores.recipe import Block
 from tda_lightning.stores.step import Preconditioner
@@ -16,7 +16,7 @@ from tda_lightning.stores.step import Preconditioner
 
 def sketch_parameters(
     sketcher: Sketcher,
-    sources: Sequence[Sequence[BlockSource]],
+    selection: ParameterSelection,
     value: Callable[[Tensor], Tensor],
     scales: Sequence[Tensor] | None = None,
 ) -> Float[Tensor, "blocks k"]:
@@ -24,17 +24,17 @@ def sketch_parameters(
 
     Args:
         sketcher: Sketches the matrix of each block.
-        sources: The layers that feed each block; zeros are returned for a block without any.
+        selection: The parameters of each block; zeros are returned for a block without any.
         value: From a parameter to the tensor of its shape that is sketched.
         scales: Matrices to multiply the blocks' matrices with, entry by entry.
     """
     sketches = []
-    for number, block_sources in enumerate(sources):
-        if not block_sources:  # Another optimizer trains this block.
+    pairs = zip(selection.blocks, selection.parameters, strict=True)
+    for number, (block, parameters) in enumerate(pairs):
+        if not parameters:  # Another optimizer trains this block.
             sketches.append(sketcher.empty_rows(1)[0])
             continue
-        source = block_sources[0]
-        matrix = source.rule.layout([value(parameter) for parameter in source.parameters()])
+        matrix = lay_out(block, [value(parameter) for parameter in parameters])
         if scales is not None:
             matrix = matrix * scales[number].to(matrix)
         sketches.append(sketcher.sketch_matrix(number, matrix))

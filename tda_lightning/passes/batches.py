@@ -6,10 +6,11 @@ Queries, probes and passes over training data use this code, so users write no s
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tda_lightning.arguments import describe
-from tda_lightning.gradients.layers import find_tensors, select_layers
-from tda_lightning.gradients.row_recorder import BatchRows, RowRecorder
+from tda_lightning.gradients.batch_rows import BatchRows
+from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.selection import select_like
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.stores.recipe import Recipe
@@ -72,6 +74,27 @@ def batches_in_memory(queries: Any) -> Any:
 def batches_of(queries: Any) -> Iterable[Any]:
     """Return the batches of a loader, or the single batch."""
     return queries if isinstance(queries, DataLoader | Batches) else [queries]
+
+
+def find_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for part in _parts(value):
+            yield from find_tensors(part)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, list | tuple):
+        return value
+    if value is None or isinstance(value, str | int | float):  # Skips the slow check below.
+        return ()
+    if isinstance(value, Mapping):
+        return value.values()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return ()
 
 
 def batch_size(batch: Any, argument: str) -> int:
@@ -128,15 +151,15 @@ def recording(
     preconditioner: Preconditioner | None,
     mode: Mode,
     sampled: float,
-    passes: Literal["one", "several"] = "one",
 ) -> Iterator[RowRecorder]:
     """Attach a row recorder to the model by a recipe, and restore the model afterwards."""
     require_model(model)
-    selection = select_layers(model, leave_out=[entry.name for entry in recipe.left_out])
+    selection = select_like(model, recipe)
     recipe.require_blocks(selection.blocks, type(model).__name__)
     projector = projector_from_dict(recipe.projector)
+    lost = [entry.name for entry in recipe.left_out]
     rows = RowRecorder(
-        model, selection, recipe.batch_dims, projector, recipe.torch_dtype, sampled, passes
+        model, selection, recipe.batch_dims, projector, recipe.torch_dtype, sampled, lost
     )
     if preconditioner is not None:
         rows.precondition(preconditioner)

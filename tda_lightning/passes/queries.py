@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -108,8 +108,7 @@ def query_rows(
         ValueError: If the model or the queries do not match the recipe.
     """
     require_choice("mode", mode, Mode)
-    passes: Literal["one", "several"] = "one" if isinstance(target, Loss) else "several"
-    with recording(model, recipe, preconditioner, mode, sampled=0.0, passes=passes) as rows:
+    with recording(model, recipe, preconditioner, mode, sampled=0.0) as rows:
         batches = with_progress(batches_of(queries), "queries", progress)
         if isinstance(target, Loss):
             batch_rows = [record_batch(model, rows, batch, "queries")[1] for batch in batches]

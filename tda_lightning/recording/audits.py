@@ -7,7 +7,7 @@ gradients. Comparing the two finds all of these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.stores.recipe import Block
+from tda_lightning.gradients.selection import ParameterSelection
+from tda_lightning.stores.recipe import Block, LeftOut
 from tda_lightning.stores.step import Audit
 
 
@@ -71,28 +72,86 @@ def require_conserved(
     blocks: Sequence[Block],
     recorded: Float[Tensor, "blocks k"],
     actual: Float[Tensor, "blocks k"],
+    rounding: Float[Tensor, " blocks"],
+    lost: Collection[int] = (),
 ) -> None:
     """Check that the rows of every block sum to its gradient.
 
     Args:
-        blocks: The recorded layers.
+        blocks: The recorded blocks.
         recorded: Sum of the rows of a step, block by block.
         actual: Sketch of the gradient of that step, block by block.
+        rounding: Bound of the rounding error of each sum. Where samples cancel, as in a bias before
+            a batch norm, it may be larger than the gradient.
+        lost: Numbers of blocks that are known not to be recorded.
 
     Raises:
         ValueError: If a block deviates; names the one that deviates most.
     """
     norms = recorded.norm(dim=1).maximum(actual.norm(dim=1))
-    deviations = (recorded - actual).norm(dim=1)
+    deviations = ((recorded - actual).norm(dim=1) - rounding).clamp_min(0)
     # A gradient that nearly vanishes beside the others' is compared on the scale of the largest.
     relative = deviations / (norms + 1e-3 * norms.max()).clamp_min(1e-30)
+    relative[list(lost)] = 0
     worst = int(relative.argmax())
     if relative[worst] > _MAX_RELATIVE_DEVIATION:
         block = blocks[worst]
         raise ValueError(
             f"The recorded rows of the {block.layer} `{block.name}` do not sum to its gradient: in "
-            f"the first step the sum is {float(relative[worst]):.0%} off. Expected its weight to "
-            "act only through calls of the layer; it is also used elsewhere (a functional call, a "
-            "shared weight, a gradient hook, a second-order term). Leave the layer out with "
-            "`layers=[...]`."
+            f"the first step the sum is {float(relative[worst]):.0%} off. Expected that its "
+            "gradient comes from the samples alone; a penalty on it, a gradient hook or the output "
+            "of a custom function may change it. Leave it out with `layers=[...]`."
         )
+
+
+# The largest share of a step's squared gradient that may be missing from its rows.
+_MAX_LOST_SHARE = 0.1
+
+
+def lost_parameters(
+    selection: ParameterSelection,
+    reasons: Mapping[int, str],
+    trained: Sequence[Parameter],
+) -> list[LeftOut]:
+    """Describe the blocks that cannot be recorded, by their share of a step's squared gradient.
+
+    Args:
+        selection: All blocks, with their parameters.
+        reasons: Why a block cannot be recorded, by its number.
+        trained: All parameters that the step updates, with their gradients.
+
+    Raises:
+        ValueError: If more than a tenth of the squared gradient would be missing.
+    """
+    total = _square(trained)
+    entries, sum_of_shares = [], 0.0
+    for number, reason in sorted(reasons.items()):
+        block = selection.blocks[number]
+        share = _square(selection.parameters[number]) / total if total else 0.0
+        sum_of_shares += share
+        detail = f"{reason}; it has {share:.2%} of the first step's squared gradient"
+        entries.append(LeftOut(block.name, block.layer, block.size, detail))
+    if sum_of_shares > _MAX_LOST_SHARE:
+        listed = "; ".join(f"`{entry.name}`: {entry.reason}" for entry in entries[:3])
+        raise ValueError(
+            f"{sum_of_shares:.0%} of the first step's squared gradient cannot be recorded: "
+            f"{listed}{'; ...' if len(entries) > 3 else ''}. Expected at most "
+            f"{_MAX_LOST_SHARE:.0%}. Declare where the samples lie with `batch_dims={{...}}`, or "
+            "accept what is left with `layers=[...]`."
+        )
+    return entries
+
+
+def negligible_blocks(parameters: Sequence[Sequence[Parameter]]) -> set[int]:
+    """Return the blocks whose gradient is below what rounding leaves of the whole one.
+
+    A bias to which a softmax over positions is blind has such a gradient: its terms cancel.
+    """
+    squares = [_square(block) for block in parameters]
+    bound = (64 * torch.finfo(torch.float32).eps) ** 2 * sum(squares)
+    return {number for number, square in enumerate(squares) if square < bound}
+
+
+def _square(parameters: Sequence[Parameter]) -> float:
+    squares = [p.grad.double().square().sum() for p in parameters if p.grad is not None]
+    return float(torch.stack(squares).sum()) if squares else 0.0

@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn import Parameter
 from torch.optim import ASGD, SGD, Optimizer
 
-from tda_lightning.gradients.layers import LayerSelection
+from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.preconditioning import PartialPreconditioner
 from tda_lightning.stores.step import ParameterGroup
 
@@ -34,14 +34,13 @@ class HyperparameterReader:
 
     @classmethod
     def of(
-        cls, selection: LayerSelection, preconditioner: PartialPreconditioner | None
+        cls, selection: ParameterSelection, preconditioner: PartialPreconditioner | None
     ) -> HyperparameterReader:
-        """Create the reader from all recorded layers, with the sources of this optimizer."""
-        sources = [source for block_sources in selection.sources for source in block_sources[:1]]
+        """Create the reader from all blocks, with the parameters of this optimizer."""
         return cls(
-            sizes={p: int(p.numel()) for source in sources for p in source.parameters()},
+            sizes={p: int(p.numel()) for p in selection.all_parameters()},
             total=sum(block.size for block in selection.blocks),
-            first_block=next(n for n, part in enumerate(selection.sources) if part),
+            first_block=next(n for n, part in enumerate(selection.parameters) if part),
             preconditioner=preconditioner,
         )
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.optimizer_gradients import (
     ValueClipping,
@@ -27,6 +27,7 @@ from tda_lightning.recording.optimizer_gradients import (
 )
 from tda_lightning.recording.preconditioning import PartialPreconditioner
 from tda_lightning.recording.step_builder import StepBuilder
+from tda_lightning.stores.recipe import LeftOut
 from tda_lightning.stores.step import Step
 
 # The identity of a gradient tensor, and the number of in-place changes to it.
@@ -47,6 +48,7 @@ class ManualStepBuilder(StepBuilder):
         preconditioner: The optimizer's preconditioner, or ``None`` for raw rows.
         audit_every: As in :class:`StepBuilder`.
         distributed: The other processes of this training.
+        leave_out: As in :class:`StepBuilder`.
     """
 
     def __init__(
@@ -54,13 +56,16 @@ class ManualStepBuilder(StepBuilder):
         optimizer: Optimizer,
         is_due: Callable[[], bool],
         rows: RowRecorder,
-        selection: LayerSelection,
+        selection: ParameterSelection,
         reduction: Literal["mean", "sum"],
         preconditioner: PartialPreconditioner | None,
         audit_every: int,
         distributed: DistributedContext,
+        leave_out: Callable[[Sequence[LeftOut]], None],
     ) -> None:
-        super().__init__(rows, selection, reduction, preconditioner, audit_every, distributed)
+        super().__init__(
+            rows, selection, reduction, preconditioner, audit_every, distributed, leave_out
+        )
         self._parameters = parameters_by_size(optimizer)
         self._is_due = is_due
         self._batch: tuple[int, Int[Tensor, " n"]] | None = None
@@ -165,7 +170,7 @@ class ManualStepBuilder(StepBuilder):
         probe, norm = self._reference_norms[0]
         return probe, norm / self._loss_scale
 
-    def _block_sums(self) -> Float[Tensor, "blocks k"]:
+    def _block_sums(self) -> Float[Tensor, "blocks k1"]:
         assert self._sums is not None
         return self._sums
 

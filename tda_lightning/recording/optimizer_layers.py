@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.layers import BlockSource, LayerSelection, select_layers
+from tda_lightning.gradients.selection import CHOSEN_REASONS, ParameterSelection, select_parameters
+from tda_lightning.stores.recipe import Recipe
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
@@ -19,44 +20,59 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
 
 
 def select_trained_layers(
-    model: nn.Module, layers: Sequence[str] | None, optimizers: Sequence[Optimizer]
-) -> LayerSelection:
-    """Select the layers of ``model`` that can be recorded and that some optimizer trains.
+    model: nn.Module,
+    layers: Sequence[str] | None,
+    optimizers: Sequence[Optimizer],
+    continued: Recipe | None = None,
+) -> ParameterSelection:
+    """Select the parameters of ``model`` that some optimizer trains.
 
     Args:
         model: Any module.
         layers: Names of the modules to record; all by default.
         optimizers: All optimizers of the training.
+        continued: Recipe of a run that this training continues, which may have been recorded by
+            an earlier version: its blocks, and what it left out, are adopted.
     """
-    selection = select_layers(model, layers)
-    untrained = {
-        source.name
-        for block_sources in selection.sources
-        if not _owners(block_sources[0].parameters(), optimizers)
-        for source in block_sources
-    }
-    if not untrained:
-        return selection
-    reason = "its parameters are in no optimizer"
-    selection = select_layers(model, layers, leave_out=sorted(untrained))
-    left_out = [
-        replace(module, reason=reason) if module.name in untrained else module
-        for module in selection.left_out
-    ]
-    return replace(selection, left_out=tuple(left_out))
+    trained = {parameter for optimizer in optimizers for parameter in parameters_of(optimizer)}
+    untrained = {p for p in model.parameters() if p.requires_grad and p not in trained}
+    selection = select_parameters(model, layers, untrained)
+    adopted = None if continued is None else _adopted(model, selection, untrained, continued)
+    return adopted or selection
+
+
+def _adopted(
+    model: nn.Module,
+    selection: ParameterSelection,
+    untrained: Collection[nn.Parameter],
+    continued: Recipe,
+) -> ParameterSelection | None:
+    """Return the selection of a continued run, if it differs only in ways that versions do."""
+    names = {name for block in continued.blocks for name in block.parameters}
+    left_out = [entry for entry in continued.left_out if entry.name not in continued.block_names]
+    # What an earlier version could not record stays unrecorded.
+    unsupported = {entry.name for entry in left_out if entry.reason not in CHOSEN_REASONS}
+    selected = {name: block for block in selection.blocks for name in block.parameters}
+    is_same = names <= set(selected) and all(
+        name in names or unsupported & {name, *block.modules} for name, block in selected.items()
+    )
+    if not is_same:
+        return None
+    like = select_parameters(model, sorted(names), untrained, continued.blocks)
+    return replace(like, left_out=tuple(left_out))
 
 
 def split_by_optimizer(
-    selection: LayerSelection, optimizers: Sequence[Optimizer]
-) -> Iterator[tuple[tuple[BlockSource, ...], ...]]:
-    """Yield, for each optimizer, the sources of each block; none for blocks it does not train.
+    selection: ParameterSelection, optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[tuple[nn.Parameter, ...], ...]]:
+    """Yield, for each optimizer, the parameters of each block; none for blocks it does not train.
 
     Raises:
-        ValueError: If a layer is trained in part, or by several optimizers.
+        ValueError: If a block is trained in part, or by several optimizers.
     """
     block_owners = []
-    for block, block_sources in zip(selection.blocks, selection.sources, strict=True):
-        owners = _owners(block_sources[0].parameters(), optimizers)
+    for block, parameters in zip(selection.blocks, selection.parameters, strict=True):
+        owners = _owners(parameters, optimizers)
         if len(owners) != 1 or owners[0][1] != len(block.parameters):
             raise ValueError(
                 f"The parameters of the {block.layer} `{block.name}` are trained by several "
@@ -66,8 +82,8 @@ def split_by_optimizer(
             )
         block_owners.append(owners[0][0])
     for optimizer in optimizers:
-        pairs = zip(block_owners, selection.sources, strict=True)
-        yield tuple(block_sources if owner is optimizer else () for owner, block_sources in pairs)
+        pairs = zip(block_owners, selection.parameters, strict=True)
+        yield tuple(parameters if owner is optimizer else () for owner, parameters in pairs)
 
 
 def _owners(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.manual_step_builder import ManualStepBuilder
 from tda_lightning.recording.optimizer_layers import parameters_of
 from tda_lightning.recording.preconditioning import JointPreconditioner, PartialPreconditioner
 from tda_lightning.recording.step_builder import StepBuilder
+from tda_lightning.stores.recipe import LeftOut
 
 # Clipping by value that leaves a gradient's cosine above this counts as scaling.
 _MIN_COSINE = 0.99
@@ -27,21 +28,23 @@ class RecordingSettings:
 
     Attributes:
         optimization: Whether Lightning or the user's ``training_step`` takes the steps.
-        rows: Creates the row recorder of some layers.
+        rows: Creates the row recorder of some parameters.
         reduction: How the training loss combines the samples of a batch.
         preconditioner: Whether rows are in the optimizer's coordinates.
         audit: Audit every n-th recorded step of each optimizer.
         distributed: The other processes of this training.
         warn: Called with the text of a warning.
+        leave_out: Called with the parameters that turn out not to be recordable.
     """
 
     optimization: Literal["automatic", "manual"]
-    rows: Callable[[LayerSelection, Literal["one", "several"]], RowRecorder]
+    rows: Callable[[ParameterSelection], RowRecorder]
     reduction: Literal["mean", "sum"]
     preconditioner: Literal["optimizer", "none"]
     audit: int
     distributed: DistributedContext
     warn: Callable[[str], None]
+    leave_out: Callable[[Sequence[LeftOut]], None]
 
 
 class OptimizerRecorder:
@@ -63,7 +66,7 @@ class OptimizerRecorder:
     def __init__(
         self,
         optimizer: Optimizer,
-        selection: LayerSelection,
+        selection: ParameterSelection,
         settings: RecordingSettings,
         joint: JointPreconditioner,
     ) -> None:
@@ -77,7 +80,7 @@ class OptimizerRecorder:
         if settings.preconditioner == "optimizer":
             preconditioner = PartialPreconditioner(optimizer, selection, joint)
         is_manual = settings.optimization == "manual"
-        self.rows = settings.rows(selection, "several" if is_manual else "one")
+        self.rows = settings.rows(selection)
         builder = partial(ManualStepBuilder, optimizer, self.is_due) if is_manual else StepBuilder
         self.builder = builder(
             self.rows,
@@ -86,6 +89,7 @@ class OptimizerRecorder:
             preconditioner,
             settings.audit,
             settings.distributed,
+            settings.leave_out,
         )
 
     def is_due(self) -> bool:

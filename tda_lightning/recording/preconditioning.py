@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-from tda_lightning.gradients.layers import BlockSource, LayerSelection
+from tda_lightning.gradients.selection import ParameterSelection, lay_out
 from tda_lightning.stores.recipe import Block
 from tda_lightning.stores.step import Preconditioner
 
@@ -53,10 +53,10 @@ class OptimizerPreconditioner:
         selection: The recorded layers.
     """
 
-    def __init__(self, optimizer: Optimizer, selection: LayerSelection) -> None:
+    def __init__(self, optimizer: Optimizer, selection: ParameterSelection) -> None:
         self._optimizer = optimizer
-        self._sources = [source for source, *_ in selection.sources]
-        self._parameters = [p for source in self._sources for p in source.parameters()]
+        self._blocks = list(zip(selection.blocks, selection.parameters, strict=True))
+        self._parameters = selection.all_parameters()
         self._rates: list[float] = []
         self._refreshed = -1
         self._oldest: Tensor | None = None
@@ -84,7 +84,7 @@ class OptimizerPreconditioner:
         self._refreshed = self._age()
         self._rates = self._relative_rates()
         groups = self._groups()
-        factors = [self._factors(source, groups, gradients) for source in self._sources]
+        factors = [self._factors(*block, groups, gradients) for block in self._blocks]
         return Preconditioner(
             torch.cat([rows for rows, _ in factors]).cpu(),
             torch.cat([columns for _, columns in factors]).cpu(),
@@ -128,16 +128,20 @@ class OptimizerPreconditioner:
         return {p: (group, rate) for group, rate in pairs for p in group["params"]}
 
     def _factors(
-        self, source: BlockSource, groups: Mapping[nn.Parameter, _Group], gradients: Gradients
+        self,
+        block: Block,
+        parameters: Sequence[nn.Parameter],
+        groups: Mapping[nn.Parameter, _Group],
+        gradients: Gradients,
     ) -> tuple[Tensor, Tensor]:
         moments, rates = [], []
-        for parameter in source.parameters():
+        for parameter in parameters:
             group, rate = groups.get(parameter, ({}, 0.0))  # Parameters in no group never move.
             moment = _second_moment(self._optimizer, group, parameter, gradients.get(parameter))
             moments.append(moment)
             rates.append(torch.full_like(moment, rate))
-        rows, columns = rank_one(source.rule.layout(moments))
-        rate_rows, rate_columns = rank_one(source.rule.layout(rates))
+        rows, columns = rank_one(lay_out(block, moments))
+        rate_rows, rate_columns = rank_one(lay_out(block, rates))
         return (
             _power(rows, -0.25) * _power(rate_rows, 0.5),
             _power(columns, -0.25) * _power(rate_columns, 0.5),
@@ -240,14 +244,14 @@ class PartialPreconditioner(OptimizerPreconditioner):
     """
 
     def __init__(
-        self, optimizer: Optimizer, selection: LayerSelection, joint: JointPreconditioner
+        self, optimizer: Optimizer, selection: ParameterSelection, joint: JointPreconditioner
     ) -> None:
-        pairs = list(enumerate(zip(selection.blocks, selection.sources, strict=True)))
-        self._numbers = [number for number, (_, block_sources) in pairs if block_sources]
+        pairs = list(enumerate(zip(selection.blocks, selection.parameters, strict=True)))
+        self._numbers = [number for number, (_, parameters) in pairs if parameters]
         self._joint = joint
-        blocks = tuple(block for _, (block, block_sources) in pairs if block_sources)
-        sources = tuple(block_sources for block_sources in selection.sources if block_sources)
-        super().__init__(optimizer, LayerSelection(blocks, sources, selection.left_out))
+        blocks = tuple(block for _, (block, parameters) in pairs if parameters)
+        trained = tuple(parameters for parameters in selection.parameters if parameters)
+        super().__init__(optimizer, ParameterSelection(blocks, trained, selection.left_out))
 
     def read(self, gradients: Gradients) -> Preconditioner:
         """Return the coordinates of the next step, with the latest ones of other optimizers."""

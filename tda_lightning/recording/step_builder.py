@@ -5,25 +5,28 @@ The rows of micro-batches wait here for the optimizer step that uses their gradi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.layers import LayerSelection
-from tda_lightning.gradients.row_recorder import BatchRows, RowRecorder
+from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.audits import (
     AuditStart,
     begin_audit,
     finish_audit,
+    lost_parameters,
+    negligible_blocks,
     require_conserved,
 )
+from tda_lightning.recording.batch_visits import BatchVisits
 from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.hyperparameters import HyperparameterReader
 from tda_lightning.recording.optimizer_gradients import (
@@ -36,28 +39,11 @@ from tda_lightning.recording.optimizer_gradients import (
     parameters_by_size,
 )
 from tda_lightning.recording.preconditioning import PartialPreconditioner
+from tda_lightning.stores.recipe import LeftOut
 from tda_lightning.stores.step import ParameterGroup, Preconditioner, Step
 
 # Every batch of every step has a different seed for its sampled labels.
 _SEEDS_PER_STEP = 4096
-
-
-@dataclass(frozen=True)
-class BatchVisits:
-    """The visits of one batch.
-
-    Attributes:
-        sample_ids: The samples of the batch.
-        weight: Weight of each sample's loss in the loss of the backward pass.
-        applied: Factor from the gradient of that loss to the gradient that the optimizer uses: it
-            removes the loss scale and contains the share of this process.
-        recorded: The recorded rows.
-    """
-
-    sample_ids: Int[Tensor, " n"]
-    weight: float
-    applied: float
-    recorded: BatchRows
 
 
 @dataclass(frozen=True)
@@ -78,19 +64,23 @@ class StepBuilder:
         preconditioner: The optimizer's preconditioner, or ``None`` for raw rows.
         audit_every: Audit every n-th recorded step, from the first on; 0 for the first only.
         distributed: The other processes of this training.
+        leave_out: Called with the parameters that turn out not to be recordable.
     """
 
     def __init__(
         self,
         rows: RowRecorder,
-        selection: LayerSelection,
+        selection: ParameterSelection,
         reduction: Literal["mean", "sum"],
         preconditioner: PartialPreconditioner | None,
         audit_every: int,
         distributed: DistributedContext = DistributedContext(),
+        leave_out: Callable[[Sequence[LeftOut]], None] = lambda entries: None,
     ) -> None:
         self._rows = rows
-        self._blocks = selection.blocks
+        self._selection = selection
+        self._leave_out = leave_out
+        self._lost = set(rows.excluded)
         self._reduction = reduction
         self._preconditioner = preconditioner
         self._hyperparameters = HyperparameterReader.of(selection, preconditioner)
@@ -140,8 +130,7 @@ class StepBuilder:
             self._rows.start_backward(loss)
 
     def _update_preconditioner(self, loss: Tensor) -> None:
-        preconditioner = self._preconditioner
-        # All batches of a step share the coordinates of its first batch.
+        preconditioner = self._preconditioner  # All batches of a step share its coordinates.
         if preconditioner is None or self._pending or not preconditioner.is_due():
             return
         gradients = {}
@@ -197,7 +186,15 @@ class StepBuilder:
         if self._scale is None:
             self._parameters_by_size = self._parameters_by_size or parameters_by_size(optimizer)
             self._scale = GradientScale(*self._probe())
+            self._describe_lost()
             self._audit_start = self._begin_audit() if self._is_audit_due() else None
+
+    def _describe_lost(self) -> None:
+        """Name the parameters that turned out not to be recordable in this step."""
+        new = {n: reason for n, reason in self._rows.lost.items() if n not in self._lost}
+        if new:
+            self._lost.update(new)
+            self._leave_out(lost_parameters(self._selection, new, self._parameters_by_size))
 
     def after_step(self) -> Step | None:
         """Return the step that was taken since the last call, or ``None`` if none was recorded."""
@@ -246,16 +243,19 @@ class StepBuilder:
         probe = first_with_gradient(self._parameters_by_size)
         return probe, None if probe is None else gradient_norm(probe)
 
-    def _block_sums(self) -> Float[Tensor, "blocks k"]:
+    def _block_sums(self) -> Tensor:
         return self._rows.block_sums()
 
     def _begin_audit(self) -> AuditStart:
         assert self._scale is not None
         applied = self._applied() * self._scale.factor()
-        recorded = self._distributed.add(self._block_sums() * applied)
+        sums = self._distributed.add(self._block_sums() * applied)
+        recorded, rounding = sums[:, :-1], sums[:, -1]
         start = begin_audit(self._rows, recorded, self._parameters_by_size)
         if self._n_recorded_steps == 0:
-            require_conserved(self._blocks, recorded, start.gradient)
+            blocks = self._selection.blocks
+            skipped = negligible_blocks(self._selection.parameters) | self._lost
+            require_conserved(blocks, recorded, start.gradient, rounding, skipped)
         return start
 
     def forget_gradients(self) -> None:
@@ -267,7 +267,7 @@ class StepBuilder:
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, in builtins."""
-        # A preconditioner that no stored step holds yet would be lost: read it again instead.
+        # One that no stored step holds yet would be lost: read it again instead.
         is_stored = self._preconditioner is not None and self._new_preconditioner is None
         return self._preconditioner.state() if self._preconditioner and is_stored else {}
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.layers import LayerSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.recording.optimizer_layers import split_by_optimizer
 from tda_lightning.recording.optimizer_recorder import OptimizerRecorder, RecordingSettings
@@ -37,7 +37,7 @@ class TrainingRecorder:
     def __init__(
         self,
         optimizers: Sequence[Optimizer],
-        selection: LayerSelection,
+        selection: ParameterSelection,
         projector: Projector,
         settings: RecordingSettings,
         keep: Callable[[Step], None],
@@ -48,12 +48,13 @@ class TrainingRecorder:
         self._keep = keep
         self._joint_preconditioner = JointPreconditioner(selection.blocks)
         parts = [
-            replace(selection, sources=part) for part in split_by_optimizer(selection, optimizers)
+            replace(selection, parameters=part)
+            for part in split_by_optimizer(selection, optimizers)
         ]
         self._recorders = [
             OptimizerRecorder(optimizer, part, settings, self._joint_preconditioner)
             for optimizer, part in zip(optimizers, parts, strict=True)
-            if any(part.sources)
+            if any(part.parameters)
         ]
         self._n_optimizers = len(optimizers)
         self._hooks: list[Any] = []

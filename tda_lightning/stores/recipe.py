@@ -114,6 +114,17 @@ class Recipe:
     is_training: bool = True
 
     @property
+    def block_names(self) -> frozenset[str]:
+        """Names of all blocks."""
+        return frozenset(block.name for block in self.blocks)
+
+    @property
+    def recorded_blocks(self) -> tuple[Block, ...]:
+        """The blocks without those that turned out not to be recordable, whose rows are zero."""
+        names = {entry.name for entry in self.left_out}
+        return tuple(block for block in self.blocks if block.name not in names)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """Number format of the rows as a torch dtype."""
         return torch.float64 if self.dtype == "float64" else torch.float32

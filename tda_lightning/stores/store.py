@@ -227,8 +227,8 @@ class WritableStore(Store):
         """
         raise ValueError(
             f"A `{type(self).__name__}` cannot change the recipe of a run; expected a store that "
-            "can, since `max_overhead` chooses the stride in the first batch. Set `every_n_steps=` "
-            "instead of `max_overhead=`."
+            "can, since the first batch shows the cost of recording and what can be recorded. Set "
+            "`every_n_steps=` instead of `max_overhead=`, and choose `layers=`."
         )
 
     @abstractmethod

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, Identity, Unrolled, attribute
 from tda_lightning.attribution.dynamics.optimizer import Dynamics, Extent
-from tda_lightning.gradients.layers import select_layers
+from tda_lightning.gradients.selection import lay_out, select_parameters
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.stores import MemoryStore
 
@@ -112,13 +112,13 @@ def test_without_decay_on_vectors_scores_are_close_to_those_of_a_decay_by_group(
     run, model = record(no_decay_on_vectors)
     queries = vectors()[:3]
     values = attribute(run, model, (queries[0].double(), queries[1]), progress=False).values
-    sources = [source for source, *_ in select_layers(model).sources]
+    selection = select_parameters(model)
     decays = torch.cat(
         [
-            s.rule.layout([torch.full_like(p, 0.3 * (p.ndim == 2)) for p in s.parameters()])
+            lay_out(block, [torch.full_like(p, 0.3 * (p.ndim == 2)) for p in parameters])
             .detach()
             .flatten()
-            for s in sources
+            for block, parameters in zip(selection.blocks, selection.parameters, strict=True)
         ]
     )
     u = record_queries(model, (queries[0].double(), queries[1]), like=run)
@@ -187,7 +187,8 @@ def test_a_head_does_not_decay_in_the_steps_of_another(method):
 
 def test_the_momentum_of_a_head_is_unchanged_in_the_steps_of_another():
     both, alone = (two_heads(turns, momentum=0.9) for turns in (2, 1))
-    assert [step.groups[0].owner for step in both[:4]] == [0, 1, 0, 1]
+    # An owner is named by the number of its first parameter.
+    assert [step.groups[0].owner for step in both[:4]] == [0, 2, 0, 2]
     expected, values = (scores(Unrolled(), run, first_head_queries(run)) for run in (alone, both))
     torch.testing.assert_close(values, expected)
 

@@ -63,7 +63,7 @@ def test_selecting_a_layer_equals_recording_only_that_layer(projector):
 def test_a_store_on_disk_holds_the_columns_of_each_layer(tmp_path):
     model, _ = trained(Identity(), store=str(tmp_path / "run"))
     run = HDF5Store.open(tmp_path / "run")
-    assert run.recipe.widths == (88, 22, 36)
+    assert run.recipe.widths == (77, 11, 11, 11, 33, 3)
     assert run.recipe.columns_of(["net.2"]).tolist() == list(range(88, 110))
     torch.testing.assert_close(scores(model, run[2:], ["net.?"]), scores(model, run[2:]))
 
@@ -78,5 +78,14 @@ def test_layers_that_share_columns_are_refused(projector):
 
 def test_an_unknown_layer_is_named():
     model, run = trained(Identity())
-    with pytest.raises(ValueError, match=r"contains `net.7`.*\['net.0', 'net.2', 'net.3'\]"):
+    names = r"'net.0.weight', 'net.0.bias', 'net.2.weight'"
+    with pytest.raises(ValueError, match=rf"contains `net.7`.*\[{names}"):
         scores(model, run, ["net.3", "net.7"])
+
+
+def test_the_parameters_of_a_layer_can_be_selected_one_by_one():
+    model, run = trained(Identity())
+    parts = [["net.3.weight"], ["net.3.bias"]]
+    by_part = [scores(model, run, part) for part in parts]
+    torch.testing.assert_close(sum(by_part), scores(model, run, ["net.3"]))
+    assert all(part.abs().max() > 0 for part in by_part)

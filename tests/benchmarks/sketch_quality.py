@@ -24,8 +24,8 @@ from tda_lightning import (
     Kronecker,
     KroneckerCountSketch,
 )
-from tda_lightning.gradients.layers import select_layers
 from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.selection import select_parameters
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.stores.hdf5.segment_datasets import Storage, decode, encode
 
@@ -59,7 +59,7 @@ def trained_network() -> tuple[nn.Module, Tensor, Tensor]:
 
 def rows_of(network: nn.Module, batch: tuple[Tensor, Tensor], projector: Projector) -> Tensor:
     """Return the sketched gradient of every sample's loss."""
-    recorder = RowRecorder(network, select_layers(network), {}, projector, torch.float32)
+    recorder = RowRecorder(network, select_parameters(network), {}, projector, torch.float32)
     with recorder:
         recorder.start(len(batch[0]))
         loss = functional.cross_entropy(network(batch[0]), batch[1], reduction="sum")

@@ -12,9 +12,7 @@ from networks import Checkpointed
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from tda_lightning import GradientRecorder, HDF5Store, Identity, TracIn, attribute
-from tda_lightning.gradients.factors import Dense, GradientFactors, WithOnes
-from tda_lightning.gradients.layers import layer_rule
+from tda_lightning import GradientRecorder, HDF5Store, Identity, TracIn, attribute, node_rule
 from tda_lightning.recording.timing import BatchTiming
 from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.contract import same
@@ -131,20 +129,35 @@ def test_only_the_first_batch_logs_the_time_of_recording(batches, caplog):
 
 
 def test_the_logged_times_are_those_of_the_batch_and_of_its_rows(caplog):
-    """A layer sleeps 50 ms in its forward pass, and 200 ms when its rows are computed."""
+    """An operation sleeps 50 ms in its forward pass, and 200 ms when its rows are computed."""
 
-    class Slow(torch.nn.Linear):
-        def forward(self, x):
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
             time.sleep(0.05)
-            return super().forward(x)
+            ctx.save_for_backward(x, weight)
+            return x * weight
 
-    @layer_rule(Slow)
-    def _slow(call):
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return grad * weight, (grad * x).sum(dim=0)
+
+    @node_rule("ScaleBackward")
+    def _scale(call):
         time.sleep(0.2)
-        return GradientFactors(WithOnes(Dense(call.input[:, None])), Dense(call.grad[:, None]))
+        return call.grad * call.node.saved_tensors[0]
+
+    class Slow(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(7))
+
+        def forward(self, x):
+            return Scale.apply(x, self.weight)
 
     with caplog.at_level("INFO"):
-        net = torch.nn.Sequential(Slow(7, 5), torch.nn.Linear(5, 3))
+        net = torch.nn.Sequential(Slow(), torch.nn.Linear(7, 3))
         quiet_trainer(GradientRecorder(MemoryStore()), max_steps=2).fit(
             Plain(net), loader(IndexedVectors())
         )

@@ -178,6 +178,8 @@ def train(optimizer, *callbacks, workers=0, model=Stochastic, **settings):
     return trained
 
 
+# The last bias of the network acts through a batch norm.
+@pytest.mark.filterwarnings("ignore:ContributionTracker. not recorded. Linear `net.0.3.bias`")
 @pytest.mark.parametrize(
     ("settings", "mode"),
     [
@@ -464,9 +466,34 @@ def test_a_second_evaluation_of_the_loss_raises(tmp_path):
     assert_refused("evaluates the loss more than once per step", tmp_path, model=model)
 
 
-def test_a_layer_that_is_trained_in_part_raises(tmp_path):
+def test_of_a_layer_that_is_trained_in_part_the_trained_part_contributes(tmp_path):
     class WeightsOnly(Plain):
         def configure_optimizers(self):
             return torch.optim.SGD([p for p in self.parameters() if p.ndim == 2], lr=0.1)
 
-    assert_refused("only in part", tmp_path, model=WeightsOnly(mlp()))
+    class FrozenVectors(WeightsOnly):
+        def __init__(self, net):
+            super().__init__(net)
+            for parameter in net.parameters():
+                parameter.requires_grad_(parameter.ndim == 2)
+
+    def scores(model):
+        torch.manual_seed(0)
+        tracker = ContributionTracker(double_vectors(18)[13:], tmp_path / f"{type(model).__name__}")
+        quiet_trainer(tracker, precision="64-true").fit(model, loader(double_vectors()))
+        return tracker.scores.values
+
+    expected = scores(FrozenVectors(mlp().double()))
+    with pytest.warns(UserWarning, match="not recorded") as caught:
+        actual = scores(WeightsOnly(mlp().double()))
+    assert [
+        str(w.message).partition(":")[2] for w in caught if "not recorded" in str(w.message)
+    ] == [
+        f" not recorded: {layer} ({size} parameters): its parameters are in no optimizer"
+        for layer, size in (
+            ("Linear `net.0`", 11),
+            ("LayerNorm `net.2`", 22),
+            ("Linear `net.3`", 3),
+        )
+    ]
+    torch.testing.assert_close(actual, expected)

@@ -264,5 +264,6 @@ def test_layers_that_are_unfrozen_later_warn():
 
     with pytest.warns(UserWarning, match="not recorded, since they were not trained when"):
         store, _ = record(Unfreezes(), model=TrainsUnfrozen(mlp()))
-    assert [block.name for block in store.recipe.blocks] == ["net.2", "net.3"]
+    names = ["net.2.weight", "net.2.bias", "net.3.weight", "net.3.bias"]
+    assert [block.name for block in store.recipe.blocks] == names
     assert len(store) == 6

@@ -30,7 +30,7 @@ from tda_lightning.full_influence import (
     Woodbury,
 )
 from tda_lightning.full_influence.objective import columns_of, parameters_of
-from tda_lightning.gradients.layers import select_layers
+from tda_lightning.gradients.selection import select_parameters
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.queries import query_rows
 from tda_lightning.stores import MemoryStore
@@ -222,7 +222,7 @@ def test_columns_of_rows_are_matched_to_parameters(batch_size):
     )
     model = Plain(net).double()
     x, y = torch.randn(batch_size, 2, 3, 4).double(), torch.arange(batch_size) % 3
-    selection = select_layers(model)
+    selection = select_parameters(model)
     size = sum(block.size for block in selection.blocks)
     recipe = Recipe(selection.blocks, (), Identity().to_dict(), size, "float64")
     rows = query_rows(model, (x, y), recipe, progress=False)
@@ -413,12 +413,11 @@ def test_repeated_samples_and_empty_loaders_are_refused():
         score(model, data=Subset(DATA, []), shuffle=False, curvature_loader=loader(DATA))
 
 
-@pytest.mark.parametrize("layers", [None, ["*"]])
-def test_unsupported_parameters_are_named_in_a_warning(layers):
-    model = Plain(nn.Linear(7, 3)).double()
+def test_a_parameter_without_effect_can_be_left_out():
+    plain, model = Plain(nn.Linear(7, 3)).double(), Plain(nn.Linear(7, 3)).double()
+    model.net.load_state_dict(plain.net.state_dict())
     model.idle = nn.Parameter(torch.zeros(2).double())
-    method = FullInfluenceFunction(EXACT.solver, damping=DAMPING, layers=layers)
-    with pytest.warns(UserWarning, match=r"attribute_by_gradients: not recorded: Plain"):
-        everything = score(model, method)
-    chosen = score(model, FullInfluenceFunction(EXACT.solver, damping=DAMPING, layers=["net"]))
+    method = FullInfluenceFunction(EXACT.solver, damping=DAMPING, layers=["net"])
+    chosen = score(model, method)
+    everything = score(plain, FullInfluenceFunction(EXACT.solver, damping=DAMPING))
     assert gap(chosen, everything) < 1e-9

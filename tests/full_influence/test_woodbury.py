@@ -21,7 +21,7 @@ from tda_lightning.attribution import SampledLabels
 from tda_lightning.full_influence import EKFAC, ConjugateGradient, GaussNewton, Hessian, Woodbury
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
 from tda_lightning.full_influence.woodbury import LowRankCurvature
-from tda_lightning.gradients.layers import select_layers
+from tda_lightning.gradients.selection import select_parameters
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.stores import MemoryStore
 
@@ -50,7 +50,7 @@ def regressor(optimizer=OPTIMIZERS["SGD"]):
 
 
 def operator_of(model, data, solver, reduction="mean"):
-    selection = select_layers(model)
+    selection = select_parameters(model)
     recipe = full_recipe(model, selection, reduction, {})
     gradients = FullGradients(model, selection, recipe, None)
     objective = gradients.objective(loader(data, 4), None, progress=False)  # ragged: 4, 4, 3
@@ -164,9 +164,7 @@ def scales(store, blocks):
         for block in blocks:
             rows = preconditioner.rows[row:][: block.rows]
             columns = preconditioner.columns[column:][: block.columns]
-            matrix = torch.outer(rows, columns)
-            is_linear = block.layer == "Linear"
-            parts += [matrix[:, :-1], matrix[:, -1:]] if is_linear else [matrix]
+            parts.append(torch.outer(rows, columns))
             row, column = row + block.rows, column + block.columns
         yield torch.cat([part.flatten() for part in parts])
 
@@ -245,7 +243,9 @@ def test_unsuitable_runs_and_methods_are_refused():
     with pytest.raises(ValueError, match=r"expected `curvature=GaussNewton\(\)`, got `Hessian"):
         score(model, FullInfluenceFunction(Woodbury(), Hessian()))
     part = trained("AdamW", partly := MemoryStore(), layers=["net.0"])
-    with pytest.raises(ValueError, match=r"did not record `net.2` as it is in the model; expected"):
+    with pytest.raises(
+        ValueError, match=r"did not record `net.2.weight` as it is in the model; expected"
+    ):
         score(part, run=partly)
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, Identity
-from tda_lightning.gradients.layers import select_layers
+from tda_lightning.gradients.selection import lay_out
 from tda_lightning.stores import MemoryStore
 
 N, T, S, E = 5, 7, 3, 6
@@ -143,13 +143,12 @@ def test_rows_are_the_gradients_of_single_losses(name):
     recorder = GradientRecorder(store, projector=Identity(), curvature="fisher")
     quiet_trainer(recorder).fit(model, loader(data()))
     assert not store.recipe.left_out
-    sources = [source for source, *_ in select_layers(model).sources]
     gradients = iter(model.gradients)
     for step in store:
         for row in step.sketch * len(step.sketch):
             grads = next(gradients)
-            blocks = zip(store.recipe.blocks, sources, strict=True)
-            expected = [s.rule.layout([grads[p] for p in b.parameters]) for b, s in blocks]
+            blocks = store.recipe.blocks
+            expected = [lay_out(block, [grads[p] for p in block.parameters]) for block in blocks]
             torch.testing.assert_close(row, torch.cat([matrix.flatten() for matrix in expected]))
 
 

@@ -11,13 +11,16 @@ from tda_lightning import (
     KroneckerCountSketch,
 )
 from tda_lightning.gradients.factors import (
+    ByChannel,
     Dense,
     GradientFactors,
     GroupedDense,
     OneHot,
     Patches,
-    WithOnes,
+    Regrouped,
 )
+from tda_lightning.gradients.row_sum import RowSum
+from tda_lightning.gradients.selection import Place
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.stores.recipe import Block
 
@@ -58,11 +61,22 @@ def test_factors_and_matrices_have_the_same_sketch(projector):
     torch.manual_seed(0)
     sketcher = bind(projector)
     inputs, grads = torch.randn(5, 3, 13).double(), torch.randn(5, 3, 11).double()
-    rows = sketcher.empty_rows(5)
-    sketcher.add_(rows, 0, GradientFactors(WithOnes(Dense(inputs)), Dense(grads)))
-    ones = torch.ones(5, 3, 1).double()
-    for row, matrix in zip(rows, grads.mT @ torch.cat([inputs, ones], dim=2), strict=True):
-        torch.testing.assert_close(row, sketcher.sketch_matrix(0, matrix))
+    weights, biases = grads.mT @ inputs, grads.sum(dim=1)
+    weight, bias = Place(0, 0, 0, 11, 13), Place(0, 0, 13, 11, 1)
+    rows = RowSum(sketcher, 5)
+    rows.add(0, sketcher.project(weight, factors_of(inputs, grads)))
+    rows.add(0, sketcher.project(bias, biases))
+    # Some rows of a parameter, and a parameter that is a whole block.
+    rows.add(2, sketcher.project(Place(2, 0, 0, 3, 11), torch.ones(5, 2, 11).double(), 1, 2))
+    part = torch.tensor([0.0, 1.0, 1.0]).double()[:, None].expand(3, 11)
+    for row, w, b in zip(rows.rows(), weights, biases, strict=True):
+        expected = sketcher.sketch_matrix(0, torch.cat([w, b[:, None]], dim=1))
+        torch.testing.assert_close(row, expected + sketcher.sketch_matrix(2, part))
+
+
+def factors_of(inputs, grads):
+    n = len(inputs)
+    return GradientFactors(Dense(inputs.flatten(0, 1), n), Dense(grads.flatten(0, 1), n))
 
 
 @pytest.mark.parametrize(
@@ -70,9 +84,10 @@ def test_factors_and_matrices_have_the_same_sketch(projector):
     [
         OneHot(torch.tensor([[0, 4, 4], [2, 1, 0]]), 5),
         Patches(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2), (1, 0)),
-        WithOnes(Patches(torch.randn(2, 3, 7, 11).double(), (3, 2), (2, 1), (1, 2), (1, 0))),
-        WithOnes(OneHot(torch.tensor([[0, 4, 4], [2, 1, 0]]), 5)),
-        WithOnes(GroupedDense(torch.randn(2, 3, 6).double(), 2)),
+        Dense(torch.randn(6, 5).double(), 2),
+        ByChannel(torch.randn(2, 5, 3).double()),
+        GroupedDense(torch.randn(2, 3, 6).double(), 2),
+        Regrouped(Dense(torch.randn(12, 5).double(), 4), 2),
     ],
     ids=lambda operand: type(operand).__name__,
 )
@@ -81,8 +96,6 @@ def test_operands_project_like_dense_tensors(operand):
     matrix = torch.randn(dense.shape[-1], 7).double()
     assert operand.n == len(dense)
     torch.testing.assert_close(operand.project(matrix), dense @ matrix)
-    offset = torch.randn(7).double()
-    torch.testing.assert_close(operand.project(matrix, offset), dense @ matrix + offset)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +135,10 @@ def test_rows_do_not_depend_on_the_batch():
     sketcher = bind(KroneckerCountSketch(dimension=31, width=5))
 
     def rows_of(samples):
-        rows = sketcher.empty_rows(len(inputs[samples]))
-        factors = GradientFactors(WithOnes(Dense(inputs[samples])), Dense(grads[samples]))
-        sketcher.add_(rows, 0, factors)
-        return rows
+        rows = RowSum(sketcher, len(inputs[samples]))
+        factors = factors_of(inputs[samples], grads[samples])
+        rows.add(0, sketcher.project(Place(0, 0, 0, 11, 13), factors))
+        return rows.rows()
 
     torch.testing.assert_close(rows_of(slice(2, 5)), rows_of(slice(None))[2:5])
 

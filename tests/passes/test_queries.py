@@ -69,7 +69,7 @@ class StatefulModel(Plain):
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. BatchNorm1d")
+@pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. Linear `net.0.bias`.*no effect")
 def test_recording_queries_preserves_the_state_of_the_model(mode):
     model = StatefulModel()
     store, _ = record(model)
@@ -96,7 +96,7 @@ def test_recording_queries_preserves_the_state_of_the_model(mode):
     assert not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. BatchNorm1d")
+@pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. Linear `net.0.bias`.*no effect")
 def test_the_mode_of_the_model_changes_the_rows():
     model = StatefulModel()
     store, _ = record(model)
@@ -157,7 +157,7 @@ def test_a_training_step_without_a_loss_is_refused(result):
         ((torch.ones(3, 5), torch.zeros(3).long()), r"shape \(3, 5\).*shapes cannot be multiplied"),
         (torch.ones(3, 7), r"got a tensor of shape \(3, 7\)"),
         ((torch.ones(3, 7), torch.zeros(2).long()), r"\(3, 7\).*\(2,\)"),
-        ((torch.ones(7), torch.tensor(0)), "Linear `net.0` returned a tensor of shape"),
+        ((torch.ones(7), torch.tensor(0)), "no operation has a row for each of the 7 samples"),
         ("what?", "holds no tensor"),
         ({"x": torch.tensor(1.0)}, "holds no tensor with samples"),
     ],
@@ -182,10 +182,14 @@ def test_an_empty_loader_is_refused():
     [
         (
             nn.Sequential(nn.Linear(7, 3)),
-            "`net.2` is missing; `net.3` is missing; `net.0` was recorded",
+            "`net.2.weight` is missing; `net.2.bias` is missing; `net.3.weight` is missing",
         ),
-        (nn.Sequential(*mlp(), nn.Linear(3, 3)), "`net.4` is new"),
-        (mlp(classes=5), r"`net.3` was recorded as Linear of 3 x 12 and is now Linear of 5 x 12"),
+        (nn.Sequential(*mlp(), nn.Linear(3, 3)), "`net.4.weight` is new; `net.4.bias` is new"),
+        (
+            mlp(classes=5),
+            r"`net.3.weight` was recorded as Linear of 3 x 11 and is now Linear of 5 x 11; "
+            r"`net.3.bias` was recorded as Linear of 3 x 1 and is now Linear of 5 x 1",
+        ),
     ],
     ids=["other layers", "extra layer", "other shape"],
 )
@@ -206,7 +210,20 @@ def test_an_empty_run_is_refused(tmp_path):
         attribute(tmp_path / "elsewhere", model, vectors()[:3])
 
 
-def test_a_model_without_supported_layers_is_refused_before_the_first_batch():
+def test_a_model_without_trained_parameters_is_refused_before_the_first_batch():
+    class Untrained(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
+
+    log = TrainingLog()
+    trainer = quiet_trainer(GradientRecorder(MemoryStore()), log)
+    message = r"nothing that can be recorded: expected at least one trained parameter; got.*`net.0`"
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Untrained(mlp()), loader(vectors()))
+    assert not log.batches
+
+
+def test_parameters_of_the_module_itself_can_be_queried():
     class Scaled(Plain):
         def __init__(self):
             super().__init__(mlp().requires_grad_(False))
@@ -215,13 +232,12 @@ def test_a_model_without_supported_layers_is_refused_before_the_first_batch():
         def training_step(self, batch, batch_idx):
             return super().training_step((batch[0] * self.scale, batch[1]), batch_idx)
 
-    log = TrainingLog()
-    trainer = quiet_trainer(GradientRecorder(MemoryStore()), log)
-    with pytest.raises(
-        ValueError, match=r"no layer that can be recorded.*act outside of any layer"
-    ):
-        trainer.fit(Scaled(), loader(vectors()))
-    assert not log.batches
+    model = Scaled()
+    store, log = record(model, projector=Identity())
+    for step, weights, batch in zip(store, log.weights, log.batches, strict=True):
+        rows = record_queries(at_weights(model, weights), batch, like=store)
+        torch.testing.assert_close(rows, step.sketch / step.weights[:, None])
+    assert [(block.name, block.modules) for block in store.recipe.blocks] == [("scale", ("",))]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +276,8 @@ def test_a_run_with_frozen_layers_can_be_queried(tmp_path):
     net[0].requires_grad_(False)
     model = Plain(net)
     store, _ = record(model)
-    assert [block.name for block in store.recipe.blocks] == ["net.2", "net.3"]
+    names = ["net.2.weight", "net.2.bias", "net.3.weight", "net.3.bias"]
+    assert [block.name for block in store.recipe.blocks] == names
     assert attribute(store, model, vectors()[:3], progress=False).values.abs().max() > 0
 
 

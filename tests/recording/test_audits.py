@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from tda_lightning import CountSketch, GradientRecorder, Identity, Kronecker, KroneckerCountSketch
-from tda_lightning.gradients.layers import select_layers
+from tda_lightning.gradients.selection import lay_out
 from tda_lightning.stores import MemoryStore
 
 
@@ -22,8 +22,8 @@ def sketch_of(gradients, model, store, position, projector):
     if preconditioner is not None:
         sketcher.precondition(preconditioner)
     total = torch.zeros(sketcher.dimension)
-    for number, (source, *_) in enumerate(select_layers(model).sources):
-        matrix = source.rule.layout([gradients[name] for name in blocks[number].parameters])
+    for number, block in enumerate(blocks):
+        matrix = lay_out(block, [gradients[name] for name in block.parameters])
         total += sketcher.sketch_matrix(number, matrix)
     return total
 
@@ -67,6 +67,8 @@ def skip_unless_it_runs(net, x, precision):
         pytest.skip(f"torch cannot run it in {precision} on this processor: {error}")
 
 
+# Instance norm subtracts the bias of the convolution in front of it.
+@pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. Conv2d `net.0.bias`.*no effect")
 @pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("name", NETS)
 def test_every_architecture_conserves_its_gradient(name, precision):
@@ -97,7 +99,8 @@ def test_compiled_models_are_recorded(compiled_first):
     model = Plain(net)
     trainer = quiet_trainer(GradientRecorder(store, projector=Identity()), log)
     trainer.fit(model, loader(vectors()))
-    assert [block.name for block in store.recipe.blocks] == ["net.0", "net.2", "net.3"]
+    names = [f"net.{number}.{kind}" for number in (0, 2, 3) for kind in ("weight", "bias")]
+    assert [block.name for block in store.recipe.blocks] == names
     for position, (step, gradients) in enumerate(zip(store, log.applied, strict=True)):
         cleaned = {name.replace("_orig_mod.", ""): value for name, value in gradients.items()}
         expected = sketch_of(cleaned, model, store, position, Identity())
@@ -158,7 +161,7 @@ def test_an_audit_measures_the_update():
     assert all(audit.explained_in_all() == pytest.approx(1, abs=1e-6) for audit in momentum)
 
 
-def test_a_weight_that_also_acts_elsewhere_is_refused():
+def test_a_weight_that_also_acts_elsewhere_conserves_its_gradient():
     class Functional(nn.Module):
         def __init__(self):
             super().__init__()
@@ -168,14 +171,38 @@ def test_a_weight_that_also_acts_elsewhere_is_refused():
         def forward(self, x):
             return self.head(functional.linear(self.layer(x), self.layer.weight))
 
-    recorder = GradientRecorder(MemoryStore())
-    with pytest.raises(ValueError, match=r"Linear `net.layer` do not sum to its gradient"):
-        quiet_trainer(recorder).fit(Plain(Functional()), loader(vectors()))
-    store = MemoryStore()
-    trainer = quiet_trainer(GradientRecorder(store, layers=["net.head"]))
-    with pytest.warns(UserWarning, match=r"net.layer.*not among `layers`"):
-        trainer.fit(Plain(Functional()), loader(vectors()))
+    store, log, model = MemoryStore(), AppliedGradientsLog(), Plain(Functional())
+    trainer = quiet_trainer(GradientRecorder(store, projector=Identity()), log)
+    trainer.fit(model, loader(vectors()))
     assert len(store) == 6
+    for position, (step, gradients) in enumerate(zip(store, log.applied, strict=True)):
+        expected = sketch_of(gradients, model, store, position, Identity())
+        assert (step.sketch.sum(dim=0) - expected).norm() / expected.norm() < 1e-5
+
+
+PENALTIES = {
+    "squares": lambda net: 0.1 * sum(p.square().sum() for p in net.parameters()),
+    "one weight": lambda net: 0.1 * net[3].weight.abs().sum(),
+    "a bias": lambda net: 0.5 * net[0].bias.sum(),
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+def test_a_penalty_on_parameters_is_refused(penalty):
+    class Penalized(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + penalty(self.net)
+
+    message = "do not sum to its gradient.*Expected that its gradient comes from the samples alone"
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(GradientRecorder(MemoryStore())).fit(Penalized(mlp()), loader(vectors()))
+
+
+def test_a_hook_that_changes_a_gradient_is_refused():
+    model = Plain(mlp())
+    model.net[3].weight.register_hook(lambda gradient: 1.1 * gradient)
+    with pytest.raises(ValueError, match=r"`net.3.weight` do not sum to its gradient: .* 9% off"):
+        quiet_trainer(GradientRecorder(MemoryStore())).fit(model, loader(vectors()))
 
 
 class Half(nn.Module):

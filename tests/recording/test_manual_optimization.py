@@ -106,8 +106,7 @@ def columns_of(store, part):
     """Return the columns of a row that hold a part's parameters, in the order of the parameters."""
     places, start = {}, 0
     for block in store.recipe.blocks:
-        matrix = torch.arange(start, start + block.size).reshape(block.rows, block.columns)
-        places[block.name] = torch.cat([matrix[:, :-1].flatten(), matrix[:, -1]])
+        places[block.name] = torch.arange(start, start + block.size)
         start += block.size
     return torch.cat([places[name] for name in places if name.split(".")[0] == part])
 
@@ -254,23 +253,38 @@ def test_layers_in_no_optimizer_are_left_out():
 
     with pytest.warns(UserWarning, match="`idle` .12 parameters.: its parameters are in no opt"):
         store = record(Part())
-    assert [block.name for block in store.recipe.blocks] == ["net.0", "net.2"]
+    names = [f"net.{number}.{kind}" for number in (0, 2) for kind in ("weight", "bias")]
+    assert [block.name for block in store.recipe.blocks] == names
 
 
-def test_a_layer_of_two_optimizers_raises():
+def test_a_layer_of_two_optimizers_has_rows_in_the_steps_of_both():
     class Split(Manual):
         def configure_optimizers(self):
             first, second = self.net[0], self.net[2]
             return [
                 torch.optim.SGD([first.weight, second.weight, second.bias], lr=0.1),
-                torch.optim.SGD([first.bias], lr=0.1),
+                torch.optim.SGD([first.bias], lr=0.2),
             ]
 
         def train_on(self, batch, batch_idx):
-            pass
+            optimizers = self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            losses = cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+            self.logged_backward(losses, "net")
+            self.expected_steps += [self.logged.pop()] * 2
+            for optimizer in optimizers:
+                optimizer.step()
 
-    with pytest.raises(ValueError, match=r"`net.0` are trained by several optimizers"):
-        record(Split())
+    model = Split()
+    store = record(model)
+    is_first_bias = torch.arange(5 * 7 + 5 + 3 * 5 + 3) // 5 == 7
+    assert len(store) == len(model.expected_steps) == 12
+    for step, (_, ids, rows) in zip(store, model.expected_steps, strict=True):
+        trained = ~is_first_bias if step.lr == 0.1 else is_first_bias
+        assert step.sample_ids.tolist() == ids.tolist()
+        torch.testing.assert_close(step.sketch, rows * trained, rtol=1e-4, atol=1e-7)
+    assert [step.lr for step in store] == [0.1, 0.2] * 6
 
 
 @ignore_clipping_warnings

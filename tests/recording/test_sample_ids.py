@@ -157,7 +157,10 @@ def test_iterable_datasets_work_with_ids_from_the_batch():
     [
         ("nothing", "no key of the batch, which has a list"),
         (lambda batch: batch[0], "expected one integer per sample"),
-        (lambda batch: [1, 2], "in a batch of 2 samples"),
+        (
+            lambda batch: [1, 2],
+            "In a batch of 2 samples, no operation has a row for each.*pass `sample_ids=`",
+        ),
     ],
     ids=["no such key", "not ids", "too few"],
 )

@@ -123,9 +123,9 @@ class Batches(InBatches):
         return super().__getitem__(range(4 * index, 4 * index + 4))
 
 
-def test_datasets_of_batches_need_sample_ids():
-    with pytest.raises(ValueError, match=r"If each item of the dataset is a batch.*sample_ids"):
-        record(DataLoader(Batches(), batch_size=None))
+def test_items_that_are_batches_count_as_one_sample_unless_ids_tell_their_samples_apart():
+    store, _ = record(DataLoader(Batches(), batch_size=None))
+    assert all(len(step.sample_ids) == 1 for step in store)
     data = DataLoader(Batches(), batch_size=None, shuffle=True)
     store, batch_ids = record(data, sample_ids=lambda batch: batch[0][:, 0].long())
     assert [step.sample_ids.tolist() for step in store] == batch_ids

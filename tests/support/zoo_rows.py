@@ -56,7 +56,7 @@ def compare(case: Case, dtype: torch.dtype) -> Comparison:
         torch.cat([values[name] for name in compared], dim=1) for values in (rows, expected)
     )
     errors = (given - wanted).norm(dim=1) / wanted.norm(dim=1)
-    recorded = sum(block.size for block in recipe.blocks)
+    recorded = sum(block.size for block in recipe.recorded_blocks)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Comparison(float(errors.max()), trained, recorded, recipe.left_out)
 

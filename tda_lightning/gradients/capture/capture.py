@@ -1,54 +1,55 @@
-"""Capture: hook the recorded layers, and deliver their gradient factors during backward."""
+"""Capture: hook the nodes in which parameters meet data, and deliver each sample's gradients.
+
+The graph of the loss is walked once, before its backward pass. When that pass reaches a meeting,
+the node still holds what it saved, and is handed the gradient of its output: all that the
+per-sample gradients of its parameters need. Nothing is attached to modules or held by the capture.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from tda_lightning.gradients.capture.broadcasting import Shared, hook_broadcasts
-from tda_lightning.gradients.capture.hooks import hook_gradient
-from tda_lightning.gradients.capture.layer_output import (
-    LayerOutput,
-    current_autocast,
-    require_batch,
-    require_multiple,
-    require_unchanged,
-)
+from tda_lightning.gradients.capture.layouts import Layout, LayoutMemory
+from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, to_parameters
 from tda_lightning.gradients.capture.pausing import PauseSwitch
-from tda_lightning.gradients.factors import GradientFactors
-from tda_lightning.gradients.layers import (
-    BlockSource,
-    find_tensors,
-    never_draws,
-    random_state,
-    sample_axis,
-)
+from tda_lightning.gradients.capture.probe import backward_to_meetings
+from tda_lightning.gradients.graph.routing import RoutedRows
+from tda_lightning.gradients.graph.sample_layout import SINGLE_ROWS
+from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, output_shape
+from tda_lightning.gradients.nodes import NodeCall, NodeRule, rule_for
 from tda_lightning.stores.recipe import SampleAxis
 
-Receiver = Callable[[int, GradientFactors], None]
-# The number of a block, and one layer that feeds it.
-_NumberedSource = tuple[int, BlockSource]
+Receiver = Callable[[ParameterGradient], None]
+# Positions of inputs that operations add to the others.
+_ADDENDS = {"ConvolutionBackward0": (2,), "AddmmBackward0": (0,), "AddBackward0": (0, 1)}
+NO_EFFECT = "it acts through a batch norm, which subtracts it again, and has no effect"
+
+
+def _no_owner(meeting: Meeting) -> str:
+    kind = type(meeting.node).__name__.removesuffix("Backward0")
+    return (
+        f"it meets the samples in an operation `{kind}` of shape {meeting.shape}, whose rows "
+        "belong to no single sample"
+    )
 
 
 class Capture:
-    """Hooks on the recorded layers of a model; a context manager that attaches and removes them.
-
-    Hooks are active only between :meth:`start` and :meth:`end_backward`. Factors are delivered only
-    between :meth:`start_backward` and :meth:`end_backward`, or by :meth:`extra_backward`. So the
-    gradients that a training step computes itself (such as a gradient penalty) are not recorded.
+    """Delivers per-sample gradients of parameters while a backward pass runs.
 
     Args:
         model: The model.
-        sources: The layers that feed each block.
-        batch_dims: Axis of the samples in the layers whose names match a pattern, where not 0.
-        passes: Whether several backward passes may go through one graph.
+        recorded: The recorded parameters by their names.
+        batch_dims: Axis of the samples in the layers whose names match a pattern, where it is not
+            inferred rightly.
 
     Attributes:
         switch: Pauses this capture and the model's others during extra passes through the model.
@@ -57,25 +58,24 @@ class Capture:
     def __init__(
         self,
         model: nn.Module,
-        sources: Sequence[Sequence[BlockSource]],
+        recorded: Mapping[str, nn.Parameter],
         batch_dims: Mapping[str, SampleAxis],
-        passes: Literal["one", "several"] = "one",
     ) -> None:
         self.switch = PauseSwitch(model)
-        self._sources: dict[nn.Module, list[_NumberedSource]] = {}
-        for number, block_sources in enumerate(sources):
-            for source in block_sources:
-                self._sources.setdefault(source.module, []).append((number, source))
-        self._batch_dims = batch_dims
-        self._handles: list[RemovableHandle] = []
+        self._model = model
+        self._recorded: dict[Tensor, str] = {p: name for name, p in recorded.items()}
+        declared: dict[Tensor, SampleAxis] = {
+            parameter: axis
+            for pattern, axis in batch_dims.items()
+            for name, parameter in recorded.items()
+            if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
+        }
+        self._layouts = LayoutMemory(self._recorded, declared)
         self._n: int | None = None
+        self._walk: Walk | None = None
+        self._visited: dict[Node, tuple[Edge, ...]] = {}
         self._receive: Receiver | None = None
-        self._passes = passes
-        self._in_extra_backward = False
-        # The recorded layers' outputs in the graph: an extra backward pass stops there.
-        self._output_edges: list[GradientEdge] = []
-        self._shared: list[Shared] = []
-        self._random_states: dict[nn.Module, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
         self._clock: Callable[[], float] | None = None
         self.seconds = 0.0
 
@@ -84,15 +84,8 @@ class Capture:
         self._clock, self.seconds = clock, 0.0
 
     def __enter__(self) -> Capture:
-        """Attach the hooks."""
+        """Find the model's other captures. Hooks are attached to a graph, before its backward."""
         self.switch.attach()
-        for module, sources in self._sources.items():
-            # In a compiled model, the layer runs compiled and the hook does not.
-            hook = torch.compiler.disable(self._forward_hook(sources))  # type: ignore[no-untyped-call]
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            if any(source.rule.draws is not never_draws for _, source in sources):
-                pre_hook = torch.compiler.disable(self._random_state_hook(sources))  # type: ignore[no-untyped-call]
-                self._handles.append(module.register_forward_pre_hook(pre_hook))
         return self
 
     def __exit__(
@@ -104,41 +97,37 @@ class Capture:
         """Remove every hook."""
         self.switch.detach()
         self.end_backward()
-        self._output_edges, self._shared = [], []
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     @property
-    def output_edges(self) -> Sequence[GradientEdge]:
-        """Graph edges of the outputs of all layers that were called since :meth:`start`."""
-        return self._output_edges
+    def lost(self) -> Mapping[nn.Parameter, str]:
+        """Why the rows of a parameter cannot be told apart, by parameter."""
+        return self._layouts.lost
 
-    def start(self, n: int) -> None:
-        """Activate the hooks for the forward pass of a batch of ``n`` samples."""
-        self._output_edges, self._shared = [], []
+    @property
+    def with_samples(self) -> set[Node]:
+        """The nodes of the last graph whose outputs depend on samples."""
+        return set() if self._walk is None else self._walk.with_samples
+
+    def read_graph(self, loss: Tensor, n: int) -> None:
+        """Find the meetings in the graph of the loss of ``n`` samples."""
         self._n = n
-
-    def continue_batch(self, n: int) -> None:
-        """Activate the hooks after :meth:`end_backward`, for another pass through the graph."""
-        self._n = n
-
-    def end_forward(self, loss: Tensor) -> None:
-        """Prepare for the backward pass of ``loss``, or an extra one, after the last layer call."""
-        assert self._n is not None
-        shared, self._shared = self._shared, []
-        shared_edges = {tensor.edge for tensor in shared}
-        with_samples = [edge for edge in self._output_edges if edge not in shared_edges]
-        hook_broadcasts(loss, shared, with_samples, self._n)
+        with self.switch.others_paused():
+            self._walk = self._layouts.walk(loss, n)
+        if self._walk.is_sampleless:
+            raise ValueError(
+                f"In a batch of {n} samples, no operation has a row for each of the {n} samples; "
+                "expected the samples along an axis of the tensors that parameters meet. If each "
+                "item of the dataset is a batch, pass `sample_ids=` to identify the samples in it."
+            )
 
     def start_backward(self, receive: Receiver) -> None:
-        """Deliver the factors of the backward pass that begins now.
-
-        Args:
-            receive: Called with the number of a block and the factors of one call.
-        """
-        self._forget_graph()
+        """Deliver the gradients of the backward pass that begins now."""
+        assert self._walk is not None
         self._receive = receive
+        self._hook(self._walk.meetings)
+        if self._walk.checkpoints:
+            self._visited = {}
+            self._watch_recomputation()
 
     def extra_backward(
         self,
@@ -146,133 +135,128 @@ class Capture:
         receive: Receiver,
         inputs: Sequence[Tensor] = (),
     ) -> None:
-        """Run an extra backward pass before the actual one, deliver its factors, retain the graph.
+        """Run an extra backward pass before the actual one, deliver its rows, retain the graph.
 
         Args:
             gradients: Edges in the graph at which it starts, each with a gradient.
-            receive: Called with the number of a block and the factors of one call.
-            inputs: Tensors at which it stops. By default these are the recorded layers' outputs, so
-                that no parameter's gradient is computed.
+            receive: Called with the gradients of a parameter.
+            inputs: Tensors whose gradients are computed too, for timing.
         """
-        self._receive, self._in_extra_backward = receive, True
+        assert self._walk is not None
+        edges, grads = [edge for edge, _ in gradients], [grad for _, grad in gradients]
+        meetings = {meeting.node: meeting for meeting in self._walk.meetings}
+        self._receive = receive
         try:
             with self.switch.others_paused():
-                torch.autograd.grad(
-                    [edge for edge, _ in gradients],
-                    inputs or self._output_edges,
-                    [grad for _, grad in gradients],
-                    retain_graph=True,
-                    allow_unused=True,
+                if inputs:
+                    self._hook(self._walk.meetings)
+                    torch.autograd.grad(edges, inputs, grads, retain_graph=True, allow_unused=True)
+                    return
+                backward_to_meetings(
+                    edges,
+                    grads,
+                    self._walk,
+                    self._walk.meetings,
+                    lambda node, grads: self._deliver(node, self._inputs(meetings[node]), grads),
                 )
         finally:
-            self._receive, self._in_extra_backward = None, False
+            self._receive = None
+            self._remove_hooks()
 
     def end_backward(self) -> None:
-        """Deactivate the hooks until the next :meth:`start`."""
-        self._n = None
-        self._receive = None
-        self._forget_graph()
+        """Remove the hooks, and forget the graph."""
+        self._receive, self._walk = None, None
+        self._visited = {}
+        self._remove_hooks()
 
-    def _forget_graph(self) -> None:
-        if self._passes == "one":
-            self._output_edges, self._shared = [], []
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
-    def _expects_another_pass(self) -> bool:
-        return self._in_extra_backward or self._passes == "several"
+    def _hook(self, meetings: Sequence[Meeting]) -> None:
+        for meeting in meetings:
+            self._handles.append(meeting.node.register_prehook(self._prehook(meeting)))
 
-    def _batch_dim(self, name: str) -> SampleAxis:
-        return next((d for p, d in self._batch_dims.items() if fnmatchcase(name, p)), 0)
+    def _prehook(self, meeting: Meeting) -> Callable[[tuple[Tensor | None, ...]], None]:
+        node, inputs = meeting.node, self._inputs(meeting)
 
-    def _random_state_hook(self, sources: Sequence[_NumberedSource]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            is_active = self._n is not None and not self.switch.is_paused()
-            if is_active and sources[0][1].rule.draws(module):
-                self._random_states[module] = random_state(next(module.parameters()).device)
-
-        return hook
-
-    def _forward_hook(self, sources: Sequence[_NumberedSource]) -> Callable[..., None]:
-        name = sources[0][1].name
-        is_flattened = self._batch_dim(name) == "flattened"
-        declared = 0 if is_flattened else int(self._batch_dim(name))
-
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-        ) -> None:
-            if self._n is None or not torch.is_grad_enabled() or self.switch.is_paused():
-                return
-            inputs = (
-                [*find_tensors(args), *find_tensors(kwargs)] if kwargs else [*find_tensors(args)]
-            )
-            versions = [x._version for x in inputs]
-            autocast = current_autocast(output)
-            for place, tensor in enumerate(find_tensors(output)):
-                if not tensor.requires_grad:
-                    continue
-                axis = sample_axis(module, place, declared)
-                is_shared = sources[0][1].rule.is_shared(inputs[0], self._n)
-                if is_flattened:
-                    require_multiple(name, module, tensor, self._n)
-                elif not is_shared:
-                    require_batch(name, module, inputs, tensor, axis, self._n)
-                layer_output = LayerOutput(
-                    module,
-                    args,
-                    kwargs,
-                    versions,
-                    place,
-                    0 if is_shared else axis,
-                    autocast,
-                    self._random_states.get(module),
-                )
-                deliver = self._gradient_hook(sources, layer_output)
-                register = self._hook_shared if is_shared else hook_gradient
-                edge = register(tensor, inputs, deliver, name)
-                if self._receive is None:  # A checkpoint's recomputed graph ends with its pass.
-                    self._output_edges.append(edge)
-
-        return hook
-
-    def _hook_shared(
-        self, tensor: Tensor, inputs: Sequence[Tensor], deliver: Callable[[Tensor], None], name: str
-    ) -> GradientEdge:
-        if self._n == 1:  # A batch of one sample broadcasts nothing.
-            return hook_gradient(tensor, inputs, lambda grad: deliver(grad[None]), name)
-        edge = get_gradient_edge(tensor)
-        self._shared.append(Shared(name, edge, deliver))
-        return edge
-
-    def _gradient_hook(
-        self, sources: Sequence[_NumberedSource], layer_output: LayerOutput
-    ) -> Callable[[Tensor], None]:
-        # Autograd frees a layer's saved tensors as soon as its backward pass is done, and so must
-        # we: hooks live as long as the graph, and holding all inputs until then costs 20 % of a
-        # step.
-        pending = [layer_output]
-
-        def hook(grad: Tensor) -> None:
-            if self._receive is not None and pending and not self.switch.is_paused():
-                current = pending[0] if self._expects_another_pass() else pending.pop()
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            if self._receive is not None and not self.switch.is_paused():
                 start = 0.0 if self._clock is None else self._clock()
-                self._deliver(sources, current, grad, self._receive)
+                self._deliver(node, inputs, grads)
                 if self._clock is not None:
                     self.seconds += self._clock() - start
 
         return hook
 
+    def _inputs(self, meeting: Meeting) -> list[tuple[int, Edge, Layout]]:
+        """Return the parameter-only inputs of a meeting whose rows can be told apart."""
+        found = []
+        for position, edge in meeting.inputs:
+            layout = self._layouts.layout(meeting.node, position, edge)
+            if self._is_subtracted(meeting, position):
+                self._layouts.lose(edge, NO_EFFECT)
+            elif layout is None:
+                if meeting.shape:  # A penalty is added to a number: no sample's, and no rows.
+                    self._layouts.lose(edge, _no_owner(meeting))
+            else:
+                found.append((position, edge, layout))
+        return found
+
+    def _is_subtracted(self, meeting: Meeting, position: int) -> bool:
+        """Return whether a batch norm subtracts what an input adds: a bias in front of it."""
+        name = type(meeting.node).__name__
+        is_added = position in _ADDENDS.get(name, ())
+        return is_added and self._walk is not None and meeting.node in self._walk.normalized
+
     def _deliver(
         self,
-        sources: Sequence[_NumberedSource],
-        layer_output: LayerOutput,
-        grad: Tensor,
-        receive: Receiver,
+        node: Node,
+        inputs: Sequence[tuple[int, Edge, Layout]],
+        grads: tuple[Tensor | None, ...],
     ) -> None:
-        name, module = sources[0][1].name, layer_output.module
-        require_unchanged(name, module, layer_output.inputs(), layer_output.versions)
-        n = self._n
-        assert n is not None
-        with torch.no_grad(), self.switch.paused():  # The generic rule calls the module again.
-            for number, source in sources:
-                with layer_output.autocast:
-                    factors = source.rule.factors(layer_output.call(source.names, grad))
-                receive(number, factors.regrouped(n))
+        receive, n = self._receive, self._n
+        if receive is None or n is None or all(grad is None for grad in grads):
+            return
+        rule = rule_for(node)
+        with torch.no_grad():
+            for position, edge, layout in inputs:
+                rows = SINGLE_ROWS if isinstance(layout, RoutedRows) else layout
+                call = NodeCall(node, grads, position, output_shape(edge), rows, n)
+                if isinstance(layout, RoutedRows):
+                    gradients = self._routed(rule, call, edge, layout)
+                else:
+                    gradients = to_parameters(edge, rule.contribution(call), self._recorded)
+                for gradient in gradients:
+                    receive(gradient)
+
+    def _routed(
+        self, rule: NodeRule, call: NodeCall, edge: Edge, layout: RoutedRows
+    ) -> Iterator[ParameterGradient]:
+        owners = layout.owners(call.node, call.n, self.with_samples)
+        if owners is None:
+            return
+        if rule.routed is not None:
+            yield from to_parameters(edge, rule.routed(call, owners), self._recorded)
+            return
+        # Each row counts as a sample at first.
+        single = replace(call, n=len(owners))
+        for gradient in to_parameters(edge, rule.contribution(single), self._recorded):
+            yield replace(gradient, owners=owners)
+
+    def _watch_recomputation(self) -> None:
+        """Hook the graph that a reentrant checkpoint builds during the backward pass.
+
+        The graph behind a module's output exists when the module returns.
+        """
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self._receive is None or not torch.is_grad_enabled():
+                return
+            for tensor in torch.utils._pytree.tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                    found = self._layouts.continue_walk(tensor.grad_fn, self._visited)
+                    self._hook(found.meetings)
+
+        self._handles += [module.register_forward_hook(hook) for module in self._model.modules()]

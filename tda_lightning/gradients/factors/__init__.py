@@ -9,17 +9,18 @@ is written once for all layer types.
 """
 
 from tda_lightning.gradients.factors.gradient_factors import (
+    ByChannel,
     Dense,
     GradientFactors,
     GroupedDense,
     OneHot,
     Operand,
     Regrouped,
-    WithOnes,
 )
 from tda_lightning.gradients.factors.patches import Patches
 
 __all__ = [
+    "ByChannel",
     "Dense",
     "GradientFactors",
     "GroupedDense",
@@ -27,5 +28,4 @@ __all__ = [
     "Operand",
     "Patches",
     "Regrouped",
-    "WithOnes",
 ]

@@ -34,12 +34,15 @@ class GradientFactors:
         """Number of samples."""
         return self.grad_outputs.n
 
-    def regrouped(self, n: int) -> GradientFactors:
-        """Return the factors of ``n`` samples, each made of several consecutive entries."""
-        parts = self.n // n
-        if parts == 1:
-            return self
-        return GradientFactors(Regrouped(self.inputs, parts), Regrouped(self.grad_outputs, parts))
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the products, at least float32."""
+        both = torch.promote_types(self.inputs.dtype, self.grad_outputs.dtype)
+        return torch.promote_types(both, torch.float32)
+
+    def products(self) -> Float[Tensor, "n rows columns"]:
+        """Return each sample's gradient in full."""
+        return self.grad_outputs.dense(self.dtype).mT @ self.inputs.dense(self.dtype)
 
     def select(self, samples: Int[Tensor, " m"]) -> GradientFactors:
         """Return the factors of some of the samples."""
@@ -54,15 +57,18 @@ class Operand(ABC):
     def n(self) -> int:
         """Number of samples."""
 
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Number format of the stored values."""
+
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
         """Return the operand as a tensor."""
 
     @abstractmethod
-    def project(
-        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
-    ) -> Float[Tensor, "n s w"]:
-        """Multiply from the right, in the number format of ``matrix``, and add ``offset``."""
+    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
+        """Multiply from the right, in the number format of ``matrix``."""
 
     @abstractmethod
     def select(self, samples: Int[Tensor, " m"]) -> Operand:
@@ -71,32 +77,77 @@ class Operand(ABC):
 
 @dataclass(frozen=True)
 class Dense(Operand):
-    """An operand that is stored as a tensor.
+    """An operand that is stored as a matrix, the rows of one sample after those of another.
 
     Attributes:
-        values: Shape ``(n, s, d)``.
+        rows: Shape ``(n * s, d)``.
+        count: Number of samples ``n``.
     """
 
-    values: Float[Tensor, "n s d"]
+    rows: Float[Tensor, "ns d"]
+    count: int
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return self.count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the stored values."""
+        return self.rows.dtype
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
+        """Return the rows of each sample."""
+        return self._by_sample(self.rows.to(dtype))
+
+    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
+        """Multiply from the right."""
+        return self._by_sample(self.project_rows(matrix))
+
+    def project_rows(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "ns w"]:
+        """Multiply from the right; the rows of all samples are one axis."""
+        return self.rows.to(matrix.dtype).mm(matrix)
+
+    def select(self, samples: Int[Tensor, " m"]) -> Operand:
+        """Return the operand of some of the samples."""
+        return Dense(self._by_sample(self.rows)[samples].flatten(0, 1), len(samples))
+
+    def _by_sample(self, rows: Tensor) -> Tensor:
+        return rows.view(self.count, -1, rows.shape[1])
+
+
+@dataclass(frozen=True)
+class ByChannel(Operand):
+    """An operand of images, whose channels come before their positions.
+
+    Attributes:
+        values: Shape ``(n, d, s)``.
+    """
+
+    values: Float[Tensor, "n d s"]
 
     @property
     def n(self) -> int:
         """Number of samples."""
         return len(self.values)
 
-    def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
-        """Return the values."""
-        return self.values.to(dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the stored values."""
+        return self.values.dtype
 
-    def project(
-        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
-    ) -> Float[Tensor, "n s w"]:
-        """Multiply from the right and add ``offset``, in one call."""
-        return functional.linear(self.values.to(matrix.dtype), matrix.mT, offset)
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
+        """Return the values, channels last."""
+        return self.values.to(dtype).mT
+
+    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
+        """Multiply the channels by a matrix."""
+        return (matrix.mT @ self.values.to(matrix.dtype)).mT
 
     def select(self, samples: Int[Tensor, " m"]) -> Operand:
         """Return the operand of some of the samples."""
-        return Dense(self.values[samples])
+        return ByChannel(self.values[samples])
 
 
 @dataclass(frozen=True)
@@ -116,16 +167,18 @@ class OneHot(Operand):
         """Number of samples."""
         return len(self.indices)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the stored values."""
+        return torch.bool
+
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
         """Return the rows of zeros and ones."""
         return functional.one_hot(self.indices, self.size).to(dtype)
 
-    def project(
-        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
-    ) -> Float[Tensor, "n s w"]:
+    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
         """Look up rows of ``matrix``."""
-        selected = matrix[self.indices]
-        return selected if offset is None else selected + offset
+        return matrix[self.indices]
 
     def select(self, samples: Int[Tensor, " m"]) -> Operand:
         """Return the operand of some of the samples."""
@@ -151,54 +204,25 @@ class GroupedDense(Operand):
         """Number of samples."""
         return len(self.values)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the stored values."""
+        return self.values.dtype
+
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
         """Return the rows with their zeros, shape ``(n, groups * s, d)``."""
         return self.project(torch.eye(self.values.shape[2], dtype=dtype, device=self.values.device))
 
-    def project(
-        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
-    ) -> Float[Tensor, "n s w"]:
+    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
         """Multiply each group by its part of ``matrix``."""
         n, s, d = self.values.shape
         values = self.values.to(matrix.dtype).reshape(n, s, self.groups, d // self.groups)
         parts = matrix.reshape(self.groups, d // self.groups, -1)
-        projected = torch.einsum("nsgd,gdw->ngsw", values, parts).flatten(1, 2)
-        return projected if offset is None else projected + offset
+        return torch.einsum("nsgd,gdw->ngsw", values, parts).flatten(1, 2)
 
     def select(self, samples: Int[Tensor, " m"]) -> Operand:
         """Return the operand of some of the samples."""
         return GroupedDense(self.values[samples], self.groups)
-
-
-@dataclass(frozen=True)
-class WithOnes(Operand):
-    """Another operand with a last column of ones: the input of a layer with a bias.
-
-    Attributes:
-        operand: The operand before the ones, of width ``d - 1``.
-    """
-
-    operand: Operand
-
-    @property
-    def n(self) -> int:
-        """Number of samples."""
-        return self.operand.n
-
-    def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
-        """Return the operand with its column of ones."""
-        return functional.pad(self.operand.dense(dtype), (0, 1), value=1.0)
-
-    def project(
-        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
-    ) -> Float[Tensor, "n s w"]:
-        """Multiply from the right; the ones add the last row of ``matrix``."""
-        last = matrix[-1] if offset is None else matrix[-1] + offset
-        return self.operand.project(matrix[:-1], last)
-
-    def select(self, samples: Int[Tensor, " m"]) -> Operand:
-        """Return the operand of some of the samples."""
-        return WithOnes(self.operand.select(samples))
 
 
 @dataclass(frozen=True)
@@ -218,15 +242,18 @@ class Regrouped(Operand):
         """Number of samples."""
         return self.operand.n // self.parts
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the stored values."""
+        return self.operand.dtype
+
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
         """Return the operand, with each sample's entries joined."""
         return self._join(self.operand.dense(dtype))
 
-    def project(
-        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
-    ) -> Float[Tensor, "n s w"]:
+    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
         """Multiply from the right, and join each sample's entries."""
-        return self._join(self.operand.project(matrix, offset))
+        return self._join(self.operand.project(matrix))
 
     def select(self, samples: Int[Tensor, " m"]) -> Operand:
         """Return the operand of some of the samples."""

@@ -40,14 +40,17 @@ class Patches(Operand):
         """Number of samples."""
         return len(self.images)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the stored values."""
+        return self.images.dtype
+
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
         """Unfold the patches."""
         size = self.images.shape[1] // self.groups * math.prod(self.kernel_size)
         return self.project(torch.eye(size, dtype=dtype, device=self.images.device))
 
-    def project(
-        self, matrix: Float[Tensor, "d w"], offset: Float[Tensor, " w"] | None = None
-    ) -> Float[Tensor, "n s w"]:
+    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
         """Convolve with the columns of ``matrix`` as filters, which all groups share."""
         channels = self.images.shape[1] // self.groups
         filters = matrix.mT.reshape(matrix.shape[1], channels, *self.kernel_size)
@@ -55,7 +58,6 @@ class Patches(Operand):
         maps = convolve(
             self.images.to(matrix.dtype),
             filters.repeat(self.groups, *[1] * (filters.ndim - 1)),
-            None if offset is None else offset.repeat(self.groups),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,

@@ -33,57 +33,38 @@ _KINDS: dict[str, type[LossNode]] = {
 }
 
 
-def find_losses(loss: Tensor, layer_outputs: Sequence[GradientEdge]) -> list[LossNode]:
+def find_losses(loss: Tensor, with_samples: Collection[Any]) -> list[LossNode]:
     """Return the loss functions near the root of a loss's graph, in order of their distance.
 
     A function of parameters alone, such as a squared weight, is a penalty, not a loss of samples.
-    Its nodes look the same, but no layer's output leads to it: samples enter through layers.
 
     Args:
         loss: The loss of a batch, with its graph.
-        layer_outputs: Edges of the graph where layers returned one output per sample. Functions
-            that neither depend on such an output nor run inside a layer are left out.
+        with_samples: The nodes of the graph whose outputs depend on samples; functions of others
+            are left out.
     """
-    layers = {edge.node for edge in layer_outputs}
     return [
         loss_node
-        for loss_node, in_layer in _near_root(loss, layers)
-        if in_layer or _sees_samples(loss_node.node, layers)
+        for loss_node in find_losses_and_penalties(loss)
+        if any(child in with_samples for child in _children(loss_node.node))
     ]
 
 
 def find_losses_and_penalties(loss: Tensor) -> list[LossNode]:
     """Return the loss functions near the root, including penalties on parameters."""
-    return [loss_node for loss_node, _ in _near_root(loss, ())]
-
-
-def _near_root(loss: Tensor, layers: Collection[Any]) -> Iterator[tuple[LossNode, bool]]:
-    """Yield possible loss functions, and whether each runs inside a layer."""
-    waiting, seen = deque([(loss.grad_fn, False)]), {loss.grad_fn}
+    waiting, seen = deque([loss.grad_fn]), {loss.grad_fn}
+    found = []
     while waiting and len(seen) < _MAX_SEARCHED_NODES:
-        node, in_layer = waiting.popleft()
-        in_layer = in_layer or node in layers
+        node = waiting.popleft()
         kind = _kind_of(node)
         if kind is not None:
-            yield kind(node), in_layer
+            found.append(kind(node))
             continue
         for child in _children(node):
             if child not in seen:
                 seen.add(child)
-                waiting.append((child, in_layer))
-
-
-def _sees_samples(node: Any, layers: Collection[Any]) -> bool:
-    """Return whether a node's inputs may depend on samples; only ``False`` is certain."""
-    waiting, seen = deque(_children(node)), {node}
-    while waiting and len(seen) < _MAX_SEARCHED_NODES:
-        current = waiting.popleft()
-        # A function written in Python may contain layers that are not hooked, as checkpoints do.
-        if current in layers or isinstance(current, torch.autograd.function.BackwardCFunction):
-            return True
-        seen.add(current)
-        waiting.extend(child for child in _children(current) if child not in seen)
-    return bool(waiting)
+                waiting.append(child)
+    return found
 
 
 def _kind_of(node: Any) -> type[LossNode] | None:

@@ -196,9 +196,13 @@ class LossSummary:
     Args:
         nodes: The loss functions of a batch, before its backward pass.
         n: Number of samples in the batch.
+        is_paused: Returns whether the current backward pass is not the batch's.
     """
 
-    def __init__(self, nodes: Sequence[LossNode], n: int) -> None:
+    def __init__(
+        self, nodes: Sequence[LossNode], n: int, is_paused: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._is_paused = is_paused
         self._n = n
         self._names = sorted({node.name for node in nodes})
         # Sums over each sample's terms: weights, squared weights, traces, squared gradients.
@@ -210,7 +214,12 @@ class LossSummary:
         waiting = [node]
 
         def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> None:
-            if waiting and inputs[0] is not None and outputs[0] is not None:
+            if (
+                waiting
+                and not self._is_paused()
+                and inputs[0] is not None
+                and outputs[0] is not None
+            ):
                 with torch.no_grad():
                     self._add(waiting.pop(), outputs[0], inputs[0])
 

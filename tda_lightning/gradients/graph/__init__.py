@@ -1,0 +1,1 @@
+"""The autograd graph of a loss: where parameters meet data, what nodes saved, where samples lie."""

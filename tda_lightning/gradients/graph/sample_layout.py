@@ -1,0 +1,106 @@
+"""SampleLayout: which rows of a tensor belong to which sample of the batch.
+
+The samples lie on one axis of the tensor, alone or joined with other axes: ``(n * s, d)`` after a
+flattening, ``(s, n, d)`` in sequence-first models, ``(views * n, d)`` where several views of a
+batch are concatenated. A layout is inferred from shapes first and then proved by
+:mod:`~tda_lightning.gradients.capture.probe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """The samples lie on ``axis``, of size ``outer * n * inner``.
+
+    Entry ``r`` of the axis belongs to sample ``(r // inner) % n``. Batches and sequences differ in
+    length, so one of the two numbers may be open: it is then whatever fits.
+
+    Attributes:
+        axis: The axis with the samples.
+        outer: Number of repetitions of the whole batch, or ``None`` for as many as fit.
+        inner: Number of consecutive entries of one sample, or ``None`` for as many as fit.
+    """
+
+    axis: int
+    outer: int | None
+    inner: int | None
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the entries of each sample follow one another on the first axis."""
+        return self.axis == 0 and self.outer == 1
+
+    def fits(self, shape: Sequence[int], n: int) -> bool:
+        """Return whether a tensor of this shape can have this layout."""
+        if len(shape) <= self.axis:
+            return False
+        return (
+            shape[self.axis] > 0 and shape[self.axis] % (n * (self.outer or self.inner or 1)) == 0
+        )
+
+    def sizes(self, size: int, n: int) -> tuple[int, int]:
+        """Return ``outer`` and ``inner`` for an axis of this size."""
+        outer = size // (n * self.inner) if self.outer is None and self.inner else self.outer or 1
+        return outer, size // (n * outer)
+
+    def samples_first(self, values: Tensor, n: int) -> Tensor:
+        """Return a tensor with the samples on a separate first axis.
+
+        The entries of a sample are the next axes: ``(outer * n * inner, d)`` becomes
+        ``(n, outer, inner, d)``, where axes of length one are left out.
+        """
+        outer, inner = self.sizes(values.shape[self.axis], n)
+        if self.axis == 0 and outer == 1:
+            return values if inner == 1 else values.reshape(n, inner, *values.shape[1:])
+        parts = self.unflattened(values, n).movedim(self.axis + 1, 0)
+        return parts.squeeze(self.axis + 2) if inner == 1 else parts
+
+    def unflattened(self, values: Tensor, n: int) -> Tensor:
+        """Return a tensor with three axes for the one of the samples: ``outer, n, inner``."""
+        before, after = values.shape[: self.axis], values.shape[self.axis + 1 :]
+        return values.reshape(*before, *self._three(values.shape[self.axis], n), *after)
+
+    def _three(self, size: int, n: int) -> tuple[int, int, int]:
+        outer, inner = self.sizes(size, n)
+        return outer, n, inner
+
+    def totals(self, weights: Float[Tensor, " size"], n: int) -> Float[Tensor, " n"]:
+        """Sum one number per entry of the axis to one number per sample."""
+        outer, inner = self.sizes(len(weights), n)
+        return weights.reshape(outer, n, inner).sum(dim=(0, 2))
+
+    def entries_of(self, size: int, n: int, sample: int) -> Int[Tensor, " m"]:
+        """Return the entries of the axis that belong to one sample."""
+        return (self.owners(size, n) == sample).nonzero()[:, 0]
+
+    def owners(self, size: int, n: int) -> Int[Tensor, " size"]:
+        """Return the sample of each entry of the axis."""
+        return torch.arange(size) // self.sizes(size, n)[1] % n
+
+
+# Every entry of the first axis is a sample.
+SINGLE_ROWS = SampleLayout(0, 1, 1)
+
+
+def possible_layouts(shape: Sequence[int], n: int, axes: Sequence[int]) -> Iterator[SampleLayout]:
+    """Yield the layouts that a tensor's shape allows, the most common ones first."""
+    axes = [axis for axis in axes if axis < len(shape) and shape[axis] and shape[axis] % n == 0]
+    for axis in axes:  # An axis of exactly n is more likely than one of a multiple.
+        if shape[axis] == n:
+            yield SampleLayout(axis, 1, None)
+    for axis in axes:
+        if shape[axis] > n:
+            yield SampleLayout(axis, 1, None)
+            yield SampleLayout(axis, None, 1)
+            parts = shape[axis] // n
+            for inner in range(2, parts):
+                if parts % inner == 0:
+                    yield SampleLayout(axis, parts // inner, inner)

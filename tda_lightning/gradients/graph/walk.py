@@ -1,0 +1,232 @@
+"""Find the nodes of a loss's graph in which parameters meet data.
+
+A tensor made of parameters alone (a parameter, its transpose, a cast, a weight-norm product) is
+*parameter-only*. A node *meets* data if one of its inputs is parameter-only and its output has a
+row per sample. There the gradient of each sample can still be told from the others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge
+
+Node = Any
+Edge = tuple[Node, int]
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A node in which parameters meet data.
+
+    Attributes:
+        node: The node.
+        inputs: Positions of its parameter-only inputs, each with the edge that leads to it.
+        is_first: Whether no other node with samples lies behind it.
+    """
+
+    node: Node
+    inputs: tuple[tuple[int, Edge], ...]
+    is_first: bool
+
+    @property
+    def takes_data(self) -> bool:
+        """Whether the operation always combines a parameter with data."""
+        return type(self.node).__name__ in TAKES_DATA
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the node's first output."""
+        return output_shape((self.node, 0))
+
+    def parameter(self, position: int) -> nn.Parameter:
+        """Return a parameter that the input at ``position`` is made of."""
+        return next(
+            leaf for place, edge in self.inputs if place == position for leaf in leaves(edge)
+        )
+
+
+@dataclass
+class Walk:
+    """The result of a walk over the graph of a loss.
+
+    Attributes:
+        meetings: The nodes in which parameters meet data.
+        with_samples: All nodes whose outputs depend on samples and on recorded parameters.
+        checkpoints: Functions written in Python, which may run modules in the backward pass.
+        is_sampleless: Whether the loss depends on recorded parameters, but no node has samples.
+        normalized: Nodes whose output goes into a batch norm that uses the batch's statistics.
+    """
+
+    meetings: list[Meeting] = field(default_factory=list)
+    with_samples: set[Node] = field(default_factory=set)
+    checkpoints: list[Node] = field(default_factory=list)
+    normalized: set[Node] = field(default_factory=set)
+    is_sampleless: bool = False
+
+    @property
+    def has_batch_statistics(self) -> bool:
+        """Whether some node normalizes samples by what they have in common."""
+        return any("BatchNorm" in type(node).__name__ for node in self.with_samples)
+
+    @property
+    def is_reentrant(self) -> bool:
+        """Whether a part of the graph allows no backward pass but the real one."""
+        names = {type(node).__name__ for node in self.checkpoints}
+        return "CheckpointFunctionBackward" in names
+
+    def first_edges(self) -> list[GradientEdge]:
+        """Return the outputs of the nodes at which a backward pass without parameters can stop."""
+        return [
+            GradientEdge(meeting.node, number)
+            for meeting in self.meetings
+            if meeting.is_first
+            for number in range(len(meeting.node._input_metadata))
+        ]
+
+
+# Decides whether a node whose inputs are all parameter-only or constant has a row per sample.
+HasSamples = Callable[[Node, int, Edge], bool]
+
+
+def walk(
+    root: Node,
+    recorded: Mapping[Tensor, object],
+    has_samples: HasSamples,
+    visited: dict[Node, tuple[Edge, ...]] | None = None,
+) -> Walk:
+    """Find all meetings in the graph below a node.
+
+    Args:
+        root: The node of the loss, or of another result.
+        recorded: The parameters to look for; others count as constants.
+        has_samples: Decides about nodes that structure alone leaves undecided.
+        visited: Nodes not to visit again, with their inputs; new ones are added.
+    """
+    result = Walk()
+    visited = {} if visited is None else visited
+    # Nodes whose output is parameter-only. Nodes without recorded parameters are in no set.
+    parameter_only: set[Node] = set()
+    stack = [] if root is None or root in visited else [root]
+    while stack:
+        node = stack[-1]
+        functions = visited.get(node)
+        if functions is None:
+            functions = visited[node] = node.next_functions
+            pending = [c for c, _ in functions if c is not None and c not in visited]
+            if pending:
+                stack += pending
+                continue
+        stack.pop()  # All its inputs are decided; it may be on the stack more than once.
+        if functions:
+            _classify(node, functions, has_samples, parameter_only, result)
+        elif getattr(node, "variable", None) in recorded:
+            parameter_only.add(node)
+    result.is_sampleless = root in parameter_only
+    return result
+
+
+def _classify(
+    node: Node,
+    functions: tuple[Edge, ...],
+    has_samples: HasSamples,
+    parameter_only: set[Node],
+    result: Walk,
+) -> None:
+    """Decide about a node whose inputs are decided."""
+    with_samples = result.with_samples
+    if node in with_samples or node in parameter_only:
+        return
+    inputs = [(place, edge) for place, edge in enumerate(functions) if edge[0] in parameter_only]
+    is_later = any(child in with_samples for child, _ in functions)
+    is_later = _note(node, functions, result) or is_later
+    if inputs and not is_later:
+        may_hold = _may_hold_data(node, functions, parameter_only)
+        if not may_hold or not has_samples(node, *inputs[0]):
+            parameter_only.add(node)
+            return
+    if inputs:
+        result.meetings.append(Meeting(node, tuple(inputs), not is_later))
+    if inputs or is_later:
+        with_samples.add(node)
+
+
+def _note(node: Node, functions: tuple[Edge, ...], result: Walk) -> bool:
+    """Note what is special about a node; return whether samples enter it unseen."""
+    name = type(node).__name__
+    if name in _BATCH_NORMS and getattr(node, "_saved_training", True):
+        result.normalized.add(_behind_views(functions[0][0]))
+    if isinstance(node, BackwardCFunction):
+        result.checkpoints.append(node)
+    return name == "CheckpointFunctionBackward"
+
+
+_BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
+
+
+def _behind_views(node: Node) -> Node:
+    while node is not None and type(node).__name__ in ("ViewBackward0", "UnsafeViewBackward0"):
+        node = node.next_functions[0][0]
+    return node
+
+
+# Operations that always combine a parameter with data.
+TAKES_DATA = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Addmm", "Mm", "Mv", "Bmm", "Baddbmm", "Convolution", "NativeLayerNorm", "FusedRmsNorm",
+        "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm", "PreluKernel",
+    )
+)  # fmt: skip
+
+# Operations that take data in another way than as a differentiable input.
+_LOOKUPS = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Take", "MaskedFill",
+        "Where", "GridSampler2D", "GridSampler3D", "Expand", "Repeat",
+    )
+)  # fmt: skip
+
+
+def _may_hold_data(node: Node, functions: tuple[Edge, ...], parameter_only: set[Node]) -> bool:
+    """Return whether data can have entered an operation whose differentiable inputs have none.
+
+    A square or a norm of a parameter is parameter-only, whatever its shape looks like.
+    """
+    return (
+        any(child not in parameter_only for child, _ in functions)
+        or type(node).__name__ in _LOOKUPS
+        or isinstance(node, BackwardCFunction)
+    )
+
+
+def output_shape(edge: Edge) -> tuple[int, ...]:
+    """Return the shape of one of a node's outputs."""
+    node, number = edge
+    variable = getattr(node, "variable", None)
+    if variable is not None:
+        return tuple(variable.shape)
+    return tuple(node._input_metadata[number].shape)
+
+
+def leaves(edge: Edge) -> list[nn.Parameter]:
+    """Return the parameters that a parameter-only tensor is made of."""
+    found: dict[nn.Parameter, None] = {}
+    waiting, seen = [edge[0]], {edge[0]}
+    while waiting:
+        node = waiting.pop()
+        if not node.next_functions:
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                found[variable] = None
+            continue
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                waiting.append(child)
+    return list(found)

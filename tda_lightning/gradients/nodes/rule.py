@@ -1,0 +1,178 @@
+"""Node rules: how a node in which a parameter meets data yields each sample's gradient.
+
+A rule is one function from a :class:`NodeCall` to a :class:`Contribution`. Add one with
+``@node_rule("MyOperationBackward0")``; nodes without a rule use :func:`per_sample_vjp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tda_lightning.gradients.factors import Dense, GradientFactors
+from tda_lightning.gradients.graph.sample_layout import SampleLayout
+from tda_lightning.gradients.graph.saved_values import saved_value
+
+# Per-sample gradients of a parameter-only tensor: factors of the tensor as a matrix (its first axis
+# by all others), or the gradients themselves, shape ``(n, *shape)``.
+Contribution = GradientFactors | Tensor
+
+
+@dataclass(slots=True)
+class NodeCall:
+    """A node in the backward pass, with the gradients of its outputs.
+
+    Attributes:
+        node: The autograd node; it still holds the tensors that it saved in the forward pass.
+        grads: Gradient of each output, ``None`` for an output that is not used.
+        position: Number of the parameter-only input among the node's inputs.
+        shape: Shape of that input.
+        layout: Where the samples lie in the first output.
+        n: Number of samples.
+    """
+
+    node: Any
+    grads: tuple[Tensor | None, ...]
+    position: int
+    shape: tuple[int, ...]
+    layout: SampleLayout
+    n: int
+
+    @property
+    def grad(self) -> Tensor:
+        """Gradient of the first output."""
+        assert self.grads[0] is not None
+        return self.grads[0]
+
+    def saved(self, name: str) -> Any:
+        """Return a value that the node saved in the forward pass."""
+        return saved_value(self.node, name)
+
+    def samples_first(self, values: Tensor) -> Tensor:
+        """Return a tensor with the layout of the first output, samples on a separate first axis."""
+        return self.layout.samples_first(values, self.n)
+
+    def rows(self, values: Tensor) -> Dense:
+        """Return a tensor with the layout of the first output, each sample's rows together.
+
+        Its last axis stays: ``(outer * n * inner, d)`` becomes ``(n, outer * inner, d)``.
+        """
+        if values.ndim == 2 and self.layout.is_contiguous:
+            return Dense(values, self.n)
+        return Dense(self.samples_first(values).reshape(-1, values.shape[-1]), self.n)
+
+
+Rule = Callable[[NodeCall], Contribution]
+RoutedRule = Callable[[NodeCall, Tensor], Tensor]
+# Axes of the first output on which samples can lie, from its shape, the shape of the parameter-only
+# input, and the position of that input.
+Axes = Callable[[Sequence[int], Sequence[int], int], Sequence[int]]
+
+
+def every_axis(output: Sequence[int], parameter: Sequence[int], position: int) -> Sequence[int]:
+    """Return all axes."""
+    return range(len(output))
+
+
+def first_axis(output: Sequence[int], parameter: Sequence[int], position: int) -> Sequence[int]:
+    """Return the first axis."""
+    return range(min(1, len(output)))
+
+
+def all_but_last(output: Sequence[int], parameter: Sequence[int], position: int) -> Sequence[int]:
+    """Return all axes but the last."""
+    return range(len(output) - 1)
+
+
+def broadcast_axes(output: Sequence[int], parameter: Sequence[int], position: int) -> Sequence[int]:
+    """Return the axes along which the parameter-only input is repeated."""
+    missing = len(output) - len(parameter)
+    return [
+        axis
+        for axis, size in enumerate(output)
+        if axis < missing or parameter[axis - missing] != size or size == 1
+    ]
+
+
+@dataclass(frozen=True)
+class NodeRule:
+    """How a kind of node is recorded.
+
+    Attributes:
+        contribution: From a node in the backward pass to the gradients of its input.
+        axes: Axes of the first output on which samples can lie.
+        routed: From such a node and the sample of each row to gradients ``(n, *shape)``, where
+            rows in irregular order need a rule of their own.
+    """
+
+    contribution: Rule
+    axes: Axes
+    routed: RoutedRule | None = None
+
+
+_RULES: dict[str, NodeRule] = {}
+
+
+def node_rule(
+    *names: str, axes: Axes = every_axis, routed: RoutedRule | None = None
+) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule for kinds of autograd nodes.
+
+    Args:
+        names: Class names of the nodes, such as ``"AddmmBackward0"``.
+        axes: Axes of the first output on which samples can lie.
+        routed: As in :class:`NodeRule`.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for name in names:
+            _RULES[name] = NodeRule(rule, axes, routed)
+        return rule
+
+    return register
+
+
+def rule_for(node: Any) -> NodeRule:
+    """Return the rule registered for a node's kind, or the generic one."""
+    return _RULES.get(type(node).__name__, _GENERIC)
+
+
+def per_sample_vjp(call: NodeCall) -> Float[Tensor, "n ..."]:
+    """Call the node once per sample, with the gradients of all other samples set to zero.
+
+    A node is linear in its outputs' gradients, so this is right for any operation, and slow.
+    """
+    function = getattr(call.node, "apply", call.node)
+    outputs = [_all_but_one_zero(call, grad) for grad in call.grads]
+    results = []
+    for sample in range(call.n):
+        input_grads = function(*(grad and grad(sample) for grad in outputs))
+        value = input_grads[call.position] if isinstance(input_grads, tuple) else input_grads
+        if value is None:
+            value = call.grad.new_zeros(call.shape)
+        # Autograd itself sums over the axes along which an input was broadcast.
+        results.append(value if value.shape == call.shape else value.sum_to_size(call.shape))
+    return torch.stack(results)
+
+
+def _all_but_one_zero(call: NodeCall, grad: Tensor | None) -> Callable[[int], Tensor] | None:
+    if grad is None:
+        return None
+    layout, n = call.layout, call.n
+    if not layout.fits(grad.shape, n):  # An output of another shape, such as a hidden state.
+        layout = SampleLayout(list(grad.shape).index(n), 1, None)
+
+    def of_sample(sample: int) -> Tensor:
+        entries = layout.entries_of(grad.shape[layout.axis], n, sample).to(grad.device)
+        masked = torch.zeros_like(grad)
+        return masked.index_copy(layout.axis, entries, grad.index_select(layout.axis, entries))
+
+    return of_sample
+
+
+_GENERIC = NodeRule(per_sample_vjp, every_axis)

@@ -1,0 +1,104 @@
+"""RowSum: the rows of one backward pass, summed up from the gradients of its parameters."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tda_lightning.gradients.sketching.block_maps import Factored, Shrunk, multiply
+from tda_lightning.gradients.sketching.sketcher import Sketcher
+
+# Shrunk gradients wait until there are so many numbers: hashing them together is faster.
+_MAX_WAITING_NUMBERS = 2**22
+
+
+class RowSum:
+    """Adds the shrunk gradients of one parameter after another to rows.
+
+    Args:
+        sketcher: Hashes them into the columns of a row.
+        n: Number of rows.
+
+    Attributes:
+        sums: Where set, the sum of the rows over all samples is added to it, block by block, and in
+            a last column a bound of its rounding error.
+    """
+
+    def __init__(self, sketcher: Sketcher, n: int) -> None:
+        self._sketcher = sketcher
+        self._n = n
+        self._rows: Tensor | None = None
+        self._blocks: list[int] = []
+        self._values: list[Tensor] = []
+        self._factored: dict[tuple[int, ...], list[tuple[int, Factored]]] = {}
+        self._waiting = 0
+        self.sums: Float[Tensor, "blocks k1"] | None = None
+        # The coarsest number format of the gradients.
+        self._format = torch.float64
+
+    def add(self, block: int, values: Shrunk, stored: torch.dtype = torch.float64) -> None:
+        """Add the shrunk gradients of a block.
+
+        Args:
+            block: Number of the block.
+            values: Its shrunk gradients.
+            stored: Number format that they were computed from.
+        """
+        if torch.finfo(stored).eps > torch.finfo(self._format).eps:
+            self._format = stored
+        if isinstance(values, Factored):
+            self._factored.setdefault(values.shapes, []).append((block, values))
+            self._waiting += values.left.numel() + values.right.numel()
+        else:
+            self._blocks.append(block)
+            self._values.append(values)
+            self._waiting += values.numel()
+        if self._waiting > _MAX_WAITING_NUMBERS:
+            self._hash()
+
+    def rows(self) -> Float[Tensor, "n k"]:
+        """Return the rows."""
+        self._hash()
+        assert self._rows is not None
+        return self._rows
+
+    def take(self) -> Float[Tensor, "n k"]:
+        """Return the rows, and begin with zeros again."""
+        rows = self.rows()
+        self._rows = None
+        return rows
+
+    def _hash(self) -> None:
+        for pairs in self._factored.values():
+            self._blocks += [block for block, _ in pairs]
+            products = multiply([values for _, values in pairs], self._sketcher.dtype)
+            self._values += torch.tensor_split(products, len(pairs), dim=1)
+        if self.sums is not None:
+            self._add_to_sums(self.sums)
+        if self._values or self._rows is None:
+            rows = self._sketcher.hash_rows(self._blocks, self._values, self._n)
+            self._rows = rows if self._rows is None else self._rows + rows
+        self._blocks, self._values, self._factored, self._waiting = [], [], {}, 0
+
+    def _add_to_sums(self, sums: Float[Tensor, "blocks k1"]) -> None:
+        for block, values in zip(self._blocks, self._values, strict=True):
+            rows = self._sketcher.hash_rows([block], [values], self._n)
+            sums[block, :-1] += rows.sum(dim=0)
+            sums[block, -1] += rows.norm() * rounding_of(self._format, rows.dtype)
+
+
+def rounding_of(stored: torch.dtype, summed: torch.dtype) -> float:
+    """Return a bound of the error of a sum of rows, relative to the root of their squares' sum.
+
+    Args:
+        stored: Number format of the factors of the rows: each has its rounding error.
+        summed: Number format of the sums, which add up the rounding errors of many terms.
+    """
+    return 8 * torch.finfo(stored).eps + 64 * torch.finfo(summed).eps
+
+
+def sum_by_owner(values: Shrunk, owners: Int[Tensor, " rows"], n: int) -> Float[Tensor, "n m"]:
+    """Sum gradients of single rows to gradients of their samples."""
+    rows = multiply([values], values.left.dtype) if isinstance(values, Factored) else values
+    return rows.new_zeros(n, rows.shape[1]).index_add_(0, owners, rows)

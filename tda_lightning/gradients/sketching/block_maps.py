@@ -1,0 +1,176 @@
+"""BlockMap: shrink one layer's per-sample gradients on both sides, or leave them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from tda_lightning.gradients.factors import Dense, GradientFactors, Operand
+from tda_lightning.gradients.nodes import Contribution
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """The map of one block: on each side a matrix, or ``None`` to leave the side unchanged.
+
+    Attributes:
+        rows: Number of rows of the block.
+        columns: Number of columns of the block.
+        left: Applied to the rows, shape ``(rows, mapped rows)``.
+        right: Applied to the columns, shape ``(columns, mapped columns)``.
+        scale: Multiplied by the entries of the mapped block, shape ``(mapped rows, mapped
+            columns)``. It holds a preconditioner's factors for unchanged sides.
+    """
+
+    rows: int
+    columns: int
+    left: Tensor | None = None
+    right: Tensor | None = None
+    scale: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Length of the mapped and flattened block."""
+        rows = self.rows if self.left is None else self.left.shape[1]
+        columns = self.columns if self.right is None else self.right.shape[1]
+        return rows * columns
+
+    def scaled(self, rows: Float[Tensor, " rows"], columns: Float[Tensor, " columns"]) -> BlockMap:
+        """Return a map that first multiplies entry ``(i, j)`` by ``rows[i] * columns[j]``."""
+        left = None if self.left is None else rows[:, None] * self.left
+        right = None if self.right is None else columns[:, None] * self.right
+        row_scale = rows if left is None else rows.new_ones(left.shape[1])
+        column_scale = columns if right is None else rows.new_ones(right.shape[1])
+        is_merged = left is not None and right is not None
+        scale = None if is_merged else torch.outer(row_scale, column_scale)
+        return BlockMap(self.rows, self.columns, left, right, scale)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> BlockMap:
+        """Return the map on another device, or in another number format."""
+        left = None if self.left is None else self.left.to(device, dtype)
+        right = None if self.right is None else self.right.to(device, dtype)
+        return BlockMap(self.rows, self.columns, left, right)
+
+    def project(self, contribution: Contribution, dtype: torch.dtype) -> Shrunk:
+        """Map per-sample gradients to flat rows of length ``size``."""
+        left, right = self.left, self.right
+        if isinstance(contribution, Tensor):
+            if left is None and right is None:
+                is_flat = contribution.ndim == 2
+                values = contribution if is_flat else contribution.reshape(len(contribution), -1)
+                return values.to(dtype)
+            return _project_dense(contribution, self.rows, left, right, dtype).flatten(1)
+        inputs, grads = contribution.inputs, contribution.grad_outputs
+        if (
+            left is not None
+            and right is not None
+            and isinstance(inputs, Dense)
+            and isinstance(grads, Dense)
+        ):
+            return Factored(grads.project_rows(left), inputs.project_rows(right), inputs.n)
+        return _products(contribution, left, right, dtype).flatten(1)
+
+    def project_matrix(self, matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, " m"]:
+        """Map one gradient, given as a matrix, to a flat row."""
+        mapped = matrix if self.left is None else self.left.mT @ matrix
+        mapped = mapped if self.right is None else mapped @ self.right
+        return mapped.flatten()
+
+
+@dataclass(frozen=True)
+class BlockPart:
+    """The map of some rows and columns of a block.
+
+    Attributes:
+        block: The map of the whole block.
+        rows: The rows.
+        columns: The columns.
+    """
+
+    block: BlockMap
+    rows: slice
+    columns: slice
+
+    def project(self, contribution: Contribution, dtype: torch.dtype) -> Float[Tensor, "n m"]:
+        """Map per-sample gradients to flat rows of the length of the whole mapped block."""
+        block = self.block
+        left = None if block.left is None else block.left[self.rows]
+        right = None if block.right is None else block.right[self.columns]
+        if isinstance(contribution, Tensor):
+            rows = self.rows.stop - self.rows.start
+            products = _project_dense(contribution, rows, left, right, dtype)
+        else:
+            products = _products(contribution, left, right, dtype)
+        return self._padded(products).flatten(1)
+
+    def _padded(self, products: Float[Tensor, "n a b"]) -> Float[Tensor, "n c d"]:
+        """Fill the block's other rows and columns with zeros, where they are not shrunk."""
+        before, after = self.rows.start, self.block.rows - self.rows.stop
+        if self.block.left is not None:
+            before = after = 0
+        first, last = self.columns.start, self.block.columns - self.columns.stop
+        if self.block.right is not None:
+            first = last = 0
+        padding = (first, last, before, after)
+        return functional.pad(products, padding) if any(padding) else products
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Shrunk gradients whose outer products are not computed yet: many blocks' are at once.
+
+    Attributes:
+        left: Shape ``(n * s, a)``.
+        right: Shape ``(n * s, b)``.
+        n: Number of samples.
+    """
+
+    left: Float[Tensor, "ns a"]
+    right: Float[Tensor, "ns b"]
+    n: int
+
+    @property
+    def shapes(self) -> tuple[int, ...]:
+        """Sizes that the factors of blocks must share to be multiplied together."""
+        return (*self.left.shape, self.right.shape[1], self.n)
+
+
+def multiply(blocks: Sequence[Factored], dtype: torch.dtype) -> Float[Tensor, "n m"]:
+    """Return the outer products of blocks of the same shapes, side by side."""
+    rows, a, b, n = blocks[0].shapes
+    s = rows // n
+    left = torch.stack([block.left for block in blocks]).to(dtype).view(-1, s, a)
+    right = torch.stack([block.right for block in blocks]).to(dtype).view(-1, s, b)
+    products = torch.bmm(left.mT, right)  # (blocks * n, a, b)
+    return products.view(len(blocks), n, a * b).transpose(0, 1).reshape(n, -1)
+
+
+# Per-sample gradients of a mapped block, ``(n, m)``, or their factors.
+Shrunk = Tensor | Factored
+
+
+def _project_dense(
+    values: Tensor, rows: int, left: Tensor | None, right: Tensor | None, dtype: torch.dtype
+) -> Float[Tensor, "n a b"]:
+    mapped = values.reshape(len(values), rows, -1).to(dtype)
+    mapped = mapped if left is None else left.mT @ mapped
+    return mapped if right is None else mapped @ right
+
+
+def _products(
+    factors: GradientFactors, left: Tensor | None, right: Tensor | None, dtype: torch.dtype
+) -> Float[Tensor, "n a b"]:
+    inputs = _apply(factors.inputs, right, dtype)
+    grads = _apply(factors.grad_outputs, left, dtype)
+    if grads.shape[1] == 1:  # Broadcasting is faster than rank-one matrix products.
+        return grads.mT * inputs
+    return grads.mT @ inputs
+
+
+def _apply(operand: Operand, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return operand.dense(dtype) if matrix is None else operand.project(matrix)
