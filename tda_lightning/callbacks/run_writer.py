@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -205,12 +207,26 @@ class RunWriter:
         except ValueError:
             raise
         except Exception as error:  # A store may raise anything; it must not end the training.
+            if _is_from_signal_handler(error):
+                raise
             self.has_failed = True
             rank_zero_warn(
                 f"GradientRecorder: the store cannot be written any more ({error}). Training goes "
                 "on; recording has stopped, and all sealed steps stay readable."
             )
         return not self.has_failed
+
+
+def _is_from_signal_handler(error: BaseException) -> bool:
+    """Return whether an exception comes from a signal handler, which may interrupt any line."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {_code_of(handler) for handler in handlers if callable(handler)} - {None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _code_of(handler: Any) -> Any:
+    """Return the code of a function, a method or a callable object."""
+    return getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None)
 
 
 def _caught(work: Callable[[], bool]) -> BaseException | bool:

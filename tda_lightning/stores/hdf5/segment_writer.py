@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -16,6 +18,9 @@ from tda_lightning.stores.hdf5.file import open_hdf5
 from tda_lightning.stores.hdf5.segment_datasets import GROUP_FIELDS, Storage, encode, storage_for
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity, write_header
 from tda_lightning.stores.step import Step
+
+# What a segment holds beside its rows, at most, in all but very long ones.
+_MAX_METADATA_BYTES = 2**16
 
 
 def write_segment(
@@ -33,6 +38,7 @@ def write_segment(
     sketches = [encode(step.sketch, storage) for step in steps]
     curvature = [encode(_curvature_rows(step), storage) for step in steps]
     with atomic_write(path) as partial:
+        _require_space(partial, [rows for part in (sketches, curvature) for rows, _ in part])
         with open_hdf5(partial, "w") as file:
             _write_steps(file.create_group("steps"), steps)
             _write_audits(file.create_group("audits"), steps)
@@ -46,6 +52,22 @@ def write_segment(
         for offset, encoded in zip(offsets, (sketches, curvature), strict=True):
             _fill(partial, offset, [rows for rows, _ in encoded])
         write_header(partial, identity, [step.index for step in steps])
+
+
+def _require_space(path: Path, arrays: Sequence[np.ndarray]) -> None:
+    """Raise the system's error if there is no space for a segment.
+
+    HDF5 would find out when it closes the file, and crash when the process ends.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    size = sum(array.nbytes for array in arrays) + _MAX_METADATA_BYTES
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
 
 
 def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
