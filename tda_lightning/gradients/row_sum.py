@@ -9,7 +9,7 @@ from torch import Tensor
 from tda_lightning.gradients.sketching.block_maps import Factored, Shrunk, multiply
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 
-# Shrunk gradients wait until there are so many numbers: hashing them together is faster.
+# Shrunk gradients wait up to this many numbers: hashing them together is faster.
 _MAX_WAITING_NUMBERS = 2**22
 
 

@@ -47,7 +47,7 @@ def test_a_disk_that_is_full_during_a_snapshot_ends_the_recording_only(tmp_path,
 
 
 class FailingStore(MemoryStore):
-    """A store that raises an error of its own, as one that is written by a user may."""
+    """A store with errors that are not the library's, such as a custom one."""
 
     def append(self, step):
         if step.index == 3:

@@ -167,3 +167,26 @@ def test_a_bias_that_a_batch_norm_subtracts_is_left_out_and_nothing_else(batch_s
         flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
         torch.testing.assert_close(step.sketch.sum(dim=0), flat, rtol=1e-9, atol=1e-12)
         assert not step.sketch[:, 35:40].any()
+
+
+class Shortcut(nn.Module):
+    """Its first layer goes into a batch norm and around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(D, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.head((x + self.norm(x)).tanh())
+
+
+def test_a_bias_that_also_goes_around_a_batch_norm_is_recorded():
+    store, log = MemoryStore(), AppliedGradientsLog()
+    recorder = GradientRecorder(store, projector=Identity())
+    quiet_trainer(recorder, log).fit(Plain(Shortcut().double()), loader(data_of((D,))))
+    assert not store.recipe.left_out
+    for step, gradients in zip(store, log.gradients, strict=True):
+        flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
+        torch.testing.assert_close(step.sketch.sum(dim=0), flat, rtol=1e-9, atol=1e-12)
+        assert step.sketch[:, 35:40].any()

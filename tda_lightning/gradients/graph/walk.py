@@ -43,12 +43,6 @@ class Meeting:
         """Shape of the node's first output."""
         return output_shape((self.node, 0))
 
-    def parameter(self, position: int) -> nn.Parameter:
-        """Return a parameter that the input at ``position`` is made of."""
-        return next(
-            leaf for place, edge in self.inputs if place == position for leaf in leaves(edge)
-        )
-
 
 @dataclass
 class Walk:
@@ -59,13 +53,14 @@ class Walk:
         with_samples: All nodes whose outputs depend on samples and on recorded parameters.
         checkpoints: Functions written in Python, which may run modules in the backward pass.
         is_sampleless: Whether the loss depends on recorded parameters, but no node has samples.
-        normalized: Nodes whose output goes into a batch norm that uses the batch's statistics.
+        normalized: Nodes whose output goes into a batch norm that uses the batch's statistics, and
+            nowhere else.
     """
 
     meetings: list[Meeting] = field(default_factory=list)
     with_samples: set[Node] = field(default_factory=set)
     checkpoints: list[Node] = field(default_factory=list)
-    normalized: set[Node] = field(default_factory=set)
+    normalized: dict[Node, list[Node]] = field(default_factory=dict)
     is_sampleless: bool = False
 
     @property
@@ -127,6 +122,7 @@ def walk(
         elif getattr(node, "variable", None) in recorded:
             parameter_only.add(node)
     result.is_sampleless = root in parameter_only
+    _drop_used_elsewhere(result, visited)
     return result
 
 
@@ -159,7 +155,8 @@ def _note(node: Node, functions: tuple[Edge, ...], result: Walk) -> bool:
     """Note what is special about a node; return whether samples enter it unseen."""
     name = type(node).__name__
     if name in _BATCH_NORMS and getattr(node, "_saved_training", True):
-        result.normalized.add(_behind_views(functions[0][0]))
+        chain = _behind_views(functions[0][0])
+        result.normalized[chain[-1]] = chain
     if isinstance(node, BackwardCFunction):
         result.checkpoints.append(node)
     return name == "CheckpointFunctionBackward"
@@ -168,10 +165,26 @@ def _note(node: Node, functions: tuple[Edge, ...], result: Walk) -> bool:
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 
-def _behind_views(node: Node) -> Node:
-    while node is not None and type(node).__name__ in ("ViewBackward0", "UnsafeViewBackward0"):
-        node = node.next_functions[0][0]
-    return node
+def _behind_views(node: Node) -> list[Node]:
+    """Return a node, and if it is a view, the nodes behind it up to the first that is none."""
+    chain = [node]
+    while type(chain[-1]).__name__ in ("ViewBackward0", "UnsafeViewBackward0"):
+        chain.append(chain[-1].next_functions[0][0])
+    return chain
+
+
+def _drop_used_elsewhere(result: Walk, visited: Mapping[Node, tuple[Edge, ...]]) -> None:
+    """Keep the normalized nodes that only a batch norm uses: a shortcut may use them too."""
+    uses = {node: 0 for chain in result.normalized.values() for node in chain}
+    for functions in visited.values() if uses else ():
+        for child, _ in functions:
+            if child in uses:
+                uses[child] += 1
+    result.normalized = {
+        node: chain
+        for node, chain in result.normalized.items()
+        if all(uses[link] == 1 for link in chain)
+    }
 
 
 # Operations that always combine a parameter with data.

@@ -56,7 +56,7 @@ class HDF5Store(WritableStore):
 
     Attributes:
         path: The absolute path of the folder.
-        name: The path as it was given; it identifies the store in checkpoints.
+        name: The path before it was made absolute; it identifies the store in checkpoints.
 
     Raises:
         ValueError: If an argument is invalid.
