@@ -268,9 +268,10 @@ class RowRecorder:
             rows: The rows.
             samples: The samples that the rows are for; all by default.
         """
+        lost = self._capture.lost
 
         def receive(gradient: ParameterGradient) -> None:
-            if gradient.parameter in self._capture.lost:
+            if lost and gradient.parameter in lost:
                 return
             place = self._places[gradient.parameter]
             contribution = gradient.in_rows_of(place.columns)

@@ -45,7 +45,7 @@ class RowSum:
             values: Its shrunk gradients.
             stored: Number format that they were computed from.
         """
-        if torch.finfo(stored).eps > torch.finfo(self._format).eps:
+        if stored is not self._format and torch.finfo(stored).eps > torch.finfo(self._format).eps:
             self._format = stored
         if isinstance(values, Factored):
             self._factored.setdefault(values.shapes, []).append((block, values))
@@ -72,8 +72,7 @@ class RowSum:
     def _hash(self) -> None:
         for pairs in self._factored.values():
             self._blocks += [block for block, _ in pairs]
-            products = multiply([values for _, values in pairs], self._sketcher.dtype)
-            self._values += torch.tensor_split(products, len(pairs), dim=1)
+            self._values += multiply([values for _, values in pairs], self._sketcher.dtype)
         if self.sums is not None:
             self._add_to_sums(self.sums)
         if self._values or self._rows is None:
@@ -100,5 +99,5 @@ def rounding_of(stored: torch.dtype, summed: torch.dtype) -> float:
 
 def sum_by_owner(values: Shrunk, owners: Int[Tensor, " rows"], n: int) -> Float[Tensor, "n m"]:
     """Sum gradients of single rows to gradients of their samples."""
-    rows = multiply([values], values.left.dtype) if isinstance(values, Factored) else values
+    rows = multiply([values], values.left.dtype)[0] if isinstance(values, Factored) else values
     return rows.new_zeros(n, rows.shape[1]).index_add_(0, owners, rows)

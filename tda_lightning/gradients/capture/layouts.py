@@ -37,6 +37,8 @@ _Key = tuple[Any, ...]
 # The same without the shape.
 _Kind = tuple[Any, type, int]
 Layout = SampleLayout | RoutedRows
+# Earlier batches do not show where the samples lie.
+UNKNOWN: Any = object()
 
 
 @dataclass
@@ -78,28 +80,28 @@ class LayoutMemory:
 
     def layout(self, node: Node, position: int, edge: Edge) -> Layout | None:
         """Return the layout at one input of a node, ``None`` if there is none."""
-        kind = (_a_parameter(edge), type(node), position)
-        shape = node._input_metadata[0].shape
-        last = self._last.get(kind)
-        if last is not None and last[0] == shape and last[1] == self.n:
-            return last[2]
+        layout: Layout | None = self._last_layout(node, position, edge)
+        if layout is not UNKNOWN:
+            return layout
         key = self._key(node, position, edge)
         if key not in self._decided:
             return self._inferred(node, position, edge)
+        shape = node._input_metadata[0].shape
         layout = self._decided[key]
         if isinstance(layout, SampleLayout) and not layout.fits(shape, self.n):
             layout = self._inferred(node, position, edge)
-        self._last[kind] = (shape, self.n, layout)
+        self._last[_a_parameter(edge), type(node), position] = (shape, self.n, layout)
         return layout
+
+    def _last_layout(self, node: Node, position: int, edge: Edge) -> Any:
+        """Return the layout in the last batch, ``UNKNOWN`` if shapes have changed since."""
+        last = self._last.get((_a_parameter(edge), type(node), position))
+        if last is None or last[1] != self.n or last[0] != node._input_metadata[0].shape:
+            return UNKNOWN
+        return last[2]
 
     def _has_samples(self, node: Node, position: int, edge: Edge) -> bool:
         return self.layout(node, position, edge) is not None
-
-    def _is_decided(self, node: Node, position: int, edge: Edge) -> bool:
-        last = self._last.get((_a_parameter(edge), type(node), position))
-        if last is not None and last[1] == self.n and last[0] == node._input_metadata[0].shape:
-            return True
-        return self._key(node, position, edge) in self._decided
 
     def _inferred(self, node: Node, position: int, edge: Edge) -> Layout | None:
         shape = output_shape((node, 0))
@@ -136,12 +138,7 @@ class LayoutMemory:
 
     def _decide(self, loss: Tensor, result: Walk) -> bool:
         """Prove the layouts that are not decided yet; return whether the graph looks different."""
-        open_inputs = [
-            (meeting, position, edge, self._key(meeting.node, position, edge))
-            for meeting in result.meetings
-            for position, edge in meeting.inputs
-            if not self._is_decided(meeting.node, position, edge)
-        ]
+        open_inputs = list(self._undecided(result))
         if not open_inputs:
             return False
         axes: dict[Node, list[int]] = {}
@@ -154,6 +151,17 @@ class LayoutMemory:
         for meeting, position, edge, key in open_inputs:
             is_changed |= self._judge(meeting, position, edge, key, evidence.get(meeting.node))
         return is_changed
+
+    def _undecided(self, result: Walk) -> Iterator[tuple[Meeting, int, Edge, _Key]]:
+        """Yield the inputs whose layouts no batch has shown; note the others' layouts."""
+        for meeting in result.meetings:
+            node = meeting.node
+            meeting.layouts = [self._last_layout(node, *place) for place in meeting.inputs]
+            for (position, edge), layout in zip(meeting.inputs, meeting.layouts, strict=True):
+                if layout is UNKNOWN:
+                    key = self._key(node, position, edge)
+                    if key not in self._decided:
+                        yield meeting, position, edge, key
 
     def _judge(
         self, meeting: Meeting, position: int, edge: Edge, key: _Key, evidence: Evidence | None
