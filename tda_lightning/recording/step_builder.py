@@ -38,7 +38,7 @@ from tda_lightning.recording.optimizer_gradients import (
     gradients_of,
     parameters_by_size,
 )
-from tda_lightning.recording.preconditioning import PartialPreconditioner
+from tda_lightning.recording.preconditioning import Gradients, PartialPreconditioner
 from tda_lightning.stores.recipe import LeftOut
 from tda_lightning.stores.step import ParameterGroup, Preconditioner, Step
 
@@ -133,12 +133,12 @@ class StepBuilder:
         preconditioner = self._preconditioner  # All batches of a step share its coordinates.
         if preconditioner is None or self._pending or not preconditioner.is_due():
             return
-        gradients = {}
+        gradients: Gradients = {}
         if preconditioner.needs_gradients():
             trained = [p for p in preconditioner.parameters() if p.requires_grad]
-            local_gradients = gradients_of(loss / self._share, trained, self._rows)
-            mean, scale = self._distributed.mean, self._loss_scale
-            gradients = {p: mean(gradient) / scale for p, gradient in local_gradients.items()}
+            gradients = gradients_of(loss / self._share, trained, self._rows)
+            if (scale := self._loss_scale) != 1 or self._distributed.count > 1:
+                gradients = {p: self._distributed.mean(g) / scale for p, g in gradients.items()}
         self._new_preconditioner = preconditioner.read(gradients)
         self._rows.precondition(self._new_preconditioner)
 

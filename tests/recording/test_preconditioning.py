@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from tda_lightning import GradientRecorder, Identity, TracIn, attribute
 from tda_lightning.gradients.selection import lay_out, select_parameters
 from tda_lightning.passes.queries import record_queries
-from tda_lightning.recording.preconditioning import rank_one
+from tda_lightning.recording.preconditioning import rank_one_factors
 from tda_lightning.stores import MemoryStore
 
 ADAPTIVE = {
@@ -85,7 +85,7 @@ def test_rows_are_gradients_times_the_root_of_the_preconditioner(name):
         samples = [
             in_blocks(model, {k: v[i] for k, v in gradients.items()}) for i in range(len(batch[1]))
         ]
-        factors = [rank_one(block + 0.0) for block in in_blocks(model, moments)]
+        factors = [rank_one_factors([block + 0.0]) for block in in_blocks(model, moments)]
         products = [torch.outer(r, c) for r, c in factors]
         roots = [torch.where(v > 0, v**-0.25, 0) for v in products]
         expected = torch.stack(

@@ -76,25 +76,21 @@ class SideBySide(ColumnMap):
 
 @dataclass(frozen=True)
 class _Table:
-    """The buckets and signs of the entries of some blocks, one after another.
+    """The columns of the entries of some blocks, one after another.
 
     Attributes:
         blocks: Numbers of the blocks.
         buckets: Column of each entry.
-        signs: Sign of each entry, times its factor.
         order: Entries sorted by their columns.
         starts: Position of each column's first entry in ``order``.
-        sorted_signs: Signs in that order.
         is_sorting_fast: Whether summing the entries in that order is faster than scattering them:
             most lie in memory with the samples last.
     """
 
     blocks: tuple[int, ...]
     buckets: Int[Tensor, " m"]
-    signs: Float[Tensor, " m"]
     order: Int[Tensor, " m"]
     starts: Int[Tensor, " k"]
-    sorted_signs: Float[Tensor, " m"]
     is_sorting_fast: bool
 
 
@@ -108,6 +104,8 @@ class Hashed(ColumnMap):
         self.dimension = dimension
         # Most steps have the same blocks.
         self._table: _Table | None = None
+        # The signs of its entries, times their factors, in the order in which they are used.
+        self._factors: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
         """Return the map on another device, or in another number format."""
@@ -117,7 +115,7 @@ class Hashed(ColumnMap):
     def scale(self, scales: Sequence[Tensor | None]) -> None:
         """Multiply the signs of each block by its factors."""
         super().scale(scales)
-        self._table = None
+        self._factors = None
 
     def add_(
         self,
@@ -127,34 +125,34 @@ class Hashed(ColumnMap):
     ) -> None:
         """Add the blocks' values, with their signs, to their hashed columns."""
         if len(values) == 1:
-            buckets, signs = (
-                self._buckets[blocks[0]],
-                self._scaled(blocks[0], self._signs[blocks[0]]),
-            )
-            rows.index_add_(1, buckets, values[0] * signs)
+            (block,) = blocks
+            scaled = values[0] * self._scaled(block, self._signs[block])
+            rows.index_add_(1, self._buckets[block], scaled)
             return
-        if self._table is None or self._table.blocks != blocks:
-            self._table = self._joined(blocks, values)
         table = self._table
+        if table is None or table.blocks != blocks:
+            table = self._table = self._joined(blocks, values)
+            self._factors = None
+        if self._factors is None:
+            factors = torch.cat([self._scaled(block, self._signs[block]) for block in blocks])
+            self._factors = factors[table.order] if table.is_sorting_fast else factors
         if table.is_sorting_fast:
             entries = torch.cat([block_values.mT for block_values in values])  # (m, n)
             sums = torch.embedding_bag(
-                entries, table.order, table.starts, mode=0, per_sample_weights=table.sorted_signs
+                entries, table.order, table.starts, mode=0, per_sample_weights=self._factors
             )[0]
             rows += sums.mT
         else:
-            rows.index_add_(1, table.buckets, torch.cat(list(values), dim=1).mul_(table.signs))
+            rows.index_add_(1, table.buckets, torch.cat(list(values), dim=1).mul_(self._factors))
 
     def _joined(self, blocks: tuple[int, ...], values: Sequence[Tensor]) -> _Table:
         buckets = torch.cat([self._buckets[block] for block in blocks])
-        signs = torch.cat([self._scaled(block, self._signs[block]) for block in blocks])
         order = torch.argsort(buckets, stable=True)
         sizes = torch.bincount(buckets, minlength=self.dimension)
-        starts = sizes.cumsum(0) - sizes
         samples_last = sum(v.shape[1] for v in values if v.stride(0) == 1 and len(v) > 1)
-        is_fast = signs.device.type == "cpu" and signs.dtype == torch.float32
+        is_fast = buckets.device.type == "cpu" and values[0].dtype == torch.float32
         is_fast &= 2 * samples_last > len(buckets)
-        return _Table(blocks, buckets, signs, order, starts, signs[order], is_fast)
+        return _Table(blocks, buckets, order, sizes.cumsum(0) - sizes, is_fast)
 
 
 class Multiplied(ColumnMap):
