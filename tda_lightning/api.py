@@ -22,7 +22,10 @@ from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import Mode, fingerprint
 from tda_lightning.passes.queries import mean_rows_at, record_queries, rows_at_snapshots
 from tda_lightning.passes.targets import Loss, Target
-from tda_lightning.results.scores import SampleScores, Scores, TopScores, require_rank
+from tda_lightning.results.ranking import require_rank
+from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.results.scores import Scores
+from tda_lightning.results.top_scores import TopScores
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
@@ -92,11 +95,12 @@ def self_influence(
 ) -> SampleScores:
     """Score every training sample by its effect on its own loss.
 
-    Unusual and mislabelled samples score high.
+    Unusual and mislabelled samples score high. Compare with their plain losses, which
+    :func:`~tda_lightning.sample_losses` returns: which of both finds more depends on the task.
 
     Args:
         run: A recorded training: its folder or a store.
-        method: The attribution method.
+        method: The attribution method: ``TracIn``, ``InfluenceFunction`` or ``Unrolled``.
         progress: Show a progress bar.
 
     Returns:

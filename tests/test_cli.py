@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from lightning_models import Plain, loader, quiet_trainer, vectors
 from torch import nn
 
+import tda_lightning
 from tda_lightning import GradientRecorder
 from tda_lightning.cli import main
 
@@ -80,3 +82,12 @@ def test_the_command_is_installed(run):
     command = [sys.executable, "-m", "tda_lightning.cli", "info", str(run)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "a recording of" in result.stdout
+
+
+def test_the_package_runs_as_a_module():
+    process = subprocess.run(
+        [sys.executable, "-m", "tda_lightning", "--help"], capture_output=True, text=True
+    )
+    assert process.returncode == 0
+    assert "verify" in process.stdout
+    assert tda_lightning.__version__ == version("tda_lightning")

@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tda_lightning.attribution.device_view import DeviceView
-from tda_lightning.results.scores import SampleScores, Scores
+from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Step

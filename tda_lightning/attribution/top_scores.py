@@ -10,7 +10,8 @@ from tqdm import tqdm
 from tda_lightning.arguments import require_whole
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.device_view import DeviceView
-from tda_lightning.results.scores import Ranking, TopScores
+from tda_lightning.results.ranking import Ranking
+from tda_lightning.results.top_scores import TopScores
 from tda_lightning.stores import Store
 
 
@@ -59,4 +60,5 @@ def top_scores(
 
 def _concatenated(rankings: list[Ranking]) -> Ranking:
     ids = torch.cat([ranking.ids for ranking in rankings])
-    return Ranking(ids, torch.cat([ranking.values for ranking in rankings]))
+    values = torch.cat([ranking.values for ranking in rankings])
+    return Ranking(ids, values, torch.arange(len(ids)))

@@ -38,9 +38,10 @@ class TracIn(SelfAttributor):
     In a run that was recorded with a stride, each recorded step also represents the skipped ones.
 
     Attributes:
-        layers: Names of the layers whose gradients count, with ``*`` for any characters; all layers
-            by default. A choice requires a projector that gives each layer separate columns, such
-            as ``Identity`` or ``Kronecker``. With other projectors, record only these layers.
+        layers: Names of the layers whose gradients count, with ``*`` for any characters, or with
+            ``!`` in front for those that do not; all layers by default. A choice requires a
+            projector that gives each layer separate columns, such as ``Identity`` or ``Kronecker``.
+            With other projectors, record only these layers.
     """
 
     layers: Sequence[str] | None = None

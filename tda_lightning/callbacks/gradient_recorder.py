@@ -42,8 +42,9 @@ class GradientRecorder(RecordingCallback):
     Args:
         store: Folder to record into, or a store.
         projector: Sketches the gradients.
-        layers: Names of the modules to record, with ``*`` for any characters. By default all
-            modules that are trained and supported.
+        layers: Names of the modules or parameters to record, with ``*`` for any characters, or with
+            ``!`` in front to leave them out: ``["!*.norm"]`` records all others. By default all
+            that are trained and supported.
         every_n_steps: Record every n-th optimizer step.
         max_gb: Largest size of the run in gigabytes; fewer steps are recorded if necessary.
         max_overhead: Largest time that recording may add, as a share of the training time (0.1 for

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import name_of, require_choice, require_kind
+from tda_lightning.arguments import is_selected, name_of, require_choice, require_kind
 from tda_lightning.attribution.dynamics.optimizer import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
@@ -133,7 +132,7 @@ def _warn_of_skipped_layers(model: nn.Module, method: FullInfluenceFunction) -> 
     """Warn of requested layers that are not supported."""
     patterns = ["*"] if method.layers is None else method.layers
     for entry in select_parameters(model).left_out:
-        if any(fnmatchcase(entry.name, pattern) for pattern in patterns):
+        if is_selected([entry.name], patterns):
             warnings.warn(f"attribute_by_gradients: {entry.describe()}", stacklevel=3)
 
 

@@ -100,7 +100,7 @@ def require_conserved(
             f"The recorded rows of the {block.layer} `{block.name}` do not sum to its gradient: in "
             f"the first step the sum is {float(relative[worst]):.0%} off. Expected that its "
             "gradient comes from the samples alone; a penalty on it, a gradient hook or the output "
-            "of a custom function may change it. Leave it out with `layers=[...]`."
+            f"of a custom function may change it. Leave it out with `layers=['!{block.name}']`."
         )
 
 
@@ -137,7 +137,7 @@ def lost_parameters(
             f"{sum_of_shares:.0%} of the first step's squared gradient cannot be recorded: "
             f"{listed}{'; ...' if len(entries) > 3 else ''}. Expected at most "
             f"{_MAX_LOST_SHARE:.0%}. Declare where the samples lie with `batch_dims={{...}}`, or "
-            "accept what is left with `layers=[...]`."
+            f"accept what is left with `layers={[f'!{entry.name}' for entry in entries]}`."
         )
     return entries
 

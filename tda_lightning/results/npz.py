@@ -15,6 +15,9 @@ from torch import Tensor
 from tda_lightning.stores.damage import reading
 from tda_lightning.stores.durable import absolute_path, atomic_write
 
+# Names of files that a NumPy archive must not have.
+_TABLES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".parquet", ".feather"}
+
 
 def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
     """Write fields of a result, its method and its provenance to a ``.npz`` file.
@@ -23,12 +26,25 @@ def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
         path: Path of the file; an existing file is replaced.
         result: An object with a ``method`` and a ``provenance``.
         names: Names of its other fields, which hold tensors or strings.
+
+    Raises:
+        ValueError: If the name of the file ends like a table's, such as ``.csv``.
     """
+    _require_no_table(path)
     fields = {name: _as_array(getattr(result, name)) for name in names}
     texts = {"method": result.method, "provenance": json.dumps(dict(result.provenance))}
     # Pass an open file: given a path, NumPy would append a suffix.
     with atomic_write(absolute_path(path)) as partial, partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in texts.items()}, **fields)
+
+
+def _require_no_table(path: str | Path) -> None:
+    suffix = Path(path).suffix.lower()
+    if suffix in _TABLES:
+        raise ValueError(
+            f"`{path}` ends in `{suffix}`, but `save` writes a NumPy archive; expected a name that "
+            "ends in `.npz`. For a table, use `to_csv` or `to_pandas`, where the result has them."
+        )
 
 
 def load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from tda_lightning.arguments import is_selected, unmatched
 
 SampleAxis = int | Literal["flattened"]
 
@@ -160,7 +161,8 @@ class Recipe:
         """Return the columns of a row that belong to the given layers.
 
         Args:
-            layers: Names of blocks, or of the modules that feed them; ``*`` matches any characters.
+            layers: Names of blocks, or of the modules that feed them; ``*`` matches any characters,
+                and ``!`` excludes.
 
         Raises:
             ValueError: If a name matches no layer, or layers share columns.
@@ -178,14 +180,13 @@ class Recipe:
                 "`GradientRecorder(layers=[...])`, or with a projector that keeps them separate: "
                 "`Kronecker()` or `Identity()`."
             )
-        for pattern in layers:
-            if not any(_matches(block, pattern) for block in self.blocks):
-                raise ValueError(
-                    f"`layers` contains `{pattern}`, which matches no layer of the run; expected "
-                    f"names from {[block.name for block in self.blocks]}. Correct the name, or use "
-                    "`*`."
-                )
-        selected = [any(_matches(block, name) for name in layers) for block in self.blocks]
+        names = [(block.name, *block.modules) for block in self.blocks]
+        for pattern in unmatched([name for group in names for name in group], layers):
+            raise ValueError(
+                f"`layers` contains `{pattern}`, which matches no layer of the run; expected names "
+                f"from {[block.name for block in self.blocks]}. Correct the name, or use `*`."
+            )
+        selected = [is_selected(group, layers) for group in names]
         columns = torch.repeat_interleave(torch.tensor(selected), torch.tensor(self.widths))
         return columns.nonzero()[:, 0]
 
@@ -246,10 +247,6 @@ class Recipe:
                 f"Expected the trained model; got `{model}`. Pass a model of the same architecture "
                 "with the same trainable parameters."
             )
-
-
-def _matches(block: Block, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in (block.name, *block.modules))
 
 
 def _shorten(value: Any) -> str:

@@ -49,6 +49,18 @@ def test_scores_of_separate_layers_sum_to_the_score_of_all_layers(projector):
     torch.testing.assert_close(sum(self_scores(run, part) for part in parts), self_scores(run))
     assert by_part[0].abs().max() > 0
     torch.testing.assert_close(scores(model, run, ["net.*"]), scores(model, run))
+    for others in (["!net.0"], ["net.*", "!net.0"], ["!*.0.weight", "!net.0.bias"]):
+        torch.testing.assert_close(scores(model, run, others), by_part[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*not among `layers`")
+def test_excluded_layers_are_not_recorded():
+    _, run = trained(Identity(), layers=["!net.0", "!net.*.bias"])
+    assert run.recipe.block_names == {"net.2.weight", "net.3.weight"}
+    with pytest.raises(ValueError, match=r"`layers` contains `net\.9`, which matches no layer"):
+        trained(Identity(), layers=["!net.9"])
+    with pytest.raises(ValueError, match="nothing that can be recorded"):
+        trained(Identity(), layers=["!net.*"])
 
 
 @pytest.mark.filterwarnings("ignore:.*not among `layers`")
