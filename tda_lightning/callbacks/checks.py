@@ -8,8 +8,12 @@ from torch.optim import LBFGS, Optimizer
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.method_watchers import training_loaders
-from tda_lightning.callbacks.strategies import why_unsupported
 from tda_lightning.recording.hyperparameters import require_one_rate
+
+# By name, since `lightning` and `pytorch_lightning` have separate classes.
+_SINGLE_PROCESS = {"SingleDeviceStrategy"}
+_DATA_PARALLEL = {"DDPStrategy"}
+_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 
 def require_supported(
@@ -25,7 +29,7 @@ def require_supported(
     Raises:
         ValueError: If not. The message names the setting, what was expected, and the remedy.
     """
-    reason = why_unsupported(trainer)
+    reason = _why_unsupported(trainer)
     if reason:
         _refuse(
             f"the strategy `{type(trainer.strategy).__name__}`, where {reason}",
@@ -84,3 +88,13 @@ def _refuse(setting: str, expected: str, remedy: str) -> None:
         f"`GradientRecorder` cannot record faithfully under {setting}; expected {expected}. "
         f"{remedy} Or train without the callback.".replace("  ", " ")
     )
+
+
+def _why_unsupported(trainer: Trainer) -> str:
+    """Return why the gradients of a strategy cannot be recorded; an empty string if they can."""
+    names = {base.__name__ for base in type(trainer.strategy).__mro__}
+    if names & _SHARDED:
+        return "parameters and gradients are split, so that no layer has its full gradient"
+    if not names & (_SINGLE_PROCESS | _DATA_PARALLEL):
+        return "it is not known how it combines gradients"
+    return ""

@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.budgets import Budgets, FirstBatch
 from tda_lightning.callbacks.checks import require_one_loader, require_supported
 from tda_lightning.callbacks.cost_estimate import describe_snapshots
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_types import (
+    LightningModule,
+    Trainer,
+    distributed_context,
+    loss_scale_of,
+)
+from tda_lightning.callbacks.messages import note
 from tda_lightning.callbacks.recording_callback import RecordingCallback
+from tda_lightning.callbacks.run_location import Existing, RunLocation
 from tda_lightning.callbacks.run_writer import RunWriter
-from tda_lightning.callbacks.strategies import distributed_context, loss_scale_of
 from tda_lightning.gradients.capture.capture import NO_EFFECT
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection, row_dtype
@@ -29,7 +35,7 @@ from tda_lightning.recording.optimizer_recorder import RecordingSettings
 from tda_lightning.recording.preconditioning import has_preconditioner
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.training_recorder import TrainingRecorder
-from tda_lightning.stores import HDF5Store, WritableStore
+from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import LeftOut, Recipe, ranges_of
 
 
@@ -40,7 +46,9 @@ class GradientRecorder(RecordingCallback):
     training, query the run with :func:`tda_lightning.attribute`.
 
     Args:
-        store: Folder to record into, or a store.
+        store: Folder to record into, or a store. With ``None``, it is ``run.tda`` in the trainer's
+            ``log_dir``. ``recorder.store`` is the store of the last training. A trainer with
+            ``fast_dev_run`` leaves nothing on disk.
         projector: Sketches the gradients.
         layers: Names of the modules or parameters to record, with ``*`` for any characters, or with
             ``!`` in front to leave them out: ``["!*.norm"]`` records all others. By default all
@@ -66,8 +74,11 @@ class GradientRecorder(RecordingCallback):
         batch_dims: Axis of the samples in layers whose names match a pattern, if it is not the
             first: ``{"encoder.*": 1}``. ``"flattened"`` is for layers whose input joins it with
             other axes, as in ``x.reshape(n * length, -1)``.
-        existing: What to do if ``store`` holds a run that this training does not continue. A
-            resumed training, or one that is fitted further, continues the run that it began.
+        existing: What to do if ``store`` holds a run that this training does not continue.
+            ``"refuse"``, the default for a named store, raises an error. ``"replace"`` deletes that
+            run. ``"number"``, the default for ``store=None``, records into ``run-2.tda``,
+            ``run-3.tda`` and so on. A resumed training, or one that is fitted further, continues
+            the run that it began.
 
     Raises:
         ValueError: If an argument is invalid; or before the first batch, if something cannot be
@@ -77,7 +88,7 @@ class GradientRecorder(RecordingCallback):
 
     def __init__(
         self,
-        store: str | Path | WritableStore,
+        store: str | Path | WritableStore | None = None,
         *,
         projector: Projector = KroneckerCountSketch(),
         layers: Sequence[str] | None = None,
@@ -92,11 +103,12 @@ class GradientRecorder(RecordingCallback):
         sample_ids: IdSource | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         batch_dims: Mapping[str, int | Literal["flattened"]] | None = None,
-        existing: Literal["refuse", "replace"] = "refuse",
+        existing: Existing | None = None,
     ) -> None:
         require_sensible(locals(), RECORDER)
         super().__init__(sample_ids)
-        self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
+        self._location = RunLocation(store, existing)
+        self.store = self._location.initial
         self.projector = projector
         self.layers = layers
         self.every_n_steps = every_n_steps
@@ -109,9 +121,10 @@ class GradientRecorder(RecordingCallback):
         self.snapshots = snapshots
         self.reduction = reduction
         self.batch_dims = dict(batch_dims or {})
-        self.existing = existing
+        self.existing = self._location.existing
         self._sampled = curvature_share if curvature == "fisher" else 0.0
-        self._writer = RunWriter(self.store, existing)
+        replaces = self.existing == "replace"
+        self._writer = RunWriter(self.store, "replace" if replaces else "refuse")
         self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._writer)
         self._first_batch = FirstBatch()
         self._recipe: Recipe | None = None  # Only during training.
@@ -121,6 +134,7 @@ class GradientRecorder(RecordingCallback):
         require_supported(trainer, pl_module, self.preconditioner)
         if self.sample_ids is None:
             require_one_loader(trainer)
+        self._move_to(self._location.choose(trainer, self._writer.begun_run()))
         recorder = self._create_recorder(trainer, pl_module)
         recipe = self._create_recipe(trainer, pl_module, recorder)
         recipe = self._budgets.begin(trainer, pl_module, recipe)
@@ -129,11 +143,19 @@ class GradientRecorder(RecordingCallback):
         self._ledger.start_training(trainer.global_step)
         _warn_of(recipe.left_out)
         self._recipe = recipe
-        self._budgets.describe(trainer, recipe)
-        for line in describe_snapshots(trainer, pl_module, self.snapshots):
-            rank_zero_info(f"GradientRecorder: {line}")
+        notes = describe_snapshots(trainer, pl_module, self.snapshots)
+        self._budgets.describe(trainer, recipe, notes)
         self._attach(trainer, recorder, recipe.every_n_steps)
         self._first_batch = FirstBatch()
+
+    def _move_to(self, store: WritableStore) -> None:
+        """Record into a store; one at the same path as before stays in use."""
+        path, other = getattr(self.store, "path", None), getattr(store, "path", None)
+        if store is self.store or (path is not None and path == other):
+            return
+        self.store = store
+        self._writer.move_to(store)
+        self._budgets = Budgets(self.max_gb, self.max_overhead, self._sampled, store, self._writer)
 
     def _create_recorder(self, trainer: Trainer, model: LightningModule) -> TrainingRecorder:
         continued = self._writer.continued_recipe(trainer)
@@ -227,7 +249,7 @@ class GradientRecorder(RecordingCallback):
     @property
     def state_key(self) -> str:
         """Name of this recorder in a checkpoint; recorders are distinguished by their stores."""
-        return self._generate_state_key(store=getattr(self.store, "name", ""))
+        return self._generate_state_key(store=self._location.name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint, in builtins."""
@@ -257,7 +279,7 @@ class GradientRecorder(RecordingCallback):
 def _warn_of(entries: Sequence[LeftOut]) -> None:
     for entry in entries:
         # What has no effect is not missing from the rows.
-        report = rank_zero_info if NO_EFFECT in entry.reason else rank_zero_warn
+        report = note if NO_EFFECT in entry.reason else rank_zero_warn
         report(f"GradientRecorder: {entry.describe()}")
 
 

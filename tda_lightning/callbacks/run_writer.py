@@ -74,6 +74,14 @@ class RunWriter:
         # All processes use the same preconditioner, even if one of them has lost steps.
         return checkpoint if is_continued else {}, trainer.strategy.broadcast(preconditioner)
 
+    def move_to(self, store: WritableStore) -> None:
+        """Write the next run into another store."""
+        self._store, self._run_id, self._count = store, None, 0
+
+    def begun_run(self) -> str | None:
+        """Return the id of the run that the training may continue: a checkpoint's, or its own."""
+        return self._checkpoint.get("run", self._run_id)
+
     def finish(self, trainer: Trainer) -> None:
         """Wait for all processes, and read their steps."""
         if trainer.world_size > 1:

@@ -159,7 +159,7 @@ def test_a_bias_that_a_batch_norm_subtracts_is_left_out_and_nothing_else(batch_s
     store, log = MemoryStore(), AppliedGradientsLog()
     data = torch.utils.data.Subset(data_of((D,)), range(12))
     recorder = GradientRecorder(store, projector=Identity())
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG", logger="tda_lightning"):
         quiet_trainer(recorder, log).fit(Plain(net), loader(data, batch_size, drop_last=True))
     named = re.findall(r"Linear `net.0.bias` .*batch norm.*has no effect", caplog.text)
     assert len(named) == 1

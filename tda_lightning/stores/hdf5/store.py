@@ -57,6 +57,7 @@ class HDF5Store(WritableStore):
     Attributes:
         path: The absolute path of the folder.
         name: The path before it was made absolute; it identifies the store in checkpoints.
+        at: Creates a store with the same settings at another path.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -80,6 +81,9 @@ class HDF5Store(WritableStore):
         require_not_negative("segment_seconds", segment_seconds)
         self.path = absolute_path(path)
         self.name = os.fspath(path)
+        self.at = partial(
+            HDF5Store, storage=storage, segment_bytes=segment_bytes, segment_seconds=segment_seconds
+        )
         self._storage = storage
         self._segment_bytes = segment_bytes
         self._segment_seconds = segment_seconds
