@@ -15,7 +15,10 @@ FLOORS = [
     {"recording", "attribution", "metrics"},
     {"passes"},
     {"callbacks", "api", "features"},
-    {"full_influence", "cli"},
+    {"full_influence"},
+    {"applications"},
+    {"report"},
+    {"cli"},
 ]
 WEST = {"gradients", "recording", "passes", "callbacks"}
 EAST = {"attribution", "metrics"}
@@ -30,7 +33,7 @@ FEATURES_THAT_KNOW_WEST = {
     "features/attribute.py",
     "features/extraction.py",
 }
-MAX_ENTRIES, MAX_FILES, MAX_LINES = 13, 16, 300
+MAX_ENTRIES, MAX_FILES, MAX_LINES = 15, 16, 300
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
