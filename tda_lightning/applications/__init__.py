@@ -11,11 +11,17 @@ from tda_lightning.applications.importance import (
     SelfInfluence,
 )
 from tda_lightning.applications.pruning import coreset, prune
-from tda_lightning.applications.rewinding import RewindPlan, rewind_plan
 from tda_lightning.applications.selection import select
 from tda_lightning.applications.selections import Selection
-from tda_lightning.applications.unlearning import Unlearned, unlearn
-from tda_lightning.applications.weight_updates import FirstOrder, SecondOrder, UnrolledUpdate
+from tda_lightning.applications.unlearning import (
+    FirstOrder,
+    RewindPlan,
+    SecondOrder,
+    Unlearned,
+    UnrolledUpdate,
+    rewind_plan,
+    unlearn,
+)
 
 __all__ = [
     "AUM",

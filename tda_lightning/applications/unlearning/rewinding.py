@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.applications.sample_passes import Ids, ids_tensor
+from tda_lightning.applications.unlearning.sample_passes import Ids, ids_tensor
 from tda_lightning.results.optional import needs
 from tda_lightning.stores.opening import Run, open_run
 

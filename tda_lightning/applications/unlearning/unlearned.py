@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications.rewinding import require_trained
-from tda_lightning.applications.sample_passes import (
+from tda_lightning.applications.unlearning.rewinding import require_trained
+from tda_lightning.applications.unlearning.sample_passes import (
     Ids,
     dataset_ids,
     ids_tensor,
@@ -21,7 +21,11 @@ from tda_lightning.applications.sample_passes import (
     select_samples,
     spread_samples,
 )
-from tda_lightning.applications.weight_updates import ForgettingTask, SecondOrder, WeightUpdate
+from tda_lightning.applications.unlearning.weight_updates import (
+    ForgettingTask,
+    SecondOrder,
+    WeightUpdate,
+)
 from tda_lightning.arguments import require_kind
 from tda_lightning.gradients.selection import select_like
 from tda_lightning.metrics.mislabel import mislabel_auc
