@@ -94,7 +94,7 @@ def attribute_by_gradients(
     curvature_data = train_loader if curvature_loader is None else curvature_loader
     argument = "train_loader" if curvature_loader is None else "curvature_loader"
     store = _open_run(run, at)
-    damping = None if store is None or method.damping is not None else _suggested_damping(store)
+    damping = None if store is None or method.damping is not None else suggested_full_damping(store)
     _warn_of_skipped_layers(model, method)
     selection = select_parameters(model, method.layers)
     if store is not None:
@@ -159,15 +159,19 @@ def _open_run(run: Run | None, at: Moment) -> Store | None:
     return None if run is None else open_run(run)
 
 
-def _suggested_damping(store: Store) -> float | None:
-    """Return the damping that a run suggests, rescaled to the mean loss over samples."""
+def suggested_full_damping(store: Store) -> float | None:
+    """Return the damping that a run suggests for a mean loss, in the coordinates of its rows.
+
+    Returns:
+        The damping; ``None``, with a warning, if the steps of the run are not gradient steps.
+    """
     extent = Extent.of(store)
     damping = suggested_damping(extent) / extent.weight
     if has_plain_rates(store):
         return damping
     names = sorted({step.optimizer for step in store})
     warnings.warn(
-        f"attribute_by_gradients: steps of {' and '.join(names)} are not gradient steps in the "
+        f"Steps of {' and '.join(names)} are not gradient steps in the "
         f"coordinates of this run, so its learning rates suggest no damping ({damping:.3g} "
         "otherwise). The solver's default is used, as without a run. Pass "
         '`FullInfluenceFunction(damping=...)`, or record with `preconditioner="optimizer"` and an '
