@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tda_lightning.arguments import require_kind, require_whole
-from tda_lightning.attribution import Attributor, Unrolled
+from tda_lightning.attribution import Attributor, InfluenceFunction, Unrolled
 from tda_lightning.passes.targets import outputs_of
 from tda_lightning.report.charts import Chart, charts, has_bokeh
 from tda_lightning.report.drawing import bokeh_source, draw_bokeh, draw_svg
@@ -41,6 +41,7 @@ def report(
     train: Any,
     out: str | os.PathLike[str] = "report.html",
     method: Attributor = Unrolled(),
+    other_method: Attributor | None = InfluenceFunction(),
     k: int = 8,
     class_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
@@ -63,6 +64,7 @@ def report(
         train: The dataset of the training. The ids of the run index it, below any ``Subset``.
         out: Path of the file; an existing file is replaced.
         method: The attribution method.
+        other_method: A second method, to see how far both agree; ``None`` saves its cost.
         k: Number of proponents, and of opponents, per query.
         class_names: Name of each class.
         column_names: Name of each column, if samples are table rows.
@@ -90,6 +92,7 @@ def report(
         queries,
         train,
         method=method,
+        other_method=other_method,
         outputs=outputs,
         render=render or names,
         progress=progress,

@@ -44,6 +44,7 @@ class Chart:
         lines: The lines; those of a histogram are steps.
         is_filled: Whether the area below the first line is filled.
         logarithmic: Whether the horizontal axis is logarithmic.
+        from_zero: Whether the vertical axis starts at 0.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Chart:
     lines: tuple[Line, ...]
     is_filled: bool = False
     logarithmic: bool = False
+    from_zero: bool = False
 
 
 def charts(evidence: Evidence) -> list[Chart]:
@@ -107,12 +109,15 @@ def _schedule_charts(evidence: Evidence) -> list[Chart]:
         Chart(
             name="rates",
             description=(
-                f"Learning rate over the training: {rates[0]:.3g} at first, {rates[-1]:.3g} at "
-                f"the end, {max(rates):.3g} at most."
+                f"The learning rate stayed at {rates[0]:.3g}."
+                if len(set(rates)) == 1
+                else f"Learning rate over the training: {rates[0]:.3g} at first, "
+                f"{max(rates):.3g} at most, {rates[-1]:.3g} at the end."
             ),
             x_label="step",
             y_label="learning rate",
             lines=(Line(steps, [_short(rate) for rate in rates], "plain", "learning rate"),),
+            from_zero=True,
         ),
         Chart(
             name="gradients",
@@ -123,6 +128,7 @@ def _schedule_charts(evidence: Evidence) -> list[Chart]:
             x_label="step",
             y_label="size of the gradient",
             lines=(Line(steps, [_short(size) for size in gradients], "plain", "gradient"),),
+            from_zero=True,
         ),
     ]
 

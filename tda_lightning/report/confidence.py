@@ -71,10 +71,14 @@ def _recorded(evidence: Evidence) -> Check:
         return Check(title, "unknown", sentence, None)
     least = min(audit.explained_in_all() for audit in audits)
     sentence = (
-        f"That share of the gradient that trained the model is explained by the recorded samples, "
-        f"in the worst of {len(audits):,} audited steps."
+        "This share of the gradient that trained the model is explained by the recorded samples. "
+        + (
+            "One step was audited."
+            if len(audits) == 1
+            else f"It is the least of {len(audits):,} audited steps."
+        )
     )
-    return Check(title, f"{least:.1%}", sentence, least >= _COMPLETE)
+    return Check(title, f"{least:.1%}".replace("%", " %"), sentence, least >= _COMPLETE)
 
 
 def _covered(evidence: Evidence) -> Check:
@@ -86,18 +90,20 @@ def _covered(evidence: Evidence) -> Check:
         if stride == 1
         else f"One step in {stride} was recorded and stands for its neighbours."
     )
-    return Check("How much of the training is covered?", f"{share:.0%}", sentence, stride == 1)
+    return Check("How much of the training is covered?", f"{share:.0%}".replace("%", " %"), sentence, stride == 1)
 
 
 def _agreement(evidence: Evidence) -> Check:
     title = "Do two methods agree?"
     if evidence.agreement is None or evidence.agreement.isnan().all():
         return Check(title, "unknown", "Only one method was used.", None)
+    assert evidence.other is not None
     mean = float(evidence.agreement.nanmean())
-    verdict = "agree on the ranking" if mean >= _AGREE else "rank the samples differently"
+    verdict = "They agree on the whole" if mean >= _AGREE else "They often disagree"
+    names = [scores.method.split("(")[0] for scores in (evidence.scores, evidence.other)]
     sentence = (
-        f"Rank correlation of this page's method with TracIn, the simplest one: they {verdict}. "
-        "1 would be the same order, 0 unrelated orders."
+        f"Rank correlation of {names[0]}, which this page uses, and {names[1]}, mean over the "
+        f"queries. {verdict}: 1 is the same order, 0 is no relation."
     )
     return Check(title, f"{mean:.2f}", sentence, mean >= _AGREE)
 

@@ -54,6 +54,9 @@ def draw_bokeh(chart: Chart) -> dict[str, Any]:
         plot.patches("xs", "ys", source=source, fill_color="color", line_color=None, alpha=0.25)
     glyph = plot.multi_line("xs", "ys", source=source, line_color="color", line_width=2)
     plot.add_tools(HoverTool(renderers=[glyph], tooltips="@name", line_policy="interp"))
+    if chart.from_zero:
+        plot.y_range.start = 0
+        plot.y_range.end = 1.1 * max(value for line in chart.lines for value in line.y) or 1
     _calm_bokeh(plot)
     item: dict[str, Any] = json_item(plot)
     return item
@@ -98,6 +101,8 @@ def draw_svg(chart: Chart) -> Html:
         if chart.logarithmic:
             axes.set_xscale("log")
         _calm_axes(axes)
+        if chart.from_zero:
+            axes.set_ylim(0, 1.1 * max(value for line in chart.lines for value in line.y) or 1)
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

@@ -93,6 +93,7 @@ def gather(
     train: Any,
     *,
     method: Attributor,
+    other_method: Attributor | None,
     outputs: Callable[[nn.Module, Any], Tensor],
     render: Callable[[Any], Shown],
     progress: bool,
@@ -107,8 +108,8 @@ def gather(
     _require_one_row_each(rows, answers)
     scores = method.attribute(store, rows, progress=progress)
     other = None
-    if not isinstance(method, TracIn):
-        other = TracIn().attribute(store, rows, progress=progress)
+    if other_method is not None and other_method != method:
+        other = other_method.attribute(store, rows, progress=progress)
     order = sorted(range(len(answers)), key=lambda q: (not answers[q].is_wrong, -answers[q].loss))
     return Evidence(
         store=store,

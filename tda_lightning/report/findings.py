@@ -6,6 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from tda_lightning.report.evidence import Evidence
 
 Weight = Literal["attention", "fine", "unknown"]
@@ -44,15 +48,43 @@ def find(evidence: Evidence) -> list[Finding]:
     return sorted(present, key=lambda finding: finding.weight != "attention")
 
 
-def number_of_outliers(evidence: Evidence) -> int:
-    """Return how many samples have a self-influence far above that of three quarters of all.
+# A second peak must rise above the valley before it by this factor, and hold at most this share.
+_RISE, _LARGEST_SHARE = 1.5, 0.4
+_BINS = 40
 
-    The bound is Tukey's outer fence on the logarithms: the upper quartile plus three times the
-    distance of the quartiles.
+
+def number_set_apart(values: Float[Tensor, " n_train"]) -> int:
+    """Return how many self-influences are set apart from the rest, on a logarithmic axis.
+
+    These are the values above Tukey's outer fence (the upper quartile plus three times the distance
+    of the quartiles), or those of a second peak of the smoothed histogram, if there is one.
+
+    Args:
+        values: Self-influence of each training sample, shape ``(n_train,)``.
     """
-    logs = evidence.influence.values.double().clamp_min(1e-30).log()
+    positive = values[values > 0].double()
+    if len(positive) < 2:
+        return 0
+    logs = positive.log()
     low, high = logs.quantile(0.25), logs.quantile(0.75)
-    return int((logs > high + 3 * (high - low)).sum())
+    return max(int((logs > high + 3 * (high - low)).sum()), _in_second_peak(logs))
+
+
+def _in_second_peak(logs: Float[Tensor, " n"]) -> int:
+    low, high = float(logs.min()), float(logs.max())
+    if high <= low:
+        return 0
+    counts = torch.histc(logs, _BINS, low, high)
+    kernel = torch.tensor([1.0, 2, 3, 4, 3, 2, 1], dtype=logs.dtype)
+    smooth = torch.nn.functional.conv1d(counts[None, None], kernel[None, None] / 16, padding=3)[0, 0]
+    rises = [
+        float(min(smooth[:valley].max(), smooth[valley + 1 :].max()) / (smooth[valley] + 1))
+        for valley in range(1, _BINS - 1)
+    ]
+    valley = max(range(len(rises)), key=rises.__getitem__) + 1
+    above = int((logs > low + (valley + 0.5) * (high - low) / _BINS).sum())
+    is_apart = rises[valley - 1] >= _RISE and above <= _LARGEST_SHARE * len(logs)
+    return above if is_apart else 0
 
 
 def _wrong_answers(evidence: Evidence) -> Finding | None:
@@ -86,7 +118,7 @@ def _wrong_answers(evidence: Evidence) -> Finding | None:
 
 
 def _suspected_labels(evidence: Evidence) -> Finding:
-    count, n_train = number_of_outliers(evidence), len(evidence.influence.values)
+    count, n_train = number_set_apart(evidence.influence.values), len(evidence.influence.values)
     highest = tuple(evidence.influence.highest(min(MAX_SHOWN, n_train)).tolist())
     meaning = (
         "Such samples fit badly with the others, so the model had to learn them one by one. A "
@@ -94,11 +126,14 @@ def _suspected_labels(evidence: Evidence) -> Finding:
         "from the top of the ranking, and stop after a stretch of correct ones."
     )
     if count:
-        first = f"{count:,} of {n_train:,} training samples stand far apart from the rest."
+        first = (
+            f"{count:,} of {n_train:,} training samples stand apart from the rest: their own "
+            "effect on the model is far larger."
+        )
         return Finding("Suspicious training samples", (first, meaning), "attention", highest)
     first = (
-        "No training sample stands far apart from the rest. Mistakes may still be among the most "
-        "unusual samples, shown here."
+        "No group of training samples stands apart from the rest. Single mistakes may still be "
+        "among the most unusual samples, shown here."
     )
     return Finding("Unusual training samples", (first, meaning), "fine", highest)
 

@@ -114,8 +114,8 @@ def groups_section(groups: dict[str, Any] | None, label: Callable[[Any], str]) -
         "p",
         {"class": "intro"},
         "Mean effect of the training samples with one label (columns) on the queries with another "
-        "(rows). Blue helped, red harmed. A red cell off the diagonal marks two classes that the "
-        "model confuses.",
+        "(rows). Blue helped, red harmed. A strong red cell marks two classes that compete in the "
+        "model.",
     )
     largest = max((abs(v) for row in groups["values"] for v in row), default=0.0) or 1.0
     head = element(
@@ -133,7 +133,7 @@ def groups_section(groups: dict[str, Any] | None, label: Callable[[Any], str]) -
         )
         for name, values in zip(groups["rows"], groups["values"], strict=True)
     ]
-    caption = element("caption", {}, "Mean score by label of query and training sample")
+    caption = element("caption", {}, "Mean score by label of query and training sample; the largest is 100")
     table = element(
         "table",
         {"class": "heat"},
@@ -148,7 +148,7 @@ def _heat_cell(value: float, largest: float) -> Html:
     side = "helped" if value > 0 else "harmed"
     share = round(100 * (abs(value) / largest) ** 0.5)
     style = f"--share:{share}%"
-    return element("td", {"class": side, "style": style}, f"{value:+.2g}")
+    return element("td", {"class": side, "style": style}, f"{100 * value / largest:+.0f}")
 
 
 def scrollable(name: str, content: Html) -> Html:

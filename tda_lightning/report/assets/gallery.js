@@ -18,6 +18,9 @@ function marked(text, others, className) {
   return node;
 }
 
+// The samples that belong to the most unusual twentieth of the training set.
+const unusual = new Set(data.ranking.ids.slice(0, Math.ceil(data.ranking.ids.length / 20)));
+
 function tile(query) {
   const name = query.label || `${query.id}`;
   const mark = query.known ? (query.wrong ? " ✗" : " ✓") : "";
@@ -36,7 +39,8 @@ function tile(query) {
 
 function card(query, [id, score], others) {
   const sample = sampleOf(id);
-  const label = sample.label ? user(sample.label, "label") : null;
+  const flag = unusual.has(id) ? make("span", { class: "flag" }, "unusual") : null;
+  const label = make("span", { class: "label" }, user(sample.label ?? ""), flag);
   const text = sample.text ? marked(sample.text, others, "text") : null;
   return make("li", { class: "card" },
     picture(sample, `Training sample ${id}${sample.label ? `, labelled ${sample.label}` : ""}`),
@@ -53,7 +57,7 @@ function side(query, name) {
   const sentence = helped
     ? ["These training samples pushed the model toward ", user(goal), "."]
     : query.wrong
-      ? ["These training samples pushed the model toward its wrong answer, ", user(`“${query.answer}”`), "."]
+      ? ["These training samples pushed the model away from ", user(goal), ", toward its wrong answer ", user(`“${query.answer}”`), "."]
       : ["These training samples pushed the model away from ", user(goal), "."];
   const others = query.text ? words(query.text) : new Set();
   const list = make("ul", { class: `cards${hasText ? " wide" : ""}` }, ...items.map((item) => card(query, item, others)));
