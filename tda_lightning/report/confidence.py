@@ -90,7 +90,12 @@ def _covered(evidence: Evidence) -> Check:
         if stride == 1
         else f"One step in {stride} was recorded and stands for its neighbours."
     )
-    return Check("How much of the training is covered?", f"{share:.0%}".replace("%", " %"), sentence, stride == 1)
+    return Check(
+        "How much of the training is covered?",
+        f"{share:.0%}".replace("%", " %"),
+        sentence,
+        stride == 1,
+    )
 
 
 def _agreement(evidence: Evidence) -> Check:

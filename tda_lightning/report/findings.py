@@ -76,7 +76,9 @@ def _in_second_peak(logs: Float[Tensor, " n"]) -> int:
         return 0
     counts = torch.histc(logs, _BINS, low, high)
     kernel = torch.tensor([1.0, 2, 3, 4, 3, 2, 1], dtype=logs.dtype)
-    smooth = torch.nn.functional.conv1d(counts[None, None], kernel[None, None] / 16, padding=3)[0, 0]
+    smooth = torch.nn.functional.conv1d(counts[None, None], kernel[None, None] / 16, padding=3)[
+        0, 0
+    ]
     rises = [
         float(min(smooth[:valley].max(), smooth[valley + 1 :].max()) / (smooth[valley] + 1))
         for valley in range(1, _BINS - 1)

@@ -133,7 +133,9 @@ def groups_section(groups: dict[str, Any] | None, label: Callable[[Any], str]) -
         )
         for name, values in zip(groups["rows"], groups["values"], strict=True)
     ]
-    caption = element("caption", {}, "Mean score by label of query and training sample; the largest is 100")
+    caption = element(
+        "caption", {}, "Mean score by label of query and training sample; the largest is 100"
+    )
     table = element(
         "table",
         {"class": "heat"},
