@@ -20,7 +20,7 @@ from tda_lightning.applications.selections import Labels, Selection, count_of, g
 from tda_lightning.attribution.attributor import Totals
 from tda_lightning.attribution.linalg import unit_rows
 from tda_lightning.attribution.visits import unweighted
-from tda_lightning.results.scores import SampleScores
+from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
 

@@ -28,7 +28,8 @@ from tda_lightning.attribution.dynamics.optimizer import Extent
 from tda_lightning.attribution.influence import DAMPING_FACTOR
 from tda_lightning.attribution.linalg import unit_rows
 from tda_lightning.passes.targets import Loss, Target
-from tda_lightning.results.scores import Scores, require_rank
+from tda_lightning.results.ranking import require_rank
+from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.snapshots import Moment

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tda_lightning.metrics.checks import describe, require_numbers
 from tda_lightning.metrics.ranks import rank_correlation
-from tda_lightning.results.scores import require_rank
+from tda_lightning.results.ranking import require_rank
 
 
 def kept_without_proponents(

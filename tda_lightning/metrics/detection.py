@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from tda_lightning.metrics.checks import require_mask, require_numbers
-from tda_lightning.results.scores import require_rank
+from tda_lightning.results.ranking import require_rank
 
 
 def class_detection(

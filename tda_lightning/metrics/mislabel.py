@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_positive
 from tda_lightning.metrics.checks import require_mask, require_numbers
-from tda_lightning.results.scores import require_rank
+from tda_lightning.results.ranking import require_rank
 
 
 def mislabel_recall(

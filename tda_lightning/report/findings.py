@@ -121,7 +121,7 @@ def _wrong_answers(evidence: Evidence) -> Finding | None:
 
 def _suspected_labels(evidence: Evidence) -> Finding:
     count, n_train = number_set_apart(evidence.influence.values), len(evidence.influence.values)
-    highest = tuple(evidence.influence.highest(min(MAX_SHOWN, n_train)).tolist())
+    highest = tuple(evidence.influence.highest(min(MAX_SHOWN, n_train)).ids.tolist())
     meaning = (
         "Such samples fit badly with the others, so the model had to learn them one by one. A "
         "wrong label is the commonest reason; a rare but correct sample is another. Check them "
