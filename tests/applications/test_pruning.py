@@ -113,7 +113,7 @@ def test_pruning_keeps_the_highest_and_its_reverse_the_lowest(trained, importanc
     scores = importance.scores(store)
     highest, lowest = (prune(store, 7 / N, importance=i) for i in (importance, Lowest(importance)))
     assert highest.ids.tolist() == scores.highest(7).ids.tolist()
-    assert lowest.ids.tolist() == scores.lowest(7).tolist()
+    assert lowest.ids.tolist() == scores.lowest(7).ids.tolist()
     assert highest.weights.tolist() == [1.0] * 7
     assert prune(store, 7 / N, importance=scores).ids.tolist() == highest.ids.tolist()
 
