@@ -188,27 +188,33 @@ class RowRecorder:
 
     def seed(self, number: int) -> None:
         """Seed the generator of the sampled labels."""
-        self._generator.manual_seed(number)
+        # The first numbers for seeds in succession are alike, unless their bits are mixed.
+        number = (number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF
+        self._generator.manual_seed((number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF)
 
     def _record_curvature(self, loss: Tensor, loss_nodes: Sequence[LossNode]) -> None:
-        with self._capture.switch.others_paused():
-            gradients = self._sampled_gradients(loss, loss_nodes)
         n = self._n
         m = max(1, round(self._sampled * n))
         chosen = torch.randperm(n, generator=self._generator, device=self._generator.device)[:m]
-        rows = RowSum(self._sketcher, m)
         samples = None if m == n else chosen
+        with self._capture.switch.others_paused():
+            gradients = self._sampled_gradients(loss, loss_nodes, samples)
+        rows = RowSum(self._sketcher, m)
         self._capture.extra_backward(gradients, self._receiver(rows, samples))
         self._curvature_rows = rows.rows() * (n / m) ** 0.5
 
     def _sampled_gradients(
-        self, loss: Tensor, loss_nodes: Sequence[LossNode]
+        self, loss: Tensor, loss_nodes: Sequence[LossNode], samples: Tensor | None
     ) -> list[tuple[GradientEdge, Tensor]]:
         sample = getattr(self._model, "sampled_output_gradients", None)
         if sample is not None:
             pairs = sample(loss, self._generator)
             return [(get_gradient_edge(outputs), grad) for outputs, grad in pairs]
-        gradients = sampled_gradients(loss, loss_nodes, self._generator)
+
+        def entries(node: LossNode) -> Tensor | None:
+            return None if samples is None else self._capture.entries_of(node.outputs, samples)
+
+        gradients = sampled_gradients(loss, loss_nodes, self._generator, entries)
         if not gradients:
             raise ValueError(
                 f"Labels cannot be sampled for the loss of `{type(self._model).__name__}."
