@@ -20,7 +20,12 @@ from tda_lightning.attribution.tracin import TracInCP
 from tda_lightning.attribution.trajectory import chosen_ids, contributions
 from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import Mode, fingerprint
-from tda_lightning.passes.queries import mean_rows_at, record_queries, rows_at_snapshots
+from tda_lightning.passes.queries import (
+    QueryRows,
+    identified_rows,
+    mean_rows_at,
+    rows_at_snapshots,
+)
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.ranking import require_rank
 from tda_lightning.results.sample_scores import SampleScores
@@ -79,15 +84,17 @@ def attribute(
     question = Question(_method_at(method, at), target, at, mode, progress)
     stores, models = _pairs(run, model)
     queries = batches_in_memory(queries) if len(stores) > 1 else queries
-    rows = [
+    asked = [
         question.query_rows(store, own_model, queries)
         for store, own_model in zip(stores, models, strict=True)
     ]
+    first, rows = asked[0], [each.rows for each in asked]
     if isinstance(run, list | tuple):
         scores = question.method.attribute_ensemble(stores, rows, progress=progress)
     else:
         scores = question.method.attribute(stores[0], rows[0], progress=progress)
-    return replace(scores, provenance={**scores.provenance, **question.describe(stores, models)})
+    provenance = {**scores.provenance, **question.describe(stores, models)}
+    return replace(scores, query_ids=first.ids, tokens=first.tokens, provenance=provenance)
 
 
 def self_influence(
@@ -152,11 +159,12 @@ def top_attributions(
     store = open_run(run)
     require_rank(k, len(store.train_ids()))
     require_whole("query_batch_size", query_batch_size, least=1)
-    rows = question.query_rows(store, model, queries)
+    asked = question.query_rows(store, model, queries)
     top = top_scores(
-        store, rows, question.method, k, query_batch_size=query_batch_size, progress=progress
+        store, asked.rows, question.method, k, query_batch_size=query_batch_size, progress=progress
     )
-    return replace(top, provenance={**top.provenance, **question.describe([store], [model])})
+    provenance = {**top.provenance, **question.describe([store], [model])}
+    return top.named(asked.ids, asked.tokens, provenance)
 
 
 def trajectory(
@@ -196,22 +204,15 @@ def trajectory(
     question = Question(_method_at(method, at), target, at, mode, progress)
     store = open_run(run)
     selected = chosen_ids(store, train_ids)
-    rows = question.query_rows(store, model, queries)
-    result = contributions(store, rows, selected, question.method, per=per, progress=progress)
-    return replace(result, provenance={**result.provenance, **question.describe([store], [model])})
+    asked = question.query_rows(store, model, queries)
+    result = contributions(store, asked.rows, selected, question.method, per=per, progress=progress)
+    provenance = {**result.provenance, **question.describe([store], [model])}
+    return replace(result, query_ids=asked.ids, provenance=provenance)
 
 
 @dataclass(frozen=True)
 class Question:
-    """The shared keyword arguments of a query; :func:`attribute` documents them.
-
-    Attributes:
-        method: The attribution method, adapted to ``at``.
-        target: The quantity to attribute.
-        at: The weights at which queries are evaluated.
-        mode: Whether the model is in evaluation or training mode for the queries.
-        progress: Show progress bars.
-    """
+    """The keyword arguments of :func:`attribute`, with the method adapted to ``at``."""
 
     method: Attributor
     target: Target
@@ -223,34 +224,35 @@ class Question:
         """Check the mode."""
         require_choice("mode", self.mode, Mode)
 
-    def query_rows(
-        self, store: Store, model: nn.Module, queries: Any
-    ) -> Float[Tensor, "n_query width"]:
-        """Return the query rows that the method takes, on the model's device.
+    def query_rows(self, store: Store, model: nn.Module, queries: Any) -> QueryRows:
+        """Return the queries with the rows that the method takes, on the model's device.
 
         With ``TracIn`` at snapshots, the rows of all nearest snapshots are concatenated.
         """
         self.method.require(store)
-        if self.at == "snapshots":
-            queries = batches_in_memory(queries)
+        queries = batches_in_memory(queries) if self.at == "snapshots" else queries
+        passes: list[QueryRows] = []
 
         def record(position: int) -> Float[Tensor, "n_query k"]:
-            return record_queries(
-                model,
-                queries,
-                like=store,
-                target=self.target,
-                at=position,
-                mode=self.mode,
-                progress=self.progress,
+            passes.append(
+                identified_rows(
+                    model,
+                    queries,
+                    store.recipe,
+                    target=self.target,
+                    preconditioner=store.preconditioner(position),
+                    mode=self.mode,
+                    progress=self.progress,
+                )
             )
+            return passes[-1].rows
 
         if isinstance(self.method, TracInCP):
             nearest = [snapshot for snapshot, _ in nearest_parts(store)]
             rows = torch.cat(list(rows_at_snapshots(store, model, nearest, record)), dim=1)
         else:
             rows = mean_rows_at(store, model, self.at, record)
-        return rows.to(next(model.parameters()).device)
+        return replace(passes[0], rows=rows.to(next(model.parameters()).device))
 
     def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:
         """Return the provenance of the answer: target, weights and mode."""
