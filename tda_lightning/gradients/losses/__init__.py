@@ -19,12 +19,15 @@ from tda_lightning.gradients.losses.graph import (
     term_weights,
 )
 from tda_lightning.gradients.losses.loss_nodes import LossNode, LossSummary
+from tda_lightning.gradients.losses.reduction import Reduction, reduction_of
 
 __all__ = [
     "LossNode",
     "LossSummary",
+    "Reduction",
     "find_losses",
     "find_losses_and_penalties",
+    "reduction_of",
     "sampled_gradients",
     "term_weights",
 ]
