@@ -14,7 +14,7 @@ from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.messages import note
 from tda_lightning.callbacks.method_watchers import training_loaders
 from tda_lightning.gradients.capture.capture import NO_EFFECT
-from tda_lightning.gradients.losses import Reduction
+from tda_lightning.gradients.losses import Reduction, mixes_samples
 from tda_lightning.recording.hyperparameters import require_one_rate
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores.recipe import LeftOut, Recipe
@@ -59,7 +59,7 @@ def settled_reduction(
     given: Reduction | None,
     recipe: Recipe,
 ) -> Recipe:
-    """Infer how the first loss combines its samples; warn if the user has given another way.
+    """Infer how the first loss combines its samples; warn if that cannot be recorded as such.
 
     Args:
         trainer: The trainer.
@@ -71,6 +71,7 @@ def settled_reduction(
     Returns:
         The recipe, with the inferred reduction if the user has given none.
     """
+    _warn_of_mixed_samples(loss)
     inferred = recorder.reduction_of(loss, 1 / trainer.accumulate_grad_batches)
     if trainer.world_size > 1:
         inferred = trainer.strategy.broadcast(inferred)
@@ -84,6 +85,17 @@ def settled_reduction(
         f"its samples; expected {inferred!r}. Weights and scores will be off by the batch size."
     )
     return recipe
+
+
+def _warn_of_mixed_samples(loss: Tensor) -> None:
+    """Warn of a loss whose rows would hold two samples under one id."""
+    if mixes_samples(loss):
+        rank_zero_warn(
+            "GradientRecorder: the loss has the labels of two samples for each output, as in mixup "
+            "or CutMix, so each row holds two samples under the id of one; expected one sample per "
+            "row. Mix the samples in the loader, with the ids and weights of both: see `Mixup` in "
+            "docs/gotchas.md."
+        )
 
 
 def warn_of(entries: Sequence[LeftOut]) -> None:

@@ -243,7 +243,7 @@ class GradientRecorder(RecordingCallback):
     def _settle_reduction(
         self, trainer: Trainer, recorder: TrainingRecorder, recipe: Recipe, loss: Tensor
     ) -> None:
-        """Infer the reduction from the first recorded loss, or check the given one."""
+        """Infer the reduction from the first recorded loss, and check it for mixed samples."""
         if self._is_reduction_settled or not recorder.is_recording():
             return
         self._is_reduction_settled = True
