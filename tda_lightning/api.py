@@ -27,7 +27,7 @@ from tda_lightning.passes.queries import (
     rows_at_snapshots,
 )
 from tda_lightning.passes.targets import Loss, Target
-from tda_lightning.results.ranking import require_rank
+from tda_lightning.results.ranking import SampleRanking, require_rank
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.results.scores import Scores
 from tda_lightning.results.top_scores import TopScores
@@ -171,7 +171,7 @@ def trajectory(
     run: Run,
     model: nn.Module,
     queries: Any,
-    train_ids: Int[Tensor, " n_selected"] | Sequence[int],
+    train_ids: Int[Tensor, " n_selected"] | Sequence[int] | SampleRanking,
     *,
     method: Attributor = Unrolled(),
     target: Target = Loss(),
@@ -188,7 +188,7 @@ def trajectory(
         run: A recorded training: its folder or a store.
         model: See :func:`attribute`, as for all arguments that are not listed here.
         queries: See :func:`attribute`.
-        train_ids: Ids of the selected training samples.
+        train_ids: Ids of the selected training samples, or a ranking of them.
         method: See :func:`attribute`.
         target: See :func:`attribute`.
         at: See :func:`attribute`.
@@ -231,6 +231,7 @@ class Question:
         """
         self.method.require(store)
         queries = batches_in_memory(queries) if self.at == "snapshots" else queries
+        layers = self.method.layers if isinstance(self.method, TracIn | TracInCP) else None
         passes: list[QueryRows] = []
 
         def record(position: int) -> Float[Tensor, "n_query k"]:
@@ -242,6 +243,7 @@ class Question:
                     target=self.target,
                     preconditioner=store.preconditioner(position),
                     mode=self.mode,
+                    layers=layers,
                     progress=self.progress,
                 )
             )
@@ -259,7 +261,8 @@ class Question:
         if self.at == "now":
             weights = [fingerprint(model) for model in models]
         elif isinstance(self.method, TracInCP):
-            weights = [_describe_nearest(store) for store in stores]
+            nearest = [[snapshot for snapshot, _ in nearest_parts(store)] for store in stores]
+            weights = [f"the nearest of {describe_snapshots(each)}" for each in nearest]
         else:
             weights = [describe_weights(store, self.at) for store in stores]
         names = ", ".join(weights if self.at == "now" else dict.fromkeys(weights))
@@ -278,12 +281,10 @@ def _method_at(method: Attributor, at: Moment) -> Attributor:
             "Pass `FullInfluenceFunction` to `attribute_by_gradients`; pass `FeatureSimilarity`, "
             "`RepresenterPoint` and `LocalJacobianExpansion` to `attribute_by_features`."
         )
-    return TracInCP(method) if at == "snapshots" and isinstance(method, TracIn) else method
-
-
-def _describe_nearest(store: Store) -> str:
-    nearest = [snapshot for snapshot, _ in nearest_parts(store)]
-    return f"the nearest of {describe_snapshots(nearest)}"
+    if not isinstance(method, TracIn):
+        return method
+    chosen = method.with_chosen_queries()
+    return TracInCP(chosen) if at == "snapshots" else chosen
 
 
 def _pairs(run: Any, model: Any) -> tuple[list[Store], list[nn.Module]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from tda_lightning.arguments import describe
 from tda_lightning.gradients.batch_rows import BatchRows
@@ -25,6 +24,7 @@ from tda_lightning.gradients.selection import select_like
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.recording.sample_ids import SampleLedger
+from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner
 
@@ -33,8 +33,7 @@ def with_progress(
     batches: Iterable[Any], name: str, progress: bool, unit: str = "batch"
 ) -> Iterable[Any]:
     """Return an iterable over the batches that shows a progress bar."""
-    bar: Iterable[Any] = tqdm(batches, desc=name, unit=unit, leave=False, disable=not progress)
-    return bar
+    return progress_bar(batches, name, unit, shown=progress)
 
 
 def require_loader(loader: Any, argument: str) -> None:
@@ -148,6 +147,8 @@ def batch_size(batch: Any, argument: str) -> int:
             f"{describe(batch)}; expected a batch as the training loader yields it, or a "
             "`DataLoader` of such batches."
         )
+    if len(first) == 0:
+        raise ValueError(f"`{argument}` is an empty batch; expected at least one sample.")
     return len(first)
 
 
@@ -189,13 +190,20 @@ def recording(
     preconditioner: Preconditioner | None,
     mode: Mode,
     sampled: float,
+    layers: Sequence[str] | None = None,
 ) -> Iterator[RowRecorder]:
-    """Attach a row recorder to the model by a recipe, and restore the model afterwards."""
+    """Attach a row recorder to the model by a recipe, and restore the model afterwards.
+
+    With ``layers``, rows have the gradients of these layers only.
+    """
     require_model(model)
     selection = select_like(model, recipe)
     recipe.require_blocks(selection.blocks, type(model).__name__)
     projector = projector_from_dict(recipe.projector)
     lost = [entry.name for entry in recipe.left_out]
+    if layers is not None:
+        pairs = zip(recipe.blocks, recipe.selects(layers), strict=True)
+        lost += [block.name for block, is_chosen in pairs if not is_chosen]
     rows = RowRecorder(
         model, selection, recipe.batch_dims, projector, recipe.torch_dtype, sampled, lost
     )

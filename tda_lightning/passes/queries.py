@@ -104,6 +104,7 @@ def identified_rows(
     target: Target = Loss(),
     preconditioner: Preconditioner | None = None,
     mode: Mode = "eval",
+    layers: Sequence[str] | None = None,
     progress: bool = True,
 ) -> QueryRows:
     """Sketch the gradient of each query's loss by a recipe, without a run.
@@ -115,6 +116,7 @@ def identified_rows(
         target: The quantity to attribute; see :func:`record_queries`.
         preconditioner: The coordinates of the rows; by default those of the gradients.
         mode: Whether the model is in evaluation or training mode.
+        layers: Names of the layers whose gradients count; all by default.
         progress: Show a progress bar over the batches of a loader.
 
     Raises:
@@ -123,7 +125,7 @@ def identified_rows(
     require_choice("mode", mode, Mode)
     parts: list[BatchQueries] = []
     sizes, ids = [], []
-    with recording(model, recipe, preconditioner, mode, sampled=0.0) as rows:
+    with recording(model, recipe, preconditioner, mode, 0.0, layers) as rows:
         for batch_ids, batch in identified(queries, progress=progress):
             if isinstance(target, Loss):
                 recorded = sample_gradients(record_batch(model, rows, batch, "queries")[1], recipe)
