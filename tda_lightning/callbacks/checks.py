@@ -92,7 +92,7 @@ def _warn_of_mixed_samples(loss: Tensor) -> None:
     if mixes_samples(loss):
         rank_zero_warn(
             "GradientRecorder: the loss has the labels of two samples for each output, as in mixup "
-            "or CutMix, so each row holds two samples under the id of one; expected one sample per "
+            "or CutMix. Each row holds two samples under the id of one; expected one sample per "
             "row. Mix the samples in the loader, with the ids and weights of both: see `Mixup` in "
             "docs/gotchas.md."
         )

@@ -29,7 +29,7 @@ EXISTING = "TDA_LIGHTNING_EXISTING"
 def recorders_from_environment() -> list[GradientRecorder]:
     """Return a recorder into ``$TDA_LIGHTNING_STORE``, or none if it is unset.
 
-    ``$TDA_LIGHTNING_EXISTING`` says what to do with an existing run; by default, runs are numbered.
+    ``$TDA_LIGHTNING_EXISTING`` is the argument ``existing``; by default, runs are numbered.
 
     Raises:
         ValueError: If the second variable is none of "refuse", "replace" and "number".

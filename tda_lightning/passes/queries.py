@@ -69,7 +69,7 @@ def record_queries(
             target fails on the queries or returns a wrong result.
     """
     run = open_store_at(like, "like", at)
-    return identified_rows(
+    return query_rows(
         model,
         queries,
         run.recipe,
@@ -77,12 +77,12 @@ def record_queries(
         preconditioner=run.preconditioner(at),
         mode=mode,
         progress=progress,
-    ).rows
+    )
 
 
 @dataclass(frozen=True)
 class QueryRows:
-    """The rows of queries, and what they are.
+    """The rows of queries, with their samples and tokens.
 
     Attributes:
         rows: One row per query, on the CPU, shape ``(n_query, k)``.
@@ -147,6 +147,28 @@ def identified_rows(
     return result
 
 
+def query_rows(
+    model: nn.Module,
+    queries: Any,
+    recipe: Recipe,
+    *,
+    target: Target = Loss(),
+    preconditioner: Preconditioner | None = None,
+    mode: Mode = "eval",
+    progress: bool = True,
+) -> Float[Tensor, "n_query k"]:
+    """Return the rows of :func:`identified_rows` alone."""
+    return identified_rows(
+        model,
+        queries,
+        recipe,
+        target=target,
+        preconditioner=preconditioner,
+        mode=mode,
+        progress=progress,
+    ).rows
+
+
 def _sample_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Int[Tensor, " n"]]:
     """Return the ids of each batch's samples: the inferred ones, or their positions."""
     known = [each for each in ids if each is not None]
@@ -159,7 +181,7 @@ def _joined(parts: Sequence[BatchQueries], ids: Sequence[Tensor]) -> QueryRows:
     tokens = [part.tokens for part in parts if part.tokens is not None]
     return QueryRows(
         torch.cat([part.rows.cpu() for part in parts]),
-        torch.cat([own[part.samples] for own, part in zip(ids, parts, strict=True)]),
+        torch.cat([each[part.samples] for each, part in zip(ids, parts, strict=True)]),
         torch.cat(tokens) if tokens else None,
     )
 

@@ -16,8 +16,8 @@ _TOLERANCE = 1e-3
 def reduction_of(loss: Tensor, n: int, share: float = 1.0) -> Reduction | None:
     """Return how a batch's loss combines its samples, or ``None`` if its graph leaves that open.
 
-    Each term of a plain sum has the weight 1. The terms of a plain mean have weights that sum to 1,
-    or, if each sample's loss is itself a sum of terms, weights of ``1 / n``. Losses with a factor,
+    Each term of a plain sum has the weight 1. The weights of a plain mean's terms sum to 1. If each
+    sample's loss is itself a sum of terms, they are ``1 / n``. Losses with a factor,
     with class weights, or of a batch of one sample are left open.
 
     Args:
