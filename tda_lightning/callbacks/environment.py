@@ -98,7 +98,7 @@ class EnvironmentRecorder(GradientRecorder):
         """Turn an error into a warning, and stop recording."""
         try:
             yield
-        except (ValueError, RuntimeError, OSError, TypeError, LookupError) as error:
+        except Exception as error:  # Whatever it is, it must not end the training.
             self._is_off = True
             self._close()
             rank_zero_warn(f"GradientRecorder: recording has stopped: {error} Training goes on.")
