@@ -11,6 +11,9 @@ saved = tempfile.mkdtemp() + "/weights.pt"
 torch.save(model.state_dict(), saved)
 scores = Scores(torch.eye(3), torch.arange(3), torch.arange(3), "")
 calls = {
+    "an empty batch": lambda: attribute(store, model, data[:0]),
+    "a mask of samples": lambda: trajectory(store, model, queries, store.train_ids() < 3),
+    "names as ids": lambda: record(model, batches, like=store, sample_ids=lambda b: ["a", "b"]),
     "a mask as ids": lambda: scores.of(scores.train_ids < 2),
     "a matrix of ids": lambda: scores.of([[1, 2]]),
     "a ranking of queries as ids": lambda: scores.of(scores.proponents(2)),
@@ -81,6 +84,9 @@ calls = {
 }
 """
 EXPECTED = {
+    "an empty batch": "`queries` is an empty batch; expected at least one sample",
+    "a mask of samples": "`train_ids` is a tensor of shape (13,) (torch.bool); expected a list",
+    "names as ids": "`sample_ids` returned str objects; expected one integer per sample",
     "a mask as ids": "shape (3,) (torch.bool); expected a list of whole numbers, ids of training",
     "a matrix of ids": "shape (1, 2) (torch.int64); expected a list of whole numbers",
     "a ranking of queries as ids": "a ranking for 3 queries; expected one list of ids. Pass those",

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from tda_lightning.attribution.device_view import DeviceView
+from tda_lightning.results.progress import progress_bar
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
@@ -276,4 +276,4 @@ def _recorded_share(recipe: Recipe) -> str:
 
 
 def _with_progress(items: Iterable[Any], total: int, progress: bool, name: str) -> Iterator[Any]:
-    return iter(tqdm(items, total=total, desc=name, unit="step", leave=False, disable=not progress))
+    return iter(progress_bar(items, name, "step", shown=progress, total=total))

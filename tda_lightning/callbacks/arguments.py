@@ -135,13 +135,13 @@ _BOTH: dict[str, Check] = {
     "layers": _or_none(_layers),
     "preconditioner": partial(require_choice, literal=Literal["optimizer", "none"]),
     "sample_ids": _or_none(_sample_ids),
-    "reduction": partial(require_choice, literal=Literal["mean", "sum"]),
     "batch_dims": _or_none(_batch_dims),
 }
 RECORDER: Mapping[str, Check] = {
     **_BOTH,
     "store": _or_none(_store),
     "existing": _or_none(partial(require_choice, literal=Existing)),
+    "reduction": _or_none(partial(require_choice, literal=Literal["mean", "sum"])),
     "projector": _projector,
     "max_gb": _or_none(require_limit),
     "max_overhead": _or_none(_max_overhead),
@@ -154,6 +154,7 @@ TRACKER: Mapping[str, Check] = {
     **_BOTH,
     "store": _file,
     "existing": partial(require_choice, literal=Literal["refuse", "replace"]),
+    "reduction": partial(require_choice, literal=Literal["mean", "sum"]),
     "period": _period,
     "projector": _or_none(_projector),
     "mode": partial(require_choice, literal=Mode),

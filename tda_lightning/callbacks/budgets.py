@@ -97,13 +97,24 @@ class Budgets:
             self._forward = Stopwatch(model.device)
 
     def choose_stride(
-        self, trainer: Trainer, model: LightningModule, recorder: TrainingRecorder, loss: Tensor
-    ) -> None:
-        """Choose the stride before the backward pass of the first recorded loss."""
-        recipe, limit = self._undecided, self._max_overhead
-        if recipe is None or limit is None or self._forward is None or not recorder.is_recording():
-            return
-        forward = self._forward.seconds()
+        self,
+        trainer: Trainer,
+        model: LightningModule,
+        recorder: TrainingRecorder,
+        loss: Tensor,
+        recipe: Recipe,
+    ) -> Recipe:
+        """Choose the stride before the backward pass of the first recorded loss.
+
+        Returns:
+            The recipe, with this stride if it was chosen.
+        """
+        limit, started = self._max_overhead, self._forward
+        if self._undecided is None or limit is None or started is None:
+            return recipe
+        if not recorder.is_recording():
+            return recipe
+        forward = started.seconds()
         self._undecided = self._forward = None
         # All processes record the same steps: the first one's measurement decides.
         timing = trainer.strategy.broadcast(_timing_of(model, recorder, loss, forward))
@@ -113,6 +124,7 @@ class Budgets:
         note(f"GradientRecorder: {timing.describe()}.")
         self.describe(trainer, recipe, [f"Recording adds no more than {100 * limit:g} % of time."])
         recorder.record_every(stride)
+        return recipe
 
     def _within_disk(self, trainer: Trainer, recipe: Recipe) -> Recipe:
         if self._max_gb is None:

@@ -29,7 +29,7 @@ EXISTING = "TDA_LIGHTNING_EXISTING"
 def recorders_from_environment() -> list[GradientRecorder]:
     """Return a recorder into ``$TDA_LIGHTNING_STORE``, or none if it is unset.
 
-    ``$TDA_LIGHTNING_EXISTING`` says what to do with an existing run; by default, runs are numbered.
+    ``$TDA_LIGHTNING_EXISTING`` is the argument ``existing``; by default, runs are numbered.
 
     Raises:
         ValueError: If the second variable is none of "refuse", "replace" and "number".
@@ -98,7 +98,7 @@ class EnvironmentRecorder(GradientRecorder):
         """Turn an error into a warning, and stop recording."""
         try:
             yield
-        except (ValueError, RuntimeError, OSError, TypeError, LookupError) as error:
+        except Exception as error:  # Whatever it is, it must not end the training.
             self._is_off = True
             self._close()
             rank_zero_warn(f"GradientRecorder: recording has stopped: {error} Training goes on.")

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.budgets import Budgets, FirstBatch
-from tda_lightning.callbacks.checks import require_one_loader, require_supported
+from tda_lightning.callbacks.checks import (
+    require_one_loader,
+    require_supported,
+    settled_reduction,
+    warn_of,
+)
 from tda_lightning.callbacks.cost_estimate import describe_snapshots
 from tda_lightning.callbacks.lightning_types import (
     LightningModule,
@@ -22,11 +27,10 @@ from tda_lightning.callbacks.lightning_types import (
     distributed_context,
     loss_scale_of,
 )
-from tda_lightning.callbacks.messages import note
 from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.run_location import Existing, RunLocation
 from tda_lightning.callbacks.run_writer import RunWriter
-from tda_lightning.gradients.capture.capture import NO_EFFECT
+from tda_lightning.gradients.losses import Reduction
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
@@ -70,15 +74,15 @@ class GradientRecorder(RecordingCallback):
             indices. Queries can be evaluated at them: ``attribute(..., at=index)``.
         sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
             default ids are indices into the dataset, inferred from the sampler.
-        reduction: How the training loss combines its samples.
+        reduction: Whether the training loss is the mean or the sum over its samples. By default, it
+            is inferred from the first loss; a mean, if its graph leaves that open.
         batch_dims: Axis of the samples in layers whose names match a pattern, if it is not the
             first: ``{"encoder.*": 1}``. ``"flattened"`` is for layers whose input joins it with
             other axes, as in ``x.reshape(n * length, -1)``.
         existing: What to do if ``store`` holds a run that this training does not continue.
-            ``"refuse"``, the default for a named store, raises an error. ``"replace"`` deletes that
-            run. ``"number"``, the default for ``store=None``, records into ``run-2.tda``,
-            ``run-3.tda`` and so on. A resumed training, or one that is fitted further, continues
-            the run that it began.
+            ``"refuse"``, the default for a named store, raises an error; ``"replace"`` deletes that
+            run; ``"number"``, the default without a name, records into ``run-2.tda`` and so on. A
+            resumed training, or one that is fitted further, continues the run that it began.
 
     Raises:
         ValueError: If an argument is invalid; or before the first batch, if something cannot be
@@ -101,7 +105,7 @@ class GradientRecorder(RecordingCallback):
         audit: int = 0,
         snapshots: int | Sequence[int] = 0,
         sample_ids: IdSource | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Reduction | None = None,
         batch_dims: Mapping[str, int | Literal["flattened"]] | None = None,
         existing: Existing | None = None,
     ) -> None:
@@ -123,8 +127,7 @@ class GradientRecorder(RecordingCallback):
         self.batch_dims = dict(batch_dims or {})
         self.existing = self._location.existing
         self._sampled = curvature_share if curvature == "fisher" else 0.0
-        replaces = self.existing == "replace"
-        self._writer = RunWriter(self.store, "replace" if replaces else "refuse")
+        self._writer = RunWriter(self.store, "replace" if existing == "replace" else "refuse")
         self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._writer)
         self._first_batch = FirstBatch()
         self._recipe: Recipe | None = None  # Only during training.
@@ -141,7 +144,7 @@ class GradientRecorder(RecordingCallback):
         state, preconditioner = self._writer.begin(trainer, recipe)
         recorder.resume(trainer.global_step, state.get("lanes", ()), preconditioner)
         self._ledger.start_training(trainer.global_step)
-        _warn_of(recipe.left_out)
+        warn_of(recipe.left_out)
         self._recipe = recipe
         notes = describe_snapshots(trainer, pl_module, self.snapshots)
         self._budgets.describe(trainer, recipe, notes)
@@ -159,6 +162,7 @@ class GradientRecorder(RecordingCallback):
 
     def _create_recorder(self, trainer: Trainer, model: LightningModule) -> TrainingRecorder:
         continued = self._writer.continued_recipe(trainer)
+        self._is_reduction_settled = continued is not None
         selection = select_trained_layers(model, self.layers, trainer.optimizers, continued)
         lost = [] if continued is None else _lost_blocks(continued)
         selection = replace(selection, left_out=(*selection.left_out, *lost))
@@ -173,7 +177,7 @@ class GradientRecorder(RecordingCallback):
         settings = RecordingSettings(
             optimization="automatic" if model.automatic_optimization else "manual",
             rows=rows,
-            reduction=self.reduction,
+            reduction=self.reduction or (continued.reduction if continued else "mean"),
             preconditioner=self.preconditioner if is_preconditioned else "none",
             audit=self.audit,
             distributed=distributed_context(trainer),
@@ -186,7 +190,7 @@ class GradientRecorder(RecordingCallback):
 
     def _leave_out(self, entries: Sequence[LeftOut]) -> None:
         """Name parameters that turned out not to be recordable, here and in the recipe."""
-        _warn_of(entries)
+        warn_of(entries)
         if self._recipe is not None and not len(self.store):
             self._recipe = replace(self._recipe, left_out=(*self._recipe.left_out, *entries))
             self._writer.amend(self._recipe)
@@ -202,7 +206,7 @@ class GradientRecorder(RecordingCallback):
             dimension=recorder.dimension,
             widths=recorder.widths,
             dtype="float64" if row_dtype(model) == torch.float64 else "float32",
-            reduction=self.reduction,
+            reduction=recorder.settings.reduction,
             batch_dims=self.batch_dims,
             preconditioner=recorder.settings.preconditioner,
             curvature=self.curvature,
@@ -229,8 +233,23 @@ class GradientRecorder(RecordingCallback):
     ) -> None:
         """Prepare for the backward pass of the loss; in the first batch, measure its time."""
         if self._recorder is not None:
-            self._budgets.choose_stride(trainer, pl_module, self._recorder, loss)
+            assert self._recipe is not None
+            self._settle_reduction(trainer, self._recorder, self._recipe, loss)
+            self._recipe = self._budgets.choose_stride(
+                trainer, pl_module, self._recorder, loss, self._recipe
+            )
             self._first_batch.start_backward(self._recorder, loss, loss_scale_of(trainer))
+
+    def _settle_reduction(
+        self, trainer: Trainer, recorder: TrainingRecorder, recipe: Recipe, loss: Tensor
+    ) -> None:
+        """Infer the reduction from the first recorded loss, and check it for mixed samples."""
+        if self._is_reduction_settled or not recorder.is_recording():
+            return
+        self._is_reduction_settled = True
+        self._recipe = settled_reduction(trainer, recorder, loss, self.reduction, recipe)
+        if self._recipe is not recipe:
+            self._writer.amend(self._recipe)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of the batch."""
@@ -274,13 +293,6 @@ class GradientRecorder(RecordingCallback):
 
     def _save(self) -> None:
         self._writer.seal()
-
-
-def _warn_of(entries: Sequence[LeftOut]) -> None:
-    for entry in entries:
-        # What has no effect is not missing from the rows.
-        report = note if NO_EFFECT in entry.reason else rank_zero_warn
-        report(f"GradientRecorder: {entry.describe()}")
 
 
 def _lost_blocks(recipe: Recipe) -> list[LeftOut]:

@@ -102,8 +102,8 @@ def _log_folder(trainer: Trainer) -> Path:
 def _numbered_path(path: Path, run_id: str | None) -> OSError | str:
     """Return the path of the run with an id, else a free one; or the error of making it."""
     try:
-        found = _find(path, run_id) if run_id else None
-        return str(found or _reserve(path))
+        continued = _find(path, run_id) if run_id else None
+        return str(continued or _reserve(path))
     except OSError as error:
         return error
 

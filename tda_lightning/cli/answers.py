@@ -160,4 +160,6 @@ def _score_rows(ranked: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _listed(ranked: Sequence[dict[str, Any]]) -> str:
+    if not any(entry["score"] for entry in ranked):
+        return "none, all of these scores are zero"
     return ", ".join(f"{entry['sample']} ({entry['score']:+.3g})" for entry in ranked)

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -102,18 +101,19 @@ def attribute_by_gradients(
         batch_dims = store.recipe.batch_dims if batch_dims is None else batch_dims
     recipe = full_recipe(model, selection, reduction or "mean", batch_dims or {})
     gradients = FullGradients(model, selection, recipe, store)
-    query_gradients = gradients.of_queries(queries, target, at, progress=progress)
+    asked = gradients.of_queries(queries, target, at, progress=progress)
     with preserved_state(model, "eval"):
         objective = gradients.objective(
             curvature_data, damping, argument=argument, progress=progress
         )
-        solution = method.solve(objective, query_gradients, progress=progress)
+        solution = method.solve(objective, asked.rows, progress=progress)
     train_ids, products = gradients.products(
         solution.directions, train_loader, sample_ids, progress=progress
     )
     return Scores(
         values=products / len(train_ids),
-        query_ids=torch.arange(len(query_gradients)),
+        query_ids=asked.ids,
+        tokens=asked.tokens,
         train_ids=train_ids,
         method=repr(method),
         provenance={

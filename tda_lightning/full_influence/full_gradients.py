@@ -26,7 +26,7 @@ from tda_lightning.full_influence.objective import (
 from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity
 from tda_lightning.passes.batches import batches_in_memory, with_progress
-from tda_lightning.passes.queries import mean_rows_at, query_rows
+from tda_lightning.passes.queries import QueryRows, identified_rows, mean_rows_at
 from tda_lightning.passes.targets import Target
 from tda_lightning.passes.training_data import sampled_rows, train_rows
 from tda_lightning.recording.sample_ids import IdSource, require_once
@@ -97,8 +97,8 @@ class FullGradients:
         total = torch.zeros(self._recipe.dimension)
         for point in self._linearization_points:
             with point.loaded_into(self._model):
-                rows = query_rows(self._model, data, self._recipe, progress=progress)
-            summed = self.vectors(rows, point.scale).sum(dim=0)
+                queries = identified_rows(self._model, data, self._recipe, progress=progress)
+            summed = self.vectors(queries.rows, point.scale).sum(dim=0)
             total = total.to(summed) + summed
         return total / len(self._linearization_points)
 
@@ -107,19 +107,24 @@ class FullGradients:
         scales = [point.scale for point in self._linearization_points if point.scale is not None]
         return displacement * torch.stack(scales).mean(dim=0) if scales else displacement
 
-    def of_queries(
-        self, queries: Any, target: Target, at: Moment, *, progress: bool
-    ) -> Float[Tensor, "n_query d"]:
-        """Return the gradients of the queries' losses, or of another target."""
+    def of_queries(self, queries: Any, target: Target, at: Moment, *, progress: bool) -> QueryRows:
+        """Return the queries with the gradients of their losses, or of another target."""
         queries = batches_in_memory(queries) if at == "snapshots" else queries
+        passes: list[QueryRows] = []
 
         def gradients_at(position: int) -> Float[Tensor, "n_query d"]:
-            rows = query_rows(self._model, queries, self._recipe, target=target, progress=progress)
-            return self.vectors(rows, self._scale(position))
+            passes.append(
+                identified_rows(
+                    self._model, queries, self._recipe, target=target, progress=progress
+                )
+            )
+            return self.vectors(passes[-1].rows, self._scale(position))
 
         if self._run is None:
-            return gradients_at(-1)
-        return mean_rows_at(self._run, self._model, at, gradients_at)
+            gradients = gradients_at(-1)
+        else:
+            gradients = mean_rows_at(self._run, self._model, at, gradients_at)
+        return replace(passes[0], rows=gradients)
 
     def objective(
         self,

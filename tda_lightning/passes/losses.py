@@ -37,8 +37,8 @@ def sample_losses(
     """Return the loss of each sample at the current weights of ``model``.
 
     It is the simplest score for mislabelled samples, and a bar for :func:`self_influence`. Every
-    sample takes a pass of its own through ``training_step``, as a batch of one, so that the loss
-    may combine its samples in any way.
+    sample passes through ``training_step`` as a batch of one. So the loss may combine the samples
+    of a batch in any way.
 
     Args:
         model: The trained LightningModule. Its state is restored afterwards.

@@ -81,7 +81,7 @@ class StepBuilder:
         self._selection = selection
         self._leave_out = leave_out
         self._lost = set(rows.excluded)
-        self._reduction = reduction
+        self.reduction = reduction
         self._preconditioner = preconditioner
         self._hyperparameters = HyperparameterReader.of(selection, preconditioner)
         # The preconditioner that begins with the next step, until a step holds it.
@@ -109,9 +109,8 @@ class StepBuilder:
         self._prepare_for_loss(index, sample_ids, share)
 
     def _prepare_for_loss(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
-        n = len(sample_ids)
         self._share = share
-        self._current_batch = (sample_ids, share / n if self._reduction == "mean" else share)
+        self._current_batch = (sample_ids, share)
         if not self._pending and self._is_audit_due():
             self._rows.sum_blocks()
         batch = _SEEDS_PER_STEP * index + len(self._pending)
@@ -148,9 +147,10 @@ class StepBuilder:
             self._pending.append(self._visits_of(*self._current_batch))
             self._current_batch = None
 
-    def _visits_of(self, sample_ids: Int[Tensor, " n"], weight: float) -> BatchVisits:
-        weight, applied = weight * self._loss_scale, self._applied()
-        return BatchVisits(sample_ids, weight, applied, self._rows.end_backward())
+    def _visits_of(self, sample_ids: Int[Tensor, " n"], share: float) -> BatchVisits:
+        weight = share / len(sample_ids) if self.reduction == "mean" else share
+        rows = self._rows.end_backward()
+        return BatchVisits(sample_ids, weight * self._loss_scale, self._applied(), rows)
 
     def _applied(self) -> float:
         return 1 / (self._loss_scale * self._distributed.count)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tda_lightning.gradients.losses import Reduction, reduction_of
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.gradients.sketching.projectors import Projector
@@ -58,7 +59,7 @@ class TrainingRecorder:
         ]
         self._n_optimizers = len(optimizers)
         self._hooks: list[Any] = []
-        self._backward_passes = 0
+        self._backward_passes = self._batch_size = 0
 
     @property
     def rows(self) -> RowRecorder:
@@ -128,9 +129,24 @@ class TrainingRecorder:
             if not recorder.is_due():
                 recorder.builder.drop_batch()
 
+    def reduction_of(self, loss: Tensor, share: float) -> Reduction | None:
+        """Return how the loss of the batch combines its samples, if its graph shows that.
+
+        Args:
+            loss: The loss, before its backward pass.
+            share: Factor of the loss in the step's loss (less than 1 under accumulation).
+        """
+        with self.rows.paused():
+            return reduction_of(loss, self._batch_size, share)
+
+    def use_reduction(self, reduction: Reduction) -> None:
+        """Change how losses are taken to combine their samples, from the current batch on."""
+        for recorder in self._recorders:
+            recorder.builder.reduction = reduction
+
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Prepare for the forward pass of a batch, where one of its steps is to be recorded."""
-        self._backward_passes = 0
+        self._backward_passes, self._batch_size = 0, len(sample_ids)
         if len(sample_ids) == 0:  # It contributes nothing, and has no sample axis to find.
             return
         for recorder in self._recorders:

@@ -47,8 +47,15 @@ def _require_no_table(path: str | Path) -> None:
         )
 
 
-def load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:
+def load_arrays(
+    path: str | Path, names: tuple[str, ...], *, optional: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Read the fields of a result that :func:`save_arrays` wrote.
+
+    Args:
+        path: Path of the file.
+        names: Names of the fields.
+        optional: Names of fields that a file may lack.
 
     Raises:
         FileNotFoundError: If there is no file.
@@ -62,6 +69,7 @@ def load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:
     with _reading_result(file):
         arrays = _read_arrays(file)
     # Files of early versions have no provenance.
+    names = (*names, *(name for name in optional if name in arrays))
     if set(arrays) - {"provenance"} != {*names, "method"}:
         raise ValueError(
             f"`{path}` holds {sorted(arrays)}; expected {sorted([*names, 'method'])}. "

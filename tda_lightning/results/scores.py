@@ -46,10 +46,12 @@ class Scores:
 
     Attributes:
         values: Scores, shape ``(n_query, n_train)``.
-        query_ids: Ids of the queries, shape ``(n_query,)``.
+        query_ids: Ids of the queries, shape ``(n_query,)``: as training samples, indices into the
+            dataset of a loader, below any ``Subset``; positions in a batch.
         train_ids: Ids of the training samples, shape ``(n_train,)``.
         method: The method and its hyper-parameters.
         provenance: Model, optimizer, steps covered, sketch and weights behind the scores.
+        tokens: Position of each query's token in its sample, if queries are tokens.
     """
 
     values: Float[Tensor, "n_query n_train"]
@@ -57,6 +59,7 @@ class Scores:
     train_ids: Int[Tensor, " n_train"]
     method: str
     provenance: Mapping[str, str] = field(default_factory=dict)
+    tokens: Int[Tensor, " n_query"] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,7 +85,10 @@ class Scores:
                 "queries. Select training samples by their ids: `scores[0].of([17, 23])`."
             )
         chosen = queries if isinstance(queries, slice) else torch.as_tensor(queries)
-        return replace(self, values=self.values[chosen], query_ids=self.query_ids[chosen])
+        tokens = None if self.tokens is None else self.tokens[chosen]
+        return replace(
+            self, values=self.values[chosen], query_ids=self.query_ids[chosen], tokens=tokens
+        )
 
     def _row(self, row: int) -> SampleScores:
         if not -len(self) <= row < len(self):
@@ -155,8 +161,10 @@ class Scores:
         first = require_same_ids(scores, ("train_ids",), Scores)
         values = torch.cat([item.values for item in scores])
         query_ids = torch.cat([item.query_ids for item in scores])
+        parts = [item.tokens for item in scores if item.tokens is not None]
+        tokens = torch.cat(parts) if len(parts) == len(scores) else None
         provenance = joined_provenance(scores, "concatenation")
-        return replace(first, values=values, query_ids=query_ids, **provenance)
+        return replace(first, values=values, query_ids=query_ids, tokens=tokens, **provenance)
 
     def grouped(
         self,
@@ -182,8 +190,9 @@ class Scores:
             ValueError: If there is not one label per query, or per training sample.
         """
         values, provenance = self.values, dict(self.provenance)
-        query_ids, train_ids = self.query_ids, self.train_ids
+        query_ids, train_ids, tokens = self.query_ids, self.train_ids, self.tokens
         if labels is not None:
+            tokens = None
             query_ids, values = sum_over_groups(values, labels, "labels", "query")
             provenance["groups"] = f"{len(query_ids)} of {len(self)} queries"
         if train_labels is not None:
@@ -192,17 +201,16 @@ class Scores:
             )
             values = sums.mT.contiguous()
             provenance["train groups"] = f"{len(train_ids)} of {len(self.train_ids)} samples"
-        return replace(
-            self, values=values, query_ids=query_ids, train_ids=train_ids, provenance=provenance
-        )
+        return Scores(values, query_ids, train_ids, self.method, provenance, tokens)
 
     def to_pandas(self, k: int | None = None) -> pd.DataFrame:
         """Return a data frame of all scores, or a tidy one of the ``k`` most extreme per query.
 
         Args:
             k: Number of proponents, and of opponents, per query. The columns are ``query``,
-                ``rank`` (from 0), ``train_id``, ``score`` and ``sign``: 1 for proponents, -1 for
-                opponents. With ``None``, queries are rows and training samples columns.
+                ``token`` (if queries are tokens), ``rank`` (from 0), ``train_id``, ``score`` and
+                ``sign``: 1 for proponents, -1 for opponents. With ``None``, queries are rows and
+                training samples columns.
         """
         if k is not None:
             return data_frame(self._extremes(k))
@@ -224,27 +232,32 @@ class Scores:
 
     def _extremes(self, k: int) -> Columns:
         sides = (self.proponents(k), self.opponents(k))
-        return signed_columns(*(ranked_columns(self.query_ids, s.ids, s.values) for s in sides))
+        tables = (ranked_columns(self.query_ids, s.ids, s.values, self.tokens) for s in sides)
+        return signed_columns(*tables)
 
     def save(self, path: str | Path) -> None:
         """Write the scores to a NumPy ``.npz`` file."""
-        save_arrays(path, self, _FIELDS)
+        save_arrays(path, self, _FIELDS if self.tokens is None else (*_FIELDS, "tokens"))
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
         """Read scores written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS))
+        return cls(**load_arrays(path, _FIELDS, optional=("tokens",)))
 
     def __repr__(self) -> str:
         """Show the shape, the method, and the proponents and opponents of the first queries."""
         n_query, n_train = self.shape
         head = f"Scores of {n_query:,} queries x {n_train:,} training samples by {self.method}"
         lines = [
-            f"  query {int(query)}: {_describe_row(self._row(row))}"
-            for row, query in enumerate(self.query_ids[:3])
+            f"  {self._name_of(row)}: {_describe_row(self._row(row))}"
+            for row in range(min(n_query, 3))
             if n_train >= 3
         ]
         return "\n".join([head, *lines, *(["  ..."] if n_query > 3 else [])])
+
+    def _name_of(self, row: int) -> str:
+        token = "" if self.tokens is None else f", token {int(self.tokens[row])}"
+        return f"query {int(self.query_ids[row])}{token}"
 
 
 _FIELDS = ("values", "query_ids", "train_ids")

@@ -33,8 +33,8 @@ def positions_of(
             "samples; expected ids from `train_ids`, which are indices into the dataset below any "
             "`Subset`."
         )
-    found: Tensor = order[positions]
-    return found
+    in_given_order: Tensor = order[positions]
+    return in_given_order
 
 
 def _as_ids(wanted: object) -> Tensor:

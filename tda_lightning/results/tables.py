@@ -25,10 +25,12 @@ def ranked_columns(
     query_ids: Int[Tensor, " n_query"] | None,
     ids: Int[Tensor, "n_query k"],
     values: Float[Tensor, "n_query k"],
+    tokens: Int[Tensor, " n_query"] | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """Return the columns ``query`` (if there are ids), ``rank``, ``train_id`` and ``score``."""
+    """Return the columns ``query`` and ``token`` (if given), ``rank``, ``train_id``, ``score``."""
     n_query, k = ids.shape
-    queries = {} if query_ids is None else {"query": np.repeat(query_ids.numpy(), k)}
+    names = {"query": query_ids, "token": tokens}
+    queries = {name: np.repeat(v.numpy(), k) for name, v in names.items() if v is not None}
     return {
         **queries,
         "rank": np.tile(np.arange(k), n_query),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ class TopScores:
         query_ids: Ids of the queries, shape ``(n_query,)``.
         method: The method and its hyper-parameters.
         provenance: Model, optimizer, steps covered, sketch and weights behind the scores.
+        tokens: Position of each query's token in its sample, if queries are tokens.
     """
 
     proponents: Ranking
@@ -40,6 +41,18 @@ class TopScores:
     query_ids: Int[Tensor, " n_query"]
     method: str
     provenance: Mapping[str, str] = field(default_factory=dict)
+    tokens: Int[Tensor, " n_query"] | None = None
+
+    def named(
+        self,
+        query_ids: Int[Tensor, " n_query"],
+        tokens: Int[Tensor, " n_query"] | None,
+        provenance: Mapping[str, str],
+    ) -> TopScores:
+        """Return the same scores with other names of the queries, and another provenance."""
+        proponents = replace(self.proponents, query_ids=query_ids)
+        opponents = replace(self.opponents, query_ids=query_ids)
+        return TopScores(proponents, opponents, query_ids, self.method, provenance, tokens)
 
     def __len__(self) -> int:
         """Return the number of queries."""
@@ -55,7 +68,8 @@ class TopScores:
 
     def _columns(self) -> Columns:
         sides = (self.proponents, self.opponents)
-        return signed_columns(*(ranked_columns(self.query_ids, s.ids, s.values) for s in sides))
+        tables = (ranked_columns(self.query_ids, s.ids, s.values, self.tokens) for s in sides)
+        return signed_columns(*tables)
 
     def __repr__(self) -> str:
         """Show the proponents and opponents of the first queries."""

@@ -167,11 +167,7 @@ class Recipe:
         Raises:
             ValueError: If a name matches no layer, or layers share columns.
         """
-        if isinstance(layers, str) or not layers:
-            raise ValueError(
-                f"`layers` is {layers!r}; expected a non-empty list of layer names, such as "
-                f"[{self.blocks[-1].name!r}]."
-            )
+        selected = self.selects(layers)
         if self.widths is None:
             name, *arguments = (f"{key}={value}" for key, value in self.projector.items())
             raise ValueError(
@@ -180,15 +176,23 @@ class Recipe:
                 "`GradientRecorder(layers=[...])`, or with a projector that keeps them separate: "
                 "`Kronecker()` or `Identity()`."
             )
+        columns = torch.repeat_interleave(torch.tensor(selected), torch.tensor(self.widths))
+        return columns.nonzero()[:, 0]
+
+    def selects(self, layers: Sequence[str]) -> list[bool]:
+        """Return for each block whether it is among layers; an unknown one raises an error."""
+        if isinstance(layers, str) or not layers:
+            raise ValueError(
+                f"`layers` is {layers!r}; expected a non-empty list of layer names, such as "
+                f"[{self.blocks[-1].name!r}]."
+            )
         names = [(block.name, *block.modules) for block in self.blocks]
         for pattern in unmatched([name for group in names for name in group], layers):
             raise ValueError(
                 f"`layers` contains `{pattern}`, which matches no layer of the run; expected names "
                 f"from {[block.name for block in self.blocks]}. Correct the name, or use `*`."
             )
-        selected = [is_selected(group, layers) for group in names]
-        columns = torch.repeat_interleave(torch.tensor(selected), torch.tensor(self.widths))
-        return columns.nonzero()[:, 0]
+        return [is_selected(group, layers) for group in names]
 
     def require_continued_by(self, other: Recipe) -> None:
         """Check that ``other`` makes the same sketches; software versions may differ.

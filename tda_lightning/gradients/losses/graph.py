@@ -68,6 +68,20 @@ def find_losses_and_penalties(loss: Tensor) -> list[LossNode]:
     return found
 
 
+def nodes_near(loss: Tensor) -> list[Any]:
+    """Return the nodes near the root of a loss's graph, in order of their distance."""
+    if loss.grad_fn is None:
+        return []
+    nodes = {loss.grad_fn: None}  # In order of insertion.
+    waiting = deque(nodes)
+    while waiting and len(nodes) < _MAX_SEARCHED_NODES:
+        for child in _children(waiting.popleft()):
+            if child not in nodes:
+                nodes[child] = None
+                waiting.append(child)
+    return list(nodes)
+
+
 def _kind_of(node: Any) -> type[LossNode] | None:
     if node is None:
         return None
