@@ -13,11 +13,13 @@ samples.
 
 **Other witnesses** are shown beside the score, since they can find what the loss cannot: the
 self-influence (Koh & Liang 2017, sec. 5.4; Pruthi et al. 2020, sec. 4.1), the predicted loss of a
-sample that is left out, and similarity to the opponents of trusted queries.
+sample that is left out, and the opposition to trusted queries,
+:math:`\sum_q \max(-s(q, i), 0) / \lVert s(q, \cdot) \rVert`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from tda_lightning.api import attribute, self_influence
 from tda_lightning.applications.loss_history import LossHistory, holds_losses, loss_history
 from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
 from tda_lightning.applications.predictions import Labels, Outputs, predict
-from tda_lightning.attribution import Attributor, GradientSimilarity, InfluenceFunction
+from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
 from tda_lightning.passes.targets import labels_of, outputs_of
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
@@ -44,7 +46,7 @@ def find_mislabeled(
     loader: DataLoader[Any] | None = None,
     *,
     trusted: Any = None,
-    method: Attributor = GradientSimilarity(),
+    method: Attributor = TracIn(),
     number: int | None = None,
     outputs: Outputs = outputs_of,
     labels: Labels = labels_of,
@@ -81,9 +83,9 @@ def find_mislabeled(
     if trusted is not None:
         assert model is not None
         scores = attribute(store, model, trusted, method=method, progress=progress)
-        witnesses["opponents"] = -scores.values.double().sum(dim=0)
+        witnesses["opposition"] = _opposition(scores.values.double())
     suspicion = next(iter(witnesses.values()))
-    estimate, separation = _estimated_number(suspicion, history)
+    count = _estimated_number(suspicion, history)
     labelled = None
     if model is not None and loader is not None:
         named = predict(model, loader, "loader", outputs, labels, progress)
@@ -93,10 +95,10 @@ def find_mislabeled(
         train_ids=store.train_ids(),
         label_scores=_label_scores(suspicion, history),
         witnesses=witnesses,
-        estimated_number=estimate,
-        flagged_number=estimate if number is None else min(number, len(suspicion)),
+        estimated_number=count.number,
+        flagged_number=count.number if number is None else min(number, len(suspicion)),
         labelled=labelled,
-        notes=tuple(_notes(store, history, separation)),
+        notes=tuple(_notes(store, history, count)),
     )
 
 
@@ -130,6 +132,17 @@ def _witnesses(
     return witnesses
 
 
+def _opposition(scores: Float[Tensor, "n_query n_train"]) -> Float[Tensor, " n_train"]:
+    """Return how strongly each sample opposes trusted queries, which all count alike.
+
+    Only negative scores count. A wrong label harms the queries of two classes, and helps others;
+    in the sum of all scores, these cancel.
+    """
+    scaled = scores / scores.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    opposition: Tensor = (-scaled).clamp_min(0).sum(dim=0)
+    return opposition
+
+
 def _label_scores(
     suspicion: Float[Tensor, " n_train"], history: LossHistory | None
 ) -> Float[Tensor, " n_train"]:
@@ -144,15 +157,27 @@ def _label_scores(
     return 1 - torch.searchsorted(ordered, suspicion, right=True).double() / len(suspicion)
 
 
-def _estimated_number(
-    suspicion: Float[Tensor, " n_train"], history: LossHistory | None
-) -> tuple[int, float]:
-    """Return the estimated number of wrong labels, and how well it separates two groups."""
-    values = suspicion.clamp_min(0).pow(_POWER)
-    number, separation = best_split(values)
+@dataclass(frozen=True)
+class _Count:
+    """How many labels are wrong.
+
+    Attributes:
+        number: The estimate.
+        separated: Size of the upper of two groups of suspicions.
+        separation: Share of the variance between these groups.
+    """
+
+    number: int
+    separated: int
+    separation: float
+
+
+def _estimated_number(suspicion: Float[Tensor, " n_train"], history: LossHistory | None) -> _Count:
+    separated, separation = best_split(suspicion.clamp_min(0).pow(_POWER))
+    number = separated
     if history is not None and history.loss == "cross-entropy":
-        number = min(number, int((_late_probabilities(history) < 0.5).sum()))
-    return number, separation
+        number = min(number, int((history.error().values > 0.5).sum()))
+    return _Count(number, separated, separation)
 
 
 def best_split(values: Float[Tensor, " n"]) -> tuple[int, float]:
@@ -178,30 +203,23 @@ def best_split(values: Float[Tensor, " n"]) -> tuple[int, float]:
     return best + 1, float(between[best]) / variance
 
 
-def _late_probabilities(history: LossHistory) -> Float[Tensor, " n_train"]:
-    """Return each sample's mean label probability in the second half of its visits."""
-    rows = torch.searchsorted(history.train_ids, history.sample_ids)
-    visits = torch.bincount(rows, minlength=len(history.train_ids))
-    starts = visits.cumsum(0) - visits
-    is_late = torch.arange(len(rows)) - starts[rows] >= visits[rows] // 2
-    sums = torch.zeros(len(visits), dtype=torch.float64)
-    sums.index_add_(0, rows[is_late], history.label_probabilities()[is_late])
-    counts = torch.bincount(rows[is_late], minlength=len(visits))
-    return (sums / counts).nan_to_num(nan=1.0)
-
-
-def _notes(store: Store, history: LossHistory | None, separation: float) -> list[str]:
+def _notes(store: Store, history: LossHistory | None, count: _Count) -> list[str]:
     notes = []
     if history is None:
         notes.append(
             "The run holds no losses of single labels, so self-influence ranks the samples. It "
             "also finds unusual samples with correct labels."
         )
-    if separation < _LEAST_SEPARATION:
+    if count.separation < _LEAST_SEPARATION:
         notes.append(
-            f"The scores do not fall into two groups (separation {separation:.2f}, above "
-            f"{_LEAST_SEPARATION} with a tenth of the labels flipped): the flagged samples may "
-            "simply be hard, and the number is a guess."
+            f"The scores do not fall into two groups (separation {count.separation:.2f}; with a "
+            f"tenth of the labels flipped it was above {_LEAST_SEPARATION}): the flagged samples "
+            "may simply be hard, and the number is a guess."
+        )
+    if count.number < count.separated / 2:
+        notes.append(
+            f"{count.separated:,} samples stand out, but most of them were learned early. If they "
+            f"were memorized, the number of wrong labels is up to {count.separated:,}."
         )
     never = len(store.train_ids()) - len(store.visited_ids())
     if never:

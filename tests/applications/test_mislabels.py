@@ -58,7 +58,7 @@ def test_the_frame_has_cleanlabs_columns_and_every_sample(suspects):
 
 def test_opponents_of_trusted_data_are_a_witness(suspects):
     wrong = recorded_digits().wrong
-    assert mislabel_auc(suspects.witnesses["opponents"], wrong) > 0.8
+    assert mislabel_auc(suspects.witnesses["opposition"], wrong) > 0.8
     assert suspects.agreement().max() == 4
 
 
