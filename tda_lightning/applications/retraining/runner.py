@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
     WeightedRandomSampler,
