@@ -84,7 +84,7 @@ def top_k_cardinality(scores: Float[Tensor, "n_query n_train"], k: int = 1) -> f
     """
     require_numbers("scores", scores, 2, "attribute(...).values")
     nearest = scores.topk(require_rank(k, scores.shape[1]), dim=1).indices
-    return len(nearest.unique()) / nearest.numel()
+    return len(torch.unique(nearest)) / nearest.numel()
 
 
 def tail_patch(
