@@ -13,6 +13,16 @@ from tda_lightning.applications.importance import (
 from tda_lightning.applications.pruning import coreset, prune
 from tda_lightning.applications.selection import select
 from tda_lightning.applications.selections import Selection
+from tda_lightning.applications.tracing import (
+    BM25,
+    Candidates,
+    NextToken,
+    TokenScores,
+    candidates_of,
+    rescore,
+    trace_facts,
+    trace_tokens,
+)
 from tda_lightning.applications.unlearning import (
     FirstOrder,
     RewindPlan,
@@ -25,22 +35,30 @@ from tda_lightning.applications.unlearning import (
 
 __all__ = [
     "AUM",
+    "BM25",
     "EL2N",
+    "Candidates",
     "FirstOrder",
     "Forgetting",
     "GraNd",
     "Importance",
     "LabelLoss",
     "Lowest",
+    "NextToken",
     "RewindPlan",
     "SecondOrder",
     "Selection",
     "SelfInfluence",
+    "TokenScores",
     "Unlearned",
     "UnrolledUpdate",
+    "candidates_of",
     "coreset",
     "prune",
+    "rescore",
     "rewind_plan",
     "select",
+    "trace_facts",
+    "trace_tokens",
     "unlearn",
 ]
