@@ -32,11 +32,14 @@ from tda_lightning.applications.unlearning import (
     rewind_plan,
     unlearn,
 )
+from tda_lightning.stores.alarms import Alarm, Alarms, find_alarms
 
 __all__ = [
     "AUM",
     "BM25",
     "EL2N",
+    "Alarm",
+    "Alarms",
     "Candidates",
     "FirstOrder",
     "Forgetting",
@@ -54,6 +57,7 @@ __all__ = [
     "UnrolledUpdate",
     "candidates_of",
     "coreset",
+    "find_alarms",
     "prune",
     "rescore",
     "rewind_plan",

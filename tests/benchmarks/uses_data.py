@@ -34,7 +34,6 @@ from tda_lightning import (
     InfluenceFunction,
     Logit,
     Scores,
-    Source,
     TracIn,
     Unrolled,
     attribute,
@@ -358,7 +357,6 @@ def facts(seed: int, epochs: int) -> Rows:
             GradientSimilarity(),
             InfluenceFunction(),
             Unrolled(),
-            Source(),
             TracIn(),
         ):
             scores = attribute(run, model, loader, method=method, progress=False)
