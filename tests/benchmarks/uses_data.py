@@ -162,7 +162,6 @@ def pruning(seed: int) -> Rows:
         "half by the loss": prune(run, 0.5, importance=LabelLoss(), balance=y).ids,
         "half by EL2N (default)": prune(run, 0.5, balance=y).ids,
         "half by GraNd": prune(run, 0.5, importance=GraNd(), balance=y).ids,
-        "half by EL2N of 5 epochs": prune(run, 0.5, importance=EL2N(5), balance=y).ids,
         "coreset of a half": coreset(run, 0.5, balance=y).ids,
     }
     for name, ids in choices.items():
