@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_warn
 
 from tda_lightning.callbacks.gradient_recorder import GradientRecorder
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.messages import LOGGER
 from tda_lightning.stores.alarms import Alarms, find_alarms
 
 
@@ -15,7 +15,8 @@ class TrainingAlarms(pl.Callback):
 
     At the end of every epoch, the run so far is read, and the number of samples of each alarm is
     logged: ``alarms/suspected_mislabels``, ``alarms/large_contributions``, ``alarms/never_seen``
-    and ``alarms/order_faults``. At the end of training, a warning lists the alarms with their ids.
+    and ``alarms/order_faults``. At the end of training, the logger ``tda_lightning`` warns of the
+    alarms, with their ids.
 
     Args:
         recorder: The recorder of the same training, also among the trainer's callbacks.
@@ -56,9 +57,9 @@ class TrainingAlarms(pl.Callback):
             logger.log_metrics(curves, step=trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of the alarms, with the ids of their samples."""
+        """Log a warning with the alarms and the ids of their samples."""
         if self.alarms.raised:
-            rank_zero_warn(f"TrainingAlarms: {self.alarms!r}")
+            LOGGER.warning("TrainingAlarms: %r", self.alarms)
 
 
 def _callbacks(trainer: Trainer) -> list[object]:

@@ -124,16 +124,16 @@ def _errors(step: StepFacts) -> list[float]:
 
 def _large_contributions(run: Store) -> Iterator[Alarm]:
     largest, limit, epoch = 0.0, float("inf"), run.facts[0].epoch
-    found: set[int] = set()
+    large_ids: set[int] = set()
     for step in run:
         if step.epoch != epoch:
             limit, epoch = LARGE_FACTOR * largest, step.epoch
         norms = _norms(step)
-        found.update(step.sample_ids[~(norms <= limit)].tolist())  # NaN is large, too.
+        large_ids.update(step.sample_ids[~(norms <= limit)].tolist())  # NaN is large, too.
         largest = max([largest, *norms[norms.isfinite()].tolist()])
-    if found:
+    if large_ids:
         reason = f"a gradient exceeded the largest of all earlier epochs {LARGE_FACTOR:g} times"
-        yield Alarm("large_contributions", torch.tensor(sorted(found)), reason)
+        yield Alarm("large_contributions", torch.tensor(sorted(large_ids)), reason)
 
 
 def _norms(step: Step) -> Tensor:

@@ -96,11 +96,11 @@ def test_bm25_refuses_wrong_constants():
 
 def test_the_candidates_are_the_best_of_all(trained):
     expected = attribute(*trained, completion(0), method=InfluenceFunction(), progress=False)
-    found = trace_facts(*trained, completion(0), k=5, texts=["text"] * N, progress=False)
-    assert found.ids.tolist() == expected.proponents(5).ids.tolist()
-    assert "5 passages for each query by InfluenceFunction" in repr(found)
-    assert ": text" in repr(found)
-    assert list(found.to_pandas()["text"]) == ["text"] * 5
+    candidates = trace_facts(*trained, completion(0), k=5, texts=["text"] * N, progress=False)
+    assert candidates.ids.tolist() == expected.proponents(5).ids.tolist()
+    assert "5 passages for each query by InfluenceFunction" in repr(candidates)
+    assert ": text" in repr(candidates)
+    assert list(candidates.to_pandas()["text"]) == ["text"] * 5
 
 
 def test_rescoring_ranks_the_same_passages_by_the_other_method(trained):
@@ -117,19 +117,19 @@ def test_rescoring_ranks_the_same_passages_by_the_other_method(trained):
 
 def test_ranks_beside_are_those_among_all_passages(trained):
     scores = attribute(*trained, completion(2), method=TracIn(), progress=False)
-    found = trace_facts(*trained, completion(2), k=5, progress=False).beside(scores)
+    candidates = trace_facts(*trained, completion(2), k=5, progress=False).beside(scores)
     order = scores.values[0].argsort(descending=True).tolist()
-    assert found.other_ranks[repr(TracIn())].tolist() == [
-        [order.index(i) + 1 for i in found.ids[0].tolist()]
+    assert candidates.other_ranks[repr(TracIn())].tolist() == [
+        [order.index(i) + 1 for i in candidates.ids[0].tolist()]
     ]
 
 
 def test_scores_of_other_queries_are_refused(trained):
-    found = trace_facts(*trained, completion(0), k=5, progress=False)
+    candidates = trace_facts(*trained, completion(0), k=5, progress=False)
     with pytest.raises(ValueError, match="expected the 1 queries of these candidates"):
-        found.ranked_by(BM25().scores(["a", "b"], ["x"] * N))
+        candidates.ranked_by(BM25().scores(["a", "b"], ["x"] * N))
     with pytest.raises(ValueError, match="scores for each passage"):
-        found.ranked_by(BM25().scores(["a"], ["x"]))
+        candidates.ranked_by(BM25().scores(["a"], ["x"]))
     with pytest.raises(ValueError, match="number from 1 to 13"):
         candidates_of(BM25().scores(["a"], ["x"] * N), 14)
 

@@ -43,7 +43,6 @@ from tda_lightning import (
 )
 from tda_lightning.applications import (
     BM25,
-    EL2N,
     FirstOrder,
     GraNd,
     LabelLoss,
@@ -265,17 +264,15 @@ def removing(seed: int) -> Rows:
     initial = Classifier()
     model = copy.deepcopy(initial)
     run = fit(model, TensorDataset(x, y), batches, curvature="fisher")
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        probabilities = model(test_x).softmax(dim=1)
-    top = probabilities.topk(2).values
-    margins = torch.where(probabilities.argmax(dim=1) == test_y, top[:, 0] - top[:, 1], 2.0)
-    chosen = margins.topk(15, largest=False).indices
+        right = (model(test_x).argmax(dim=1) == test_y).nonzero()[:, 0]
+    chosen = right[torch.randperm(len(right), generator=generator)[:20]]
     queries = (test_x[chosen], test_y[chosen])
     features = attribute_by_features(
         model, DataLoader(TensorDataset(x, y), 100), queries, progress=False
     ).values
     same_class = y == queries[1][:, None]
-    generator = torch.Generator().manual_seed(seed)
     scores = {
         "random": torch.rand(len(chosen), N_TRAIN, generator=generator),
         "random of the class": torch.rand(len(chosen), N_TRAIN, generator=generator) + same_class,
@@ -333,8 +330,8 @@ def watermark(seed: int) -> Rows:
 def reciprocal_rank(scores: Scores, answers: Sequence[int]) -> float:
     """Return the mean reciprocal rank of the right passages; ties count half."""
     at = torch.searchsorted(scores.train_ids, torch.tensor(answers))[:, None]
-    own = scores.values.gather(1, at)
-    above, equal = (scores.values > own).sum(dim=1), (scores.values == own).sum(dim=1)
+    right = scores.values.gather(1, at)
+    above, equal = (scores.values > right).sum(dim=1), (scores.values == right).sum(dim=1)
     return float((1 / (1 + above + (equal - 1) / 2)).mean())
 
 
@@ -362,8 +359,8 @@ def facts(seed: int, epochs: int) -> Rows:
             name = repr(method).split("(")[0]
             yield f"{kind}: {name}", reciprocal_rank(scores, texts.answers)
             if isinstance(method, InfluenceFunction):
-                own = self_influence(run, method=method, progress=False).values
-                relative = replace(scores, values=scores.values / own.clamp_min(1e-12).sqrt())
+                influence = self_influence(run, method=method, progress=False).values
+                relative = replace(scores, values=scores.values / influence.clamp_min(1e-12).sqrt())
                 yield f"{kind}: relative {name}", reciprocal_rank(relative, texts.answers)
 
 

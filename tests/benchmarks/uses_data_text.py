@@ -1,8 +1,8 @@
 """A language model of Python's documentation with planted facts, for `uses_data.py`.
 
 Facts about invented names are planted in passages of the documentation, one passage each. For every
-fact there are two decoys that name the same subject and state no fact: word overlap cannot tell
-them from the passage. Queries are the facts in the words of the passage, and paraphrased.
+fact there are two decoys that name the same subject and state no fact: some word overlap is
+no proof of the fact. Queries are the facts in the words of the passage, and paraphrased.
 """
 
 import pydoc_data.topics

@@ -51,9 +51,9 @@ def fit(data_loader, epochs=5, net=None, **settings):
     return alarms.alarms, curves.logged, recorder.store
 
 
-def test_a_wrong_label_is_suspected_logged_and_listed():
-    with pytest.warns(UserWarning, match=f"suspected_mislabels, 1 samples.*: {WRONG}"):
-        alarms, logged, _ = fit(loader(separable()))
+def test_a_wrong_label_is_suspected_logged_and_listed(caplog):
+    alarms, logged, _ = fit(loader(separable()))
+    assert "suspected_mislabels, 1 samples" in caplog.text
     (alarm,) = alarms.raised
     assert alarm.ids.tolist() == [WRONG]
     counts = [metrics["alarms/suspected_mislabels"] for metrics in logged]
@@ -73,8 +73,7 @@ def test_a_training_without_faults_raises_nothing():
 
 
 def test_unseen_samples_and_repeated_orders_are_named():
-    with pytest.warns(UserWarning, match="never_seen, 3 samples"):
-        alarms, _, _ = fit(DataLoader(vectors(13, 3, 2), 5), epochs=3, limit_train_batches=2)
+    alarms, _, _ = fit(DataLoader(vectors(13, 3, 2), 5), epochs=3, limit_train_batches=2)
     by_name = {alarm.name: alarm for alarm in alarms.raised}
     assert by_name["never_seen"].ids.tolist() == [10, 11, 12]
     assert "same order" in by_name["order_faults"].reason

@@ -1,8 +1,8 @@
 r"""Token by token: which tokens of a passage taught which tokens of a completion?
 
-A loss over tokens is a sum, and so is its gradient. With :math:`g_a` the gradient of the loss at
-query token :math:`a`, and :math:`g_b` at passage token :math:`b`, entry :math:`(a, b)` is the inner
-product :math:`\langle g_a, g_b \rangle` at the given weights, in the coordinates of the run.
+A loss over tokens is a sum, and so is its gradient. Let :math:`g_a` be the gradient of the loss at
+query token :math:`a`, and :math:`g_b` that at passage token :math:`b`. Entry :math:`(a, b)` is
+:math:`\langle g_a, g_b \rangle`, at the model's weights and in the coordinates of the run.
 """
 
 from __future__ import annotations

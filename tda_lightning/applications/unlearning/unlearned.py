@@ -245,7 +245,7 @@ def _means(losses: Mapping[str, Float[Tensor, " n"]]) -> dict[str, float]:
 
 
 def _membership(losses: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return the AUC of telling forgotten samples from holdout samples by their lower loss."""
+    """Return the AUC of the lower loss as a sign of the forgotten samples."""
     forget, holdout = losses["forget"], losses["holdout"]
     is_member = torch.cat(
         [torch.ones(len(forget["before"])), torch.zeros(len(holdout["before"]))]
