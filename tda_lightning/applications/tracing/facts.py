@@ -19,7 +19,8 @@ from tda_lightning.api import attribute
 from tda_lightning.attribution import Attributor, InfluenceFunction
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.optional import needs
-from tda_lightning.results.scores import Scores, require_rank
+from tda_lightning.results.ranking import require_rank
+from tda_lightning.results.scores import Scores
 from tda_lightning.stores.opening import Run
 from tda_lightning.stores.snapshots import Moment
 

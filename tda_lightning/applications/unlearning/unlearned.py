@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 MAX_SAMPLES = 1000
 NOT_GUARANTEED = (
     "Approximate: the weights may still hold traces of the forgotten samples, and nothing is "
-    "certified. Exact unlearning is retraining; see `rewind_plan`."
+    "certified. Buffers, such as the statistics of batch norm, are unchanged. Exact unlearning is "
+    "retraining; see `rewind_plan`."
 )
 
 
