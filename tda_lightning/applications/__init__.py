@@ -35,6 +35,16 @@ from tda_lightning.applications.retraining import (
 from tda_lightning.applications.selection import select
 from tda_lightning.applications.selections import Selection
 from tda_lightning.applications.shortcuts import Shortcut, find_shortcut
+from tda_lightning.applications.tracing import (
+    BM25,
+    Candidates,
+    NextToken,
+    TokenScores,
+    candidates_of,
+    rescore,
+    trace_facts,
+    trace_tokens,
+)
 from tda_lightning.applications.unlearning import (
     FirstOrder,
     RewindPlan,
@@ -44,10 +54,15 @@ from tda_lightning.applications.unlearning import (
     rewind_plan,
     unlearn,
 )
+from tda_lightning.stores.alarms import Alarm, Alarms, find_alarms
 
 __all__ = [
     "AUM",
+    "BM25",
     "EL2N",
+    "Alarm",
+    "Alarms",
+    "Candidates",
     "Errors",
     "FirstOrder",
     "Forgetting",
@@ -60,6 +75,7 @@ __all__ = [
     "Lowest",
     "MeanLoss",
     "Mislabeled",
+    "NextToken",
     "Plan",
     "Retrainings",
     "RewindPlan",
@@ -68,12 +84,15 @@ __all__ = [
     "SelfInfluence",
     "Shortcut",
     "Summary",
+    "TokenScores",
     "Unlearned",
     "UnrolledUpdate",
     "WorstGroupLoss",
     "attribute_summary",
+    "candidates_of",
     "coreset",
     "explain_errors",
+    "find_alarms",
     "find_mislabeled",
     "find_shortcut",
     "influence_by_group",
@@ -81,9 +100,12 @@ __all__ = [
     "loss_history",
     "prune",
     "random_subsets",
+    "rescore",
     "retrain",
     "rewind_plan",
     "same_data",
     "select",
+    "trace_facts",
+    "trace_tokens",
     "unlearn",
 ]

@@ -12,8 +12,9 @@ name           mean over the visits of a sample                     source
 
 :math:`p` is the probability of the label. It comes from the recorded curvature of a cross-entropy,
 exactly for two classes. For more, the value is between the true :math:`1 - p` and half of it.
-Therefore ``EL2N`` stands for the norm of the error, ``AUM`` for the margin to the best other logit,
-and ``Forgetting`` for changes of the predicted class: close in rank, not in value.
+Therefore ``EL2N`` approximates the norm of the error, and ``AUM`` the margin to the best other
+logit. ``Forgetting`` approximates changes of the predicted class. All are close in rank, not in
+value.
 """
 
 from __future__ import annotations

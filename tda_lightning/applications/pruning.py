@@ -66,13 +66,13 @@ def _top_of_each_group(scores: SampleScores, n: int, balance: Labels | None) -> 
         raise ValueError("`importance` holds NaN, which has no rank; expected numbers only.")
     groups = [positions for positions, _ in groups_of(scores.train_ids, balance)]
     counts = quotas([len(positions) for positions in groups], n)
-    kept = torch.cat(
+    chosen = torch.cat(
         [
             positions[scores.values[positions].topk(count).indices]
             for positions, count in zip(groups, counts, strict=True)
         ]
     )
-    return kept[scores.values[kept].argsort(descending=True, stable=True)]
+    return chosen[scores.values[chosen].argsort(descending=True, stable=True)]
 
 
 def coreset(run: Run, keep: float = 0.1, *, balance: Labels | None = None) -> Selection:

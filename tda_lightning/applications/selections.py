@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -66,7 +67,7 @@ class Selection:
         return "\n".join(lines)
 
 
-Labels = Sequence[int] | Int[Tensor, " n_all"]
+Labels = Sequence[int] | Int[np.ndarray, " n_all"] | Int[Tensor, " n_all"]
 
 
 def groups_of(
@@ -91,9 +92,9 @@ def groups_of(
             f"id up to {int(ids.max())}, since `balance[i]` is the class of sample `i`. Pass the "
             "labels of the whole dataset."
         )
-    own = labels[ids]
-    for label in torch.unique(own).tolist():
-        yield (own == label).nonzero()[:, 0], label
+    classes = labels[ids]
+    for label in torch.unique(classes).tolist():
+        yield (classes == label).nonzero()[:, 0], label
 
 
 def quotas(sizes: Sequence[int], n: int) -> list[int]:

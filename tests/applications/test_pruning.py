@@ -120,12 +120,12 @@ def test_pruning_keeps_the_highest_and_its_reverse_the_lowest(trained, importanc
 
 def test_balanced_pruning_keeps_the_same_share_of_each_class(trained):
     store, _, y = trained
-    kept = prune(store, 6 / N, balance=y)
+    half = prune(store, 6 / N, balance=y)
     for label in y.unique():
-        share = float((y[kept.ids] == label).sum()) / float((y == label).sum())
+        share = float((y[half.ids] == label).sum()) / float((y == label).sum())
         assert abs(share - 6 / N) <= 1 / float((y == label).sum())
-    assert len(kept) == 6
-    assert kept.scores.tolist() == sorted(kept.scores.tolist(), reverse=True)
+    assert len(half) == 6
+    assert half.scores.tolist() == sorted(half.scores.tolist(), reverse=True)
 
 
 def test_a_selection_goes_straight_into_torch(trained):

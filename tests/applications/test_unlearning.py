@@ -129,8 +129,8 @@ def test_the_first_order_is_a_gradient_step_up():
 def test_the_second_order_moves_toward_a_retrained_model(snapshots):
     data = classes(23)
     model, store = trained(data, net(), sgd, epochs=15, snapshots=snapshots)
-    kept = TensorDataset(*data[[i for i in range(23) if i not in FORGET]])
-    other, _ = trained(kept, net(), sgd, epochs=17)
+    rest = TensorDataset(*data[[i for i in range(23) if i not in FORGET]])
+    other, _ = trained(rest, net(), sgd, epochs=17)
     result = unlearn(
         model,
         store,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RewindPlan:
-    """Where exact retraining without some samples can start, and what it costs.
+    """Where exact retraining without some samples can start, and the cost.
 
     Attributes:
         ids: Ids of the samples to forget, shape ``(n_forget,)``.

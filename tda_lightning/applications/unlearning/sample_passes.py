@@ -75,7 +75,7 @@ def select_samples(
 def spread_samples(
     loader: DataLoader[Any], positions: Sequence[int], at_most: int
 ) -> DataLoader[Any]:
-    """Return a loader of single samples: at most so many, spread evenly over ``positions``."""
+    """Return a loader of single samples: spread evenly over positions."""
     return select_samples(loader, spread(positions, at_most) if positions else [], batch_size=1)
 
 

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 MAX_SAMPLES = 1000
 NOT_GUARANTEED = (
     "Approximate: the weights may still hold traces of the forgotten samples, and nothing is "
-    "certified. Exact unlearning is retraining; see `rewind_plan`."
+    "certified. Buffers, such as the statistics of batch norm, are unchanged. Exact unlearning is "
+    "retraining; see `rewind_plan`."
 )
 
 
@@ -245,7 +246,7 @@ def _means(losses: Mapping[str, Float[Tensor, " n"]]) -> dict[str, float]:
 
 
 def _membership(losses: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return the AUC of telling forgotten samples from holdout samples by their lower loss."""
+    """Return the AUC of the lower loss as a sign of the forgotten samples."""
     forget, holdout = losses["forget"], losses["holdout"]
     is_member = torch.cat(
         [torch.ones(len(forget["before"])), torch.zeros(len(holdout["before"]))]
