@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Images up to this size are stored exactly, as PNG; larger ones are reduced to it.
@@ -51,7 +52,7 @@ def _is_pil(value: Any) -> bool:
     return type(value).__module__.split(".")[0] == "PIL" and hasattr(value, "convert")
 
 
-def _is_numeric(value: Tensor | np.ndarray[Any, Any]) -> bool:
+def _is_numeric(value: Tensor | NDArray[Any]) -> bool:
     if isinstance(value, Tensor):
         return value.dtype == torch.uint8 or value.is_floating_point()
     return value.dtype == np.uint8 or value.dtype.kind == "f"
