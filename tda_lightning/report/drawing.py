@@ -56,7 +56,7 @@ def draw_bokeh(chart: Chart) -> dict[str, Any]:
     plot.add_tools(HoverTool(renderers=[glyph], tooltips="@name", line_policy="interp"))
     if chart.from_zero:
         highest = max(value for line in chart.lines for value in line.y)
-        plot.y_range = Range1d(0, 1.1 * highest or 1)
+        plot.y_range = Range1d(start=0, end=1.1 * highest or 1)
     _calm_bokeh(plot)
     return dict(json_item(plot))
 
