@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-# Notebooks show so many rows; the last one counts the others.
+# Maximal number of rows; another row counts the rest.
 MAX_ROWS = 10
 _COLORS = ("#1f77b4", "#d62728")  # of positive and of negative scores
 

@@ -7,6 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# Words in a block, and the package that it needs.
+OPTIONAL = {
+    "ConjugateGradient": "curvlinops",
+    "spotlight": "renumics",
+    "TensorBoardLogger": "tensorboard",
+}
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
@@ -19,7 +25,7 @@ def blocks_of(path: Path) -> list[tuple[int, str]]:
 
 def can_run(code: str) -> bool:
     """Return whether the extra that a block needs is installed; CI installs all of them."""
-    return "ConjugateGradient" not in code or find_spec("curvlinops") is not None
+    return all(find_spec(package) for word, package in OPTIONAL.items() if word in code)
 
 
 def run_blocks(path: Path, names: dict) -> dict:

@@ -159,9 +159,9 @@ def test_no_cell_of_an_exported_table_is_a_formula(browser, path, button, tmp_pa
 def test_axe_finds_no_violation(browser, path, width, scheme):
     page, _ = opened(browser, path, width, scheme, bypass_csp=True)
     page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text())
-    found = page.evaluate("axe.run()")
-    assert [entry["id"] for entry in found["violations"]] == []
-    assert len(found["passes"]) > 20
+    result = page.evaluate("axe.run()")
+    assert [entry["id"] for entry in result["violations"]] == []
+    assert len(result["passes"]) > 20
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 

@@ -6,6 +6,7 @@ from hostile_strings import HOSTILE
 
 from tda_lightning.report import Shown
 from tda_lightning.report.plots import (
+    log_figure,
     plot_lds,
     plot_proponents,
     plot_removal,
@@ -89,3 +90,31 @@ def test_the_best_method_is_on_top_and_nan_is_left_out():
     assert [round(bar.get_width(), 6) for bar in bars] == [0.2, 0.6]
     with pytest.raises(ValueError, match=r"`by_method\['none'\]` has no score"):
         plot_lds({"none": torch.tensor([torch.nan])})
+
+
+class Recording:
+    """A logger that stores its calls."""
+
+    def __init__(self, experiment=None):
+        self.experiment, self.images, self.figures = experiment, [], []
+
+    def log_image(self, key, images, step=None):
+        self.images.append((key, images, step))
+
+    def add_figure(self, tag, figure, global_step=None):
+        self.figures.append((tag, figure, global_step))
+
+
+def test_a_figure_goes_to_the_logger_as_it_takes_it():
+    figure = plot_proponents(SCORES[:1], QUERIES, TRAIN, k=1)
+    logger = Recording()
+    log_figure(logger, "proponents", figure, step=3)
+    ((key, (pixels,), step),) = logger.images
+    assert (key, step) == ("proponents", 3)
+    assert pixels.ndim == 3
+    assert pixels.min() < pixels.max()
+    logger = Recording(experiment=Recording())
+    log_figure(logger, "proponents", figure, step=3)
+    assert logger.experiment.figures == [("proponents", figure, 3)]
+    with pytest.raises(ValueError, match="`logger` is a `object`, which takes no figures"):
+        log_figure(object(), "proponents", figure)

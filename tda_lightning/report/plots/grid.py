@@ -92,8 +92,8 @@ def _tile(axes: Axes, shown: Shown, title: str, color: str) -> None:
         spine.set_color(color)
     if shown.image is not None:
         pixels = pixels_of(shown.image)
-        is_grey = pixels.shape[-1] == 1
-        axes.imshow(pixels[..., 0] if is_grey else pixels, cmap="gray_r" if is_grey else None)
+        array = pixels.squeeze(-1).numpy()
+        axes.imshow(array, cmap="gray_r" if array.ndim == 2 else None)
         return
     text = shown.text or shown.note or "\n".join(f"{n} {v}" for n, v in list(shown.row.items())[:5])
     lines = textwrap.fill(shortened(text, _TEXT), _WIDTH, replace_whitespace=not shown.row)
