@@ -19,7 +19,7 @@ from tda_lightning.report.samples import Label, ShowItem, Shown
 from tda_lightning.report.training_set import rendered
 
 MAX_LABEL, MAX_TEXT, MAX_COLUMNS = 120, 1200, 60
-# The ranking shows pictures of so many samples; the others are listed by number and label.
+# Limit of pictures in the ranking; further samples are listed by number and label.
 MAX_RANKED_PICTURES = 300
 
 

@@ -108,7 +108,7 @@ def test_filters_split_the_queries(browser, path):
         counts.append(len(page.query_selector_all("#query-strip button")))
         names = "[...document.querySelectorAll('#query-strip .name')].map(n => n.textContent)"
         marks = page.evaluate(names)
-        assert all(mark.endswith("✗" if kind == "wrong" else "✓") for mark in marks)
+        assert all(mark.startswith("✗" if kind == "wrong" else "✓") for mark in marks)
     assert sum(counts) == len(HOSTILE)
 
 

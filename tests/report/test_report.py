@@ -7,10 +7,11 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from hostile_strings import HOSTILE
-from lightning_models import loader
+from lightning_models import loader, quiet_trainer
 from reported_runs import TextClassifier, Texts, report_on_texts
 from torch.utils.data import Subset, TensorDataset
 
+from tda_lightning import GradientRecorder, Identity
 from tda_lightning.report import Shown, report
 from tda_lightning.report.findings import number_set_apart
 from tda_lightning.report.html import visible
@@ -178,6 +179,28 @@ def test_a_model_without_forward_is_reported_on_without_predictions(tmp_path):
     parsed = Parsed(path)
     assert "The model's answers are unknown" in " ".join(parsed.texts)
     assert not any(query["known"] for query in parsed.data()["queries"])
+
+
+def test_queries_without_classes_are_reported_on(tmp_path):
+    class Regression(TextClassifier):
+        def training_step(self, batch, batch_idx):
+            return (self.head(batch["x"])[:, 0] - batch["x"][:, 0]).square().mean()
+
+    class Unlabelled(Texts):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return {"text": item["text"], "x": item["x"]}
+
+    data, model, path = Unlabelled(TEXTS), Regression(), tmp_path / "report.html"
+    quiet_trainer(GradientRecorder(tmp_path / "run.tda", projector=Identity())).fit(
+        model, loader(data)
+    )
+    queries = next(iter(loader(data, shuffle=False)))
+    report(tmp_path / "run.tda", model, queries, train=data, out=path, progress=False)
+    parsed = Parsed(path)
+    assert "the queries have no classes as labels." in " ".join(parsed.texts)
+    assert [query["text"] for query in parsed.data()["queries"]] != []
+    assert all("label" not in query for query in parsed.data()["queries"])
 
 
 @pytest.mark.parametrize("count", [30, 150])

@@ -28,7 +28,7 @@ const unusual = new Set(data.ranking.ids.slice(0, Math.ceil(data.ranking.ids.len
 
 function tile(query) {
   const name = query.label || `${query.id}`;
-  const mark = query.known ? (query.wrong ? " ✗" : " ✓") : "";
+  const mark = query.known ? (query.wrong ? "✗ " : "✓ ") : "";
   const outcome = query.known ? (query.wrong ? ", answered wrong" : ", answered right") : "";
   const excerpt = query.text ? make("span", {}, user(query.text.slice(0, 60))) : null;
   const button = make("button", {
@@ -38,7 +38,7 @@ function tile(query) {
     "aria-label": `Query ${query.id}, ${query.label ?? ""}${outcome}`,
     "data-query": query.id,
     onclick: () => choose(query),
-  }, picture(query, "") ?? excerpt ?? `#${query.id}`, make("span", { class: "name" }, user(name), mark));
+  }, picture(query, "") ?? excerpt ?? `#${query.id}`, make("span", { class: "name" }, mark, user(name)));
   return button;
 }
 
