@@ -26,7 +26,7 @@ def draw_bokeh(chart: Chart) -> dict[str, Any]:
     """Return a chart as a Bokeh document."""
     with needs("report"):
         from bokeh.embed import json_item
-        from bokeh.models import ColumnDataSource, HoverTool
+        from bokeh.models import ColumnDataSource, HoverTool, Range1d
         from bokeh.plotting import figure
 
     plot = figure(
@@ -55,11 +55,10 @@ def draw_bokeh(chart: Chart) -> dict[str, Any]:
     glyph = plot.multi_line("xs", "ys", source=source, line_color="color", line_width=2)
     plot.add_tools(HoverTool(renderers=[glyph], tooltips="@name", line_policy="interp"))
     if chart.from_zero:
-        plot.y_range.start = 0
-        plot.y_range.end = 1.1 * max(value for line in chart.lines for value in line.y) or 1
+        highest = max(value for line in chart.lines for value in line.y)
+        plot.y_range = Range1d(start=0, end=1.1 * highest or 1)
     _calm_bokeh(plot)
-    item: dict[str, Any] = json_item(plot)
-    return item
+    return dict(json_item(plot))
 
 
 def _calm_bokeh(plot: Any) -> None:

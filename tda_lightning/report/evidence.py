@@ -16,9 +16,10 @@ from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.report.queries import Answer, answers_to
-from tda_lightning.report.samples import Shown
+from tda_lightning.report.samples import Label, Shown
 from tda_lightning.report.training_set import TrainingSet, training_set
 from tda_lightning.results import SampleScores, Scores, Trajectory
+from tda_lightning.results.trajectory import Period
 from tda_lightning.stores import Store
 from tda_lightning.stores.data_order import DataOrder, data_order
 
@@ -76,7 +77,7 @@ class Evidence:
     data_order: DataOrder
     schedule: Schedule
 
-    def label(self, sample: int) -> int | float | str | None:
+    def label(self, sample: int) -> Label | None:
         """Return the label of a training sample, or ``None`` if it is unknown."""
         return self.train.labels.get(sample)
 
@@ -140,7 +141,7 @@ def _trajectory(
     best, worst = scores.proponents(k).ids[chosen], scores.opponents(k).ids[chosen]
     ids = torch.unique(torch.cat([best, worst]))
     per_epoch = store.facts[-1].epoch - store.facts[0].epoch >= 3
-    period = "epoch" if per_epoch else "step"
+    period: Period = "epoch" if per_epoch else "step"
     return contributions(store, rows[chosen], ids, method, per=period, progress=progress)
 
 

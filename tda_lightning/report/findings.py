@@ -94,7 +94,8 @@ def _wrong_answers(evidence: Evidence) -> Finding | None:
         return Finding(
             "The model's answers are unknown",
             (
-                "The report could not compare answers with labels: " + evidence.missing_answers,
+                "The report could not compare answers with labels: "
+                + (evidence.missing_answers or "the queries have no classes as labels."),
                 "Queries are sorted by their loss instead. Pass `outputs=`, a function of (module, "
                 "batch) that returns the model's predictions.",
             ),

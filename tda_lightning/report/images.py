@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Images up to this size are stored exactly, as PNG; larger ones are reduced to it.
@@ -41,7 +42,7 @@ def data_uri(image: Any) -> str:
 
     Numbers from 0 to 1, and bytes, are intensities. Other numbers are scaled to their own range.
     """
-    pixels = _reduced(_pixels(image))
+    pixels = _reduced(pixels_of(image))
     exact = max(pixels.shape[:2]) <= MAX_SIDE // 2
     content, kind = (_png(pixels), "png") if exact else _compressed(pixels)
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
@@ -51,13 +52,14 @@ def _is_pil(value: Any) -> bool:
     return type(value).__module__.split(".")[0] == "PIL" and hasattr(value, "convert")
 
 
-def _is_numeric(value: Tensor | np.ndarray[Any, Any]) -> bool:
+def _is_numeric(value: Tensor | NDArray[Any]) -> bool:
     if isinstance(value, Tensor):
         return value.dtype == torch.uint8 or value.is_floating_point()
     return value.dtype == np.uint8 or value.dtype.kind == "f"
 
 
-def _pixels(image: Any) -> UInt8[Tensor, "h w c"]:
+def pixels_of(image: Any) -> UInt8[Tensor, "h w c"]:
+    """Return an image as bytes, shape ``(h, w, c)``, with 1 or 3 channels."""
     if _is_pil(image):
         return torch.from_numpy(np.array(image.convert("RGB")))
     values = torch.as_tensor(image).detach().cpu()

@@ -7,17 +7,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
 
 from tda_lightning.report.charts import trajectory_lines
 from tda_lightning.report.evidence import Evidence
 from tda_lightning.report.html import shortened
 from tda_lightning.report.images import data_uri
 from tda_lightning.report.queries import Answer
-from tda_lightning.report.samples import ShowItem, Shown
+from tda_lightning.report.samples import Label, ShowItem, Shown
 from tda_lightning.report.training_set import rendered
 
 MAX_LABEL, MAX_TEXT, MAX_COLUMNS = 120, 1200, 60
-# The ranking shows pictures of so many samples; the others are listed by number and label.
+# Limit of pictures in the ranking; further samples are listed by number and label.
 MAX_RANKED_PICTURES = 300
 
 
@@ -71,7 +73,7 @@ class Payload:
             "method": evidence.scores.method,
         }
 
-    def label(self, value: float | str | None) -> str:
+    def label(self, value: Label | None) -> str:
         """Return the text of a label."""
         return "" if value is None else shortened(self._names.label_text(value), MAX_LABEL)
 
@@ -134,11 +136,20 @@ def group_scores(evidence: Evidence, at_most: int = 24) -> dict[str, Any] | None
         return None
     row_of = torch.tensor([rows.index(label) for label in query_labels])
     column_of = torch.tensor([columns.index(label) for label in train_labels])
-    one_hot_rows = torch.nn.functional.one_hot(row_of, len(rows)).double()
-    one_hot_columns = torch.nn.functional.one_hot(column_of, len(columns)).double()
-    sums = one_hot_rows.mT @ scores.values.double() @ one_hot_columns
-    counts = one_hot_rows.sum(0)[:, None] * one_hot_columns.sum(0)[None, :]
-    return {"rows": rows, "columns": columns, "values": (sums / counts).tolist()}
+    means = mean_by_group(scores.values, row_of, column_of)
+    return {"rows": rows, "columns": columns, "values": means.tolist()}
+
+
+def mean_by_group(
+    values: Float[Tensor, "n_query n_train"],
+    row_of: Int[Tensor, " n_query"],
+    column_of: Int[Tensor, " n_train"],
+) -> Float64[Tensor, "rows columns"]:
+    """Return the mean value of each pair of a group of rows and a group of columns."""
+    rows = torch.nn.functional.one_hot(row_of).double()
+    columns = torch.nn.functional.one_hot(column_of).double()
+    counts = rows.sum(0)[:, None] * columns.sum(0)[None, :]
+    return (rows.mT @ values.double() @ columns) / counts
 
 
 def _are_classes(labels: list[Any]) -> bool:
@@ -170,5 +181,5 @@ def _cell(value: Any) -> float | str | None:
     return shortened(str(value), MAX_LABEL)
 
 
-def _number(value: float | None) -> float | None:
+def _number(value: int | float | None) -> float | None:
     return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tda_lightning.passes.batches import batch_size, batches_of, loss_of, transfer
 from tda_lightning.passes.model_state import preserved_state
-from tda_lightning.report.samples import label_of
+from tda_lightning.report.samples import Label, label_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Answer:
     """
 
     item: Any
-    label: int | float | str | None
+    label: Label | None
     loss: float
     prediction: int | float | None
     confidence: float | None
@@ -58,7 +58,7 @@ def answers_to(
         for batch in batches_of(queries):
             for row in range(batch_size(batch, "queries")):
                 single = transfer(model, part_of(batch, slice(row, row + 1)))
-                loss = float(loss_of(model, single))
+                loss = float(loss_of(model, single).detach())
                 values, reason = _outputs(model, single, outputs)
                 answers.append(_answer(part_of(batch, row), loss, values))
     return answers, reason

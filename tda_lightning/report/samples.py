@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tda_lightning.report.images import is_image
 
+Label = int | float | str
 LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
 # A longer vector of numbers is taken for audio, unless it comes with column names.
 MAX_COLUMNS = 400
@@ -36,7 +38,7 @@ class Shown:
     label: str = ""
     image: Any = None
     text: str = ""
-    row: Mapping[str, float | str] = field(default_factory=dict)
+    row: Mapping[str, Label] = field(default_factory=dict)
     note: str = ""
 
 
@@ -62,7 +64,7 @@ class ShowItem:
             shown = self._add(shown, value)
         return shown
 
-    def label_text(self, label: float | str) -> str:
+    def label_text(self, label: Label) -> str:
         """Return the text of a label: the name of its class, or the number."""
         if isinstance(label, int) and 0 <= label < len(self.class_names):
             return str(self.class_names[label])
@@ -82,7 +84,7 @@ class ShowItem:
             return dataclasses.replace(shown, text=_token_text(vector))
         return dataclasses.replace(shown, row=self._row(vector))
 
-    def _row(self, vector: np.ndarray[Any, Any]) -> dict[str, float | str]:
+    def _row(self, vector: NDArray[Any]) -> dict[str, Label]:
         names = [*self.column_names, *(f"column {i}" for i in range(len(vector)))]
         if self.column_names and len(self.column_names) != len(vector):
             raise ValueError(
@@ -92,7 +94,7 @@ class ShowItem:
         return {str(name): float(value) for name, value in zip(names, vector, strict=False)}
 
 
-def label_of(item: Any) -> int | float | str | None:
+def label_of(item: Any) -> Label | None:
     """Return the label of an item: under a common key, or the last part that is a single value."""
     if isinstance(item, Mapping):
         values = [item[key] for key in LABEL_KEYS if key in item]
@@ -128,7 +130,7 @@ def _label_position(item: Sequence[Any]) -> int | None:
     return singles[0] if singles else None
 
 
-def _scalar(value: Any) -> int | float | str | None:
+def _scalar(value: Any) -> Label | None:
     if isinstance(value, Tensor | np.ndarray | np.generic):
         array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
         value = array.reshape(-1)[0].item() if array.size == 1 else None
@@ -137,7 +139,7 @@ def _scalar(value: Any) -> int | float | str | None:
     return value if isinstance(value, int | float | str) else None
 
 
-def _vector(value: Any) -> np.ndarray[Any, Any] | None:
+def _vector(value: Any) -> NDArray[Any] | None:
     """Return a vector of numbers, or ``None``; a single channel in front is dropped."""
     if isinstance(value, list) and value and all(isinstance(v, int | float) for v in value):
         value = np.asarray(value)
@@ -149,12 +151,12 @@ def _vector(value: Any) -> np.ndarray[Any, Any] | None:
     return array if array.ndim == 1 and len(array) and array.dtype.kind in "fiu" else None
 
 
-def _recording_note(vector: np.ndarray[Any, Any]) -> str:
+def _recording_note(vector: NDArray[Any]) -> str:
     peak = float(np.abs(vector.astype(float)).max())
     return f"recording of {len(vector):,} values, peak {peak:.3g}"
 
 
-def _token_text(vector: np.ndarray[Any, Any]) -> str:
+def _token_text(vector: NDArray[Any]) -> str:
     more = " …" if len(vector) > MAX_TOKENS else ""
     return " ".join(str(token) for token in vector[:MAX_TOKENS].tolist()) + more
 

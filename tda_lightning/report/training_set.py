@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Subset
 
 from tda_lightning.passes.batches import with_progress
-from tda_lightning.report.samples import Shown, content_hash, label_of
+from tda_lightning.report.samples import Label, Shown, content_hash, label_of
 
 # A larger training set is read only where its samples are shown.
 MAX_READ = 20_000
@@ -29,7 +29,7 @@ class TrainingSet:
 
     dataset: Any
     ids: list[int]
-    labels: dict[int, int | float | str | None]
+    labels: dict[int, Label | None]
     copies: list[list[int]]
     render: Callable[[Any], Shown]
 
@@ -58,7 +58,7 @@ def training_set(
         ValueError: If the ids are not indices of the dataset.
     """
     dataset = _require_dataset(train, ids)
-    labels: dict[int, int | float | str | None] = {}
+    labels: dict[int, Label | None] = {}
     hashes: dict[bytes, list[int]] = {}
     for sample in with_progress(ids, "training set", progress, unit="sample"):
         if len(ids) > MAX_READ:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.results.html_tables import html_table
 from tda_lightning.results.tables import data_frame, ranked_columns
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class SampleRanking:
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with the columns ``rank``, ``train_id`` and ``score``."""
         return data_frame(ranked_columns(None, self.ids[None], self.values[None]))
+
+    def _repr_html_(self) -> str:
+        """Show the samples as a table, in notebooks."""
+        return html_table(f"Ranking of {len(self):,}", ["sample and score"], [[self]])
 
     def __repr__(self) -> str:
         """Show the samples with their scores."""
@@ -87,6 +92,11 @@ class Ranking:
         Its columns are ``query``, ``rank`` (from 0), ``train_id`` and ``score``.
         """
         return data_frame(ranked_columns(self.query_ids, self.ids, self.values))
+
+    def _repr_html_(self) -> str:
+        """Show one row per query, in notebooks."""
+        rows = [[str(q), row] for q, row in zip(self.query_ids.tolist(), self, strict=True)]
+        return html_table(f"Ranking of {self.ids.shape[1]} per query", ["query", "samples"], rows)
 
     def __repr__(self) -> str:
         """Show one line per query."""

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.results.html_tables import html_table
 from tda_lightning.results.joining import joined_provenance, require_same_ids
 from tda_lightning.results.npz import load_arrays, save_arrays
 from tda_lightning.results.optional import needs
@@ -243,6 +244,14 @@ class Scores:
     def load(cls, path: str | Path) -> Scores:
         """Read scores written by :meth:`save`."""
         return cls(**load_arrays(path, _FIELDS, optional=("tokens",)))
+
+    def _repr_html_(self) -> str:
+        """Show the proponents and opponents of each query, in notebooks."""
+        n_query, n_train = self.shape
+        k = min(3, n_train)
+        rows = [[str(int(row.provenance["query"])), row.highest(k), row.lowest(k)] for row in self]
+        caption = f"Scores of {n_query:,} queries x {n_train:,} training samples by {self.method}"
+        return html_table(caption, ["query", "highest scores", "lowest scores"], rows)
 
     def __repr__(self) -> str:
         """Show the shape, the method, and the proponents and opponents of the first queries."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Int
 from torch import Tensor
 
+from tda_lightning.results.html_tables import html_table
 from tda_lightning.results.ranking import Ranking
 from tda_lightning.results.tables import (
     Columns,
@@ -70,6 +71,13 @@ class TopScores:
         sides = (self.proponents, self.opponents)
         tables = (ranked_columns(self.query_ids, s.ids, s.values, self.tokens) for s in sides)
         return signed_columns(*tables)
+
+    def _repr_html_(self) -> str:
+        """Show the proponents and opponents of each query, in notebooks."""
+        rankings = zip(self.query_ids.tolist(), self.proponents, self.opponents, strict=True)
+        rows = [[str(query), best, worst] for query, best, worst in rankings]
+        caption = f"Top scores of {len(self):,} queries by {self.method}"
+        return html_table(caption, ["query", "proponents", "opponents"], rows)
 
     def __repr__(self) -> str:
         """Show the proponents and opponents of the first queries."""

@@ -9,6 +9,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+# Words in a block, and the package that it needs.
+OPTIONAL = {
+    "ConjugateGradient": "curvlinops",
+    "spotlight": "renumics",
+    "TensorBoardLogger": "tensorboard",
+}
 
 
 def blocks_of(path: Path) -> list[tuple[int, str]]:
@@ -20,7 +26,7 @@ def blocks_of(path: Path) -> list[tuple[int, str]]:
 
 def can_run(code: str) -> bool:
     """Return whether the extra that a block needs is installed; CI installs all of them."""
-    return "ConjugateGradient" not in code or find_spec("curvlinops") is not None
+    return all(find_spec(package) for word, package in OPTIONAL.items() if word in code)
 
 
 def run_blocks(path: Path, names: dict) -> dict:

@@ -6,6 +6,11 @@ const ranking = { rows: [], key: "value", descending: true, start: 0, chosen: nu
 
 const sampleOf = (id) => data.samples[id] ?? {};
 const words = (text) => new Set(fold(text).match(/[\p{L}\p{N}]{3,}/gu) ?? []);
+// Words in more than a tenth of the texts, such as articles, are not marked.
+const texts = Object.values(data.samples).flatMap((sample) => (sample.text ? [words(sample.text)] : []));
+const counts = new Map();
+for (const set of texts) for (const word of set) counts.set(word, (counts.get(word) ?? 0) + 1);
+const telling = (text) => new Set([...words(text)].filter((word) => (counts.get(word) ?? 0) <= Math.max(3, texts.length / 10)));
 const hasRows = data.queries.some((query) => query.row);
 const hasText = data.queries.some((query) => query.text);
 
@@ -23,7 +28,7 @@ const unusual = new Set(data.ranking.ids.slice(0, Math.ceil(data.ranking.ids.len
 
 function tile(query) {
   const name = query.label || `${query.id}`;
-  const mark = query.known ? (query.wrong ? " ✗" : " ✓") : "";
+  const mark = query.known ? (query.wrong ? "✗ " : "✓ ") : "";
   const outcome = query.known ? (query.wrong ? ", answered wrong" : ", answered right") : "";
   const excerpt = query.text ? make("span", {}, user(query.text.slice(0, 60))) : null;
   const button = make("button", {
@@ -33,7 +38,7 @@ function tile(query) {
     "aria-label": `Query ${query.id}, ${query.label ?? ""}${outcome}`,
     "data-query": query.id,
     onclick: () => choose(query),
-  }, picture(query, "") ?? excerpt ?? `#${query.id}`, make("span", { class: "name" }, user(name), mark));
+  }, picture(query, "") ?? excerpt ?? `#${query.id}`, make("span", { class: "name" }, mark, user(name)));
   return button;
 }
 
@@ -59,7 +64,7 @@ function side(query, name) {
     : query.wrong
       ? ["These training samples pushed the model away from ", user(goal), ", toward its wrong answer ", user(`“${query.answer}”`), "."]
       : ["These training samples pushed the model away from ", user(goal), "."];
-  const others = query.text ? words(query.text) : new Set();
+  const others = query.text ? telling(query.text) : new Set();
   const list = make("ul", { class: `cards${hasText ? " wide" : ""}` }, ...items.map((item) => card(query, item, others)));
   return make("div", { class: `side ${name}` }, make("h4", {}, title), make("p", {}, ...sentence),
     items.length ? list : make("p", {}, "None."));
@@ -192,10 +197,12 @@ function showRankingPage(start) {
   byId("rank-next").disabled = end >= ranking.rows.length;
 }
 
+const excerpt = (row) => (row ? row.slice(0, 3).map(([name, value]) => `${name} ${typeof value === "number" ? number(value) : value}`).join(", ") : "–");
+
 function rankingRow(row) {
   const sample = sampleOf(row.id);
   const first = picture(sample, `Training sample ${row.id}`)
-    ?? make("span", { class: "text", dir: "auto" }, sample.text ?? sample.note ?? "–");
+    ?? make("span", { class: "text", dir: "auto" }, sample.text ?? sample.note ?? excerpt(sample.row));
   return make("tr", { class: row.id === ranking.chosen ? "chosen" : false, "data-sample": row.id },
     make("td", {}, first), make("td", {}, String(row.id)), make("td", {}, user(row.label)), make("td", {}, number(row.value)));
 }

@@ -26,7 +26,13 @@ function picture(sample, description) {
   return image;
 }
 
-const number = (value) => (value === null || value === undefined ? "unknown" : Number(value).toPrecision(3));
+const plainNumber = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+
+function number(value) {
+  if (value === null || value === undefined) return "unknown";
+  const size = Math.abs(value);
+  return size !== 0 && (size < 1e-4 || size >= 1e7) ? value.toExponential(1) : plainNumber.format(value);
+}
 const signed = (value) => (value > 0 ? "+" : "") + number(value);
 const fold = (text) => String(text ?? "").toLowerCase();
 
@@ -49,7 +55,7 @@ function download(name, rows) {
 }
 
 // Charts
-const plots = [];
+const plots = () => (window.Bokeh ? window.Bokeh.documents.flatMap((document) => document.roots()) : []);
 const COLORS = {
   light: { helped: "#1b62a5", harmed: "#b3312a", plain: "#1b62a5", ink: "#59616a", grid: "#e3dfd7" },
   dark: { helped: "#8cc0f2", harmed: "#f6a29a", plain: "#8cc0f2", ink: "#a6adb5", grid: "#30363c" },
@@ -61,7 +67,7 @@ const theme = () => root.dataset.theme || (prefersDark.matches ? "dark" : "light
 
 function paintCharts() {
   const colors = COLORS[theme()];
-  for (const plot of plots) {
+  for (const plot of plots()) {
     for (const model of plot.references()) {
       const kind = model.type;
       if (/Axis$/.test(kind)) {
@@ -83,7 +89,7 @@ function showTrajectory(position) {
   const lines = data.trajectories[position];
   if (!lines) return;
   const colors = COLORS[theme()];
-  for (const plot of plots) {
+  for (const plot of plots()) {
     for (const model of plot.references()) {
       if (model.name === "trajectory-lines") {
         model.data = {
@@ -101,8 +107,7 @@ async function drawCharts() {
   const block = byId("charts");
   if (!block || !window.Bokeh) return;
   for (const [name, item] of Object.entries(JSON.parse(block.textContent))) {
-    const views = await window.Bokeh.embed.embed_item(item, `chart-${name}`);
-    plots.push(...(views.roots ?? Array.from(views)).map((view) => view.model));
+    await window.Bokeh.embed.embed_item(item, `chart-${name}`);
   }
   paintCharts();
 }
