@@ -16,6 +16,7 @@ from tda_lightning.cli.answers import attribute, self_influence
 from tda_lightning.cli.exports import export
 from tda_lightning.cli.inspection import audit, data, info, verify
 from tda_lightning.cli.output import FailedCheck, printable
+from tda_lightning.cli.reports import report
 
 # Printed after the commands of `tda-lightning --help`.
 EPILOG = (
@@ -30,7 +31,7 @@ def commands() -> None:
     """Training data attribution for PyTorch Lightning: inspect and query recorded runs."""
 
 
-for command in (info, audit, data, verify, attribute, self_influence, export):
+for command in (info, audit, data, verify, attribute, self_influence, report, export):
     commands.add_command(command)
 
 

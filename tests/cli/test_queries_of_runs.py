@@ -153,6 +153,16 @@ def test_the_text_shows_as_many_rows_as_wanted(here, capsys):
     assert "and 8 more" in lines[-1]
 
 
+def test_report_writes_a_page(here, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    words = ["--config", "config.yaml", "--checkpoint", "model.ckpt", "--out", str(out)]
+    assert main(["report", "run.tda", *words, "--title", "A <b>title</b>"]) == 0
+    assert "page.html" in capsys.readouterr().out
+    page = out.read_text()
+    assert "A &lt;b&gt;title" in page
+    assert "A <b>title" not in page
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
