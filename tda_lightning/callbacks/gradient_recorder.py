@@ -140,6 +140,8 @@ class GradientRecorder(RecordingCallback):
         recipe = self._budgets.begin(trainer, pl_module, recipe)
         state, preconditioner = self._writer.begin(trainer, recipe)
         recorder.resume(trainer.global_step, state.get("lanes", ()), preconditioner)
+        if len(self.store):  # The audit of an earlier `fit` has accepted it.
+            recorder.accept()
         self._ledger.start_training(trainer.global_step)
         _warn_of(recipe.left_out)
         self._recipe = recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Int
@@ -26,3 +27,8 @@ class BatchVisits:
     weight: float
     applied: float
     recorded: BatchRows
+
+
+def common_name(losses: Sequence[str]) -> str:
+    """Return the name of the loss if all batches have the same, else an empty string."""
+    return losses[0] if len(set(losses)) == 1 else ""

@@ -19,14 +19,15 @@ from torch.optim import Optimizer
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.audits import (
+    MAX_LOST_SHARE,
     AuditStart,
     begin_audit,
+    check_conserved,
     finish_audit,
     lost_parameters,
     negligible_blocks,
-    require_conserved,
 )
-from tda_lightning.recording.batch_visits import BatchVisits
+from tda_lightning.recording.batch_visits import BatchVisits, common_name
 from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.hyperparameters import HyperparameterReader
 from tda_lightning.recording.optimizer_gradients import (
@@ -89,6 +90,7 @@ class StepBuilder:
         self._audit_every = audit_every
         self._distributed = distributed
         self._n_recorded_steps = 0
+        self._warn: Callable[[str], None] | None = None  # Only in a run that was accepted earlier.
         self._current_batch: tuple[Int[Tensor, " n"], float] | None = None
         self._share = self._loss_scale = 1.0
         self._pending: list[BatchVisits] = []
@@ -194,7 +196,8 @@ class StepBuilder:
         new = {n: reason for n, reason in self._rows.lost.items() if n not in self._lost}
         if new:
             self._lost.update(new)
-            self._leave_out(lost_parameters(self._selection, new, self._parameters_by_size))
+            limit, trained = 1.0 if self._warn else MAX_LOST_SHARE, self._parameters_by_size
+            self._leave_out(lost_parameters(self._selection, new, trained, limit))
 
     def after_step(self) -> Step | None:
         """Return the step that was taken since the last call, or ``None`` if none was recorded."""
@@ -231,7 +234,7 @@ class StepBuilder:
                 [factor**0.5 for factor in factors],
             ),
             preconditioner=preconditioner,
-            loss=_common_name([batch.recorded.loss for batch in batches]),
+            loss=common_name([batch.recorded.loss for batch in batches]),
         )
 
     def _is_audit_due(self) -> bool:
@@ -250,12 +253,10 @@ class StepBuilder:
         assert self._scale is not None
         applied = self._applied() * self._scale.factor()
         sums = self._distributed.add(self._block_sums() * applied)
-        recorded, rounding = sums[:, :-1], sums[:, -1]
-        start = begin_audit(self._rows, recorded, self._parameters_by_size)
+        start = begin_audit(self._rows, sums[:, :-1], self._parameters_by_size)
         if self._n_recorded_steps == 0:
-            blocks = self._selection.blocks
             skipped = negligible_blocks(self._selection.parameters) | self._lost
-            require_conserved(blocks, recorded, start.gradient, rounding, skipped)
+            check_conserved(self._selection.blocks, start, sums[:, -1], skipped, self._warn)
         return start
 
     def forget_gradients(self) -> None:
@@ -282,6 +283,10 @@ class StepBuilder:
             self._preconditioner.load_state(state)
             self._rows.precondition(preconditioner)
 
+    def accept(self, warn: Callable[[str], None]) -> None:
+        """Warn of what would be refused in a new run, since this run was accepted earlier."""
+        self._warn = warn
+
     def drop_batch(self) -> None:
         """Discard a batch without a backward pass, and a step that was not taken."""
         if self._current_batch is not None:
@@ -293,8 +298,3 @@ class StepBuilder:
     def _discard_step(self) -> None:
         self._facts = self._scale = self._audit_start = None
         self._pending = []
-
-
-def _common_name(losses: Sequence[str]) -> str:
-    """Return the name of the loss if all batches have the same, else an empty string."""
-    return losses[0] if len(set(losses)) == 1 else ""

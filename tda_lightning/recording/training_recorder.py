@@ -211,6 +211,11 @@ class TrainingRecorder:
             rest = {key: value for key, value in state.items() if key != "taken"}
             recorder.builder.resume(rest, preconditioner)
 
+    def accept(self) -> None:
+        """Warn of what would be refused in a new run, since this run was accepted earlier."""
+        for recorder in self._recorders:
+            recorder.builder.accept(self.settings.warn)
+
     def _after_step(self, recorder: OptimizerRecorder) -> Callable[..., None]:
         # A post hook: it does not fire for steps that the loss scale or the model skips.
         def hook(*_: object) -> None:
