@@ -255,6 +255,8 @@ class GradientRecorder(RecordingCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint, in builtins."""
+        if self._recorder is not None:
+            self._recorder.finish_steps()
         recorder = {} if self._recorder is None else {"lanes": self._recorder.state()}
         return {**state, **recorder} if (state := self._writer.state()) else {}
 
@@ -267,6 +269,7 @@ class GradientRecorder(RecordingCallback):
     ) -> None:
         """Seal all steps that the checkpoint's weights include, before it is written."""
         if self._recorder is not None:
+            self._recorder.finish_steps()
             self._writer.seal_together(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -87,8 +87,8 @@ def relative_deviations(
     deviations = ((recorded - actual).norm(dim=1) - rounding).clamp_min(0)
     # A gradient that nearly vanishes beside the others' is compared on the scale of the largest.
     relative = deviations / (norms + 1e-3 * norms.max()).clamp_min(1e-30)
-    relative[list(lost)] = 0
-    return relative
+    is_kept = torch.tensor([number not in lost for number in range(len(relative))])
+    return torch.where(is_kept.to(relative.device), relative, 0)
 
 
 def check_conserved(

@@ -251,22 +251,22 @@ def outcomes(model: str, seed: int) -> dict[str, Outcome]:
     training = Training(make())
     if steps:
         fit(training, data, steps)
-    found = {}
+    results = {}
     for name, fault in {HONEST: no_fault, **FAULTS}.items():
         copied = copy.deepcopy(training)
         with fault(copied, seed):
-            found[name] = audit(copied, data, seed)
-    return found
+            results[name] = audit(copied, data, seed)
+    return results
 
 
 def print_row(model: str, seeds: int) -> None:
     """Print the row of a model, after the refusals of honest models."""
-    found = [outcomes(model, seed) for seed in range(seeds)]
-    for refusal in {each[HONEST].refusal for each in found} - {""}:
+    results = [outcomes(model, seed) for seed in range(seeds)]
+    for refusal in {each[HONEST].refusal for each in results} - {""}:
         print(refusal)
-    counts = [sum(bool(each[name].refusal) for each in found) for name in (HONEST, *FAULTS)]
-    largest = max(each[HONEST].multiple for each in found)
-    smallest = min(each[name].multiple for each in found for name in FAULTS)
+    counts = [sum(bool(each[name].refusal) for each in results) for name in (HONEST, *FAULTS)]
+    largest = max(each[HONEST].multiple for each in results)
+    smallest = min(each[name].multiple for each in results for name in FAULTS)
     cells = [model, *(f"{count} of {seeds}" for count in counts), f"{largest:.2f}, {smallest:.2f}"]
     print(f"| {' | '.join(cells)} |", flush=True)
 
