@@ -143,6 +143,8 @@ class GradientRecorder(RecordingCallback):
         recipe = self._budgets.begin(trainer, pl_module, recipe)
         state, preconditioner = self._writer.begin(trainer, recipe)
         recorder.resume(trainer.global_step, state.get("lanes", ()), preconditioner)
+        if len(self.store):  # The audit of an earlier `fit` has accepted it.
+            recorder.accept()
         self._ledger.start_training(trainer.global_step)
         warn_of(recipe.left_out)
         self._recipe = recipe
@@ -272,6 +274,8 @@ class GradientRecorder(RecordingCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint, in builtins."""
+        if self._recorder is not None:
+            self._recorder.finish_steps()
         recorder = {} if self._recorder is None else {"lanes": self._recorder.state()}
         return {**state, **recorder} if (state := self._writer.state()) else {}
 
@@ -284,6 +288,7 @@ class GradientRecorder(RecordingCallback):
     ) -> None:
         """Seal all steps that the checkpoint's weights include, before it is written."""
         if self._recorder is not None:
+            self._recorder.finish_steps()
             self._writer.seal_together(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

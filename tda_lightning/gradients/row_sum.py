@@ -88,13 +88,16 @@ class RowSum:
 
 
 def rounding_of(stored: torch.dtype, summed: torch.dtype) -> float:
-    """Return a bound of the error of a sum of rows, relative to the root of their squares' sum.
+    """Return the rounding error of a sum of rows, relative to the root of their squares' sum.
+
+    Torch may round the contributions of parts of a batch before it adds them up, each with an error
+    of half the format's precision. These errors are independent.
 
     Args:
-        stored: Number format of the factors of the rows: each has its rounding error.
+        stored: Number format of the factors of the rows.
         summed: Number format of the sums, which add up the rounding errors of many terms.
     """
-    return 8 * torch.finfo(stored).eps + 64 * torch.finfo(summed).eps
+    return torch.finfo(stored).eps / 2 + 64 * torch.finfo(summed).eps
 
 
 def sum_by_owner(values: Shrunk, owners: Int[Tensor, " rows"], n: int) -> Float[Tensor, "n m"]:
