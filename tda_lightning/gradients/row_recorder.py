@@ -21,7 +21,7 @@ from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, s
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
 from tda_lightning.gradients.row_sum import RowSum, sum_by_owner
-from tda_lightning.gradients.selection import ParameterSelection, places
+from tda_lightning.gradients.selection import ParameterSelection, named_parameters, places
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 from tda_lightning.stores.recipe import SampleAxis
@@ -64,7 +64,7 @@ class RowRecorder:
         self._selection = selection
         self._places = places(selection)
         self._sketcher: Sketcher = projector.bind(selection.blocks, device, dtype)
-        self._capture = Capture(model, _named(selection, lost), batch_dims)
+        self._capture = Capture(model, named_parameters(selection, lost), batch_dims)
         self._is_compiled = is_compiled(model)
         self._eager = ExitStack()
         self._summary: LossSummary | None = None
@@ -291,13 +291,3 @@ class RowRecorder:
             rows.add(place.block, values, gradient.dtype)
 
         return receive
-
-
-def _named(selection: ParameterSelection, lost: Collection[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters to capture, by name."""
-    return {
-        name: parameter
-        for block, parameters in zip(selection.blocks, selection.parameters, strict=True)
-        for name, parameter in zip(block.parameters, parameters, strict=False)
-        if block.name not in lost
-    }

@@ -73,6 +73,18 @@ class Place:
     columns: int
 
 
+def named_parameters(
+    selection: ParameterSelection, lost: Collection[str]
+) -> dict[str, nn.Parameter]:
+    """Return the selected parameters by name, without those of lost blocks."""
+    return {
+        name: parameter
+        for block, parameters in zip(selection.blocks, selection.parameters, strict=True)
+        for name, parameter in zip(block.parameters, parameters, strict=False)
+        if block.name not in lost
+    }
+
+
 def places(selection: ParameterSelection) -> dict[nn.Parameter, Place]:
     """Return where each recorded parameter lies."""
     found: dict[nn.Parameter, Place] = {}
