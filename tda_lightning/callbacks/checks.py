@@ -98,6 +98,11 @@ def _warn_of_mixed_samples(loss: Tensor) -> None:
         )
 
 
+def lost_blocks(recipe: Recipe) -> list[LeftOut]:
+    """Return the entries of a recipe for blocks that turned out not to be recordable."""
+    return [entry for entry in recipe.left_out if entry.name in recipe.block_names]
+
+
 def warn_of(entries: Sequence[LeftOut]) -> None:
     """Name parameters that are not recorded."""
     for entry in entries:

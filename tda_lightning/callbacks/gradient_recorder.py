@@ -15,6 +15,7 @@ from torch import Tensor
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.budgets import Budgets, FirstBatch
 from tda_lightning.callbacks.checks import (
+    lost_blocks,
     require_one_loader,
     require_supported,
     settled_reduction,
@@ -50,9 +51,8 @@ class GradientRecorder(RecordingCallback):
     training, query the run with :func:`tda_lightning.attribute`.
 
     Args:
-        store: Folder to record into, or a store. With ``None``, it is ``run.tda`` in the trainer's
-            ``log_dir``. ``recorder.store`` is the store of the last training. A trainer with
-            ``fast_dev_run`` leaves nothing on disk.
+        store: Folder to record into, or a store; by default ``run.tda`` in ``trainer.log_dir``.
+            ``recorder.store`` is that of the last training. ``fast_dev_run`` leaves no files.
         projector: Sketches the gradients.
         layers: Names of the modules or parameters to record, with ``*`` for any characters, or with
             ``!`` in front to leave them out: ``["!*.norm"]`` records all others. By default all
@@ -166,7 +166,7 @@ class GradientRecorder(RecordingCallback):
         continued = self._writer.continued_recipe(trainer)
         self._is_reduction_settled = continued is not None
         selection = select_trained_layers(model, self.layers, trainer.optimizers, continued)
-        lost = [] if continued is None else _lost_blocks(continued)
+        lost = [] if continued is None else lost_blocks(continued)
         selection = replace(selection, left_out=(*selection.left_out, *lost))
         projector = self.projector.chosen_for(selection.blocks)
         is_preconditioned = any(map(has_preconditioner, trainer.optimizers))
@@ -298,8 +298,3 @@ class GradientRecorder(RecordingCallback):
 
     def _save(self) -> None:
         self._writer.seal()
-
-
-def _lost_blocks(recipe: Recipe) -> list[LeftOut]:
-    """Return the entries of a recipe for blocks that turned out not to be recordable."""
-    return [entry for entry in recipe.left_out if entry.name in recipe.block_names]

@@ -34,7 +34,10 @@ def html_table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[Ce
 def _cell(content: Cell) -> str:
     if isinstance(content, str):
         return f"<td>{escape(content)}</td>"
-    return f'<td style="text-align: left">{" &nbsp; ".join(map(_entry, content))}</td>'
+    pairs = list(content)
+    if not any(score for _, score in pairs):
+        return "<td>none, all scores are zero</td>"
+    return f'<td style="text-align: left">{" &nbsp; ".join(map(_entry, pairs))}</td>'
 
 
 def _entry(pair: tuple[int, float]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.results.html_tables import html_table
+from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.npz import load_arrays, save_arrays
 from tda_lightning.results.optional import needs
 from tda_lightning.results.ranking import SampleRanking, describe_pairs, require_rank
@@ -89,7 +89,9 @@ class SampleScores:
     def _repr_html_(self) -> str:
         """Show the highest and the lowest scores, in notebooks."""
         k = min(5, len(self))
-        rows = [["highest", self.highest(k)], ["lowest", self.lowest(k)]] if k else []
+        rows: list[list[Cell]] = []
+        if k:
+            rows = [["highest", self.highest(k)], ["lowest", self.lowest(k)]]
         caption = f"Scores of {len(self):,} training samples by {self.method}"
         return html_table(caption, ["", "sample and score"], rows)
 

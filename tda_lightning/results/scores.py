@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.results.html_tables import html_table
+from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.joining import joined_provenance, require_same_ids
 from tda_lightning.results.npz import load_arrays, save_arrays
 from tda_lightning.results.optional import needs
@@ -249,7 +249,10 @@ class Scores:
         """Show the proponents and opponents of each query, in notebooks."""
         n_query, n_train = self.shape
         k = min(3, n_train)
-        rows = [[str(int(row.provenance["query"])), row.highest(k), row.lowest(k)] for row in self]
+        names = (self._name_of(row).removeprefix("query ") for row in range(n_query))
+        rows: list[list[Cell]] = [
+            [name, row.highest(k), row.lowest(k)] for name, row in zip(names, self, strict=True)
+        ]
         caption = f"Scores of {n_query:,} queries x {n_train:,} training samples by {self.method}"
         return html_table(caption, ["query", "highest scores", "lowest scores"], rows)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.results.html_tables import html_table
+from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.ranking import Ranking
 from tda_lightning.results.tables import (
     Columns,
@@ -75,7 +75,7 @@ class TopScores:
     def _repr_html_(self) -> str:
         """Show the proponents and opponents of each query, in notebooks."""
         rankings = zip(self.query_ids.tolist(), self.proponents, self.opponents, strict=True)
-        rows = [[str(query), best, worst] for query, best, worst in rankings]
+        rows: list[list[Cell]] = [[str(query), best, worst] for query, best, worst in rankings]
         caption = f"Top scores of {len(self):,} queries by {self.method}"
         return html_table(caption, ["query", "proponents", "opponents"], rows)
 

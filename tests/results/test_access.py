@@ -157,3 +157,4 @@ def test_a_query_whose_scores_are_all_zero_has_no_proponents():
     assert "  query 21: none, all of these scores are zero" in repr(silent.proponents(3))
     assert "proponents" in repr(silent).splitlines()[1]
     assert repr(silent[1]).endswith("all scores are zero")
+    assert silent._repr_html_().count("none, all scores are zero") == 2  # On either side.
