@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 # Record
-from tda_lightning.callbacks import ContributionTracker, GradientRecorder
+from tda_lightning.callbacks import ContributionTracker, GradientRecorder, LossRecorder
 from tda_lightning.gradients.nodes import node_rule
 from tda_lightning.gradients.sketching.projectors import (
     CountSketch,
@@ -59,6 +59,7 @@ __all__ = [
     "KroneckerCountSketch",
     "LogProbability",
     "Logit",
+    "LossRecorder",
     "Margin",
     "RepresenterPoint",
     "Scores",

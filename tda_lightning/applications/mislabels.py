@@ -115,7 +115,7 @@ def _witnesses(
 ) -> dict[str, Float[Tensor, " n_train"]]:
     """Return the suspicion of each sample by each witness; the first decides."""
     witnesses: dict[str, Tensor] = {}
-    has_rows = store.recipe.dimension > 0
+    has_rows = store.recipe.has_rows
     if history is not None:
         witnesses["loss"] = history.mean().values.nan_to_num(nan=-torch.inf)
     if has_rows:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from tda_lightning.api import attribute
 from tda_lightning.arguments import require_whole
-from tda_lightning.attribution import Attributor, TracIn
+from tda_lightning.attribution import Attributor, GradientSimilarity
 from tda_lightning.metrics.checks import require_mask
-from tda_lightning.passes.targets import Margin, Target, outputs_of
+from tda_lightning.passes.targets import Target, outputs_of
 from tda_lightning.results.optional import needs
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores.opening import Run, open_run
@@ -92,6 +92,12 @@ class Shortcut:
         return "\n".join([head, *lines, f"  main samples: {samples}", other])
 
 
+def predicted_logit(module: nn.Module, batch: Any) -> Tensor:
+    """Return the logit of the predicted class of each sample."""
+    highest: Tensor = outputs_of(module, batch).max(dim=-1).values
+    return highest
+
+
 def find_shortcut(
     run: Run,
     model: nn.Module,
@@ -100,8 +106,8 @@ def find_shortcut(
     *,
     classes: Int[Tensor, " n_train"] | None = None,
     reference: Any = None,
-    method: Attributor = TracIn(),
-    target: Target | None = None,
+    method: Attributor = GradientSimilarity(),
+    target: Target = predicted_logit,
     n_permutations: int = 1000,
     seed: int = 0,
     progress: bool = True,
@@ -116,9 +122,10 @@ def find_shortcut(
             ``run.train_ids()``.
         classes: Class of each training sample. Attributes are compared within classes.
         reference: Data to compare with, such as the same slice without a watermark. Its mean score
-            is subtracted, which removes what both have in common.
+            is subtracted, which removes what both have in common. Without it, the class and the
+            content of the slice outweigh a weak shortcut.
         method: The attribution method.
-        target: The quantity to explain; by default the margin of the predicted class.
+        target: The quantity to explain; by default the logit of the predicted class.
         n_permutations: Number of random permutations.
         seed: Seed of the permutations.
         progress: Show progress bars.
@@ -137,10 +144,9 @@ def find_shortcut(
             f"`classes` has the shape {tuple(classes.shape)}; expected ({n_train},), one class per "
             "training sample."
         )
-    goal = _PREDICTED_MARGIN if target is None else target
 
     def mean_scores(queries: Any) -> tuple[Float64[Tensor, " n_train"], int, str]:
-        scores = attribute(store, model, queries, method=method, target=goal, progress=progress)
+        scores = attribute(store, model, queries, method=method, target=target, progress=progress)
         return scores.values.double().mean(dim=0), len(scores.values), scores.method
 
     values, n_slice, name = mean_scores(slice_)
@@ -155,15 +161,6 @@ def find_shortcut(
     effects.sort(key=lambda effect: -effect.effect)
     scores = SampleScores(values, store.train_ids(), name)
     return Shortcut(tuple(effects), scores, n_slice, n_permutations)
-
-
-def _predicted_labels_margin(module: nn.Module, batch: Any) -> Tensor:
-    logits = outputs_of(module, batch)
-    predicted = logits.detach().argmax(dim=-1)
-    return Margin(outputs=lambda *_: logits, labels=lambda _: predicted)(module, batch)
-
-
-_PREDICTED_MARGIN: Target = _predicted_labels_margin
 
 
 def _test(

@@ -46,13 +46,18 @@ class Attributor(ABC):
     def require(self, run: Store) -> None:
         """Check that the method can be applied to a run.
 
-        By default, every run that has steps is accepted.
+        By default, every run that has steps with rows is accepted.
 
         Raises:
             ValueError: If the run lacks something that the method needs.
         """
         if len(run) == 0:
             raise ValueError("The run has no steps; expected at least one. Pass a longer slice.")
+        if not run.recipe.has_rows:
+            raise ValueError(
+                "The run holds losses and no rows; expected rows to attribute with. Record with "
+                "`GradientRecorder` instead of `LossRecorder`."
+            )
 
     def visit_scores(
         self, run: Store, queries: Float[Tensor, "n_query k"]
