@@ -249,10 +249,13 @@ def unlearning(seed: int, optimizer: str) -> Rows:
             retrained=retrained,
             progress=False,
         )
-        for kind, values in result.distances.items():
-            yield f"{name}: distance, {kind}, share of nothing", values["after"] / values["before"]
+        for kind in ("forget", "holdout"):
+            distances = result.distances[kind]
+            yield f"{name}: distance, {kind}, in %", 100 * distances["after"]
         auc = result.membership_auc
         yield f"{name}: membership AUC minus retrained", abs(auc["after"] - auc["retrained"])
+    for kind in ("forget", "holdout"):
+        yield f"nothing: distance, {kind}, in %", 100 * result.distances[kind]["before"]
     yield "nothing: membership AUC minus retrained", abs(auc["before"] - auc["retrained"])
 
 
