@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.results.html_tables import html_table
+from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.tables import data_frame, ranked_columns
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ class Ranking:
 
     def _repr_html_(self) -> str:
         """Show one row per query, in notebooks."""
-        rows = [[str(q), row] for q, row in zip(self.query_ids.tolist(), self, strict=True)]
+        pairs = zip(self.query_ids.tolist(), self, strict=True)
+        rows: list[list[Cell]] = [[str(query), ranking] for query, ranking in pairs]
         return html_table(f"Ranking of {self.ids.shape[1]} per query", ["query", "samples"], rows)
 
     def __repr__(self) -> str:
