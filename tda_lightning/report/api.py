@@ -47,6 +47,7 @@ def report(
     column_names: Sequence[str] = (),
     render: Callable[[Any], Shown] | None = None,
     outputs: Callable[[nn.Module, Any], Tensor] = outputs_of,
+    findings: Sequence[Finding] = (),
     title: str = "",
     progress: bool = True,
 ) -> Path:
@@ -71,6 +72,7 @@ def report(
         render: Function from an item of the dataset to how it is shown; by default images, texts,
             table rows and recordings are detected.
         outputs: Function of (module, batch) that returns the model's predictions, samples first.
+        findings: Further findings, such as a watermark or near copies, shown before the others.
         title: Title of the page; by default the class of the model.
         progress: Show progress bars.
 
@@ -98,16 +100,26 @@ def report(
         progress=progress,
     )
     place = run if isinstance(run, str | os.PathLike) else type(run).__name__
-    text = assemble(page_of(evidence, k=k, names=names, title=title, run=str(place)))
+    _require_known(findings, evidence)
+    page = page_of(evidence, findings, k=k, names=names, title=title, run=str(place))
+    text = assemble(page)
     path = absolute_path(Path(out))
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
 
 
-def page_of(evidence: Evidence, *, k: int, names: ShowItem, title: str, run: str) -> Page:
+def page_of(
+    evidence: Evidence,
+    further: Sequence[Finding],
+    *,
+    k: int,
+    names: ShowItem,
+    title: str,
+    run: str,
+) -> Page:
     """Return the parts of the page; the arguments are those of :func:`report`."""
-    findings = find(evidence)
+    findings = [*further, *find(evidence)]
     payload = Payload(evidence, k, names)
     data = payload.build([sample for finding in findings for sample in finding.samples])
     figures, blocks, scripts = _figures(charts(evidence))
@@ -120,13 +132,25 @@ def page_of(evidence: Evidence, *, k: int, names: ShowItem, title: str, run: str
             confidence_section(evidence),
             queries_section(trajectories),
             ranking_section(figures["influence"]),
-            when_section(evidence, [figures["trajectory"], figures["rates"], figures["gradients"]]),
+            when_section(evidence, [figures[name] for name in figures if name != "influence"]),
             groups_section(group_scores(evidence), payload.label),
             facts_section(evidence, run, len(evidence.train.labels)),
         ],
         blocks=[json_block("data", data), *blocks],
         scripts=[*scripts, asset("page.js"), asset("gallery.js")],
     )
+
+
+def _require_known(findings: Sequence[Finding], evidence: Evidence) -> None:
+    known = set(evidence.train.ids)
+    for finding in findings:
+        require_kind("findings", finding, Finding, '`Finding("Watermark", ("...",), "attention")`')
+        unknown = [sample for sample in finding.samples if sample not in known]
+        if unknown:
+            raise ValueError(
+                f"The finding `{finding.title}` names sample {unknown[0]}, which is not in the "
+                "training set of the run; expected ids of training samples."
+            )
 
 
 def _lead(evidence: Evidence, findings: Sequence[Finding]) -> str:

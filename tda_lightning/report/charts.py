@@ -103,9 +103,11 @@ def trajectory_lines(trajectory: Trajectory, row: int, k: int = 3) -> list[Line]
 def _schedule_charts(evidence: Evidence) -> list[Chart]:
     schedule = evidence.schedule
     stride = -(-len(schedule.steps) // MAX_POINTS)
+    losses = [_loss_chart(schedule.losses)] if len(schedule.losses) > 1 else []
     steps = [float(step) for step in schedule.steps[::stride]]
     rates, gradients = schedule.rates[::stride], schedule.gradients[::stride]
     return [
+        *losses,
         Chart(
             name="rates",
             description=(
@@ -131,6 +133,21 @@ def _schedule_charts(evidence: Evidence) -> list[Chart]:
             from_zero=True,
         ),
     ]
+
+
+def _loss_chart(losses: dict[int, float]) -> Chart:
+    values = list(losses.values())
+    return Chart(
+        name="losses",
+        description=(
+            f"Mean loss of the queries at {len(values)} snapshots of the weights: {values[0]:.3g} "
+            f"at first, {min(values):.3g} at best, {values[-1]:.3g} at the last."
+        ),
+        x_label="step",
+        y_label="loss of the queries",
+        lines=(Line([float(i) for i in losses], [_short(v) for v in values], "plain", "loss"),),
+        from_zero=True,
+    )
 
 
 def _influence_chart(evidence: Evidence) -> Chart:

@@ -14,17 +14,21 @@ from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.batches import batches_in_memory
+from tda_lightning.passes.model_state import swapped_weights
 from tda_lightning.passes.queries import record_queries
-from tda_lightning.report.queries import Answer, answers_to
+from tda_lightning.report.queries import Answer, answers_to, query_losses
 from tda_lightning.report.samples import Label, Shown
 from tda_lightning.report.training_set import TrainingSet, training_set
 from tda_lightning.results import SampleScores, Scores, Trajectory
 from tda_lightning.results.trajectory import Period
 from tda_lightning.stores import Store
 from tda_lightning.stores.data_order import DataOrder, data_order
+from tda_lightning.stores.snapshots import spread
 
 # Trajectories are computed for this many queries, the worst first.
 MAX_TRAJECTORIES = 24
+# The queries are evaluated at this many snapshots.
+MAX_SNAPSHOTS = 8
 # Samples per query whose trajectory is shown, on each side.
 TRAJECTORY_SAMPLES = 3
 
@@ -37,11 +41,14 @@ class Schedule:
         steps: Index of each recorded step.
         rates: Largest learning rate of each step.
         gradients: Norm of the sum of each step's rows.
+        losses: Mean loss of the queries at some snapshots, by the index of the step after each;
+            empty if the run has none.
     """
 
     steps: list[int]
     rates: list[float]
     gradients: list[float]
+    losses: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def gather(
         influence=TracIn().self_influence(store, progress=progress),
         trajectory=_trajectory(store, rows, scores, order, method, progress),
         data_order=data_order(store),
-        schedule=_schedule(store),
+        schedule=_schedule(store, _losses_at_snapshots(store, model, queries)),
     )
 
 
@@ -145,13 +152,22 @@ def _trajectory(
     return contributions(store, rows[chosen], ids, method, per=period, progress=progress)
 
 
-def _schedule(store: Store) -> Schedule:
+def _losses_at_snapshots(store: Store, model: nn.Module, queries: Any) -> dict[int, float]:
+    losses = {}
+    for snapshot in spread(store.snapshots(), MAX_SNAPSHOTS):
+        with swapped_weights(model, store.weights_at(snapshot)):
+            values = query_losses(model, queries)
+        losses[snapshot] = sum(values) / len(values)
+    return losses
+
+
+def _schedule(store: Store, losses: dict[int, float]) -> Schedule:
     steps, rates, gradients = [], [], []
     for step in store:
         steps.append(step.index)
         rates.append(step.lr)
         gradients.append(float(step.sketch.double().sum(dim=0).norm()))
-    return Schedule(steps, rates, gradients)
+    return Schedule(steps, rates, gradients, losses)
 
 
 def _require_one_row_each(rows: Tensor, answers: list[Answer]) -> None:

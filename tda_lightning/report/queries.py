@@ -64,6 +64,22 @@ def answers_to(
     return answers, reason
 
 
+def query_losses(model: nn.Module, queries: Any) -> list[float]:
+    """Return the loss of every query, evaluated one at a time.
+
+    Args:
+        model: The LightningModule, with the weights to evaluate.
+        queries: A batch, or batches in memory.
+    """
+    losses = []
+    with preserved_state(model, "eval"), torch.enable_grad():
+        for batch in batches_of(queries):
+            for row in range(batch_size(batch, "queries")):
+                single = transfer(model, part_of(batch, slice(row, row + 1)))
+                losses.append(float(loss_of(model, single).detach()))
+    return losses
+
+
 def part_of(batch: Any, key: int | slice) -> Any:
     """Return one sample of a batch, or a slice of it, in nested lists, mappings and dataclasses."""
     if isinstance(batch, Tensor):

@@ -12,9 +12,10 @@ from reported_runs import TextClassifier, Texts, report_on_texts
 from torch.utils.data import Subset, TensorDataset
 
 from tda_lightning import GradientRecorder, Identity
-from tda_lightning.report import Shown, report
+from tda_lightning.report import Finding, Shown, report
 from tda_lightning.report.findings import number_set_apart
 from tda_lightning.report.html import visible
+from tda_lightning.report.queries import query_losses
 
 TEXTS = [f"text number {i}" for i in range(23)]
 
@@ -137,6 +138,16 @@ def test_render_decides_how_samples_are_shown(tmp_path):
     }
 
 
+def test_further_findings_come_first(tmp_path):
+    finding = Finding("A watermark <b>", ("It is & remains.",), "attention", (3, 5))
+    texts = Parsed(report_on_texts(tmp_path, TEXTS, findings=[finding])).texts
+    assert texts.index("A watermark <b>") < texts.index("Wrong answers")
+    assert "It is & remains." in texts
+    unknown = Finding("Other", (), "fine", (99,))
+    with pytest.raises(ValueError, match="The finding `Other` names sample 99, which is not"):
+        report_on_texts(tmp_path / "again", TEXTS, findings=[unknown])
+
+
 def test_render_must_return_how_a_sample_is_shown(tmp_path):
     with pytest.raises(ValueError, match="`render` returned a `str`; expected a `Shown`"):
         report_on_texts(tmp_path, TEXTS, render=lambda item: "text")
@@ -215,6 +226,15 @@ def test_a_second_peak_is_counted(count):
 def test_in_one_peak_hardly_any_sample_is_set_apart(seed):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(seed)).exp()
     assert number_set_apart(values) <= 5
+
+
+def test_query_losses_are_those_of_the_batch():
+    model, data = TextClassifier(), Texts(TEXTS)
+    batch = next(iter(loader(data, batch_size=23, shuffle=False)))
+    losses = query_losses(model, batch)
+    logits = model(batch["x"]).detach()
+    expected = torch.nn.functional.cross_entropy(logits, batch["label"], reduction="none")
+    assert losses == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_equal_values_are_not_set_apart():
