@@ -1,8 +1,8 @@
 """A table: which patients does a wrong diagnosis rest on, and what do they have in common with it?
 
-Trains a small network on scikit-learn's breast cancer data. Takes the test patient with the worst
-prediction, and prints this patient beside the training patients that helped and hurt most, in the
-five features in which the patient is most unusual.
+Trains a small network on scikit-learn's breast cancer data, and takes the test patient with the
+worst prediction. It is printed beside the training patients that helped and hurt it most. The
+columns are the five features in which the patient is most unusual.
 """
 
 import pytorch_lightning as pl

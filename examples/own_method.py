@@ -1,4 +1,4 @@
-"""A method of your own: a few lines, compared with the built-in ones.
+"""Your own method: a few lines, compared with the built-in ones.
 
 Each method yields, for every step, the direction that a query looks for in the rows of this step.
 The score of a training sample is the inner product, summed over its visits.

@@ -1,6 +1,6 @@
 """Resume after a kill: the run on disk holds every step once.
 
-The training runs in a process of its own, which is killed in its middle (`kill -9`). Training then
+The training runs in a second process, which is killed in its middle (`kill -9`). Training then
 goes on from the last checkpoint, and so does the recording.
 """
 

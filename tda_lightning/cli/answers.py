@@ -1,4 +1,4 @@
-"""The commands that query a run: ``attribute``, ``self-influence`` and ``mislabeled``."""
+"""The commands that query a run: ``attribute`` and ``self-influence``."""
 
 from __future__ import annotations
 

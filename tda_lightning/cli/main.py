@@ -1,7 +1,7 @@
 """The entry point: the group of all commands, the exit codes, and one line per error.
 
-Exit codes: 0 if all is well, 1 if a run cannot be read or a check finds a problem, 2 if the
-command line is wrong, 130 after Ctrl-C.
+Exit code 0: all is well. 1: a run cannot be read, or a check finds a problem. 2: the command line
+is wrong. 130: interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tda_lightning.cli.exports import export
 from tda_lightning.cli.inspection import audit, data, info, verify
 from tda_lightning.cli.output import FailedCheck, printable
 from tda_lightning.cli.reports import report
+from tda_lightning.cli.suspects import mislabeled
 
 # Printed after the commands of `tda-lightning --help`.
 EPILOG = (
@@ -31,7 +32,7 @@ def commands() -> None:
     """Training data attribution for PyTorch Lightning: inspect and query recorded runs."""
 
 
-for command in (info, audit, data, verify, attribute, self_influence, report, export):
+for command in (info, audit, data, verify, attribute, self_influence, mislabeled, report, export):
     commands.add_command(command)
 
 

@@ -153,6 +153,23 @@ def test_the_text_shows_as_many_rows_as_wanted(here, capsys):
     assert "and 8 more" in lines[-1]
 
 
+def test_mislabeled_needs_only_the_run(here):
+    answer = run_json("mislabeled", "run.tda", "--number", "3")
+    scores = [entry["label_score"] for entry in answer["flagged"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores)
+    assert "given_label" not in answer["flagged"][0]
+
+
+def test_mislabeled_shows_labels_of_the_training_data(here, capsys):
+    words = ["--config", "config.yaml", "--checkpoint", "model.ckpt", "--number", "2"]
+    assert main(["mislabeled", "run.tda", *words, "--trusted", "project:queries"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = ["sample", "label_score", "witnesses", "given_label", "predicted_label"]
+    assert lines[1].split() == head
+    assert "opposition" in lines[0]
+
+
 def test_report_writes_a_page(here, tmp_path, capsys):
     out = tmp_path / "page.html"
     words = ["--config", "config.yaml", "--checkpoint", "model.ckpt", "--out", str(out)]
