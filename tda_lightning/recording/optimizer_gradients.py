@@ -10,7 +10,8 @@ which is 1 where nothing was clipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,25 @@ def gradients_of(
         ) from error
     pairs = zip(parameters, gradients, strict=True)
     return {parameter: gradient for parameter, gradient in pairs if gradient is not None}
+
+
+@contextmanager
+def second_pass_errors() -> Iterator[None]:
+    """Turn errors raised while labels are sampled into errors that name a remedy.
+
+    Raises:
+        ValueError: If the graph of the loss cannot be differentiated a second time.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"The backward pass of sampled labels failed: {error} Expected a loss that can be "
+            "differentiated twice over one graph. Use checkpointing with `use_reentrant=False`, "
+            "compile modules instead of functions, or record with `curvature='none'`."
+        ) from error
 
 
 def first_with_gradient(parameters: Iterable[Parameter]) -> Parameter | None:

@@ -32,6 +32,7 @@ from tda_lightning.recording.optimizer_gradients import (
     gradient_norms,
     gradients_of,
     parameters_by_size,
+    second_pass_errors,
     watched_parameters,
 )
 from tda_lightning.recording.preconditioning import Gradients, PartialPreconditioner
@@ -116,7 +117,8 @@ class StepBuilder:
         if self._current_batch is not None:
             self._loss_scale = loss_scale
             self._update_preconditioner(loss)
-            self._rows.start_backward(loss)
+            with second_pass_errors():
+                self._rows.start_backward(loss)
 
     def _update_preconditioner(self, loss: Tensor) -> None:
         preconditioner = self._preconditioner  # All batches of a step share its coordinates.

@@ -1,6 +1,7 @@
 """Audits: the rows of a step sum to the sketch of the gradient that the optimizer used."""
 
 import copy
+import functools
 import warnings
 
 import audit_seeds
@@ -280,3 +281,19 @@ def test_honest_models_in_mixed_precision_are_accepted_and_faulty_ones_refused(m
         assert names.pop(audit_seeds.HONEST).refusal == ""
         assert all("do not sum to its gradient" in fault.refusal for fault in names.values())
         assert len(names) == 4
+
+
+def test_a_compiled_function_in_the_training_step_is_refused():
+    class CompilesFunction(Plain):
+        @functools.cached_property
+        def compiled(self):
+            return torch.compile(lambda x: self.net(x), backend="aot_eager")
+
+        def training_step(self, batch, batch_idx):
+            return functional.cross_entropy(self.compiled(batch[0]), batch[1])
+
+    torch.compiler.reset()
+    with pytest.raises(ValueError, match="compiled function that uses parameters"):
+        quiet_trainer(GradientRecorder(MemoryStore())).fit(
+            CompilesFunction(mlp()), loader(vectors())
+        )
