@@ -47,8 +47,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import GradientRecorder, HDF5Store, KroneckerCountSketch
-from tda_lightning.stores.hdf5.segment_datasets import Storage
 from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.row_formats import Storage
 
 # The first steps of an adaptive optimizer compute their gradient twice. That is one-time work.
 WARM_UP = 22

@@ -27,7 +27,7 @@ from tda_lightning import (
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import select_parameters
 from tda_lightning.gradients.sketching.projectors import Projector
-from tda_lightning.stores.hdf5.segment_datasets import Storage, decode, encode
+from tda_lightning.stores.row_formats import Storage, decode, encode
 
 BYTES = {"as computed": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from tda_lightning import HDF5Store, Scores, add_snapshots
 from tda_lightning.cli import main
@@ -424,8 +425,46 @@ def test_bare_h5py_reads_a_segment_with_a_header(run):
         "rank": 0,
         "ranks": 1,
     }
-    content = (run / SEGMENT).read_bytes()[HEADER_BYTES:]
-    assert (header["size"], header["crc32"]) == (len(content), zlib.crc32(content))
+    raw = (run / SEGMENT).read_bytes()
+    assert header["size"] == len(raw) - HEADER_BYTES
+    state = xxhash.xxh3_64(
+        json.dumps(
+            {key: value for key, value in header.items() if key not in ("format", "xxh3")},
+            sort_keys=True,
+            separators=(",", ":"),
+        ).encode()
+    )
+    start = HEADER_BYTES
+    for first, size in header["rows"]:
+        state.update(raw[start:first])
+        start = first + size
+    state.update(raw[start:])
+    assert header["xxh3"] == state.hexdigest()
+
+
+def with_crc32(path):
+    """Turn a segment into one of the version that wrote a crc32 of the whole content."""
+    raw = path.read_bytes()
+    header = json.loads(raw[:HEADER_BYTES].split(b"\n")[0])
+    del header["xxh3"], header["rows"]
+    header["crc32"] = zlib.crc32(raw[HEADER_BYTES:])
+    line = json.dumps(header).encode() + b"\n"
+    path.write_bytes(line.ljust(HEADER_BYTES, b"\0") + raw[HEADER_BYTES:])
+
+
+def test_a_segment_with_a_crc32_is_read_and_verified(run):
+    expected = read_all(run)
+    for file in run.glob("segment-*"):
+        with_crc32(file)
+    assert read_all(run) == expected
+    assert {report.state for report in verify_files(run)} == {"good"}
+    raw = bytearray((run / SEGMENT).read_bytes())
+    for at in random.Random(0).sample(range(HEADER_BYTES, len(raw)), 7):
+        raw[at] ^= 1
+        (run / SEGMENT).write_bytes(raw)
+        with pytest.raises(StoreFileError, match=SEGMENT):
+            read_all(run)
+        raw[at] ^= 1
 
 
 def test_verify_lists_every_file_and_returns_0_for_a_good_run(run, capsys):

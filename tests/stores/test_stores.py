@@ -239,10 +239,10 @@ def test_a_segment_truncated_while_it_is_read_raises_an_error(tmp_path):
     path = tmp_path / "run" / "segment-000000.h5"
     with h5py.File(path) as file:
         rows = StoredRows.of(path, file["visits"], stamp_of(path))
-    assert rows.read(slice(0, 3), np.ones(3)).shape == (3, 15)
+    assert rows.read(slice(0, 3), np.ones(3), 0).shape == (3, 15)
     os.truncate(path, rows.offset + 2 * rows.row_bytes)
     with pytest.raises(OSError, match=r"segment-000000.h5` has changed since the run was opened"):
-        rows.read(slice(0, 2), np.ones(2))
+        rows.read(slice(0, 2), np.ones(2), 0)
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "as computed"])

@@ -8,8 +8,8 @@ from threading import Lock, Thread
 from typing import Generic, TypeVar
 
 from tda_lightning.stores.hdf5 import Segment, write_segment
-from tda_lightning.stores.hdf5.segment_datasets import Storage
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
+from tda_lightning.stores.row_formats import Storage
 from tda_lightning.stores.step import Step
 
 Result = TypeVar("Result")

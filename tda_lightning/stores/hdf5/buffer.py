@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tda_lightning.stores.hdf5.segment_datasets import Storage, storage_for
+from tda_lightning.stores.row_formats import Storage, storage_for
 from tda_lightning.stores.step import Step
 
 

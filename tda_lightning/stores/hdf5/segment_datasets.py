@@ -1,17 +1,13 @@
-"""Datasets of a segment: the number formats of its rows, and the facts of its steps.
-
-Gradients span many orders of magnitude between samples and steps, but not within a row. So float16
-and int8 store each row divided by its largest entry, together with that entry in float64. No row
-that float32 can represent underflows.
-"""
+"""Datasets of a segment: its rows, and the facts of its steps."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import h5py
 import numpy as np
@@ -19,76 +15,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.stores.checksums import checksum_of, read_into
 from tda_lightning.stores.damage import StoreFileError
 from tda_lightning.stores.hdf5.file import open_hdf5
 from tda_lightning.stores.hdf5.segment_checks import require_lengths, require_offsets
+from tda_lightning.stores.row_formats import Storage, decode
 from tda_lightning.stores.step import Audit, ParameterGroup, Preconditioner, StepFacts
 
-Storage = Literal["as computed", "float16", "bfloat16", "int8"]
 Stamp = tuple[int, int]
 # The hyper-parameters of a group are stored under these names.
 GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
-
-_INT8_LIMIT = 127
-_MIN_FLOAT32_SCALE = 1e-30
-
-
-def storage_for(storage: Storage | None, dtype: torch.dtype) -> Storage:
-    """Return the number format of rows that were computed in ``dtype``.
-
-    By default it has their range: bfloat16 has that of float32, but not that of float64.
-    """
-    if storage is not None:
-        return storage
-    return "as computed" if dtype == torch.float64 else "bfloat16"
-
-
-def bytes_of(storage: Storage | None, dtype: torch.dtype) -> int:
-    """Return the number of bytes that ``storage`` uses per number computed in ``dtype``."""
-    sizes = {"as computed": dtype.itemsize, "float16": 2, "bfloat16": 2, "int8": 1}
-    return sizes[storage_for(storage, dtype)]
-
-
-def encode(
-    rows: Float[Tensor, "n k"], storage: Storage
-) -> tuple[np.ndarray, Float[np.ndarray, " n"]]:
-    """Return an array ``(n, k)`` of encoded rows, and the scale of each row.
-
-    Args:
-        rows: Computed rows.
-        storage: Number format of the array.
-    """
-    if storage == "as computed":
-        return rows.numpy(), np.ones(len(rows))
-    if storage == "bfloat16":  # HDF5 has no such type: store the bits as integers.
-        return rows.to(torch.bfloat16).view(torch.int16).numpy(), np.ones(len(rows))
-    # Use NumPy: this runs in parallel to training, and a second pool of torch threads would compete
-    # for the cores.
-    values = rows.numpy()
-    largest = np.abs(values).max(axis=1, initial=0.0)
-    scales = np.where(largest == 0, 1.0, largest).astype(np.float64)
-    # A row that is not finite has a scale that is not finite, so its decoded row is not finite.
-    with np.errstate(invalid="ignore"):
-        scaled = values / scales.astype(values.dtype)[:, None]
-        if storage == "float16":
-            return scaled.astype(np.float16), scales
-        return np.nan_to_num(np.rint(scaled * _INT8_LIMIT)).astype(np.int8), scales / _INT8_LIMIT
-
-
-def decode(
-    stored: np.ndarray, scales: Float[np.ndarray, " n"], storage: Storage
-) -> Float[Tensor, "n k"]:
-    """Return decoded rows: in float32, or in the original dtype for ``"as computed"``."""
-    rows = torch.from_numpy(stored)
-    if storage == "as computed":
-        return rows
-    if storage == "bfloat16":
-        return rows.view(torch.bfloat16).float()
-    factors = torch.from_numpy(scales)[:, None]
-    # Scales may underflow in float32 where the products do not.
-    if bool((factors < _MIN_FLOAT32_SCALE).any()):
-        return (rows * factors).float()
-    return rows.float().mul_(factors.float())
 
 
 def stamp_of(file: Path | int) -> Stamp:
@@ -127,6 +63,7 @@ class StoredRows:
         offset: Position of the first byte in the file; ``None`` if the rows are not contiguous,
             such as in a file that a user has compressed.
         stamp: Stamp of the file when the dataset was inspected.
+        checksums: Checksum of the encoded rows of each block; earlier segments have none.
     """
 
     path: Path
@@ -136,10 +73,13 @@ class StoredRows:
     width: int
     offset: int | None
     stamp: Stamp
+    checksums: Sequence[int] | None
 
     @classmethod
-    def of(cls, path: Path, group: h5py.Group, stamp: Stamp) -> StoredRows:
-        """Return the rows of a group in a file with the given stamp."""
+    def of(
+        cls, path: Path, group: h5py.Group, stamp: Stamp, checksums: Sequence[int] | None = None
+    ) -> StoredRows:
+        """Return the rows of a group in a file with the given stamp and checksums."""
         dataset = group["sketch"]
         return cls(
             path=path,
@@ -149,6 +89,7 @@ class StoredRows:
             width=dataset.shape[1],
             offset=dataset.id.get_offset(),
             stamp=stamp,
+            checksums=checksums,
         )
 
     @property
@@ -156,38 +97,43 @@ class StoredRows:
         """Number of bytes per row in the file."""
         return self.width * self.dtype.itemsize
 
-    def read(self, span: slice, scales: Float[np.ndarray, " n"]) -> Float[Tensor, "n k"]:
-        """Return some decoded rows.
+    def read(
+        self, span: slice, scales: Float[np.ndarray, " n"], block: int
+    ) -> Float[Tensor, "n k"]:
+        """Return the decoded rows of a block.
 
         Args:
             span: Slice of the rows.
             scales: Scale of each row.
+            block: Number of the block.
 
         Raises:
             StoreFileError: If the file has changed.
+            ValueError: If the rows have another checksum than when they were sealed.
         """
-        return decode(self._read_encoded(span), scales, self.storage)
+        encoded, checksum = self._read_encoded(span)
+        if self.checksums is not None and checksum != self.checksums[block]:
+            raise ValueError(f"the checksum of rows {span.start} to {span.stop} is another one")
+        return decode(encoded, scales, self.storage)
 
-    def _read_encoded(self, span: slice) -> np.ndarray:
+    def _read_encoded(self, span: slice) -> tuple[np.ndarray, int]:
+        """Return some encoded rows, and their checksum."""
         count = span.stop - span.start
         if count and self.offset is None:
             require_unchanged(self.path, self.stamp, stamp_of(self.path))
             with open_hdf5(self.path) as file:
                 encoded: np.ndarray = file[self.name][span]
-            return encoded
+            return encoded, checksum_of(encoded.data.cast("B"))
         # Bypass HDF5, whose calls would take longer than reading the bytes.
         rows = np.empty((count, self.width), self.dtype)
-        remaining = rows.data.cast("B") if count else memoryview(b"")
+        content = rows.data.cast("B") if count else memoryview(b"")
         with self.path.open("rb", buffering=0) as file:
             # In a new file under this name, other bytes would be at the offset.
             require_unchanged(self.path, self.stamp, stamp_of(file.fileno()))
             file.seek((self.offset or 0) + span.start * self.row_bytes)
-            while remaining:
-                n_bytes = file.readinto(remaining)
-                if not n_bytes:  # The file was truncated after the check.
-                    raise _changed_error(self.path)
-                remaining = remaining[n_bytes:]
-        return rows
+            if (checksum := read_into(content, file)) is None:  # It was truncated after the check.
+                raise _changed_error(self.path)
+        return rows, checksum
 
 
 class StepColumns:
@@ -196,9 +142,10 @@ class StepColumns:
     Args:
         path: Path of the segment.
         stamp: Stamp of the file when the run was opened.
+        has_checksums: Whether the file has a checksum for each block of rows.
     """
 
-    def __init__(self, path: Path, stamp: Stamp) -> None:
+    def __init__(self, path: Path, stamp: Stamp, has_checksums: bool) -> None:
         with open_hdf5(path) as file:
             steps = file["steps"]
             self._index = steps["index"][:].tolist()
@@ -209,9 +156,12 @@ class StepColumns:
             self.preconditioners = _read_preconditioners(file["preconditioners"])
             self.offset: list[int] = steps["offset"][:].tolist()
             self.curvature_offset: list[int] = file["curvature/offset"][:].tolist()
-            self.sketch = StoredRows.of(path, file["visits"], stamp)
-            self.curvature_rows = StoredRows.of(path, file["curvature"], stamp)
+            blocks = file["blocks"][:].T.tolist() if has_checksums else None
+            ends, sketch, curvature = blocks or (None, None, None)
+            self.sketch = StoredRows.of(path, file["visits"], stamp, sketch)
+            self.curvature_rows = StoredRows.of(path, file["curvature"], stamp, curvature)
             n_visits, n_curvature = len(file["visits/sketch"]), len(file["curvature/sketch"])
+        self.blocks = _blocks(ends, len(self._index)) if ends else []
         require_offsets(self.offset, len(self._index), n_visits)
         require_offsets(self.curvature_offset, len(self._index), n_curvature)
         require_lengths(
@@ -254,6 +204,13 @@ def _strings(group: h5py.Group, name: str) -> list[str]:
     if name == "loss" and name not in group:  # In segments of older versions.
         return [""] * len(group["index"])
     return [sys.intern(word) for word in group[name].asstr()[:].tolist()]
+
+
+def _blocks(ends: Sequence[int], n_steps: int) -> list[range]:
+    """Return the blocks of steps that end before these steps."""
+    offset = [0, *ends]
+    require_offsets(offset, len(ends), n_steps)
+    return [range(start, stop) for start, stop in pairwise(offset)]
 
 
 def _read_preconditioners(group: h5py.Group) -> dict[int, Preconditioner]:

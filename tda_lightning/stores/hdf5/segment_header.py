@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
+
+from tda_lightning.stores.checksums import canonical_json, checksum_of_file
 
 HEADER_BYTES = 512
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -47,7 +50,11 @@ class SegmentHeader:
         last: Index of its last step.
         steps: Number of its steps.
         size: Number of bytes after the header.
-        crc32: Checksum of these bytes, that of ``zlib.crc32``.
+        rows: First byte in the file, and number of bytes, of each dataset of rows. Each block of
+            rows has its checksum in the file.
+        xxh3: Checksum of the other fields of the header and of all other bytes after it.
+        crc32: Checksum by ``zlib.crc32`` of the bytes after the header; only in earlier segments,
+            which have no ``rows`` and no ``xxh3``.
     """
 
     identity: SegmentIdentity
@@ -55,25 +62,33 @@ class SegmentHeader:
     last: int
     steps: int
     size: int
-    crc32: int
+    rows: tuple[tuple[int, int], ...] = ()
+    xxh3: str = ""
+    crc32: int | None = None
 
     def describe(self) -> str:
         """Return a short description of what the segment holds."""
         return f"{self.steps:,} steps, index {self.first:,} to {self.last:,}"
 
 
-def write_header(path: Path, identity: SegmentIdentity, indices: list[int]) -> None:
+def write_header(
+    path: Path,
+    identity: SegmentIdentity,
+    indices: Sequence[int],
+    rows: Sequence[tuple[int, int]],
+) -> None:
     """Write the header of a segment whose content is complete.
 
     Args:
         path: The file, with a user block of ``HEADER_BYTES``.
         identity: Which segment it is.
         indices: Indices of its steps.
+        rows: First byte and number of bytes of each dataset of rows, in the order of the file.
     """
-    size, crc32 = _checksum(path)
-    header = SegmentHeader(identity, indices[0], indices[-1], len(indices), size, crc32)
-    fields = {"format": _FORMAT, **asdict(header)}
-    line = json.dumps(fields).encode() + b"\n"
+    size = path.stat().st_size - HEADER_BYTES
+    header = SegmentHeader(identity, indices[0], indices[-1], len(indices), size, tuple(rows))
+    header = replace(header, xxh3=_checksum(path, header))
+    line = json.dumps({"format": _FORMAT, **_fields_of(header)}).encode() + b"\n"
     assert len(line) <= HEADER_BYTES
     with path.open("r+b") as file:
         file.write(line.ljust(HEADER_BYTES, b"\0"))
@@ -93,7 +108,10 @@ def read_header(path: Path) -> SegmentHeader | None:
     if fields.pop("format") != _FORMAT:
         raise ValueError("it does not begin with the header of a segment")
     identity = SegmentIdentity(**fields.pop("identity"))
-    return SegmentHeader(identity=identity, **fields)
+    rows = tuple((first, size) for first, size in fields.pop("rows", ()))
+    header = SegmentHeader(identity=identity, rows=rows, **fields)
+    _require_spans(header)
+    return header
 
 
 def require_identity(header: SegmentHeader, expected: SegmentIdentity) -> None:
@@ -120,23 +138,45 @@ def require_steps(header: SegmentHeader, indices: Sequence[int]) -> None:
 
 
 def require_checksum(path: Path, header: SegmentHeader) -> None:
-    """Check that the content of a segment is what was sealed.
+    """Check that the content of a segment is what was sealed, apart from its blocks of rows.
 
     Raises:
         ValueError: If it is not.
     """
-    size, crc32 = _checksum(path)
+    size = path.stat().st_size - HEADER_BYTES
     if size != header.size:
         raise ValueError(f"it holds {size:,} bytes after its header, not {header.size:,}")
-    if crc32 != header.crc32:
-        raise ValueError(f"its checksum is {crc32:08x}, not {header.crc32:08x}")
+    checksum, expected = _checksum(path, header), header.xxh3
+    if header.crc32 is not None:
+        checksum, expected = f"{_crc32_of(path):08x}", f"{header.crc32:08x}"
+    if checksum != expected:
+        raise ValueError(f"its checksum is {checksum}, not {expected}")
 
 
-def _checksum(path: Path) -> tuple[int, int]:
-    """Return the number of bytes after the header, and their checksum."""
-    size, crc32, chunk = 0, 0, memoryview(bytearray(_CHUNK_BYTES))
+def _require_spans(header: SegmentHeader) -> None:
+    """Check that the spans of rows lie in the file, one after the other."""
+    ends = [HEADER_BYTES, *chain(*((a, a + n) for a, n in header.rows)), HEADER_BYTES + header.size]
+    if any(before > after for before, after in pairwise(ends)):
+        raise ValueError(f"its rows lie at {list(header.rows)}, not within {header.size:,} bytes")
+
+
+def _fields_of(header: SegmentHeader) -> dict[str, Any]:
+    return {name: value for name, value in asdict(header).items() if name != "crc32"}
+
+
+def _checksum(path: Path, header: SegmentHeader) -> str:
+    """Return the checksum of the header's fields and of the bytes after it that are not rows."""
+    fields = {name: value for name, value in _fields_of(header).items() if name != "xxh3"}
+    ends = [HEADER_BYTES, *chain(*((a, a + n) for a, n in header.rows)), HEADER_BYTES + header.size]
+    spans = list(zip(ends[::2], ends[1::2], strict=True))
+    return checksum_of_file(path, canonical_json(fields), spans)
+
+
+def _crc32_of(path: Path) -> int:
+    """Return the checksum of the bytes after the header, as in earlier segments."""
+    crc32, chunk = 0, memoryview(bytearray(2**18))
     with path.open("rb", buffering=0) as file:
         file.seek(HEADER_BYTES)
         while n_bytes := file.readinto(chunk):
-            size, crc32 = size + n_bytes, zlib.crc32(chunk[:n_bytes], crc32)
-    return size, crc32
+            crc32 = zlib.crc32(chunk[:n_bytes], crc32)
+    return crc32

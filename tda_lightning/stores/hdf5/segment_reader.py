@@ -62,7 +62,8 @@ class Segment:
         """The steps without their visits."""
         with reading_segment(self.path):
             assert self.is_verified is not None  # Verify before anything else is read.
-            columns = StepColumns(self.path, self._stamp)
+            has_checksums = self.header is not None and self.header.crc32 is None
+            columns = StepColumns(self.path, self._stamp, has_checksums)
             self.require_unchanged()
         return columns
 
@@ -117,7 +118,9 @@ class OpenSegment:
             require_lengths(curvature_offset[-1], scale=self._curvature_scales)
         self._visits = {name: torch.from_numpy(values) for name, values in visits.items()}
         self._is_known = {name: _is_known(visits[name], offset) for name in _OPTIONAL_COLUMNS}
-        self._blocks = split(offset, max(1, _BLOCK_BYTES // self._columns.sketch.row_bytes))
+        self._blocks = self._columns.blocks or split(
+            offset, max(1, _BLOCK_BYTES // self._columns.sketch.row_bytes)
+        )
         self._cached: tuple[range, list[Step]] = (range(0), [])
 
     def facts_at(self, position: int) -> StepFacts:
@@ -134,22 +137,24 @@ class OpenSegment:
         """Return a step; read its block unless it is cached."""
         block, steps = self._cached
         if position not in block:
-            block = next(candidate for candidate in self._blocks if position in candidate)
-            steps = self._read(block)
+            number = next(n for n, candidate in enumerate(self._blocks) if position in candidate)
+            block, steps = self._blocks[number], self._read(number)
             # Set both in one assignment: another thread may be reading too.
             self._cached = (block, steps)
         return steps[position - block.start]
 
-    def _read(self, block: range) -> list[Step]:
-        """Read consecutive steps; their rows are views of one tensor."""
+    def _read(self, number: int) -> list[Step]:
+        """Read the steps of a block; their rows are views of one tensor."""
         with reading_segment(self._path):
-            return self._read_block(block)
+            return self._read_block(number)
 
-    def _read_block(self, block: range) -> list[Step]:
-        offset, curvature_offset = self._columns.offset, self._columns.curvature_offset
+    def _read_block(self, number: int) -> list[Step]:
+        block, columns = self._blocks[number], self._columns
+        offset, curvature_offset = columns.offset, columns.curvature_offset
         visits, curvature = _span(offset, block), _span(curvature_offset, block)
-        sketch = self._columns.sketch.read(visits, self._scales[visits])
-        sampled = self._columns.curvature_rows.read(curvature, self._curvature_scales[curvature])
+        sketch = columns.sketch.read(visits, self._scales[visits], number)
+        scales = self._curvature_scales[curvature]
+        sampled = columns.curvature_rows.read(curvature, scales, number)
         return [
             Step.of(
                 self.facts_at(position),
@@ -174,6 +179,18 @@ def split(offset: Sequence[int], visits_per_block: int) -> list[range]:
             blocks.append(range(start, stop))
             start = stop
     return blocks
+
+
+def blocks_of(counts: Sequence[int], rows: np.ndarray) -> list[range]:
+    """Return the blocks of steps that are read at once.
+
+    Args:
+        counts: Number of visits of each step.
+        rows: Encoded rows of one of the steps.
+    """
+    row_bytes = rows.shape[1] * rows.dtype.itemsize
+    offset = np.cumsum([0, *counts]).tolist()
+    return split(offset, max(1, _BLOCK_BYTES // row_bytes))
 
 
 def _span(offset: Sequence[int], block: range) -> slice:

@@ -18,7 +18,6 @@ from tda_lightning.stores.hdf5 import Segment, folder
 from tda_lightning.stores.hdf5.background_write import BackgroundWrite, write_and_open
 from tda_lightning.stores.hdf5.buffer import StepBuffer
 from tda_lightning.stores.hdf5.merged_shards import MergedShards
-from tda_lightning.stores.hdf5.segment_datasets import Storage, bytes_of
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
 from tda_lightning.stores.hdf5.segment_reader import Shard
 from tda_lightning.stores.hdf5.snapshot_files import (
@@ -30,6 +29,7 @@ from tda_lightning.stores.hdf5.snapshot_files import (
 )
 from tda_lightning.stores.hdf5.truncation import drop_from
 from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.row_formats import Storage, bytes_of
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 from tda_lightning.stores.store import Weights, WritableStore, require_snapshot
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, write_segment
-from tda_lightning.stores.hdf5.segment_datasets import Storage
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
+from tda_lightning.stores.row_formats import Storage
 
 
 def drop_from(file: Path, index: int, storage: Storage | None, identity: SegmentIdentity) -> None:
