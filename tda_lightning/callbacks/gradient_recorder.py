@@ -225,7 +225,10 @@ class GradientRecorder(RecordingCallback):
 
     @property
     def state_key(self) -> str:
-        """Name of this recorder in a checkpoint; recorders are distinguished by their stores."""
+        """Name of this recorder in a checkpoint: that of its run, wherever its store is."""
+        run = self._writer.run_id
+        if run is not None:
+            return self._generate_state_key(run=run)
         return self._generate_state_key(store=getattr(self.store, "name", ""))
 
     def state_dict(self) -> dict[str, Any]:
@@ -235,7 +238,13 @@ class GradientRecorder(RecordingCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Read the state of a run, which is continued when training starts."""
-        self._writer.load_state(state_dict)
+        self._writer.load_states([state_dict])
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Read the states of all runs in the checkpoint; the store tells which one is continued."""
+        self._writer.load_states(checkpoint.get("callbacks", {}).values())
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -249,8 +258,17 @@ class GradientRecorder(RecordingCallback):
         super().on_train_end(trainer, pl_module)
         self._writer.finish(trainer)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the fingerprint of the weights, to compare with those of later queries."""
+        if trainer.is_global_zero:
+            self._writer.save_fingerprint(pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Show other trainings that this one is alive."""
+        self._writer.renew()
+
     def _save(self) -> None:
-        self._writer.seal()
+        self._writer.close()
 
 
 def _warn_of(entries: Sequence[LeftOut]) -> None:

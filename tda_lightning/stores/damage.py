@@ -34,6 +34,7 @@ def reading(
 Reading it failed: KeyError: 'format'. Restore it from a copy.
     """
     try:
+        _require_regular(path)
         yield
     except StoreFileError:
         raise
@@ -42,6 +43,12 @@ Reading it failed: KeyError: 'format'. Restore it from a copy.
             f"`{path}` {_state_of(path)}; expected {expected}. Reading it failed: "
             f"{_in_short(error)}. {remedy}"
         ) from error
+
+
+def _require_regular(path: Path) -> None:
+    """Check that a path is a file, if it exists: a pipe or a device may never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
 
 
 def _state_of(path: Path) -> str:

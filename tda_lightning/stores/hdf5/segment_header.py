@@ -39,6 +39,10 @@ class SegmentIdentity:
     rank: int = 0
     ranks: int = 1
 
+    def shifted(self, by: int) -> SegmentIdentity:
+        """Return the identity of a later or earlier segment of the same process."""
+        return replace(self, number=self.number + by)
+
 
 @dataclass(frozen=True)
 class SegmentHeader:

@@ -49,6 +49,8 @@ class Segment:
             with open_hdf5(path) as file:
                 self.indices: list[int] = file["steps/index"][:].tolist()
             require_rising(self.indices)
+            if not self.indices:
+                raise ValueError("it holds no step")
             if self.header is not None:
                 require_steps(self.header, self.indices)
                 require_identity(self.header, expected or self.header.identity)
@@ -188,9 +190,8 @@ def blocks_of(counts: Sequence[int], rows: np.ndarray) -> list[range]:
         counts: Number of visits of each step.
         rows: Encoded rows of one of the steps.
     """
-    row_bytes = rows.shape[1] * rows.dtype.itemsize
-    offset = np.cumsum([0, *counts]).tolist()
-    return split(offset, max(1, _BLOCK_BYTES // row_bytes))
+    visits_per_block = _BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize)
+    return split(np.cumsum([0, *counts]).tolist(), max(1, visits_per_block))
 
 
 def _span(offset: Sequence[int], block: range) -> slice:
