@@ -78,15 +78,12 @@ class Owner:
 
 
 class WriterLock:
-    """The right to write to the run in a folder.
+    """The right to write to the run in a folder."""
 
-    Args:
-        folder: The folder.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / LOCK
+    def __init__(self) -> None:
+        self._file = Path(LOCK)
         self._token = ""
+        self._is_owner = False
         self._renewed = 0.0
 
     @property
@@ -94,16 +91,17 @@ class WriterLock:
         """Whether this object has acquired the lock, and not released it."""
         return bool(self._token)
 
-    def acquire(self, run: str) -> None:
+    def acquire(self, folder: Path, run: str) -> None:
         """Become the owner. Earlier owners in this process, and dead ones, lose the lock.
 
         Args:
+            folder: The folder of the run.
             run: Id of the run.
 
         Raises:
             RunInUseError: If another training writes to the run.
         """
-        owner = Owner.this_process(run)
+        self._file, owner = folder / LOCK, Owner.this_process(run)
         if not _create(self._file, owner):
             _require_free(self._file, owner)
             _replace(self._file, owner)
@@ -111,7 +109,7 @@ class WriterLock:
         self.require()
 
     @contextmanager
-    def held(self, run: str) -> Iterator[None]:
+    def held(self, folder: Path, run: str) -> Iterator[None]:
         """Hold the lock inside the context, unless it is held already.
 
         Raises:
@@ -120,14 +118,15 @@ class WriterLock:
         if self.is_held:
             yield
             return
-        self.acquire(run)
+        self.acquire(folder, run)
         try:
             yield
         finally:
             self.release()
 
-    def join(self) -> None:
+    def join(self, folder: Path) -> None:
         """Write beside the present owner: another process of the same training."""
+        self._file = folder / LOCK
         owner = read_owner(self._file)
         self._token = owner.token if owner else ""
 
@@ -140,6 +139,12 @@ class WriterLock:
         owner = read_owner(self._file)
         if self._token and owner is not None and owner.token != self._token:
             raise _in_use(self._file, owner)
+        # The owner ends last, so that its processes may find no lock any more.
+        if self._is_owner and owner is None and not self._file.exists():
+            raise RunInUseError(
+                f"`{self._file}` is gone; expected the lock of this training. Another training has "
+                "written to the folder meanwhile, or somebody has deleted the lock. Record again."
+            )
         if time.monotonic() - self._renewed > RENEWAL_SECONDS:
             with suppress(OSError):
                 os.utime(self._file, follow_symlinks=False)
@@ -152,11 +157,12 @@ class WriterLock:
 
     def release(self) -> None:
         """Let other trainings write; does nothing if the lock is not held."""
-        token, self._token = self._token, ""
-        _release(self._file, token, os.getpid())
+        if self._is_owner:
+            _release(self._file, self._token, os.getpid())
+        self._token, self._is_owner = "", False
 
     def _hold(self, token: str) -> None:
-        self._token = token
+        self._token, self._is_owner = token, True
         # A store that nobody closes gives the lock back when it is collected, or at exit.
         weakref.finalize(self, _release, self._file, token, os.getpid())
 

@@ -24,36 +24,32 @@ class SegmentSink:
     """Buffers steps, and writes them to segments in the background.
 
     Args:
-        path: Folder of the run.
         storage: Number format of the rows on disk.
         segment_bytes: Seal when the buffered rows take this much memory.
         segment_seconds: Seal when the oldest buffered step is this old.
         permit: Raises if nothing may be written any more.
-        sealed: Called with each sealed segment, in order.
     """
 
     def __init__(
         self,
-        path: Path,
         storage: Storage | None,
         segment_bytes: int,
         segment_seconds: float,
         permit: Callable[[], None],
-        sealed: Callable[[Segment], None],
     ) -> None:
-        self._path = path
+        self._path = Path()
         self._storage = storage
         self._segment_bytes = segment_bytes
         self._segment_seconds = segment_seconds
         self._permit = permit
-        self._sealed = sealed
+        self._shard = Shard()
         self._next = SegmentIdentity("", 0)  # the segment to be written next
         self._writing: BackgroundWrite[Segment] | None = None
         self._buffered_since = 0.0
 
-    def start_at(self, identity: SegmentIdentity) -> None:
-        """Write this segment next."""
-        self._next = identity
+    def start_at(self, path: Path, identity: SegmentIdentity, shard: Shard) -> None:
+        """Write a segment of the run in a folder next, and add it and later ones to a shard."""
+        self._path, self._next, self._shard = path, identity, shard
 
     def append(self, step: Step) -> None:
         """Buffer a step; start writing when the buffer is full or old."""
@@ -87,7 +83,7 @@ class SegmentSink:
             self._next = self._next.shifted(-1)  # A failed write leaves no gap.
             raise
         self._writing = None
-        self._sealed(segment)
+        self._shard.add(segment)
 
     @cached_property
     def _buffers(self) -> list[StepBuffer]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_not_negative, require_whole
 from tda_lightning.stores.durable import absolute_path
-from tda_lightning.stores.hdf5 import Segment, folder
+from tda_lightning.stores.hdf5 import folder
 from tda_lightning.stores.hdf5.listing import first_manifest, read_shards
 from tda_lightning.stores.hdf5.merged_shards import MergedShards
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
@@ -92,11 +92,10 @@ class HDF5Store(WritableStore):
         self._rank, self._ranks = 0, 1
         self._shard = Shard()
         self._merged: MergedShards | None = None
-        self._lock = WriterLock(self.path)
+        self._lock = WriterLock()
         self._sink = SegmentSink(
-            *(self.path, storage, segment_bytes, segment_seconds),
+            *(storage, segment_bytes, segment_seconds),
             permit=self._lock.require,
-            sealed=self._add,
         )
 
     @classmethod
@@ -175,7 +174,7 @@ class HDF5Store(WritableStore):
         """Start a new run in an empty or new folder."""
         folder.prepare(self.path)
         run = folder.new_run_id()
-        self._lock.acquire(run)
+        self._lock.acquire(self.path, run)
         try:
             folder.write_recipe(self.path, run, recipe)
             write_manifest(self._manifest_file, Manifest(run))
@@ -184,7 +183,7 @@ class HDF5Store(WritableStore):
             raise
         self._recipe, self._run = recipe, run
         self._shard, self._merged = Shard(), None
-        self._sink.start_at(self._identity(0))
+        self._sink.start_at(self.path, self._identity(0), self._shard)
 
     def amend(self, recipe: Recipe) -> None:
         """Replace the recipe of a run that has no steps yet."""
@@ -204,13 +203,13 @@ class HDF5Store(WritableStore):
         # Other processes may still be changing their segments: `refresh` reads those later.
         self._shard, following = cut(self.path, first, index, self._storage, permit)
         self._merged = None
-        self._sink.start_at(following)
+        self._sink.start_at(self.path, following, self._shard)
 
     def clear(self) -> None:
         """Delete the files of the run, and nothing else in the folder."""
         folder.require_clearable(self.path)
         if self.path.exists():
-            with self._lock.held(self._run):
+            with self._lock.held(self.path, self._run):
                 folder.delete_run(self.path)
             self._lock.release()
         self._recipe, self._run = None, ""
@@ -241,12 +240,12 @@ class HDF5Store(WritableStore):
 
     def keep_weights(self, index: int, weights: Weights) -> None:
         """Store the model state before a step, in a separate file."""
-        with self._lock.held(self._run):
+        with self._lock.held(self.path, self._run):
             write_snapshot(self.path, index, weights, self._manifest_file, self._lock.require)
 
     def keep_fingerprint(self, fingerprint: str) -> None:
         """Store the fingerprint of the weights at the end of the training."""
-        with self._lock.held(self._run):
+        with self._lock.held(self.path, self._run):
             append_entry(self._manifest_file, EndEntry(fingerprint))
 
     @property
@@ -271,7 +270,7 @@ class HDF5Store(WritableStore):
         self._shard = shards[self._rank]
         self._merged = MergedShards(shards) if self._ranks > 1 else None
         last = max(map(folder.number_of, self._shard.files), default=-1)
-        self._sink.start_at(self._identity(last + 1))
+        self._sink.start_at(self.path, self._identity(last + 1), self._shard)
 
     @property
     def _steps(self) -> Shard | MergedShards:
@@ -292,9 +291,6 @@ class HDF5Store(WritableStore):
     def _take_lock(self) -> None:
         """Become the writer of the run, or one of its writers."""
         if self._rank == 0:
-            self._lock.acquire(self._run)
+            self._lock.acquire(self.path, self._run)
         else:
-            self._lock.join()
-
-    def _add(self, segment: Segment) -> None:
-        self._shard.add(segment)
+            self._lock.join(self.path)
