@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tda_lightning.stores import HDF5Store
+from tda_lightning.stores.damage import printable
 from tda_lightning.stores.data_order import data_order
 from tda_lightning.stores.durable import absolute_path
 from tda_lightning.stores.hdf5.verification import verify_files
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # Whatever is wrong with a run, its user gets one line.
         is_expected = isinstance(error, OSError | ValueError)
         name = "" if is_expected else f"{type(error).__name__}: "
-        print(f"tda-lightning: {name}{' '.join(str(error).split())}", file=sys.stderr)
+        message = printable(" ".join(str(error).split()))
+        print(f"tda-lightning: {name}{message}", file=sys.stderr)
         return 1
     return 0
 
@@ -212,6 +214,7 @@ def _layer_table(recipe: Recipe) -> list[str]:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  "

@@ -15,6 +15,10 @@ from torch import Tensor
 from tda_lightning.stores.damage import reading
 from tda_lightning.stores.durable import absolute_path, atomic_write
 
+# `save` does not compress; another program may.
+_MAX_COMPRESSION = 64
+_MAX_UNSTORED_BYTES = 2**22
+
 
 def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
     """Write fields of a result, its method and its provenance to a ``.npz`` file.
@@ -68,7 +72,18 @@ def _read_arrays(file: Path) -> dict[str, NDArray[Any]]:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise TypeError("it holds a single array")
         with archive:
+            _require_stored(archive)
             return {name: archive[name] for name in archive.files}
+
+
+def _require_stored(archive: np.lib.npyio.NpzFile) -> None:
+    """Check that arrays are not far larger than the file, before they are read."""
+    for entry in archive.zip.infolist():
+        if entry.file_size > max(_MAX_UNSTORED_BYTES, _MAX_COMPRESSION * entry.compress_size):
+            raise ValueError(
+                f"`{entry.filename}` claims {entry.file_size:,} bytes and stores "
+                f"{entry.compress_size:,}"
+            )
 
 
 def _as_array(field: Tensor | str) -> NDArray[Any]:

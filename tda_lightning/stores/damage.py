@@ -40,7 +40,7 @@ Reading it failed: KeyError: 'format'. Restore it from a copy.
         raise
     except Exception as error:
         raise kind(
-            f"`{path}` {_state_of(path)}; expected {expected}. Reading it failed: "
+            f"`{printable(str(path))}` {_state_of(path)}; expected {expected}. Reading it failed: "
             f"{_in_short(error)}. {remedy}"
         ) from error
 
@@ -63,4 +63,13 @@ def _in_short(error: Exception) -> str:
     """Return the first line of a library's message, with the name of the error."""
     first, *_ = str(error).splitlines() or [""]
     shown = first if len(first) <= 160 else f"{first[:157]}..."
-    return f"{type(error).__name__}: {shown}".removesuffix(": ").removesuffix(".")
+    return f"{type(error).__name__}: {printable(shown)}".removesuffix(": ").removesuffix(".")
+
+
+def printable(text: str) -> str:
+    r"""Return a text with escaped control characters, which might fool a terminal.
+
+    >>> printable("a\x1b[2J\nb")
+    'a\\x1b[2J\\nb'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -248,8 +248,12 @@ def _may_be_alive(owner: Owner, this: Owner) -> bool:
 def _time_of(file: Path) -> int:
     """Return the time of the last renewal, by the clock of the file system."""
     # Opening a file makes a network file system ask its server.
-    with suppress(OSError), file.open("rb") as stream:
-        return os.fstat(stream.fileno()).st_mtime_ns
+    with suppress(OSError):
+        descriptor = os.open(file, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
+        try:
+            return os.fstat(descriptor).st_mtime_ns
+        finally:
+            os.close(descriptor)
     return 0
 
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tda_lightning.stores.damage import StoreFileError, reading
+from tda_lightning.stores.damage import StoreFileError, printable, reading
 from tda_lightning.stores.durable import atomic_write
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
 from tda_lightning.stores.hdf5.snapshot_files import indices_in, snapshot_file
@@ -24,6 +24,7 @@ FORMAT = "tda_lightning"
 FORMAT_VERSION = 2
 RECIPE = "recipe.json"
 PARTIAL = ".*.partial"
+_MAX_RECIPE_BYTES = 2**26
 _SEGMENT = re.compile(r"segment-(\d{6,})(?:-rank-(\d+))?\.h5")
 
 
@@ -96,6 +97,7 @@ def write_recipe(path: Path, run: str, recipe: Recipe) -> None:
         FileExistsError: If the folder is not empty.
         StoreFileError: If the folder cannot be written.
     """
+    require_recipe(recipe.to_dict())  # What is written must be readable.
     if not is_empty(path):
         raise FileExistsError(_occupied_message(path))
     with _writing_to(path):
@@ -153,7 +155,7 @@ def read_recipe(path: Path) -> Recipe:
     if document.get("format") != FORMAT or document.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"`{path / RECIPE}` is in format {document.get('format')!r}, version "
-            f"{document.get('version')}; expected {FORMAT!r}, version {FORMAT_VERSION}. "
+            f"{document.get('version')!r}; expected {FORMAT!r}, version {FORMAT_VERSION}. "
             "Read it with the version of tda_lightning that wrote it."
         )
     with _reading_recipe(path):
@@ -228,6 +230,8 @@ def is_empty(path: Path) -> bool:
 
 def _read_document(path: Path) -> dict[str, Any]:
     with _reading_recipe(path):
+        if (size := (path / RECIPE).stat().st_size) > _MAX_RECIPE_BYTES:
+            raise ValueError(f"it has {size:,} bytes; expected at most {_MAX_RECIPE_BYTES:,}")
         document: dict[str, Any] = json.loads((path / RECIPE).read_text())
         if not isinstance(document, dict):
             raise TypeError(f"it holds a {type(document).__name__}, not an object")
@@ -249,7 +253,7 @@ def _describe_content(path: Path) -> str:
     if not path.is_dir():
         return "a file"
     names = sorted(entry.name for entry in path.iterdir())
-    shown = ", ".join(f"`{name}`" for name in names[:3])
+    shown = ", ".join(f"`{printable(name)}`" for name in names[:3])
     return (
         f"a folder with {shown}{', ...' if len(names) > 3 else ''}" if names else "an empty folder"
     )

@@ -203,7 +203,11 @@ def _group_values(group: h5py.Group, name: str) -> np.ndarray:
 def _strings(group: h5py.Group, name: str) -> list[str]:
     if name == "loss" and name not in group:  # In segments of older versions.
         return [""] * len(group["index"])
-    return [sys.intern(word) for word in group[name].asstr()[:].tolist()]
+    words = [sys.intern(word) for word in group[name].asstr()[:].tolist()]
+    for word in set(words):
+        if not word.isprintable():
+            raise ValueError(f"{name!r} is {word[:60]!r}; expected a name")
+    return words
 
 
 def _blocks(ends: Sequence[int], n_steps: int) -> list[range]:
