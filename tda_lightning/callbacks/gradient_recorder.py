@@ -243,7 +243,7 @@ class GradientRecorder(RecordingCallback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Read the states of all runs in the checkpoint; the store tells which one is continued."""
+        """Read the states of all runs in the checkpoint; the one in the store is continued."""
         self._writer.load_states(checkpoint.get("callbacks", {}).values())
 
     def on_save_checkpoint(

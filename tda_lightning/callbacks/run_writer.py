@@ -195,8 +195,8 @@ class RunWriter:
         """Return whether the run in the store is one that this training has begun."""
         run_id = self._store.run_id
         # Without a checkpoint, a second `fit` continues the run of the first.
-        own = {state["run"] for state in self._states} or {self._run_id} - {None}
-        return step > 0 and run_id is not None and (not own or run_id in own)
+        begun = {state["run"] for state in self._states} or {self._run_id} - {None}
+        return step > 0 and run_id is not None and (not begun or run_id in begun)
 
     def _state_of(self, run_id: str | None) -> dict[str, Any]:
         return next((dict(state) for state in self._states if state["run"] == run_id), {})

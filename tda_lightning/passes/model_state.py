@@ -63,9 +63,9 @@ def warn_of_other_weights(model: nn.Module, expected: str | None) -> None:
         expected: Fingerprint of the weights after the training; ``None`` if unknown.
     """
     require_model(model)
-    if expected is not None and (found := fingerprint(model)) != expected:
+    if expected is not None and (actual := fingerprint(model)) != expected:
         warnings.warn(
-            f"The weights of `model` ({found}) are not those at the end of the recorded training "
+            f"The weights of `model` ({actual}) are not those at the end of the recorded training "
             f"({expected}); expected the trained model. Load its last checkpoint, or pass "
             '`at="model"` if you mean these weights.',
             stacklevel=4,

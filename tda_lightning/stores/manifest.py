@@ -175,9 +175,9 @@ def read_manifest(file: Path, run: str) -> Manifest | None:
     with reading(file, "the manifest of a run", remedy):
         # A killed process may leave the beginning of a line at the end.
         head, *lines = file.read_text().split("\n")[:-1] or [""]
-        found = _document_of(head)
-        if found.get("format") != _FORMAT or found.get("run") != run:
-            raise ValueError(f"it belongs to the run {found.get('run')!r}, not {run!r}")
+        first = _document_of(head)
+        if first.get("format") != _FORMAT or first.get("run") != run:
+            raise ValueError(f"it belongs to the run {first.get('run')!r}, not {run!r}")
         return Manifest.of(run, map(_entry_of, lines))
 
 

@@ -5,7 +5,8 @@ system, so it also works where these do not, such as on many network file system
 at it before every write: a training that has lost the lock stops recording.
 
 An owner on the same machine is alive if its process is. Another machine's processes cannot be seen,
-so the owner renews the time of the file while it records, and is taken for dead after a while.
+so the owner renews
+the time of the file while it records. Without that it counts as dead after a while.
 """
 
 from __future__ import annotations
@@ -194,10 +195,10 @@ def _create(file: Path, owner: Owner) -> bool:
 
 
 def _replace(file: Path, owner: Owner) -> None:
-    # If two processes find the same dead owner, the later one wins; `require` tells the other.
-    own = file.with_name(f"{LOCK}-{owner.token}.partial")
-    _create(own, owner)
-    own.replace(file)
+    # If two processes find the same dead owner, the later one wins; `require` raises in the other.
+    partial = file.with_name(f"{LOCK}-{owner.token}.partial")
+    _create(partial, owner)
+    partial.replace(file)
 
 
 def _release(file: Path, token: str, process: int) -> None:
@@ -247,7 +248,7 @@ def _may_be_alive(owner: Owner, this: Owner) -> bool:
 
 def _time_of(file: Path) -> int:
     """Return the time of the last renewal, by the clock of the file system."""
-    # Opening a file makes a network file system ask its server.
+    # Opening a file makes a network file system contact its server.
     with suppress(OSError):
         descriptor = os.open(file, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
         try:
@@ -262,7 +263,7 @@ def _age_of(file: Path) -> float:
     renewed = _time_of(file)
     if not renewed:
         return float("inf")
-    # Another file tells the time, since the clocks of machines may differ.
+    # Compare with the time of a new file, since the clocks of machines may differ.
     clock = file.with_name(f"{LOCK}-{uuid.uuid4().hex}.partial")
     try:
         clock.touch()

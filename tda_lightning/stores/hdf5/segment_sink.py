@@ -149,10 +149,10 @@ def cut(
     """
     run, rank, ranks = first.run, first.rank, first.ranks
     manifest = manifest_file(path, rank, ranks)
-    kept = kept_entries(path, run, rank, ranks, index)
+    remaining = kept_entries(path, run, rank, ranks, index)
     permit()
     # List only the files that stay, before any other is deleted.
-    write_manifest(manifest, kept)
+    write_manifest(manifest, remaining)
     # Delete from the end, so that an interruption leaves a run without gaps.
     for file in reversed(folder.segments_of(path, rank, ranks)):
         permit()
@@ -162,10 +162,10 @@ def cut(
     make_durable(path)
     shard = Shard(folder.segments_of(path, rank, ranks), run, ranks)
     for segment in shard.segments:
-        if folder.number_of(segment.path) not in kept.segments:
+        if folder.number_of(segment.path) not in remaining.segments:
             append_entry(manifest, entry_of(segment))
     # A lost segment keeps its number, so that the gap stays visible.
-    numbers = {-1, *kept.segments, *map(folder.number_of, shard.files)}
+    numbers = {-1, *remaining.segments, *map(folder.number_of, shard.files)}
     return shard, first.shifted(max(numbers) + 1)
 
 
