@@ -228,8 +228,6 @@ class Question:
         With ``TracIn`` at snapshots, the rows of all nearest snapshots are concatenated.
         """
         self.method.require(store)
-        if self.at == "now":
-            warn_of_other_weights(model, store.final_fingerprint)
         if self.at == "snapshots":
             queries = batches_in_memory(queries)
 
@@ -249,6 +247,8 @@ class Question:
             rows = torch.cat(list(rows_at_snapshots(store, model, nearest, record)), dim=1)
         else:
             rows = mean_rows_at(store, model, self.at, record)
+        if self.at == "now":
+            warn_of_other_weights(model, store.final_fingerprint)
         return rows.to(next(model.parameters()).device)
 
     def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:

@@ -78,6 +78,7 @@ def _read_arrays(file: Path) -> dict[str, NDArray[Any]]:
 
 def _require_stored(archive: np.lib.npyio.NpzFile) -> None:
     """Check that arrays are not far larger than the file, before they are read."""
+    assert archive.zip is not None  # It is open.
     for entry in archive.zip.infolist():
         if entry.file_size > max(_MAX_UNSTORED_BYTES, _MAX_COMPRESSION * entry.compress_size):
             raise ValueError(

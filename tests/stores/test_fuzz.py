@@ -37,9 +37,9 @@ def good(tmp_path_factory):
 
 def content_of(path):
     store = HDF5Store.open(path)
+    names = ("sample_ids", "weights", "sketch", "curvature_rows")
     steps = [
-        (*(step.index, step.epoch, step.groups), step.sample_ids.tolist(), step.weights.tolist())
-        + (step.sketch.tolist(), step.curvature_rows.tolist())
+        (step.index, step.epoch, step.groups, [getattr(step, name).tolist() for name in names])
         for step in store
     ]
     weights = [store.weights_at(index)["weight"].tolist() for index in store.snapshots()]
