@@ -19,7 +19,7 @@ from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.attribution.tracin import TracInCP
 from tda_lightning.attribution.trajectory import chosen_ids, contributions
 from tda_lightning.passes.batches import batches_in_memory
-from tda_lightning.passes.model_state import Mode, fingerprint
+from tda_lightning.passes.model_state import Mode, fingerprint, warn_of_other_weights
 from tda_lightning.passes.queries import (
     QueryRows,
     identified_rows,
@@ -67,10 +67,11 @@ def attribute(
             batch) that returns one number per sample, such as :class:`~tda_lightning.Logit`;
             proponents then raise it.
         at: The weights at which queries are evaluated. ``"now"`` uses the weights that the model
-            has. The index of a step uses the snapshot taken before that step. ``"snapshots"`` uses
-            several: ``TracIn`` pairs each step with the nearest snapshot; other methods take the
-            mean of the query gradients at snapshots in the last two thirds of the run. The model's
-            own weights are restored afterwards.
+            has, and warns if they are not those at the end of the recorded training. ``"model"``
+            uses them without a warning. The index of a step uses the snapshot taken before that
+            step. ``"snapshots"`` uses several: ``TracIn`` pairs each step with the nearest
+            snapshot; other methods take the mean of the query gradients at snapshots in the last
+            two thirds of the run. The model's own weights are restored afterwards.
         mode: Whether the model is in evaluation or training mode for the queries.
         progress: Show progress bars.
 
@@ -254,18 +255,21 @@ class Question:
             rows = torch.cat(list(rows_at_snapshots(store, model, nearest, record)), dim=1)
         else:
             rows = mean_rows_at(store, model, self.at, record)
+        if self.at == "now":
+            warn_of_other_weights(model, store.final_fingerprint)
         return replace(passes[0], rows=rows.to(next(model.parameters()).device))
 
     def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:
         """Return the provenance of the answer: target, weights and mode."""
-        if self.at == "now":
+        if self.at == "now" or self.at == "model":
             weights = [fingerprint(model) for model in models]
         elif isinstance(self.method, TracInCP):
             nearest = [[snapshot for snapshot, _ in nearest_parts(store)] for store in stores]
             weights = [f"the nearest of {describe_snapshots(each)}" for each in nearest]
         else:
             weights = [describe_weights(store, self.at) for store in stores]
-        names = ", ".join(weights if self.at == "now" else dict.fromkeys(weights))
+        is_of_models = self.at in ("now", "model")
+        names = ", ".join(weights if is_of_models else dict.fromkeys(weights))
         return {"target": name_of(self.target), "weights": names, "mode": self.mode}
 
 

@@ -147,7 +147,7 @@ EXPECTED = {
     "a single object as scores": "expected at least one `Scores`, in a list",
     "labels as text": "`labels` are not numbers",
     "a missing query": "`query` is 99; expected a position from 0 to 2",
-    "an unknown moment": '`at` is \'snapshot\'; expected "now", "snapshots", or the index',
+    "an unknown moment": '`at` is \'snapshot\'; expected "now", "model", "snapshots", or',
 }
 
 

@@ -54,7 +54,7 @@ from tda_lightning.applications.unlearning import (
     rewind_plan,
     unlearn,
 )
-from tda_lightning.stores.alarms import Alarm, Alarms, find_alarms
+from tda_lightning.results.alarms import Alarm, Alarms, find_alarms
 
 __all__ = [
     "AUM",

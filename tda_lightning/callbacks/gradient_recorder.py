@@ -41,7 +41,8 @@ from tda_lightning.recording.preconditioning import has_preconditioner
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
-from tda_lightning.stores.recipe import LeftOut, Recipe, ranges_of
+from tda_lightning.stores.id_ranges import ranges_of
+from tda_lightning.stores.recipe import LeftOut, Recipe
 
 
 class GradientRecorder(RecordingCallback):
@@ -137,7 +138,7 @@ class GradientRecorder(RecordingCallback):
         require_supported(trainer, pl_module, self.preconditioner)
         if self.sample_ids is None:
             require_one_loader(trainer)
-        self._move_to(self._location.choose(trainer, self._writer.begun_run()))
+        self._move_to(self._location.choose(trainer, self._writer.begun_runs()))
         recorder = self._create_recorder(trainer, pl_module)
         recipe = self._create_recipe(trainer, pl_module, recorder)
         recipe = self._budgets.begin(trainer, pl_module, recipe)
@@ -269,7 +270,10 @@ class GradientRecorder(RecordingCallback):
 
     @property
     def state_key(self) -> str:
-        """Name of this recorder in a checkpoint; recorders are distinguished by their stores."""
+        """Name of this recorder in a checkpoint: that of its run, wherever its store is."""
+        run = self._writer.run_id
+        if run is not None:
+            return self._generate_state_key(run=run)
         return self._generate_state_key(store=self._location.name)
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,7 +285,13 @@ class GradientRecorder(RecordingCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Read the state of a run, which is continued when training starts."""
-        self._writer.load_state(state_dict)
+        self._writer.load_states([state_dict])
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Read the states of all runs in the checkpoint; the one in the store is continued."""
+        self._writer.load_states(checkpoint.get("callbacks", {}).values())
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -296,5 +306,14 @@ class GradientRecorder(RecordingCallback):
         super().on_train_end(trainer, pl_module)
         self._writer.finish(trainer)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the fingerprint of the weights, to compare with those of later queries."""
+        if trainer.is_global_zero:
+            self._writer.save_fingerprint(pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Show other trainings that this one is alive."""
+        self._writer.renew()
+
     def _save(self) -> None:
-        self._writer.seal()
+        self._writer.close()

@@ -23,7 +23,8 @@ from tda_lightning.gradients.losses.graph import find_losses_and_penalties
 from tda_lightning.gradients.losses.loss_nodes import LossSummary, SquarePower
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.stores import HDF5Store, WritableStore
-from tda_lightning.stores.recipe import Recipe, ranges_of
+from tda_lightning.stores.id_ranges import ranges_of
+from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import ParameterGroup, Step
 
 _CHECKED = ("store", "sample_ids", "reduction", "existing")
@@ -169,7 +170,7 @@ class LossRecorder(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Read the state of a run, which is continued when training starts."""
-        self._writer.load_state(state_dict)
+        self._writer.load_states([state_dict])
 
     @property
     def state_key(self) -> str:

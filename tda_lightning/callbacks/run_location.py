@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import time
+from collections.abc import Set
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -52,12 +53,12 @@ class RunLocation:
         """The store before training begins."""
         return MemoryStore() if self._requested is None else self._requested
 
-    def choose(self, trainer: Trainer, begun: str | None) -> WritableStore:
+    def choose(self, trainer: Trainer, begun: Set[str]) -> WritableStore:
         """Return the store of the training that starts; all processes must call it.
 
         Args:
             trainer: The trainer.
-            begun: Id of the run that the training continues, if it is found.
+            begun: Ids of runs, one of which the training continues if it is found.
         """
         if getattr(trainer, "fast_dev_run", False):
             return self._temporary_store(trainer)
@@ -69,7 +70,7 @@ class RunLocation:
         assert isinstance(store, HDF5Store)
         outcome: OSError | str = ""
         if trainer.is_global_zero:
-            outcome = _numbered_path(store.path, begun if trainer.global_step else None)
+            outcome = _numbered_path(store.path, begun if trainer.global_step else set())
         # All processes must fail together; otherwise they would wait for each other forever.
         outcome = trainer.strategy.broadcast(outcome)
         if isinstance(outcome, OSError):
@@ -99,19 +100,19 @@ def _log_folder(trainer: Trainer) -> Path:
     return Path(folder)
 
 
-def _numbered_path(path: Path, run_id: str | None) -> OSError | str:
-    """Return the path of the run with an id, else a free one; or the error of making it."""
+def _numbered_path(path: Path, run_ids: Set[str]) -> OSError | str:
+    """Return the path of a run with one of some ids, else a free one; or the error of making it."""
     try:
-        continued = _find(path, run_id) if run_id else None
+        continued = _find(path, run_ids) if run_ids else None
         return str(continued or _reserve(path))
     except OSError as error:
         return error
 
 
-def _find(path: Path, run_id: str) -> Path | None:
+def _find(path: Path, run_ids: Set[str]) -> Path | None:
     """Return the path of a run by its id, or ``None`` if it is not there."""
     others = path.parent.glob(f"{glob.escape(path.stem)}-*{glob.escape(path.suffix)}")
-    return next((each for each in (path, *others) if _run_id(each) == run_id), None)
+    return next((each for each in (path, *others) if _run_id(each) in run_ids), None)
 
 
 def _run_id(path: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.passes.model_state import fingerprint
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner, Step
@@ -34,8 +35,9 @@ class RunWriter:
         self._store = store
         self._existing = existing
         self._run_id: str | None = None
+        self._stored: str | None = None  # Id of the run in the store before training.
         self._count = 0
-        self._checkpoint: dict[str, Any] = {}
+        self._states: list[Mapping[str, Any]] = []  # of the runs that a checkpoint refers to
         self._has_warned_of_non_finite = False
         self.has_failed = False
 
@@ -66,21 +68,31 @@ class RunWriter:
         if not trainer.is_global_zero:
             self._store.resume(step)
             self._count = len(self._store)
-        if is_continued:
-            self._warn_of_missing_steps(trainer)
         self._run_id = self._store.run_id
-        checkpoint, self._checkpoint = self._checkpoint, {}
+        checkpoint = self._state_of(self._run_id)
+        self._states = []
+        if is_continued:
+            self._warn_of_missing_steps(trainer, checkpoint.get("steps", self._count))
         preconditioner = self._store.preconditioner() if self._count else None
         # All processes use the same preconditioner, even if one of them has lost steps.
         return checkpoint if is_continued else {}, trainer.strategy.broadcast(preconditioner)
 
     def move_to(self, store: WritableStore) -> None:
         """Write the next run into another store."""
-        self._store, self._run_id, self._count = store, None, 0
+        self._store, self._run_id, self._stored, self._count = store, None, None, 0
 
-    def begun_run(self) -> str | None:
-        """Return the id of the run that the training may continue: a checkpoint's, or its own."""
-        return self._checkpoint.get("run", self._run_id)
+    def begun_runs(self) -> set[str]:
+        """Return ids of runs that the training may continue: the checkpoint's, or its own."""
+        own = set() if self._run_id is None else {self._run_id}
+        return {state["run"] for state in self._states} or own
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run that is written; before :meth:`begin`, of the one in the store."""
+        if self._run_id is None and self._stored is None:
+            with suppress(OSError, ValueError):  # `begin` names what is wrong.
+                self._stored = self._store.run_id
+        return self._run_id or self._stored
 
     def finish(self, trainer: Trainer) -> None:
         """Wait for all processes, and read their steps."""
@@ -132,6 +144,20 @@ class RunWriter:
         """Seal all steps written so far."""
         self._try(self._store.seal)
 
+    def renew(self) -> None:
+        """Show other trainings that this one is alive."""
+        self._try(self._store.renew)
+
+    def close(self) -> None:
+        """Seal all steps, and let other trainings write to the store."""
+        self.seal()
+        self._store.release()
+
+    def save_fingerprint(self, model: LightningModule) -> None:
+        """Store the fingerprint of the trained weights."""
+        if self._run_id is not None:
+            self._try(lambda: self._store.keep_fingerprint(fingerprint(model)))
+
     def seal_together(self, trainer: Trainer) -> None:
         """Seal the steps of all processes; all of them must call it."""
         self.seal()
@@ -142,9 +168,15 @@ class RunWriter:
         """Return the state of the run for a checkpoint, in builtins."""
         return {} if self._run_id is None else {"run": self._run_id, "steps": self._count}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Read the state of the run that :meth:`begin` will continue."""
-        self._checkpoint = dict(state)
+    def load_states(self, states: Iterable[Any]) -> None:
+        """Read the states of runs, one of which :meth:`begin` may continue.
+
+        Args:
+            states: States of any callbacks; those of other callbacks are ignored.
+        """
+        for state in states:
+            if isinstance(state, Mapping) and {"run", "steps"} <= set(state):
+                self._states.append(state)
 
     def _begin_or_continue(self, recipe: Recipe, step: int) -> bool:
         """Return whether the run is continued."""
@@ -156,9 +188,9 @@ class RunWriter:
             self._store.clear()
         elif step and self._store.run_id is not None:
             raise FileExistsError(
-                "The checkpoint belongs to another recorded run than the one in the store; "
-                "expected the store of the checkpoint's run. Name that store, or record into a "
-                "new one."
+                "The checkpoint belongs to another recorded run than the one in the store, "
+                f"{self._store.run_id!r}; expected the store of the checkpoint's run. Name that "
+                "store, or record into a new one."
             )
         self._store.begin(recipe)
         if step:
@@ -169,16 +201,26 @@ class RunWriter:
         return False
 
     def _is_continued(self, step: int) -> bool:
-        run_id, expected = self._store.run_id, self._checkpoint.get("run")
-        return step > 0 and run_id is not None and expected in (None, run_id)
+        """Return whether the run in the store is one that this training has begun."""
+        run_id = self._store.run_id
+        begun = self.begun_runs()  # Without a checkpoint, a second `fit` continues its run.
+        return step > 0 and run_id is not None and (not begun or run_id in begun)
+
+    def _state_of(self, run_id: str | None) -> dict[str, Any]:
+        return next((dict(state) for state in self._states if state["run"] == run_id), {})
 
     def _continue(self, recipe: Recipe, step: int) -> None:
+        if not self._states and self._run_id is None:
+            rank_zero_warn(
+                "GradientRecorder: the checkpoint does not name a recorded run; continuing the one "
+                f"in the store at step {step:,}. Check that it is the run of this training."
+            )
         self._store.recipe.require_continued_by(recipe)
         self._store.resume(step)
         self._count = len(self._store)
 
-    def _warn_of_missing_steps(self, trainer: Trainer) -> None:
-        missing = self._checkpoint.get("steps", self._count) - self._count
+    def _warn_of_missing_steps(self, trainer: Trainer, expected: int) -> None:
+        missing = expected - self._count
         if trainer.world_size > 1:
             # A step that one process has lost is incomplete, whatever the others hold.
             count = torch.tensor(missing, device=trainer.strategy.root_device)

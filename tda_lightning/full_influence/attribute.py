@@ -146,7 +146,7 @@ def _require_method(method: object) -> None:
 
 
 def _open_run(run: Run | None, at: Moment) -> Store | None:
-    if run is None and at != "now":
+    if run is None and at not in ("now", "model"):
         raise ValueError(
             f"`at={at!r}` was passed without a run; expected `run=` with the run that kept the "
             'snapshots, or `at="now"`.'
@@ -182,4 +182,6 @@ def suggested_full_damping(store: Store) -> float | None:
 
 
 def _weights(model: nn.Module, store: Store | None, at: Moment) -> str:
-    return fingerprint(model) if store is None or at == "now" else describe_weights(store, at)
+    if store is None or at == "now" or at == "model":
+        return fingerprint(model)
+    return describe_weights(store, at)

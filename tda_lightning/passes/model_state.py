@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -52,6 +53,23 @@ def fingerprint(model: nn.Module) -> str:
         raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(raw.numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def warn_of_other_weights(model: nn.Module, expected: str | None) -> None:
+    """Warn if a model does not have the weights at the end of the recorded training.
+
+    Args:
+        model: The model that queries are about.
+        expected: Fingerprint of the weights after the training; ``None`` if unknown.
+    """
+    require_model(model)
+    if expected is not None and (actual := fingerprint(model)) != expected:
+        warnings.warn(
+            f"The weights of `model` ({actual}) are not those at the end of the recorded training "
+            f"({expected}); expected the trained model. Load its last checkpoint, or pass "
+            '`at="model"` if you mean these weights.',
+            stacklevel=4,
+        )
 
 
 @contextmanager

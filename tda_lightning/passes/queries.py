@@ -216,12 +216,12 @@ def mean_rows_at(
     store: Store, model: nn.Module, at: Moment, record_rows: RecordRows
 ) -> Float[Tensor, "n_query k"]:
     """Return the query rows at the weights ``at``; for ``"snapshots"``, the mean of later ones."""
-    if at == "now":
+    if at in ("now", "model"):
         return record_rows(-1)
     if isinstance(at, str) and at != "snapshots":
         raise ValueError(
-            f'`at` is {at!r}; expected "now", "snapshots", or the index of a step that has a '
-            "snapshot."
+            f'`at` is {at!r}; expected "now", "model", "snapshots", or the index of a step that '
+            "has a snapshot."
         )
     snapshots = later_snapshots(store) if at == "snapshots" else [at]
     return torch.stack(list(rows_at_snapshots(store, model, snapshots, record_rows))).mean(dim=0)

@@ -17,6 +17,9 @@ from tda_lightning.stores.durable import absolute_path, atomic_write
 
 # Names of files that a NumPy archive must not have.
 _TABLES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".parquet", ".feather"}
+# `save` does not compress; another program may.
+_MAX_COMPRESSION = 64
+_MAX_UNSTORED_BYTES = 2**22
 
 
 def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
@@ -92,7 +95,19 @@ def _read_arrays(file: Path) -> dict[str, NDArray[Any]]:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise TypeError("it holds a single array")
         with archive:
+            _require_stored(archive)
             return {name: archive[name] for name in archive.files}
+
+
+def _require_stored(archive: np.lib.npyio.NpzFile) -> None:
+    """Check that arrays are not far larger than the file, before they are read."""
+    assert archive.zip is not None  # It is open.
+    for entry in archive.zip.infolist():
+        if entry.file_size > max(_MAX_UNSTORED_BYTES, _MAX_COMPRESSION * entry.compress_size):
+            raise ValueError(
+                f"`{entry.filename}` claims {entry.file_size:,} bytes and stores "
+                f"{entry.compress_size:,}"
+            )
 
 
 def _as_array(field: Tensor | str) -> NDArray[Any]:

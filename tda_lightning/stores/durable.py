@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Windows lacks these.
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+NO_BLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
 def absolute_path(path: str | os.PathLike[str]) -> Path:
@@ -15,24 +19,34 @@ def absolute_path(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; afterwards sync the file and rename it to ``path``.
+def atomic_write(path: Path, permit: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Yield a temporary file to write to; afterwards sync it and rename it to ``path``.
 
     If the block raises, the temporary file is deleted, and a file at ``path`` stays unchanged. A
     process that is killed may leave the temporary file, ``.NAME.partial``, which readers ignore.
+    A link under that name, which a stranger may have put there, is deleted and not followed.
 
     Args:
         path: Final name of the file; an existing file is replaced.
+        permit: Raises if the file must not be renamed any more; called right before.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        create(partial)
         yield partial
         make_durable(partial)
+        permit()
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     make_durable(path.parent)
+
+
+def create(path: Path) -> None:
+    """Create an empty file, and delete one that a killed process has left."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666))
 
 
 def make_durable(path: Path) -> None:

@@ -20,6 +20,7 @@ class MemoryStore(WritableStore):
         self._run_id: str | None = None
         self._steps: list[Step] = []
         self._weights: dict[int, Weights] = {}
+        self._fingerprint: str | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -62,10 +63,11 @@ class MemoryStore(WritableStore):
         """Continue the stored run at the optimizer step ``index``."""
         self._steps = [step for step in self._steps if step.index < index]
         self._weights = {at: state for at, state in self._weights.items() if at <= index}
+        self._fingerprint = None
 
     def clear(self) -> None:
         """Delete the run."""
-        self._recipe = self._run_id = None
+        self._recipe = self._run_id = self._fingerprint = None
         self._steps.clear()
         self._weights.clear()
 
@@ -81,6 +83,15 @@ class MemoryStore(WritableStore):
     def keep_weights(self, index: int, weights: Weights) -> None:
         """Store the model state before a step."""
         self._weights[index] = dict(weights)
+
+    @property
+    def final_fingerprint(self) -> str | None:
+        """Fingerprint of the weights at the end of the training."""
+        return self._fingerprint
+
+    def keep_fingerprint(self, fingerprint: str) -> None:
+        """Store the fingerprint of the weights at the end of the training."""
+        self._fingerprint = fingerprint
 
     def append(self, step: Step) -> None:
         """Add a step."""

@@ -6,11 +6,10 @@ has the layers of the recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -278,24 +277,3 @@ def _differences(recorded: Sequence[Block], blocks: Sequence[Block]) -> list[str
 
 def _shape(block: Block) -> str:
     return f"{block.layer} of {block.rows} x {block.columns}"
-
-
-def ranges_of(ids: Int[np.ndarray, " n"]) -> tuple[tuple[int, int], ...]:
-    """Compress sorted, distinct ids into half-open ranges.
-
-    >>> ranges_of(np.array([0, 1, 2, 7]))
-    ((0, 3), (7, 8))
-    """
-    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 2) != 1)
-    stops = np.append(starts[1:], len(ids))
-    return tuple((int(ids[a]), int(ids[b - 1]) + 1) for a, b in zip(starts, stops, strict=True))
-
-
-def ids_of(ranges: Iterable[tuple[int, int]]) -> Int[Tensor, " n"]:
-    """Expand half-open ranges into ids.
-
-    >>> ids_of([(0, 3), (7, 8)]).tolist()
-    [0, 1, 2, 7]
-    """
-    parts = [torch.arange(a, b) for a, b in ranges]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

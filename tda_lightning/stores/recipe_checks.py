@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 Check = Callable[[Any], bool]
+# More would only fill the memory.
+_MAX_RANKS = 2**14
+_MAX_SAMPLES = 2**34
 
 
 def _is_whole(value: Any, least: int = 1) -> bool:
@@ -14,7 +18,8 @@ def _is_whole(value: Any, least: int = 1) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    """Return whether this is a text without control characters, which might fool a terminal."""
+    return isinstance(value, str) and not any(unicodedata.category(c) == "Cc" for c in value)
 
 
 def _are_texts(value: Any) -> bool:
@@ -53,8 +58,8 @@ def _are_ranges(value: Any) -> bool:
     if not all(len(pair) == 2 and all(_is_id(end) for end in pair) for pair in pairs):
         return False
     ends = [end for pair in pairs for end in pair]
-    is_rising = all(a <= b for a, b in pairwise(ends))
-    return is_rising and all(a < b for a, b in pairs)
+    is_rising = all(a <= b for a, b in pairwise(ends)) and all(a < b for a, b in pairs)
+    return is_rising and sum(b - a for a, b in pairs) <= _MAX_SAMPLES
 
 
 def _is_id(value: Any) -> bool:
@@ -90,9 +95,12 @@ _CHECKS: Mapping[str, tuple[Check, str]] = {
     "batch_dims": (_maps_texts_to(_is_axis), "an axis or 'flattened' by layer name"),
     "preconditioner": (_one_of("optimizer", "none"), "'optimizer' or 'none'"),
     "curvature": (_one_of("fisher", "none"), "'fisher' or 'none'"),
-    "ranks": (_is_whole, "a whole number of 1 or more"),
+    "ranks": (
+        lambda value: _is_whole(value) and value <= _MAX_RANKS,
+        f"a whole number from 1 to {_MAX_RANKS:,}",
+    ),
     "every_n_steps": (_is_whole, "a whole number of 1 or more"),
-    "train_ids": (_are_ranges, "rising ranges of ids, or null"),
+    "train_ids": (_are_ranges, f"rising ranges of at most {_MAX_SAMPLES:,} ids, or null"),
     "model": (_is_text, "a name"),
     "versions": (_maps_texts_to(_is_text), "version numbers by name"),
     "widths": (_are_widths, "a list of whole numbers, or null"),

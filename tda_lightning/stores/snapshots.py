@@ -22,8 +22,9 @@ from tda_lightning.stores import Store, WritableStore, open_store
 from tda_lightning.stores.damage import reading
 from tda_lightning.stores.durable import absolute_path
 
-# Weights for queries: the model's current ones, those before a step, or several snapshots.
-Moment = int | Literal["now", "snapshots"]
+# Weights for queries: the model's, which should be those at the end of the training ("now") or may
+# be any ("model"); those before a step; or several snapshots.
+Moment = int | Literal["now", "model", "snapshots"]
 # More snapshots change little, and each costs a pass over the queries.
 MAX_SNAPSHOTS = 10
 

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.stores.recipe import Recipe, ids_of
+from tda_lightning.stores.id_ranges import ids_of
+from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 
 Weights = Mapping[str, Tensor]
@@ -95,6 +96,11 @@ class Store(Sequence[Step], ABC):
     def __repr__(self) -> str:
         """Show the kind of store and its length, not its steps."""
         return f"{type(self).__name__}({len(self)} steps)"
+
+    @property
+    def final_fingerprint(self) -> str | None:
+        """Fingerprint of the weights at the end of the training; ``None`` if unknown."""
+        return None
 
     def audits(self) -> list[Audit]:
         """Return the audits of the run, in order."""
@@ -193,12 +199,8 @@ class WritableStore(Store):
     def join(self, rank: int, ranks: int) -> None:
         """Write as one of several processes. Process 0 begins the run; the others resume it.
 
-        Args:
-            rank: Number of this process.
-            ranks: Number of processes.
-
         Raises:
-            ValueError: If several processes cannot write to the store.
+            ValueError: If the store does not support several processes.
         """
         raise ValueError(
             f"A `{type(self).__name__}` cannot be written by {ranks} processes; expected a store "
@@ -218,9 +220,6 @@ class WritableStore(Store):
 
     def amend(self, recipe: Recipe) -> None:
         """Replace the recipe of a run that has no steps yet.
-
-        Args:
-            recipe: The old recipe with the settings that are measured in the first batch.
 
         Raises:
             ValueError: If the store does not support this.
@@ -258,6 +257,15 @@ class WritableStore(Store):
     @abstractmethod
     def seal(self) -> None:
         """Make all appended steps durable and readable."""
+
+    def renew(self) -> None:
+        """Show other trainings that this one is alive; does nothing by default."""
+
+    def release(self) -> None:
+        """End writing, so that another training may write; does nothing by default."""
+
+    def keep_fingerprint(self, fingerprint: str) -> None:
+        """Store the fingerprint of the weights at the end of the training; optional."""
 
     def keep_weights(self, index: int, weights: Weights) -> None:
         """Store the model state before a step.

@@ -107,7 +107,9 @@ def test_a_checkpoint_without_recorder_state_resumes_at_its_step(tmp_path, strip
     if strip == "callbacks":
         del checkpoint["callbacks"]
     torch.save(checkpoint, path)
-    fit(GradientRecorder(tmp_path / "run"), resume=path, enable_checkpointing=False)
+    recorder = GradientRecorder(tmp_path / "run")
+    with pytest.warns(UserWarning, match="does not name a recorded run; .* at step 6"):
+        fit(recorder, resume=path, enable_checkpointing=False)
     assert [step.index for step in HDF5Store.open(tmp_path / "run")] == list(range(12))
 
 
@@ -159,6 +161,48 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match="belongs to another recorded run"):
         fit(GradientRecorder(other), resume=path, enable_checkpointing=False)
     assert len(other) == 12
+
+
+@pytest.mark.parametrize("place", ["moved", "relative"])
+def test_a_moved_store_resumes_with_its_state(tmp_path, monkeypatch, place):
+    """The state belongs to the run, not to the path of its folder."""
+    path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), 6)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    recorder = GradientRecorder("elsewhere" if place == "relative" else tmp_path / "elsewhere")
+    HDF5Store(tmp_path / "elsewhere").resume(4)
+    with pytest.warns(UserWarning, match="the store lacks 2 steps"):
+        fit(recorder, resume=path, enable_checkpointing=False)
+    assert [step.index for step in recorder.store] == [0, 1, 2, 3, *range(6, 12)]
+
+
+def test_the_checkpoint_of_a_run_with_the_store_of_another_is_refused(tmp_path):
+    path = checkpoint_at(tmp_path / "a", GradientRecorder(tmp_path / "a.tda"), 6)
+    fit(GradientRecorder(tmp_path / "b.tda"))
+    expected = read_indices(tmp_path / "b.tda")
+    with (
+        pytest.warns(UserWarning, match="callbacks used to create the checkpoint"),
+        pytest.raises(FileExistsError, match="belongs to another recorded run"),
+    ):
+        fit(GradientRecorder(tmp_path / "b.tda"), resume=path, enable_checkpointing=False)
+    assert read_indices(tmp_path / "b.tda") == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_checkpoint_that_names_the_path_resumes(tmp_path):
+    """Earlier versions named the state by the path of the store."""
+    path = checkpoint_at(tmp_path, GradientRecorder(tmp_path / "run"), 6)
+    checkpoint = torch.load(path, weights_only=False)
+    (key,) = (key for key in checkpoint["callbacks"] if key.startswith("GradientRecorder"))
+    earlier = f"GradientRecorder{{'store': {str(tmp_path / 'run')!r}}}"
+    checkpoint["callbacks"][earlier] = checkpoint["callbacks"].pop(key)
+    torch.save(checkpoint, path)
+    fit(GradientRecorder(tmp_path / "run"), resume=path, enable_checkpointing=False)
+    assert read_indices(tmp_path / "run") == list(range(12))
+
+
+def read_indices(path):
+    return [step.index for step in HDF5Store.open(path)]
 
 
 def test_unrecorded_steps_before_the_checkpoint_warn(tmp_path):

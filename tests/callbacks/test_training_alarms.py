@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import GradientRecorder
 from tda_lightning.callbacks import TrainingAlarms
+from tda_lightning.results.alarms import find_alarms
 from tda_lightning.stores import MemoryStore
-from tda_lightning.stores.alarms import find_alarms
 
 N, WRONG = 53, 17
 

@@ -77,8 +77,8 @@ def test_errors_are_one_line_and_an_exit_code(tmp_path, capsys):
 
 
 def test_an_empty_run_can_be_described(run, capsys):
-    for segment in run.glob("segment-*"):
-        segment.unlink()
+    for file in (*run.glob("segment-*"), run / "manifest.jsonl"):
+        file.unlink()
     assert main(["info", str(run)]) == 0
     assert "none yet" in capsys.readouterr().out
 

@@ -94,6 +94,13 @@ def without_header(path):
     path.write_bytes(path.read_bytes()[HEADER_BYTES:])
 
 
+def as_of_0_1(run):
+    """Turn a run into one of version 0.1.0, which had no headers and no manifest."""
+    for file in run.glob("segment-*"):
+        without_header(file)
+    (run / "manifest.jsonl").unlink()
+
+
 DAMAGES = [truncate, empty, replace_by_folder, replace_by_link, write_other_content]
 
 
@@ -134,9 +141,9 @@ COLUMNS = [
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize("prepare", [without_header, lambda path: None], ids=["old", "new"])
+@pytest.mark.parametrize("prepare", [as_of_0_1, lambda run: None], ids=["old", "new"])
 def test_a_missing_or_short_column_raises_an_error_that_names_the_segment(run, column, prepare):
-    prepare(run / SEGMENT)
+    prepare(run)
     with h5py.File(run / SEGMENT, "r+", locking=False) as file:
         values = file[column][:]
         del file[column]
@@ -151,7 +158,7 @@ def test_a_missing_or_short_column_raises_an_error_that_names_the_segment(run, c
 @pytest.mark.parametrize("offset", [[0, 3, 2], [1, 3, 7], [0, 2**40, 7], [0, -1, 7], [0, 3, 8]])
 @pytest.mark.parametrize("group", ["steps", "curvature"])
 def test_offsets_that_do_not_divide_the_rows_raise(run, group, offset):
-    without_header(run / SEGMENT)
+    as_of_0_1(run)
     with h5py.File(run / SEGMENT, "r+", locking=False) as file:
         file[f"{group}/offset"][:] = offset
     with pytest.raises(StoreFileError, match=f"{SEGMENT}.*do not rise from 0 to 7"):
@@ -159,8 +166,7 @@ def test_offsets_that_do_not_divide_the_rows_raise(run, group, offset):
 
 
 def test_swapped_and_repeated_segments_of_older_versions_raise(run):
-    for file in run.glob("segment-*"):
-        without_header(file)
+    as_of_0_1(run)
     shutil.copy(run / SEGMENT, run / "segment-000003.h5")
     with pytest.raises(StoreFileError, match=r"segment-000003\.h5` begins with step 4"):
         HDF5Store.open(run)
@@ -407,8 +413,7 @@ def test_every_flipped_bit_of_a_snapshots_weights_raises(run):
 
 def test_a_segment_without_a_header_is_read_unverified(run):
     expected = read_all(run)
-    for file in run.glob("segment-*"):
-        without_header(file)
+    as_of_0_1(run)
     assert read_all(run) == expected
     assert {report.state for report in verify_files(run)} == {"unverified", "good"}
     assert main(["verify", str(run)]) == 0
@@ -456,8 +461,11 @@ def test_a_segment_with_a_crc32_is_read_and_verified(run):
     expected = read_all(run)
     for file in run.glob("segment-*"):
         with_crc32(file)
+    (run / "manifest.jsonl").unlink()
     assert read_all(run) == expected
-    assert {report.state for report in verify_files(run)} == {"good"}
+    states = {report.name: report.state for report in verify_files(run)}
+    assert states.pop("manifest.jsonl") == "unverified"
+    assert set(states.values()) == {"good"}
     raw = bytearray((run / SEGMENT).read_bytes())
     for at in random.Random(0).sample(range(HEADER_BYTES, len(raw)), 7):
         raw[at] ^= 1
@@ -470,9 +478,10 @@ def test_a_segment_with_a_crc32_is_read_and_verified(run):
 def test_verify_lists_every_file_and_returns_0_for_a_good_run(run, capsys):
     assert main(["verify", str(run)]) == 0
     output = capsys.readouterr().out
-    assert "5 files, 0 damaged or missing" in output
+    assert "6 files, 0 damaged or missing" in output
     for line in (
         "recipe.json           good  the recipe",
+        "manifest.jsonl        good  lists 3 segments, 1 snapshots",
         "segment-000001.h5     good  2 steps, index 4 to 6",
         "snapshot-00000004.pt  good  1 tensors before step 4",
     ):
@@ -487,8 +496,8 @@ def test_verify_names_what_is_damaged_or_missing_and_returns_1(run, capsys):
     truncate(run / "snapshot-00000004.pt")
     assert main(["verify", str(run)]) == 1
     output = capsys.readouterr().out
-    assert "5 files, 3 damaged or missing" in output
-    assert "segment-000000.h5     missing" in output
+    assert "6 files, 3 damaged or missing" in output
+    assert "segment-000000.h5     missing  2 steps, index 0 to 2" in output
     assert "segment-000001.h5     damaged" in output
     assert "segment-000002.h5     good" in output
     assert "snapshot-00000004.pt  damaged" in output

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from threading import Lock, Thread
 from typing import Generic, TypeVar
-
-from tda_lightning.stores.hdf5 import Segment, write_segment
-from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
-from tda_lightning.stores.row_formats import Storage
-from tda_lightning.stores.step import Step
 
 Result = TypeVar("Result")
 
@@ -56,20 +50,3 @@ class BackgroundWrite(Generic[Result]):
                     self._results.append(self._write())
                 except BaseException as error:
                     self._error = error
-
-
-def write_and_open(
-    file: Path, steps: Sequence[Step], storage: Storage | None, identity: SegmentIdentity
-) -> Segment:
-    """Write a segment, and return the object that reads it.
-
-    Raises:
-        OSError: If writing failed.
-    """
-    try:
-        write_segment(file, steps, storage, identity)
-    except OSError:
-        raise
-    except Exception as error:  # h5py raises some system errors, such as a full disk, as others.
-        raise OSError(f"writing `{file}` failed: {error}") from error
-    return Segment(file, identity)

@@ -11,6 +11,10 @@ import h5py
 from tda_lightning.stores.damage import reading
 from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
 
+# A dataset that is compressed by a user takes more memory than room in the file, but not so much.
+_MAX_COMPRESSION = 64
+_MAX_UNSTORED_BYTES = 2**22
+
 
 def open_hdf5(path: Path, mode: Literal["r", "w"] = "r") -> h5py.File:
     """Open an HDF5 file, unlocked.
@@ -22,6 +26,53 @@ def open_hdf5(path: Path, mode: Literal["r", "w"] = "r") -> h5py.File:
     # The user block is for our header; see `segment_header`.
     block = HEADER_BYTES if mode == "w" else None
     return h5py.File(path, mode, locking=False, userblock_size=block)
+
+
+def require_plain(file: h5py.File) -> None:
+    """Check that a file holds all of its datasets, and no more than its size allows.
+
+    A file from a stranger may link to other files, or claim a size that would fill the memory.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    links: list[tuple[bytes, int]] = []
+    file.id.links.visit(lambda name, link: links.append((name, link.type)), info=True)
+    for name, kind in links:
+        if kind != h5py.h5l.TYPE_HARD:
+            raise ValueError(f"{name.decode()!r} is a link to another place, which is not followed")
+        opened = h5py.h5o.open(file.id, name)
+        if isinstance(opened, h5py.h5d.DatasetID):
+            require_stored(name.decode(), opened)
+
+
+def require_stored(name: str, dataset: h5py.h5d.DatasetID) -> None:
+    """Check that a file holds a dataset, and that its size is not far beyond that of the file.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    properties, stored = dataset.get_create_plist(), dataset.get_storage_size()
+    if properties.get_layout() == h5py.h5d.VIRTUAL or properties.get_external_count():
+        raise ValueError(f"{name!r} lies in other files, which are not read")
+    size = dataset.get_type().get_size() * dataset.get_space().get_simple_extent_npoints()
+    is_rows = name.endswith("/sketch")  # These are read block by block.
+    if size > max(_MAX_UNSTORED_BYTES, _MAX_COMPRESSION * stored) and not (is_rows and stored):
+        raise ValueError(f"{name!r} claims {size:,} bytes and stores {stored:,}")
+
+
+def read_indices(file: h5py.File) -> list[int]:
+    """Return the indices of the steps of a segment of which nothing has been checked yet.
+
+    Raises:
+        ValueError: If the file does not hold them.
+    """
+    for path in ("steps", "steps/index"):
+        if not isinstance(file.get(path, getlink=True), h5py.HardLink):
+            raise ValueError(f"{path!r} is a link to another place, which is not followed")
+    require_stored("steps/index", file["steps/index"].id)
+    indices: list[int] = file["steps/index"][:].tolist()
+    return indices
 
 
 def reading_segment(path: Path) -> AbstractContextManager[None]:

@@ -6,21 +6,25 @@ import json
 import re
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tda_lightning.stores.damage import StoreFileError, reading
+from tda_lightning.stores.damage import StoreFileError, printable, reading
 from tda_lightning.stores.durable import atomic_write
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
+from tda_lightning.stores.hdf5.snapshot_files import indices_in, snapshot_file
+from tda_lightning.stores.manifest import MANIFEST_NAME, Manifest, write_manifest
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.recipe_checks import require_recipe
+from tda_lightning.stores.writer_lock import LOCK
 
 FORMAT = "tda_lightning"
 FORMAT_VERSION = 2
 RECIPE = "recipe.json"
 PARTIAL = ".*.partial"
+_MAX_RECIPE_BYTES = 2**26
 _SEGMENT = re.compile(r"segment-(\d{6,})(?:-rank-(\d+))?\.h5")
 
 
@@ -57,26 +61,6 @@ def identity_of(file: Path, run: str, ranks: int) -> SegmentIdentity:
     return SegmentIdentity(run, int(number), int(rank or 0), ranks)
 
 
-def require_no_gaps(files: Sequence[Path]) -> None:
-    """Check that no segment of one process has been lost between two others.
-
-    Args:
-        files: Its segments, in order.
-
-    Raises:
-        StoreFileError: If one is missing; the message names the first.
-    """
-    for expected, file in enumerate(files):
-        number, rank = _parts_of(file)
-        if int(number) != expected:
-            name = segment_name(expected, int(rank or 0), 1 if rank is None else 2)
-            raise StoreFileError(
-                f"`{file.with_name(name)}` is missing, although `{file.name}` exists; expected all "
-                "segments of the run. Restore it from a copy, or leave its steps out: "
-                "`HDF5Store.open(path, missing='skip')`."
-            )
-
-
 def next_number(files: Sequence[Path]) -> int:
     """Return the number of the segment after these, some of which may have been lost."""
     return max(map(number_of, files), default=-1) + 1
@@ -88,27 +72,49 @@ def _parts_of(file: Path) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-def write_recipe(path: Path, recipe: Recipe) -> str:
-    """Begin a run in an empty or new folder, and return its id.
+def prepare(path: Path) -> None:
+    """Create the folder of a new run, which must be empty or new.
+
+    Raises:
+        FileExistsError: If it is not.
+        StoreFileError: If it cannot be created.
+    """
+    if path.exists() and not is_empty(path):
+        raise FileExistsError(_occupied_message(path))
+    with _writing_to(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def new_run_id() -> str:
+    """Return an id that no other run has."""
+    return uuid.uuid4().hex
+
+
+def write_recipe(path: Path, run: str, recipe: Recipe) -> None:
+    """Begin a run in an empty folder.
 
     Raises:
         FileExistsError: If the folder is not empty.
         StoreFileError: If the folder cannot be written.
     """
+    require_recipe(recipe.to_dict())  # What is written must be readable.
+    if not is_empty(path):
+        raise FileExistsError(_occupied_message(path))
+    with _writing_to(path):
+        _write_document(path, run, recipe)
+
+
+@contextmanager
+def _writing_to(path: Path) -> Iterator[None]:
     try:
-        if path.exists() and not is_empty(path):
-            raise FileExistsError(_occupied_message(path))
-        path.mkdir(parents=True, exist_ok=True)
-        run_id = uuid.uuid4().hex
-        _write_document(path, run_id, recipe)
-    except FileExistsError:
+        yield
+    except StoreFileError:
         raise
     except OSError as error:
         raise StoreFileError(
             f"`{path}` cannot be written: {error.strerror or error}. Expected a folder that can be "
             "created, on a disk with space. Choose another path, or make space."
         ) from error
-    return run_id
 
 
 def amend_recipe(path: Path, recipe: Recipe) -> None:
@@ -149,7 +155,7 @@ def read_recipe(path: Path) -> Recipe:
     if document.get("format") != FORMAT or document.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"`{path / RECIPE}` is in format {document.get('format')!r}, version "
-            f"{document.get('version')}; expected {FORMAT!r}, version {FORMAT_VERSION}. "
+            f"{document.get('version')!r}; expected {FORMAT!r}, version {FORMAT_VERSION}. "
             "Read it with the version of tda_lightning that wrote it."
         )
     with _reading_recipe(path):
@@ -179,19 +185,53 @@ def require_clearable(path: Path) -> None:
         raise FileExistsError(_occupied_message(path))
 
 
+def delete_run(path: Path) -> None:
+    """Delete the files of a run, and nothing else in its folder.
+
+    An interruption leaves the beginning of the run, and the deletion can be repeated.
+    """
+    with suppress(StoreFileError):  # Nothing can be read without a recipe.
+        run = read_run_id(path) or ""
+        for file in _manifests(path):  # From now on, no other file need be there.
+            write_manifest(file, Manifest(run))
+    for file in sorted(files_of(path), key=_place_in_deletion):
+        file.unlink()
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return all files of the run in a folder."""
+    snapshots = [snapshot_file(path, index) for index in indices_in(path)]
+    others = [*path.glob(PARTIAL), *_manifests(path), *path.glob(RECIPE)]
+    return [*all_segments(path), *snapshots, *(file for file in others if not file.is_dir())]
+
+
+def _place_in_deletion(file: Path) -> tuple[int, int]:
+    """Return the later segments first, and the recipe last."""
+    if _SEGMENT.fullmatch(file.name):
+        return 0, -number_of(file)
+    return (2 if file.name == RECIPE else 1), 0
+
+
+def _manifests(path: Path) -> list[Path]:
+    return [file for file in path.glob("manifest*") if MANIFEST_NAME.fullmatch(file.name)]
+
+
 def is_run(path: Path) -> bool:
     """Return whether a folder holds a run."""
     return (path / RECIPE).is_file()
 
 
 def is_empty(path: Path) -> bool:
-    """Return whether a folder holds nothing but partial files."""
-    # A process killed while it begins a run leaves a partial recipe.
-    return path.is_dir() and all(entry.match(PARTIAL) for entry in path.iterdir())
+    """Return whether a folder holds nothing but what a killed process may leave."""
+    return path.is_dir() and all(
+        entry.match(PARTIAL) or entry.name == LOCK for entry in path.iterdir()
+    )
 
 
 def _read_document(path: Path) -> dict[str, Any]:
     with _reading_recipe(path):
+        if (size := (path / RECIPE).stat().st_size) > _MAX_RECIPE_BYTES:
+            raise ValueError(f"it has {size:,} bytes; expected at most {_MAX_RECIPE_BYTES:,}")
         document: dict[str, Any] = json.loads((path / RECIPE).read_text())
         if not isinstance(document, dict):
             raise TypeError(f"it holds a {type(document).__name__}, not an object")
@@ -213,7 +253,7 @@ def _describe_content(path: Path) -> str:
     if not path.is_dir():
         return "a file"
     names = sorted(entry.name for entry in path.iterdir())
-    shown = ", ".join(f"`{name}`" for name in names[:3])
+    shown = ", ".join(f"`{printable(name)}`" for name in names[:3])
     return (
         f"a folder with {shown}{', ...' if len(names) > 3 else ''}" if names else "an empty folder"
     )

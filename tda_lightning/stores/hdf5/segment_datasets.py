@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.stores.checksums import checksum_of, read_into
-from tda_lightning.stores.damage import StoreFileError
+from tda_lightning.stores.damage import StoreFileError, checksum_of, read_into
 from tda_lightning.stores.hdf5.file import open_hdf5
 from tda_lightning.stores.hdf5.segment_checks import require_lengths, require_offsets
 from tda_lightning.stores.row_formats import Storage, decode
@@ -203,7 +202,11 @@ def _group_values(group: h5py.Group, name: str) -> np.ndarray:
 def _strings(group: h5py.Group, name: str) -> list[str]:
     if name == "loss" and name not in group:  # In segments of older versions.
         return [""] * len(group["index"])
-    return [sys.intern(word) for word in group[name].asstr()[:].tolist()]
+    words = [sys.intern(word) for word in group[name].asstr()[:].tolist()]
+    for word in set(words):
+        if not word.isprintable():
+            raise ValueError(f"{name!r} is {word[:60]!r}; expected a name")
+    return words
 
 
 def _blocks(ends: Sequence[int], n_steps: int) -> list[range]:

@@ -14,7 +14,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from tda_lightning.stores.checksums import canonical_json, checksum_of_file
+from tda_lightning.stores.damage import canonical_json, checksum_of_file
 
 HEADER_BYTES = 512
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -38,6 +38,10 @@ class SegmentIdentity:
     number: int
     rank: int = 0
     ranks: int = 1
+
+    def shifted(self, by: int) -> SegmentIdentity:
+        """Return the identity of a later or earlier segment of the same process."""
+        return replace(self, number=self.number + by)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.stores.damage import StoreFileError
-from tda_lightning.stores.hdf5.file import open_hdf5, reading_segment
+from tda_lightning.stores.hdf5.file import open_hdf5, read_indices, reading_segment, require_plain
 from tda_lightning.stores.hdf5.folder import identity_of
 from tda_lightning.stores.hdf5.segment_checks import require_lengths, require_rising
 from tda_lightning.stores.hdf5.segment_datasets import StepColumns, require_unchanged, stamp_of
@@ -47,8 +47,10 @@ class Segment:
             self._stamp = stamp_of(path)
             self.header = read_header(path)
             with open_hdf5(path) as file:
-                self.indices: list[int] = file["steps/index"][:].tolist()
+                self.indices = read_indices(file)
             require_rising(self.indices)
+            if not self.indices:
+                raise ValueError("it holds no step")
             if self.header is not None:
                 require_steps(self.header, self.indices)
                 require_identity(self.header, expected or self.header.identity)
@@ -78,6 +80,8 @@ class Segment:
             self.require_unchanged()
             if self.header is not None:
                 require_checksum(self.path, self.header)
+            with open_hdf5(self.path) as file:
+                require_plain(file)
         return self.header is not None
 
     def require_unchanged(self) -> None:
@@ -182,15 +186,9 @@ def split(offset: Sequence[int], visits_per_block: int) -> list[range]:
 
 
 def blocks_of(counts: Sequence[int], rows: np.ndarray) -> list[range]:
-    """Return the blocks of steps that are read at once.
-
-    Args:
-        counts: Number of visits of each step.
-        rows: Encoded rows of one of the steps.
-    """
-    row_bytes = rows.shape[1] * rows.dtype.itemsize
-    offset = np.cumsum([0, *counts]).tolist()
-    return split(offset, max(1, _BLOCK_BYTES // row_bytes))
+    """Return the blocks of steps that are read at once, given their visits and encoded rows."""
+    visits_per_block = _BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize)
+    return split(np.cumsum([0, *counts]).tolist(), max(1, visits_per_block))
 
 
 def _span(offset: Sequence[int], block: range) -> slice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda_lightning.stores.checksums import checksum_of
+from tda_lightning.stores.damage import checksum_of
 from tda_lightning.stores.durable import atomic_write
 from tda_lightning.stores.hdf5.file import open_hdf5
 from tda_lightning.stores.hdf5.segment_datasets import GROUP_FIELDS
@@ -29,7 +29,11 @@ _CHUNK = 256
 
 
 def write_segment(
-    path: Path, steps: Sequence[Step], storage: Storage | None, identity: SegmentIdentity
+    path: Path,
+    steps: Sequence[Step],
+    storage: Storage | None,
+    identity: SegmentIdentity,
+    permit: Callable[[], None] = lambda: None,
 ) -> None:
     """Write steps to a new sealed segment, atomically.
 
@@ -38,12 +42,13 @@ def write_segment(
         steps: At least one step; all with the same number of parameter groups.
         storage: Number format of the rows; by default, one with their range.
         identity: Which segment of which run it is.
+        permit: Raises if nothing may be written any more; called right before the file is sealed.
     """
     storage = storage_for(storage, steps[0].sketch.dtype)
     sketches = [encode(step.sketch, storage) for step in steps]
     curvature = [encode(_curvature_rows(step), storage) for step in steps]
     blocks = blocks_of([len(rows) for rows, _ in sketches], sketches[0][0])
-    with atomic_write(path) as partial:
+    with atomic_write(path, permit) as partial:
         _require_space(partial, [rows for part in (sketches, curvature) for rows, _ in part])
         with open_hdf5(partial, "w") as file:
             _write_steps(file.create_group("steps"), steps)

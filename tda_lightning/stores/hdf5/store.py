@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,25 +12,31 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_not_negative, require_whole
-from tda_lightning.stores.durable import absolute_path, make_durable
-from tda_lightning.stores.hdf5 import Segment, folder
-from tda_lightning.stores.hdf5.background_write import BackgroundWrite, write_and_open
-from tda_lightning.stores.hdf5.buffer import StepBuffer
+from tda_lightning.stores.durable import absolute_path
+from tda_lightning.stores.hdf5 import folder
+from tda_lightning.stores.hdf5.listing import first_manifest, read_shards
 from tda_lightning.stores.hdf5.merged_shards import MergedShards
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
 from tda_lightning.stores.hdf5.segment_reader import Shard
+from tda_lightning.stores.hdf5.segment_sink import SegmentSink, cut
 from tda_lightning.stores.hdf5.snapshot_files import (
-    drop_snapshots_after,
     indices_in,
     read_snapshot,
-    snapshot_file,
+    require_snapshots,
     write_snapshot,
 )
-from tda_lightning.stores.hdf5.truncation import drop_from
+from tda_lightning.stores.manifest import (
+    EndEntry,
+    Manifest,
+    append_entry,
+    manifest_file,
+    write_manifest,
+)
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.row_formats import Storage, bytes_of
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 from tda_lightning.stores.store import Weights, WritableStore, require_snapshot
+from tda_lightning.stores.writer_lock import WriterLock
 
 
 class HDF5Store(WritableStore):
@@ -72,9 +77,7 @@ class HDF5Store(WritableStore):
         segment_seconds: float = 20.0,
     ) -> None:
         if not isinstance(path, str | os.PathLike):
-            raise ValueError(
-                f"`path` is {path!r}; expected the path of a folder, such as 'run.tda'."
-            )
+            raise ValueError(f"`path` is {path!r}; expected the path of a folder, as 'run.tda'.")
         if storage is not None:
             require_choice("storage", storage, Storage)
         require_whole("segment_bytes", segment_bytes, least=1)
@@ -85,18 +88,18 @@ class HDF5Store(WritableStore):
             HDF5Store, storage=storage, segment_bytes=segment_bytes, segment_seconds=segment_seconds
         )
         self._storage = storage
-        self._segment_bytes = segment_bytes
-        self._segment_seconds = segment_seconds
         self._recipe: Recipe | None = None
-        self._run = ""  # id of the run that is written
+        self._run = ""  # id of the run that is read or written
         # A training goes on even if its run has lost a segment.
         self._missing: Literal["refuse", "skip"] = "skip"
         self._rank, self._ranks = 0, 1
         self._shard = Shard()
         self._merged: MergedShards | None = None
-        self._next = 0  # number of the next segment
-        self._writing: BackgroundWrite[Segment] | None = None
-        self._buffered_since = 0.0
+        self._lock = WriterLock()
+        self._sink = SegmentSink(
+            *(storage, segment_bytes, segment_seconds),
+            permit=self._lock.require,
+        )
 
     @classmethod
     def open(cls, path: str | Path, *, missing: Literal["refuse", "skip"] = "refuse") -> HDF5Store:
@@ -134,7 +137,7 @@ class HDF5Store(WritableStore):
     @property
     def size_on_disk(self) -> int:
         """Number of bytes of the run's files."""
-        return sum(file.stat().st_size for file in self._files())
+        return sum(file.stat().st_size for file in folder.files_of(self.path))
 
     def bytes_of(self, dtype: torch.dtype) -> int:
         """Return the number of bytes on disk per row entry that was computed in ``dtype``."""
@@ -172,128 +175,125 @@ class HDF5Store(WritableStore):
 
     def begin(self, recipe: Recipe) -> None:
         """Start a new run in an empty or new folder."""
-        self._run = folder.write_recipe(self.path, recipe)
-        self._recipe = recipe
-        self._shard, self._merged, self._next = Shard(), None, 0
+        folder.prepare(self.path)
+        run = folder.new_run_id()
+        self._lock.acquire(self.path, run)
+        try:
+            folder.write_recipe(self.path, run, recipe)
+            write_manifest(self._manifest_file, Manifest(run))
+        except BaseException:
+            self._lock.release()
+            raise
+        self._recipe, self._run = recipe, run
+        self._shard, self._merged = Shard(), None
+        self._sink.start_at(self.path, self._identity(0), self._shard)
 
     def amend(self, recipe: Recipe) -> None:
         """Replace the recipe of a run that has no steps yet."""
+        self._lock.require()
         if self._rank == 0:
             folder.amend_recipe(self.path, recipe)
         self._recipe = recipe
 
     def resume(self, index: int) -> None:
         """Continue the stored run at the optimizer step ``index``."""
-        self._finish_writing()
-        self._buffer.clear()
+        self._sink.finish()
+        self._sink.discard()
         self._recipe, self._run = folder.read_recipe(self.path), self.run_id or ""
-        # Delete from the end, so that an interruption leaves a run without gaps.
-        for file in reversed(folder.segments_of(self.path, self._rank, self._ranks)):
-            drop_from(file, index, self._storage, self._identity(file))
-        if self._rank == 0:
-            drop_snapshots_after(self.path, index)
-        make_durable(self.path)
+        self._take_lock()
+        first = self._identity(0)
+        permit = self._lock.require
         # Other processes may still be changing their segments: `refresh` reads those later.
-        files = folder.segments_of(self.path, self._rank, self._ranks)
-        self._shard = Shard(files, self._run, self._ranks)
-        self._merged, self._next = None, folder.next_number(self._shard.files)
+        self._shard, following = cut(self.path, first, index, self._storage, permit)
+        self._merged = None
+        self._sink.start_at(self.path, following, self._shard)
 
     def clear(self) -> None:
         """Delete the files of the run, and nothing else in the folder."""
         folder.require_clearable(self.path)
-        # Delete the recipe last, so that an interrupted `clear` can be repeated.
-        for file in sorted(self._files(), key=lambda file: file.name == folder.RECIPE):
-            file.unlink()
-        self._recipe = None
-        self._buffer.clear()
-        self.refresh()
+        if self.path.exists():
+            with self._lock.held(self.path, self._run):
+                folder.delete_run(self.path)
+            self._lock.release()
+        self._recipe, self._run = None, ""
+        self._sink.discard()
+        self._shard, self._merged = Shard(), None
+
+    def renew(self) -> None:
+        """Show other trainings that this one is alive."""
+        self._lock.renew()
+
+    def release(self) -> None:
+        """Let other trainings write to the run."""
+        self._lock.release()
 
     def snapshots(self) -> list[int]:
         """Return the indices of the steps with a snapshot, in order."""
-        return indices_in(self.path)
+        indices = indices_in(self.path)
+        if self._missing == "refuse":
+            require_snapshots(self.path, indices, self._manifest())
+        return indices
 
     def weights_at(self, index: int) -> Weights:
         """Return the stored model state before a step."""
         require_snapshot(self.snapshots(), index)
-        return read_snapshot(self.path, index)
+        manifest = self._manifest()
+        entry = None if manifest is None else manifest.snapshots.get(index)
+        return read_snapshot(self.path, index, entry)
 
     def keep_weights(self, index: int, weights: Weights) -> None:
         """Store the model state before a step, in a separate file."""
-        write_snapshot(self.path, index, weights)
+        with self._lock.held(self.path, self._run):
+            write_snapshot(self.path, index, weights, self._manifest_file, self._lock.require)
+
+    def keep_fingerprint(self, fingerprint: str) -> None:
+        """Store the fingerprint of the weights at the end of the training."""
+        with self._lock.held(self.path, self._run):
+            append_entry(self._manifest_file, EndEntry(fingerprint))
+
+    @property
+    def final_fingerprint(self) -> str | None:
+        """Fingerprint of the weights at the end of the training, if known."""
+        manifest = self._manifest()
+        return None if manifest is None else manifest.weights or None
 
     def append(self, step: Step) -> None:
         """Buffer a step; start writing when the buffer is full or old."""
-        if not self._buffer.has_room_for(step):
-            self._start_writing()
-        if not self._buffer.steps:
-            self._buffered_since = time.monotonic()
-        self._buffer.add(step)
-        age = time.monotonic() - self._buffered_since
-        if self._buffer.is_full() or age >= self._segment_seconds:
-            self._start_writing()
+        self._lock.renew()
+        self._sink.append(step)
 
     def seal(self) -> None:
         """Write the buffered steps to a new segment and wait until it is on disk."""
-        if self._buffer.steps:
-            self._start_writing()
-        self._finish_writing()
+        self._sink.seal()
 
     def refresh(self) -> None:
         """Load the sealed segments of all processes."""
-        files = [folder.segments_of(self.path, rank, self._ranks) for rank in range(self._ranks)]
-        if self._missing == "refuse":
-            for rank_files in files:
-                folder.require_no_gaps(rank_files)
         self._run = self.run_id or ""
-        shards = [Shard(rank_files, self._run, self._ranks) for rank_files in files]
+        shards = read_shards(self.path, self._run, self._ranks, self._missing)
         self._shard = shards[self._rank]
         self._merged = MergedShards(shards) if self._ranks > 1 else None
-        self._next = folder.next_number(self._shard.files)
+        last = max(map(folder.number_of, self._shard.files), default=-1)
+        self._sink.start_at(self.path, self._identity(last + 1), self._shard)
 
     @property
     def _steps(self) -> Shard | MergedShards:
         return self._shard if self._merged is None else self._merged
 
-    @cached_property
-    def _buffers(self) -> list[StepBuffer]:
-        """The buffer being filled and the one being written; a store that only reads has none."""
-        return [StepBuffer(self._segment_bytes, self._storage) for _ in range(2)]
-
     @property
-    def _buffer(self) -> StepBuffer:
-        return self._buffers[0]
+    def _manifest_file(self) -> Path:
+        return manifest_file(self.path, self._rank, self._ranks)
 
-    def _start_writing(self) -> None:
-        """Write the buffered steps in the background, one segment at a time."""
-        self._finish_writing()
-        file = self.path / folder.segment_name(self._next, self._rank, self._ranks)
-        # An exception may come between any two of these lines, from a signal handler: the write is
-        # registered before its thread starts, and a second call repeats it at worst.
-        write = partial(
-            write_and_open, file, self._buffer.steps, self._storage, self._identity(file)
-        )
-        self._writing = BackgroundWrite(write)
-        self._buffers[1].clear()
-        self._buffers.reverse()
-        self._next += 1
-        self._writing.start()
+    def _manifest(self) -> Manifest | None:
+        """Return the manifest that lists the snapshots."""
+        run = self.run_id or ""
+        return first_manifest(self.path, run, self._ranks, self._missing)
 
-    def _finish_writing(self) -> None:
-        if self._writing is None:
-            return
-        try:
-            segment = self._writing.result()
-        except OSError:
-            self._writing = None
-            self._next -= 1  # A failed write leaves no gap.
-            raise
-        self._writing = None
-        self._shard.add(segment)
+    def _identity(self, number: int) -> SegmentIdentity:
+        return SegmentIdentity(self._run, number, self._rank, self._ranks)
 
-    def _identity(self, file: Path) -> SegmentIdentity:
-        return folder.identity_of(file, self._run, self._ranks)
-
-    def _files(self) -> list[Path]:
-        others = [*self.path.glob(folder.PARTIAL), *self.path.glob(folder.RECIPE)]
-        snapshots = [snapshot_file(self.path, index) for index in indices_in(self.path)]
-        return [*folder.all_segments(self.path), *snapshots, *others]
+    def _take_lock(self) -> None:
+        """Become the writer of the run, or one of its writers."""
+        if self._rank == 0:
+            self._lock.acquire(self.path, self._run)
+        else:
+            self._lock.join(self.path)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tda_lightning.stores.damage import StoreFileError
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder
+from tda_lightning.stores.hdf5.listing import require_same
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
 from tda_lightning.stores.hdf5.snapshot_files import indices_in, read_snapshot, snapshot_file
+from tda_lightning.stores.manifest import (
+    Manifest,
+    SegmentEntry,
+    SnapshotEntry,
+    manifest_file,
+    read_manifest,
+)
 
 State = Literal["good", "unverified", "damaged", "missing"]
 
@@ -45,24 +53,50 @@ def verify_files(path: Path) -> Iterator[FileReport]:
     state: State = "good" if folder.has_checksum(path) else "unverified"
     yield FileReport(folder.RECIPE, state, "the recipe")
     for rank in range(ranks):
-        files = folder.segments_of(path, rank, ranks)
-        numbers = {folder.number_of(file): file for file in files}
-        last = None
-        for number in range(max(numbers, default=-1) + 1):
-            if number not in numbers:
-                name = folder.segment_name(number, rank, ranks)
-                yield FileReport(name, "missing", "a segment, of which later ones exist")
-                continue
-            report, last = _verify_segment(
-                numbers[number], SegmentIdentity(run, number, rank, ranks), last
-            )
+        manifest, report = _verify_manifest(manifest_file(path, rank, ranks), run)
+        yield report
+        yield from _verify_segments(path, run, rank, ranks, manifest.segments)
+        if rank == 0:
+            indices = {*indices_in(path), *manifest.snapshots}
+            for index in sorted(indices):
+                yield _verify_snapshot(path, index, manifest.snapshots.get(index))
+
+
+def _verify_manifest(file: Path, run: str) -> tuple[Manifest, FileReport]:
+    """Return a manifest, an empty one if it cannot be used, and its state."""
+    try:
+        manifest = read_manifest(file, run)
+    except StoreFileError as error:
+        return Manifest(run), FileReport(file.name, "damaged", str(error))
+    if manifest is None:
+        content = "none: the last segments and the snapshots may be missing"
+        return Manifest(run), FileReport(file.name, "unverified", content)
+    counts = f"{len(manifest.segments):,} segments, {len(manifest.snapshots):,} snapshots"
+    return manifest, FileReport(file.name, "good", f"lists {counts}")
+
+
+def _verify_segments(
+    path: Path, run: str, rank: int, ranks: int, listed: Mapping[int, SegmentEntry]
+) -> Iterator[FileReport]:
+    files = {folder.number_of(file): file for file in folder.segments_of(path, rank, ranks)}
+    last = None
+    for number in range(max({-1, *files, *listed}) + 1):
+        if number in files:
+            identity = SegmentIdentity(run, number, rank, ranks)
+            report, last = _verify_segment(files[number], identity, last, listed)
             yield report
-    for index in indices_in(path):
-        yield _verify_snapshot(path, index)
+        else:
+            content = (
+                listed[number].describe() if number in listed else "a segment before other ones"
+            )
+            yield FileReport(folder.segment_name(number, rank, ranks), "missing", content)
 
 
 def _verify_segment(
-    file: Path, identity: SegmentIdentity, last: int | None
+    file: Path,
+    identity: SegmentIdentity,
+    last: int | None,
+    listed: Mapping[int, SegmentEntry],
 ) -> tuple[FileReport, int | None]:
     """Return the state of a segment, and the index of the last step so far."""
     try:
@@ -70,6 +104,7 @@ def _verify_segment(
         reader = OpenSegment(segment)
         for position in range(len(segment)):
             reader.step_at(position)
+        require_same(segment, listed)
     except StoreFileError as error:
         return FileReport(file.name, "damaged", str(error)), last
     first, end = segment.indices[0], segment.indices[-1]
@@ -80,10 +115,12 @@ def _verify_segment(
     return FileReport(file.name, state, content), end
 
 
-def _verify_snapshot(path: Path, index: int) -> FileReport:
+def _verify_snapshot(path: Path, index: int, entry: SnapshotEntry | None) -> FileReport:
     name = snapshot_file(path, index).name
+    if index not in indices_in(path):
+        return FileReport(name, "missing", f"the weights before step {index:,}")
     try:
-        weights = read_snapshot(path, index)
+        weights = read_snapshot(path, index, entry)
     except StoreFileError as error:
         return FileReport(name, "damaged", str(error))
     return FileReport(name, "good", f"{len(weights):,} tensors before step {index:,}")

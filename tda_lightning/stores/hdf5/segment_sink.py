@@ -1,0 +1,188 @@
+"""SegmentSink: the steps of one process, written to one segment after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+
+from tda_lightning.stores.durable import make_durable
+from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder, write_segment
+from tda_lightning.stores.hdf5.background_write import BackgroundWrite
+from tda_lightning.stores.hdf5.buffer import StepBuffer
+from tda_lightning.stores.hdf5.listing import entry_of, kept_entries
+from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
+from tda_lightning.stores.hdf5.segment_reader import Shard
+from tda_lightning.stores.hdf5.snapshot_files import drop_snapshots_after
+from tda_lightning.stores.manifest import append_entry, manifest_file, write_manifest
+from tda_lightning.stores.row_formats import Storage
+from tda_lightning.stores.step import Step
+
+
+class SegmentSink:
+    """Buffers steps, and writes them to segments in the background.
+
+    Args:
+        storage: Number format of the rows on disk.
+        segment_bytes: Seal when the buffered rows take this much memory.
+        segment_seconds: Seal when the oldest buffered step is this old.
+        permit: Raises if nothing may be written any more.
+    """
+
+    def __init__(
+        self,
+        storage: Storage | None,
+        segment_bytes: int,
+        segment_seconds: float,
+        permit: Callable[[], None],
+    ) -> None:
+        self._path = Path()
+        self._storage = storage
+        self._segment_bytes = segment_bytes
+        self._segment_seconds = segment_seconds
+        self._permit = permit
+        self._shard = Shard()
+        self._next = SegmentIdentity("", 0)  # the segment to be written next
+        self._writing: BackgroundWrite[Segment] | None = None
+        self._buffered_since = 0.0
+
+    def start_at(self, path: Path, identity: SegmentIdentity, shard: Shard) -> None:
+        """Write a segment of the run in a folder next, and add it and later ones to a shard."""
+        self._path, self._next, self._shard = path, identity, shard
+
+    def append(self, step: Step) -> None:
+        """Buffer a step; start writing when the buffer is full or old."""
+        if not self._buffer.has_room_for(step):
+            self._start_writing()
+        if not self._buffer.steps:
+            self._buffered_since = time.monotonic()
+        self._buffer.add(step)
+        age = time.monotonic() - self._buffered_since
+        if self._buffer.is_full() or age >= self._segment_seconds:
+            self._start_writing()
+
+    def seal(self) -> None:
+        """Write the buffered steps to a new segment and wait until it is on disk."""
+        if self._buffer.steps:
+            self._start_writing()
+        self.finish()
+
+    def discard(self) -> None:
+        """Forget the buffered steps."""
+        self._buffer.clear()
+
+    def finish(self) -> None:
+        """Wait until the segment being written is on disk."""
+        if self._writing is None:
+            return
+        try:
+            segment = self._writing.result()
+        except OSError:
+            self._writing = None
+            self._next = self._next.shifted(-1)  # A failed write leaves no gap.
+            raise
+        self._writing = None
+        self._shard.add(segment)
+
+    @cached_property
+    def _buffers(self) -> list[StepBuffer]:
+        """The buffer being filled and the one being written; a store that only reads has none."""
+        return [StepBuffer(self._segment_bytes, self._storage) for _ in range(2)]
+
+    @property
+    def _buffer(self) -> StepBuffer:
+        return self._buffers[0]
+
+    def _start_writing(self) -> None:
+        """Write the buffered steps in the background, one segment at a time."""
+        self.finish()
+        # An exception may come between any two of these lines, from a signal handler: the write is
+        # registered before its thread starts, and a second call repeats it at worst.
+        write = partial(self._write, self._buffer.steps, self._next)
+        self._writing = BackgroundWrite(write)
+        self._buffers[1].clear()
+        self._buffers.reverse()
+        self._next = self._next.shifted(1)
+        self._writing.start()
+
+    def _write(self, steps: list[Step], identity: SegmentIdentity) -> Segment:
+        """Write a segment, list it in the manifest, and return the object that reads it.
+
+        Raises:
+            OSError: If writing failed.
+        """
+        number, rank, ranks = identity.number, identity.rank, identity.ranks
+        file = self._path / folder.segment_name(number, rank, ranks)
+        try:
+            self._permit()
+            write_segment(file, steps, self._storage, identity, self._permit)
+        except OSError:
+            raise
+        except (
+            Exception
+        ) as error:  # h5py raises some system errors, such as a full disk, as others.
+            raise OSError(f"writing `{file}` failed: {error}") from error
+        segment = Segment(file, identity)
+        append_entry(manifest_file(self._path, rank, ranks), entry_of(segment))
+        return segment
+
+
+def cut(
+    path: Path,
+    first: SegmentIdentity,
+    index: int,
+    storage: Storage | None,
+    permit: Callable[[], None],
+) -> tuple[Shard, SegmentIdentity]:
+    """Drop the steps of one process from ``index`` on, and the snapshots after it.
+
+    Args:
+        path: Folder of the run.
+        first: Identity of the first segment of that process.
+        index: Index of the first step to drop.
+        storage: Number format of rewritten rows.
+        permit: Raises if nothing may be written any more.
+
+    Returns:
+        The steps that stay, and the identity of the segment to write next.
+    """
+    run, rank, ranks = first.run, first.rank, first.ranks
+    manifest = manifest_file(path, rank, ranks)
+    remaining = kept_entries(path, run, rank, ranks, index)
+    permit()
+    # List only the files that stay, before any other is deleted.
+    write_manifest(manifest, remaining)
+    # Delete from the end, so that an interruption leaves a run without gaps.
+    for file in reversed(folder.segments_of(path, rank, ranks)):
+        permit()
+        _drop_from(file, index, storage, folder.identity_of(file, run, ranks))
+    if rank == 0:
+        drop_snapshots_after(path, index)
+    make_durable(path)
+    shard = Shard(folder.segments_of(path, rank, ranks), run, ranks)
+    for segment in shard.segments:
+        if folder.number_of(segment.path) not in remaining.segments:
+            append_entry(manifest, entry_of(segment))
+    # A lost segment keeps its number, so that the gap stays visible.
+    numbers = {-1, *remaining.segments, *map(folder.number_of, shard.files)}
+    return shard, first.shifted(max(numbers) + 1)
+
+
+def _drop_from(file: Path, index: int, storage: Storage | None, identity: SegmentIdentity) -> None:
+    """Drop the steps from ``index`` on: rewrite the segment, or delete it if none is left.
+
+    Args:
+        file: The segment.
+        index: Index of the first step to drop.
+        storage: Number format of the rewritten rows.
+        identity: Which segment it is.
+    """
+    segment = Segment(file, identity)
+    n_earlier = sum(step_index < index for step_index in segment.indices)
+    if n_earlier == 0:
+        file.unlink()
+    elif n_earlier < len(segment):
+        reader = OpenSegment(segment)
+        steps = [reader.step_at(position) for position in range(n_earlier)]
+        write_segment(file, steps, storage, identity)

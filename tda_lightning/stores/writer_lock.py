@@ -1,0 +1,295 @@
+"""WriterLock: only one training at a time writes to a run.
+
+The lock is a file in the folder of the run that names its owner. It needs no locks of the file
+system, so it also works where these do not, such as on many network file systems. The owner looks
+at it before every write: a training that has lost the lock stops recording.
+
+An owner on the same machine is alive if its process is. Another machine's processes cannot be seen,
+so the owner renews
+the time of the file while it records. Without that it counts as dead after a while.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from tda_lightning.stores.damage import StoreFileError
+from tda_lightning.stores.durable import NO_BLOCK, NO_FOLLOW
+
+LOCK = ".writer.lock"
+# The owner renews the file this often; without renewal for so long, it is taken for dead.
+RENEWAL_SECONDS = 5.0
+STALE_SECONDS = 60.0
+
+
+class RunInUseError(StoreFileError):
+    """Another training writes to the run; the message names it."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that writes to a run.
+
+    Attributes:
+        host: Name of the machine.
+        machine: Identifies the machine since it booted, and the processes that can be seen; empty
+            if unknown.
+        process: Id of the process.
+        born: Identifies the process among those with the same id; empty if unknown.
+        run: Id of the run.
+        since: Time at which it began to write.
+        token: Identifies this one lock.
+    """
+
+    host: str
+    machine: str
+    process: int
+    born: str
+    run: str
+    since: str
+    token: str
+
+    @classmethod
+    def this_process(cls, run: str) -> Owner:
+        """Return this process as the owner of a run, with a new token."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        process, host = os.getpid(), socket.gethostname()
+        born, token = _birth_of(process), uuid.uuid4().hex
+        return cls(host, _this_machine(), process, born, run, now, token)
+
+    def is_same_process(self, other: Owner) -> bool:
+        """Return whether two owners are the same process."""
+        return (self.host, self.machine, self.process, self.born) == (
+            *(other.host, other.machine, other.process, other.born),
+        )
+
+    def describe(self) -> str:
+        """Return a short description that identifies the process."""
+        return f"process {self.process} on host {self.host!r}, since {self.since}, run {self.run!r}"
+
+
+class WriterLock:
+    """The right to write to the run in a folder."""
+
+    def __init__(self) -> None:
+        self._file = Path(LOCK)
+        self._token = ""
+        self._is_owner = False
+        self._renewed = 0.0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object has acquired the lock, and not released it."""
+        return bool(self._token)
+
+    def acquire(self, folder: Path, run: str) -> None:
+        """Become the owner. Earlier owners in this process, and dead ones, lose the lock.
+
+        Args:
+            folder: The folder of the run.
+            run: Id of the run.
+
+        Raises:
+            RunInUseError: If another training writes to the run.
+        """
+        self._file, owner = folder / LOCK, Owner.this_process(run)
+        if not _create(self._file, owner):
+            _require_free(self._file, owner)
+            _replace(self._file, owner)
+        self._hold(owner.token)
+        self.require()
+
+    @contextmanager
+    def held(self, folder: Path, run: str) -> Iterator[None]:
+        """Hold the lock inside the context, unless it is held already.
+
+        Raises:
+            RunInUseError: If another training writes to the run.
+        """
+        if self.is_held:
+            yield
+            return
+        self.acquire(folder, run)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def join(self, folder: Path) -> None:
+        """Write beside the present owner: another process of the same training."""
+        self._file = folder / LOCK
+        owner = read_owner(self._file)
+        self._token = owner.token if owner else ""
+
+    def require(self) -> None:
+        """Check that this training still has the lock, and renew it.
+
+        Raises:
+            RunInUseError: If another one has taken it.
+        """
+        owner = read_owner(self._file)
+        if self._token and owner is not None and owner.token != self._token:
+            raise _in_use(self._file, owner)
+        # The owner ends last, so that its processes may find no lock any more.
+        if self._is_owner and owner is None and not self._file.exists():
+            raise RunInUseError(
+                f"`{self._file}` is gone; expected the lock of this training. Another training has "
+                "written to the folder meanwhile, or somebody has deleted the lock. Record again."
+            )
+        if time.monotonic() - self._renewed > RENEWAL_SECONDS:
+            with suppress(OSError):
+                os.utime(self._file, follow_symlinks=False)
+            self._renewed = time.monotonic()
+
+    def renew(self) -> None:
+        """Show that the owner is alive; costs nothing if called often."""
+        if self._token and time.monotonic() - self._renewed > RENEWAL_SECONDS:
+            self.require()
+
+    def release(self) -> None:
+        """Let other trainings write; does nothing if the lock is not held."""
+        if self._is_owner:
+            _release(self._file, self._token, os.getpid())
+        self._token, self._is_owner = "", False
+
+    def _hold(self, token: str) -> None:
+        self._token, self._is_owner = token, True
+        # A store that nobody closes gives the lock back when it is collected, or at exit.
+        weakref.finalize(self, _release, self._file, token, os.getpid())
+
+
+def read_owner(file: Path) -> Owner | None:
+    """Return the owner that a lock names, or ``None`` if there is no lock, or a damaged one."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
+    except OSError:
+        return None
+    with open(descriptor, "rb") as stream:
+        try:
+            return Owner(**json.loads(stream.read(2**12)))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def _create(file: Path, owner: Owner) -> bool:
+    """Write a lock; return whether there was none."""
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o644)
+    except FileExistsError:
+        return False
+    with open(descriptor, "wb") as stream:
+        stream.write(json.dumps(asdict(owner)).encode())
+        stream.flush()
+        os.fsync(descriptor)
+    return True
+
+
+def _replace(file: Path, owner: Owner) -> None:
+    # If two processes find the same dead owner, the later one wins; `require` raises in the other.
+    partial = file.with_name(f"{LOCK}-{owner.token}.partial")
+    _create(partial, owner)
+    partial.replace(file)
+
+
+def _release(file: Path, token: str, process: int) -> None:
+    # A forked child holds a copy of its parent's lock, which is not its own to release.
+    if os.getpid() == process and token:
+        owner = read_owner(file)
+        if owner is not None and owner.token == token and owner.process == process:
+            with suppress(OSError):
+                file.unlink()
+
+
+def _require_free(file: Path, this: Owner) -> None:
+    """Wait until the owner of a lock is known to be dead.
+
+    Raises:
+        RunInUseError: If it is alive.
+    """
+    first_time = _time_of(file)
+    while (owner := read_owner(file)) is not None or _age_of(file) < 1.0:
+        if owner is None:  # It has been created, but not yet written.
+            time.sleep(0.05)
+            continue
+        if owner.is_same_process(this) or not _may_be_alive(owner, this):
+            return
+        is_renewed = _time_of(file) != first_time
+        if is_renewed or (owner.machine and owner.machine == this.machine):
+            raise _in_use(file, owner)
+        if _age_of(file) > STALE_SECONDS:
+            return
+        time.sleep(0.2)
+
+
+def _may_be_alive(owner: Owner, this: Owner) -> bool:
+    """Return whether an owner may be alive; one on another machine always may."""
+    if not owner.machine or owner.machine != this.machine:
+        return True
+    if owner.born:
+        return _birth_of(owner.process) == owner.born
+    try:
+        os.kill(owner.process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _time_of(file: Path) -> int:
+    """Return the time of the last renewal, by the clock of the file system."""
+    # Opening a file makes a network file system contact its server.
+    with suppress(OSError):
+        descriptor = os.open(file, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
+        try:
+            return os.fstat(descriptor).st_mtime_ns
+        finally:
+            os.close(descriptor)
+    return 0
+
+
+def _age_of(file: Path) -> float:
+    """Return the seconds since the last renewal; infinite if the file is gone."""
+    renewed = _time_of(file)
+    if not renewed:
+        return float("inf")
+    # Compare with the time of a new file, since the clocks of machines may differ.
+    clock = file.with_name(f"{LOCK}-{uuid.uuid4().hex}.partial")
+    try:
+        clock.touch()
+        return (clock.stat().st_mtime_ns - renewed) / 1e9
+    finally:
+        clock.unlink(missing_ok=True)
+
+
+def _in_use(file: Path, owner: Owner) -> RunInUseError:
+    return RunInUseError(
+        f"`{file.parent}` is being written by another training: {owner.describe()}. Expected only "
+        "one at a time. Wait until it ends, or record into another folder."
+    )
+
+
+def _this_machine() -> str:
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return "" if os.name == "nt" else socket.gethostname()
+
+
+def _birth_of(process: int) -> str:
+    """Return the start time of a living process; empty if it is dead or cannot be seen."""
+    with suppress(OSError):
+        # The name of the program, in brackets, may hold anything.
+        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    return ""

@@ -1,0 +1,219 @@
+"""A run from a stranger is data: it cannot read or write elsewhere, hang, or fill the memory."""
+
+import json
+import os
+import zlib
+from contextlib import suppress
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from tda_lightning import HDF5Store, Scores
+from tda_lightning.cli import main
+from tda_lightning.stores.contract import RECIPE, make_steps
+from tda_lightning.stores.damage import StoreFileError
+from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
+from tda_lightning.stores.writer_lock import LOCK
+
+SEGMENT = "segment-000000.h5"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of one segment without checksums: a stranger can compute them, too."""
+    store = HDF5Store(tmp_path / "run")
+    store.begin(RECIPE)
+    for step in make_steps(3):
+        store.append(step)
+    store.seal()
+    store.keep_weights(4, {"weight": torch.ones(3)})
+    store.release()
+    file = tmp_path / "run" / SEGMENT
+    file.write_bytes(file.read_bytes()[HEADER_BYTES:])
+    (tmp_path / "run" / "manifest.jsonl").unlink()
+    return tmp_path / "run"
+
+
+def replace_dataset(run, name, create):
+    with h5py.File(run / SEGMENT, "r+", locking=False) as file:
+        del file[name]
+        create(file)
+
+
+def edit_recipe(run, **changes):
+    document = json.loads((run / "recipe.json").read_text())
+    document["recipe"].update(changes)
+    del document["crc32"]
+    content = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    document["crc32"] = zlib.crc32(content)
+    (run / "recipe.json").write_text(json.dumps(document))
+
+
+def read_all(run):
+    store = HDF5Store.open(run)
+    return [step.sketch.sum() for step in store], store.visited_ids()
+
+
+def external_link(file, name, elsewhere):
+    with h5py.File(elsewhere, "w") as other:
+        other["secret"] = np.arange(6)
+    file[name] = h5py.ExternalLink(str(elsewhere), "secret")
+
+
+def soft_link(file, name, elsewhere):
+    file[name] = h5py.SoftLink("/steps/epoch")
+
+
+def external_storage(file, name, elsewhere):
+    elsewhere.write_bytes(bytes(range(48)))
+    external = [(str(elsewhere), 0, 48)]
+    file.create_dataset(name, (6,), "i8", external=external)
+
+
+def virtual_dataset(file, name, elsewhere):
+    with h5py.File(elsewhere, "w") as other:
+        other["secret"] = np.arange(6)
+    layout = h5py.VirtualLayout((6,), "i8")
+    layout[:] = h5py.VirtualSource(str(elsewhere), "secret", (6,))
+    file.create_virtual_dataset(name, layout)
+
+
+@pytest.mark.parametrize(
+    "create",
+    [external_link, soft_link, external_storage, virtual_dataset],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("name", ["visits/sample_id", "steps/index", "steps/offset"])
+def test_data_in_other_files_are_not_read(run, tmp_path, name, create):
+    replace_dataset(run, name, lambda file: create(file, name, tmp_path / "elsewhere"))
+    with pytest.raises(StoreFileError, match=rf"{SEGMENT}.*not (read|followed)"):
+        read_all(run)
+    with pytest.raises(StoreFileError, match=rf"{SEGMENT}.*not (read|followed)"):
+        HDF5Store.open(run).visited_ids()
+
+
+@pytest.mark.parametrize("name", ["steps/index", "visits/sample_id", "preconditioners/step"])
+@pytest.mark.parametrize("settings", [{}, {"compression": "gzip"}, {"chunks": (2**20,)}], ids=str)
+def test_a_size_far_beyond_that_of_the_file_is_refused(run, name, settings):
+    def create(file):
+        file.create_dataset(name, shape=(2**40,), dtype="i8", **settings)
+
+    replace_dataset(run, name, create)
+    with pytest.raises(
+        StoreFileError, match=rf"{SEGMENT}.*'{name}' claims 8,796,093,022,208 bytes"
+    ):
+        read_all(run)
+
+
+@pytest.mark.parametrize("name", [".snapshot-00000005.pt.partial", ".segment-000001.h5.partial"])
+def test_writing_does_not_follow_a_link(run, tmp_path, name):
+    (tmp_path / "mine").write_text("precious")
+    (run / name).symlink_to(tmp_path / "mine")
+    store = HDF5Store(run)
+    store.resume(6)
+    store.append(replace(make_steps(1)[0], index=6))
+    store.seal()
+    store.keep_weights(5, {"weight": torch.ones(3)})
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert len(HDF5Store.open(run)) == 4
+
+
+@pytest.mark.parametrize("name", [".recipe.json.partial", ".manifest.jsonl.partial", LOCK])
+def test_beginning_a_run_does_not_follow_a_link(tmp_path, name):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    HDF5Store(tmp_path / "run").begin(RECIPE)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "name", [SEGMENT, "snapshot-00000004.pt", "manifest.jsonl", "segment-000001.h5"]
+)
+def test_a_pipe_is_refused_rather_than_waited_for(run, name):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(StoreFileError, match=rf"{name}.*not a regular file"):
+        HDF5Store.open(run).weights_at(4)
+
+
+def test_a_pipe_in_place_of_the_recipe_is_no_run(run):
+    (run / "recipe.json").unlink()
+    os.mkfifo(run / "recipe.json")
+    with pytest.raises(ValueError, match="is not a recorded run"):
+        HDF5Store.open(run)
+
+
+@pytest.mark.parametrize("content", ["[" * 10**6 + "]" * 10**6, '{"a":' * 5000 + "1" + "}" * 5000])
+def test_deep_json_is_one_error(run, content):
+    (run / "recipe.json").write_text(content)
+    with pytest.raises(StoreFileError, match=r"recipe\.json` is damaged.*RecursionError"):
+        HDF5Store.open(run)
+
+
+def test_a_huge_recipe_is_not_read(run):
+    with (run / "recipe.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(StoreFileError, match=r"recipe\.json.*1,099,511,627,776 bytes"):
+        HDF5Store.open(run)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("ranks", 10**7), ("train_ids", [[0, 2**40]]), ("dimension", -1)]
+)
+def test_absurd_numbers_are_refused(run, field, value):
+    edit_recipe(run, **{field: value})
+    with pytest.raises(StoreFileError, match=rf"recipe\.json` is damaged.*`{field}`"):
+        HDF5Store.open(run)
+
+
+def test_an_archive_that_grows_a_thousandfold_is_not_read(tmp_path):
+    np.savez_compressed(tmp_path / "bomb.npz", values=np.zeros(2**22))
+    with pytest.raises(ValueError, match=r"bomb\.npz` is damaged.*claims 33,554,560 bytes"):
+        Scores.load(tmp_path / "bomb.npz")
+
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2J\r\nforged"
+
+
+@pytest.mark.parametrize("command", ["info", "audit", "data", "verify"])
+@pytest.mark.parametrize("field", ["model", "versions", "left_out", "optimizer", "version"])
+def test_no_control_character_reaches_the_terminal(run, command, field, capsys):
+    left_out = [{"name": ESCAPE, "layer": "L", "size": 1, "reason": ESCAPE}]
+    match field:
+        case "optimizer":
+            names = np.array([ESCAPE] * 3, dtype=object)
+            replace_dataset(
+                run, "steps/optimizer", lambda f: f.__setitem__("steps/optimizer", names)
+            )
+        case "version":
+            document = json.loads((run / "recipe.json").read_text())
+            (run / "recipe.json").write_text(json.dumps({**document, "version": ESCAPE}))
+        case _:
+            values = {"model": ESCAPE, "versions": {ESCAPE: ESCAPE}, "left_out": left_out}
+            edit_recipe(run, **{field: values[field]})
+    assert main([command, str(run)]) == 1
+    captured = capsys.readouterr()
+    assert not set((captured.out + captured.err).replace("\n", "")) & set("\x1b\x07\r")
+    assert captured.err.count("\n") <= 1
+
+
+def test_names_of_files_are_escaped_in_messages(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "\x1b[2J").touch()
+    with pytest.raises(ValueError, match="is not a recorded run") as raised:
+        HDF5Store.open(tmp_path / "run")
+    assert "\x1b" not in str(raised.value)
+
+
+@pytest.mark.parametrize("offset", [[0, -5, 6], [0, 10**15, 6], [0, 2, 1000]])
+def test_offsets_do_not_reach_beyond_the_rows(run, offset):
+    with h5py.File(run / SEGMENT, "r+", locking=False) as file:
+        file["steps/offset"][1:] = offset
+        with suppress(KeyError):
+            file["steps/offset"][0] = 0
+    with pytest.raises(StoreFileError, match=f"{SEGMENT}.*do not rise"):
+        read_all(run)
