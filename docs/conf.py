@@ -17,6 +17,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_use_ivar = True
+pygments_style = "default"  # shows added and removed lines of a diff in colour
 html_theme = "furo"
 html_title = "tda_lightning"
 exclude_patterns = ["_build"]

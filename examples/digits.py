@@ -8,7 +8,6 @@ labels.
 import argparse
 from pathlib import Path
 
-import matplotlib
 import pytorch_lightning as pl
 import torch
 from sklearn.datasets import load_digits
@@ -16,12 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from tda_lightning import GradientRecorder, attribute, self_influence
+from tda_lightning import GradientRecorder, Scores, attribute, self_influence
 from tda_lightning.metrics import mislabel_recall
+from tda_lightning.report.plots import plot_proponents
 from tda_lightning.results import Ranking
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 
 class DigitsCNN(pl.LightningModule):
@@ -93,42 +90,15 @@ def print_answer(train: TensorDataset, digits: Tensor, best: Ranking, worst: Ran
 
 
 def draw(
-    path: Path,
-    train: TensorDataset,
-    flipped: Tensor,
-    test: tuple[Tensor, Tensor],
-    best: Ranking,
-    worst: Ranking,
+    path: Path, scores: Scores, train: TensorDataset, flipped: Tensor, queries: tuple[Tensor, ...]
 ) -> None:
     """Save a picture of each query beside its proponents and its opponents."""
-    rows, k = best.ids.shape
-    figure, axes = plt.subplots(rows, 2 * k + 1, figsize=(1.25 * (2 * k + 1), 1.6 * rows))
-    images, labels = train.tensors
-    for row in range(rows):
-        _tile(axes[row, 0], test[0][row], f"a {test[1][row]}", "black")
-        for side, ranking, color in ((0, best, "tab:blue"), (1, worst, "tab:red")):
-            for place in range(k):
-                i = int(ranking.ids[row, place])
-                label = f"“{labels[i]}”{' (flipped)' if flipped[i] else ''}"
-                title = f"{label}\n{ranking.values[row, place]:+.3f}"
-                _tile(axes[row, 1 + side * k + place], images[i], title, color)
-    figure.suptitle(
-        "Test digit (left), the training digits that helped it most (blue) and hurt it most "
-        "(red).\n In quotes: the label that training digit carried. Below: its score.",
-        fontsize=11,
-    )
-    figure.tight_layout(h_pad=1.5)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _tile(axes: plt.Axes, image: Tensor, title: str, color: str) -> None:
-    axes.imshow(image[0], cmap="gray_r")
-    axes.set_title(title, fontsize=8, color=color)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color(color)
+    names = [
+        f"{label} (flipped)" if is_flipped else str(int(label))
+        for label, is_flipped in zip(train.tensors[1].tolist(), flipped.tolist(), strict=True)
+    ]
+    samples = list(zip(train.tensors[0], names, strict=True))
+    plot_proponents(scores, queries, samples).savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -158,7 +128,7 @@ def main() -> None:
     scores = attribute(options.run, model, queries)
     best, worst = scores.proponents(4), scores.opponents(4)
     print_answer(train, queries[1], best, worst)
-    draw(options.picture, train, flipped, queries, best, worst)
+    draw(options.picture, scores, train, flipped, queries)
 
     influence = self_influence(options.run)
     recall = mislabel_recall(influence.values, flipped)

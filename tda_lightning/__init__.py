@@ -1,7 +1,9 @@
 """Training data attribution for PyTorch Lightning: which samples made the model do that."""
 
+from importlib.metadata import version
+
 # Record
-from tda_lightning.callbacks import ContributionTracker, GradientRecorder
+from tda_lightning.callbacks import ContributionTracker, GradientRecorder, LossRecorder
 from tda_lightning.gradients.nodes import node_rule
 from tda_lightning.gradients.sketching.projectors import (
     CountSketch,
@@ -35,8 +37,11 @@ from tda_lightning.full_influence import (  # isort: skip
     FullInfluenceFunction,
     attribute_by_gradients,
 )
+from tda_lightning.passes.losses import sample_losses  # isort: skip
 from tda_lightning.passes.targets import LogProbability, Logit, Margin  # isort: skip
 from tda_lightning.results import Scores  # isort: skip
+
+__version__ = version("tda_lightning")
 
 __all__ = [
     "TRAK",
@@ -54,6 +59,7 @@ __all__ = [
     "KroneckerCountSketch",
     "LogProbability",
     "Logit",
+    "LossRecorder",
     "Margin",
     "RepresenterPoint",
     "Scores",
@@ -68,6 +74,7 @@ __all__ = [
     "node_rule",
     "record",
     "record_queries",
+    "sample_losses",
     "self_influence",
     "top_attributions",
     "trajectory",

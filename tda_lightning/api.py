@@ -20,9 +20,17 @@ from tda_lightning.attribution.tracin import TracInCP
 from tda_lightning.attribution.trajectory import chosen_ids, contributions
 from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import Mode, fingerprint, warn_of_other_weights
-from tda_lightning.passes.queries import mean_rows_at, record_queries, rows_at_snapshots
+from tda_lightning.passes.queries import (
+    QueryRows,
+    identified_rows,
+    mean_rows_at,
+    rows_at_snapshots,
+)
 from tda_lightning.passes.targets import Loss, Target
-from tda_lightning.results.scores import SampleScores, Scores, TopScores, require_rank
+from tda_lightning.results.ranking import SampleRanking, require_rank
+from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.results.scores import Scores
+from tda_lightning.results.top_scores import TopScores
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
@@ -62,8 +70,7 @@ def attribute(
             has, and warns if they are not those at the end of the recorded training. ``"model"``
             uses them without a warning. The index of a step uses the snapshot taken before that
             step. ``"snapshots"`` uses several: ``TracIn`` pairs each step with the nearest
-            snapshot; other methods take the mean of the query gradients at snapshots in the last
-            two thirds of the run. The model's own weights are restored afterwards.
+            snapshot; other methods take the mean over snapshots in the last two thirds of the run.
         mode: Whether the model is in evaluation or training mode for the queries.
         progress: Show progress bars.
 
@@ -77,15 +84,17 @@ def attribute(
     question = Question(_method_at(method, at), target, at, mode, progress)
     stores, models = _pairs(run, model)
     queries = batches_in_memory(queries) if len(stores) > 1 else queries
-    rows = [
+    asked = [
         question.query_rows(store, own_model, queries)
         for store, own_model in zip(stores, models, strict=True)
     ]
+    first, rows = asked[0], [each.rows for each in asked]
     if isinstance(run, list | tuple):
         scores = question.method.attribute_ensemble(stores, rows, progress=progress)
     else:
         scores = question.method.attribute(stores[0], rows[0], progress=progress)
-    return replace(scores, provenance={**scores.provenance, **question.describe(stores, models)})
+    provenance = {**scores.provenance, **question.describe(stores, models)}
+    return replace(scores, query_ids=first.ids, tokens=first.tokens, provenance=provenance)
 
 
 def self_influence(
@@ -93,11 +102,12 @@ def self_influence(
 ) -> SampleScores:
     """Score every training sample by its effect on its own loss.
 
-    Unusual and mislabelled samples score high.
+    Unusual and mislabelled samples score high. Compare with their plain losses, which
+    :func:`~tda_lightning.sample_losses` returns: which of both finds more depends on the task.
 
     Args:
         run: A recorded training: its folder or a store.
-        method: The attribution method.
+        method: The attribution method: ``TracIn``, ``InfluenceFunction`` or ``Unrolled``.
         progress: Show a progress bar.
 
     Returns:
@@ -149,18 +159,19 @@ def top_attributions(
     store = open_run(run)
     require_rank(k, len(store.train_ids()))
     require_whole("query_batch_size", query_batch_size, least=1)
-    rows = question.query_rows(store, model, queries)
+    asked = question.query_rows(store, model, queries)
     top = top_scores(
-        store, rows, question.method, k, query_batch_size=query_batch_size, progress=progress
+        store, asked.rows, question.method, k, query_batch_size=query_batch_size, progress=progress
     )
-    return replace(top, provenance={**top.provenance, **question.describe([store], [model])})
+    provenance = {**top.provenance, **question.describe([store], [model])}
+    return top.named(asked.ids, asked.tokens, provenance)
 
 
 def trajectory(
     run: Run,
     model: nn.Module,
     queries: Any,
-    train_ids: Int[Tensor, " n_selected"] | Sequence[int],
+    train_ids: Int[Tensor, " n_selected"] | Sequence[int] | SampleRanking,
     *,
     method: Attributor = Unrolled(),
     target: Target = Loss(),
@@ -177,7 +188,7 @@ def trajectory(
         run: A recorded training: its folder or a store.
         model: See :func:`attribute`, as for all arguments that are not listed here.
         queries: See :func:`attribute`.
-        train_ids: Ids of the selected training samples.
+        train_ids: Ids of the selected training samples, or a ranking of them.
         method: See :func:`attribute`.
         target: See :func:`attribute`.
         at: See :func:`attribute`.
@@ -193,22 +204,15 @@ def trajectory(
     question = Question(_method_at(method, at), target, at, mode, progress)
     store = open_run(run)
     selected = chosen_ids(store, train_ids)
-    rows = question.query_rows(store, model, queries)
-    result = contributions(store, rows, selected, question.method, per=per, progress=progress)
-    return replace(result, provenance={**result.provenance, **question.describe([store], [model])})
+    asked = question.query_rows(store, model, queries)
+    result = contributions(store, asked.rows, selected, question.method, per=per, progress=progress)
+    provenance = {**result.provenance, **question.describe([store], [model])}
+    return replace(result, query_ids=asked.ids, provenance=provenance)
 
 
 @dataclass(frozen=True)
 class Question:
-    """The shared keyword arguments of a query; :func:`attribute` documents them.
-
-    Attributes:
-        method: The attribution method, adapted to ``at``.
-        target: The quantity to attribute.
-        at: The weights at which queries are evaluated.
-        mode: Whether the model is in evaluation or training mode for the queries.
-        progress: Show progress bars.
-    """
+    """The keyword arguments of :func:`attribute`, with the method adapted to ``at``."""
 
     method: Attributor
     target: Target
@@ -220,27 +224,30 @@ class Question:
         """Check the mode."""
         require_choice("mode", self.mode, Mode)
 
-    def query_rows(
-        self, store: Store, model: nn.Module, queries: Any
-    ) -> Float[Tensor, "n_query width"]:
-        """Return the query rows that the method takes, on the model's device.
+    def query_rows(self, store: Store, model: nn.Module, queries: Any) -> QueryRows:
+        """Return the queries with the rows that the method takes, on the model's device.
 
         With ``TracIn`` at snapshots, the rows of all nearest snapshots are concatenated.
         """
         self.method.require(store)
-        if self.at == "snapshots":
-            queries = batches_in_memory(queries)
+        queries = batches_in_memory(queries) if self.at == "snapshots" else queries
+        layers = self.method.layers if isinstance(self.method, TracIn | TracInCP) else None
+        passes: list[QueryRows] = []
 
         def record(position: int) -> Float[Tensor, "n_query k"]:
-            return record_queries(
-                model,
-                queries,
-                like=store,
-                target=self.target,
-                at=position,
-                mode=self.mode,
-                progress=self.progress,
+            passes.append(
+                identified_rows(
+                    model,
+                    queries,
+                    store.recipe,
+                    target=self.target,
+                    preconditioner=store.preconditioner(position),
+                    mode=self.mode,
+                    layers=layers,
+                    progress=self.progress,
+                )
             )
+            return passes[-1].rows
 
         if isinstance(self.method, TracInCP):
             nearest = [snapshot for snapshot, _ in nearest_parts(store)]
@@ -249,18 +256,18 @@ class Question:
             rows = mean_rows_at(store, model, self.at, record)
         if self.at == "now":
             warn_of_other_weights(model, store.final_fingerprint)
-        return rows.to(next(model.parameters()).device)
+        return replace(passes[0], rows=rows.to(next(model.parameters()).device))
 
     def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:
         """Return the provenance of the answer: target, weights and mode."""
         if self.at == "now" or self.at == "model":
             weights = [fingerprint(model) for model in models]
         elif isinstance(self.method, TracInCP):
-            weights = [_describe_nearest(store) for store in stores]
+            pairs = [[index for index, _ in nearest_parts(store)] for store in stores]
+            weights = [f"the nearest of {describe_snapshots(each)}" for each in pairs]
         else:
             weights = [describe_weights(store, self.at) for store in stores]
-        is_of_models = self.at in ("now", "model")
-        names = ", ".join(weights if is_of_models else dict.fromkeys(weights))
+        names = ", ".join(weights if self.at in ("now", "model") else dict.fromkeys(weights))
         return {"target": name_of(self.target), "weights": names, "mode": self.mode}
 
 
@@ -276,12 +283,10 @@ def _method_at(method: Attributor, at: Moment) -> Attributor:
             "Pass `FullInfluenceFunction` to `attribute_by_gradients`; pass `FeatureSimilarity`, "
             "`RepresenterPoint` and `LocalJacobianExpansion` to `attribute_by_features`."
         )
-    return TracInCP(method) if at == "snapshots" and isinstance(method, TracIn) else method
-
-
-def _describe_nearest(store: Store) -> str:
-    nearest = [snapshot for snapshot, _ in nearest_parts(store)]
-    return f"the nearest of {describe_snapshots(nearest)}"
+    if not isinstance(method, TracIn):
+        return method
+    chosen = method.with_chosen_queries()
+    return TracInCP(chosen) if at == "snapshots" else chosen
 
 
 def _pairs(run: Any, model: Any) -> tuple[list[Store], list[nn.Module]]:

@@ -6,7 +6,8 @@ A misspelt option must not select another branch, and a number out of range must
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Any, get_args
 
@@ -99,6 +100,33 @@ def require_kind(name: str, value: object, kind: type, examples: str) -> None:
     """
     if not isinstance(value, kind):
         raise ValueError(f"`{name}` is {value!r}; expected an object such as {examples}.")
+
+
+def is_selected(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    """Return whether patterns select a layer by one of its names.
+
+    A pattern may hold ``*`` for any characters. One that begins with ``!`` excludes, whatever the
+    others select; if all exclude, everything else is selected.
+
+    >>> is_selected(["encoder.norm"], ["encoder.*", "!*.norm"])
+    False
+    >>> is_selected(["head"], ["!*.norm"])
+    True
+    """
+    wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
+    unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    names = list(names)
+    return _matches(names, wanted or ["*"]) and not _matches(names, unwanted)
+
+
+def unmatched(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Return the patterns, without their ``!``, that match no name."""
+    names = list(names)
+    return [bare for p in patterns if not _matches(names, [bare := p.removeprefix("!")])]
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
 def describe(value: Any) -> str:

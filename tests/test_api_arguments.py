@@ -9,7 +9,15 @@ from tda_lightning import attribution
 
 saved = tempfile.mkdtemp() + "/weights.pt"
 torch.save(model.state_dict(), saved)
+scores = Scores(torch.eye(3), torch.arange(3), torch.arange(3), "")
 calls = {
+    "an empty batch": lambda: attribute(store, model, data[:0]),
+    "a mask of samples": lambda: trajectory(store, model, queries, store.train_ids() < 3),
+    "names as ids": lambda: record(model, batches, like=store, sample_ids=lambda b: ["a", "b"]),
+    "a mask as ids": lambda: scores.of(scores.train_ids < 2),
+    "a matrix of ids": lambda: scores.of([[1, 2]]),
+    "a ranking of queries as ids": lambda: scores.of(scores.proponents(2)),
+    "words as groups": lambda: scores.grouped(train_labels=["cat"] * 3),
     "a method of full gradients": lambda: attribute(
         store, model, queries, method=FullInfluenceFunction()
     ),
@@ -32,7 +40,7 @@ calls = {
     "a number as run": lambda: attribute(3, model, queries),
     "run and model swapped": lambda: attribute(model, store, queries),
     "a list of runs": lambda: self_influence([store, store]),
-    "no self-influence": lambda: self_influence(store, method=Unrolled()),
+    "no self-influence": lambda: self_influence(store, method=Source()),
     "an unknown mode": lambda: attribute(store, model, queries, mode="training"),
     "an unknown mode of queries": lambda: record_queries(model, queries, like=store, mode="trian"),
     "queries at a missing step": lambda: record_queries(model, queries, like=store, at=99),
@@ -76,6 +84,13 @@ calls = {
 }
 """
 EXPECTED = {
+    "an empty batch": "`queries` is an empty batch; expected at least one sample",
+    "a mask of samples": "`train_ids` is a tensor of shape (13,) (torch.bool); expected a list",
+    "names as ids": "`sample_ids` returned str objects; expected one integer per sample",
+    "a mask as ids": "shape (3,) (torch.bool); expected a list of whole numbers, ids of training",
+    "a matrix of ids": "shape (1, 2) (torch.int64); expected a list of whole numbers",
+    "a ranking of queries as ids": "a ranking for 3 queries; expected one list of ids. Pass those",
+    "words as groups": "`train_labels` are not numbers: ",
     "a method of full gradients": "expected one that reads a run, such as `Unrolled()`.",
     "a class": "`method` is <class 'tda_lightning.attribution.tracin.TracIn'>; expected one",
     "a method of runs for gradients": (

@@ -15,7 +15,11 @@ FLOORS = [
     {"recording", "attribution", "metrics"},
     {"passes"},
     {"callbacks", "api", "features"},
-    {"full_influence", "cli"},
+    {"full_influence"},
+    {"applications"},
+    {"report"},
+    {"cli"},
+    {"__main__"},
 ]
 WEST = {"gradients", "recording", "passes", "callbacks"}
 EAST = {"attribution", "metrics"}
@@ -30,7 +34,7 @@ FEATURES_THAT_KNOW_WEST = {
     "features/attribute.py",
     "features/extraction.py",
 }
-MAX_ENTRIES, MAX_FILES, MAX_LINES = 13, 16, 300
+MAX_ENTRIES, MAX_FILES, MAX_LINES = 15, 16, 300
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -123,7 +127,8 @@ def test_a_library_is_known_in_one_place(library, home):
 
 
 def test_packages_are_small():
-    entries = {place_of(path).split("/")[0] for path in FILES} - {"__init__.py"}
+    entries = {place_of(path).split("/")[0] for path in FILES}
+    entries -= {"__init__.py", "__main__.py"}
     assert len(entries) <= MAX_ENTRIES
     sizes = {path.parent: len(list(path.parent.glob("*.py"))) for path in FILES}
     assert max(sizes.values()) <= MAX_FILES

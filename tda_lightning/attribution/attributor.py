@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from tda_lightning.attribution.device_view import DeviceView
-from tda_lightning.results.scores import SampleScores, Scores
+from tda_lightning.results.progress import progress_bar
+from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Step
@@ -45,13 +46,18 @@ class Attributor(ABC):
     def require(self, run: Store) -> None:
         """Check that the method can be applied to a run.
 
-        By default, every run that has steps is accepted.
+        By default, every run that has steps with rows is accepted.
 
         Raises:
             ValueError: If the run lacks something that the method needs.
         """
         if len(run) == 0:
             raise ValueError("The run has no steps; expected at least one. Pass a longer slice.")
+        if not run.recipe.has_rows:
+            raise ValueError(
+                "The run holds losses and no rows; expected rows to attribute with. Record with "
+                "`GradientRecorder` instead of `LossRecorder`."
+            )
 
     def visit_scores(
         self, run: Store, queries: Float[Tensor, "n_query k"]
@@ -275,4 +281,4 @@ def _recorded_share(recipe: Recipe) -> str:
 
 
 def _with_progress(items: Iterable[Any], total: int, progress: bool, name: str) -> Iterator[Any]:
-    return iter(tqdm(items, total=total, desc=name, unit="step", leave=False, disable=not progress))
+    return iter(progress_bar(items, name, "step", shown=progress, total=total))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from tda_lightning.arguments import require_whole
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.device_view import DeviceView
-from tda_lightning.results.scores import Ranking, TopScores
+from tda_lightning.results.progress import progress_bar
+from tda_lightning.results.ranking import Ranking
+from tda_lightning.results.top_scores import TopScores
 from tda_lightning.stores import Store
 
 
@@ -43,7 +44,7 @@ def top_scores(
     precomputed = method.precomputed(DeviceView(run, queries), queries)
     proponents, opponents, scores = [], [], None
     batches = torch.split(queries, query_batch_size)
-    for batch in tqdm(batches, desc="queries", unit="batch", leave=False, disable=not progress):
+    for batch in progress_bar(batches, "queries", "batch", shown=progress):
         scores = precomputed.attribute(run, batch, progress=progress and len(batches) == 1)
         proponents.append(scores.proponents(k))
         opponents.append(scores.opponents(k))
@@ -59,4 +60,5 @@ def top_scores(
 
 def _concatenated(rankings: list[Ranking]) -> Ranking:
     ids = torch.cat([ranking.ids for ranking in rankings])
-    return Ranking(ids, torch.cat([ranking.values for ranking in rankings]))
+    values = torch.cat([ranking.values for ranking in rankings])
+    return Ranking(ids, values, torch.arange(len(ids)))

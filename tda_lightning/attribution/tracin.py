@@ -16,8 +16,9 @@ With a run's snapshots, each step's query gradient is taken at the nearest one, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -38,12 +39,19 @@ class TracIn(SelfAttributor):
     In a run that was recorded with a stride, each recorded step also represents the skipped ones.
 
     Attributes:
-        layers: Names of the layers whose gradients count, with ``*`` for any characters; all layers
-            by default. A choice requires a projector that gives each layer separate columns, such
-            as ``Identity`` or ``Kronecker``. With other projectors, record only these layers.
+        layers: Names of the layers whose gradients count, with ``*`` for any characters, or with
+            ``!`` in front for those that do not; all layers by default. Scores are exact for
+            projectors that give each layer separate columns, such as ``Identity`` or ``Kronecker``.
+            With others, queries have the gradients of these layers only, and the remaining part of
+            a row adds noise of mean zero. Self-influence is then refused.
     """
 
     layers: Sequence[str] | None = None
+    _has_chosen_queries: bool = field(default=False, repr=False, compare=False)
+
+    def with_chosen_queries(self) -> TracIn:
+        """Return the method for queries that have the gradients of ``layers`` only."""
+        return replace(self, _has_chosen_queries=self.layers is not None)
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
@@ -73,12 +81,19 @@ class TracIn(SelfAttributor):
         """Check that the run is a training, and that its rows keep the layers separate."""
         super().require(run)
         require_training(run)
-        if self.layers is not None:
+        if self._has_chosen_queries and run.recipe.widths is None:
+            warnings.warn(
+                "`TracIn(layers=...)` estimates its scores: the projector of the run adds all "
+                "layers into the same columns, so that the others add noise. For exact scores, "
+                "record with `Kronecker()`, `Identity()` or `GradientRecorder(layers=[...])`.",
+                stacklevel=4,
+            )
+        elif self.layers is not None:
             run.recipe.columns_of(self.layers)
 
     def _select_layers(self, run: Store, rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """Return the rows with zeros in the columns of other layers."""
-        if self.layers is None:
+        if self.layers is None or (self._has_chosen_queries and run.recipe.widths is None):
             return rows
         columns = run.recipe.columns_of(self.layers).to(rows.device)
         return torch.zeros_like(rows).index_copy_(1, columns, rows[:, columns])
@@ -97,6 +112,11 @@ class TracInCP(Attributor):
     """
 
     method: TracIn
+
+    @property
+    def layers(self) -> Sequence[str] | None:
+        """Names of the layers whose gradients count."""
+        return self.method.layers
 
     def require(self, run: Store) -> None:
         """Check that TracIn can be applied to the run."""

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
-from tda_lightning.arguments import require_choice
+from tda_lightning.arguments import describe, require_choice
 from tda_lightning.attribution.attributor import (
     Attributor,
     provenance_of,
     require_finite_totals,
 )
 from tda_lightning.attribution.device_view import DeviceView
+from tda_lightning.results.progress import progress_bar
+from tda_lightning.results.ranking import SampleRanking
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
 
@@ -59,9 +60,8 @@ def contributions(
     visits = queries.new_zeros(len(selected_ids), 1)
     view = DeviceView(run, queries)
     pairs: Any = method.visit_scores(view, queries)
-    for step, scores in tqdm(
-        pairs, total=len(run), desc="trajectory", unit="step", leave=False, disable=not progress
-    ):
+    steps = progress_bar(pairs, "trajectory", "step", shown=progress, total=len(run))
+    for step, scores in steps:
         is_visit = (step.sample_ids[None, :] == selected_ids[:, None]).to(queries)
         visits += is_visit.sum(dim=1, keepdim=True)
         time = step.index if per == "step" else step.epoch
@@ -82,17 +82,19 @@ def contributions(
 
 
 def chosen_ids(
-    run: Store, train_ids: Int[Tensor, " n_selected"] | Sequence[int]
+    run: Store, train_ids: Int[Tensor, " n_selected"] | Sequence[int] | SampleRanking
 ) -> Int[Tensor, " n_selected"]:
     """Return ids of training samples as a tensor.
 
     Raises:
         ValueError: If they are not whole numbers, or if one is not in the training set.
     """
-    ids, all_ids = torch.as_tensor(train_ids), run.train_ids()
+    chosen = train_ids.ids if isinstance(train_ids, SampleRanking) else train_ids
+    ids, all_ids = torch.as_tensor(chosen), run.train_ids()
     if ids.ndim != 1 or ids.dtype not in _INTEGER_DTYPES:
+        shown = describe(chosen) if isinstance(chosen, Tensor) else repr(chosen)
         raise ValueError(
-            f"`train_ids` is {train_ids!r}; expected a list of whole numbers, ids of training "
+            f"`train_ids` is {shown}; expected a list of whole numbers, ids of training "
             "samples, such as `scores.proponents(3).ids[0]`."
         )
     ids = ids.to(torch.int64)

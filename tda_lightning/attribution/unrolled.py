@@ -13,6 +13,8 @@ Hara et al. (2019), "Data Cleansing for Models Trained with SGD", algorithm 2; W
 where :math:`H_t` is a product of a few rows. The pass costs little more than TracIn's, and needs no
 tuning. With momentum, weight decay and schedules, the recursion is the transpose of the optimizer's
 update; see :mod:`tda_lightning.attribution.dynamics.optimizer`.
+
+Self-influence needs no model: the gradient of a sample's own loss is taken from its last visit.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.arguments import require_kind
-from tda_lightning.attribution.attributor import Attributor
+from tda_lightning.attribution.attributor import SelfAttributor
 from tda_lightning.attribution.dynamics.curvature import BestAvailable, Curvature
 from tda_lightning.attribution.dynamics.optimizer import (
     Dynamics,
@@ -37,12 +39,13 @@ from tda_lightning.attribution.dynamics.propagator import (
     LimitedCurvature,
     Propagator,
 )
+from tda_lightning.attribution.visits import last_gradients
 from tda_lightning.stores import Store
 from tda_lightning.stores.step import Step
 
 
 @dataclass(frozen=True)
-class Unrolled(Attributor):
+class Unrolled(SelfAttributor):
     """Differentiation of the whole training, in one pass from the last step to the first.
 
     A slice of a run counts as a training that ended with it. In a run that was recorded with a
@@ -79,6 +82,22 @@ class Unrolled(Attributor):
     ) -> Iterator[tuple[Step, Float[Tensor, "n n_query"]]]:
         """Yield the steps with their visits' scores, reusing the curvature's products."""
         return self._backward(run, queries, _scores)
+
+    def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
+        """Yield the steps with the effect of each visit on its sample's own loss at the end.
+
+        The cost is that of ``min(n_train, k)`` queries. Memory: three matrices of as many rows of
+        ``k`` numbers, and one of ``(n_train, k)``.
+        """
+        train_ids = run.train_ids()
+        gradients = last_gradients(run, train_ids)  # g_q of the equation, for q = i
+        n_train, k = gradients.shape
+        unit_vectors = torch.eye(k, dtype=gradients.dtype, device=gradients.device)
+        queries = gradients if n_train <= k else unit_vectors
+        for step, directions in self.directions(run, queries):
+            positions = torch.searchsorted(train_ids, step.sample_ids).to(gradients.device)
+            own = directions[positions] if n_train <= k else gradients[positions] @ directions
+            yield step, (own * step.sketch).sum(dim=1)
 
     def _backward(
         self, run: Store, queries: Float[Tensor, "n_query k"], take: _Take

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tda_lightning.stores import Store
@@ -29,6 +29,22 @@ def last_visits(run: Store) -> Iterator[Step]:
         ids = step.sample_ids.tolist()
         yield select_visits(step, torch.tensor([i not in seen for i in ids], dtype=torch.bool))
         seen.update(ids)
+
+
+def last_gradients(run: Store, train_ids: Int[Tensor, " n_train"]) -> Float[Tensor, "n_train k"]:
+    """Return each training sample's gradient at its last visit; zero if it was never drawn.
+
+    Args:
+        run: The recorded training.
+        train_ids: Ids of the training samples, sorted.
+    """
+    gradients = torch.zeros(0)
+    for step in map(unweighted, last_visits(run)):
+        if not len(gradients):
+            gradients = step.sketch.new_zeros(len(train_ids), step.sketch.shape[1])
+        positions = torch.searchsorted(train_ids, step.sample_ids)
+        gradients[positions.to(gradients.device)] = step.sketch
+    return gradients
 
 
 def last_epoch(run: Store) -> Store:

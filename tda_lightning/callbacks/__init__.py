@@ -2,5 +2,7 @@
 
 from tda_lightning.callbacks.contribution_tracker import ContributionTracker
 from tda_lightning.callbacks.gradient_recorder import GradientRecorder
+from tda_lightning.callbacks.loss_recorder import LossRecorder
+from tda_lightning.callbacks.training_alarms import TrainingAlarms
 
-__all__ = ["ContributionTracker", "GradientRecorder"]
+__all__ = ["ContributionTracker", "GradientRecorder", "LossRecorder", "TrainingAlarms"]

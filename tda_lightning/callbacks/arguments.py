@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Literal, TypeGuard
 
 from tda_lightning.arguments import require_choice, require_kind, require_limit, require_whole
+from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.stores import WritableStore
@@ -134,13 +135,13 @@ _BOTH: dict[str, Check] = {
     "layers": _or_none(_layers),
     "preconditioner": partial(require_choice, literal=Literal["optimizer", "none"]),
     "sample_ids": _or_none(_sample_ids),
-    "reduction": partial(require_choice, literal=Literal["mean", "sum"]),
     "batch_dims": _or_none(_batch_dims),
-    "existing": partial(require_choice, literal=Literal["refuse", "replace"]),
 }
 RECORDER: Mapping[str, Check] = {
     **_BOTH,
-    "store": _store,
+    "store": _or_none(_store),
+    "existing": _or_none(partial(require_choice, literal=Existing)),
+    "reduction": _or_none(partial(require_choice, literal=Literal["mean", "sum"])),
     "projector": _projector,
     "max_gb": _or_none(require_limit),
     "max_overhead": _or_none(_max_overhead),
@@ -152,6 +153,8 @@ RECORDER: Mapping[str, Check] = {
 TRACKER: Mapping[str, Check] = {
     **_BOTH,
     "store": _file,
+    "existing": partial(require_choice, literal=Literal["refuse", "replace"]),
+    "reduction": partial(require_choice, literal=Literal["mean", "sum"]),
     "period": _period,
     "projector": _or_none(_projector),
     "mode": partial(require_choice, literal=Mode),

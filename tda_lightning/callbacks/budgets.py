@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from tda_lightning.callbacks.cost_estimate import describe_cost, stride_within
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.messages import inform, note
 from tda_lightning.callbacks.run_writer import RunWriter
 from tda_lightning.recording.timing import BatchTiming, Stopwatch, measure
 from tda_lightning.recording.training_recorder import TrainingRecorder
@@ -48,6 +49,7 @@ class Budgets:
         # The recipe whose stride is chosen in the first batch, until it is.
         self._undecided: Recipe | None = None
         self._forward: Stopwatch | None = None
+        self._notes: tuple[str, ...] = ()
 
     def begin(self, trainer: Trainer, model: LightningModule, recipe: Recipe) -> Recipe:
         """Return the recipe with the stride that can be chosen before the first batch.
@@ -71,11 +73,23 @@ class Budgets:
             self._undecided = recipe
         return recipe
 
-    def describe(self, trainer: Trainer, recipe: Recipe) -> None:
-        """Print the expected size on disk, once the stride is chosen."""
-        if self._undecided is None:
-            cost = describe_cost(trainer, recipe, self._sampled, self._store)
-            rank_zero_info(f"GradientRecorder: {cost}")
+    def describe(self, trainer: Trainer, recipe: Recipe, notes: Iterable[str] = ()) -> None:
+        """Log one paragraph on the run, once its stride is chosen.
+
+        Args:
+            trainer: The trainer.
+            recipe: The recipe of the run.
+            notes: Further sentences, for this call or for a later one.
+        """
+        self._notes = (*self._notes, *notes)
+        if self._undecided is not None:
+            return
+        cost = describe_cost(trainer, recipe, self._sampled, self._store)
+        hints = {"size": (self._max_gb, "max_gb"), "time": (self._max_overhead, "max_overhead")}
+        limits = [f"its {what} with `{name}`" for what, (limit, name) in hints.items() if not limit]
+        hint = [f"Limit {' and '.join(limits)}."] if limits else []
+        inform(f"GradientRecorder: {' '.join([cost, *self._notes, *hint])}")
+        self._notes = ()
 
     def start_forward(self, model: LightningModule) -> None:
         """Prepare for the forward pass of a batch."""
@@ -83,26 +97,34 @@ class Budgets:
             self._forward = Stopwatch(model.device)
 
     def choose_stride(
-        self, trainer: Trainer, model: LightningModule, recorder: TrainingRecorder, loss: Tensor
-    ) -> None:
-        """Choose the stride before the backward pass of the first recorded loss."""
-        recipe, limit = self._undecided, self._max_overhead
-        if recipe is None or limit is None or self._forward is None or not recorder.is_recording():
-            return
-        forward = self._forward.seconds()
+        self,
+        trainer: Trainer,
+        model: LightningModule,
+        recorder: TrainingRecorder,
+        loss: Tensor,
+        recipe: Recipe,
+    ) -> Recipe:
+        """Choose the stride before the backward pass of the first recorded loss.
+
+        Returns:
+            The recipe, with this stride if it was chosen.
+        """
+        limit, started = self._max_overhead, self._forward
+        if self._undecided is None or limit is None or started is None:
+            return recipe
+        if not recorder.is_recording():
+            return recipe
+        forward = started.seconds()
         self._undecided = self._forward = None
         # All processes record the same steps: the first one's measurement decides.
         timing = trainer.strategy.broadcast(_timing_of(model, recorder, loss, forward))
         stride = max(recipe.every_n_steps, timing.stride_within(limit))
         recipe = replace(recipe, every_n_steps=stride)
         self._writer.amend(recipe)
-        which = "every step" if stride == 1 else f"one step in {stride:,}"
-        rank_zero_info(
-            f"GradientRecorder: {timing.describe()}; recording {which}, to add no more than "
-            f"{100 * limit:g} %; see `max_overhead`."
-        )
-        self.describe(trainer, recipe)
+        note(f"GradientRecorder: {timing.describe()}.")
+        self.describe(trainer, recipe, [f"Recording adds no more than {100 * limit:g} % of time."])
         recorder.record_every(stride)
+        return recipe
 
     def _within_disk(self, trainer: Trainer, recipe: Recipe) -> Recipe:
         if self._max_gb is None:
@@ -110,11 +132,6 @@ class Budgets:
         stride = stride_within(
             trainer, recipe, self._sampled, self._store, self._max_gb, trainer.world_size
         )
-        if stride > recipe.every_n_steps:
-            rank_zero_info(
-                f"GradientRecorder: recording one step in {stride}, to keep within "
-                f"{self._max_gb:g} GB; see `max_gb`."
-            )
         return replace(recipe, every_n_steps=stride)
 
 
@@ -173,12 +190,13 @@ class FirstBatch:
         recorder.take_time(self._stopwatch.seconds)
 
     def end_backward(self, recorder: TrainingRecorder) -> None:
-        """Print the time of the batch."""
+        """Log the time of the batch."""
         if self._stopwatch is None:
             return
         recording = self._preparation + recorder.time_taken()
         timing = BatchTiming(max(self._stopwatch.seconds() - recording, 1e-9), recording)
         self._stopwatch, self._is_over = None, True
-        rank_zero_info(
-            f"GradientRecorder: {timing.describe()}, measured in the first batch, the slowest."
+        note(
+            f"GradientRecorder: {timing.describe()}. It was measured in the first batch; later "
+            "ones take less. Limit it with `max_overhead`."
         )

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.messages import note
 from tda_lightning.callbacks.method_watchers import training_loaders
-from tda_lightning.callbacks.strategies import why_unsupported
+from tda_lightning.gradients.capture.capture import NO_EFFECT
+from tda_lightning.gradients.losses import Reduction, mixes_samples
 from tda_lightning.recording.hyperparameters import require_one_rate
+from tda_lightning.recording.training_recorder import TrainingRecorder
+from tda_lightning.stores.recipe import LeftOut, Recipe
+
+# By name, since `lightning` and `pytorch_lightning` have separate classes.
+_SINGLE_PROCESS = {"SingleDeviceStrategy"}
+_DATA_PARALLEL = {"DDPStrategy"}
+_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 
 def require_supported(
@@ -25,7 +38,7 @@ def require_supported(
     Raises:
         ValueError: If not. The message names the setting, what was expected, and the remedy.
     """
-    reason = why_unsupported(trainer)
+    reason = _why_unsupported(trainer)
     if reason:
         _refuse(
             f"the strategy `{type(trainer.strategy).__name__}`, where {reason}",
@@ -37,6 +50,65 @@ def require_supported(
         _require_supported_optimizer(optimizer, has_scale)
         if preconditioner == "none":
             require_one_rate(optimizer)
+
+
+def settled_reduction(
+    trainer: Trainer,
+    recorder: TrainingRecorder,
+    loss: Tensor,
+    given: Reduction | None,
+    recipe: Recipe,
+) -> Recipe:
+    """Infer how the first loss combines its samples; warn if that cannot be recorded as such.
+
+    Args:
+        trainer: The trainer.
+        recorder: The recorder, in its first batch; it uses the inferred reduction from now on.
+        loss: The loss of the batch, before its backward pass.
+        given: The user's argument.
+        recipe: The recipe of the run.
+
+    Returns:
+        The recipe, with the inferred reduction if the user has given none.
+    """
+    _warn_of_mixed_samples(loss)
+    inferred = recorder.reduction_of(loss, 1 / trainer.accumulate_grad_batches)
+    if trainer.world_size > 1:
+        inferred = trainer.strategy.broadcast(inferred)
+    if inferred is None or inferred == recipe.reduction:
+        return recipe
+    if given is None:
+        recorder.use_reduction(inferred)
+        return replace(recipe, reduction=inferred)
+    rank_zero_warn(
+        f"GradientRecorder: `reduction` is {given!r}, but the first loss is the {inferred} over "
+        f"its samples; expected {inferred!r}. Weights and scores will be off by the batch size."
+    )
+    return recipe
+
+
+def _warn_of_mixed_samples(loss: Tensor) -> None:
+    """Warn of a loss whose rows would hold two samples under one id."""
+    if mixes_samples(loss):
+        rank_zero_warn(
+            "GradientRecorder: the loss has the labels of two samples for each output, as in mixup "
+            "or CutMix. Each row holds two samples under the id of one; expected one sample per "
+            "row. Mix the samples in the loader, with the ids and weights of both: see `Mixup` in "
+            "docs/gotchas.md."
+        )
+
+
+def lost_blocks(recipe: Recipe) -> list[LeftOut]:
+    """Return the entries of a recipe for blocks that turned out not to be recordable."""
+    return [entry for entry in recipe.left_out if entry.name in recipe.block_names]
+
+
+def warn_of(entries: Sequence[LeftOut]) -> None:
+    """Name parameters that are not recorded."""
+    for entry in entries:
+        # What has no effect is not missing from the rows.
+        report = note if NO_EFFECT in entry.reason else rank_zero_warn
+        report(f"GradientRecorder: {entry.describe()}")
 
 
 def require_one_loader(trainer: Trainer) -> None:
@@ -84,3 +156,13 @@ def _refuse(setting: str, expected: str, remedy: str) -> None:
         f"`GradientRecorder` cannot record faithfully under {setting}; expected {expected}. "
         f"{remedy} Or train without the callback.".replace("  ", " ")
     )
+
+
+def _why_unsupported(trainer: Trainer) -> str:
+    """Return why the gradients of a strategy cannot be recorded; an empty string if they can."""
+    names = {base.__name__ for base in type(trainer.strategy).__mro__}
+    if names & _SHARDED:
+        return "parameters and gradients are split, so that no layer has its full gradient"
+    if not names & (_SINGLE_PROCESS | _DATA_PARALLEL):
+        return "it is not known how it combines gradients"
+    return ""

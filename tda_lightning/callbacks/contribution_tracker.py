@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from tda_lightning.callbacks.arguments import TRACKER, require_sensible
 from tda_lightning.callbacks.checks import require_one_loader, require_supported
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
-from tda_lightning.callbacks.probe import Probe, read_probe
+from tda_lightning.callbacks.messages import inform
 from tda_lightning.callbacks.recording_callback import RecordingCallback
-from tda_lightning.callbacks.tracked_training import (
+from tda_lightning.callbacks.tracking.probe import Probe, read_probe
+from tda_lightning.callbacks.tracking.tracked_training import (
     TrackedTraining,
     TrackerSettings,
     require_trackable,
@@ -145,7 +146,7 @@ class ContributionTracker(RecordingCallback):
         self._ledger.start_training(trainer.global_step)
         for line in tracked.warnings:
             rank_zero_warn(f"ContributionTracker: {line}")
-        rank_zero_info(f"ContributionTracker: {tracked.describe_cost()}")
+        inform(f"ContributionTracker: {tracked.describe_cost()}")
         self._attach(trainer, tracked.recorder, self.every_n_steps)
         self._tracked = tracked
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence, Sized
+from pathlib import Path
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ _VISIT_BYTES = 28
 
 
 def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float, store: WritableStore) -> str:
-    """Return one line on the recorded parameters and the expected size on disk.
+    """Return a sentence on the place of the run, its parameters and the expected size on disk.
 
     Args:
         trainer: The trainer.
@@ -30,19 +31,27 @@ def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float, store: Writa
     total = recorded + sum(entry.size for entry in recipe.left_out)
     row_bytes = _visit_bytes(recipe, sampled, store)
     visits = _expected_visits(trainer, recipe)
-    cost = "an unknown number of visits"
+    cost = f"{row_bytes:,} bytes for each of an unknown number of visits"
     if math.isfinite(visits):
-        cost = f"about {visits:,.0f} visits, {visits * row_bytes / 2**20:,.0f} MiB in all"
+        cost = f"about {visits * row_bytes / 2**20:,.0f} MiB for {visits:,.0f} visits of samples"
+    stride = f"one step in {recipe.every_n_steps:,}" if recipe.every_n_steps > 1 else "every step"
     return (
-        f"recording {recorded / total:.1%} of the trained parameters ({len(recipe.blocks)} layers) "
-        f"in {row_bytes:,} bytes a visit; {cost}."
+        f"recording {stride} and {recorded / total:.1%} of the trained parameters into "
+        f"{_place_of(store)}, {cost}."
     )
+
+
+def _place_of(store: WritableStore) -> str:
+    path = getattr(store, "path", None)
+    if path is None:
+        return f"a `{type(store).__name__}`"
+    return f"`{path.relative_to(here) if path.is_relative_to(here := Path.cwd()) else path}`"
 
 
 def describe_snapshots(
     trainer: Trainer, model: LightningModule, chosen: int | Sequence[int]
 ) -> Iterator[str]:
-    """Yield one line on the expected size of the snapshots, if there are any.
+    """Yield a sentence on the expected size of the snapshots, if there are any.
 
     Args:
         trainer: The trainer.
@@ -58,7 +67,7 @@ def describe_snapshots(
     total = "an unknown number of them"
     if math.isfinite(count):
         total = f"about {math.ceil(count):,} of them, {math.ceil(count) * each:,.1f} MiB"
-    yield f"snapshots of the weights take {each:,.1f} MiB each; {total}."
+    yield f"Snapshots of the weights take {each:,.1f} MiB each; {total}."
 
 
 def stride_within(

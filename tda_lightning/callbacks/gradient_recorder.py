@@ -9,18 +9,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.budgets import Budgets, FirstBatch
-from tda_lightning.callbacks.checks import require_one_loader, require_supported
+from tda_lightning.callbacks.checks import (
+    lost_blocks,
+    require_one_loader,
+    require_supported,
+    settled_reduction,
+    warn_of,
+)
 from tda_lightning.callbacks.cost_estimate import describe_snapshots
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_types import (
+    LightningModule,
+    Trainer,
+    distributed_context,
+    loss_scale_of,
+)
+from tda_lightning.callbacks.recorded_run import RecordedRun
 from tda_lightning.callbacks.recording_callback import RecordingCallback
+from tda_lightning.callbacks.run_location import Existing, RunLocation
 from tda_lightning.callbacks.run_writer import RunWriter
-from tda_lightning.callbacks.strategies import distributed_context, loss_scale_of
-from tda_lightning.gradients.capture.capture import NO_EFFECT
+from tda_lightning.gradients.losses import Reduction
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
@@ -29,21 +41,23 @@ from tda_lightning.recording.optimizer_recorder import RecordingSettings
 from tda_lightning.recording.preconditioning import has_preconditioner
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.training_recorder import TrainingRecorder
-from tda_lightning.stores import HDF5Store, WritableStore
+from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import LeftOut, Recipe, ranges_of
 
 
-class GradientRecorder(RecordingCallback):
+class GradientRecorder(RecordedRun, RecordingCallback):
     """Record, per optimizer step, a sketch of each sample's contribution to the gradient.
 
     The training is unchanged: weights are bit-identical with and without the callback. After
     training, query the run with :func:`tda_lightning.attribute`.
 
     Args:
-        store: Folder to record into, or a store.
+        store: Folder to record into, or a store; by default ``run.tda`` in ``trainer.log_dir``.
+            ``recorder.store`` is that of the last training. ``fast_dev_run`` leaves no files.
         projector: Sketches the gradients.
-        layers: Names of the modules to record, with ``*`` for any characters. By default all
-            modules that are trained and supported.
+        layers: Names of the modules or parameters to record, with ``*`` for any characters, or with
+            ``!`` in front to leave them out: ``["!*.norm"]`` records all others. By default all
+            that are trained and supported.
         every_n_steps: Record every n-th optimizer step.
         max_gb: Largest size of the run in gigabytes; fewer steps are recorded if necessary.
         max_overhead: Largest time that recording may add, as a share of the training time (0.1 for
@@ -61,11 +75,14 @@ class GradientRecorder(RecordingCallback):
             indices. Queries can be evaluated at them: ``attribute(..., at=index)``.
         sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
             default ids are indices into the dataset, inferred from the sampler.
-        reduction: How the training loss combines its samples.
+        reduction: Whether the training loss is the mean or the sum over its samples. By default, it
+            is inferred from the first loss; a mean, if its graph leaves that open.
         batch_dims: Axis of the samples in layers whose names match a pattern, if it is not the
             first: ``{"encoder.*": 1}``. ``"flattened"`` is for layers whose input joins it with
             other axes, as in ``x.reshape(n * length, -1)``.
-        existing: What to do if ``store`` holds a run that this training does not continue. A
+        existing: What to do if ``store`` holds a run that this training does not continue.
+            ``"refuse"``, the default for a named store, raises an error; ``"replace"`` deletes that
+            run; ``"number"``, the default without a name, records into ``run-2.tda`` and so on. A
             resumed training, or one that is fitted further, continues the run that it began.
 
     Raises:
@@ -76,7 +93,7 @@ class GradientRecorder(RecordingCallback):
 
     def __init__(
         self,
-        store: str | Path | WritableStore,
+        store: str | Path | WritableStore | None = None,
         *,
         projector: Projector = KroneckerCountSketch(),
         layers: Sequence[str] | None = None,
@@ -89,13 +106,14 @@ class GradientRecorder(RecordingCallback):
         audit: int = 0,
         snapshots: int | Sequence[int] = 0,
         sample_ids: IdSource | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Reduction | None = None,
         batch_dims: Mapping[str, int | Literal["flattened"]] | None = None,
-        existing: Literal["refuse", "replace"] = "refuse",
+        existing: Existing | None = None,
     ) -> None:
         require_sensible(locals(), RECORDER)
         super().__init__(sample_ids)
-        self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
+        self._location = RunLocation(store, existing)
+        self.store = self._location.initial
         self.projector = projector
         self.layers = layers
         self.every_n_steps = every_n_steps
@@ -108,9 +126,9 @@ class GradientRecorder(RecordingCallback):
         self.snapshots = snapshots
         self.reduction = reduction
         self.batch_dims = dict(batch_dims or {})
-        self.existing = existing
+        self.existing = self._location.existing
         self._sampled = curvature_share if curvature == "fisher" else 0.0
-        self._writer = RunWriter(self.store, existing)
+        self._writer = RunWriter(self.store, "replace" if existing == "replace" else "refuse")
         self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._writer)
         self._first_batch = FirstBatch()
         self._recipe: Recipe | None = None  # Only during training.
@@ -120,24 +138,36 @@ class GradientRecorder(RecordingCallback):
         require_supported(trainer, pl_module, self.preconditioner)
         if self.sample_ids is None:
             require_one_loader(trainer)
+        self._move_to(self._location.choose(trainer, self._writer.begun_run()))
         recorder = self._create_recorder(trainer, pl_module)
         recipe = self._create_recipe(trainer, pl_module, recorder)
         recipe = self._budgets.begin(trainer, pl_module, recipe)
         state, preconditioner = self._writer.begin(trainer, recipe)
         recorder.resume(trainer.global_step, state.get("lanes", ()), preconditioner)
+        if len(self.store):  # The audit of an earlier `fit` has accepted it.
+            recorder.accept()
         self._ledger.start_training(trainer.global_step)
-        _warn_of(recipe.left_out)
+        warn_of(recipe.left_out)
         self._recipe = recipe
-        self._budgets.describe(trainer, recipe)
-        for line in describe_snapshots(trainer, pl_module, self.snapshots):
-            rank_zero_info(f"GradientRecorder: {line}")
+        notes = describe_snapshots(trainer, pl_module, self.snapshots)
+        self._budgets.describe(trainer, recipe, notes)
         self._attach(trainer, recorder, recipe.every_n_steps)
         self._first_batch = FirstBatch()
 
+    def _move_to(self, store: WritableStore) -> None:
+        """Record into a store; one at the same path as before stays in use."""
+        path, other = getattr(self.store, "path", None), getattr(store, "path", None)
+        if store is self.store or (path is not None and path == other):
+            return
+        self.store = store
+        self._writer.move_to(store)
+        self._budgets = Budgets(self.max_gb, self.max_overhead, self._sampled, store, self._writer)
+
     def _create_recorder(self, trainer: Trainer, model: LightningModule) -> TrainingRecorder:
         continued = self._writer.continued_recipe(trainer)
+        self._is_reduction_settled = continued is not None
         selection = select_trained_layers(model, self.layers, trainer.optimizers, continued)
-        lost = [] if continued is None else _lost_blocks(continued)
+        lost = [] if continued is None else lost_blocks(continued)
         selection = replace(selection, left_out=(*selection.left_out, *lost))
         projector = self.projector.chosen_for(selection.blocks)
         is_preconditioned = any(map(has_preconditioner, trainer.optimizers))
@@ -150,7 +180,7 @@ class GradientRecorder(RecordingCallback):
         settings = RecordingSettings(
             optimization="automatic" if model.automatic_optimization else "manual",
             rows=rows,
-            reduction=self.reduction,
+            reduction=self.reduction or (continued.reduction if continued else "mean"),
             preconditioner=self.preconditioner if is_preconditioned else "none",
             audit=self.audit,
             distributed=distributed_context(trainer),
@@ -163,7 +193,7 @@ class GradientRecorder(RecordingCallback):
 
     def _leave_out(self, entries: Sequence[LeftOut]) -> None:
         """Name parameters that turned out not to be recordable, here and in the recipe."""
-        _warn_of(entries)
+        warn_of(entries)
         if self._recipe is not None and not len(self.store):
             self._recipe = replace(self._recipe, left_out=(*self._recipe.left_out, *entries))
             self._writer.amend(self._recipe)
@@ -179,7 +209,7 @@ class GradientRecorder(RecordingCallback):
             dimension=recorder.dimension,
             widths=recorder.widths,
             dtype="float64" if row_dtype(model) == torch.float64 else "float32",
-            reduction=self.reduction,
+            reduction=recorder.settings.reduction,
             batch_dims=self.batch_dims,
             preconditioner=recorder.settings.preconditioner,
             curvature=self.curvature,
@@ -206,8 +236,23 @@ class GradientRecorder(RecordingCallback):
     ) -> None:
         """Prepare for the backward pass of the loss; in the first batch, measure its time."""
         if self._recorder is not None:
-            self._budgets.choose_stride(trainer, pl_module, self._recorder, loss)
+            assert self._recipe is not None
+            self._settle_reduction(trainer, self._recorder, self._recipe, loss)
+            self._recipe = self._budgets.choose_stride(
+                trainer, pl_module, self._recorder, loss, self._recipe
+            )
             self._first_batch.start_backward(self._recorder, loss, loss_scale_of(trainer))
+
+    def _settle_reduction(
+        self, trainer: Trainer, recorder: TrainingRecorder, recipe: Recipe, loss: Tensor
+    ) -> None:
+        """Infer the reduction from the first recorded loss, and check it for mixed samples."""
+        if self._is_reduction_settled or not recorder.is_recording():
+            return
+        self._is_reduction_settled = True
+        self._recipe = settled_reduction(trainer, recorder, loss, self.reduction, recipe)
+        if self._recipe is not recipe:
+            self._writer.amend(self._recipe)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of the batch."""
@@ -229,28 +274,21 @@ class GradientRecorder(RecordingCallback):
         run = self._writer.run_id
         if run is not None:
             return self._generate_state_key(run=run)
-        return self._generate_state_key(store=getattr(self.store, "name", ""))
+        return self._generate_state_key(store=self._location.name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint, in builtins."""
+        if self._recorder is not None:
+            self._recorder.finish_steps()
         recorder = {} if self._recorder is None else {"lanes": self._recorder.state()}
         return {**state, **recorder} if (state := self._writer.state()) else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Read the state of a run, which is continued when training starts."""
-        self._writer.load_states([state_dict])
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Read the states of all runs in the checkpoint; the one in the store is continued."""
-        self._writer.load_states(checkpoint.get("callbacks", {}).values())
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Seal all steps that the checkpoint's weights include, before it is written."""
         if self._recorder is not None:
+            self._recorder.finish_steps()
             self._writer.seal_together(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -258,26 +296,5 @@ class GradientRecorder(RecordingCallback):
         super().on_train_end(trainer, pl_module)
         self._writer.finish(trainer)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the fingerprint of the weights, to compare with those of later queries."""
-        if trainer.is_global_zero:
-            self._writer.save_fingerprint(pl_module)
-
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Show other trainings that this one is alive."""
-        self._writer.renew()
-
     def _save(self) -> None:
         self._writer.close()
-
-
-def _warn_of(entries: Sequence[LeftOut]) -> None:
-    for entry in entries:
-        # What has no effect is not missing from the rows.
-        report = rank_zero_info if NO_EFFECT in entry.reason else rank_zero_warn
-        report(f"GradientRecorder: {entry.describe()}")
-
-
-def _lost_blocks(recipe: Recipe) -> list[LeftOut]:
-    """Return the entries of a recipe for blocks that turned out not to be recordable."""
-    return [entry for entry in recipe.left_out if entry.name in recipe.block_names]

@@ -12,9 +12,8 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_types import LightningModule, Trainer, loss_scale_of
 from tda_lightning.callbacks.method_watchers import watch_clipping, watch_loaders
-from tda_lightning.callbacks.strategies import loss_scale_of
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.recording.training_recorder import TrainingRecorder
 
@@ -38,10 +37,12 @@ class RecordingCallback(pl.Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch the sampler of the training loader."""
         if stage == "fit":
-            stop = watch_loaders(
-                trainer, lambda loader: self._ledger.watch(loader, lambda: trainer.training)
-            )
+            stop = watch_loaders(trainer, lambda loader: self._watch(trainer, loader))
             self._undo = [stop, self._ledger.release]
+
+    def _watch(self, trainer: Trainer, loader: object) -> None:
+        """Infer sample ids from a training loader."""
+        self._ledger.watch(loader, lambda: trainer.training)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect the first batch of a new pass over the data."""

@@ -85,6 +85,16 @@ class RunWriter:
                 self._stored = self._store.run_id
         return self._run_id or self._stored
 
+    def move_to(self, store: WritableStore) -> None:
+        """Write the next run into another store."""
+        self._store, self._run_id, self._stored, self._count = store, None, None, 0
+
+    def begun_run(self) -> str | None:
+        """Return the id of the run that the training may continue: a checkpoint's, or its own."""
+        runs = {state["run"] for state in self._states}
+        stored = self._store.run_id
+        return stored if stored in runs else next(iter(runs), self._run_id)
+
     def finish(self, trainer: Trainer) -> None:
         """Wait for all processes, and read their steps."""
         if trainer.world_size > 1:

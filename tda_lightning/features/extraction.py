@@ -19,8 +19,8 @@ from tda_lightning.arguments import describe, require_choice
 from tda_lightning.features.layer_features import HeadOutputs, LayerFeatures, concatenate
 from tda_lightning.passes.batches import (
     batch_size,
-    batches_of,
     find_tensors,
+    identified,
     loss_of,
     require_loader,
     step_of,
@@ -105,9 +105,11 @@ def query_features(
         progress: Show a progress bar over the batches of a loader.
     """
     with _feature_hooks(model, layer, reads) as hooks:
-        batches = with_progress(batches_of(queries), "queries", progress)
-        parts = [hooks.extract(batch, "queries") for batch in batches]
-    layer_features = concatenate(parts, None, "queries")
+        batches = identified(queries, progress=progress)
+        pairs = [(ids, hooks.extract(batch, "queries")) for ids, batch in batches]
+    known = [ids for ids, _ in pairs if ids is not None]
+    ids = torch.cat(known) if pairs and len(known) == len(pairs) else None
+    layer_features = concatenate([part for _, part in pairs], ids, "queries")
     _require_finite(layer_features, model, "queries")
     return layer_features
 

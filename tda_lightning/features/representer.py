@@ -36,7 +36,8 @@ from tda_lightning.features.losses import (
     output_directions,
     require_output,
 )
-from tda_lightning.results.scores import SampleScores, Scores
+from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.results.scores import Scores
 
 Targets = Literal["labels", "predictions"]
 # Largest error of the outputs that the decomposition reproduces.

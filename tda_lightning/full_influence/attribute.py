@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import name_of, require_choice, require_kind
+from tda_lightning.arguments import is_selected, name_of, require_choice, require_kind
 from tda_lightning.attribution.dynamics.optimizer import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
@@ -95,7 +93,7 @@ def attribute_by_gradients(
     curvature_data = train_loader if curvature_loader is None else curvature_loader
     argument = "train_loader" if curvature_loader is None else "curvature_loader"
     store = _open_run(run, at)
-    damping = None if store is None or method.damping is not None else _suggested_damping(store)
+    damping = None if store is None or method.damping is not None else suggested_full_damping(store)
     _warn_of_skipped_layers(model, method)
     selection = select_parameters(model, method.layers)
     if store is not None:
@@ -103,18 +101,19 @@ def attribute_by_gradients(
         batch_dims = store.recipe.batch_dims if batch_dims is None else batch_dims
     recipe = full_recipe(model, selection, reduction or "mean", batch_dims or {})
     gradients = FullGradients(model, selection, recipe, store)
-    query_gradients = gradients.of_queries(queries, target, at, progress=progress)
+    asked = gradients.of_queries(queries, target, at, progress=progress)
     with preserved_state(model, "eval"):
         objective = gradients.objective(
             curvature_data, damping, argument=argument, progress=progress
         )
-        solution = method.solve(objective, query_gradients, progress=progress)
+        solution = method.solve(objective, asked.rows, progress=progress)
     train_ids, products = gradients.products(
         solution.directions, train_loader, sample_ids, progress=progress
     )
     return Scores(
         values=products / len(train_ids),
-        query_ids=torch.arange(len(query_gradients)),
+        query_ids=asked.ids,
+        tokens=asked.tokens,
         train_ids=train_ids,
         method=repr(method),
         provenance={
@@ -133,7 +132,7 @@ def _warn_of_skipped_layers(model: nn.Module, method: FullInfluenceFunction) -> 
     """Warn of requested layers that are not supported."""
     patterns = ["*"] if method.layers is None else method.layers
     for entry in select_parameters(model).left_out:
-        if any(fnmatchcase(entry.name, pattern) for pattern in patterns):
+        if is_selected([entry.name], patterns):
             warnings.warn(f"attribute_by_gradients: {entry.describe()}", stacklevel=3)
 
 
@@ -160,15 +159,19 @@ def _open_run(run: Run | None, at: Moment) -> Store | None:
     return None if run is None else open_run(run)
 
 
-def _suggested_damping(store: Store) -> float | None:
-    """Return the damping that a run suggests, rescaled to the mean loss over samples."""
+def suggested_full_damping(store: Store) -> float | None:
+    """Return the damping that a run suggests for a mean loss, in the coordinates of its rows.
+
+    Returns:
+        The damping; ``None``, with a warning, if the steps of the run are not gradient steps.
+    """
     extent = Extent.of(store)
     damping = suggested_damping(extent) / extent.weight
     if has_plain_rates(store):
         return damping
     names = sorted({step.optimizer for step in store})
     warnings.warn(
-        f"attribute_by_gradients: steps of {' and '.join(names)} are not gradient steps in the "
+        f"Steps of {' and '.join(names)} are not gradient steps in the "
         f"coordinates of this run, so its learning rates suggest no damping ({damping:.3g} "
         "otherwise). The solver's default is used, as without a run. Pass "
         '`FullInfluenceFunction(damping=...)`, or record with `preconditioner="optimizer"` and an '

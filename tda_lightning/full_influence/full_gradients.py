@@ -26,7 +26,7 @@ from tda_lightning.full_influence.objective import (
 from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity
 from tda_lightning.passes.batches import batches_in_memory, with_progress
-from tda_lightning.passes.queries import mean_rows_at, query_rows
+from tda_lightning.passes.queries import QueryRows, identified_rows, mean_rows_at
 from tda_lightning.passes.targets import Target
 from tda_lightning.passes.training_data import sampled_rows, train_rows
 from tda_lightning.recording.sample_ids import IdSource, require_once
@@ -82,19 +82,49 @@ class FullGradients:
             self.snapshots = spread(own_snapshots(run), MAX_SNAPSHOTS)
             self._linearization_points = [self._point_at(run, index) for index in self.snapshots]
 
-    def of_queries(
-        self, queries: Any, target: Target, at: Moment, *, progress: bool
-    ) -> Float[Tensor, "n_query d"]:
-        """Return the gradients of the queries' losses, or of another target."""
+    @classmethod
+    def at_current_weights(
+        cls, model: nn.Module, selection: ParameterSelection, recipe: Recipe, run: Store
+    ) -> FullGradients:
+        """Return gradients at the model's current weights, in the coordinates of a run's end."""
+        gradients = cls(model, selection, recipe, None)
+        gradients._run = run
+        gradients._linearization_points = [LinearizationPoint(scale=gradients._scale(-1))]
+        return gradients
+
+    def sum_over(self, data: Any, *, progress: bool) -> Float[Tensor, " d"]:
+        """Return the sum of the samples' gradients, as the mean over the linearization points."""
+        total = torch.zeros(self._recipe.dimension)
+        for point in self._linearization_points:
+            with point.loaded_into(self._model):
+                queries = identified_rows(self._model, data, self._recipe, progress=progress)
+            summed = self.vectors(queries.rows, point.scale).sum(dim=0)
+            total = total.to(summed) + summed
+        return total / len(self._linearization_points)
+
+    def as_parameters(self, displacement: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+        """Return a displacement in the coordinates of the gradients as one of the parameters."""
+        scales = [point.scale for point in self._linearization_points if point.scale is not None]
+        return displacement * torch.stack(scales).mean(dim=0) if scales else displacement
+
+    def of_queries(self, queries: Any, target: Target, at: Moment, *, progress: bool) -> QueryRows:
+        """Return the queries with the gradients of their losses, or of another target."""
         queries = batches_in_memory(queries) if at == "snapshots" else queries
+        passes: list[QueryRows] = []
 
         def gradients_at(position: int) -> Float[Tensor, "n_query d"]:
-            rows = query_rows(self._model, queries, self._recipe, target=target, progress=progress)
-            return self._vectors(rows, self._scale(position))
+            passes.append(
+                identified_rows(
+                    self._model, queries, self._recipe, target=target, progress=progress
+                )
+            )
+            return self.vectors(passes[-1].rows, self._scale(position))
 
         if self._run is None:
-            return gradients_at(-1)
-        return mean_rows_at(self._run, self._model, at, gradients_at)
+            gradients = gradients_at(-1)
+        else:
+            gradients = mean_rows_at(self._run, self._model, at, gradients_at)
+        return replace(passes[0], rows=gradients)
 
     def objective(
         self,
@@ -147,7 +177,7 @@ class FullGradients:
             with point.loaded_into(self._model), closing(rows_by_batch) as batches:
                 for size, rows in zip(objective.sizes, batches, strict=True):
                     share = (size if is_mean else 1) / total
-                    yield self._vectors(rows, point.scale) * share**0.5
+                    yield self.vectors(rows, point.scale) * share**0.5
 
     def products(
         self,
@@ -193,7 +223,7 @@ class FullGradients:
         require_once(train_ids)
         return train_ids, torch.cat(products, dim=1)[:, order]
 
-    def _vectors(
+    def vectors(
         self, rows: Float[Tensor, "n d"], scale: Float[Tensor, " d"] | None
     ) -> Float[Tensor, "n d"]:
         """Return rows as vectors of the parameters, on their device, multiplied by ``scale``."""
@@ -228,7 +258,7 @@ class FullGradients:
                 "of the run. Select some of these with `layers=[...]`, or omit `run=`."
             )
         scales = [torch.outer(*factors[block]).flatten() for block in self._recipe.blocks]
-        return self._vectors(torch.cat(scales)[None], None)[0]
+        return self.vectors(torch.cat(scales)[None], None)[0]
 
 
 def _require_same_samples(

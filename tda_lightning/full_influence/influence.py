@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from tda_lightning.arguments import require_kind, require_positive, require_whole
 from tda_lightning.full_influence.checks import require_finite
@@ -37,6 +36,7 @@ from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.objective import Objective
 from tda_lightning.full_influence.solvers import Solver
 from tda_lightning.full_influence.woodbury import Woodbury
+from tda_lightning.results.progress import progress_bar
 
 if TYPE_CHECKING:
     from tda_lightning.full_influence.curvlinops_bindings import Operator
@@ -114,7 +114,7 @@ class FullInfluenceFunction:
             damping = self._damping(objective, operator)
             inverse = self.solver.inverse(operator, damping)
             parts = torch.split(queries, self.query_batch_size)
-            bar = tqdm(parts, desc="solving", unit="part", leave=False, disable=not progress)
+            bar = progress_bar(parts, "solving", "part", shown=progress)
             return Solution(torch.cat([inverse(part) for part in bar]), damping)
 
     def _damping(self, objective: Objective, operator: Operator) -> float:

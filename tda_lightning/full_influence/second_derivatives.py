@@ -71,8 +71,23 @@ def differentiation_errors(objective: Objective) -> Iterator[None]:
             f"The curvature of `{type(objective.model).__name__}.training_step` on "
             f"`{objective.argument}` cannot be computed: expected batches that the step can take, "
             "and a step that torch.func can differentiate twice; got "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}{_without_effect(objective)}"
         ) from error
+
+
+def _without_effect(objective: Objective) -> str:
+    """Name parameters that the loss of the first batch does not depend on; empty without any."""
+    with torch.enable_grad():
+        loss = _original_loss(objective, 0)
+        gradients = torch.autograd.grad(loss, objective.parameters, allow_unused=True)
+    without = {p for p, grad in zip(objective.parameters, gradients, strict=True) if grad is None}
+    names = [f"`{name}`" for name, p in objective.model.named_parameters() if p in without]
+    if not names:
+        return ""
+    return (
+        f". The loss does not depend on {', '.join(names)}. Freeze what has no effect with "
+        "`requires_grad_(False)`, or leave it out with `layers=[...]`."
+    )
 
 
 def step_loss(objective: Objective, number: int) -> Float[Tensor, ""]:

@@ -21,7 +21,7 @@ from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, s
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
 from tda_lightning.gradients.row_sum import RowSum, sum_by_owner
-from tda_lightning.gradients.selection import ParameterSelection, places
+from tda_lightning.gradients.selection import ParameterSelection, named_parameters, places
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 from tda_lightning.stores.recipe import SampleAxis
@@ -64,7 +64,7 @@ class RowRecorder:
         self._selection = selection
         self._places = places(selection)
         self._sketcher: Sketcher = projector.bind(selection.blocks, device, dtype)
-        self._capture = Capture(model, _named(selection, lost), batch_dims)
+        self._capture = Capture(model, named_parameters(selection, lost), batch_dims)
         self._is_compiled = is_compiled(model)
         self._eager = ExitStack()
         self._summary: LossSummary | None = None
@@ -188,27 +188,33 @@ class RowRecorder:
 
     def seed(self, number: int) -> None:
         """Seed the generator of the sampled labels."""
-        self._generator.manual_seed(number)
+        # The first numbers for seeds in succession are alike, unless their bits are mixed.
+        number = (number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF
+        self._generator.manual_seed((number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF)
 
     def _record_curvature(self, loss: Tensor, loss_nodes: Sequence[LossNode]) -> None:
-        with self._capture.switch.others_paused():
-            gradients = self._sampled_gradients(loss, loss_nodes)
         n = self._n
         m = max(1, round(self._sampled * n))
         chosen = torch.randperm(n, generator=self._generator, device=self._generator.device)[:m]
-        rows = RowSum(self._sketcher, m)
         samples = None if m == n else chosen
+        with self._capture.switch.others_paused():
+            gradients = self._sampled_gradients(loss, loss_nodes, samples)
+        rows = RowSum(self._sketcher, m)
         self._capture.extra_backward(gradients, self._receiver(rows, samples))
         self._curvature_rows = rows.rows() * (n / m) ** 0.5
 
     def _sampled_gradients(
-        self, loss: Tensor, loss_nodes: Sequence[LossNode]
+        self, loss: Tensor, loss_nodes: Sequence[LossNode], samples: Tensor | None
     ) -> list[tuple[GradientEdge, Tensor]]:
         sample = getattr(self._model, "sampled_output_gradients", None)
         if sample is not None:
             pairs = sample(loss, self._generator)
             return [(get_gradient_edge(outputs), grad) for outputs, grad in pairs]
-        gradients = sampled_gradients(loss, loss_nodes, self._generator)
+
+        def entries(node: LossNode) -> Tensor | None:
+            return None if samples is None else self._capture.entries_of(node.outputs, samples)
+
+        gradients = sampled_gradients(loss, loss_nodes, self._generator, entries)
         if not gradients:
             raise ValueError(
                 f"Labels cannot be sampled for the loss of `{type(self._model).__name__}."
@@ -268,9 +274,10 @@ class RowRecorder:
             rows: The rows.
             samples: The samples that the rows are for; all by default.
         """
+        lost = self._capture.lost
 
         def receive(gradient: ParameterGradient) -> None:
-            if gradient.parameter in self._capture.lost:
+            if lost and gradient.parameter in lost:
                 return
             place = self._places[gradient.parameter]
             contribution = gradient.in_rows_of(place.columns)
@@ -284,13 +291,3 @@ class RowRecorder:
             rows.add(place.block, values, gradient.dtype)
 
         return receive
-
-
-def _named(selection: ParameterSelection, lost: Collection[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters to capture, by name."""
-    return {
-        name: parameter
-        for block, parameters in zip(selection.blocks, selection.parameters, strict=True)
-        for name, parameter in zip(block.parameters, parameters, strict=False)
-        if block.name not in lost
-    }

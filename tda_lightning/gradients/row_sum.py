@@ -45,7 +45,7 @@ class RowSum:
             values: Its shrunk gradients.
             stored: Number format that they were computed from.
         """
-        if torch.finfo(stored).eps > torch.finfo(self._format).eps:
+        if stored is not self._format and torch.finfo(stored).eps > torch.finfo(self._format).eps:
             self._format = stored
         if isinstance(values, Factored):
             self._factored.setdefault(values.shapes, []).append((block, values))
@@ -72,8 +72,7 @@ class RowSum:
     def _hash(self) -> None:
         for pairs in self._factored.values():
             self._blocks += [block for block, _ in pairs]
-            products = multiply([values for _, values in pairs], self._sketcher.dtype)
-            self._values += torch.tensor_split(products, len(pairs), dim=1)
+            self._values += multiply([values for _, values in pairs], self._sketcher.dtype)
         if self.sums is not None:
             self._add_to_sums(self.sums)
         if self._values or self._rows is None:
@@ -89,16 +88,19 @@ class RowSum:
 
 
 def rounding_of(stored: torch.dtype, summed: torch.dtype) -> float:
-    """Return a bound of the error of a sum of rows, relative to the root of their squares' sum.
+    """Return the rounding error of a sum of rows, relative to the root of their squares' sum.
+
+    Torch may round the contributions of parts of a batch before it adds them up, each with an error
+    of half the format's precision. These errors are independent.
 
     Args:
-        stored: Number format of the factors of the rows: each has its rounding error.
+        stored: Number format of the factors of the rows.
         summed: Number format of the sums, which add up the rounding errors of many terms.
     """
-    return 8 * torch.finfo(stored).eps + 64 * torch.finfo(summed).eps
+    return torch.finfo(stored).eps / 2 + 64 * torch.finfo(summed).eps
 
 
 def sum_by_owner(values: Shrunk, owners: Int[Tensor, " rows"], n: int) -> Float[Tensor, "n m"]:
     """Sum gradients of single rows to gradients of their samples."""
-    rows = multiply([values], values.left.dtype) if isinstance(values, Factored) else values
+    rows = multiply([values], values.left.dtype)[0] if isinstance(values, Factored) else values
     return rows.new_zeros(n, rows.shape[1]).index_add_(0, owners, rows)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from tda_lightning.arguments import is_selected, unmatched
 from tda_lightning.stores.recipe import Block, LeftOut, Recipe
 
 # Reasons for which users leave parameters out. They are part of the stored recipe: a resumed run
@@ -73,6 +73,18 @@ class Place:
     columns: int
 
 
+def named_parameters(
+    selection: ParameterSelection, lost: Collection[str]
+) -> dict[str, nn.Parameter]:
+    """Return the selected parameters by name, without those of lost blocks."""
+    return {
+        name: parameter
+        for block, parameters in zip(selection.blocks, selection.parameters, strict=True)
+        for name, parameter in zip(block.parameters, parameters, strict=False)
+        if block.name not in lost
+    }
+
+
 def places(selection: ParameterSelection) -> dict[nn.Parameter, Place]:
     """Return where each recorded parameter lies."""
     found: dict[nn.Parameter, Place] = {}
@@ -109,7 +121,7 @@ def select_parameters(
     Args:
         model: Any module.
         layers: Names of the modules or parameters to record, with ``*`` for any characters; all by
-            default.
+            default. A name that begins with ``!`` is left out.
         untrained: Parameters that require a gradient, but that no optimizer trains.
         like: Blocks of a run, whose layout is adopted if it has the same parameters.
 
@@ -217,21 +229,18 @@ def _reason_left_out(
     untrained: Collection[nn.Parameter],
 ) -> str:
     """Return the reason why a parameter is not recorded, or the empty string."""
-    if layers is not None and not any(
-        fnmatchcase(candidate, pattern) for pattern in layers for candidate in (module_name, name)
-    ):
+    if layers is not None and not is_selected((module_name, name), layers):
         return _NOT_CHOSEN
     return _NOT_TRAINED if parameter in untrained else ""
 
 
 def _require_matches(layers: Sequence[str] | None, owners: _Owners) -> None:
     modules = list(dict.fromkeys(module_name for _, module_name, _ in owners.values()))
-    for pattern in layers or ():
-        if not any(fnmatchcase(name, pattern) for name in (*modules, *owners)):
-            raise ValueError(
-                f"`layers` contains `{pattern}`, which matches no layer with trained parameters; "
-                f"expected names from {modules}. Correct the name, or use `*` as a wildcard."
-            )
+    for pattern in unmatched((*modules, *owners), layers or ()):
+        raise ValueError(
+            f"`layers` contains `{pattern}`, which matches no layer with trained parameters; "
+            f"expected names from {modules}. Correct the name, or use `*` as a wildcard."
+        )
 
 
 def _require_any(chosen: Mapping[nn.Parameter, str], left_out: Collection[LeftOut]) -> None:

@@ -38,3 +38,22 @@ def rank_agreement(one: Scores, other: Scores) -> Float64[Tensor, " n_query"]:
                 "queries to the same training set."
             )
     return rank_correlation(one.values, other.values)
+
+
+def model_randomization(scores: Scores, randomized: Scores) -> float:
+    """Return how little scores depend on what the model has learned; near 0 is good.
+
+    Adebayo et al. (2018), "Sanity Checks for Saliency Maps", applied to attributions by Hanawa et
+    al. (2021).
+
+    Args:
+        scores: Scores of some queries.
+        randomized: Scores of the same queries from the model with random weights.
+
+    Returns:
+        Mean rank correlation over the queries; queries without one (NaN) are left out.
+
+    Raises:
+        ValueError: If the queries or the training samples differ.
+    """
+    return float(rank_agreement(scores, randomized).nanmean())

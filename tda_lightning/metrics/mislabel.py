@@ -1,4 +1,4 @@
-"""Detect mislabelled samples by their scores: recall at the top and area under the ROC curve."""
+"""Detect mislabelled samples by their scores: precision and recall at the top, and AUC."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_positive
 from tda_lightning.metrics.checks import require_mask, require_numbers
+from tda_lightning.results.ranking import require_rank
 
 
 def mislabel_recall(
@@ -43,6 +44,31 @@ def mislabel_recall(
     inspected_share = (k - above.sum()) / tied.sum()
     n_detected = mislabelled[above].sum() + inspected_share * mislabelled[tied].sum()
     return float(n_detected / mislabelled.sum())
+
+
+def mislabel_precision(
+    values: Float[Tensor, " n_train"], mislabelled: Bool[Tensor, " n_train"], k: int
+) -> float:
+    """Return the share of mislabelled samples among the ``k`` highest scores.
+
+    Samples that tie at the cutoff are inspected in random order; the expected share is returned.
+
+    Args:
+        values: One score per sample; higher is more suspicious, shape ``(n_train,)``.
+        mislabelled: Whether each sample has a wrong label, shape ``(n_train,)``.
+        k: Number of samples to inspect.
+
+    Raises:
+        ValueError: If no sample is mislabelled, ``k`` is out of range, or a value is NaN.
+
+    >>> import torch
+    >>> wrong = torch.tensor([True, True, False, False])
+    >>> mislabel_precision(torch.tensor([9.0, 1.0, 8.0, 2.0]), wrong, k=2)
+    0.5
+    """
+    require_rank(k, len(values))
+    recall = mislabel_recall(values, mislabelled, k / len(values))
+    return recall * float(mislabelled.sum()) / k
 
 
 def mislabel_auc(values: Float[Tensor, " n_train"], mislabelled: Bool[Tensor, " n_train"]) -> float:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from tda_lightning.arguments import describe
 from tda_lightning.gradients.batch_rows import BatchRows
@@ -24,6 +23,8 @@ from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import select_like
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
+from tda_lightning.recording.sample_ids import SampleLedger
+from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner
 
@@ -32,8 +33,7 @@ def with_progress(
     batches: Iterable[Any], name: str, progress: bool, unit: str = "batch"
 ) -> Iterable[Any]:
     """Return an iterable over the batches that shows a progress bar."""
-    bar: Iterable[Any] = tqdm(batches, desc=name, unit=unit, leave=False, disable=not progress)
-    return bar
+    return progress_bar(batches, name, unit, shown=progress)
 
 
 def require_loader(loader: Any, argument: str) -> None:
@@ -55,7 +55,16 @@ def require_loader(loader: Any, argument: str) -> None:
 
 
 class Batches(list[Any]):
-    """The batches of a loader, held in memory so that every pass over them is the same."""
+    """The batches of a loader, held in memory so that every pass over them is the same.
+
+    Attributes:
+        ids: Ids of each batch's samples, as :func:`identified` yields them.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        pairs = list(identified(loader))
+        super().__init__(batch for _, batch in pairs)
+        self.ids = [ids for ids, _ in pairs]
 
     def __iter__(self) -> Iterator[Any]:
         """Yield copies, because a step may modify its batch in place."""
@@ -69,6 +78,34 @@ def batches_in_memory(queries: Any) -> Any:
         queries: A batch, which is returned unchanged, or a loader of batches.
     """
     return Batches(queries) if isinstance(queries, DataLoader) else queries
+
+
+def identified(
+    queries: Any, *, progress: bool = False
+) -> Iterator[tuple[Int[Tensor, " n"] | None, Any]]:
+    """Yield the batches of a loader, or the single batch, with the ids of their samples.
+
+    Ids are those of training samples: indices into the dataset below any ``Subset``, also where the
+    loader shuffles. They are ``None`` for a single batch, and where they cannot be inferred.
+
+    Args:
+        queries: A batch or a loader.
+        progress: Show a progress bar over the batches of a loader.
+    """
+    if not isinstance(queries, DataLoader):
+        is_list = isinstance(queries, Batches)
+        yield from zip(queries.ids, queries, strict=True) if is_list else [(None, queries)]
+        return
+    ledger, is_known = SampleLedger(None), True
+    try:
+        ledger.watch(queries, lambda: True)
+    except ValueError:
+        is_known = False
+    try:
+        for number, batch in enumerate(with_progress(queries, "queries", progress)):
+            yield ledger.name(batch, number) if is_known else None, batch
+    finally:
+        ledger.release()
 
 
 def batches_of(queries: Any) -> Iterable[Any]:
@@ -110,6 +147,8 @@ def batch_size(batch: Any, argument: str) -> int:
             f"{describe(batch)}; expected a batch as the training loader yields it, or a "
             "`DataLoader` of such batches."
         )
+    if len(first) == 0:
+        raise ValueError(f"`{argument}` is an empty batch; expected at least one sample.")
     return len(first)
 
 
@@ -151,13 +190,20 @@ def recording(
     preconditioner: Preconditioner | None,
     mode: Mode,
     sampled: float,
+    layers: Sequence[str] | None = None,
 ) -> Iterator[RowRecorder]:
-    """Attach a row recorder to the model by a recipe, and restore the model afterwards."""
+    """Attach a row recorder to the model by a recipe, and restore the model afterwards.
+
+    With ``layers``, rows have the gradients of these layers only.
+    """
     require_model(model)
     selection = select_like(model, recipe)
     recipe.require_blocks(selection.blocks, type(model).__name__)
     projector = projector_from_dict(recipe.projector)
     lost = [entry.name for entry in recipe.left_out]
+    if layers is not None:
+        pairs = zip(recipe.blocks, recipe.selects(layers), strict=True)
+        lost += [block.name for block, is_chosen in pairs if not is_chosen]
     rows = RowRecorder(
         model, selection, recipe.batch_dims, projector, recipe.torch_dtype, sampled, lost
     )
@@ -194,10 +240,22 @@ def record_batch(
         raise ValueError(
             f"`{type(model).__name__}.training_step` failed on `{argument}`: expected a batch as "
             f"the training loader yields it; got {describe(batch)}. The error was: {error}"
+            f"{remedy_for(error)}"
         ) from error
     finally:
         batch_rows = rows.end_backward()
     return loss.detach(), batch_rows
+
+
+def remedy_for(error: Exception) -> str:
+    """Return what to do about an error of the user's code, or the empty string."""
+    if "not attached to a `Trainer`" not in str(error):
+        return ""
+    return (
+        " The step uses `self.trainer`, which a loaded model does not have. Give it one, `model."
+        "trainer = pl.Trainer(logger=False)`, query with the object that was fitted, or pass "
+        "`target=`, which needs no `training_step`."
+    )
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

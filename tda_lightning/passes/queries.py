@@ -6,28 +6,27 @@ batches. Users write no second loss function.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.arguments import describe, name_of, require_choice
-from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.arguments import require_choice
 from tda_lightning.passes.batches import (
     batch_size,
-    batches_of,
+    identified,
     record_batch,
     recording,
     sample_gradients,
-    trained_parameters,
-    transfer,
-    with_progress,
 )
 from tda_lightning.passes.model_state import Mode, require_finite_weights, swapped_weights
-from tda_lightning.passes.targets import Loss, Target, per_sample
+from tda_lightning.passes.target_rows import BatchQueries, record_target
+from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.stores import Store, open_store_at
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.snapshots import Moment, later_snapshots, position_of
@@ -53,7 +52,8 @@ def record_queries(
         queries: A batch as the training loader yields it, or a ``DataLoader`` of such batches.
         like: The run whose recipe the queries are recorded by: its folder or a store.
         target: The quantity to attribute. A function of (module, batch) that returns one number per
-            sample. It may return one per sample and token, shape ``(n, T)``; each is then a query.
+            sample. It may return one per sample and token, shape ``(n, T)``; each is then a query,
+            except those whose label is -100.
         at: Position of the step of the run whose coordinates are used; -1 for the last.
         mode: Whether the model is in evaluation or training mode.
         progress: Show a progress bar over the batches of a loader.
@@ -80,6 +80,73 @@ def record_queries(
     )
 
 
+@dataclass(frozen=True)
+class QueryRows:
+    """The rows of queries, with their samples and tokens.
+
+    Attributes:
+        rows: One row per query, on the CPU, shape ``(n_query, k)``.
+        ids: Ids of the samples: indices into the dataset of a loader, below any ``Subset``, or
+            positions, where there is no loader or its order is unknown. Shape ``(n_query,)``.
+        tokens: Position of each query's token in its sample, if the target is per token.
+    """
+
+    rows: Float[Tensor, "n_query k"]
+    ids: Int[Tensor, " n_query"]
+    tokens: Int[Tensor, " n_query"] | None = None
+
+
+def identified_rows(
+    model: nn.Module,
+    queries: Any,
+    recipe: Recipe,
+    *,
+    target: Target = Loss(),
+    preconditioner: Preconditioner | None = None,
+    mode: Mode = "eval",
+    layers: Sequence[str] | None = None,
+    progress: bool = True,
+) -> QueryRows:
+    """Sketch the gradient of each query's loss by a recipe, without a run.
+
+    Args:
+        model: The trained LightningModule. Its state is restored afterwards.
+        queries: A batch as the training loader yields it, or a ``DataLoader`` of such batches.
+        recipe: The recipe to record by.
+        target: The quantity to attribute; see :func:`record_queries`.
+        preconditioner: The coordinates of the rows; by default those of the gradients.
+        mode: Whether the model is in evaluation or training mode.
+        layers: Names of the layers whose gradients count; all by default.
+        progress: Show a progress bar over the batches of a loader.
+
+    Raises:
+        ValueError: If the model or the queries do not match the recipe, or if no token counts.
+    """
+    require_choice("mode", mode, Mode)
+    parts: list[BatchQueries] = []
+    sizes, ids = [], []
+    with recording(model, recipe, preconditioner, mode, 0.0, layers) as rows:
+        for batch_ids, batch in identified(queries, progress=progress):
+            if isinstance(target, Loss):
+                recorded = sample_gradients(record_batch(model, rows, batch, "queries")[1], recipe)
+                parts.append(BatchQueries(recorded, torch.arange(len(recorded)), None))
+            else:
+                parts.append(record_target(model, rows, batch, target))
+            sizes.append(batch_size(batch, "queries"))
+            ids.append(batch_ids)
+    if not parts:
+        raise ValueError("`queries` is an empty loader; expected at least one batch.")
+    if not sum(len(part.rows) for part in parts):
+        raise ValueError(
+            "All labels of `queries` are -100, so that no token counts; expected at least one "
+            "label. Label the tokens to query."
+        )
+    result = _joined(parts, _sample_ids(ids, sizes))
+    _require_finite(result.rows, model)
+    _warn_of_zeros(result)
+    return result
+
+
 def query_rows(
     model: nn.Module,
     queries: Any,
@@ -90,36 +157,44 @@ def query_rows(
     mode: Mode = "eval",
     progress: bool = True,
 ) -> Float[Tensor, "n_query k"]:
-    """Sketch the gradient of each query's loss by a recipe, without a run.
+    """Return the rows of :func:`identified_rows` alone."""
+    return identified_rows(
+        model,
+        queries,
+        recipe,
+        target=target,
+        preconditioner=preconditioner,
+        mode=mode,
+        progress=progress,
+    ).rows
 
-    Args:
-        model: The trained LightningModule. Its state is restored afterwards.
-        queries: A batch as the training loader yields it, or a ``DataLoader`` of such batches.
-        recipe: The recipe to record by.
-        target: The quantity to attribute; see :func:`record_queries`.
-        preconditioner: The coordinates of the rows; by default those of the gradients.
-        mode: Whether the model is in evaluation or training mode.
-        progress: Show a progress bar over the batches of a loader.
 
-    Returns:
-        One row per query, on the CPU, shape ``(n_query, k)``.
+def _sample_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Int[Tensor, " n"]]:
+    """Return the ids of each batch's samples: the inferred ones, or their positions."""
+    known = [each for each in ids if each is not None]
+    if [len(each) for each in known] == list(sizes):
+        return known
+    return list(torch.split(torch.arange(sum(sizes)), list(sizes)))
 
-    Raises:
-        ValueError: If the model or the queries do not match the recipe.
-    """
-    require_choice("mode", mode, Mode)
-    with recording(model, recipe, preconditioner, mode, sampled=0.0) as rows:
-        batches = with_progress(batches_of(queries), "queries", progress)
-        if isinstance(target, Loss):
-            batch_rows = [record_batch(model, rows, batch, "queries")[1] for batch in batches]
-            gradient_parts = [sample_gradients(part, recipe) for part in batch_rows]
-        else:
-            gradient_parts = [_record_target(model, rows, batch, target) for batch in batches]
-    if not gradient_parts:
-        raise ValueError("`queries` is an empty loader; expected at least one batch.")
-    gradients = torch.cat([part.cpu() for part in gradient_parts])
-    _require_finite(gradients, model)
-    return gradients
+
+def _joined(parts: Sequence[BatchQueries], ids: Sequence[Tensor]) -> QueryRows:
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    return QueryRows(
+        torch.cat([part.rows.cpu() for part in parts]),
+        torch.cat([each[part.samples] for each, part in zip(ids, parts, strict=True)]),
+        torch.cat(tokens) if tokens else None,
+    )
+
+
+def _warn_of_zeros(queries: QueryRows) -> None:
+    zero = ~queries.rows.any(dim=1)
+    if zero.any():
+        warnings.warn(
+            f"{int(zero.sum())} of {len(zero)} queries have a gradient of zero, the first of them "
+            f"query {int(queries.ids[zero][0])}; so all of their scores are zero. Expected a loss "
+            "that depends on the parameters: their labels may be ignored, or the loss flat there.",
+            stacklevel=4,
+        )
 
 
 def _require_finite(rows: Float[Tensor, "n_query k"], model: nn.Module) -> None:
@@ -131,31 +206,6 @@ def _require_finite(rows: Float[Tensor, "n_query k"], model: nn.Module) -> None:
         f"The gradient of query {query} is not finite, although the weights are. Expected a finite "
         "one; look for NaN or infinity in the inputs and targets of this query."
     )
-
-
-def _record_target(
-    model: nn.Module, rows: RowRecorder, batch: Any, target: Target
-) -> Float[Tensor, "n_query k"]:
-    """Record the gradient of the negative target, one token of all samples at a time."""
-    n = batch_size(batch, "queries")
-    rows.start(n)
-    try:
-        negatives = -per_sample(target, model, transfer(model, batch), n)  # (n, T)
-        rows.start_backward(negatives.sum())
-        trained = trained_parameters(model)
-        token_rows = []
-        for number, negative in enumerate(negatives.unbind(dim=1), start=1):
-            retain = number < negatives.shape[1]
-            torch.autograd.grad(negative.sum(), trained, allow_unused=True, retain_graph=retain)
-            token_rows.append(rows.take())
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise ValueError(
-            f"The target `{name_of(target)}` failed on `queries`: expected a batch that the target "
-            f"accepts; got {describe(batch)}. The error was: {error}"
-        ) from error
-    finally:
-        rows.end_backward()
-    return torch.stack(token_rows, dim=1).flatten(0, 1)
 
 
 # Records the rows of the queries, in the coordinates of the step at a position.

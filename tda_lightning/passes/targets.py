@@ -1,8 +1,9 @@
 r"""Targets: quantities to attribute instead of the loss, such as a logit or a margin.
 
 A target is any function of (module, batch) that returns one number per sample, ``(n,)``, or one per
-sample and token, ``(n, T)``. Training lowers a loss, but should raise a target. The recorded row is
-therefore the gradient of the *negative* target, and proponents, with positive scores, raised it.
+sample and token, ``(n, T)``. A label of -100 makes a token no query. Training lowers a loss, but
+should raise a target. The recorded row is therefore the gradient of the *negative* target, and
+proponents, with positive scores, raised it.
 
 .. math:: g_q = -\nabla_\theta f(x_q; \theta)
 
@@ -17,14 +18,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tda_lightning.arguments import describe, name_of, require_choice, require_whole
 from tda_lightning.passes.batches import loss_of
+from tda_lightning.passes.labelled_logits import (
+    ClassAxis,
+    class_indices,
+    gather,
+    is_counted,
+    shifted,
+    warn_if_unshifted,
+)
 
 Target = Callable[[nn.Module, Any], Tensor]
-ClassAxis = Literal[1, -1] | None
 
 _INPUTS = ("x", "input", "inputs", "image", "images", "input_ids", "pixel_values", "features")
 _LABELS = ("y", "label", "labels", "target", "targets")
@@ -99,12 +107,14 @@ class Logit:
         outputs: Function of (module, batch) that returns the logits.
         labels: Function of the batch that returns the labels.
         class_axis: Axis of the classes; by default inferred from the shapes of logits and labels.
+        shift: Whether the logits at a token predict the next one, as in causal language models.
     """
 
     index: int | None = None
     outputs: Callable[[nn.Module, Any], Tensor] = field(default=outputs_of, repr=False)
     labels: Callable[[Any], Tensor] = field(default=labels_of, repr=False)
     class_axis: ClassAxis = field(default=None, repr=False)
+    shift: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -114,18 +124,21 @@ class Logit:
 
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "*n"]:
         """Return one logit per label, or per position that could have a label."""
-        outputs = self.outputs(module, batch)
         if self.index is None:
-            labels = self.labels(batch)
-            logits = _classes_last(outputs, labels, self.class_axis)
-            return _gather(logits, _class_indices(labels, logits))
-        logits = _classes_last(outputs, self._labels_if_any(batch), self.class_axis)
+            logits, classes = _logits_and_classes(self, module, batch)
+            return gather(logits, classes)
+        outputs, labels = self.outputs(module, batch), self._labels_if_any(batch)
+        logits, _ = shifted(outputs, labels, self.class_axis, self.shift)
         if self.index >= logits.shape[-1]:
             raise ValueError(
                 f"`Logit(index={self.index})` is out of range: the model returned "
                 f"{logits.shape[-1]} logits; expected an index from 0 to {logits.shape[-1] - 1}."
             )
         return logits[..., self.index]
+
+    def is_query(self, batch: Any) -> Bool[Tensor, "n tokens"] | None:
+        """Return which tokens are queries; see :meth:`LogProbability.is_query`."""
+        return is_counted(self._labels_if_any(batch), self.shift)
 
     def _labels_if_any(self, batch: Any) -> Any:
         try:
@@ -142,11 +155,13 @@ class LogProbability:
         outputs: Function of (module, batch) that returns the logits.
         labels: Function of the batch that returns the labels.
         class_axis: Axis of the classes; by default inferred from the shapes of logits and labels.
+        shift: Whether the logits at a token predict the next one, as in causal language models.
     """
 
     outputs: Callable[[nn.Module, Any], Tensor] = field(default=outputs_of, repr=False)
     labels: Callable[[Any], Tensor] = field(default=labels_of, repr=False)
     class_axis: ClassAxis = field(default=None, repr=False)
+    shift: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -154,9 +169,12 @@ class LogProbability:
 
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "*n"]:
         """Return one log-probability per label."""
-        outputs, labels = self.outputs(module, batch), self.labels(batch)
-        logits = _classes_last(outputs, labels, self.class_axis)
-        return _gather(logits.log_softmax(dim=-1), _class_indices(labels, logits))
+        logits, classes = _logits_and_classes(self, module, batch)
+        return gather(logits.log_softmax(dim=-1), classes)
+
+    def is_query(self, batch: Any) -> Bool[Tensor, "n tokens"] | None:
+        """Return which tokens are queries: all whose label is not -100; ``None`` for all."""
+        return is_counted(self.labels(batch), self.shift)
 
 
 @dataclass(frozen=True)
@@ -167,11 +185,13 @@ class Margin:
         outputs: Function of (module, batch) that returns the logits.
         labels: Function of the batch that returns the labels.
         class_axis: Axis of the classes; by default inferred from the shapes of logits and labels.
+        shift: Whether the logits at a token predict the next one, as in causal language models.
     """
 
     outputs: Callable[[nn.Module, Any], Tensor] = field(default=outputs_of, repr=False)
     labels: Callable[[Any], Tensor] = field(default=labels_of, repr=False)
     class_axis: ClassAxis = field(default=None, repr=False)
+    shift: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -179,15 +199,19 @@ class Margin:
 
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "*n"]:
         """Return one margin per label."""
-        outputs, labels = self.outputs(module, batch), self.labels(batch)
-        logits = _classes_last(outputs, labels, self.class_axis)
-        classes = _class_indices(labels, logits)
+        logits, classes = _logits_and_classes(self, module, batch)
         others = logits.scatter(-1, classes[..., None], -torch.inf)
-        return _gather(logits, classes) - others.logsumexp(dim=-1)
+        return gather(logits, classes) - others.logsumexp(dim=-1)
+
+    def is_query(self, batch: Any) -> Bool[Tensor, "n tokens"] | None:
+        """Return which tokens are queries; see :meth:`LogProbability.is_query`."""
+        return is_counted(self.labels(batch), self.shift)
 
 
-def per_sample(target: Target, module: nn.Module, batch: Any, n: int) -> Float[Tensor, "n tokens"]:
-    """Return a target's values for a batch of ``n`` samples; one column if not per token.
+def per_sample(
+    target: Target, module: nn.Module, batch: Any, n: int
+) -> tuple[Float[Tensor, "n tokens"], bool]:
+    """Return a target's values for a batch of ``n`` samples, and whether they are per token.
 
     Raises:
         TypeError: If the target returns neither one number per sample nor one per token.
@@ -206,7 +230,39 @@ def per_sample(target: Target, module: nn.Module, batch: Any, n: int) -> Float[T
             f"a tensor that depends on the parameters, with one number per sample, shape ({n},), "
             f"or one per token, shape ({n}, T)"
         )
-    return values.reshape(n, -1)
+    return values.reshape(n, -1), values.ndim == 2
+
+
+def queried_tokens(
+    target: Target, batch: Any, values: Float[Tensor, "n tokens"]
+) -> Bool[Tensor, "n tokens"]:
+    """Return which of a target's values are queries.
+
+    All are, unless the target has a method ``is_query`` that returns a mask for a batch.
+
+    Raises:
+        TypeError: If it returns no mask of the shape of the values.
+    """
+    is_query = getattr(target, "is_query", None)
+    mask = None if is_query is None else is_query(batch)
+    if mask is None:
+        return torch.ones(values.shape, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != values.shape or mask.dtype != torch.bool:
+        raise TypeError(
+            f"`is_query` of the target `{name_of(target)}` returned {describe(mask)}; expected a "
+            f"boolean tensor of shape {tuple(values.shape)}"
+        )
+    return mask.cpu()
+
+
+def _logits_and_classes(
+    target: Logit | LogProbability | Margin, module: nn.Module, batch: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the logits with their classes last, and the class of each label."""
+    outputs, labels = target.outputs(module, batch), target.labels(batch)
+    warn_if_unshifted(batch, labels, target.shift)
+    logits, labels = shifted(outputs, labels, target.class_axis, target.shift)
+    return logits, class_indices(labels, logits)
 
 
 def _look_up(batch: Mapping[str, Any], names: tuple[str, ...], kind: str, argument: str) -> Any:
@@ -229,65 +285,3 @@ def _require_fields(target: Logit | LogProbability | Margin) -> None:
             )
     if target.class_axis is not None:
         require_choice("class_axis", target.class_axis, Literal[1, -1])
-
-
-def _classes_last(logits: Any, labels: Any, axis: ClassAxis) -> Tensor:
-    """Return the logits with their classes along the last axis."""
-    if not isinstance(logits, Tensor) or logits.ndim < 2:
-        raise ValueError(
-            f"The model returned {describe(logits)}; expected logits, with samples along the first "
-            "axis and classes along another. Pass `outputs=`, or a function of (module, batch) as "
-            "target."
-        )
-    source = _infer_class_axis(logits, labels) if axis is None else axis
-    classes_last: Tensor = logits.movedim(source, -1)
-    if classes_last.shape[-1] < 2:
-        raise ValueError(
-            f"The model returned {describe(logits)}; expected logits of at least two classes. Pass "
-            "`outputs=`, or a function of (module, batch) as target."
-        )
-    return classes_last
-
-
-def _infer_class_axis(logits: Tensor, labels: Any) -> Literal[1, -1]:
-    """Infer whether classes are along axis 1, as in torch's losses, or along the last axis."""
-    if logits.ndim == 2:
-        return -1
-    shape = getattr(labels, "shape", None)
-    without_axis_1, without_last = logits.shape[:1] + logits.shape[2:], logits.shape[:-1]
-    if without_axis_1 == without_last or shape not in (without_axis_1, without_last):
-        raise ValueError(
-            f"Logits are {describe(logits)}, and labels are {describe(labels)}. These shapes leave "
-            "open whether classes are along axis 1, as in torch's losses, or along the last axis; "
-            "expected one label per position. Pass `class_axis=1` or `class_axis=-1`."
-        )
-    return 1 if shape == without_axis_1 else -1
-
-
-# Labels come from the user, so their shape and type are unchecked.
-def _class_indices(labels: Any, logits: Float[Tensor, "*n classes"]) -> Int64[Tensor, "*n"]:
-    classes = logits.shape[-1]
-    if not _holds_integers(labels) or labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"Labels are {describe(labels)} for logits of {classes} classes; expected integers of "
-            f"shape {tuple(logits.shape[:-1])}. Pass `labels=`."
-        )
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"Labels range from {int(labels.min())} to {int(labels.max())}; expected 0 to "
-            f"{classes - 1}. To ignore labels, write a target that leaves them out."
-        )
-    indices: Tensor = labels.long()
-    return indices
-
-
-def _holds_integers(labels: Any) -> bool:
-    if not isinstance(labels, Tensor) or labels.dtype == torch.bool:
-        return False
-    return not (labels.is_floating_point() or labels.is_complex())
-
-
-def _gather(
-    values: Float[Tensor, "*n classes"], indices: Int64[Tensor, "*n"]
-) -> Float[Tensor, "*n"]:
-    return values.gather(-1, indices[..., None])[..., 0]

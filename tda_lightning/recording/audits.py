@@ -7,7 +7,7 @@ gradients. Comparing the two finds all of these.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,54 +64,77 @@ def finish_audit(rows: RowRecorder, start: AuditStart) -> Audit:
     )
 
 
-# Well above the error of autocast to bfloat16, well below that of an unrecorded use of a weight.
-_MAX_RELATIVE_DEVIATION = 0.02
+# The rounding of a gradient to bfloat16 makes up a tenth of it.
+MAX_RELATIVE_DEVIATION = 0.02
 
 
-def require_conserved(
-    blocks: Sequence[Block],
+def relative_deviations(
     recorded: Float[Tensor, "blocks k"],
     actual: Float[Tensor, "blocks k"],
     rounding: Float[Tensor, " blocks"],
     lost: Collection[int] = (),
-) -> None:
-    """Check that the rows of every block sum to its gradient.
+) -> Float[Tensor, " blocks"]:
+    """Return how far the rows of every block are from summing to its gradient, beyond rounding.
 
     Args:
-        blocks: The recorded blocks.
         recorded: Sum of the rows of a step, block by block.
         actual: Sketch of the gradient of that step, block by block.
         rounding: Bound of the rounding error of each sum. Where samples cancel, as in a bias before
             a batch norm, it may be larger than the gradient.
         lost: Numbers of blocks that are known not to be recorded.
-
-    Raises:
-        ValueError: If a block deviates; names the one that deviates most.
     """
     norms = recorded.norm(dim=1).maximum(actual.norm(dim=1))
     deviations = ((recorded - actual).norm(dim=1) - rounding).clamp_min(0)
     # A gradient that nearly vanishes beside the others' is compared on the scale of the largest.
     relative = deviations / (norms + 1e-3 * norms.max()).clamp_min(1e-30)
-    relative[list(lost)] = 0
+    is_kept = torch.tensor([number not in lost for number in range(len(relative))])
+    return torch.where(is_kept.to(relative.device), relative, 0)
+
+
+def check_conserved(
+    blocks: Sequence[Block],
+    start: AuditStart,
+    rounding: Float[Tensor, " blocks"],
+    lost: Collection[int] = (),
+    warn: Callable[[str], None] | None = None,
+) -> None:
+    """Check that the rows of every block sum to its gradient, in the first step of a training.
+
+    Args:
+        blocks: The recorded blocks.
+        start: The audit of the step.
+        rounding: Bound of the rounding error of each sum of rows.
+        lost: Numbers of blocks that are known not to be recorded.
+        warn: Called with a warning instead of raising an error.
+
+    Raises:
+        ValueError: If a block deviates; names the one that deviates most.
+    """
+    relative = relative_deviations(start.recorded, start.gradient, rounding, lost)
     worst = int(relative.argmax())
-    if relative[worst] > _MAX_RELATIVE_DEVIATION:
-        block = blocks[worst]
-        raise ValueError(
-            f"The recorded rows of the {block.layer} `{block.name}` do not sum to its gradient: in "
-            f"the first step the sum is {float(relative[worst]):.0%} off. Expected that its "
-            "gradient comes from the samples alone; a penalty on it, a gradient hook or the output "
-            "of a custom function may change it. Leave it out with `layers=[...]`."
-        )
+    if not relative[worst] > MAX_RELATIVE_DEVIATION:
+        return
+    block = blocks[worst]
+    message = (
+        f"The recorded rows of the {block.layer} `{block.name}` do not sum to its gradient: in "
+        f"the first step the sum is {float(relative[worst]):.0%} off. Expected that its gradient "
+        "comes from the samples alone; a penalty on it, a gradient hook or the output of a custom "
+        f"function may change it. Leave it out with `layers=['!{block.name}']`."
+    )
+    if warn is None:
+        raise ValueError(message)
+    warn(f"GradientRecorder: {message} The run goes on, since its earlier steps were accepted.")
 
 
 # The largest share of a step's squared gradient that may be missing from its rows.
-_MAX_LOST_SHARE = 0.1
+MAX_LOST_SHARE = 0.1
 
 
 def lost_parameters(
     selection: ParameterSelection,
     reasons: Mapping[int, str],
     trained: Sequence[Parameter],
+    max_share: float = MAX_LOST_SHARE,
 ) -> list[LeftOut]:
     """Describe the blocks that cannot be recorded, by their share of a step's squared gradient.
 
@@ -119,9 +142,10 @@ def lost_parameters(
         selection: All blocks, with their parameters.
         reasons: Why a block cannot be recorded, by its number.
         trained: All parameters that the step updates, with their gradients.
+        max_share: The largest share of the squared gradient that may be missing.
 
     Raises:
-        ValueError: If more than a tenth of the squared gradient would be missing.
+        ValueError: If more of it would be missing.
     """
     total = _square(trained)
     entries, sum_of_shares = [], 0.0
@@ -131,25 +155,28 @@ def lost_parameters(
         sum_of_shares += share
         detail = f"{reason}; it has {share:.2%} of the first step's squared gradient"
         entries.append(LeftOut(block.name, block.layer, block.size, detail))
-    if sum_of_shares > _MAX_LOST_SHARE:
+    if sum_of_shares > max_share:
         listed = "; ".join(f"`{entry.name}`: {entry.reason}" for entry in entries[:3])
         raise ValueError(
             f"{sum_of_shares:.0%} of the first step's squared gradient cannot be recorded: "
             f"{listed}{'; ...' if len(entries) > 3 else ''}. Expected at most "
-            f"{_MAX_LOST_SHARE:.0%}. Declare where the samples lie with `batch_dims={{...}}`, or "
-            "accept what is left with `layers=[...]`."
+            f"{max_share:.0%}. Declare where the samples lie with `batch_dims={{...}}`, or "
+            f"accept what is left with `layers={[f'!{entry.name}' for entry in entries]}`."
         )
     return entries
 
 
 def negligible_blocks(parameters: Sequence[Sequence[Parameter]]) -> set[int]:
-    """Return the blocks whose gradient is below what rounding leaves of the whole one.
+    """Return the vectors whose gradient is below what rounding leaves of the whole one.
 
-    A bias to which a softmax over positions is blind has such a gradient: its terms cancel.
+    A bias to which a softmax over positions is blind has such a gradient: its terms cancel. A
+    gradient of exact zeros is compared with its rows: it may have been set to zero.
     """
     squares = [_square(block) for block in parameters]
     bound = (64 * torch.finfo(torch.float32).eps) ** 2 * sum(squares)
-    return {number for number, square in enumerate(squares) if square < bound}
+    are_vectors = [all(p.ndim < 2 for p in block) for block in parameters]
+    pairs = enumerate(zip(squares, are_vectors, strict=True))
+    return {number for number, (square, is_vector) in pairs if is_vector and 0 < square < bound}
 
 
 def _square(parameters: Sequence[Parameter]) -> float:

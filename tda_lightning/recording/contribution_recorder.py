@@ -54,6 +54,8 @@ class ContributionRecorder(TrainingRecorder):
         every_n_steps: Number of steps that each tracked step represents.
     """
 
+    may_wait = False
+
     def __init__(
         self,
         optimizer: Optimizer,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Parameter
@@ -23,12 +24,13 @@ from tda_lightning.recording.optimizer_gradients import (
     clipped_norm,
     first_with_gradient,
     gradient_norm,
+    gradient_norms,
     parameters_by_size,
 )
 from tda_lightning.recording.preconditioning import PartialPreconditioner
 from tda_lightning.recording.step_builder import StepBuilder
+from tda_lightning.recording.taken_step import TakenStep
 from tda_lightning.stores.recipe import LeftOut
-from tda_lightning.stores.step import Step
 
 # The identity of a gradient tensor, and the number of in-place changes to it.
 _GradientVersion = tuple[int, int] | None
@@ -37,7 +39,7 @@ _MAX_FACTOR_SPREAD = 1e-2
 
 
 class ManualStepBuilder(StepBuilder):
-    """Turns the backward passes and steps of one optimizer into :class:`Step`.
+    """Turns the backward passes and steps of one optimizer into :class:`TakenStep`.
 
     Args:
         optimizer: The optimizer.
@@ -151,7 +153,7 @@ class ManualStepBuilder(StepBuilder):
         self._reference_norms = [(p, clipped_norm(p, bound)) for p, _ in self._reference_norms]
         return clipping
 
-    def after_step(self) -> Step | None:
+    def after_step(self) -> TakenStep | None:
         """Return the step that was taken, or ``None`` if it was not recorded."""
         if self._facts is None and self._pending:
             raise ValueError(
@@ -164,11 +166,10 @@ class ManualStepBuilder(StepBuilder):
         self._sums = None
         return step
 
-    def _probe(self) -> tuple[Parameter | None, Tensor | None]:
-        if not self._reference_norms:
-            return None, None
-        probe, norm = self._reference_norms[0]
-        return probe, norm / self._loss_scale
+    def _probe(self) -> tuple[list[Parameter], Tensor]:
+        reference = self._reference_norms[:1]
+        norms = [norm / self._loss_scale for _, norm in reference]
+        return [p for p, _ in reference], torch.stack(norms) if norms else gradient_norms([])
 
     def _block_sums(self) -> Float[Tensor, "blocks k1"]:
         assert self._sums is not None

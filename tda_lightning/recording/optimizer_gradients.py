@@ -1,4 +1,4 @@
-r"""Gradients of an optimizer's step: computed before it, measured, scaled, clipped and joined.
+r"""Gradients of an optimizer's step: computed before it, measured, scaled and clipped.
 
 Clipping by value changes the direction of a gradient :math:`g`, so no common factor of all samples
 reproduces it. The multiple of :math:`g` that is nearest to the clipped gradient has the factor
@@ -10,7 +10,8 @@ which is 1 where nothing was clipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,22 +48,23 @@ def gradients_of(
     return {parameter: gradient for parameter, gradient in pairs if gradient is not None}
 
 
-def concatenated(
-    parts: Sequence[Tensor | None], factors: Sequence[float] | None = None
-) -> Tensor | None:
-    """Concatenate the parts of a step's batches on the CPU; ``None`` if a part is missing.
+@contextmanager
+def second_pass_errors() -> Iterator[None]:
+    """Turn errors raised while labels are sampled into errors that name a remedy.
 
-    Args:
-        parts: One part per batch.
-        factors: Factor of each part; 1 by default.
+    Raises:
+        ValueError: If the graph of the loss cannot be differentiated a second time.
     """
-    tensors = [part for part in parts if part is not None]
-    if len(tensors) < len(parts):
-        return None
-    if factors is not None:
-        pairs = zip(tensors, factors, strict=True)
-        tensors = [part if factor == 1 else part * factor for part, factor in pairs]
-    return (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).cpu()
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"The backward pass of sampled labels failed: {error} Expected a loss that can be "
+            "differentiated twice over one graph. Use checkpointing with `use_reentrant=False`, "
+            "compile modules instead of functions, or record with `curvature='none'`."
+        ) from error
 
 
 def first_with_gradient(parameters: Iterable[Parameter]) -> Parameter | None:
@@ -86,14 +88,44 @@ def gradient_norm(parameter: Parameter) -> Tensor:
     return norm
 
 
-def clip_coefficient(probe: Parameter | None, norm: Tensor | None) -> Tensor:
-    """Return the factor by which a gradient was scaled since it had that norm."""
-    if probe is None or norm is None or probe.grad is None:
-        return torch.ones((), dtype=torch.float64)
-    # `.grad` survives, clipped, until the next step's `zero_grad`.
-    after = gradient_norm(probe)
-    # A gradient may hold NaN and be zeroed before the step, which then applies none of its rows.
-    return torch.where(after == 0, after, after / norm)
+def watched_parameters(parameters: Sequence[Parameter]) -> list[Parameter]:
+    """Return parameters whose gradients show by which factor all are scaled.
+
+    On the CPU that is the first whose gradient is not zero. On a device it is all of them, since
+    looking for one would wait for the device.
+    """
+    if all(parameter.device.type == "cpu" for parameter in parameters):
+        first = first_with_gradient(parameters)
+        return [] if first is None else [first]
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
+    return [p for p, grad in gradients if grad is not None and grad.layout == torch.strided]
+
+
+def gradient_norms(parameters: Sequence[Parameter]) -> Float[Tensor, " n"]:
+    """Return the norms of the parameters' gradients, in double precision."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(gradients, 2, torch.float64))
+
+
+def scale_between(
+    before: Float[Tensor, " n"], after: Float[Tensor, " n"], rows: Sequence[Tensor]
+) -> float:
+    """Return the factor between two measurements of the norms of gradients.
+
+    It is 0 if no parameter had a gradient, although the rows do not cancel: the gradient was zeroed
+    after the backward pass, as some trainings do where it is not finite.
+
+    Args:
+        before: Norms before any scaling.
+        after: Norms now.
+        rows: The rows of the step's batches.
+    """
+    for norm, norm_now in zip(before.tolist(), after.tolist(), strict=True):
+        if norm != 0:  # NaN is not zero: such a gradient may be zeroed before the step.
+            return norm_now / norm if norm_now != 0 else 0.0
+    return 1.0 if _cancel(rows) else 0.0
 
 
 @dataclass(frozen=True)
@@ -130,25 +162,28 @@ class GradientScale:
     """Measures the factor by which the gradients of a step were scaled since the backward pass.
 
     Args:
-        probe: A parameter with a gradient, if there is one; clipping by norm scales all alike.
-        norm: The norm of its gradient before any scaling.
+        parameters: Some parameters with a gradient; clipping by norm scales all alike.
+        norms: The norms of their gradients before any scaling.
+
+    Attributes:
+        factor_before: Factor that the norms already contain.
     """
 
-    def __init__(self, probe: Parameter | None, norm: Tensor | None) -> None:
-        self._probe, self._norm = probe, norm
-        self._factor_before = 1.0
+    def __init__(self, parameters: Sequence[Parameter], norms: Float[Tensor, " n"]) -> None:
+        self._parameters, self._norms = parameters, norms
+        self.factor_before = 1.0
+
+    def norms(self) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Return the norms before any scaling and now, without waiting for the device."""
+        if any(parameter.grad is None for parameter in self._parameters):
+            return torch.ones_like(self._norms), torch.ones_like(self._norms)
+        # `.grad` survives, clipped, until the next step's `zero_grad`.
+        return self._norms, gradient_norms(self._parameters)
 
     def factor(self) -> float:
         """Return the factor up to now."""
-        return self._factor_before * float(clip_coefficient(self._probe, self._norm))
-
-    def factor_of(self, rows: Sequence[Tensor]) -> float:
-        """Return the factor from the rows of the step's batches to the gradient that was used.
-
-        It is 0 if no parameter had a gradient, although the rows do not cancel: the gradient was
-        zeroed after the backward pass, as some trainings do where it is not finite.
-        """
-        return self.factor() if self._probe is not None or _cancel(rows) else 0.0
+        before, after = self.norms()
+        return self.factor_before * scale_between(before.cpu(), after.cpu(), [])
 
     def before_value_clipping(self, parameters: Iterable[Parameter], bound: float) -> ValueClipping:
         """Account for clipping by value that is about to happen, and return its effect.
@@ -158,9 +193,9 @@ class GradientScale:
             bound: Largest absolute value after clipping.
         """
         clipping = value_clipping_of(parameters, bound)
-        self._factor_before = self.factor() * clipping.factor
-        if self._probe is not None:
-            self._norm = clipped_norm(self._probe, bound)
+        self.factor_before = self.factor() * clipping.factor
+        norms = [clipped_norm(parameter, bound) for parameter in self._parameters]
+        self._norms = torch.stack(norms) if norms else self._norms
         return clipping
 
 

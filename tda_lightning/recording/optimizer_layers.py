@@ -78,7 +78,7 @@ def split_by_optimizer(
                 f"The parameters of the {block.layer} `{block.name}` are trained by several "
                 "optimizers, or only in part; expected one optimizer that trains all of them. "
                 "Pass all of them to one optimizer, freeze the others with "
-                "`requires_grad_(False)`, or leave the layer out with `layers=[...]`."
+                f"`requires_grad_(False)`, or leave it out with `layers=['!{block.name}']`."
             )
         block_owners.append(owners[0][0])
     for optimizer in optimizers:

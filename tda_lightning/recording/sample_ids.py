@@ -232,7 +232,7 @@ def _as_ids(values: Any) -> Int[Tensor, " n"]:
     is_sequence = isinstance(values, Sequence | np.ndarray | Tensor)
     if is_sequence and len(values) == 0:  # A batch may be empty.
         return torch.empty(0, dtype=torch.int64)
-    ids = torch.as_tensor(values).cpu() if is_sequence else torch.empty(0)
+    ids = _tensor_of(values) if is_sequence else torch.empty(0)
     if ids.ndim != 1 or ids.is_floating_point() or len(ids) == 0 or ids.dtype == torch.bool:
         shape = tuple(ids.shape) if is_sequence else type(values).__name__
         raise ValueError(
@@ -240,3 +240,13 @@ def _as_ids(values: Any) -> Int[Tensor, " n"]:
             "batch. Number your samples, and return those numbers."
         )
     return ids.to(torch.int64)
+
+
+def _tensor_of(values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values).cpu()
+    except (TypeError, ValueError) as error:  # Names, for example.
+        raise ValueError(
+            f"`sample_ids` returned {type(values[0]).__name__} objects; expected one integer per "
+            "sample of the batch. Number your samples, and return those numbers."
+        ) from error

@@ -6,11 +6,8 @@ The rows of micro-batches wait here for the optimizer step that uses their gradi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Parameter
@@ -19,43 +16,36 @@ from torch.optim import Optimizer
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.audits import (
+    MAX_LOST_SHARE,
     AuditStart,
     begin_audit,
+    check_conserved,
     finish_audit,
     lost_parameters,
     negligible_blocks,
-    require_conserved,
 )
-from tda_lightning.recording.batch_visits import BatchVisits
 from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.hyperparameters import HyperparameterReader
 from tda_lightning.recording.optimizer_gradients import (
     GradientScale,
     ValueClipping,
-    concatenated,
-    first_with_gradient,
-    gradient_norm,
+    gradient_norms,
     gradients_of,
     parameters_by_size,
+    second_pass_errors,
+    watched_parameters,
 )
-from tda_lightning.recording.preconditioning import PartialPreconditioner
+from tda_lightning.recording.preconditioning import Gradients, PartialPreconditioner
+from tda_lightning.recording.taken_step import BatchVisits, StepLabel, TakenStep
 from tda_lightning.stores.recipe import LeftOut
-from tda_lightning.stores.step import ParameterGroup, Preconditioner, Step
+from tda_lightning.stores.step import Preconditioner
 
 # Every batch of every step has a different seed for its sampled labels.
 _SEEDS_PER_STEP = 4096
 
 
-@dataclass(frozen=True)
-class _Facts:
-    index: int
-    epoch: int
-    optimizer: str
-    groups: tuple[ParameterGroup, ...]
-
-
 class StepBuilder:
-    """Turns batches and optimizer steps into :class:`Step`.
+    """Turns batches and optimizer steps into :class:`TakenStep`.
 
     Args:
         rows: Records the rows of a batch.
@@ -81,7 +71,7 @@ class StepBuilder:
         self._selection = selection
         self._leave_out = leave_out
         self._lost = set(rows.excluded)
-        self._reduction = reduction
+        self.reduction = reduction
         self._preconditioner = preconditioner
         self._hyperparameters = HyperparameterReader.of(selection, preconditioner)
         # The preconditioner that begins with the next step, until a step holds it.
@@ -89,10 +79,11 @@ class StepBuilder:
         self._audit_every = audit_every
         self._distributed = distributed
         self._n_recorded_steps = 0
+        self._warn: Callable[[str], None] | None = None  # Only in a run that was accepted earlier.
         self._current_batch: tuple[Int[Tensor, " n"], float] | None = None
         self._share = self._loss_scale = 1.0
         self._pending: list[BatchVisits] = []
-        self._facts: _Facts | None = None
+        self._facts: StepLabel | None = None
         self._scale: GradientScale | None = None
         self._audit_start: AuditStart | None = None
         self._parameters_by_size: list[Parameter] = []
@@ -109,9 +100,8 @@ class StepBuilder:
         self._prepare_for_loss(index, sample_ids, share)
 
     def _prepare_for_loss(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
-        n = len(sample_ids)
         self._share = share
-        self._current_batch = (sample_ids, share / n if self._reduction == "mean" else share)
+        self._current_batch = (sample_ids, share)
         if not self._pending and self._is_audit_due():
             self._rows.sum_blocks()
         batch = _SEEDS_PER_STEP * index + len(self._pending)
@@ -127,18 +117,19 @@ class StepBuilder:
         if self._current_batch is not None:
             self._loss_scale = loss_scale
             self._update_preconditioner(loss)
-            self._rows.start_backward(loss)
+            with second_pass_errors():
+                self._rows.start_backward(loss)
 
     def _update_preconditioner(self, loss: Tensor) -> None:
         preconditioner = self._preconditioner  # All batches of a step share its coordinates.
         if preconditioner is None or self._pending or not preconditioner.is_due():
             return
-        gradients = {}
+        gradients: Gradients = {}
         if preconditioner.needs_gradients():
             trained = [p for p in preconditioner.parameters() if p.requires_grad]
-            local_gradients = gradients_of(loss / self._share, trained, self._rows)
-            mean, scale = self._distributed.mean, self._loss_scale
-            gradients = {p: mean(gradient) / scale for p, gradient in local_gradients.items()}
+            gradients = gradients_of(loss / self._share, trained, self._rows)
+            if (scale := self._loss_scale) != 1 or self._distributed.count > 1:
+                gradients = {p: self._distributed.mean(g) / scale for p, g in gradients.items()}
         self._new_preconditioner = preconditioner.read(gradients)
         self._rows.precondition(self._new_preconditioner)
 
@@ -148,9 +139,10 @@ class StepBuilder:
             self._pending.append(self._visits_of(*self._current_batch))
             self._current_batch = None
 
-    def _visits_of(self, sample_ids: Int[Tensor, " n"], weight: float) -> BatchVisits:
-        weight, applied = weight * self._loss_scale, self._applied()
-        return BatchVisits(sample_ids, weight, applied, self._rows.end_backward())
+    def _visits_of(self, sample_ids: Int[Tensor, " n"], share: float) -> BatchVisits:
+        weight = share / len(sample_ids) if self.reduction == "mean" else share
+        rows = self._rows.end_backward()
+        return BatchVisits(sample_ids, weight * self._loss_scale, self._applied(), rows)
 
     def _applied(self) -> float:
         return 1 / (self._loss_scale * self._distributed.count)
@@ -160,7 +152,7 @@ class StepBuilder:
         if not self._pending:
             return
         self._watch_gradients(optimizer)
-        self._facts = _Facts(
+        self._facts = StepLabel(
             index=index,
             epoch=epoch,
             optimizer=type(optimizer).__name__,
@@ -194,54 +186,28 @@ class StepBuilder:
         new = {n: reason for n, reason in self._rows.lost.items() if n not in self._lost}
         if new:
             self._lost.update(new)
-            self._leave_out(lost_parameters(self._selection, new, self._parameters_by_size))
+            limit, trained = 1.0 if self._warn else MAX_LOST_SHARE, self._parameters_by_size
+            self._leave_out(lost_parameters(self._selection, new, trained, limit))
 
-    def after_step(self) -> Step | None:
+    def after_step(self) -> TakenStep | None:
         """Return the step that was taken since the last call, or ``None`` if none was recorded."""
         if self._facts is None or self._scale is None:
             return None
-        facts, batches, start = self._facts, self._pending, self._audit_start
-        scale = self._scale.factor_of(rows := [batch.recorded.rows for batch in batches])
+        label, batches, scale, start = self._facts, self._pending, self._scale, self._audit_start
         audit = None if start is None else finish_audit(self._rows, start)
+        preconditioner, self._new_preconditioner = self._new_preconditioner, None
         self._discard_step()
         self._n_recorded_steps += 1
-        factors = [batch.applied * scale for batch in batches]
-        weights = [
-            torch.full((len(batch.sample_ids),), batch.weight * factor)
-            for batch, factor in zip(batches, factors, strict=True)
-        ]
-        # If the scale is NaN, so are the weights. Unscaled rows show which samples are the cause.
-        sketch = concatenated(rows, factors if isfinite(scale) else None)
-        assert sketch is not None
-        preconditioner, self._new_preconditioner = self._new_preconditioner, None
-        return Step(
-            index=facts.index,
-            epoch=facts.epoch,
-            optimizer=facts.optimizer,
-            groups=facts.groups,
-            sample_ids=torch.cat([batch.sample_ids for batch in batches]),
-            weights=torch.cat(weights),
-            sketch=sketch,
-            audit=audit,
-            terms=concatenated([batch.recorded.terms for batch in batches]),
-            curvature=concatenated([batch.recorded.curvature(batch.weight) for batch in batches]),
-            # Curvature scales with the loss, and its rows with the square root.
-            curvature_rows=concatenated(
-                [batch.recorded.curvature_rows for batch in batches],
-                [factor**0.5 for factor in factors],
-            ),
-            preconditioner=preconditioner,
-            loss=_common_name([batch.recorded.loss for batch in batches]),
-        )
+        return TakenStep(label, batches, scale, audit, preconditioner)
 
     def _is_audit_due(self) -> bool:
         steps, every = self._n_recorded_steps, self._audit_every
         return steps == 0 or bool(every and steps % every == 0)
 
-    def _probe(self) -> tuple[Parameter | None, Tensor | None]:
-        """Return the smallest parameter with a gradient, and its gradient norm before clipping."""
-        probe = first_with_gradient(self._parameters_by_size)
-        return probe, None if probe is None else gradient_norm(probe)
+    def _probe(self) -> tuple[list[Parameter], Tensor]:
+        """Return parameters that show the scaling of gradients, and their norms before it."""
+        parameters = watched_parameters(self._parameters_by_size)
+        return parameters, gradient_norms(parameters)
 
     def _block_sums(self) -> Tensor:
         return self._rows.block_sums()
@@ -250,12 +216,10 @@ class StepBuilder:
         assert self._scale is not None
         applied = self._applied() * self._scale.factor()
         sums = self._distributed.add(self._block_sums() * applied)
-        recorded, rounding = sums[:, :-1], sums[:, -1]
-        start = begin_audit(self._rows, recorded, self._parameters_by_size)
+        start = begin_audit(self._rows, sums[:, :-1], self._parameters_by_size)
         if self._n_recorded_steps == 0:
-            blocks = self._selection.blocks
             skipped = negligible_blocks(self._selection.parameters) | self._lost
-            require_conserved(blocks, recorded, start.gradient, rounding, skipped)
+            check_conserved(self._selection.blocks, start, sums[:, -1], skipped, self._warn)
         return start
 
     def forget_gradients(self) -> None:
@@ -282,6 +246,10 @@ class StepBuilder:
             self._preconditioner.load_state(state)
             self._rows.precondition(preconditioner)
 
+    def accept(self, warn: Callable[[str], None]) -> None:
+        """Warn of what would be refused in a new run, since this run was accepted earlier."""
+        self._warn = warn
+
     def drop_batch(self) -> None:
         """Discard a batch without a backward pass, and a step that was not taken."""
         if self._current_batch is not None:
@@ -293,8 +261,3 @@ class StepBuilder:
     def _discard_step(self) -> None:
         self._facts = self._scale = self._audit_start = None
         self._pending = []
-
-
-def _common_name(losses: Sequence[str]) -> str:
-    """Return the name of the loss if all batches have the same, else an empty string."""
-    return losses[0] if len(set(losses)) == 1 else ""

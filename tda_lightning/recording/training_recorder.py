@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tda_lightning.gradients.losses import Reduction, reduction_of
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.recording.optimizer_layers import split_by_optimizer
 from tda_lightning.recording.optimizer_recorder import OptimizerRecorder, RecordingSettings
 from tda_lightning.recording.preconditioning import JointPreconditioner
+from tda_lightning.recording.taken_step import TakenStep
 from tda_lightning.stores.step import Preconditioner, Step
 
 
@@ -32,7 +35,12 @@ class TrainingRecorder:
         projector: Sketches their gradients.
         settings: Settings that all optimizers share.
         keep: Called with every recorded step, after the optimizer has taken it.
+
+    Attributes:
+        may_wait: Whether a step may be kept only after the next one: its rows are on their way.
     """
+
+    may_wait = True
 
     def __init__(
         self,
@@ -56,9 +64,11 @@ class TrainingRecorder:
             for optimizer, part in zip(optimizers, parts, strict=True)
             if any(part.parameters)
         ]
+        # A step whose rows are still on the device: it is kept when the next one has been taken.
+        self._waiting: TakenStep | None = None
         self._n_optimizers = len(optimizers)
         self._hooks: list[Any] = []
-        self._backward_passes = 0
+        self._backward_passes = self._batch_size = 0
 
     @property
     def rows(self) -> RowRecorder:
@@ -94,6 +104,8 @@ class TrainingRecorder:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        with suppress(RuntimeError):  # The device may have failed, which ends the training.
+            self.finish_steps()
 
     def is_recording(self) -> bool:
         """Return whether the next step of some optimizer is to be recorded."""
@@ -128,9 +140,24 @@ class TrainingRecorder:
             if not recorder.is_due():
                 recorder.builder.drop_batch()
 
+    def reduction_of(self, loss: Tensor, share: float) -> Reduction | None:
+        """Return how the loss of the batch combines its samples, if its graph shows that.
+
+        Args:
+            loss: The loss, before its backward pass.
+            share: Factor of the loss in the step's loss (less than 1 under accumulation).
+        """
+        with self.rows.paused():
+            return reduction_of(loss, self._batch_size, share)
+
+    def use_reduction(self, reduction: Reduction) -> None:
+        """Change how losses are taken to combine their samples, from the current batch on."""
+        for recorder in self._recorders:
+            recorder.builder.reduction = reduction
+
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Prepare for the forward pass of a batch, where one of its steps is to be recorded."""
-        self._backward_passes = 0
+        self._backward_passes, self._batch_size = 0, len(sample_ids)
         if len(sample_ids) == 0:  # It contributes nothing, and has no sample axis to find.
             return
         for recorder in self._recorders:
@@ -211,11 +238,25 @@ class TrainingRecorder:
             rest = {key: value for key, value in state.items() if key != "taken"}
             recorder.builder.resume(rest, preconditioner)
 
+    def accept(self) -> None:
+        """Warn of what would be refused in a new run, since this run was accepted earlier."""
+        for recorder in self._recorders:
+            recorder.builder.accept(self.settings.warn)
+
     def _after_step(self, recorder: OptimizerRecorder) -> Callable[..., None]:
         # A post hook: it does not fire for steps that the loss scale or the model skips.
         def hook(*_: object) -> None:
-            step = recorder.builder.after_step()
-            if step is not None:
-                self._keep(step)
+            taken = recorder.builder.after_step()
+            if taken is not None:
+                self.finish_steps()
+                self._waiting = taken
+                if taken.is_ready or not self.may_wait:
+                    self.finish_steps()
 
         return hook
+
+    def finish_steps(self) -> None:
+        """Wait for the step whose rows are still on the device, if any, and keep it."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._keep(waiting.finish())

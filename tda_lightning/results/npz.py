@@ -18,6 +18,8 @@ from tda_lightning.stores.durable import absolute_path, atomic_write
 # `save` does not compress; another program may.
 _MAX_COMPRESSION = 64
 _MAX_UNSTORED_BYTES = 2**22
+# Names of files that a NumPy archive must not have.
+_TABLES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".parquet", ".feather"}
 
 
 def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
@@ -27,7 +29,11 @@ def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
         path: Path of the file; an existing file is replaced.
         result: An object with a ``method`` and a ``provenance``.
         names: Names of its other fields, which hold tensors or strings.
+
+    Raises:
+        ValueError: If the name of the file ends like a table's, such as ``.csv``.
     """
+    _require_no_table(path)
     fields = {name: _as_array(getattr(result, name)) for name in names}
     texts = {"method": result.method, "provenance": json.dumps(dict(result.provenance))}
     # Pass an open file: given a path, NumPy would append a suffix.
@@ -35,8 +41,24 @@ def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
         np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in texts.items()}, **fields)
 
 
-def load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:
+def _require_no_table(path: str | Path) -> None:
+    suffix = Path(path).suffix.lower()
+    if suffix in _TABLES:
+        raise ValueError(
+            f"`{path}` ends in `{suffix}`, but `save` writes a NumPy archive; expected a name that "
+            "ends in `.npz`. For a table, use `to_csv` or `to_pandas`, where the result has them."
+        )
+
+
+def load_arrays(
+    path: str | Path, names: tuple[str, ...], *, optional: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Read the fields of a result that :func:`save_arrays` wrote.
+
+    Args:
+        path: Path of the file.
+        names: Names of the fields.
+        optional: Names of fields that a file may lack.
 
     Raises:
         FileNotFoundError: If there is no file.
@@ -50,6 +72,7 @@ def load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Any]:
     with _reading_result(file):
         arrays = _read_arrays(file)
     # Files of early versions have no provenance.
+    names = (*names, *(name for name in optional if name in arrays))
     if set(arrays) - {"provenance"} != {*names, "method"}:
         raise ValueError(
             f"`{path}` holds {sorted(arrays)}; expected {sorted([*names, 'method'])}. "

@@ -1,4 +1,4 @@
-"""Scores, rankings and per-sample scores: the results of attribution methods.
+"""Scores: one number per query and training sample, the result of most attribution methods.
 
 Scores have shape ``(n_query, n_train)``. A positive score marks a proponent: a training sample
 whose presence lowered the query's loss.
@@ -6,53 +6,53 @@ whose presence lowered the query's loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.results.html_tables import Cell, html_table
+from tda_lightning.results.joining import joined_provenance, require_same_ids
 from tda_lightning.results.npz import load_arrays, save_arrays
 from tda_lightning.results.optional import needs
+from tda_lightning.results.ranking import Ranking, SampleRanking, describe_pairs, require_rank
+from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.results.selection import positions_of, sum_over_groups
+from tda_lightning.results.tables import (
+    Columns,
+    data_frame,
+    ranked_columns,
+    signed_columns,
+    write_columns,
+    write_csv,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """The training samples that matter most to each query.
-
-    Attributes:
-        ids: Ids of the training samples, most extreme first, shape ``(n_query, k)``.
-        values: Scores of these samples, shape ``(n_query, k)``.
-    """
-
-    ids: Int[Tensor, "n_query k"]
-    values: Float[Tensor, "n_query k"]
-
-    def __repr__(self) -> str:
-        """Show one line per query."""
-        shown = range(min(len(self.ids), 10))
-        lines = [f"  query {row}: {_pairs(self.ids[row], self.values[row])}" for row in shown]
-        more = ["  ..."] if len(self.ids) > 10 else []
-        return "\n".join([f"Ranking of {self.ids.shape[1]} per query", *lines, *more])
-
-
-@dataclass(frozen=True)
 class Scores:
     """One score per query and training sample.
 
+    ``scores[0]`` are the scores for one query, ``scores[1:3]``, ``scores[[0, 2]]`` and
+    ``scores[mask]`` those for several; iterating yields one :class:`SampleScores` per query.
+    ``scores.of(train_ids)`` selects training samples. Scores of the same queries and training
+    samples can be added and subtracted.
+
     Attributes:
         values: Scores, shape ``(n_query, n_train)``.
-        query_ids: Positions of the queries, shape ``(n_query,)``.
+        query_ids: Ids of the queries, shape ``(n_query,)``: as training samples, indices into the
+            dataset of a loader, below any ``Subset``; positions in a batch.
         train_ids: Ids of the training samples, shape ``(n_train,)``.
         method: The method and its hyper-parameters.
         provenance: Model, optimizer, steps covered, sketch and weights behind the scores.
+        tokens: Position of each query's token in its sample, if queries are tokens.
     """
 
     values: Float[Tensor, "n_query n_train"]
@@ -60,6 +60,74 @@ class Scores:
     train_ids: Int[Tensor, " n_train"]
     method: str
     provenance: Mapping[str, str] = field(default_factory=dict)
+    tokens: Int[Tensor, " n_query"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of queries, and number of training samples."""
+        n_query, n_train = self.values.shape
+        return n_query, n_train
+
+    def __len__(self) -> int:
+        """Return the number of queries."""
+        return len(self.values)
+
+    @overload
+    def __getitem__(self, queries: int) -> SampleScores: ...
+    @overload
+    def __getitem__(self, queries: slice | Sequence[int] | Tensor) -> Scores: ...
+    def __getitem__(self, queries: int | slice | Sequence[int] | Tensor) -> SampleScores | Scores:
+        """Select queries by position."""
+        if isinstance(queries, Integral):
+            return self._row(int(queries))
+        if isinstance(queries, tuple):
+            raise IndexError(
+                f"`scores[{', '.join(map(str, queries))}]` has two positions; expected one, of the "
+                "queries. Select training samples by their ids: `scores[0].of([17, 23])`."
+            )
+        chosen = queries if isinstance(queries, slice) else torch.as_tensor(queries)
+        tokens = None if self.tokens is None else self.tokens[chosen]
+        return replace(
+            self, values=self.values[chosen], query_ids=self.query_ids[chosen], tokens=tokens
+        )
+
+    def _row(self, row: int) -> SampleScores:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"`scores[{row}]` names no query; expected one below {len(self)}.")
+        provenance = {**self.provenance, "query": str(int(self.query_ids[row]))}
+        return SampleScores(self.values[row], self.train_ids, self.method, provenance)
+
+    def __iter__(self) -> Iterator[SampleScores]:
+        """Yield the scores for each query."""
+        return (self._row(row) for row in range(len(self)))
+
+    def of(self, train_ids: Int[Tensor, " k"] | Sequence[int] | SampleRanking) -> Scores:
+        """Return the scores of some training samples, in the order of the given ids.
+
+        Args:
+            train_ids: Ids of training samples, or a ranking of them. Ids are no columns of
+                ``values``.
+
+        Raises:
+            ValueError: If an id is not among the training samples.
+        """
+        positions = positions_of(self.train_ids, train_ids)
+        return replace(self, values=self.values[:, positions], train_ids=self.train_ids[positions])
+
+    def __add__(self, other: Scores) -> Scores:
+        """Return the sums of the scores of the same queries and training samples."""
+        return self._combined(other, self.values.add, "sum")
+
+    def __sub__(self, other: Scores) -> Scores:
+        """Return the differences of the scores, such as those with and without a watermark."""
+        return self._combined(other, self.values.sub, "difference")
+
+    def _combined(self, other: Scores, operation: Any, name: str) -> Scores:
+        if not isinstance(other, Scores):
+            return NotImplemented
+        require_same_ids([self, other], ("query_ids", "train_ids"), Scores)
+        values = operation(other.values)
+        return replace(self, values=values, **joined_provenance([self, other], name))
 
     def proponents(self, k: int = 5) -> Ranking:
         """Return the ``k`` training samples that lowered each query's loss most."""
@@ -71,7 +139,7 @@ class Scores:
 
     def _rank(self, k: int, largest: bool) -> Ranking:
         top = self.values.topk(require_rank(k, len(self.train_ids)), dim=1, largest=largest)
-        return Ranking(self.train_ids[top.indices], top.values)
+        return Ranking(self.train_ids[top.indices], top.values, self.query_ids)
 
     @classmethod
     def mean(cls, scores: Sequence[Scores]) -> Scores:
@@ -80,9 +148,9 @@ class Scores:
         Raises:
             ValueError: If the queries or the training samples differ.
         """
-        first = _require_same_ids(scores, ("query_ids", "train_ids"))
+        first = require_same_ids(scores, ("query_ids", "train_ids"), Scores)
         values = torch.stack([item.values for item in scores]).mean(dim=0)
-        return replace(first, values=values, **_joined_provenance(scores, "mean"))
+        return replace(first, values=values, **joined_provenance(scores, "mean"))
 
     @classmethod
     def concatenate(cls, scores: Sequence[Scores]) -> Scores:
@@ -91,46 +159,62 @@ class Scores:
         Raises:
             ValueError: If the training samples differ.
         """
-        first = _require_same_ids(scores, ("train_ids",))
+        first = require_same_ids(scores, ("train_ids",), Scores)
         values = torch.cat([item.values for item in scores])
         query_ids = torch.cat([item.query_ids for item in scores])
-        provenance = _joined_provenance(scores, "concatenation")
-        return replace(first, values=values, query_ids=query_ids, **provenance)
+        parts = [item.tokens for item in scores if item.tokens is not None]
+        tokens = torch.cat(parts) if len(parts) == len(scores) else None
+        provenance = joined_provenance(scores, "concatenation")
+        return replace(first, values=values, query_ids=query_ids, tokens=tokens, **provenance)
 
-    def grouped(self, labels: Int[Tensor, " n_query"] | Sequence[int]) -> Scores:
-        """Sum the scores over groups of queries that share a label.
+    def grouped(
+        self,
+        labels: Int[Tensor, " n_query"] | Sequence[int] | None = None,
+        *,
+        train_labels: Int[Tensor, " n_train"] | Sequence[int] | None = None,
+    ) -> Scores:
+        """Sum the scores over groups of queries, of training samples, or of both.
 
-        If scores are linear in the query, these are the scores of the summed losses.
+        If scores are linear in the query, a sum over queries is the score for the summed losses. A
+        sum over training samples predicts the effect of the whole group.
 
         Args:
             labels: Group of each query, such as its class or document, shape ``(n_query,)``.
+            train_labels: Group of each training sample, in the order of ``train_ids``, shape
+                ``(n_train,)``; for labels of a whole dataset, ``labels[scores.train_ids]``.
 
         Returns:
-            Scores with one row per group; ``query_ids`` are the labels, sorted.
+            Scores with one row per group of queries, and one column per group of training samples;
+            ``query_ids`` and ``train_ids`` are the labels, sorted.
 
         Raises:
-            ValueError: If there is not one label per query.
+            ValueError: If there is not one label per query, or per training sample.
         """
-        try:
-            groups = torch.as_tensor(labels)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"`labels` are not numbers: {error}; expected one whole number per query, the "
-                "same for queries that belong together."
-            ) from error
-        if groups.shape != self.query_ids.shape:
-            raise ValueError(
-                f"`labels` has the shape {tuple(groups.shape)}; expected ({len(self.query_ids)},), "
-                "one label per query. Give queries that belong together the same number."
+        values, provenance = self.values, dict(self.provenance)
+        query_ids, train_ids, tokens = self.query_ids, self.train_ids, self.tokens
+        if labels is not None:
+            tokens = None
+            query_ids, values = sum_over_groups(values, labels, "labels", "query")
+            provenance["groups"] = f"{len(query_ids)} of {len(self)} queries"
+        if train_labels is not None:
+            train_ids, sums = sum_over_groups(
+                values.mT, train_labels, "train_labels", "training sample"
             )
-        ids, rows = torch.unique(groups, return_inverse=True)
-        values = self.values.new_zeros(len(ids), len(self.train_ids))
-        values.index_add_(0, rows, self.values)
-        provenance = {**self.provenance, "groups": f"{len(ids)} of {len(groups)} queries"}
-        return replace(self, values=values, query_ids=ids, provenance=provenance)
+            values = sums.mT.contiguous()
+            provenance["train groups"] = f"{len(train_ids)} of {len(self.train_ids)} samples"
+        return Scores(values, query_ids, train_ids, self.method, provenance, tokens)
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a data frame with queries as rows and training samples as columns."""
+    def to_pandas(self, k: int | None = None) -> pd.DataFrame:
+        """Return a data frame of all scores, or a tidy one of the ``k`` most extreme per query.
+
+        Args:
+            k: Number of proponents, and of opponents, per query. The columns are ``query``,
+                ``token`` (if queries are tokens), ``rank`` (from 0), ``train_id``, ``score`` and
+                ``sign``: 1 for proponents, -1 for opponents. With ``None``, queries are rows and
+                training samples columns.
+        """
+        if k is not None:
+            return data_frame(self._extremes(k))
         with needs("pandas"):
             import pandas as pd
 
@@ -138,160 +222,64 @@ class Scores:
         columns = pd.Index(self.train_ids.numpy(), name="train")
         return pd.DataFrame(self.values.numpy(), index=index, columns=columns)
 
+    def to_csv(self, path: str | Path, k: int | None = None) -> None:
+        """Write the table of :meth:`to_pandas` to a CSV file; an existing file is replaced."""
+        if k is not None:
+            write_columns(path, self._extremes(k))
+            return
+        rows = zip(self.query_ids.tolist(), self.values, strict=True)
+        lines = ([query, *row.tolist()] for query, row in rows)
+        write_csv(path, ["query", *self.train_ids.tolist()], lines)
+
+    def _extremes(self, k: int) -> Columns:
+        sides = (self.proponents(k), self.opponents(k))
+        tables = (ranked_columns(self.query_ids, s.ids, s.values, self.tokens) for s in sides)
+        return signed_columns(*tables)
+
     def save(self, path: str | Path) -> None:
         """Write the scores to a NumPy ``.npz`` file."""
-        save_arrays(path, self, _MATRIX_FIELDS)
+        save_arrays(path, self, _FIELDS if self.tokens is None else (*_FIELDS, "tokens"))
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
         """Read scores written by :meth:`save`."""
-        return cls(**load_arrays(path, _MATRIX_FIELDS))
+        return cls(**load_arrays(path, _FIELDS, optional=("tokens",)))
+
+    def _repr_html_(self) -> str:
+        """Show the proponents and opponents of each query, in notebooks."""
+        n_query, n_train = self.shape
+        k = min(3, n_train)
+        names = (self._name_of(row).removeprefix("query ") for row in range(n_query))
+        rows: list[list[Cell]] = [
+            [name, row.highest(k), row.lowest(k)] for name, row in zip(names, self, strict=True)
+        ]
+        caption = f"Scores of {n_query:,} queries x {n_train:,} training samples by {self.method}"
+        return html_table(caption, ["query", "highest scores", "lowest scores"], rows)
 
     def __repr__(self) -> str:
         """Show the shape, the method, and the proponents and opponents of the first queries."""
-        n_query, n_train = self.values.shape
+        n_query, n_train = self.shape
         head = f"Scores of {n_query:,} queries x {n_train:,} training samples by {self.method}"
         lines = [
-            f"  query {int(query)}: proponents {_pairs(*_row(self.proponents(3), row))}; "
-            f"opponents {_pairs(*_row(self.opponents(3), row))}"
-            for row, query in enumerate(self.query_ids[:3])
+            f"  {self._name_of(row)}: {_describe_row(self._row(row))}"
+            for row in range(min(n_query, 3))
             if n_train >= 3
         ]
         return "\n".join([head, *lines, *(["  ..."] if n_query > 3 else [])])
 
-
-@dataclass(frozen=True)
-class TopScores:
-    """The most helpful and the most harmful training samples of each query.
-
-    Attributes:
-        proponents: The training samples that lowered each query's loss most.
-        opponents: The training samples that raised each query's loss most.
-        query_ids: Positions of the queries, shape ``(n_query,)``.
-        method: The method and its hyper-parameters.
-        provenance: Model, optimizer, steps covered, sketch and weights behind the scores.
-    """
-
-    proponents: Ranking
-    opponents: Ranking
-    query_ids: Int[Tensor, " n_query"]
-    method: str
-    provenance: Mapping[str, str] = field(default_factory=dict)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return a data frame with a row per query and rank; rank 0 is the most extreme."""
-        with needs("pandas"):
-            import pandas as pd
-
-        queries, ranks = self.query_ids.tolist(), range(self.proponents.ids.shape[1])
-        return pd.DataFrame(
-            {
-                "proponent": self.proponents.ids.flatten().numpy(),
-                "proponent_score": self.proponents.values.flatten().numpy(),
-                "opponent": self.opponents.ids.flatten().numpy(),
-                "opponent_score": self.opponents.values.flatten().numpy(),
-            },
-            index=pd.MultiIndex.from_product([queries, ranks], names=["query", "rank"]),
-        )
+    def _name_of(self, row: int) -> str:
+        token = "" if self.tokens is None else f", token {int(self.tokens[row])}"
+        return f"query {int(self.query_ids[row])}{token}"
 
 
-@dataclass(frozen=True)
-class SampleScores:
-    """One score per training sample, such as its self-influence.
-
-    Attributes:
-        values: Scores, shape ``(n_train,)``.
-        train_ids: Ids of the training samples, shape ``(n_train,)``.
-        method: The method and its hyper-parameters.
-        provenance: Model, optimizer, steps covered, sketch and weights behind the scores.
-    """
-
-    values: Float[Tensor, " n_train"]
-    train_ids: Int[Tensor, " n_train"]
-    method: str
-    provenance: Mapping[str, str] = field(default_factory=dict)
-
-    def highest(self, k: int = 10) -> Int[Tensor, " k"]:
-        """Return the ids of the ``k`` highest scores, highest first."""
-        return self.train_ids[self.values.topk(require_rank(k, len(self.train_ids))).indices]
-
-    def lowest(self, k: int = 10) -> Int[Tensor, " k"]:
-        """Return the ids of the ``k`` lowest scores, lowest first."""
-        top = self.values.topk(require_rank(k, len(self.train_ids)), largest=False)
-        return self.train_ids[top.indices]
-
-    def to_pandas(self) -> pd.Series[float]:
-        """Return a series indexed by training sample."""
-        with needs("pandas"):
-            import pandas as pd
-
-        return pd.Series(self.values.numpy(), index=pd.Index(self.train_ids.numpy(), name="train"))
-
-    def save(self, path: str | Path) -> None:
-        """Write the scores to a NumPy ``.npz`` file."""
-        save_arrays(path, self, _VECTOR_FIELDS)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SampleScores:
-        """Read scores written by :meth:`save`."""
-        return cls(**load_arrays(path, _VECTOR_FIELDS))
-
-    def __repr__(self) -> str:
-        """Show the method and the highest scores."""
-        ids = self.highest(min(5, len(self.train_ids)))
-        values = self.values.topk(len(ids)).values
-        head = f"SampleScores of {len(self.values):,} training samples by {self.method}"
-        return f"{head}\n  highest {_pairs(ids, values)}"
+_FIELDS = ("values", "query_ids", "train_ids")
 
 
-_MATRIX_FIELDS = ("values", "query_ids", "train_ids")
-_VECTOR_FIELDS = ("values", "train_ids")
-
-
-def require_rank(k: int, n_train: int) -> int:
-    """Return ``k`` if it is a valid number of training samples to rank.
-
-    Raises:
-        ValueError: If it is not a whole number from 1 to ``n_train``.
-    """
-    if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= n_train:
-        raise ValueError(
-            f"`k` is {k!r}; expected a number from 1 to {n_train}, the number of training samples."
-        )
-    return k
-
-
-def _pairs(ids: Tensor, values: Tensor) -> str:
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return ", ".join(f"{sample_id} ({value:+.3g})" for sample_id, value in pairs)
-
-
-def _row(ranking: Ranking, row: int) -> tuple[Tensor, Tensor]:
-    return ranking.ids[row], ranking.values[row]
-
-
-def _require_same_ids(scores: Sequence[Scores], names: tuple[str, ...]) -> Scores:
-    if not isinstance(scores, list | tuple) or not scores:
-        raise ValueError(f"`scores` is {scores!r}; expected at least one `Scores`, in a list.")
-    first: Scores = scores[0]
-    for name in names:
-        if not all(torch.equal(getattr(item, name), getattr(first, name)) for item in scores):
-            raise ValueError(
-                f"`scores` differ in their `{name}`; expected the same in all of them. Attribute "
-                "the same queries to the same training set."
-            )
-    return first
-
-
-def _joined_provenance(scores: Sequence[Scores], operation: str) -> dict[str, Any]:
-    """Return the method and the provenance of several scores, with all differing values listed."""
-    methods = list(dict.fromkeys(item.method for item in scores))
-    method = methods[0] if len(methods) == 1 else f"{operation} of {', '.join(methods)}"
-    keys = dict.fromkeys(key for item in scores for key in item.provenance)
-    distinct = {
-        key: dict.fromkeys(item.provenance.get(key, "unknown") for item in scores) for key in keys
-    }
-    provenance = {key: "; ".join(values) for key, values in distinct.items()}
-    if len(scores) > 1:
-        provenance[operation] = f"of {len(scores)}"
-    return {"method": method, "provenance": provenance}
+def _describe_row(row: SampleScores) -> str:
+    if not row.values.any():
+        return "all scores are zero"
+    high, low = row.highest(3), row.lowest(3)
+    return (
+        f"proponents {describe_pairs(high.ids, high.values)}; "
+        f"opponents {describe_pairs(low.ids, low.values)}"
+    )

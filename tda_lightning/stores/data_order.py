@@ -30,6 +30,25 @@ class DataOrder:
     replayed: tuple[int, ...]
     same_order: dict[int, int]
 
+    def __repr__(self) -> str:
+        """Show one line per kind of irregularity."""
+        repeated = [f"{len(ids):,} in epoch {epoch}" for epoch, ids in self.repeated.items()]
+        same = [f"{epoch} as {earlier}" for epoch, earlier in self.same_order.items()]
+        lines = {
+            "never seen": list(map(str, self.never.tolist())),
+            "seen again in one epoch": repeated,
+            "steps replayed": list(map(str, self.replayed)),
+            "epochs in the same order": same,
+        }
+        return "\n".join(
+            ["DataOrder", *(f"  {name:<24}  {_listed(items)}" for name, items in lines.items())]
+        )
+
+
+def _listed(items: list[str]) -> str:
+    more = ", ..." if len(items) > 8 else ""
+    return f"{len(items):,}: {', '.join(items[:8])}{more}" if items else "none"
+
 
 def data_order(run: str | Path | Store) -> DataOrder:
     """Report irregularities in the order of a run's training data.

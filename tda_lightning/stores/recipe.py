@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from tda_lightning.arguments import is_selected, unmatched
 
 SampleAxis = int | Literal["flattened"]
 
@@ -156,20 +157,22 @@ class Recipe:
             }
         )
 
+    @property
+    def has_rows(self) -> bool:
+        """Return whether the run holds rows, and not only losses."""
+        return self.projector.get("name") != "none"
+
     def columns_of(self, layers: Sequence[str]) -> Int[Tensor, " m"]:
         """Return the columns of a row that belong to the given layers.
 
         Args:
-            layers: Names of blocks, or of the modules that feed them; ``*`` matches any characters.
+            layers: Names of blocks, or of the modules that feed them; ``*`` matches any characters,
+                and ``!`` excludes.
 
         Raises:
             ValueError: If a name matches no layer, or layers share columns.
         """
-        if isinstance(layers, str) or not layers:
-            raise ValueError(
-                f"`layers` is {layers!r}; expected a non-empty list of layer names, such as "
-                f"[{self.blocks[-1].name!r}]."
-            )
+        selected = self.selects(layers)
         if self.widths is None:
             name, *arguments = (f"{key}={value}" for key, value in self.projector.items())
             raise ValueError(
@@ -178,16 +181,23 @@ class Recipe:
                 "`GradientRecorder(layers=[...])`, or with a projector that keeps them separate: "
                 "`Kronecker()` or `Identity()`."
             )
-        for pattern in layers:
-            if not any(_matches(block, pattern) for block in self.blocks):
-                raise ValueError(
-                    f"`layers` contains `{pattern}`, which matches no layer of the run; expected "
-                    f"names from {[block.name for block in self.blocks]}. Correct the name, or use "
-                    "`*`."
-                )
-        selected = [any(_matches(block, name) for name in layers) for block in self.blocks]
         columns = torch.repeat_interleave(torch.tensor(selected), torch.tensor(self.widths))
         return columns.nonzero()[:, 0]
+
+    def selects(self, layers: Sequence[str]) -> list[bool]:
+        """Return for each block whether it is among layers; an unknown one raises an error."""
+        if isinstance(layers, str) or not layers:
+            raise ValueError(
+                f"`layers` is {layers!r}; expected a non-empty list of layer names, such as "
+                f"[{self.blocks[-1].name!r}]."
+            )
+        names = [(block.name, *block.modules) for block in self.blocks]
+        for pattern in unmatched([name for group in names for name in group], layers):
+            raise ValueError(
+                f"`layers` contains `{pattern}`, which matches no layer of the run; expected names "
+                f"from {[block.name for block in self.blocks]}. Correct the name, or use `*`."
+            )
+        return [is_selected(group, layers) for group in names]
 
     def require_continued_by(self, other: Recipe) -> None:
         """Check that ``other`` makes the same sketches; software versions may differ.
@@ -246,10 +256,6 @@ class Recipe:
                 f"Expected the trained model; got `{model}`. Pass a model of the same architecture "
                 "with the same trainable parameters."
             )
-
-
-def _matches(block: Block, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in (block.name, *block.modules))
 
 
 def _shorten(value: Any) -> str:

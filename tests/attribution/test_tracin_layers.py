@@ -15,6 +15,7 @@ from tda_lightning import (
     attribute,
     self_influence,
 )
+from tda_lightning.passes.queries import record_queries
 from tda_lightning.stores import MemoryStore
 
 QUERIES = vectors()[:3]
@@ -49,6 +50,18 @@ def test_scores_of_separate_layers_sum_to_the_score_of_all_layers(projector):
     torch.testing.assert_close(sum(self_scores(run, part) for part in parts), self_scores(run))
     assert by_part[0].abs().max() > 0
     torch.testing.assert_close(scores(model, run, ["net.*"]), scores(model, run))
+    for others in (["!net.0"], ["net.*", "!net.0"], ["!*.0.weight", "!net.0.bias"]):
+        torch.testing.assert_close(scores(model, run, others), by_part[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*not among `layers`")
+def test_excluded_layers_are_not_recorded():
+    _, run = trained(Identity(), layers=["!net.0", "!net.*.bias"])
+    assert run.recipe.block_names == {"net.2.weight", "net.3.weight"}
+    with pytest.raises(ValueError, match=r"`layers` contains `net\.9`, which matches no layer"):
+        trained(Identity(), layers=["!net.9"])
+    with pytest.raises(ValueError, match="nothing that can be recorded"):
+        trained(Identity(), layers=["!net.*"])
 
 
 @pytest.mark.filterwarnings("ignore:.*not among `layers`")
@@ -69,10 +82,42 @@ def test_a_store_on_disk_holds_the_columns_of_each_layer(tmp_path):
 
 
 @pytest.mark.parametrize("projector", [CountSketch(31), KroneckerCountSketch(31)], ids=repr)
-def test_layers_that_share_columns_are_refused(projector):
+def test_layers_that_share_columns_are_refused_where_queries_have_all_layers(projector):
     model, run = trained(projector)
     message = r"its `\w*CountSketch` \(dimension=31.*same columns.*GradientRecorder\(layers="
     with pytest.raises(ValueError, match=message):
+        self_scores(run, ["net.3"])
+    rows = record_queries(model, (QUERIES[0].double(), QUERIES[1]), like=run)
+    with pytest.raises(ValueError, match=message):
+        TracIn(["net.3"]).attribute(run, rows, progress=False)
+
+
+ESTIMATES = pytest.mark.filterwarnings("ignore:.*estimates its scores")
+
+
+@ESTIMATES
+@pytest.mark.parametrize("projector", [CountSketch(31), KroneckerCountSketch(31)], ids=repr)
+def test_scores_of_layers_that_share_columns_sum_to_the_score_of_all_layers(projector):
+    model, run = trained(projector)
+    parts = [scores(model, run, layers) for layers in (["net.0"], ["!net.0"])]
+    torch.testing.assert_close(sum(parts), scores(model, run))
+    assert min(float(part.abs().max()) for part in parts) > 0
+
+
+@ESTIMATES
+def test_they_average_to_those_of_separate_layers():
+    exact = scores(*trained(Identity()), ["net.3"])
+    runs = [trained(CountSketch(127, seed=seed)) for seed in range(7)]
+    assert all(run.recipe.widths is None for _, run in runs)
+    estimates = torch.stack([scores(model, run, ["net.3"]) for model, run in runs])
+    error, largest = (estimates - exact).flatten(1).norm(dim=1), exact.norm()
+    assert (estimates.mean(dim=0) - exact).norm() < 0.6 * error.mean()
+    assert error.max() < 0.5 * largest
+
+
+def test_an_estimate_warns():
+    model, run = trained(CountSketch(31))
+    with pytest.warns(UserWarning, match=r"`TracIn\(layers=...\)` estimates its scores"):
         scores(model, run, ["net.3"])
 
 

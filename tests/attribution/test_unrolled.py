@@ -273,3 +273,24 @@ def test_permuting_training_samples_permutes_scores():
     for step in run:
         renamed.append(replace(step, sample_ids=permutation[step.sample_ids]))
     torch.testing.assert_close(scores(Unrolled(), renamed)[:, permutation], scores(Unrolled(), run))
+
+
+@pytest.mark.parametrize("steps", [1, 29], ids=["fewer samples than columns", "more samples"])
+def test_self_influence_is_the_score_for_the_gradient_of_the_last_visit(steps):
+    problem = ls.problem(steps=steps, scale=0.7)
+    raw = ls.record(problem, OPTIMIZERS["momentum"])
+    run = MemoryStore()
+    run.begin(replace(raw.recipe, train_ids=None))
+    for step in raw:
+        run.append(step)
+    last = {}
+    for step in run:
+        for sample, row, weight in zip(
+            step.sample_ids.tolist(), step.sketch, step.weights, strict=True
+        ):
+            last[sample] = row / weight
+    own = torch.stack([last[sample] for sample in run.train_ids().tolist()])
+    expected = EXACT.attribute(run, own, progress=False).values.diagonal()
+    result = EXACT.self_influence(run, progress=False)
+    torch.testing.assert_close(result.values, expected)
+    assert (len(result) > own.shape[1]) == (steps == 29)

@@ -14,8 +14,9 @@ Memory is the peak of one run in a separate process: of the allocator on a GPU, 
 resident set. It includes the rows that wait to be sealed, as many as the run's steps accumulate.
 
 `--baselines` adds the cost of other ways to compute per-sample gradients. These are steps of a bare
-loop on one batch, as a multiple of its plain steps. They end at the gradients: nothing is projected
-or stored.
+loop on one batch, as a multiple of its plain steps. They end at the gradients, or at their factors:
+nothing is projected or stored. Packages that are not installed are left out: `opacus`, and the
+`HookManager` of `dattri-llm`, which needs an environment with an older version of transformers.
 """
 
 import argparse
@@ -54,7 +55,6 @@ from tda_lightning.stores.row_formats import Storage
 WARM_UP = 22
 NOTHING_ELSE = {"logger": False, "enable_checkpointing": False}
 NOTHING_ELSE |= {"enable_progress_bar": False, "enable_model_summary": False}
-BASELINES = ("opacus", "vmap(grad)")
 HEADINGS = (f"{'model':20s}", "parameters", "recorded", "plain step", f"{'recording, x plain':20s}")
 HEADINGS += ("peak memory", "of plain peak", "of training's own")
 Step = Callable[[Tensor, Tensor], None]
@@ -324,14 +324,38 @@ def vmap_step(network: nn.Module, optimizer: Optimizer) -> Step:
     return step
 
 
+def dattri_step(network: nn.Module, optimizer: Optimizer) -> Step:
+    from dattri_llm.gradient.callbacks import CaptureCallback
+    from dattri_llm.gradient.hooks import HookManager
+
+    collection = HookManager(network, callbacks=[CaptureCallback()]).collect()
+    collection.__enter__()
+    take_step = backward_step(network, optimizer)
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        assert collection  # It collects for as long as it is alive.
+        take_step(inputs, targets)
+
+    return step
+
+
+# The ways, with the packages that they need.
+WAYS: dict[str, tuple[str, Callable[[nn.Module, Optimizer], Step]]] = {
+    "plain": ("torch", backward_step),
+    "opacus": ("opacus", opacus_step),
+    "vmap(grad)": ("torch", vmap_step),
+    "dattri-llm": ("dattri_llm", dattri_step),
+}
+BASELINES = tuple(way for way in WAYS if way != "plain")
+
+
 def measure_baselines(case: Case, rounds: int, steps: int, device: str) -> dict[str, float]:
     """Return the step time of each baseline as a multiple of a plain step."""
     batch = [tensor.to(device) for tensor in case.dataset()[: case.batch_size]]
-    makers = {"plain": backward_step, "vmap(grad)": vmap_step}
-    if importlib.util.find_spec("opacus"):
-        makers["opacus"] = opacus_step
     ways: dict[str, Step] = {}
-    for way, make in makers.items():
+    for way, (package, make) in WAYS.items():
+        if importlib.util.find_spec(package) is None:
+            continue
         network = case.network().to(device)
         ways[way] = make(network, case.new_optimizer(network))
         ways[way](*batch)

@@ -421,7 +421,7 @@ def test_a_second_fit_continues_the_contributions(tmp_path):
 
 
 def test_large_models_are_sketched_with_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr("tda_lightning.callbacks.tracked_training._MAX_NUMBERS", 100)
+    monkeypatch.setattr("tda_lightning.callbacks.tracking.tracked_training._MAX_NUMBERS", 100)
     tracker = ContributionTracker(vectors()[:3], tmp_path / "probe.npz")
     with pytest.warns(UserWarning, match="products are estimated from sketches"):
         quiet_trainer(tracker).fit(Plain(mlp()), loader(vectors()))

@@ -421,3 +421,19 @@ def test_a_parameter_without_effect_can_be_left_out():
     chosen = score(model, method)
     everything = score(plain, FullInfluenceFunction(EXACT.solver, damping=DAMPING))
     assert gap(chosen, everything) < 1e-9
+
+
+def test_a_parameter_without_effect_is_named():
+    class HasUnused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(7, 3), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    method = FullInfluenceFunction(ConjugateGradient(), damping=DAMPING)
+    with pytest.raises(ValueError, match=r"does not depend on `net.unused.weight`, `net.unused.b"):
+        attribute_by_gradients(
+            Plain(HasUnused()), loader(vectors()), vectors()[:3], method=method, progress=False
+        )

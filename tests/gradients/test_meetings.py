@@ -229,7 +229,7 @@ def test_an_output_that_depends_on_another_is_recorded():
     assert_rows_are_gradients(Sequences(entangled, **parts).double(), data_of((T, D)))
 
 
-def test_a_gradient_penalty_is_recorded_or_refused():
+def test_a_gradient_penalty_on_inputs_is_recorded():
     class Penalized(MeanOfLosses):
         """Adds the squared gradient of each output with respect to its input."""
 
@@ -242,8 +242,4 @@ def test_a_gradient_penalty_is_recorded_or_refused():
 
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    try:
-        assert_rows_are_gradients(Penalized(net), data_of((D,)))
-    except ValueError as error:
-        message = str(error)
-        assert "do not sum to its gradient" in message or "cannot be recorded" in message
+    assert_rows_are_gradients(Penalized(net), data_of((D,)))

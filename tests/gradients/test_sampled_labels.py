@@ -92,6 +92,47 @@ def test_rows_of_sequences_average_to_the_gauss_newton_matrix():
     assert store[0].terms.round().tolist() == [7] * N
 
 
+class FlattenedTokens(nn.Module):
+    """A classifier of tokens whose logits are rows, of one sample or of one position in a row."""
+
+    def __init__(self, time_first):
+        super().__init__()
+        torch.manual_seed(3)
+        self.body, self.head = nn.Linear(3, 5), nn.Linear(5, 4)
+        self.time_first = time_first
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.time_first else x
+        return self.head(self.body(x).tanh())[..., 1:].flatten(0, 1)
+
+
+class TokenTraining(Plain):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        y = y.mT if self.net.time_first else y
+        return functional.cross_entropy(self.net(x), y.flatten())
+
+
+@pytest.mark.parametrize("time_first", [False, True], ids=["samples first", "time first"])
+def test_a_share_of_the_rows_of_sequences_averages_to_the_gauss_newton_matrix(time_first):
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 5, 3).double(), torch.randint(3, (7, 5))
+    net = FlattenedTokens(time_first).double()
+    model = TokenTraining(net, optimizer=frozen_sgd)
+    store, _ = record(
+        model, TensorDataset(x, y), settings={"max_epochs": 300}, batch_size=7, curvature_share=0.4
+    )
+    assert store[0].curvature_rows.shape == (3, 44)
+
+    def loss_of(outputs, labels):
+        labels = labels.mT if time_first else labels
+        return functional.cross_entropy(outputs, labels.flatten())
+
+    expected = gauss_newton(net, loss_of, x, y)
+    error = (mean_curvature(store) - expected).norm() / expected.norm()
+    assert error < 0.15
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}],
@@ -244,3 +285,17 @@ def test_a_pass_without_training_can_be_stored_on_disk(tmp_path):
     again = HDF5Store.open(tmp_path / "again")
     assert len(again) == 3
     assert again[0].curvature_rows is None
+
+
+def test_sampled_labels_under_reentrant_checkpointing_are_refused():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(7, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return checkpoint(self.second, self.first(x), use_reentrant=True)
+
+    recorder = GradientRecorder(MemoryStore(), curvature="fisher")
+    with pytest.raises(ValueError, match=r"sampled labels failed: .*`use_reentrant=False`"):
+        quiet_trainer(recorder).fit(Plain(Checkpointed()), loader(vectors()))

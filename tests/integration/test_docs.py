@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+# Words in a block, and the package that it needs.
+OPTIONAL = {
+    "ConjugateGradient": "curvlinops",
+    "spotlight": "renumics",
+    "TensorBoardLogger": "tensorboard",
+}
 
 
 def blocks_of(path: Path) -> list[tuple[int, str]]:
@@ -19,7 +26,7 @@ def blocks_of(path: Path) -> list[tuple[int, str]]:
 
 def can_run(code: str) -> bool:
     """Return whether the extra that a block needs is installed; CI installs all of them."""
-    return "ConjugateGradient" not in code or find_spec("curvlinops") is not None
+    return all(find_spec(package) for word, package in OPTIONAL.items() if word in code)
 
 
 def run_blocks(path: Path, names: dict) -> dict:
@@ -57,6 +64,6 @@ def test_recording_takes_two_lines_and_querying_one():
 
 
 def test_links_in_the_pages_point_to_existing_files():
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for path in [ROOT / "README.md", *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name} points to {target}"

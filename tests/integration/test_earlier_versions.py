@@ -26,6 +26,7 @@ from tda_lightning import (
     attribute,
     self_influence,
 )
+from tda_lightning.recording.preconditioning import optimizer_preconditioner
 
 RECORDED = Path(__file__).parent / "recorded_by_0_1"
 METHODS = [TracIn(), Unrolled(), InfluenceFunction(), TRAK(), Source(), GradientSimilarity()]
@@ -87,7 +88,11 @@ def test_an_earlier_run_gives_the_same_self_influence(folder):
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
-def test_an_earlier_run_resumes_from_its_checkpoint(folder):
+@pytest.mark.parametrize("are_rounded", [True, False])
+def test_an_earlier_run_resumes_from_its_checkpoint(folder, monkeypatch, are_rounded):
+    """Its rows are the same, but for the rounding of coordinates, which that version did not do."""
+    if not are_rounded:
+        monkeypatch.setattr(optimizer_preconditioner, "round_to_bits", lambda values: values)
     earlier_sketches = [step.sketch for step in HDF5Store.open("run")]
     recorder = GradientRecorder(
         "run",
@@ -102,4 +107,8 @@ def test_an_earlier_run_resumes_from_its_checkpoint(folder):
     resumed = HDF5Store.open("run")
     assert [step.index for step in resumed] == list(range(9))
     for position, sketch in enumerate(earlier_sketches):
-        assert_near(resumed[position].sketch, sketch.numpy())
+        if position < 6 or not are_rounded:
+            assert_near(resumed[position].sketch, sketch.numpy())
+        else:
+            difference = (resumed[position].sketch - sketch).norm()
+            assert 0 < difference < 2 / 2**5 * sketch.norm()

@@ -1,7 +1,8 @@
 """Recording and attribution on an emulated device give the CPU's results, with all tensors on it.
 
 Not covered: solvers with forward-mode differentiation, and `EKFAC`. torch and curvlinops do not
-support them on a device that is written in Python.
+support them on a device that is written in Python. Recorded convolutions, attention and recurrent
+layers are not either: there, torch replaces them by operations that neither a CPU nor a GPU has.
 """
 
 import ast
@@ -50,3 +51,9 @@ def test_a_device_gives_the_results_of_the_cpu(name):
 @pytest.mark.parametrize("name", names_in("MIXED_DEVICES"))
 def test_the_device_refuses_tensors_of_another(name):
     assert "same device" in answer(name) or "not supported" in answer(name)
+
+
+@pytest.mark.parametrize("optimizer", names_in("OPTIMIZERS"))
+def test_a_recorded_step_makes_one_copy_in_the_background_and_waits_for_nothing(optimizer):
+    copied = ["copy from the device, in the background"]
+    assert answer(f"transfers with {optimizer}") == f"[] {copied} 27", result().stderr[-3000:]

@@ -120,12 +120,12 @@ def test_the_size_of_snapshots_is_estimated_before_training(snapshots, settings,
     store = MemoryStore()
     with caplog.at_level("INFO"):
         record(store, snapshots=snapshots, **settings)
-    assert f"snapshots of the weights take 0.0 MiB each{estimate}" in caplog.text
+    assert f"Snapshots of the weights take 0.0 MiB each{estimate}" in caplog.text
     if "max_time" not in settings:
         assert f"about {len(store.snapshots())} of them" in caplog.text
     caplog.clear()
     record(MemoryStore())
-    assert "snapshots of the weights" not in caplog.text
+    assert "Snapshots of the weights" not in caplog.text
 
 
 @pytest.mark.parametrize("method", [TracIn(), Source()], ids=repr)

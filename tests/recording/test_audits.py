@@ -1,7 +1,10 @@
 """Audits: the rows of a step sum to the sketch of the gradient that the optimizer used."""
 
 import copy
+import functools
+import warnings
 
+import audit_seeds
 import pytest
 import torch
 import torch._functorch.config as functorch_config
@@ -229,3 +232,68 @@ def test_gradients_under_float16_autocast_are_conserved(name):
     for position, (step, gradients) in enumerate(zip(store, log.applied, strict=True)):
         expected = sketch_of(gradients, model, store, position, projector)
         assert (step.sketch.sum(dim=0) - expected).norm() / expected.norm() < 5e-3
+
+
+class Altered(Plain):
+    """Scales the gradient of a weight after the backward pass."""
+
+    factor = 1.0
+
+    def on_after_backward(self):
+        if self.factor != 1:
+            self.net[3].weight.grad.mul_(self.factor)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("precision", ROUNDING)
+@pytest.mark.parametrize("factor", [1.05, 0.0])
+def test_a_gradient_that_is_altered_after_the_backward_pass_is_refused(
+    factor, precision, optimizer
+):
+    model = Altered(mlp(), optimizer=lambda p: optimizer(p, lr=0.01))
+    model.factor = factor
+    trainer = quiet_trainer(GradientRecorder(MemoryStore()), precision=precision)
+    with pytest.raises(ValueError, match=r"`net.3.weight` do not sum to its gradient"):
+        trainer.fit(model, loader(vectors()))
+
+
+def test_a_later_fit_of_an_accepted_run_warns_instead_of_refusing():
+    store = MemoryStore()
+    recorder, model = GradientRecorder(store), Altered(mlp())
+    trainer = quiet_trainer(recorder, max_epochs=1)
+    trainer.fit(model, loader(vectors()))
+    model.factor = 1.05
+    trainer.fit_loop.max_epochs = 2
+    with pytest.warns(UserWarning, match=r"`net.3.weight` do not sum .* The run goes on") as caught:
+        trainer.fit(model, loader(vectors()))
+    assert sum("do not sum" in str(warning.message) for warning in caught) == 1
+    assert [step.index for step in store] == list(range(6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", audit_seeds.MODELS)
+def test_honest_models_in_mixed_precision_are_accepted_and_faulty_ones_refused(model):
+    pytest.importorskip("transformers")
+    with warnings.catch_warnings():
+        audit_seeds.be_quiet()
+        outcomes = [audit_seeds.outcomes(model, seed) for seed in range(10)]
+    for names in outcomes:
+        assert names.pop(audit_seeds.HONEST).refusal == ""
+        assert all("do not sum to its gradient" in fault.refusal for fault in names.values())
+        assert len(names) == 4
+
+
+def test_a_compiled_function_in_the_training_step_is_refused():
+    class CompilesFunction(Plain):
+        @functools.cached_property
+        def compiled(self):
+            return torch.compile(lambda x: self.net(x), backend="aot_eager")
+
+        def training_step(self, batch, batch_idx):
+            return functional.cross_entropy(self.compiled(batch[0]), batch[1])
+
+    torch.compiler.reset()
+    with pytest.raises(ValueError, match="compiled function that uses parameters"):
+        quiet_trainer(GradientRecorder(MemoryStore())).fit(
+            CompilesFunction(mlp()), loader(vectors())
+        )

@@ -25,8 +25,8 @@ def test_proponents_and_opponents_are_named_by_their_ids():
     assert SCORES.proponents(2).ids.tolist() == [[11, 3], [5, 7]]
     assert SCORES.proponents(2).values.tolist() == [[2.0, 0.5], [4.0, 1.0]]
     assert SCORES.opponents(1).ids.tolist() == [[5], [11]]
-    assert SAMPLES.highest(2).tolist() == [7, 3]
-    assert SAMPLES.lowest(1).tolist() == [5]
+    assert list(SAMPLES.highest(2)) == [(7, 2.0), (3, 0.5)]
+    assert list(SAMPLES.lowest(1)) == [(5, -1.0)]
 
 
 @pytest.mark.parametrize("k", [0, 5])
@@ -111,8 +111,9 @@ def test_concatenation_joins_the_queries_in_order():
 def test_joining_scores_of_different_training_sets_raises(join):
     with pytest.raises(ValueError, match="differ in their `train_ids`; expected the same"):
         join([SCORES, replace(SCORES, train_ids=torch.tensor([3, 5, 7, 13]))])
-    with pytest.raises(ValueError, match="expected at least one"):
-        join([])
+    for nothing in ([], 0, [SCORES, 0]):
+        with pytest.raises(ValueError, match="expected at least one `Scores`, in a list"):
+            join(nothing)
 
 
 def test_rank_agreement_is_the_correlation_of_ranks():
@@ -140,12 +141,11 @@ def test_rank_agreement_is_one_for_an_increasing_and_minus_one_for_a_decreasing_
         rank_agreement(SCORES, replace(SCORES, query_ids=torch.tensor([1, 2])))
 
 
-def test_the_data_frame_of_top_scores_has_a_row_per_rank():
+def test_the_data_frame_of_top_scores_is_that_of_the_scores():
     top = TopScores(SCORES.proponents(2), SCORES.opponents(2), SCORES.query_ids, "TracIn()")
-    frame = top.to_pandas()
-    assert frame.loc[(0, 0)].tolist() == [11, 2.0, 5, -1.0]
-    assert frame.loc[(1, 1)].tolist() == [7, 1.0, 3, -0.25]
-    assert frame.index.names == ["query", "rank"]
+    assert top.to_pandas().equals(SCORES.to_pandas(k=2))
+    assert len(top) == 2
+    assert "query 1: 5 (+4), 7 (+1)" in repr(top)
 
 
 @pytest.mark.parametrize("content", [b"nothing of the kind", b""], ids=["words", "nothing"])

@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSamp
 
 from tda_lightning import GradientRecorder, HDF5Store
 from tda_lightning.cli import main
-from tda_lightning.stores import MemoryStore, data_order
+from tda_lightning.stores import DataOrder, MemoryStore, data_order
 
 
 class Nested(Plain):
@@ -205,3 +205,14 @@ def test_an_epoch_resumed_in_its_middle_repeats_its_first_batches(tmp_path, caps
     printed = capsys.readouterr().out
     for expected in ("never seen", "steps replayed            1: 5", "1: 5 in epoch 1"):
         assert expected in printed, printed
+
+
+def test_it_prints_a_line_per_kind_of_irregularity():
+    order = DataOrder(torch.tensor([3, 5]), {1: torch.tensor([7])}, (), {2: 0})
+    assert repr(order).splitlines() == [
+        "DataOrder",
+        "  never seen                2: 3, 5",
+        "  seen again in one epoch   1: 1 in epoch 1",
+        "  steps replayed            none",
+        "  epochs in the same order  1: 2 as 0",
+    ]

@@ -19,6 +19,11 @@ from torch.utils import backend_registration
 _FACTORIES = ("eye", "eye.m", "arange", "arange.start", "arange.start_step", "randperm")
 _COPIES = {"copy_", "_to_copy"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+# Operations for which a program waits, since their results, or the sizes of these, are needed.
+_WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+_WAITING |= {"_unique2", "unique_dim", "unique_consecutive"}
+# While it is a list: the copies between the device and the CPU, and the operations that wait.
+transfers: list[str] | None = None
 
 
 class Elsewhere(Tensor):
@@ -52,6 +57,8 @@ class Elsewhere(Tensor):
 def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Compute on the CPU; results are on the operands' device, or on ``device`` if it is given."""
     name = func._schema.name.split("::")[1]
+    if transfers is not None:
+        transfers.extend(_transfer(name, args, kwargs))
     # Like CUDA, it accepts indices on the CPU.
     indices = args[1] if name in _INDEXING and isinstance(args[0], Elsewhere) else []
     leaves = pytree.tree_leaves((args, kwargs))
@@ -74,6 +81,25 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
         return Elsewhere(leaf) if isinstance(leaf, Tensor) and goes_there else leaf
 
     return pytree.tree_map(outer, result)
+
+
+def _transfer(name: str, args: Any, kwargs: Any) -> list[str]:
+    """Describe an operation that copies to or from the device, or that waits for it."""
+    if name in _WAITING:
+        return [f"wait for {name}"]
+    if name in _INDEXING and any(x.dtype == torch.bool for x in args[1] if x is not None):
+        return ["wait for the size of a selection"]
+    if name not in _COPIES:
+        return []
+    source, is_blocking = args[0], not kwargs.get("non_blocking", False)
+    goes_there = torch.device(kwargs.get("device") or source.device).type == "elsewhere"
+    if name == "copy_":
+        source, goes_there = args[1], isinstance(args[0], Elsewhere)
+        is_blocking = not (kwargs.get("non_blocking", False) or args[2:] == (True,))
+    if goes_there == isinstance(source, Elsewhere):
+        return []
+    words = ("to" if goes_there else "from", "waited for" if is_blocking else "in the background")
+    return ["copy {} the device, {}".format(*words)]
 
 
 def _is_here(leaf: Any) -> bool:

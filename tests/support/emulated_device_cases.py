@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import emulated_device
+import pytorch_lightning as pl
 import torch
-from lightning_models import Plain, loader, mlp, quiet_trainer
-from pytorch_lightning.accelerators import Accelerator
+from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+from pytorch_lightning.accelerators import Accelerator, CPUAccelerator
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import tda_lightning as tda
 from tda_lightning.attribution import Linear, LossWeighted, Mixed
 from tda_lightning.features import LocalJacobianExpansion, query_features, representers
+from tda_lightning.stores import MemoryStore
 
 
 class Branches(nn.Module):
@@ -29,36 +32,14 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(7, 6)
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True, dropout=0.1)
-        self.recurrent = nn.GRU(6, 5, batch_first=True)
-        self.convolution = nn.Conv1d(5, 4, 3, padding=1, groups=1)
-        self.norms = nn.Sequential(nn.GroupNorm(2, 4), nn.PReLU(4), nn.BatchNorm1d(4))
+        self.embedding, self.positions = nn.Embedding(7, 6), nn.Parameter(torch.zeros(11, 6))
+        self.narrowing = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
+        self.norms = nn.Sequential(nn.LayerNorm(5), nn.PReLU(), nn.Linear(5, 4, bias=False))
         self.head = nn.Sequential(nn.Dropout(0.2), nn.LayerNorm(4), nn.Linear(4, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embedding(x)
-        x = x + self.attention(x, x, x, need_weights=False)[0]
-        x, _ = self.recurrent(x)
-        return self.head(self.norms(self.convolution(x.mT)).mean(dim=2))
-
-
-class Pictures(nn.Module):
-    """Convolutions of the outer product of a vector of 7 numbers with itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(1, 2, 2)
-        self.second = nn.ConvTranspose2d(2, 4, 2, groups=2)
-        self.norm = nn.BatchNorm2d(4)
-        self.bag = nn.EmbeddingBag(5, 3)
-        self.head = nn.Linear(7, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        plane = x[:, None, :, None] * x[:, None, None, :]
-        pooled = self.norm(self.second(self.first(plane).relu())).mean(dim=(2, 3))
-        words = (x[:, :4] > 0).long()
-        return self.head(torch.cat([pooled, self.bag(words)], dim=1))
+        x = self.narrowing(self.embedding(x) + self.positions)
+        return self.head(self.norms(x).mean(dim=1))
 
 
 class Device(Accelerator):
@@ -117,7 +98,9 @@ class Setup:
         recorder = tda.GradientRecorder(folder / "run.tda", audit=2, **settings)
         tracker = tda.ContributionTracker(data[:3], folder / "probe.npz")
         callbacks = [recorder, tracker]
-        quiet_trainer(*callbacks, accelerator=self.accelerator, devices=1).fit(model, loader(data))
+        # Lightning would choose the CPU for an accelerator that it does not know.
+        strategy = SingleDeviceStrategy(self.device, accelerator=self.accelerator)
+        quiet_trainer(*callbacks, accelerator="auto", strategy=strategy).fit(model, loader(data))
         return tda.HDF5Store.open(folder / "run.tda"), tracker.contributions
 
     def batches(self) -> Any:
@@ -184,8 +167,6 @@ CASES: dict[str, Callable[[Setup], Tensor]] = {
     "audits": lambda s: torch.cat([audit.explained() for audit in s.run.audits()]),
     "contributions": lambda s: s.live.values,
     "rows of many layers": rows(Branches, True),
-    "rows of convolutions": rows(Pictures, False),
-    "rows of convolutions, no projection": rows(Pictures, False, projector=tda.Identity()),
     "rows, no projection": rows(mlp, False, projector=tda.Identity()),
     "rows, layer by layer": rows(mlp, False, projector=tda.Kronecker(3)),
     "rows, dense projection": rows(mlp, False, projector=tda.DenseProjection(17)),
@@ -229,6 +210,43 @@ CASES: dict[str, Callable[[Setup], Tensor]] = {
     "LocalJacobianExpansion": by_features(LocalJacobianExpansion()),
     "full gradients": by_gradients(method=tda.FullInfluenceFunction(damping=0.1)),
     "full gradients at snapshots": by_gradients_at_snapshots,
+}
+
+
+class Silent(Plain):
+    """Logs nothing, so that training alone makes no transfer."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(self.net(batch[0]), batch[1])
+
+
+class StepTransfers(pl.Callback):
+    """Collects the transfers of one training step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.transfers = step, ["no step"]
+
+    def on_train_batch_start(self, trainer: Any, *arguments: Any) -> None:
+        if trainer.global_step == self.step:
+            emulated_device.transfers = []
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        if emulated_device.transfers is not None:
+            self.transfers, emulated_device.transfers = emulated_device.transfers, None
+
+
+def transfers_of_a_step(optimizer: Callable[[Any], Any], *callbacks: pl.Callback) -> list[str]:
+    """Return the transfers of a step that is not audited, with unchanged coordinates."""
+    log = StepTransfers(step=23)  # Later than the first twenty.
+    strategy = SingleDeviceStrategy(torch.device("elsewhere", 0), accelerator=Device())
+    trainer = quiet_trainer(log, *callbacks, accelerator="auto", strategy=strategy, max_epochs=9)
+    trainer.fit(Silent(mlp(), optimizer=optimizer), loader(vectors()))
+    return log.transfers
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
 }
 
 
@@ -281,7 +299,12 @@ def main() -> None:
     on_device = torch.ones(2, 3, device="elsewhere")
     for name, operation in MIXED_DEVICES.items():
         print(name, outcome(partial(operation, on_device)), sep=": ", flush=True)
-    here = Setup("cpu", torch.device("cpu"))
+    for name, optimizer in OPTIMIZERS.items():
+        plain = transfers_of_a_step(optimizer)
+        recorder = tda.GradientRecorder(MemoryStore())
+        recorded = transfers_of_a_step(optimizer, recorder)
+        print(f"transfers with {name}: {plain} {recorded} {len(recorder.store)}", flush=True)
+    here = Setup(CPUAccelerator(), torch.device("cpu"))
     there = Setup(Device(), torch.device("elsewhere", 0))
     for name, case in CASES.items():
         equal = lambda case=case: same_values(case(there), case(here))  # noqa: E731

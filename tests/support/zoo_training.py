@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from zoo_cases import Case, quiet
 
 from tda_lightning import GradientRecorder, HDF5Store, Scores, attribute, self_influence
-from tda_lightning.results.scores import SampleScores
+from tda_lightning.results import SampleScores
 
 N_TRAIN, N_QUERY, BATCH_SIZE, STEPS = 12, 3, 5, 6
 

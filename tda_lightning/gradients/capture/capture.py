@@ -7,7 +7,7 @@ per-sample gradients of its parameters need. Nothing is attached to modules or h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import TracebackType
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from tda_lightning.gradients.capture.layouts import Layout, LayoutMemory
+from tda_lightning.gradients.capture.layouts import UNKNOWN, Layout, LayoutMemory
 from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, to_parameters
 from tda_lightning.gradients.capture.pausing import PauseSwitch
 from tda_lightning.gradients.capture.probe import backward_to_meetings
@@ -108,6 +108,16 @@ class Capture:
         """The nodes of the last graph whose outputs depend on samples."""
         return set() if self._walk is None else self._walk.with_samples
 
+    def entries_of(self, output: GradientEdge, samples: Tensor) -> Tensor | None:
+        """Return the entries of a tensor's first axis that belong to some samples, if known.
+
+        Args:
+            output: Edge of the tensor in the last graph.
+            samples: The samples.
+        """
+        assert self._walk is not None
+        return self._layouts.entries_of((output.node, output.output_nr), samples, self._walk)
+
     def read_graph(self, loss: Tensor, n: int) -> None:
         """Find the meetings in the graph of the loss of ``n`` samples."""
         self._n = n
@@ -192,25 +202,38 @@ class Capture:
 
     def _inputs(self, meeting: Meeting) -> list[tuple[int, Edge, Layout]]:
         """Return the parameter-only inputs of a meeting whose rows can be told apart."""
-        found = []
-        for position, edge in meeting.inputs:
-            layout = self._layouts.layout(meeting.node, position, edge)
+        known: Sequence[Any] = meeting.layouts or [UNKNOWN] * len(meeting.inputs)
+        inputs = []
+        for (position, edge), layout in zip(meeting.inputs, known, strict=True):
+            if layout is UNKNOWN:
+                layout = self._layouts.layout(meeting.node, position, edge)
             if self._is_subtracted(meeting, position):
                 self._layouts.lose(edge, NO_EFFECT)
-            elif layout is None:
-                if meeting.shape:  # A penalty is added to a number: no sample's, and no rows.
-                    self._layouts.lose(edge, _no_owner(meeting))
-            else:
-                found.append((position, edge, layout))
-        return found
+            elif layout is not None:
+                inputs.append((position, edge, layout))
+            elif meeting.shape:  # A penalty is added to a number: no sample's, and no rows.
+                self._layouts.lose(edge, _no_owner(meeting))
+        return inputs
 
     def _is_subtracted(self, meeting: Meeting, position: int) -> bool:
         """Return whether a batch norm subtracts what an input adds: a bias in front of it."""
-        name = type(meeting.node).__name__
-        is_added = position in _ADDENDS.get(name, ())
-        return is_added and self._walk is not None and meeting.node in self._walk.normalized
+        if self._walk is None or meeting.node not in self._walk.normalized:
+            return False
+        return position in _ADDENDS.get(type(meeting.node).__name__, ())
 
     def _deliver(
+        self,
+        node: Node,
+        inputs: Sequence[tuple[int, Edge, Layout]],
+        grads: tuple[Tensor | None, ...],
+    ) -> None:
+        if torch.is_grad_enabled():  # In a backward pass that builds a graph.
+            with torch.no_grad():
+                self._contribute(node, inputs, grads)
+        else:
+            self._contribute(node, inputs, grads)
+
+    def _contribute(
         self,
         node: Node,
         inputs: Sequence[tuple[int, Edge, Layout]],
@@ -220,16 +243,16 @@ class Capture:
         if receive is None or n is None or all(grad is None for grad in grads):
             return
         rule = rule_for(node)
-        with torch.no_grad():
-            for position, edge, layout in inputs:
-                rows = SINGLE_ROWS if isinstance(layout, RoutedRows) else layout
-                call = NodeCall(node, grads, position, output_shape(edge), rows, n)
-                if isinstance(layout, RoutedRows):
-                    gradients = self._routed(rule, call, edge, layout)
-                else:
-                    gradients = to_parameters(edge, rule.contribution(call), self._recorded)
-                for gradient in gradients:
-                    receive(gradient)
+        for position, edge, layout in inputs:
+            gradients: Iterable[ParameterGradient]
+            if isinstance(layout, RoutedRows):
+                call = NodeCall(node, grads, position, output_shape(edge), SINGLE_ROWS, n)
+                gradients = self._routed(rule, call, edge, layout)
+            else:
+                call = NodeCall(node, grads, position, output_shape(edge), layout, n)
+                gradients = to_parameters(edge, rule.contribution(call), self._recorded)
+            for gradient in gradients:
+                receive(gradient)
 
     def _routed(
         self, rule: NodeRule, call: NodeCall, edge: Edge, layout: RoutedRows

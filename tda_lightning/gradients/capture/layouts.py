@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tda_lightning.gradients.capture.probe import PROVEN, Evidence, certainty, probe
@@ -37,6 +38,8 @@ _Key = tuple[Any, ...]
 # The same without the shape.
 _Kind = tuple[Any, type, int]
 Layout = SampleLayout | RoutedRows
+# Earlier batches do not show where the samples lie.
+UNKNOWN: Any = object()
 
 
 @dataclass
@@ -78,28 +81,50 @@ class LayoutMemory:
 
     def layout(self, node: Node, position: int, edge: Edge) -> Layout | None:
         """Return the layout at one input of a node, ``None`` if there is none."""
-        kind = (_a_parameter(edge), type(node), position)
-        shape = node._input_metadata[0].shape
-        last = self._last.get(kind)
-        if last is not None and last[0] == shape and last[1] == self.n:
-            return last[2]
+        layout: Layout | None = self._last_layout(node, position, edge)
+        if layout is not UNKNOWN:
+            return layout
         key = self._key(node, position, edge)
         if key not in self._decided:
             return self._inferred(node, position, edge)
+        shape = node._input_metadata[0].shape
         layout = self._decided[key]
         if isinstance(layout, SampleLayout) and not layout.fits(shape, self.n):
             layout = self._inferred(node, position, edge)
-        self._last[kind] = (shape, self.n, layout)
+        self._last[_a_parameter(edge), type(node), position] = (shape, self.n, layout)
         return layout
+
+    def _last_layout(self, node: Node, position: int, edge: Edge) -> Any:
+        """Return the layout in the last batch, ``UNKNOWN`` if shapes have changed since."""
+        last = self._last.get((_a_parameter(edge), type(node), position))
+        if last is None or last[1] != self.n or last[0] != node._input_metadata[0].shape:
+            return UNKNOWN
+        return last[2]
+
+    def entries_of(self, output: Edge, samples: Tensor, result: Walk) -> Tensor | None:
+        """Return the entries of a tensor's first axis that belong to some samples.
+
+        They are known if the tensor is the output of a meeting whose rows follow the samples, or a
+        view of it that keeps their order.
+
+        Args:
+            output: The edge of the tensor.
+            samples: The samples.
+            result: A walk over its graph.
+        """
+        size, node = output_shape(output)[0], output[0]
+        while _keeps_order(node):
+            node = node.next_functions[0][0]
+        meeting = next((meeting for meeting in result.meetings if meeting.node is node), None)
+        layout = None if meeting is None else self.layout(node, *meeting.inputs[0])
+        is_ordered = isinstance(layout, SampleLayout) and layout.is_contiguous
+        if not is_ordered or size % self.n:
+            return None
+        each = size // self.n
+        return (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
 
     def _has_samples(self, node: Node, position: int, edge: Edge) -> bool:
         return self.layout(node, position, edge) is not None
-
-    def _is_decided(self, node: Node, position: int, edge: Edge) -> bool:
-        last = self._last.get((_a_parameter(edge), type(node), position))
-        if last is not None and last[1] == self.n and last[0] == node._input_metadata[0].shape:
-            return True
-        return self._key(node, position, edge) in self._decided
 
     def _inferred(self, node: Node, position: int, edge: Edge) -> Layout | None:
         shape = output_shape((node, 0))
@@ -136,12 +161,7 @@ class LayoutMemory:
 
     def _decide(self, loss: Tensor, result: Walk) -> bool:
         """Prove the layouts that are not decided yet; return whether the graph looks different."""
-        open_inputs = [
-            (meeting, position, edge, self._key(meeting.node, position, edge))
-            for meeting in result.meetings
-            for position, edge in meeting.inputs
-            if not self._is_decided(meeting.node, position, edge)
-        ]
+        open_inputs = list(self._undecided(result))
         if not open_inputs:
             return False
         axes: dict[Node, list[int]] = {}
@@ -154,6 +174,17 @@ class LayoutMemory:
         for meeting, position, edge, key in open_inputs:
             is_changed |= self._judge(meeting, position, edge, key, evidence.get(meeting.node))
         return is_changed
+
+    def _undecided(self, result: Walk) -> Iterator[tuple[Meeting, int, Edge, _Key]]:
+        """Yield the inputs whose layouts no batch has shown; note the others' layouts."""
+        for meeting in result.meetings:
+            node = meeting.node
+            meeting.layouts = [self._last_layout(node, *place) for place in meeting.inputs]
+            for (position, edge), layout in zip(meeting.inputs, meeting.layouts, strict=True):
+                if layout is UNKNOWN:
+                    key = self._key(node, position, edge)
+                    if key not in self._decided:
+                        yield meeting, position, edge, key
 
     def _judge(
         self, meeting: Meeting, position: int, edge: Edge, key: _Key, evidence: Evidence | None
@@ -198,6 +229,15 @@ class LayoutMemory:
         for parameter in leaves(edge):
             if parameter in self.recorded:
                 self.lost.setdefault(parameter, reason)
+
+
+def _keeps_order(node: Node) -> bool:
+    """Return whether an operation keeps the entries of its input in their order, or leaves some."""
+    name = type(node).__name__
+    return name in _VIEWS or (name == "SliceBackward0" and node._saved_dim != 0)
+
+
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "CloneBackward0", "ToCopyBackward0")
 
 
 def _a_parameter(edge: Edge) -> Any:

@@ -7,7 +7,7 @@ gradients factored. Any other function of parameters is differentiated once per 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from tda_lightning.gradients.nodes.rule import Contribution
 _MAX_NUMBERS_AT_ONCE = 2**26
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ParameterGradient:
     """Per-sample gradients of a parameter, or of some of its rows.
 
@@ -48,6 +48,8 @@ class ParameterGradient:
         if isinstance(contribution, Tensor):
             return contribution.dtype
         coarse = contribution.inputs.dtype, contribution.grad_outputs.dtype
+        if coarse[0] is coarse[1]:
+            return coarse[0]
         formats = [dtype for dtype in coarse if dtype.is_floating_point]
         return max(formats, key=lambda dtype: torch.finfo(dtype).eps)
 
@@ -65,8 +67,8 @@ class ParameterGradient:
 
 def to_parameters(
     edge: Edge, contribution: Contribution, recorded: Mapping[Tensor, object]
-) -> Iterator[ParameterGradient]:
-    """Yield the gradients of the parameters that a parameter-only tensor is made of.
+) -> Iterable[ParameterGradient]:
+    """Return the gradients of the parameters that a parameter-only tensor is made of.
 
     Args:
         edge: The edge of that tensor in the graph.
@@ -74,24 +76,23 @@ def to_parameters(
         recorded: The recorded parameters; others are skipped.
     """
     shape = output_shape(edge)
-    while edge[0].next_functions:
+    while functions := edge[0].next_functions:
         name = type(edge[0]).__name__
         if len(shape) == 2 and name in ("TransposeBackward0", "PermuteBackward0"):
             name = "TBackward0" if _swaps(edge[0]) else "AliasBackward0"
-        child = edge[0].next_functions[0]
+        child = functions[0]
         part = _PARTS.get(name)
         if part is not None:
             start, leaf = part(edge, shape, output_shape(child)), _cast_leaf(child)
             if start is not None and leaf is not None:
-                yield ParameterGradient(leaf, contribution, shape, start)
-                return
+                return [ParameterGradient(leaf, contribution, shape, start)]
         step = _STEPS.get(name)
-        moved = None if step is None else step(contribution, shape, output_shape(child))
+        before = () if step is None else output_shape(child)
+        moved = None if step is None else step(contribution, shape, before)
         if moved is None:
-            yield from _differentiated(edge, contribution, shape, recorded)
-            return
-        edge, contribution, shape = child, moved, output_shape(child)
-    yield ParameterGradient(edge[0].variable, contribution, shape)
+            return _differentiated(edge, contribution, shape, recorded)
+        edge, contribution, shape = child, moved, before
+    return [ParameterGradient(edge[0].variable, contribution, shape)]
 
 
 def _cast_leaf(edge: Edge) -> nn.Parameter | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class GradientFactors:
     """Two operands whose outer products, summed over ``s``, are each sample's gradient.
 
@@ -75,7 +75,7 @@ class Operand(ABC):
         """Return the operand of some of the samples."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Dense(Operand):
     """An operand that is stored as a matrix, the rows of one sample after those of another.
 
@@ -107,7 +107,8 @@ class Dense(Operand):
 
     def project_rows(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "ns w"]:
         """Multiply from the right; the rows of all samples are one axis."""
-        return self.rows.to(matrix.dtype).mm(matrix)
+        rows = self.rows
+        return (rows if rows.dtype is matrix.dtype else rows.to(matrix.dtype)).mm(matrix)
 
     def select(self, samples: Int[Tensor, " m"]) -> Operand:
         """Return the operand of some of the samples."""

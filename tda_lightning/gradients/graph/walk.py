@@ -7,7 +7,7 @@ row per sample. There the gradient of each sample can still be told from the oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ Node = Any
 Edge = tuple[Node, int]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Meeting:
     """A node in which parameters meet data.
 
@@ -27,11 +27,13 @@ class Meeting:
         node: The node.
         inputs: Positions of its parameter-only inputs, each with the edge that leads to it.
         is_first: Whether no other node with samples lies behind it.
+        layouts: Where the samples lie at each of these inputs, as far as earlier batches show.
     """
 
     node: Node
-    inputs: tuple[tuple[int, Edge], ...]
+    inputs: Sequence[tuple[int, Edge]]
     is_first: bool
+    layouts: Sequence[object] = ()
 
     @property
     def takes_data(self) -> bool:
@@ -104,6 +106,7 @@ def walk(
     """
     result = Walk()
     visited = {} if visited is None else visited
+    with_samples = result.with_samples
     # Nodes whose output is parameter-only. Nodes without recorded parameters are in no set.
     parameter_only: set[Node] = set()
     stack = [] if root is None or root in visited else [root]
@@ -117,10 +120,11 @@ def walk(
                 stack += pending
                 continue
         stack.pop()  # All its inputs are decided; it may be on the stack more than once.
-        if functions:
+        if not functions:
+            if getattr(node, "variable", None) in recorded:
+                parameter_only.add(node)
+        elif node not in with_samples and node not in parameter_only:
             _classify(node, functions, has_samples, parameter_only, result)
-        elif getattr(node, "variable", None) in recorded:
-            parameter_only.add(node)
     result.is_sampleless = root in parameter_only
     _drop_used_elsewhere(result, visited)
     return result
@@ -135,20 +139,28 @@ def _classify(
 ) -> None:
     """Decide about a node whose inputs are decided."""
     with_samples = result.with_samples
-    if node in with_samples or node in parameter_only:
-        return
-    inputs = [(place, edge) for place, edge in enumerate(functions) if edge[0] in parameter_only]
-    is_later = any(child in with_samples for child, _ in functions)
-    is_later = _note(node, functions, result) or is_later
-    if inputs and not is_later:
-        may_hold = _may_hold_data(node, functions, parameter_only)
-        if not may_hold or not has_samples(node, *inputs[0]):
-            parameter_only.add(node)
-            return
-    if inputs:
-        result.meetings.append(Meeting(node, tuple(inputs), not is_later))
-    if inputs or is_later:
+    inputs, is_later = [], False
+    for place, edge in enumerate(functions):
+        if edge[0] in parameter_only:
+            inputs.append((place, edge))
+        elif edge[0] in with_samples:
+            is_later = True
+    if type(node) not in _ORDINARY:
+        is_later = _note(node, functions, result) or is_later
+    if not inputs:
+        if is_later:
+            with_samples.add(node)
+    elif is_later or (
+        _may_hold_data(node, functions, parameter_only) and has_samples(node, *inputs[0])
+    ):
+        result.meetings.append(Meeting(node, inputs, not is_later))
         with_samples.add(node)
+    else:
+        parameter_only.add(node)
+
+
+# Kinds of nodes about which there is nothing special to note.
+_ORDINARY: set[type] = set()
 
 
 def _note(node: Node, functions: tuple[Edge, ...], result: Walk) -> bool:
@@ -159,6 +171,8 @@ def _note(node: Node, functions: tuple[Edge, ...], result: Walk) -> bool:
         result.normalized[chain[-1]] = chain
     if isinstance(node, BackwardCFunction):
         result.checkpoints.append(node)
+    elif name not in _BATCH_NORMS:
+        _ORDINARY.add(type(node))
     return name == "CheckpointFunctionBackward"
 
 

@@ -19,12 +19,17 @@ from tda_lightning.gradients.losses.graph import (
     term_weights,
 )
 from tda_lightning.gradients.losses.loss_nodes import LossNode, LossSummary
+from tda_lightning.gradients.losses.mixing import mixes_samples
+from tda_lightning.gradients.losses.reduction import Reduction, reduction_of
 
 __all__ = [
     "LossNode",
     "LossSummary",
+    "Reduction",
     "find_losses",
     "find_losses_and_penalties",
+    "mixes_samples",
+    "reduction_of",
     "sampled_gradients",
     "term_weights",
 ]

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
 
 TraceAndSquare = tuple[Tensor, Tensor]
+Entries = Int[Tensor, " m"] | None
 
 
 class LossNode(ABC):
@@ -48,8 +49,14 @@ class LossNode(ABC):
         """
 
     @abstractmethod
-    def sample(self, generator: Generator) -> Tensor:
-        """Sample a label per term; return the unweighted terms' gradient at the outputs."""
+    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
+        """Sample a label per term; return the unweighted terms' gradient at the outputs.
+
+        Args:
+            generator: Generator of the labels.
+            entries: Entries of the outputs' first axis whose gradients are used; the others' may
+                be zero.
+        """
 
     def summarize(self, grad: Tensor, weights: Tensor) -> TraceAndSquare:
         """Return the trace of each term's Hessian, and its squared gradient for the given label.
@@ -78,10 +85,19 @@ class SoftmaxLoss(LossNode):
         """Return the negative sum of the coefficients of the log-probabilities."""
         return -grad.sum(dim=self._axis, keepdim=True)
 
-    def sample(self, generator: Generator) -> Tensor:
+    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
         """Sample classes by inverting the cumulative distribution."""
+        log_probabilities = self.node._saved_result.detach()
+        if entries is None or self._axis in (0, -log_probabilities.ndim):
+            return self._sample(log_probabilities, generator)
+        # Vocabularies are large: whatever is computed for all tokens takes time and memory.
+        gradient = torch.zeros_like(log_probabilities)
+        chosen = self._sample(log_probabilities.index_select(0, entries), generator)
+        return gradient.index_copy_(0, entries, chosen)
+
+    def _sample(self, log_probabilities: Tensor, generator: Generator) -> Tensor:
         axis = self._axis
-        probabilities = self.node._saved_result.detach().exp()
+        probabilities = log_probabilities.exp()
         cumulative = probabilities.cumsum(dim=axis)
         total = cumulative.narrow(axis, cumulative.shape[axis] - 1, 1)
         drawn = (cumulative <= _uniform(total, generator) * total).sum(dim=axis, keepdim=True)
@@ -119,7 +135,7 @@ class BernoulliLogitsLoss(ReducedLoss):
         target = self.node._saved_target
         return weights if pos_weight is None else weights * (1 + (pos_weight - 1) * target)
 
-    def sample(self, generator: Generator) -> Tensor:
+    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
         """Sample binary labels."""
         p: Tensor = self.node._saved_self.detach().sigmoid()
         return p - _sampled_bits(p, generator)
@@ -128,7 +144,7 @@ class BernoulliLogitsLoss(ReducedLoss):
 class BernoulliLoss(ReducedLoss):
     """Binary cross-entropy of probabilities."""
 
-    def sample(self, generator: Generator) -> Tensor:
+    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
         """Sample binary labels."""
         p = self._probabilities()
         return (p - _sampled_bits(p, generator)) / (p * (1 - p))
@@ -147,7 +163,7 @@ class SquaredLoss(ReducedLoss):
 
     name = "squared error"
 
-    def sample(self, generator: Generator) -> Tensor:
+    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
         """Sample signs: any residual of the right variance is valid; signs have the least noise."""
         outputs = self.node._saved_self.detach()
         signs = torch.where(_uniform(outputs, generator) < 0.5, -1.0, 1.0).to(outputs)

@@ -47,12 +47,9 @@ def _addend(call: NodeCall) -> Tensor:
     """Return the gradient of a bias: the sum of the output's over each sample's rows."""
     if len(call.shape) > 1 and call.shape[0] != 1:
         return per_sample_vjp(call)
-    rows = call.rows(call.grad)
-    has_one_row = rows.rows.shape[0] == call.n
-    total = rows.rows if has_one_row else rows.dense(rows.dtype).sum(dim=1)
-    return (
-        total if tuple(total.shape[1:]) == call.shape else sum_to_shape(total, call.shape, call.n)
-    )
+    rows = call.rows(call.grad).rows
+    total = rows if len(rows) == call.n else rows.view(call.n, -1, rows.shape[1]).sum(dim=1)
+    return total if total.shape[1:] == call.shape else sum_to_shape(total, call.shape, call.n)
 
 
 def _product(call: NodeCall, left: str, right: str, is_left: bool) -> Contribution:

@@ -146,7 +146,17 @@ def per_sample_vjp(call: NodeCall) -> Float[Tensor, "n ..."]:
     """Call the node once per sample, with the gradients of all other samples set to zero.
 
     A node is linear in its outputs' gradients, so this is right for any operation, and slow.
+
+    Raises:
+        ValueError: If the node is a compiled function, which runs only once.
     """
+    if type(call.node).__name__.startswith("CompiledFunction"):
+        raise ValueError(
+            "A step calls a compiled function that uses parameters, and the graph of such a "
+            "function cannot be read; expected a compiled module, which recorded steps run "
+            "uncompiled. Compile the model or one of its modules: "
+            "`self.net = torch.compile(self.net)`."
+        )
     function = getattr(call.node, "apply", call.node)
     outputs = [_all_but_one_zero(call, grad) for grad in call.grads]
     results = []

@@ -120,7 +120,7 @@ class BlockPart:
         return functional.pad(products, padding) if any(padding) else products
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Factored:
     """Shrunk gradients whose outer products are not computed yet: many blocks' are at once.
 
@@ -140,14 +140,16 @@ class Factored:
         return (*self.left.shape, self.right.shape[1], self.n)
 
 
-def multiply(blocks: Sequence[Factored], dtype: torch.dtype) -> Float[Tensor, "n m"]:
-    """Return the outer products of blocks of the same shapes, side by side."""
+def multiply(blocks: Sequence[Factored], dtype: torch.dtype) -> list[Float[Tensor, "n m"]]:
+    """Return the outer products of blocks of the same shapes, for each block."""
     rows, a, b, n = blocks[0].shapes
     s = rows // n
-    left = torch.stack([block.left for block in blocks]).to(dtype).view(-1, s, a)
-    right = torch.stack([block.right for block in blocks]).to(dtype).view(-1, s, b)
-    products = torch.bmm(left.mT, right)  # (blocks * n, a, b)
-    return products.view(len(blocks), n, a * b).transpose(0, 1).reshape(n, -1)
+    left = torch.stack([block.left for block in blocks]).to(dtype)
+    right = torch.stack([block.right for block in blocks]).to(dtype)
+    if s == 1:
+        return list(_outer(left, right).flatten(2).unbind(1))
+    products = torch.bmm(left.view(-1, s, a).mT, right.view(-1, s, b))  # (blocks * n, a, b)
+    return list(products.view(len(blocks), n, a * b).unbind())
 
 
 # Per-sample gradients of a mapped block, ``(n, m)``, or their factors.
@@ -167,9 +169,19 @@ def _products(
 ) -> Float[Tensor, "n a b"]:
     inputs = _apply(factors.inputs, right, dtype)
     grads = _apply(factors.grad_outputs, left, dtype)
-    if grads.shape[1] == 1:  # Broadcasting is faster than rank-one matrix products.
-        return grads.mT * inputs
+    if grads.shape[1] == 1:
+        return _outer(grads[:, 0], inputs[:, 0])
     return grads.mT @ inputs
+
+
+def _outer(left: Float[Tensor, "*g n a"], right: Float[Tensor, "*g n b"]) -> Tensor:
+    """Return the outer products of rows, ``(n, *g, a, b)``, samples last in memory.
+
+    Broadcasting is faster than rank-one matrix products, and hashing reads one entry of all samples
+    after another.
+    """
+    last = left.mT.contiguous()[..., :, None, :] * right.mT.contiguous()[..., None, :, :]
+    return last.movedim(-1, 0)
 
 
 def _apply(operand: Operand, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:

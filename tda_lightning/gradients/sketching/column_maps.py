@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -73,6 +74,26 @@ class SideBySide(ColumnMap):
             rows[:, self._slices[block]] += self._scaled(block, block_values)
 
 
+@dataclass(frozen=True)
+class _Table:
+    """The columns of the entries of some blocks, one after another.
+
+    Attributes:
+        blocks: Numbers of the blocks.
+        buckets: Column of each entry.
+        order: Entries sorted by their columns.
+        starts: Position of each column's first entry in ``order``.
+        is_sorting_fast: Whether summing the entries in that order is faster than scattering them:
+            most lie in memory with the samples last.
+    """
+
+    blocks: tuple[int, ...]
+    buckets: Int[Tensor, " m"]
+    order: Int[Tensor, " m"]
+    starts: Int[Tensor, " k"]
+    is_sorting_fast: bool
+
+
 class Hashed(ColumnMap):
     """Each entry is added to one random column with a random sign (count sketch)."""
 
@@ -81,8 +102,10 @@ class Hashed(ColumnMap):
         self._buckets = buckets
         self._signs = signs
         self.dimension = dimension
-        # The tables of the blocks of a step, joined. Most steps have the same blocks.
-        self._joined: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        # Most steps have the same blocks.
+        self._table: _Table | None = None
+        # The signs of its entries, times their factors, in the order in which they are used.
+        self._factors: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
         """Return the map on another device, or in another number format."""
@@ -92,7 +115,7 @@ class Hashed(ColumnMap):
     def scale(self, scales: Sequence[Tensor | None]) -> None:
         """Multiply the signs of each block by its factors."""
         super().scale(scales)
-        self._joined = None
+        self._factors = None
 
     def add_(
         self,
@@ -101,15 +124,35 @@ class Hashed(ColumnMap):
         values: Sequence[Tensor],
     ) -> None:
         """Add the blocks' values, with their signs, to their hashed columns."""
-        if self._joined is None or self._joined[0] != blocks:
-            buckets = torch.cat([self._buckets[block] for block in blocks])
-            signs = [self._scaled(block, self._signs[block]) for block in blocks]
-            self._joined = blocks, buckets, torch.cat(signs)
-        _, columns, factors = self._joined
-        if len(values) == 1:  # It may be a gradient that autograd still uses.
-            rows.index_add_(1, columns, values[0] * factors)
+        if len(values) == 1:
+            (block,) = blocks
+            scaled = values[0] * self._scaled(block, self._signs[block])
+            rows.index_add_(1, self._buckets[block], scaled)
+            return
+        table = self._table
+        if table is None or table.blocks != blocks:
+            table = self._table = self._joined(blocks, values)
+            self._factors = None
+        if self._factors is None:
+            factors = torch.cat([self._scaled(block, self._signs[block]) for block in blocks])
+            self._factors = factors[table.order] if table.is_sorting_fast else factors
+        if table.is_sorting_fast:
+            entries = torch.cat([block_values.mT for block_values in values])  # (m, n)
+            sums = torch.embedding_bag(
+                entries, table.order, table.starts, mode=0, per_sample_weights=self._factors
+            )[0]
+            rows += sums.mT
         else:
-            rows.index_add_(1, columns, torch.cat(list(values), dim=1).mul_(factors))
+            rows.index_add_(1, table.buckets, torch.cat(list(values), dim=1).mul_(self._factors))
+
+    def _joined(self, blocks: tuple[int, ...], values: Sequence[Tensor]) -> _Table:
+        buckets = torch.cat([self._buckets[block] for block in blocks])
+        order = torch.argsort(buckets, stable=True)
+        sizes = torch.bincount(buckets, minlength=self.dimension)
+        samples_last = sum(v.shape[1] for v in values if v.stride(0) == 1 and len(v) > 1)
+        is_fast = buckets.device.type == "cpu" and values[0].dtype == torch.float32
+        is_fast &= 2 * samples_last > len(buckets)
+        return _Table(blocks, buckets, order, sizes.cumsum(0) - sizes, is_fast)
 
 
 class Multiplied(ColumnMap):

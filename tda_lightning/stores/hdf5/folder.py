@@ -263,7 +263,8 @@ def _occupied_message(path: Path) -> str:
     if is_run(path):
         return (
             f"`{path}` already holds a recorded run; expected an empty or new folder. Choose "
-            "another path, or delete the old run by recording with `existing='replace'`."
+            "another path, keep both runs by recording with `existing='number'`, or delete the old "
+            "one by recording with `existing='replace'`."
         )
     return (
         f"`{path}` is not a recorded run but {_describe_content(path)}; expected an empty or new "

@@ -217,6 +217,13 @@ def _blocks(ends: Sequence[int], n_steps: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(offset)]
 
 
+def _blocks(ends: Sequence[int], n_steps: int) -> list[range]:
+    """Return the blocks of steps that end before these steps."""
+    offset = [0, *ends]
+    require_offsets(offset, len(ends), n_steps)
+    return [range(start, stop) for start, stop in pairwise(offset)]
+
+
 def _read_preconditioners(group: h5py.Group) -> dict[int, Preconditioner]:
     rows, columns = torch.from_numpy(group["rows"][:]), torch.from_numpy(group["columns"][:])
     positions = group["step"][:]

@@ -24,6 +24,8 @@ from tda_lightning.stores.step import Step
 
 # What a segment holds beside its rows, at most, in all but very long ones.
 _MAX_METADATA_BYTES = 2**16
+# Factors per step in one chunk of a preconditioner's dataset.
+_CHUNK = 256
 
 
 def write_segment(
@@ -133,7 +135,11 @@ def _write_preconditioners(group: h5py.Group, steps: Sequence[Step]) -> None:
     changes = [(n, p) for n, step in enumerate(steps) if (p := step.preconditioner) is not None]
     group["step"] = np.array([position for position, _ in changes], dtype=np.int64)
     for name in ("rows", "columns"):
-        group[name] = np.array([getattr(factors, name).numpy() for _, factors in changes])
+        factors = np.array([getattr(part, name).numpy() for _, part in changes])
+        # Most factors equal those before, and lie near them within a chunk.
+        layout = {"chunks": (len(factors), min(_CHUNK, factors.shape[1]))} if len(factors) else {}
+        filters = {"shuffle": True, "compression": "gzip", "compression_opts": 6} if layout else {}
+        group.create_dataset(name, data=factors, **layout, **filters)
 
 
 def _reserve(group: h5py.Group, name: str, arrays: Sequence[np.ndarray]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +62,7 @@ class HDF5Store(WritableStore):
     Attributes:
         path: The absolute path of the folder.
         name: The path before it was made absolute; it identifies the store in checkpoints.
+        at: Creates a store with the same settings at another path.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -84,6 +86,9 @@ class HDF5Store(WritableStore):
         require_not_negative("segment_seconds", segment_seconds)
         self.path = absolute_path(path)
         self.name = os.fspath(path)
+        self.at = partial(
+            HDF5Store, storage=storage, segment_bytes=segment_bytes, segment_seconds=segment_seconds
+        )
         self._storage = storage
         self._recipe: Recipe | None = None
         self._run = ""  # id of the run that is read or written
@@ -109,7 +114,7 @@ class HDF5Store(WritableStore):
         Raises:
             FileNotFoundError: If the folder does not exist.
             StoreFileError: If a file is damaged or missing.
-            ValueError: If the path is not a run, or a run of another format.
+            ValueError: If the path is not a run of this format.
         """
         require_choice("missing", missing, Literal["refuse", "skip"])
         store = cls(path)
@@ -282,8 +287,7 @@ class HDF5Store(WritableStore):
 
     def _manifest(self) -> Manifest | None:
         """Return the manifest that lists the snapshots."""
-        run = self.run_id or ""
-        return first_manifest(self.path, run, self._ranks, self._missing)
+        return first_manifest(self.path, self.run_id or "", self._ranks, self._missing)
 
     def _identity(self, number: int) -> SegmentIdentity:
         return SegmentIdentity(self._run, number, self._rank, self._ranks)

@@ -1,0 +1,111 @@
+"""Uses of a recorded run: each returns ids with reasons, and changes nothing of the user's."""
+
+from tda_lightning.applications.errors import Errors, explain_errors
+from tda_lightning.applications.groups import (
+    Gap,
+    GroupInfluence,
+    MeanLoss,
+    Summary,
+    WorstGroupLoss,
+    attribute_summary,
+    influence_by_group,
+)
+from tda_lightning.applications.importance import (
+    AUM,
+    EL2N,
+    Forgetting,
+    GraNd,
+    Importance,
+    LabelLoss,
+    Lowest,
+    SelfInfluence,
+)
+from tda_lightning.applications.loss_history import LossHistory, loss_history
+from tda_lightning.applications.mislabel_results import Mislabeled
+from tda_lightning.applications.mislabels import find_mislabeled
+from tda_lightning.applications.pruning import coreset, prune
+from tda_lightning.applications.retraining import (
+    Plan,
+    Retrainings,
+    leave_out,
+    random_subsets,
+    retrain,
+    same_data,
+)
+from tda_lightning.applications.selection import select
+from tda_lightning.applications.selections import Selection
+from tda_lightning.applications.shortcuts import Shortcut, find_shortcut
+from tda_lightning.applications.tracing import (
+    BM25,
+    Candidates,
+    NextToken,
+    TokenScores,
+    candidates_of,
+    rescore,
+    trace_facts,
+    trace_tokens,
+)
+from tda_lightning.applications.unlearning import (
+    FirstOrder,
+    RewindPlan,
+    SecondOrder,
+    Unlearned,
+    UnrolledUpdate,
+    rewind_plan,
+    unlearn,
+)
+from tda_lightning.stores.alarms import Alarm, Alarms, find_alarms
+
+__all__ = [
+    "AUM",
+    "BM25",
+    "EL2N",
+    "Alarm",
+    "Alarms",
+    "Candidates",
+    "Errors",
+    "FirstOrder",
+    "Forgetting",
+    "Gap",
+    "GraNd",
+    "GroupInfluence",
+    "Importance",
+    "LabelLoss",
+    "LossHistory",
+    "Lowest",
+    "MeanLoss",
+    "Mislabeled",
+    "NextToken",
+    "Plan",
+    "Retrainings",
+    "RewindPlan",
+    "SecondOrder",
+    "Selection",
+    "SelfInfluence",
+    "Shortcut",
+    "Summary",
+    "TokenScores",
+    "Unlearned",
+    "UnrolledUpdate",
+    "WorstGroupLoss",
+    "attribute_summary",
+    "candidates_of",
+    "coreset",
+    "explain_errors",
+    "find_alarms",
+    "find_mislabeled",
+    "find_shortcut",
+    "influence_by_group",
+    "leave_out",
+    "loss_history",
+    "prune",
+    "random_subsets",
+    "rescore",
+    "retrain",
+    "rewind_plan",
+    "same_data",
+    "select",
+    "trace_facts",
+    "trace_tokens",
+    "unlearn",
+]

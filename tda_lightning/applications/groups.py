@@ -1,0 +1,222 @@
+"""Groups: how groups of training samples influence groups of queries, or one summary of them.
+
+A summary turns many queries into one: their mean loss, the loss of the worst group, or the gap
+between two groups. Its gradient is a weighted sum of the queries' gradients.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tda_lightning.applications.predictions import Labels, Outputs, predict
+from tda_lightning.arguments import require_kind
+from tda_lightning.attribution import Attributor, Unrolled
+from tda_lightning.passes.batches import batches_in_memory
+from tda_lightning.passes.queries import record_queries
+from tda_lightning.passes.targets import labels_of, outputs_of
+from tda_lightning.results.optional import needs
+from tda_lightning.results.scores import Scores
+from tda_lightning.stores.opening import Run, open_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Groups = Sequence[Hashable] | Tensor
+
+
+@dataclass(frozen=True)
+class GroupInfluence:
+    """Influence of training groups (columns) on query groups (rows).
+
+    Attributes:
+        values: Sum of the scores of each training group, averaged over each query group, shape
+            ``(query_groups, train_groups)``. Positive if the group lowered the loss.
+        query_groups: Names of the rows.
+        train_groups: Names of the columns.
+        train_sizes: Number of samples in each training group.
+    """
+
+    values: Float[Tensor, "query_groups train_groups"]
+    query_groups: tuple[Hashable, ...]
+    train_groups: tuple[Hashable, ...]
+    train_sizes: Int64[Tensor, " train_groups"]
+
+    def per_sample(self) -> Float[Tensor, "query_groups train_groups"]:
+        """Return the mean influence of one training sample of each group."""
+        return self.values / self.train_sizes
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with query groups as rows and training groups as columns."""
+        with needs("pandas"):
+            import pandas as pd
+
+        index = pd.Index(list(self.query_groups), name="query_group")
+        columns = pd.Index(list(self.train_groups), name="train_group")
+        return pd.DataFrame(self.values.numpy(), index=index, columns=columns)
+
+    def __repr__(self) -> str:
+        """Show one line per query group."""
+        lines = [
+            f"  {group}: "
+            + ", ".join(f"{n} {v:+.3g}" for n, v in zip(self.train_groups, row, strict=True))
+            for group, row in zip(self.query_groups, self.values.tolist(), strict=True)
+        ]
+        head = "GroupInfluence of training groups on the mean query of each group"
+        return "\n".join([head, *lines])
+
+
+def influence_by_group(
+    scores: Scores, train_groups: Groups, query_groups: Groups
+) -> GroupInfluence:
+    """Sum scores over training groups and average them over query groups.
+
+    Args:
+        scores: Scores of some queries.
+        train_groups: Group of each training sample, in the order of ``scores.train_ids``.
+        query_groups: Group of each query, in the order of ``scores.query_ids``.
+
+    Raises:
+        ValueError: If there is not one group per training sample and per query.
+    """
+    columns, of_train = _number(train_groups, len(scores.train_ids), "train_groups")
+    rows, of_query = _number(query_groups, len(scores.query_ids), "query_groups")
+    by_train = torch.zeros(len(of_query), len(columns), dtype=torch.float64)
+    by_train.index_add_(1, of_train, scores.values.double())
+    values = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+    values.index_add_(0, of_query, by_train)
+    counts = torch.bincount(of_query, minlength=len(rows))
+    sizes = torch.bincount(of_train, minlength=len(columns))
+    return GroupInfluence(values / counts[:, None], rows, columns, sizes)
+
+
+class Summary(ABC):
+    """One number for all queries of a loader, as a target of attribution."""
+
+    @abstractmethod
+    def weights(self, losses: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Return the derivative of the summary with respect to each query's loss."""
+
+
+@dataclass(frozen=True)
+class MeanLoss(Summary):
+    """The mean loss."""
+
+    def weights(self, losses: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Return 1 / n for each query."""
+        return torch.full_like(losses, 1 / len(losses))
+
+
+@dataclass(frozen=True)
+class WorstGroupLoss(Summary):
+    """The mean loss of the group in which it is largest.
+
+    Attributes:
+        groups: Group of each query, in the order of the loader.
+    """
+
+    groups: Groups
+
+    def weights(self, losses: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Return 1 / (size of the worst group) for its queries, and 0 for the others."""
+        names, numbers = _number(self.groups, len(losses), "groups")
+        members = torch.stack([numbers == number for number in range(len(names))])
+        means = torch.stack([losses[mask].mean() for mask in members])
+        worst = members[means.argmax()]
+        return worst.to(losses) / worst.sum()
+
+
+@dataclass(frozen=True)
+class Gap(Summary):
+    """The mean loss of one group minus that of another: proponents made the gap smaller.
+
+    Attributes:
+        groups: Group of each query, in the order of the loader.
+        worse: The group whose loss is higher.
+        better: The group whose loss is lower.
+    """
+
+    groups: Groups
+    worse: Hashable
+    better: Hashable
+
+    def weights(self, losses: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Return 1 / n for one group and -1 / n for the other, with their sizes n."""
+        names, numbers = _number(self.groups, len(losses), "groups")
+        weights = torch.zeros_like(losses)
+        for name, sign in ((self.worse, 1.0), (self.better, -1.0)):
+            if name not in names:
+                raise ValueError(f"There is no group {name!r}; expected one of {list(names)}.")
+            mask = numbers == names.index(name)
+            weights[mask] += sign / mask.sum()
+        return weights
+
+
+def attribute_summary(
+    run: Run,
+    model: nn.Module,
+    loader: DataLoader[Any],
+    summary: Summary = MeanLoss(),
+    *,
+    method: Attributor = Unrolled(),
+    outputs: Outputs = outputs_of,
+    labels: Labels = labels_of,
+    progress: bool = True,
+) -> Scores:
+    """Score every training sample by its effect on one number over a whole loader.
+
+    Args:
+        run: A recorded training: its folder or a store.
+        model: The trained LightningModule.
+        loader: The queries, not shuffled.
+        summary: The number: ``MeanLoss()``, ``WorstGroupLoss(groups)`` or ``Gap(groups, a, b)``.
+        method: The attribution method; its scores must be linear in the query.
+        outputs: Function of (module, batch) that returns the logits.
+        labels: Function of the batch that returns the labels.
+        progress: Show progress bars.
+
+    Returns:
+        Scores of a single query, shape ``(1, n_train)``. Proponents lowered the number.
+
+    Raises:
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If the method is not linear, or an argument does not match the loader.
+    """
+    require_kind("summary", summary, Summary, "`MeanLoss()`")
+    require_kind("method", method, Attributor, "`Unrolled()`")
+    if not method.is_linear():
+        raise ValueError(
+            f"`{method!r}` is not linear in the query; expected a method that is, such as "
+            "`Unrolled()` or `TracIn()`, since a summary adds up queries."
+        )
+    store = open_run(run)
+    predictions = predict(model, loader, "loader", outputs, labels, progress)
+    p = predictions.probabilities.gather(1, predictions.labels[:, None])[:, 0]
+    weights = summary.weights(-p.clamp_min(1e-30).log())
+    rows = record_queries(model, batches_in_memory(loader), like=store, progress=progress)
+    if len(rows) != len(weights):
+        raise ValueError(
+            f"The loader has {len(weights)} labels and {len(rows)} queries; expected one label per "
+            "query. Pass `labels=`."
+        )
+    row = (weights.to(rows) @ rows)[None].to(next(model.parameters()).device)
+    return method.attribute(store, row, progress=progress)
+
+
+def _number(groups: Groups, n: int, name: str) -> tuple[tuple[Hashable, ...], Int64[Tensor, " n"]]:
+    """Return the names of the groups, sorted, and the number of each entry's group."""
+    entries = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    if len(entries) != n:
+        raise ValueError(
+            f"`{name}` has {len(entries)} entries; expected {n}, one group for each in order."
+        )
+    names = tuple(sorted(set(entries), key=lambda entry: (str(type(entry)), entry)))
+    numbers = {entry: number for number, entry in enumerate(names)}
+    return names, torch.tensor([numbers[entry] for entry in entries], dtype=torch.int64)

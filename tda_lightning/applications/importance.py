@@ -1,0 +1,202 @@
+r"""Importance scores of training samples, from the recorded visits: higher is harder.
+
+============== ==================================================== =======================
+name           mean over the visits of a sample                     source
+============== ==================================================== =======================
+`GraNd`        norm of the gradient                                 Paul et al. (2021)
+`EL2N`         :math:`1 - p`                                        Paul et al. (2021)
+`LabelLoss`    :math:`-\log p`                                      Jiang et al. (2019)
+`AUM`          minus the margin :math:`\log \frac{p}{1 - p}`        Pleiss et al. (2020)
+`Forgetting`   times that :math:`p` fell below one half (a count)   Toneva et al. (2019)
+============== ==================================================== =======================
+
+:math:`p` is the probability of the label. It comes from the recorded curvature of a cross-entropy,
+exactly for two classes. For more, the value is between the true :math:`1 - p` and half of it.
+Therefore ``EL2N`` approximates the norm of the error, and ``AUM`` the margin to the best other
+logit. ``Forgetting`` approximates changes of the predicted class. All are close in rank, not in
+value.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tda_lightning.arguments import require_kind, require_whole
+from tda_lightning.attribution import SelfAttributor, TracIn
+from tda_lightning.attribution.attributor import Totals, provenance_of
+from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.stores import Store
+from tda_lightning.stores.step import Step, StepFacts
+
+
+class Importance(ABC):
+    """A score per training sample, from a run."""
+
+    @abstractmethod
+    def scores(self, run: Store) -> SampleScores:
+        """Return the importance of each training sample, shape ``(n_train,)``.
+
+        Samples without a visit score zero.
+
+        Raises:
+            ValueError: If the run does not hold what the score needs.
+        """
+
+
+@dataclass(frozen=True)
+class _MeanOverVisits(Importance):
+    """The mean of a number over the visits of each sample.
+
+    Attributes:
+        epochs: Only the first epochs count; by default, all do. Early scores are cheap to get, and
+            Paul et al. use those of the first tenth of a training.
+    """
+
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the number of epochs."""
+        if self.epochs is not None:
+            require_whole("epochs", self.epochs, least=1)
+
+    def scores(self, run: Store) -> SampleScores:
+        """Average over the visits."""
+        totals = Totals(run.train_ids(), 1, torch.empty(0, dtype=run.recipe.torch_dtype))
+        for sample_ids, values in self._visits(run):
+            totals.add_(sample_ids, values[:, None].to(totals.values))
+        means = totals.values / totals.visits.clamp_min(1)
+        return _scores(run, means[:, 0], repr(self))
+
+    @abstractmethod
+    def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the sample and the number of each visit, step by step."""
+
+    def _counts(self, step: StepFacts) -> bool:
+        return self.epochs is None or step.epoch < self.epochs
+
+
+@dataclass(frozen=True)
+class GraNd(_MeanOverVisits):
+    """Norm of the gradient of each visit's loss, in the coordinates of the run."""
+
+    def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in takewhile(self._counts, run):
+            assert isinstance(step, Step)
+            yield step.sample_ids, step.sketch.norm(dim=1) / step.weights.clamp_min(1e-30)
+
+
+@dataclass(frozen=True)
+class EL2N(_MeanOverVisits):
+    """Error of the predicted probability of the label: ``1 - p``."""
+
+    def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in takewhile(self._counts, run.facts):
+            yield step.sample_ids, label_error(step)
+
+
+@dataclass(frozen=True)
+class LabelLoss(_MeanOverVisits):
+    """Cross-entropy of the label at each visit."""
+
+    def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in takewhile(self._counts, run.facts):
+            yield step.sample_ids, -torch.log1p(-label_error(step).clamp(max=1 - 1e-6))
+
+
+@dataclass(frozen=True)
+class AUM(_MeanOverVisits):
+    """Minus the area under the margin: samples with a small or negative margin score high."""
+
+    def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in takewhile(self._counts, run.facts):
+            yield step.sample_ids, torch.logit(label_error(step), eps=1e-6)
+
+
+@dataclass(frozen=True)
+class Forgetting(Importance):
+    """Number of times that a sample was learned at one visit and no longer at the next.
+
+    Learned means that its label has more than half of the probability. Samples that were never
+    learned score one more than any count.
+    """
+
+    def scores(self, run: Store) -> SampleScores:
+        """Count over the visits."""
+        train_ids = run.train_ids()
+        learned = torch.zeros(len(train_ids), dtype=torch.bool)
+        ever, visited = learned.clone(), learned.clone()
+        events = torch.zeros(len(train_ids), dtype=run.recipe.torch_dtype)
+        for step in run.facts:
+            at = torch.searchsorted(train_ids, step.sample_ids)
+            now = label_error(step) < 0.5
+            events[at] += (learned[at] & ~now).to(events)
+            learned[at], visited[at] = now, True
+            ever[at] |= now
+        most = float(events.max()) if len(events) else 0.0
+        return _scores(run, torch.where(visited & ~ever, most + 1, events), repr(self))
+
+
+@dataclass(frozen=True)
+class SelfInfluence(Importance):
+    """Effect of each sample on its own loss.
+
+    Attributes:
+        method: The attribution method.
+    """
+
+    method: SelfAttributor = field(default_factory=TracIn)
+
+    def __post_init__(self) -> None:
+        """Check the method."""
+        require_kind("method", self.method, SelfAttributor, "`TracIn()` or `InfluenceFunction()`")
+
+    def scores(self, run: Store) -> SampleScores:
+        """Return the self-influence."""
+        return self.method.self_influence(run, progress=False)
+
+
+@dataclass(frozen=True)
+class Lowest(Importance):
+    """The reverse of another importance: the easiest samples score highest.
+
+    Attributes:
+        importance: The importance to reverse.
+    """
+
+    importance: Importance
+
+    def __post_init__(self) -> None:
+        """Check the importance."""
+        require_kind("importance", self.importance, Importance, "`EL2N()`")
+
+    def scores(self, run: Store) -> SampleScores:
+        """Return the negative scores."""
+        scores = self.importance.scores(run)
+        return _scores(run, -scores.values, repr(self))
+
+
+def label_error(step: StepFacts) -> Float[Tensor, " n"]:
+    """Return ``1 - p`` for each visit of a step, with the probability ``p`` of its label.
+
+    Raises:
+        ValueError: If the loss is not a cross-entropy of one label per sample.
+    """
+    one_label = step.terms is None or bool((step.terms == 1).all())
+    if step.curvature is None or step.loss not in ("", "cross-entropy") or not one_label:
+        raise ValueError(
+            f"Step {step.index} holds no label probabilities: its loss is "
+            f"{step.loss or 'unknown'}; expected a cross-entropy of one label per sample. Use "
+            "`GraNd()` or `SelfInfluence()`, which need none, or pass `SampleScores`."
+        )
+    return 1 / (1 + step.curvature)
+
+
+def _scores(run: Store, values: Float[Tensor, " n_train"], method: str) -> SampleScores:
+    return SampleScores(values, run.train_ids(), method, provenance_of(run))

@@ -1,0 +1,214 @@
+r"""Loss history: the loss of every visit of a run, in the order of the training.
+
+Losses are derived from the recorded curvature of a visit's loss, without its rows. For a
+cross-entropy with label probability :math:`p` the curvature is :math:`c = p / (1 - p)`; for a
+squared error with residual :math:`r` it is :math:`1 / (2 r^2)`, so
+
+.. math:: \ell = \log \frac{1 + c}{c} \qquad \text{or} \qquad \ell = r^2 = \frac{1}{2 c}
+
+With class weights or label smoothing, both are approximations.
+
+Forgetting: Toneva et al. (2019), "An Empirical Study of Example Forgetting". EL2N: Paul et al.
+(2021), "Deep Learning on a Data Diet".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tda_lightning.attribution.attributor import provenance_of
+from tda_lightning.results.optional import needs
+from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.stores import Store
+from tda_lightning.stores.opening import Run, open_run
+from tda_lightning.stores.step import StepFacts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Below it, the probability of a label is rounding.
+_LEAST_PROBABILITY = 1e-7
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class LossHistory:
+    """The loss of every visit, ordered by sample and, for each sample, by time.
+
+    Attributes:
+        sample_ids: Sample of each visit, shape ``(n_visits,)``.
+        steps: Index of the step of each visit, shape ``(n_visits,)``.
+        epochs: Epoch of each visit, shape ``(n_visits,)``.
+        losses: Loss of each visit, before the step, shape ``(n_visits,)``.
+        train_ids: Ids of the training set, shape ``(n_train,)``.
+        loss: Name of the loss.
+        provenance: The recorded run.
+    """
+
+    sample_ids: Int[Tensor, " n_visits"]
+    steps: Int[Tensor, " n_visits"]
+    epochs: Int[Tensor, " n_visits"]
+    losses: Float[Tensor, " n_visits"]
+    train_ids: Int[Tensor, " n_train"]
+    loss: str
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def mean(self) -> SampleScores:
+        """Return each sample's mean loss over its visits: high for hard and mislabelled samples.
+
+        Samples without a visit are NaN, and last in a ranking by :meth:`hardest`.
+        """
+        return self._scores(self._mean(self.losses), "mean loss over visits")
+
+    def last(self) -> SampleScores:
+        """Return each sample's loss at its last visit; NaN for samples without a visit."""
+        values = self.losses.new_full((len(self.train_ids),), torch.nan)
+        values[self._rows()[self._is_last()]] = self.losses[self._is_last()]
+        return self._scores(values, "loss at the last visit")
+
+    def error(self) -> SampleScores:
+        """Return each sample's mean of 1 - p, with the probability p of its label (as in EL2N).
+
+        Raises:
+            ValueError: If the loss is not a cross-entropy.
+        """
+        return self._scores(self._mean(1 - self.label_probabilities()), "mean of 1 - p (EL2N)")
+
+    def forgetting(self) -> SampleScores:
+        """Return how often each sample was forgotten: learned at a visit, and not at the next.
+
+        Learned means that more than half of the probability is on the label. For more than two
+        classes, this is stricter than a correct prediction, which the run does not hold.
+
+        Raises:
+            ValueError: If the loss is not a cross-entropy.
+        """
+        is_learned = self.label_probabilities() > 0.5
+        is_forgotten = torch.zeros(len(is_learned), dtype=torch.bool)
+        same = self.sample_ids[1:] == self.sample_ids[:-1]
+        is_forgotten[1:] = same & is_learned[:-1] & ~is_learned[1:]
+        counts = self.losses.new_zeros(len(self.train_ids))
+        counts.index_add_(0, self._rows(), is_forgotten.to(counts))
+        return self._scores(counts, "forgetting events")
+
+    def label_probabilities(self) -> Float[Tensor, " n_visits"]:
+        """Return the probability of the label at each visit.
+
+        Raises:
+            ValueError: If the loss is not a cross-entropy.
+        """
+        if self.loss != "cross-entropy":
+            raise ValueError(
+                f"The loss of the run is {self.loss}; expected a cross-entropy, which has label "
+                "probabilities. Use `.mean()`."
+            )
+        return (-self.losses).exp()
+
+    def hardest(self, k: int = 10) -> Int[Tensor, " k"]:
+        """Return the ids of the ``k`` samples with the highest mean loss, highest first."""
+        means = self.mean()
+        values = means.values.nan_to_num(nan=-torch.inf)
+        return SampleScores(values, means.train_ids, means.method).highest(k).ids
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with one row per visit."""
+        with needs("pandas"):
+            import pandas as pd
+
+        columns = {"sample": self.sample_ids, "step": self.steps, "epoch": self.epochs}
+        frame = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+        return frame.assign(loss=self.losses.numpy())
+
+    def __repr__(self) -> str:
+        """Show the size, and the samples that stay hard."""
+        n_visited = len(torch.unique(self.sample_ids))
+        k = min(5, n_visited)
+        hardest = ", ".join(map(str, self.hardest(k).tolist()))
+        head = f"LossHistory of {len(self.losses):,} visits of {n_visited:,} samples ({self.loss})"
+        return f"{head}\n  hardest: {hardest}"
+
+    def _rows(self) -> Int[Tensor, " n_visits"]:
+        return torch.searchsorted(self.train_ids, self.sample_ids)
+
+    def _is_last(self) -> Tensor:
+        is_last = torch.ones(len(self.sample_ids), dtype=torch.bool)
+        is_last[:-1] = self.sample_ids[1:] != self.sample_ids[:-1]
+        return is_last
+
+    def _mean(self, values: Float[Tensor, " n_visits"]) -> Float[Tensor, " n_train"]:
+        sums, rows = values.new_zeros(len(self.train_ids), 2), self._rows()
+        sums.index_add_(0, rows, torch.stack([values, torch.ones_like(values)], dim=1))
+        return sums[:, 0] / sums[:, 1]
+
+    def _scores(self, values: Float[Tensor, " n_train"], method: str) -> SampleScores:
+        return SampleScores(values, self.train_ids, method, self.provenance)
+
+
+def loss_history(run: Run) -> LossHistory:
+    """Return the loss of every recorded visit.
+
+    Args:
+        run: A recorded training: its folder or a store. A run of
+            :class:`~tda_lightning.LossRecorder`, which holds no rows, is enough.
+
+    Raises:
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If the run is empty, or holds no losses.
+    """
+    store = open_run(run)
+    ids, steps, epochs, losses = [], [], [], []
+    for facts in store.facts:
+        ids.append(facts.sample_ids)
+        steps.append(torch.full_like(facts.sample_ids, facts.index))
+        epochs.append(torch.full_like(facts.sample_ids, facts.epoch))
+        losses.append(visit_losses(facts))
+    sample_ids = torch.cat(ids)
+    order = sample_ids.argsort(stable=True)  # Steps are in order already.
+    return LossHistory(
+        sample_ids[order],
+        torch.cat(steps)[order],
+        torch.cat(epochs)[order],
+        torch.cat(losses)[order],
+        store.train_ids(),
+        store.facts[0].loss,
+        provenance_of(store),
+    )
+
+
+def holds_losses(run: Store) -> bool:
+    """Return whether the loss of every visit can be derived from a run."""
+    return all(_reason_without_losses(facts) is None for facts in run.facts)
+
+
+def visit_losses(facts: StepFacts) -> Float[Tensor, " n"]:
+    """Return the loss of each visit of a step.
+
+    Raises:
+        ValueError: If the step does not hold them.
+    """
+    if (reason := _reason_without_losses(facts)) is not None:
+        raise ValueError(
+            f"The losses of step {facts.index} are unknown: {reason}; expected a cross-entropy or "
+            "a squared error with one term per sample. Use `self_influence(run)`, which needs none."
+        )
+    assert facts.curvature is not None
+    curvature = facts.curvature.double()
+    if facts.loss == "squared error":
+        return 0.5 / curvature.clamp_min(1e-30)
+    return -(curvature / (1 + curvature)).clamp_min(_LEAST_PROBABILITY).log()
+
+
+def _reason_without_losses(facts: StepFacts) -> str | None:
+    if facts.loss not in ("cross-entropy", "squared error"):
+        return f"its loss is {facts.loss or 'not recognized'}"
+    if facts.curvature is None:
+        return "its curvature was not recorded"
+    if facts.terms is not None and bool(((facts.terms - 1).abs() > _ROUNDING).any()):
+        return "a sample's loss averages several terms, such as tokens"
+    return None

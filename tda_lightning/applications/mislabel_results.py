@@ -1,0 +1,111 @@
+"""Mislabeled: the samples whose labels are likely wrong, with the reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor
+
+from tda_lightning.results.optional import needs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Given and predicted label of each training sample.
+
+    Attributes:
+        given: Labels in the training data, shape ``(n_train,)``.
+        predicted: Most probable labels under the final model, shape ``(n_train,)``.
+    """
+
+    given: Int[Tensor, " n_train"]
+    predicted: Int[Tensor, " n_train"]
+
+
+@dataclass(frozen=True)
+class Mislabeled:
+    """Suspicious training samples.
+
+    Attributes:
+        train_ids: Ids of the training samples, shape ``(n_train,)``.
+        label_scores: Quality of each label from 0 to 1; low is bad, shape ``(n_train,)``.
+        witnesses: Suspicion of each sample by each witness; the first decides.
+        estimated_number: Estimated number of wrong labels.
+        flagged_number: Number of flagged samples.
+        labelled: Given and predicted labels, if a model and a loader were passed.
+        notes: What limits the answer, in sentences.
+    """
+
+    train_ids: Int64[Tensor, " n_train"]
+    label_scores: Float[Tensor, " n_train"]
+    witnesses: Mapping[str, Float[Tensor, " n_train"]]
+    estimated_number: int
+    flagged_number: int
+    labelled: Labelled | None
+    notes: tuple[str, ...]
+
+    @property
+    def ids(self) -> Int64[Tensor, " n_flagged"]:
+        """Ids of the flagged samples, worst first."""
+        return self.train_ids[self._order()[: self.flagged_number]]
+
+    @property
+    def scores(self) -> Float[Tensor, " n_flagged"]:
+        """Label scores of the flagged samples, lowest first."""
+        return self.label_scores[self._order()[: self.flagged_number]]
+
+    def is_flagged(self) -> Bool[Tensor, " n_train"]:
+        """Return whether each training sample is flagged."""
+        return torch.isin(self.train_ids, self.ids)
+
+    def agreement(self) -> Int64[Tensor, " n_train"]:
+        """Return by how many witnesses each sample is among the most suspicious.
+
+        Each witness names as many samples as are flagged.
+        """
+        votes = torch.zeros(len(self.train_ids), dtype=torch.int64)
+        for suspicion in self.witnesses.values():
+            votes[suspicion.topk(self.flagged_number).indices] += 1
+        return votes
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame of all samples with cleanlab's columns and the witnesses."""
+        with needs("pandas"):
+            import pandas as pd
+
+        columns: dict[str, Tensor] = {
+            "is_label_issue": self.is_flagged(),
+            "label_score": self.label_scores,
+        }
+        if self.labelled is not None:
+            columns["given_label"] = self.labelled.given
+            columns["predicted_label"] = self.labelled.predicted
+        columns["agreement"] = self.agreement()
+        columns.update(self.witnesses)
+        index = pd.Index(self.train_ids.numpy(), name="train")
+        return pd.DataFrame({name: values.numpy() for name, values in columns.items()}, index=index)
+
+    def __repr__(self) -> str:
+        """Show the number, the worst samples, the agreement and the limits."""
+        n, k = len(self.train_ids), min(5, self.flagged_number)
+        share = self.estimated_number / max(n, 1)
+        worst = [f"{int(i)} ({s:.2g})" for i, s in zip(self.ids[:k], self.scores[:k], strict=True)]
+        votes, names = self.agreement()[self.is_flagged()], ", ".join(self.witnesses)
+        unanimous = int((votes == len(self.witnesses)).sum())
+        lines = [
+            f"Mislabeled: about {self.estimated_number:,} of {n:,} labels are wrong ({share:.1%})",
+            f"  worst, with label score: {', '.join(worst) or 'none'}",
+            f"  witnesses: {names}; all agree on {unanimous:,} of {self.flagged_number:,} flagged",
+        ]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _order(self) -> Int64[Tensor, " n_train"]:
+        suspicion = next(iter(self.witnesses.values()))
+        return suspicion.argsort(descending=True, stable=True)

@@ -1,0 +1,231 @@
+r"""Find mislabelled training samples, and estimate how many there are.
+
+**Score.** The mean loss of a sample over all of its visits. A wrong label resists the training for
+some time, even if it is memorized in the end, so the whole course of the training tells more than
+its last weights (Pleiss et al. 2020, "Identifying Mislabeled Data Using the Area Under the Margin
+Ranking"; Arazo et al. 2019, "Unsupervised Label Noise Modeling and Loss Correction").
+
+**Number.** Two conditions, and the smaller number: samples above the threshold that separates
+:math:`\ell^{3/4}` best into two groups (Otsu 1979, "A Threshold Selection Method from Gray-Level
+Histograms"), and samples whose label had less than half of the probability in the second half of
+their visits. The power is between a mean, which misses some, and a square root, which adds hard
+samples.
+
+**Other witnesses** are shown beside the score, since they can find what the loss cannot: the
+self-influence (Koh & Liang 2017, sec. 5.4; Pruthi et al. 2020, sec. 4.1), the predicted loss of a
+sample that is left out, and the opposition to trusted queries,
+:math:`\sum_q \max(-s(q, i), 0) / \lVert s(q, \cdot) \rVert`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tda_lightning.api import attribute, self_influence
+from tda_lightning.applications.loss_history import LossHistory, holds_losses, loss_history
+from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
+from tda_lightning.applications.predictions import Labels, Outputs, predict
+from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
+from tda_lightning.passes.targets import labels_of, outputs_of
+from tda_lightning.stores import Store
+from tda_lightning.stores.opening import Run, open_run
+
+_POWER = 0.75
+_LEAST_SEPARATION = 0.72
+
+
+def find_mislabeled(
+    run: Run,
+    model: nn.Module | None = None,
+    loader: DataLoader[Any] | None = None,
+    *,
+    trusted: Any = None,
+    method: Attributor = TracIn(),
+    number: int | None = None,
+    outputs: Outputs = outputs_of,
+    labels: Labels = labels_of,
+    progress: bool = True,
+) -> Mislabeled:
+    """Rank training samples by how suspicious their labels are, and flag the likely wrong ones.
+
+    The run is enough. A model and a loader add the given and the predicted labels; trusted data
+    add a witness.
+
+    Args:
+        run: A recorded training: its folder or a store.
+        model: The trained LightningModule.
+        loader: The training data, with the labels that the run was trained on.
+        trusted: Data with correct labels: a batch, or a ``DataLoader`` of batches. Training samples
+            that oppose them are suspicious. Requires ``model``.
+        method: How opponents of the trusted data are found.
+        number: Number of samples to flag; by default it is estimated.
+        outputs: Function of (module, batch) that returns the logits.
+        labels: Function of the batch that returns the labels.
+        progress: Show progress bars.
+
+    Returns:
+        Flagged ids, worst first, with a label score for every sample.
+
+    Raises:
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If an argument is missing or invalid, or the run holds neither losses nor rows.
+    """
+    store = open_run(run)
+    _require_complete(model, loader, trusted)
+    history = loss_history(store) if holds_losses(store) else None
+    witnesses = _witnesses(store, history, progress)
+    if trusted is not None:
+        assert model is not None
+        scores = attribute(store, model, trusted, method=method, progress=progress)
+        witnesses["opposition"] = _opposition(scores.values.double())
+    suspicion = next(iter(witnesses.values()))
+    count = _estimated_number(suspicion, history)
+    labelled = None
+    if model is not None and loader is not None:
+        named = predict(model, loader, "loader", outputs, labels, progress)
+        rows = named.of(store.train_ids(), "loader")
+        labelled = Labelled(rows.labels, rows.predicted())
+    return Mislabeled(
+        train_ids=store.train_ids(),
+        label_scores=_label_scores(suspicion, history),
+        witnesses=witnesses,
+        estimated_number=count.number,
+        flagged_number=count.number if number is None else min(number, len(suspicion)),
+        labelled=labelled,
+        notes=tuple(_notes(store, history, count)),
+    )
+
+
+def _require_complete(model: Any, loader: Any, trusted: Any) -> None:
+    if model is None and (loader is not None or trusted is not None):
+        name = "loader" if loader is not None else "trusted"
+        raise ValueError(
+            f"`{name}` is passed without `model`; expected both. Pass the trained model, too."
+        )
+
+
+def _witnesses(
+    store: Store, history: LossHistory | None, progress: bool
+) -> dict[str, Float[Tensor, " n_train"]]:
+    """Return the suspicion of each sample by each witness; the first decides."""
+    witnesses: dict[str, Tensor] = {}
+    has_rows = store.recipe.has_rows
+    if history is not None:
+        witnesses["loss"] = history.mean().values.nan_to_num(nan=-torch.inf)
+    if has_rows:
+        witnesses["self_influence"] = self_influence(store, progress=progress).values.double()
+    if has_rows and history is not None:
+        own = self_influence(store, method=InfluenceFunction(), progress=progress)
+        last = history.last().values.nan_to_num(nan=-torch.inf)
+        witnesses["left_out_loss"] = last + own.values.double()
+    if not witnesses:
+        raise ValueError(
+            "The run holds neither losses of single labels nor rows; expected one of them. Record "
+            "it with `GradientRecorder`."
+        )
+    return witnesses
+
+
+def _opposition(scores: Float[Tensor, "n_query n_train"]) -> Float[Tensor, " n_train"]:
+    """Return how strongly each sample opposes trusted queries, which all count alike.
+
+    Only negative scores count. A wrong label harms the queries of two classes, and helps others;
+    in the sum of all scores, these cancel.
+    """
+    scaled = scores / scores.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    opposition: Tensor = (-scaled).clamp_min(0).sum(dim=0)
+    return opposition
+
+
+def _label_scores(
+    suspicion: Float[Tensor, " n_train"], history: LossHistory | None
+) -> Float[Tensor, " n_train"]:
+    """Return scores from 0 to 1, low for suspicious labels, as cleanlab's.
+
+    For a cross-entropy, it is the geometric mean of the label's probability over the visits; else
+    the share of samples that are at least as suspicious.
+    """
+    if history is not None and history.loss == "cross-entropy":
+        return (-suspicion).exp().nan_to_num(posinf=1.0)
+    ordered = suspicion.sort().values
+    return 1 - torch.searchsorted(ordered, suspicion, right=True).double() / len(suspicion)
+
+
+@dataclass(frozen=True)
+class _Count:
+    """How many labels are wrong.
+
+    Attributes:
+        number: The estimate.
+        separated: Size of the upper of two groups of suspicions.
+        separation: Share of the variance between these groups.
+    """
+
+    number: int
+    separated: int
+    separation: float
+
+
+def _estimated_number(suspicion: Float[Tensor, " n_train"], history: LossHistory | None) -> _Count:
+    separated, separation = best_split(suspicion.clamp_min(0).pow(_POWER))
+    number = separated
+    if history is not None and history.loss == "cross-entropy":
+        number = min(number, int((history.error().values > 0.5).sum()))
+    return _Count(number, separated, separation)
+
+
+def best_split(values: Float[Tensor, " n"]) -> tuple[int, float]:
+    """Split values into two groups with the largest share of the variance between them (Otsu).
+
+    Returns:
+        The size of the upper group, and that share, from 0 to 1. No values are in the upper group
+        if all are equal.
+
+    >>> import torch
+    >>> best_split(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    (1, 1.0)
+    """
+    ordered, n = values.double().sort(descending=True).values, len(values)
+    variance = float(ordered.var(unbiased=False)) if n > 1 else 0.0
+    if variance < 1e-30:
+        return 0, 0.0
+    above = torch.arange(1, n, dtype=torch.float64)
+    sums = ordered.cumsum(0)
+    gap = sums[:-1] / above - (sums[-1] - sums[:-1]) / (n - above)
+    between = above * (n - above) / n**2 * gap.square()
+    best = int(between.argmax())
+    return best + 1, float(between[best]) / variance
+
+
+def _notes(store: Store, history: LossHistory | None, count: _Count) -> list[str]:
+    notes = []
+    if history is None:
+        notes.append(
+            "The run holds no losses of single labels, so self-influence ranks the samples. It "
+            "also finds unusual samples with correct labels."
+        )
+    if count.separation < _LEAST_SEPARATION:
+        notes.append(
+            f"The scores do not fall into two groups (separation {count.separation:.2f}; with a "
+            f"tenth of the labels flipped it was above {_LEAST_SEPARATION}): the flagged samples "
+            "may simply be hard, and the number is a guess."
+        )
+    if count.number < count.separated / 2:
+        notes.append(
+            f"{count.separated:,} samples stand out, but most of them were learned early. If they "
+            f"were memorized, the number of wrong labels is up to {count.separated:,}."
+        )
+    never = len(store.train_ids()) - len(store.visited_ids())
+    if never:
+        notes.append(f"{never:,} samples were never drawn; their labels were not examined.")
+    notes.append(
+        "Consistent errors, such as a whole class or a group with the same wrong label, are "
+        "learned like correct labels and cannot be found this way."
+    )
+    return notes

@@ -1,0 +1,106 @@
+"""Predictions of a model on a loader: the probabilities, labels and ids of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tda_lightning.arguments import describe
+from tda_lightning.passes.batches import require_loader, transfer, with_progress
+from tda_lightning.passes.model_state import preserved_state, require_model
+from tda_lightning.recording.sample_ids import SampleLedger
+
+Outputs = Callable[[nn.Module, Any], Tensor]
+Labels = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Class probabilities of the samples of a loader, in the order of the loader.
+
+    Attributes:
+        ids: Index of each sample in the dataset, below any ``Subset``, shape ``(n,)``.
+        probabilities: Predicted probability of each class, shape ``(n, classes)``.
+        labels: Given labels, shape ``(n,)``.
+    """
+
+    ids: Int64[Tensor, " n"]
+    probabilities: Float[Tensor, "n classes"]
+    labels: Int[Tensor, " n"]
+
+    def predicted(self) -> Int64[Tensor, " n"]:
+        """Return the most probable class of each sample."""
+        return self.probabilities.argmax(dim=1)
+
+    def of(self, ids: Int64[Tensor, " m"], argument: str) -> Predictions:
+        """Return the predictions for some ids, in their order.
+
+        Raises:
+            ValueError: If there is none for one of them.
+        """
+        order = self.ids.argsort()
+        places = torch.searchsorted(self.ids[order], ids).clamp_max(len(order) - 1)
+        rows = order[places]
+        missing = ids[self.ids[rows] != ids]
+        if len(missing):
+            raise ValueError(
+                f"`{argument}` does not yield sample {int(missing[0])} and {len(missing) - 1} more "
+                "of the run's training set; expected all of them. Pass a loader of the training "
+                "data without `drop_last`."
+            )
+        return Predictions(ids, self.probabilities[rows], self.labels[rows])
+
+
+def predict(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    argument: str,
+    outputs: Outputs,
+    labels: Labels,
+    progress: bool,
+) -> Predictions:
+    """Return the predictions of a classifier in evaluation mode; its state is restored.
+
+    Args:
+        model: The LightningModule.
+        loader: The data, in any order.
+        argument: Name of the user's argument that holds the loader, for error messages.
+        outputs: Function of (module, batch) that returns logits, shape ``(n, classes)``.
+        labels: Function of the batch that returns the labels, shape ``(n,)``.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If the logits or the labels have another shape.
+    """
+    require_model(model)
+    require_loader(loader, argument)
+    ledger, parts = SampleLedger(None), []
+    ledger.watch(loader, lambda: True)
+    try:
+        with preserved_state(model, "eval"), torch.no_grad():
+            for number, batch in enumerate(with_progress(loader, "predictions", progress)):
+                ids, given = ledger.name(batch, number), labels(batch)
+                logits = outputs(model, transfer(model, batch))
+                _require_classes(logits, given)
+                parts.append((ids, logits.double().softmax(dim=1).cpu(), given.cpu().long()))
+    finally:
+        ledger.release()
+    if not parts:
+        raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
+    ids, probabilities, given = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Predictions(ids, probabilities, given)
+
+
+def _require_classes(logits: Tensor, labels: Tensor) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"The model returned {describe(logits)}, and labels are {describe(labels)}; expected "
+            "logits of shape (n, classes) and one whole number per sample. Pass `outputs=` or "
+            "`labels=`, functions that return these."
+        )

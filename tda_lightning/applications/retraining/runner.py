@@ -1,0 +1,180 @@
+"""Run a plan of retrainings: several processes, resumable, with progress and an estimate."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    WeightedRandomSampler,
+)
+from tqdm import tqdm
+
+from tda_lightning.applications.retraining.plan import Plan
+from tda_lightning.applications.retraining.results import ResultFolder, Retrainings
+from tda_lightning.arguments import describe, require_whole
+
+_SAMPLERS = (RandomSampler, SequentialSampler)
+
+
+@dataclass(frozen=True)
+class _Task:
+    model: Callable[[], nn.Module]
+    loader: Callable[[], DataLoader[Any]]
+    trainer: Callable[[], Any]
+    measure: Callable[[nn.Module], Tensor]
+    plan: Plan
+
+
+def retrain(
+    plan: Plan,
+    *,
+    model: Callable[[], nn.Module],
+    loader: Callable[[], DataLoader[Any]],
+    trainer: Callable[[], Any],
+    measure: Callable[[nn.Module], Tensor],
+    folder: str | Path | None = None,
+    processes: int = 1,
+    progress: bool = True,
+) -> Retrainings:
+    """Train again for every entry of a plan, and measure each trained model.
+
+    It is the ground truth for attributions. Before each training, the random numbers of Python,
+    NumPy and torch are seeded with the plan's seed; then the functions are called in the order
+    ``model``, ``loader``, ``trainer``.
+
+    Args:
+        plan: The samples and the seed of each training, such as ``random_subsets(n_train, 50)``.
+        model: Returns a new, untrained LightningModule.
+        loader: Returns the loader of the full training set. Each training gets one with the same
+            settings for its samples. If their weights differ, it draws them in proportion.
+        trainer: Returns a new Trainer.
+        measure: Returns numbers for a trained model, such as one loss per query, shape
+            ``(n_values,)``. The model is in evaluation mode.
+        folder: Folder for the results. A call with the same plan and folder continues after an
+            interruption. By default, results are only in memory.
+        processes: Number of trainings at the same time. With more than one, all functions must be
+            importable: defined at the top of a file.
+        progress: Show a progress bar with the remaining time.
+
+    Returns:
+        The measurements, shape ``(n_trainings, n_values)``.
+
+    Raises:
+        FileExistsError: If the folder holds the results of another plan.
+        ValueError: If the loader has a sampler of an unknown kind, its dataset has another length
+            than the plan, or ``measure`` returns anything but numbers.
+    """
+    require_whole("processes", processes, least=1)
+    task = _Task(model, loader, trainer, measure, plan)
+    with TemporaryDirectory() as temporary:
+        results = ResultFolder(temporary if folder is None else folder, plan)
+        missing = results.missing()
+        with tqdm(
+            total=len(plan),
+            initial=len(plan) - len(missing),
+            desc="retraining",
+            disable=not progress,
+        ) as bar:
+            for number, values in _run(task, missing, processes):
+                results.add(number, values)
+                bar.update()
+        return results.load()
+
+
+def _run(task: _Task, numbers: list[int], processes: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield the measurements of each training, in the order in which they finish."""
+    if processes == 1:
+        yield from ((number, _train(task, number)) for number in numbers)
+        return
+    # Forked processes would share the parent's threads and its devices.
+    context = torch.multiprocessing.get_context("spawn")
+    threads = max(torch.get_num_threads() // processes, 1)
+    with ProcessPoolExecutor(
+        processes, context, initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        waiting: dict[Future[Any], int] = {
+            pool.submit(_train_to_numpy, task, number): number for number in numbers
+        }
+        while waiting:
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield waiting.pop(future), torch.from_numpy(future.result())
+
+
+def _train_to_numpy(task: _Task, number: int) -> Any:
+    # Tensors would be passed through shared memory, which can run out.
+    return _train(task, number).numpy()
+
+
+def _train(task: _Task, number: int) -> Float[Tensor, " n_values"]:
+    weights, seed = task.plan.weights[number], int(task.plan.seeds[number])
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    module = task.model()
+    loader = part_of(task.loader(), weights)
+    task.trainer().fit(module, loader)
+    module.eval()
+    with torch.no_grad():
+        values = task.measure(module)
+    if not isinstance(values, Tensor) or values.ndim != 1:
+        raise ValueError(
+            f"`measure` returned {describe(values)}; expected a tensor of numbers, shape "
+            "(n_values,)."
+        )
+    return values.detach().double().cpu()
+
+
+def part_of(loader: DataLoader[Any], weights: Float[Tensor, " n_train"]) -> DataLoader[Any]:
+    """Return a loader with the same settings that draws samples by their weights.
+
+    Args:
+        loader: A loader of the full training set, shuffled or in order.
+        weights: Weight of each sample; 0 leaves it out. If the others are all equal, each is drawn
+            once per epoch; else as many are drawn with replacement, in proportion.
+
+    Raises:
+        ValueError: If the loader has another sampler, or its dataset another length.
+    """
+    if not isinstance(loader, DataLoader) or type(loader.sampler) not in _SAMPLERS:
+        kind = type(getattr(loader, "sampler", loader)).__name__
+        raise ValueError(
+            f"`loader` returned a loader with a `{kind}`; expected a `DataLoader` with or "
+            "without `shuffle=True`, whose samples can be replaced by a subset."
+        )
+    n_samples = len(loader.dataset)  # type: ignore[arg-type]
+    if n_samples != len(weights):
+        raise ValueError(
+            f"`loader` returned a loader of {n_samples} samples; expected {len(weights)}, as in "
+            "the plan."
+        )
+    kept = weights.nonzero()[:, 0]
+    factors = weights[kept]
+    sampler: Sampler[int] | None = None
+    if not torch.equal(factors, factors[:1].expand(len(factors))):
+        sampler = WeightedRandomSampler(factors.tolist(), len(kept), generator=loader.generator)
+    return DataLoader(
+        Subset(loader.dataset, kept.tolist()),
+        batch_size=loader.batch_size,
+        shuffle=sampler is None and isinstance(loader.sampler, RandomSampler),
+        sampler=sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        drop_last=loader.drop_last,
+        generator=loader.generator,
+    )

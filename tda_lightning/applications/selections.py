@@ -1,0 +1,127 @@
+"""Selection: some training samples with weights, the result of pruning and of selecting data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tda_lightning.results.optional import needs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some training samples, the most important first.
+
+    ``Subset(dataset, selection.ids)`` is the selected data. With weights that differ, draw from it
+    by ``WeightedRandomSampler(selection.weights, len(selection.ids))``.
+
+    Attributes:
+        ids: Ids of the selected samples: indices into the dataset below any ``Subset``; shape
+            ``(n,)``.
+        weights: Weight of each selected sample, 1 on average; shape ``(n,)``.
+        scores: The score by which each was selected, shape ``(n,)``.
+        n_train: Number of samples to select from.
+        method: How the samples were selected.
+    """
+
+    ids: Int[Tensor, " n"]
+    weights: Float[Tensor, " n"]
+    scores: Float[Tensor, " n"]
+    n_train: int
+    method: str
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with the weight and the score of each sample, indexed by its id."""
+        with needs("pandas"):
+            import pandas as pd
+
+        index = pd.Index(self.ids.numpy(), name="train")
+        columns = {"weight": self.weights.numpy(), "score": self.scores.numpy()}
+        return pd.DataFrame(columns, index=index)
+
+    def __len__(self) -> int:
+        """Return the number of selected samples."""
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        """Show the share that was selected, and the first ids with their scores."""
+        pairs = zip(self.ids[:5].tolist(), self.scores[:5].tolist(), strict=True)
+        first = ", ".join(f"{sample_id} ({score:.3g})" for sample_id, score in pairs)
+        more = ", ..." if len(self.ids) > 5 else ""
+        lines = [
+            f"Selection of {len(self.ids):,} of {self.n_train:,} samples by {self.method}",
+            f"  first: {first}{more}",
+        ]
+        if len(self.weights) and float(self.weights.min()) != float(self.weights.max()):
+            low, high = float(self.weights.min()), float(self.weights.max())
+            lines.append(f"  weights from {low:.3g} to {high:.3g}")
+        return "\n".join(lines)
+
+
+Labels = Sequence[int] | Int[np.ndarray, " n_all"] | Int[Tensor, " n_all"]
+
+
+def groups_of(
+    ids: Int[Tensor, " n"], balance: Labels | None
+) -> Iterator[tuple[Int[Tensor, " m"], int]]:
+    """Yield the positions of each group of samples, with a number for the group.
+
+    Args:
+        ids: Ids of the samples.
+        balance: The label of the sample with id ``i`` is ``balance[i]``; ``None`` for one group.
+
+    Raises:
+        ValueError: If a sample has no label.
+    """
+    if balance is None:
+        yield torch.arange(len(ids)), 0
+        return
+    labels = torch.as_tensor(balance)
+    if labels.ndim != 1 or len(labels) <= int(ids.max()) or labels.is_floating_point():
+        raise ValueError(
+            f"`balance` has the shape {tuple(labels.shape)}; expected one whole number for every "
+            f"id up to {int(ids.max())}, since `balance[i]` is the class of sample `i`. Pass the "
+            "labels of the whole dataset."
+        )
+    classes = labels[ids]
+    for label in torch.unique(classes).tolist():
+        yield (classes == label).nonzero()[:, 0], label
+
+
+def quotas(sizes: Sequence[int], n: int) -> list[int]:
+    """Divide ``n`` over groups in proportion to their sizes, by largest remainders.
+
+    >>> quotas([5, 3, 3], 4)
+    [2, 1, 1]
+    """
+    total = sum(sizes)
+    shares = [size * n / total for size in sizes]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(sizes)), key=lambda at: counts[at] - shares[at])
+    for at in by_remainder[: n - sum(counts)]:
+        counts[at] += 1
+    return counts
+
+
+def count_of(keep: float, n_train: int) -> int:
+    """Return the number of samples in a share of them.
+
+    Raises:
+        ValueError: If the share is not between 0 and 1, or holds no sample.
+    """
+    valid = isinstance(keep, float | int) and not isinstance(keep, bool) and 0 < keep <= 1
+    if not valid or round(keep * n_train) < 1:
+        raise ValueError(
+            f"`keep` is {keep!r}; expected a share of the {n_train:,} samples, above 0 and up to "
+            "1, with at least one sample."
+        )
+    return round(keep * n_train)

@@ -1,0 +1,189 @@
+r"""Find shortcuts: which attribute of the training samples drives the predictions on a slice?
+
+A score says how far each training sample pushed the slice towards its predictions. The effect of an
+attribute is the mean score of the samples that have it, minus the mean score of the others. It is
+computed within each class, so that the class itself is no shortcut. Its p-value comes from random
+permutations of the attribute within the classes (Fisher 1935; Good 2005, "Permutation, Parametric,
+and Bootstrap Tests of Hypotheses"), times the number of attributes (Bonferroni).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float64, Int, Int64
+from torch import Tensor, nn
+
+from tda_lightning.api import attribute
+from tda_lightning.arguments import require_whole
+from tda_lightning.attribution import Attributor, GradientSimilarity
+from tda_lightning.metrics.checks import require_mask
+from tda_lightning.passes.targets import Target, outputs_of
+from tda_lightning.results.optional import needs
+from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.stores.opening import Run, open_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How an attribute of training samples acts on the predictions of a slice.
+
+    Attributes:
+        attribute: Name of the attribute.
+        effect: Mean score of samples with it minus that of samples without, in standard deviations
+            of its permutations. Positive if they push towards the predictions.
+        p_value: Probability of an effect at least as large by chance, for all attributes together.
+        n_samples: Number of training samples with the attribute.
+    """
+
+    attribute: str
+    effect: float
+    p_value: float
+    n_samples: int
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What drives the predictions on a slice.
+
+    Attributes:
+        effects: The attributes, strongest first.
+        scores: How far each training sample pushed the slice towards its predictions.
+        n_slice: Number of samples in the slice.
+        n_permutations: Number of permutations behind each p-value.
+    """
+
+    effects: tuple[Effect, ...]
+    scores: SampleScores
+    n_slice: int
+    n_permutations: int
+
+    @property
+    def ids(self) -> Int64[Tensor, " n_train"]:
+        """Ids of the training samples, from those that push most towards the predictions."""
+        return self.scores.train_ids[self.scores.values.argsort(descending=True)]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with a row per attribute."""
+        with needs("pandas"):
+            import pandas as pd
+
+        rows = [vars(effect) for effect in self.effects]
+        columns = ["attribute", "effect", "p_value", "n_samples"]
+        return pd.DataFrame(rows, columns=columns).set_index("attribute")
+
+    def __repr__(self) -> str:
+        """Show the attributes and the main samples."""
+        samples = ", ".join(map(str, self.ids[:5].tolist()))
+        lines = [
+            f"  {effect.attribute}: effect {effect.effect:+.1f}, p = {effect.p_value:.3g} "
+            f"({effect.n_samples:,} samples)"
+            for effect in self.effects
+        ]
+        least = f"p-values are at least {1 / (1 + self.n_permutations):.2g}"
+        head = f"Shortcut: what drives {self.n_slice:,} predictions ({least})"
+        other = "  Attributes that were not passed cannot be found; only their samples can."
+        return "\n".join([head, *lines, f"  main samples: {samples}", other])
+
+
+def predicted_logit(module: nn.Module, batch: Any) -> Tensor:
+    """Return the logit of the predicted class of each sample."""
+    highest: Tensor = outputs_of(module, batch).max(dim=-1).values
+    return highest
+
+
+def find_shortcut(
+    run: Run,
+    model: nn.Module,
+    slice_: Any,
+    attributes: Mapping[str, Bool[Tensor, " n_train"]],
+    *,
+    classes: Int[Tensor, " n_train"] | None = None,
+    reference: Any = None,
+    method: Attributor = GradientSimilarity(),
+    target: Target = predicted_logit,
+    n_permutations: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> Shortcut:
+    """Test which attributes of the training samples drive the predictions on a slice of data.
+
+    Args:
+        run: A recorded training: its folder or a store.
+        model: The trained LightningModule.
+        slice_: The data whose predictions are in doubt: a batch or a ``DataLoader``.
+        attributes: Which training samples have each attribute, by its name, in the order of
+            ``run.train_ids()``.
+        classes: Class of each training sample. Attributes are compared within classes.
+        reference: Data to compare with, such as the same slice without a watermark. Its mean score
+            is subtracted, which removes what both have in common. Without it, the class and the
+            content of the slice outweigh a weak shortcut.
+        method: The attribution method.
+        target: The quantity to explain; by default the logit of the predicted class.
+        n_permutations: Number of random permutations.
+        seed: Seed of the permutations.
+        progress: Show progress bars.
+
+    Raises:
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If an argument does not match the run.
+    """
+    store = open_run(run)
+    require_whole("n_permutations", n_permutations, least=19)
+    n_train = len(store.train_ids())
+    for name, members in attributes.items():
+        require_mask(f"attributes[{name!r}]", members, (n_train,))
+    if classes is not None and classes.shape != (n_train,):
+        raise ValueError(
+            f"`classes` has the shape {tuple(classes.shape)}; expected ({n_train},), one class per "
+            "training sample."
+        )
+
+    def mean_scores(queries: Any) -> tuple[Float64[Tensor, " n_train"], int, str]:
+        scores = attribute(store, model, queries, method=method, target=target, progress=progress)
+        return scores.values.double().mean(dim=0), len(scores.values), scores.method
+
+    values, n_slice, name = mean_scores(slice_)
+    if reference is not None:
+        values = values - mean_scores(reference)[0]
+    strata = torch.zeros(n_train, dtype=torch.int64) if classes is None else classes
+    chance = torch.Generator().manual_seed(seed)
+    effects = [
+        _test(label, members, values, strata, n_permutations, len(attributes), chance)
+        for label, members in attributes.items()
+    ]
+    effects.sort(key=lambda effect: -effect.effect)
+    scores = SampleScores(values, store.train_ids(), name)
+    return Shortcut(tuple(effects), scores, n_slice, n_permutations)
+
+
+def _test(
+    name: str,
+    members: Bool[Tensor, " n_train"],
+    values: Float64[Tensor, " n_train"],
+    strata: Int[Tensor, " n_train"],
+    n_permutations: int,
+    n_attributes: int,
+    chance: torch.Generator,
+) -> Effect:
+    """Compare the sum of the members' scores, within strata, with that of random members."""
+    observed, permuted = 0.0, torch.zeros(n_permutations, dtype=torch.float64)
+    for stratum in torch.unique(strata):
+        part, inside = values[strata == stratum], members[strata == stratum]
+        n_members = int(inside.sum())
+        if n_members in (0, len(part)):
+            continue
+        centred = part - part.mean()
+        observed += float(centred[inside].sum())
+        order = torch.rand(n_permutations, len(part), generator=chance).argsort(dim=1)
+        permuted += centred[order[:, :n_members]].sum(dim=1)
+    exceeding = int((permuted >= observed).sum())
+    p_value = min((1 + exceeding) / (1 + n_permutations) * n_attributes, 1.0)
+    spread = float(permuted.std())
+    return Effect(name, observed / spread if spread else 0.0, p_value, int(members.sum()))

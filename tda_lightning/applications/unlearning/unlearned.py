@@ -1,0 +1,260 @@
+"""Unlearning: move a model to where it would be without some training samples, and report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tda_lightning.applications.unlearning.rewinding import require_trained
+from tda_lightning.applications.unlearning.sample_passes import (
+    Ids,
+    dataset_ids,
+    ids_tensor,
+    sample_losses,
+    sample_predictions,
+    select_samples,
+    spread_samples,
+)
+from tda_lightning.applications.unlearning.weight_updates import (
+    ForgettingTask,
+    SecondOrder,
+    WeightUpdate,
+)
+from tda_lightning.arguments import require_kind
+from tda_lightning.gradients.selection import select_like
+from tda_lightning.metrics.mislabel import mislabel_auc
+from tda_lightning.passes.model_state import require_model, swapped_weights
+from tda_lightning.passes.targets import Target, outputs_of
+from tda_lightning.results.optional import needs
+from tda_lightning.stores.opening import Run, open_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Losses are compared on at most this many samples of each set.
+MAX_SAMPLES = 1000
+NOT_GUARANTEED = (
+    "Approximate: the weights may still hold traces of the forgotten samples, and nothing is "
+    "certified. Buffers, such as the statistics of batch norm, are unchanged. Exact unlearning is "
+    "retraining; see `rewind_plan`."
+)
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """New weights without the influence of some samples, and how they compare.
+
+    Attributes:
+        state_dict: The new weights and buffers, for ``model.load_state_dict``.
+        ids: Ids of the forgotten samples, shape ``(n_forget,)``.
+        losses: Mean loss of each set (``"forget"``, ``"retain"``, ``"holdout"``) for each model
+            (``"before"``, ``"after"``, ``"retrained"``).
+        membership_auc: For each model, the probability that a forgotten sample has a lower loss
+            than a holdout sample. Models without these samples are at about .5.
+        distances: Mean distance of the predictions of ``"before"`` and ``"after"`` to those of the
+            retrained model, for each set. It is the total variation of class probabilities, or the
+            absolute difference.
+        unchanged: Names of the parameters that the update did not move.
+        method: The update and its hyper-parameters.
+        not_guaranteed: What the result does not promise.
+    """
+
+    state_dict: Mapping[str, Tensor]
+    ids: Int[Tensor, " n_forget"]
+    losses: Mapping[str, Mapping[str, float]]
+    membership_auc: Mapping[str, float]
+    distances: Mapping[str, Mapping[str, float]]
+    unchanged: tuple[str, ...]
+    method: str
+    not_guaranteed: str = NOT_GUARANTEED
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with models as rows and all measurements as columns."""
+        with needs("pandas"):
+            import pandas as pd
+
+        columns = {f"loss, {name}": values for name, values in self.losses.items()}
+        if self.membership_auc:
+            columns["membership AUC"] = self.membership_auc
+        columns |= {f"distance, {name}": values for name, values in self.distances.items()}
+        return pd.DataFrame(columns).rename_axis("model")
+
+    def __repr__(self) -> str:
+        """Show a table of the models, and what is not guaranteed."""
+        lines = [f"Unlearned {len(self.ids)} samples by {self.method}"]
+        for name, values in self.losses.items():
+            lines.append(f"  mean loss, {name + ':':9s} {_listed(values)}")
+        if self.membership_auc:
+            lines.append(f"  membership AUC:      {_listed(self.membership_auc)}")
+        for name, values in self.distances.items():
+            lines.append(f"  distance, {name + ':':10s} {_listed(values)}")
+        if self.unchanged:
+            lines.append(f"  unchanged parameters: {', '.join(self.unchanged)}")
+        return "\n".join([*lines, f"  {self.not_guaranteed}"])
+
+
+def unlearn(
+    model: nn.Module,
+    run: Run,
+    train_loader: DataLoader[Any],
+    forget_ids: Ids,
+    *,
+    update: WeightUpdate = SecondOrder(),
+    holdout: DataLoader[Any] | None = None,
+    retrained: nn.Module | None = None,
+    outputs: Target = outputs_of,
+    progress: bool = True,
+) -> Unlearned:
+    """Compute weights that approximate those of a training without some samples.
+
+    The model is not changed: load the result with ``model.load_state_dict(result.state_dict)``.
+
+    Args:
+        model: The trained LightningModule.
+        run: The recorded training: its folder or a store. With snapshots, the default update is far
+            more accurate: ``GradientRecorder(snapshots=n)``.
+        train_loader: The training data, in any order.
+        forget_ids: Ids of the samples to forget.
+        update: How the weights are moved.
+        holdout: Data that the model was not trained on, for the report.
+        retrained: A model that was trained without these samples, for the report.
+        outputs: Function of (module, batch) that returns logits or predictions. Used only with
+            ``retrained``.
+        progress: Show progress bars.
+
+    Returns:
+        The new weights, with a report. Losses are means over at most 1,000 samples of each set.
+
+    Raises:
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If an id is not in the training set, or in the dataset of the loader.
+    """
+    require_model(model)
+    require_kind("update", update, WeightUpdate, "`SecondOrder()`")
+    store = open_run(run)
+    ids = require_trained("forget_ids", ids_tensor("forget_ids", forget_ids), store.train_ids())
+    forget, retain = _split(train_loader, ids)
+    selection = select_like(model, store.recipe)
+    store.recipe.require_blocks(selection.blocks, type(model).__name__)
+    task = ForgettingTask(
+        model=model,
+        selection=selection,
+        run=store,
+        forget_ids=ids,
+        forget=select_samples(train_loader, forget),
+        retain=select_samples(train_loader, retain),
+        n_retain=len(retain),
+        progress=progress,
+    )
+    moved = selection.all_parameters()
+    state = _moved_state(model, moved, update.displacement(task))
+    sets = {
+        "forget": spread_samples(train_loader, forget, MAX_SAMPLES),
+        "retain": spread_samples(train_loader, retain, MAX_SAMPLES),
+    }
+    if holdout is not None:
+        positions = list(range(len(dataset_ids(holdout, "holdout"))))
+        sets["holdout"] = spread_samples(holdout, positions, MAX_SAMPLES)
+    report = _Report(model, state, retrained, outputs, sets)
+    losses = {name: report.losses_on(name) for name in sets}
+    moved_parts = {id(parameter) for parameter in moved}
+    return Unlearned(
+        state_dict=state,
+        ids=ids,
+        losses={name: _means(values) for name, values in losses.items()},
+        membership_auc=_membership(losses) if holdout is not None else {},
+        distances={name: report.distances_on(name) for name in sets} if retrained else {},
+        unchanged=tuple(n for n, p in model.named_parameters() if id(p) not in moved_parts),
+        method=repr(update),
+    )
+
+
+def _split(loader: DataLoader[Any], ids: Int[Tensor, " n"]) -> tuple[list[int], list[int]]:
+    """Return the positions in the dataset of the samples to forget, and of all others."""
+    all_ids = dataset_ids(loader, "train_loader")
+    require_trained("forget_ids", ids, all_ids)
+    is_forgotten = torch.isin(all_ids, ids)
+    if is_forgotten.all():
+        raise ValueError(
+            "`forget_ids` holds all samples of `train_loader`; expected some to remain. Start from "
+            "new weights instead."
+        )
+    return is_forgotten.nonzero()[:, 0].tolist(), (~is_forgotten).nonzero()[:, 0].tolist()
+
+
+def _moved_state(
+    model: nn.Module, parameters: list[nn.Parameter], displacement: Float[Tensor, " d"]
+) -> dict[str, Tensor]:
+    """Return a copy of the model's state with some parameters moved."""
+    if not displacement.isfinite().all():
+        raise ValueError(
+            "The update is not finite; expected finite weights. Increase the damping, or decrease "
+            "the rate."
+        )
+    parts = torch.split(displacement, [parameter.numel() for parameter in parameters])
+    moves = {id(p): part.view_as(p) for p, part in zip(parameters, parts, strict=True)}
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        move = moves.get(id(value))
+        state[name] = value.detach().clone() if move is None else (value + move.to(value)).detach()
+    return state
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Measures the models before and after an update, and a retrained one."""
+
+    model: nn.Module
+    state: Mapping[str, Tensor]
+    retrained: nn.Module | None
+    outputs: Target
+    sets: Mapping[str, DataLoader[Any]]
+
+    def losses_on(self, name: str) -> dict[str, Float[Tensor, " n"]]:
+        """Return the losses of a set's samples, for each model."""
+        samples = self.sets[name]
+        losses = {"before": sample_losses(self.model, samples)}
+        with swapped_weights(self.model, self.state):
+            losses["after"] = sample_losses(self.model, samples)
+        if self.retrained is not None:
+            losses["retrained"] = sample_losses(self.retrained, samples)
+        return losses
+
+    def distances_on(self, name: str) -> dict[str, float]:
+        """Return the mean distance of a set's predictions to those of the retrained model."""
+        assert self.retrained is not None
+        samples = self.sets[name]
+        goal = sample_predictions(self.retrained, samples, self.outputs)
+        before = sample_predictions(self.model, samples, self.outputs)
+        with swapped_weights(self.model, self.state):
+            after = sample_predictions(self.model, samples, self.outputs)
+        halved = 0.5 if goal.shape[1] > 1 else 1.0
+        return {
+            key: halved * float((values - goal).abs().sum(dim=1).mean())
+            for key, values in (("before", before), ("after", after))
+        }
+
+
+def _means(losses: Mapping[str, Float[Tensor, " n"]]) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in losses.items()}
+
+
+def _membership(losses: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return the AUC of the lower loss as a sign of the forgotten samples."""
+    forget, holdout = losses["forget"], losses["holdout"]
+    is_member = torch.cat(
+        [torch.ones(len(forget["before"])), torch.zeros(len(holdout["before"]))]
+    ).bool()
+    return {
+        name: mislabel_auc(-torch.cat([forget[name], holdout[name]]), is_member) for name in forget
+    }
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -1,0 +1,230 @@
+"""LossRecorder: the Lightning callback that records losses and the order of samples, no rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tda_lightning.callbacks.arguments import RECORDER, require_sensible
+from tda_lightning.callbacks.checks import require_one_loader
+from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.method_watchers import watch_loaders
+from tda_lightning.callbacks.run_writer import RunWriter
+from tda_lightning.gradients.batch_rows import BatchRows
+from tda_lightning.gradients.losses.graph import find_losses_and_penalties
+from tda_lightning.gradients.losses.loss_nodes import LossSummary, SquarePower
+from tda_lightning.recording.sample_ids import IdSource, SampleLedger
+from tda_lightning.stores import HDF5Store, WritableStore
+from tda_lightning.stores.recipe import Recipe, ranges_of
+from tda_lightning.stores.step import ParameterGroup, Step
+
+_CHECKED = ("store", "sample_ids", "reduction", "existing")
+
+
+class LossRecorder(pl.Callback):
+    """Record the id and the loss of every visit, without gradients.
+
+    It costs little and needs no knowledge of the model. Read the result with
+    :func:`tda_lightning.applications.loss_history`; :func:`find_mislabeled` works on it, too. The
+    training is unchanged. Attribution needs :class:`GradientRecorder`.
+
+    Args:
+        store: Folder to record into, or a store.
+        sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
+            default ids are indices into the dataset, inferred from the sampler.
+        reduction: How the training loss combines its samples.
+        existing: What to do if ``store`` holds a run that this training does not continue.
+
+    Raises:
+        ValueError: If an argument is invalid; or before the first batch, if optimization is manual.
+        FileExistsError: Before the first batch, if ``store`` holds a run or something else.
+    """
+
+    def __init__(
+        self,
+        store: str | Path | WritableStore,
+        *,
+        sample_ids: IdSource | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        existing: Literal["refuse", "replace"] = "refuse",
+    ) -> None:
+        require_sensible(locals(), {name: RECORDER[name] for name in _CHECKED})
+        self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
+        self.sample_ids = sample_ids
+        self.reduction = reduction
+        self.existing = existing
+        self._ledger = SampleLedger(sample_ids)
+        self._writer = RunWriter(self.store, existing)
+        self._undo: list[Callable[[], None]] = []
+        self._is_attached = False
+        self._ids: Int[Tensor, " n"] | None = None
+        self._summary: LossSummary | None = None
+        self._waiting: list[tuple[Int[Tensor, " n"], float, BatchRows]] = []
+        self._step: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Watch the sampler of the training loader."""
+        if stage == "fit":
+            stop = watch_loaders(
+                trainer, lambda loader: self._ledger.watch(loader, lambda: trainer.training)
+            )
+            self._undo = [stop, self._ledger.release]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin or continue the run."""
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "`LossRecorder` pairs each batch with the step that uses it; expected automatic "
+                "optimization. Use `GradientRecorder` for manual optimization."
+            )
+        if self.sample_ids is None:
+            require_one_loader(trainer)
+        train_ids = self._ledger.train_ids
+        recipe = Recipe(
+            blocks=(),
+            left_out=(),
+            projector={"name": "none"},
+            dimension=1,  # A column of zeros, since stores hold at least one.
+            widths=None,
+            dtype="float32",
+            reduction=self.reduction,
+            batch_dims={},
+            preconditioner="none",
+            curvature="none",
+            ranks=trainer.world_size,
+            every_n_steps=1,
+            train_ids=None if train_ids is None else ranges_of(train_ids),
+            model=type(pl_module).__name__,
+            versions={name: version(name) for name in ("tda_lightning", "torch")},
+        )
+        self._writer.begin(trainer, recipe)
+        self._ledger.start_training(trainer.global_step)
+        self._is_attached = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expect the first batch of a new pass over the data."""
+        self._ledger.start_epoch()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Determine the sample ids of the batch."""
+        self._ids = self._ledger.name(batch, batch_idx)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Watch the loss function in the backward pass of the batch."""
+        if self._ids is not None and len(self._ids):
+            nodes = find_losses_and_penalties(loss)
+            # Squares beside another loss are penalties.
+            losses = [node for node in nodes if not isinstance(node, SquarePower)]
+            self._summary = LossSummary(losses or nodes, len(self._ids))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect the summary of the loss for the step that will use the batch."""
+        ids, summary = self._ids, self._summary
+        self._ids = self._summary = None
+        if ids is None or summary is None:
+            return
+        share = 1 / trainer.accumulate_grad_batches
+        weight = share / len(ids) if self.reduction == "mean" else share
+        rows = torch.zeros(len(ids), 1)
+        recorded = BatchRows(rows, summary.terms(), summary.spread(), None, summary.loss())
+        self._waiting.append((ids, weight, recorded))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Read the learning rates now: the scheduler steps before the end of the batch."""
+        self._step = {
+            "index": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "optimizer": type(optimizer).__name__,
+            "groups": tuple(ParameterGroup(lr=float(g["lr"])) for g in optimizer.param_groups),
+        }
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the step, if it was taken."""
+        facts, self._step = self._step, None
+        if facts is None:
+            return
+        waiting, self._waiting = self._waiting, []
+        if waiting and trainer.global_step > facts["index"]:
+            self._writer.append(_step_of(facts, waiting))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the run for a checkpoint, in builtins."""
+        return self._writer.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Read the state of a run, which is continued when training starts."""
+        self._writer.load_state(state_dict)
+
+    @property
+    def state_key(self) -> str:
+        """Name of this recorder in a checkpoint; recorders are distinguished by their stores."""
+        return self._generate_state_key(store=getattr(self.store, "name", ""))
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Seal all steps that the checkpoint's weights include, before it is written."""
+        if self._is_attached:
+            self._writer.seal_together(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seal the run."""
+        self._close()
+        self._writer.finish(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Seal the run if training fails or is interrupted."""
+        self._close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Clean up if training never began."""
+        self._close()
+
+    def _close(self) -> None:
+        undo, self._undo = self._undo, []
+        for action in undo:
+            action()
+        if self._is_attached:
+            self._is_attached = False
+            self._waiting, self._ids, self._summary = [], None, None
+            self._writer.seal()
+
+
+def _step_of(
+    facts: dict[str, Any], waiting: list[tuple[Int[Tensor, " n"], float, BatchRows]]
+) -> Step:
+    recorded = [part for _, _, part in waiting]
+    curvature = [part.curvature(weight) for _, weight, part in waiting]
+    names = {part.loss for part in recorded}
+    return Step(
+        **facts,
+        sample_ids=torch.cat([ids for ids, _, _ in waiting]),
+        weights=torch.cat([torch.full((len(ids),), weight) for ids, weight, _ in waiting]),
+        sketch=torch.cat([part.rows for part in recorded]),
+        terms=_joined([part.terms for part in recorded]),
+        curvature=_joined(curvature),
+        loss=names.pop() if len(names) == 1 else "",
+    )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    known = [part.detach().cpu().float() for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None

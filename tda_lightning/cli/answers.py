@@ -1,0 +1,165 @@
+"""The commands that query a run: ``attribute`` and ``self-influence``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from tda_lightning import (
+    TRAK,
+    GradientSimilarity,
+    InfluenceFunction,
+    LogProbability,
+    Margin,
+    Source,
+    TracIn,
+    Unrolled,
+    top_attributions,
+)
+from tda_lightning import attribute as attribute_run
+from tda_lightning import self_influence as self_influence_of
+from tda_lightning.attribution import Attributor, SelfAttributor
+from tda_lightning.cli.loading import load_model, load_queries
+from tda_lightning.cli.options import (
+    json_option,
+    model_options,
+    out_option,
+    query_options,
+    run_argument,
+    show_option,
+)
+from tda_lightning.cli.output import Answer, aligned, show, show_progress
+from tda_lightning.passes.targets import Loss, Target
+from tda_lightning.results import Ranking, SampleScores, Scores, TopScores
+
+# The methods and targets that need no arguments, by their names on the command line.
+METHODS: dict[str, Attributor] = {
+    "unrolled": Unrolled(),
+    "influence-function": InfluenceFunction(),
+    "source": Source(),
+    "trak": TRAK(),
+    "tracin": TracIn(),
+    "gradient-similarity": GradientSimilarity(),
+}
+SELF_METHODS: dict[str, SelfAttributor] = {
+    name: method for name, method in METHODS.items() if isinstance(method, SelfAttributor)
+}
+TARGETS: dict[str, Target] = {
+    "loss": Loss(),
+    "margin": Margin(),
+    "log-probability": LogProbability(),
+}
+
+
+@click.command()
+@run_argument
+@model_options
+@query_options
+@click.option("--method", type=click.Choice(list(METHODS)), default="unrolled", show_default=True)
+@click.option("--target", type=click.Choice(list(TARGETS)), default="loss", show_default=True)
+@click.option("-k", default=5, show_default=True, type=click.IntRange(min=1), help="Per query.")
+@show_option
+@out_option
+@json_option
+def attribute(
+    run: Path,
+    model: str | None,
+    config: Path | None,
+    checkpoint: Path | None,
+    trust_checkpoint: bool,
+    queries: str | None,
+    split: str,
+    method: str,
+    target: str,
+    k: int,
+    show_: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Show the most helpful and the most harmful training samples of each query."""
+    loaded = load_model(model, config, checkpoint, trust_checkpoint)
+    batch = load_queries(queries, config, split)
+    options: dict[str, Any] = {
+        "method": METHODS[method],
+        "target": TARGETS[target],
+        "progress": show_progress(),
+    }
+    answer: Scores | TopScores
+    if out is None:
+        answer = top_attributions(run, loaded, batch, k, **options)
+        best, worst = answer.proponents, answer.opponents
+    else:
+        answer = attribute_run(run, loaded, batch, **options)
+        answer.save(out)
+        best, worst = answer.proponents(k), answer.opponents(k)
+    show(_top_answer(run, answer, best, worst, show_), as_json)
+
+
+def _top_answer(
+    run: Path, top: Scores | TopScores, best: Ranking, worst: Ranking, limit: int
+) -> Answer:
+    answers = [
+        {
+            "query": query,
+            "proponents": _ranked(best.ids[row], best.values[row]),
+            "opponents": _ranked(worst.ids[row], worst.values[row]),
+        }
+        for row, query in enumerate(top.query_ids.tolist())
+    ]
+    lines = [f"{run}: {len(answers):,} queries by {top.method}"]
+    for entry in answers[:limit]:
+        lines += [
+            f"  query {entry['query']}",
+            f"    proponents  {_listed(entry['proponents'])}",
+            f"    opponents   {_listed(entry['opponents'])}",
+        ]
+    if len(answers) > limit:
+        lines.append(f"  ... and {len(answers) - limit:,} more: see `--show`, `--json`, `--out`")
+    facts = {"method": top.method, "provenance": dict(top.provenance)}
+    return Answer(lines, {"run": str(run), **facts, "queries": answers})
+
+
+@click.command("self-influence")
+@run_argument
+@click.option(
+    "--method", type=click.Choice(list(SELF_METHODS)), default="tracin", show_default=True
+)
+@show_option
+@out_option
+@json_option
+def self_influence(run: Path, method: str, show_: int, out: Path | None, as_json: bool) -> None:
+    """Rank the training samples by their effect on their own loss: unusual ones come first."""
+    scores = self_influence_of(run, method=SELF_METHODS[method], progress=show_progress())
+    if out is not None:
+        scores.save(out)
+    ranked = _ranked_scores(scores)
+    rows = [("sample", "score"), *_score_rows(ranked[:show_])]
+    head = f"{run}: {len(ranked):,} training samples by self-influence, {scores.method}"
+    more = [f"  ... and {len(ranked) - show_:,} more"] if len(ranked) > show_ else []
+    facts = {"method": scores.method, "provenance": dict(scores.provenance)}
+    content = {"run": str(run), **facts, "samples": ranked}
+    show(Answer([head, *aligned(rows), *more], content), as_json)
+
+
+def _ranked_scores(scores: SampleScores) -> list[dict[str, Any]]:
+    order = torch.argsort(scores.values, descending=True, stable=True)
+    return _ranked(scores.train_ids[order], scores.values[order])
+
+
+def _ranked(ids: torch.Tensor, values: torch.Tensor) -> list[dict[str, Any]]:
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return [{"sample": sample, "score": score} for sample, score in pairs]
+
+
+def _score_rows(ranked: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(str(entry["sample"]), f"{entry['score']:.4g}") for entry in ranked]
+
+
+def _listed(ranked: Sequence[dict[str, Any]]) -> str:
+    if not any(entry["score"] for entry in ranked):
+        return "none, all of these scores are zero"
+    return ", ".join(f"{entry['sample']} ({entry['score']:+.3g})" for entry in ranked)

@@ -1,0 +1,74 @@
+"""The entry point: the group of all commands, the exit codes, and one line per error.
+
+Exit code 0: all is well. 1: a run cannot be read, or a check finds a problem. 2: the command line
+is wrong. 130: interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from tda_lightning.cli.answers import attribute, self_influence
+from tda_lightning.cli.exports import export
+from tda_lightning.cli.inspection import audit, data, info, verify
+from tda_lightning.cli.output import FailedCheck, printable
+from tda_lightning.cli.reports import report
+from tda_lightning.cli.suspects import mislabeled
+
+# Printed after the commands of `tda-lightning --help`.
+EPILOG = (
+    "Exit codes: 0 all is well; 1 the run cannot be read, or a check found a problem; "
+    "2 the command line is wrong."
+)
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tda_lightning", prog_name="tda-lightning")
+def commands() -> None:
+    """Training data attribution for PyTorch Lightning: inspect and query recorded runs."""
+
+
+for command in (info, audit, data, verify, attribute, self_influence, mislabeled, report, export):
+    commands.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        arguments: The words after the program's name; those of the process by default.
+    """
+    try:
+        commands.main(
+            None if arguments is None else list(arguments),
+            prog_name="tda-lightning",
+            standalone_mode=False,
+        )
+    except click.UsageError as error:
+        error.show()
+        return error.exit_code
+    except FailedCheck:
+        return 1
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        _discard_output()
+    except Exception as error:  # Whatever is wrong with a run, its user gets one line.
+        click.echo(f"tda-lightning: {_in_one_line(error)}", err=True)
+        return 1
+    return 0
+
+
+def _in_one_line(error: Exception) -> str:
+    is_expected = isinstance(error, OSError | ValueError | ModuleNotFoundError)
+    name = "" if is_expected else f"{type(error).__name__}: "
+    return printable(f"{name}{' '.join(str(error).split())}")
+
+
+def _discard_output() -> None:
+    """Let Python flush to nowhere at its end: the reader of the pipe, such as `head`, is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,80 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+run_argument = click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+show_option = click.option(
+    "--show",
+    "show_",
+    default=10,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Rows to print.",
+)
+out_option = click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also save all scores to this `.npz` file; see the command `export`.",
+)
+
+
+def model_options(command: Command) -> Command:
+    """Add the options that describe a trained model."""
+    for option in reversed(
+        (
+            click.option(
+                "--model",
+                metavar="MODULE:NAME",
+                help="The LightningModule: a class, an object, or a function that returns one.",
+            ),
+            click.option(
+                "--config",
+                type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                help="A LightningCLI configuration with `model` and `data`.",
+            ),
+            click.option(
+                "--checkpoint",
+                type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                help="A checkpoint with the trained weights.",
+            ),
+            click.option(
+                "--trust-checkpoint",
+                is_flag=True,
+                help="Load objects of any class from the checkpoint; this can run code.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def query_options(command: Command) -> Command:
+    """Add the options that describe queries."""
+    for option in reversed(
+        (
+            click.option(
+                "--queries",
+                metavar="MODULE:NAME",
+                help="A batch, a DataLoader, a LightningDataModule, or a function that returns "
+                "one of these. By default, the data of the configuration.",
+            ),
+            click.option(
+                "--split",
+                type=click.Choice(["test", "val", "train", "predict"]),
+                default="test",
+                show_default=True,
+                help="Which data of a LightningDataModule.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command

@@ -1,0 +1,79 @@
+"""The output of commands: aligned tables or JSON, with every name from a run escaped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+# Longest cell of a table, in characters.
+MAX_CELL = 300
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The output of a command.
+
+    Attributes:
+        lines: Lines for a person to read.
+        data: The same content for a program to read, as JSON.
+    """
+
+    lines: Sequence[str]
+    data: Mapping[str, Any]
+
+
+class FailedCheck(Exception):
+    """A check found a problem; the answer is printed, and the exit code is 1."""
+
+
+def printable(text: str) -> str:
+    r"""Escape everything that a terminal would obey rather than show.
+
+    >>> printable("layer\x1b[2J")
+    'layer\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def show(answer: Answer, as_json: bool) -> None:
+    """Print an answer to standard output."""
+    if as_json:
+        click.echo(json.dumps(answer.data, indent=2))
+    else:
+        click.echo("\n".join(printable(line) for line in answer.lines))
+
+
+def show_progress() -> bool:
+    """Return whether to show progress bars: only on a terminal, so that no log file is flooded."""
+    return sys.stderr.isatty()
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows of a table as lines, with aligned columns."""
+    cells = [[_cell(text) for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def _cell(text: str) -> str:
+    shown = text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..."
+    return printable(shown)
+
+
+def count_and_list(items: Sequence[str]) -> str:
+    """Return the number of items, and the first of them."""
+    shown = ", ".join(items[:8]) + (", ..." if len(items) > 8 else "")
+    return f"{len(items):,}: {shown}" if items else "none"

@@ -1,0 +1,101 @@
+"""The command ``mislabeled``: training samples whose labels are likely wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tda_lightning.cli.loading import load_model, load_queries
+from tda_lightning.cli.options import json_option, model_options, run_argument, show_option
+from tda_lightning.cli.output import Answer, aligned, show, show_progress
+
+if TYPE_CHECKING:
+    from tda_lightning.applications import Mislabeled
+
+
+@click.command()
+@run_argument
+@model_options
+@click.option(
+    "--train",
+    metavar="MODULE:NAME",
+    help="The training DataLoader, or a LightningDataModule: adds given and predicted labels.",
+)
+@click.option(
+    "--trusted",
+    metavar="MODULE:NAME",
+    help="Data with correct labels: training samples that oppose them are suspicious.",
+)
+@click.option("--number", type=click.IntRange(min=1), help="Samples to flag; estimated by default.")
+@show_option
+@json_option
+def mislabeled(
+    run: Path,
+    model: str | None,
+    config: Path | None,
+    checkpoint: Path | None,
+    trust_checkpoint: bool,
+    train: str | None,
+    trusted: str | None,
+    number: int | None,
+    show_: int,
+    as_json: bool,
+) -> None:
+    """Rank training samples by how suspicious their labels are.
+
+    The run is enough. A model and the training data add given and predicted labels.
+    """
+    from tda_lightning.applications import find_mislabeled
+
+    loaded = None
+    if model is not None or config is not None:
+        loaded = load_model(model, config, checkpoint, trust_checkpoint)
+    has_data = train is not None or config is not None
+    result = find_mislabeled(
+        run,
+        loaded,
+        load_queries(train, config, "train") if has_data else None,
+        trusted=None if trusted is None else load_queries(trusted, None, "val"),
+        number=number,
+        progress=show_progress(),
+    )
+    show(_answer(run, result, show_), as_json)
+
+
+def _answer(run: Path, result: Mislabeled, limit: int) -> Answer:
+    votes = dict(zip(result.train_ids.tolist(), result.agreement().tolist(), strict=True))
+    labels = _labels(result)
+    flagged: list[dict[str, Any]] = [
+        {"sample": sample, "label_score": score, "witnesses": votes[sample]}
+        | labels.get(sample, {})
+        for sample, score in zip(result.ids.tolist(), result.scores.tolist(), strict=True)
+    ]
+    n_train = len(result.train_ids)
+    head = (
+        f"{run}: about {result.estimated_number:,} of {n_train:,} labels are wrong; "
+        f"{len(flagged):,} flagged, by {', '.join(result.witnesses)}"
+    )
+    rows = [[_cell(value) for value in entry.values()] for entry in flagged[:limit]]
+    table = aligned([list(flagged[0]), *rows]) if flagged else []
+    more = [f"  ... and {len(flagged) - limit:,} more"] if len(flagged) > limit else []
+    notes = [f"  note: {note}" for note in result.notes]
+    facts = {"run": str(run), "estimated_number": result.estimated_number}
+    content = {**facts, "flagged": flagged, "notes": list(result.notes)}
+    return Answer([head, *table, *more, *notes], content)
+
+
+def _labels(result: Mislabeled) -> dict[int, dict[str, int]]:
+    if result.labelled is None:
+        return {}
+    columns = (result.train_ids, result.labelled.given, result.labelled.predicted)
+    triples = zip(*(column.tolist() for column in columns), strict=True)
+    return {
+        sample: {"given_label": given, "predicted_label": predicted}
+        for sample, given, predicted in triples
+    }
+
+
+def _cell(value: float) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,128 @@
+"""The loss of each sample, by the user's own ``training_step``."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tda_lightning.arguments import describe, require_choice
+from tda_lightning.passes.batches import (
+    batch_size,
+    batches_of,
+    find_tensors,
+    loss_of,
+    transfer,
+    with_progress,
+)
+from tda_lightning.passes.model_state import Mode, preserved_state, require_model
+from tda_lightning.recording.sample_ids import IdSource, SampleLedger
+from tda_lightning.results.sample_scores import SampleScores
+
+
+def sample_losses(
+    model: nn.Module,
+    samples: Any,
+    *,
+    mode: Mode = "eval",
+    sample_ids: IdSource | None = None,
+    progress: bool = True,
+) -> SampleScores:
+    """Return the loss of each sample at the current weights of ``model``.
+
+    It is the simplest score for mislabelled samples, and a bar for :func:`self_influence`. Every
+    sample passes through ``training_step`` as a batch of one. So the loss may combine the samples
+    of a batch in any way.
+
+    Args:
+        model: The trained LightningModule. Its state is restored afterwards.
+        samples: A ``DataLoader``, usually of the training data, or a batch.
+        mode: Whether the model is in evaluation or training mode.
+        sample_ids: Key of the ids in a batch, or a function from a batch to its ids. By default,
+            ids are inferred from the loader's sampler; for a batch, they are positions.
+        progress: Show a progress bar.
+
+    Returns:
+        Losses in the order of the ids. For a sample that comes several times, it is the last one.
+
+    Raises:
+        ValueError: If ids cannot be inferred, or if ``training_step`` fails on a batch of one.
+    """
+    require_model(model)
+    require_choice("mode", mode, Mode)
+    losses: dict[int, float] = {}
+    with preserved_state(model, mode), torch.enable_grad():
+        for ids, batch in _with_ids(samples, sample_ids, progress):
+            parts = single_samples(batch, len(ids))
+            losses.update(zip(ids.tolist(), (_loss(model, part) for part in parts), strict=True))
+    if not losses:
+        raise ValueError("`samples` is an empty loader; expected at least one batch.")
+    train_ids = sorted(losses)
+    values = torch.tensor([losses[each] for each in train_ids])
+    provenance = {"model": type(model).__name__, "mode": mode}
+    return SampleScores(values, torch.tensor(train_ids), "loss", provenance)
+
+
+def _with_ids(
+    samples: Any, source: IdSource | None, progress: bool
+) -> Iterator[tuple[Int[Tensor, " n"], Any]]:
+    if not isinstance(samples, DataLoader) and source is None:
+        yield torch.arange(batch_size(samples, "samples")), samples
+        return
+    ledger = SampleLedger(source)
+    ledger.watch(samples, lambda: True)
+    try:
+        for number, batch in enumerate(with_progress(batches_of(samples), "losses", progress)):
+            yield ledger.name(batch, number), batch
+    finally:
+        ledger.release()
+
+
+def _loss(model: nn.Module, sample: Any) -> float:
+    try:
+        return float(loss_of(model, transfer(model, sample)).detach())
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"`{type(model).__name__}.training_step` failed on a batch of one sample, "
+            f"{describe(sample)}. The error was: {error}"
+        ) from error
+
+
+def single_samples(batch: Any, n: int) -> Iterator[Any]:
+    """Yield each of a batch's ``n`` samples, as a batch of one.
+
+    Tensors with ``n`` rows are cut, and lists of ``n`` objects without tensors; the rest is kept.
+    """
+    return (_part(batch, n, row) for row in range(n))
+
+
+def _part(value: Any, n: int, row: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[row : row + 1] if value.ndim and len(value) == n else value
+    if isinstance(value, Mapping):
+        part = copy.copy(value) if hasattr(value, "__setitem__") else dict(value)
+        for key, item in value.items():
+            part[key] = _part(item, n, row)
+        return part
+    if isinstance(value, list | tuple):
+        return _part_of_sequence(value, n, row)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        parts = {name: _part(getattr(value, name), n, row) for name in names}
+        return dataclasses.replace(value, **parts)
+    return value
+
+
+def _part_of_sequence(value: Any, n: int, row: int) -> Any:
+    if len(value) == n and next(find_tensors(value), None) is None:
+        return value[row : row + 1]
+    parts = [_part(item, n, row) for item in value]
+    if isinstance(value, tuple):
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return parts

@@ -1,0 +1,157 @@
+"""TakenStep: a step that the optimizer has taken, with rows that may still be on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tda_lightning.gradients.batch_rows import BatchRows
+from tda_lightning.recording.host_copy import HostCopy
+from tda_lightning.recording.optimizer_gradients import GradientScale, scale_between
+from tda_lightning.stores.step import Audit, ParameterGroup, Preconditioner, Step
+
+
+@dataclass(frozen=True)
+class BatchVisits:
+    """The visits of one batch.
+
+    Attributes:
+        sample_ids: The samples of the batch.
+        weight: Weight of each sample's loss in the loss of the backward pass.
+        applied: Factor from the gradient of that loss to the gradient that the optimizer uses: it
+            removes the loss scale and contains the share of this process.
+        recorded: The recorded rows.
+    """
+
+    sample_ids: Int[Tensor, " n"]
+    weight: float
+    applied: float
+    recorded: BatchRows
+
+
+@dataclass(frozen=True)
+class StepLabel:
+    """The index of a step, and the optimizer's values at that time.
+
+    Attributes:
+        index: Number of optimizer steps taken before.
+        epoch: Epoch.
+        optimizer: Class name of the optimizer.
+        groups: Hyper-parameters of each parameter group.
+    """
+
+    index: int
+    epoch: int
+    optimizer: str
+    groups: tuple[ParameterGroup, ...]
+
+
+class TakenStep:
+    """A step that the optimizer has taken. Its tensors travel to the CPU in one copy.
+
+    Args:
+        label: Its index and the optimizer's values.
+        batches: Its batches.
+        scale: Scaling of its gradients, measured after the step.
+        audit: Its audit, if it was audited.
+        preconditioner: New coordinates, if they begin with it.
+    """
+
+    def __init__(
+        self,
+        label: StepLabel,
+        batches: Sequence[BatchVisits],
+        scale: GradientScale,
+        audit: Audit | None,
+        preconditioner: Preconditioner | None,
+    ) -> None:
+        self._label, self._batches = label, batches
+        self._scale_before = scale.factor_before
+        self._audit, self._preconditioner = audit, preconditioner
+        columns = [_joined(batches, column) for column in _COLUMNS]
+        self._are_known = [column is not None for column in columns]
+        known = [column for column in columns if column is not None]
+        norms = [norm.to(known[0].device) for norm in scale.norms()]
+        self._copy = HostCopy([*norms, *known])
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether :meth:`finish` returns at once, since nothing is on a device."""
+        return self._copy.is_ready
+
+    def finish(self) -> Step:
+        """Wait for the tensors, and return the step."""
+        before, after, *known = self._copy.read()
+        values = iter(known)
+        columns = [next(values) if is_known else None for is_known in self._are_known]
+        sketch, terms, curvature, curvature_rows = columns
+        assert sketch is not None
+        batches = self._batches
+        sizes = [len(batch.sample_ids) for batch in batches]
+        scale = self._scale_before * scale_between(before, after, torch.split(sketch, sizes))
+        factors = [batch.applied * scale for batch in batches]
+        weights = [
+            torch.full((size,), batch.weight * factor)
+            for size, batch, factor in zip(sizes, batches, factors, strict=True)
+        ]
+        # If the scale is NaN, so are the weights. Unscaled rows show which samples are the cause.
+        is_finite = isfinite(scale)
+        # Curvature scales with the loss, and its rows with the square root.
+        roots = [factor**0.5 for factor in factors]
+        return Step(
+            **vars(self._label),
+            sample_ids=torch.cat([batch.sample_ids for batch in batches]),
+            weights=torch.cat(weights),
+            sketch=_scaled(sketch, sizes, factors) if is_finite else sketch,
+            audit=self._audit,
+            terms=terms,
+            curvature=curvature,
+            curvature_rows=self._scaled_curvature_rows(curvature_rows, roots),
+            preconditioner=self._preconditioner,
+            loss=_common_name([batch.recorded.loss for batch in batches]),
+        )
+
+    def _scaled_curvature_rows(
+        self, rows: Tensor | None, factors: Sequence[float]
+    ) -> Tensor | None:
+        if rows is None:
+            return None
+        parts = [batch.recorded.curvature_rows for batch in self._batches]
+        return _scaled(rows, [0 if part is None else len(part) for part in parts], factors)
+
+
+_COLUMNS: tuple[Callable[[BatchVisits], Tensor | None], ...] = (
+    lambda batch: batch.recorded.rows,
+    lambda batch: batch.recorded.terms,
+    lambda batch: batch.recorded.curvature(batch.weight),
+    lambda batch: batch.recorded.curvature_rows,
+)
+
+
+def _joined(
+    batches: Sequence[BatchVisits], column: Callable[[BatchVisits], Tensor | None]
+) -> Tensor | None:
+    """Concatenate a column of a step's batches; ``None`` if a batch lacks it."""
+    parts = [part for batch in batches if (part := column(batch)) is not None]
+    if len(parts) < len(batches):
+        return None
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _scaled(
+    rows: Float[Tensor, "n k"], sizes: Sequence[int], factors: Sequence[float]
+) -> Float[Tensor, "n k"]:
+    if all(factor == 1 for factor in factors):
+        return rows
+    parts = zip(torch.split(rows, list(sizes)), factors, strict=True)
+    return torch.cat([part * factor for part, factor in parts])
+
+
+def _common_name(losses: Sequence[str]) -> str:
+    """Return the name of the loss if all batches have the same, else an empty string."""
+    return losses[0] if len(set(losses)) == 1 else ""

@@ -1,0 +1,184 @@
+"""Charts as plain data, drawn by Bokeh if it is installed, and otherwise by matplotlib as SVG."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+
+from tda_lightning.report.evidence import Evidence
+from tda_lightning.results import Trajectory
+
+Role = Literal["helped", "harmed", "plain"]
+MAX_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+        x: Positions.
+        y: Values.
+        role: Its colour.
+        name: Its name.
+    """
+
+    x: list[float]
+    y: list[float]
+    role: Role
+    name: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line chart or a histogram.
+
+    Attributes:
+        name: Identifier in the page.
+        description: One sentence for readers who cannot see it.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        lines: The lines; those of a histogram are steps.
+        is_filled: Whether the area below the first line is filled.
+        logarithmic: Whether the horizontal axis is logarithmic.
+        from_zero: Whether the vertical axis starts at 0.
+    """
+
+    name: str
+    description: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    is_filled: bool = False
+    logarithmic: bool = False
+    from_zero: bool = False
+
+
+def charts(evidence: Evidence) -> list[Chart]:
+    """Return the charts of a report."""
+    return [
+        trajectory_chart(evidence.trajectory, 0),
+        *_schedule_charts(evidence),
+        _influence_chart(evidence),
+    ]
+
+
+def trajectory_chart(trajectory: Trajectory, row: int) -> Chart:
+    """Return the cumulative contributions of the samples that matter most to one query."""
+    lines = trajectory_lines(trajectory, row)
+    return Chart(
+        name="trajectory",
+        description=(
+            "Contribution so far of the training samples that matter most to the chosen query. "
+            "Blue lines rise: these samples helped. Red lines fall: these harmed."
+        ),
+        x_label=trajectory.per,
+        y_label="contribution so far",
+        lines=tuple(lines),
+    )
+
+
+def trajectory_lines(trajectory: Trajectory, row: int, k: int = 3) -> list[Line]:
+    """Return one line per sample: the ``k`` most helpful and the ``k`` most harmful."""
+    totals = trajectory.values[row].sum(dim=1)
+    k = min(k, len(totals))
+    positions = [*totals.topk(k).indices.tolist(), *totals.topk(k, largest=False).indices.tolist()]
+    stride = -(-len(trajectory.times) // MAX_POINTS)
+    times = [float(time) for time in trajectory.times[::stride].tolist()]
+    sums = trajectory.values[row].double().cumsum(dim=1)[:, ::stride]
+    return [
+        Line(
+            x=times,
+            y=[_short(value) for value in sums[position].tolist()],
+            role="helped" if totals[position] > 0 else "harmed",
+            name=f"number {int(trajectory.train_ids[position])}",
+        )
+        for position in dict.fromkeys(positions)
+    ]
+
+
+def _schedule_charts(evidence: Evidence) -> list[Chart]:
+    schedule = evidence.schedule
+    stride = -(-len(schedule.steps) // MAX_POINTS)
+    losses = [_loss_chart(schedule.losses)] if len(schedule.losses) > 1 else []
+    steps = [float(step) for step in schedule.steps[::stride]]
+    rates, gradients = schedule.rates[::stride], schedule.gradients[::stride]
+    return [
+        *losses,
+        Chart(
+            name="rates",
+            description=(
+                f"The learning rate stayed at {rates[0]:.3g}."
+                if len(set(rates)) == 1
+                else f"Learning rate over the training: {rates[0]:.3g} at first, "
+                f"{max(rates):.3g} at most, {rates[-1]:.3g} at the end."
+            ),
+            x_label="step",
+            y_label="learning rate",
+            lines=(Line(steps, [_short(rate) for rate in rates], "plain", "learning rate"),),
+            from_zero=True,
+        ),
+        Chart(
+            name="gradients",
+            description=(
+                f"Size of the gradient over the training: {gradients[0]:.3g} at first, "
+                f"{gradients[-1]:.3g} at the end."
+            ),
+            x_label="step",
+            y_label="size of the gradient",
+            lines=(Line(steps, [_short(size) for size in gradients], "plain", "gradient"),),
+            from_zero=True,
+        ),
+    ]
+
+
+def _loss_chart(losses: dict[int, float]) -> Chart:
+    values = list(losses.values())
+    return Chart(
+        name="losses",
+        description=(
+            f"Mean loss of the queries at {len(values)} snapshots of the weights: {values[0]:.3g} "
+            f"at first, {min(values):.3g} at best, {values[-1]:.3g} at the last."
+        ),
+        x_label="step",
+        y_label="loss of the queries",
+        lines=(Line([float(i) for i in losses], [_short(v) for v in values], "plain", "loss"),),
+        from_zero=True,
+    )
+
+
+def _influence_chart(evidence: Evidence) -> Chart:
+    values = evidence.influence.values.double()
+    positive = values[values > 0]
+    logs = positive.log10() if len(positive) else torch.zeros(1, dtype=torch.float64)
+    low, high = float(logs.min()), float(logs.max())
+    high = high if high > low else low + 1
+    n_bins = 40
+    counts = torch.histc(logs, n_bins, low, high)
+    edges = torch.linspace(low, high, n_bins + 1, dtype=torch.float64)
+    x = [_short(10**edge) for edge in edges.repeat_interleave(2).tolist()]
+    y = [0.0, *counts.repeat_interleave(2).tolist(), 0.0]
+    return Chart(
+        name="influence",
+        description=(
+            f"Number of training samples by self-influence, on a logarithmic axis from "
+            f"{10**low:.2g} to {10**high:.2g}. Samples far to the right deserve a look."
+        ),
+        x_label="self-influence",
+        y_label="training samples",
+        lines=(Line(x, y, "plain", "training samples"),),
+        is_filled=True,
+        logarithmic=True,
+    )
+
+
+def has_bokeh() -> bool:
+    """Return whether charts are drawn by Bokeh."""
+    return find_spec("bokeh") is not None
+
+
+def _short(value: Any) -> float:
+    return float(f"{value:.5g}")

@@ -1,0 +1,121 @@
+"""Confidence: how far the answers can be trusted, and why a report may miss something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tda_lightning.report.evidence import Evidence
+
+# The least share of the gradient that counts as complete, and the least rank correlation of two
+# methods that counts as agreement.
+_COMPLETE, _AGREE = 0.99, 0.5
+_FEW_QUERIES = 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One reason to trust the answers, or not to.
+
+    Attributes:
+        title: A few words.
+        figure: The measured number.
+        sentence: What the number means.
+        is_good: Whether it speaks for the answers; ``None`` if it is unknown.
+    """
+
+    title: str
+    figure: str
+    sentence: str
+    is_good: bool | None
+
+
+def checks(evidence: Evidence) -> list[Check]:
+    """Return how far the answers can be trusted."""
+    return [_recorded(evidence), _covered(evidence), _agreement(evidence), _retraining()]
+
+
+def doubts(evidence: Evidence) -> list[str]:
+    """Return why the report may be silent although something is wrong."""
+    store = evidence.store
+    reasons = [
+        "Scores estimate what retraining without a sample would change. Nothing was retrained for "
+        "this page.",
+        "A label that is wrong in many samples in the same way looks normal: the model learned it "
+        "as a rule, and no single sample stands out.",
+        "Only the weights of this one training were examined. Another random seed shifts the ranks "
+        "of samples that matter little.",
+    ]
+    if len(evidence.answers) < _FEW_QUERIES:
+        reasons.append(
+            f"There are only {len(evidence.answers)} queries. Errors of other kinds are not on "
+            "this page."
+        )
+    if store.recipe.every_n_steps > 1:
+        reasons.append(
+            f"One step in {store.recipe.every_n_steps} was recorded. A sample that was drawn in "
+            "the other steps alone has the score 0."
+        )
+    if store.recipe.left_out:
+        names = ", ".join(entry.name for entry in store.recipe.left_out[:3])
+        reasons.append(f"Some parameters were not recorded: {names}.")
+    if not evidence.train.was_read:
+        reasons.append("The training set is too large to be searched for copies here.")
+    return reasons
+
+
+def _recorded(evidence: Evidence) -> Check:
+    audits = evidence.store.audits()
+    title = "Is the recording complete?"
+    if not audits:
+        sentence = "No step of this run was audited, so nothing is known about its completeness."
+        return Check(title, "unknown", sentence, None)
+    least = min(audit.explained_in_all() for audit in audits)
+    sentence = (
+        "This share of the gradient that trained the model is explained by the recorded samples. "
+        + (
+            "One step was audited."
+            if len(audits) == 1
+            else f"It is the least of {len(audits):,} audited steps."
+        )
+    )
+    return Check(title, f"{least:.1%}".replace("%", " %"), sentence, least >= _COMPLETE)
+
+
+def _covered(evidence: Evidence) -> Check:
+    store = evidence.store
+    stride = store.recipe.every_n_steps
+    share = 1 / stride
+    sentence = (
+        "Every step of the recorded training counts."
+        if stride == 1
+        else f"One step in {stride} was recorded and stands for its neighbours."
+    )
+    return Check(
+        "How much of the training is covered?",
+        f"{share:.0%}".replace("%", " %"),
+        sentence,
+        stride == 1,
+    )
+
+
+def _agreement(evidence: Evidence) -> Check:
+    title = "Do two methods agree?"
+    if evidence.agreement is None or evidence.agreement.isnan().all():
+        return Check(title, "unknown", "Only one method was used.", None)
+    assert evidence.other is not None
+    mean = float(evidence.agreement.nanmean())
+    verdict = "They agree on the whole" if mean >= _AGREE else "They often disagree"
+    names = [scores.method.split("(")[0] for scores in (evidence.scores, evidence.other)]
+    sentence = (
+        f"Rank correlation of {names[0]}, which this page uses, and {names[1]}, mean over the "
+        f"queries. {verdict}: 1 is the same order, 0 is no relation."
+    )
+    return Check(title, f"{mean:.2f}", sentence, mean >= _AGREE)
+
+
+def _retraining() -> Check:
+    sentence = (
+        "The strongest test is to remove the most helpful samples, to train again, and to see the "
+        "loss rise. It was not made here."
+    )
+    return Check("Does retraining confirm it?", "not tested", sentence, None)

@@ -1,0 +1,90 @@
+"""HTML as a type: every plain string is escaped, so user content can never become markup."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+_VOID = {"meta", "input", "img", "br", "hr"}
+# Characters that reorder or hide text; each is shown by its code point.
+_DIRECTION_CONTROLS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
+
+
+class Html(str):
+    """Markup that is already escaped."""
+
+    __slots__ = ()
+
+
+def element(name: str, attributes: Mapping[str, str | bool], *children: str) -> Html:
+    """Return an HTML element.
+
+    Args:
+        name: Name of the tag.
+        attributes: Values are escaped. ``True`` means an attribute without a value; an attribute
+            that is ``False`` is omitted.
+        children: Texts, which are escaped, and :class:`Html`, which is not.
+
+    >>> element("p", {"class": "note"}, "1 < 2", element("b", {}, "&"))
+    '<p class="note">1 &lt; 2<b>&amp;</b></p>'
+    """
+    opening = "".join([name, *(_attribute(*pair) for pair in attributes.items())])
+    if name in _VOID:
+        return Html(f"<{opening}>")
+    return Html(f"<{opening}>{join(*children)}</{name}>")
+
+
+def join(*children: str) -> Html:
+    """Concatenate texts, which are escaped, and markup, which is not."""
+    return Html("".join(c if isinstance(c, Html) else escape(visible(c)) for c in children))
+
+
+def visible(text: str) -> str:
+    r"""Replace control characters by visible symbols.
+
+    Terminal escapes and marks that reorder text are shown, and have no effect.
+
+    >>> visible("a\x1b[31m" + chr(0x202E) + "b")
+    'a␛[31m⟨U+202E⟩b'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(map(_visible_character, text))
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a visible text of at most ``limit`` characters; the number of the others is appended.
+
+    >>> shortened("abcdefgh", 3)
+    'abc… (5 more characters)'
+    """
+    kept = visible(text[:limit])
+    return kept if len(text) <= limit else f"{kept}… ({len(text) - limit:,} more characters)"
+
+
+def json_block(identifier: str, value: Any) -> Html:
+    """Return a script element that holds data, which no content can close or turn into code."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return element("script", {"type": "application/json", "id": identifier}, Html(text))
+
+
+def _attribute(name: str, value: str | bool) -> str:
+    if isinstance(value, bool):
+        return f" {name}" if value else ""
+    return f' {name}="{escape(visible(value))}"'
+
+
+def _visible_character(character: str) -> str:
+    code = ord(character)
+    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
+        return character
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code in _DIRECTION_CONTROLS or unicodedata.category(character) != "Cf":
+        return f"⟨U+{code:04X}⟩"
+    return character

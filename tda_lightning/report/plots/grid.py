@@ -1,0 +1,105 @@
+"""The grid of proponents and opponents: one row per query."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Subset
+
+from tda_lightning.report.html import shortened
+from tda_lightning.report.images import pixels_of
+from tda_lightning.report.queries import part_of
+from tda_lightning.report.samples import ShowItem, Shown
+from tda_lightning.results import SampleRanking, Scores
+from tda_lightning.results.optional import needs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HELPED, HARMED = "tab:blue", "tab:red"
+MAX_QUERIES = 20
+_TEXT, _WIDTH = 160, 22
+
+
+def plot_proponents(
+    scores: Scores,
+    queries: Any,
+    train: Any,
+    *,
+    k: int = 4,
+    render: Callable[[Any], Shown] = ShowItem(),
+) -> Figure:
+    """Draw each query beside the training samples that helped and harmed it most.
+
+    Args:
+        scores: Scores of at most 20 queries; select some by ``scores[:5]``.
+        queries: The batch of queries that the scores belong to, in their order.
+        train: The dataset of the training. The ids of the scores index it, below any ``Subset``.
+        k: Number of proponents, and of opponents.
+        render: Function from an item to how it is shown.
+
+    Returns:
+        A figure of matplotlib, to be saved or shown.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If there are too many queries, or fewer training samples than ``k``.
+    """
+    with needs("plots"):
+        from matplotlib.figure import Figure
+
+    n_query = len(scores)
+    if not 1 <= n_query <= MAX_QUERIES:
+        raise ValueError(
+            f"`scores` has {n_query} queries; expected 1 to {MAX_QUERIES}, one row each. Select "
+            "some of them, and of the batch: `scores[:5]`."
+        )
+    while isinstance(train, Subset):
+        train = train.dataset
+    figure = Figure(figsize=(1.25 * (2 * k + 1), 1.6 * n_query + 0.5), layout="constrained")
+    axes = figure.subplots(n_query, 2 * k + 1, squeeze=False)
+    best, worst = scores.proponents(k), scores.opponents(k)
+    for row in range(n_query):
+        query = render(part_of(queries, row))
+        _tile(axes[row, 0], query, _label(query), "black")
+        _side(axes[row, 1 : k + 1], best[row], train, render, HELPED)
+        _side(axes[row, k + 1 :], worst[row], train, render, HARMED)
+    figure.suptitle(
+        "Query (left), the training samples that helped it most (blue) and harmed it most (red).\n"
+        "In quotes: the label of each training sample. Below: its score.",
+        fontsize=11,
+    )
+    return figure
+
+
+def _side(
+    axes: Any, ranking: SampleRanking, train: Any, render: Callable[[Any], Shown], color: str
+) -> None:
+    for place, (sample, score) in zip(axes, ranking, strict=True):
+        shown = render(train[sample])
+        _tile(place, shown, f"{_label(shown)}\n{score:+.3f}", color)
+
+
+def _tile(axes: Axes, shown: Shown, title: str, color: str) -> None:
+    # `$` would start a formula, which user content must not.
+    axes.set_title(title, fontsize=8, color=color, parse_math=False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(color)
+    if shown.image is not None:
+        pixels = pixels_of(shown.image)
+        array = pixels.squeeze(-1).numpy()
+        axes.imshow(array, cmap="gray_r" if array.ndim == 2 else None)
+        return
+    text = shown.text or shown.note or "\n".join(f"{n} {v}" for n, v in list(shown.row.items())[:5])
+    lines = textwrap.fill(shortened(text, _TEXT), _WIDTH, replace_whitespace=not shown.row)
+    axes.text(0.04, 0.96, lines, fontsize=5, va="top", transform=axes.transAxes, parse_math=False)
+
+
+def _label(shown: Shown) -> str:
+    label = " ".join(shortened(shown.label, 24).split())
+    return f"“{label}”" if label else ""

@@ -1,0 +1,91 @@
+"""Select training samples by their ids, and sum scores over groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tda_lightning.results.ranking import Ranking, SampleRanking
+
+
+def positions_of(
+    train_ids: Int[Tensor, " n_train"], wanted: Int[Tensor, " k"] | Sequence[int] | SampleRanking
+) -> Int[Tensor, " k"]:
+    """Return the positions of some ids among the training samples, in the order of these ids.
+
+    Args:
+        train_ids: Ids of the training samples, in any order.
+        wanted: The ids to look up.
+
+    Raises:
+        ValueError: If they are not ids, or if one is not among the training samples.
+    """
+    ids = _as_ids(wanted)
+    in_order, order = train_ids.sort()
+    positions = torch.searchsorted(in_order, ids).clamp_max_(len(in_order) - 1)
+    is_unknown = in_order[positions] != ids
+    if is_unknown.any():
+        raise ValueError(
+            f"Sample {int(ids[is_unknown][0])} is not among the {len(train_ids):,} training "
+            "samples; expected ids from `train_ids`, which are indices into the dataset below any "
+            "`Subset`."
+        )
+    in_given_order: Tensor = order[positions]
+    return in_given_order
+
+
+def _as_ids(wanted: object) -> Tensor:
+    if isinstance(wanted, SampleRanking):
+        return wanted.ids
+    if isinstance(wanted, Ranking):
+        raise ValueError(
+            f"The ids are a ranking for {len(wanted)} queries; expected one list of ids. Pass "
+            "those of one query, `ranking[0]`, or all of them, `ranking.ids.unique()`."
+        )
+    ids = torch.as_tensor(wanted)
+    if ids.numel() == 0:
+        ids = ids.to(torch.int64)
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"The ids are a tensor of shape {tuple(ids.shape)} ({ids.dtype}); expected a list of "
+            "whole numbers, ids of training samples. Turn a mask into ids: `train_ids[mask]`."
+        )
+    return ids.to(torch.int64)
+
+
+def sum_over_groups(
+    values: Float[Tensor, "n m"], labels: Tensor | Sequence[int], argument: str, of: str
+) -> tuple[Int[Tensor, " groups"], Float[Tensor, "groups m"]]:
+    """Sum rows that share a label.
+
+    Args:
+        values: One row per query or training sample.
+        labels: One label per row.
+        argument: Name of the user's argument, for error messages.
+        of: What a row is of, for error messages.
+
+    Returns:
+        The labels, sorted, and one sum per label.
+
+    Raises:
+        ValueError: If there is not one label per row.
+    """
+    try:
+        groups = torch.as_tensor(labels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{argument}` are not numbers: {error}; expected one whole number per {of}, the same "
+            "for those that belong together."
+        ) from error
+    if groups.shape != values.shape[:1]:
+        hint = " Take those of `scores.train_ids`." if of == "training sample" else ""
+        raise ValueError(
+            f"`{argument}` has the shape {tuple(groups.shape)}; expected ({len(values)},), one "
+            f"label per {of}. Give those that belong together the same number.{hint}"
+        )
+    ids, rows = torch.unique(groups, return_inverse=True)
+    sums = values.new_zeros(len(ids), values.shape[1])
+    return ids, sums.index_add_(0, rows, values)

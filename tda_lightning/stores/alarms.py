@@ -1,0 +1,158 @@
+"""Alarms: signs in a recorded run that some of its training data or their order are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tda_lightning.stores.data_order import data_order
+from tda_lightning.stores.opening import open_store
+from tda_lightning.stores.step import Step, StepFacts
+from tda_lightning.stores.store import Store
+
+# A label is suspicious if the model contradicts it at this many visits in a row, the last ones.
+SUSPICIOUS_VISITS = 3
+# And it must have fitted half of the samples, with at most this error.
+FITTED_ERROR = 0.25
+# A contribution is large if it exceeds the largest of all earlier epochs by this factor.
+LARGE_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One kind of alarm.
+
+    Attributes:
+        name: Name of the alarm, also of its curve in a logger.
+        ids: Ids of the training samples concerned, sorted, shape ``(n,)``.
+        reason: What was found.
+    """
+
+    name: str
+    ids: Int[Tensor, " n"]
+    reason: str
+
+    def __repr__(self) -> str:
+        """Show the number of samples, the reason and the first ids."""
+        shown = ", ".join(map(str, self.ids[:5].tolist())) + (", ..." if len(self.ids) > 5 else "")
+        ids = f": {shown}" if len(self.ids) else ""
+        return f"{self.name}, {len(self.ids)} samples: {self.reason}{ids}"
+
+
+@dataclass(frozen=True)
+class Alarms:
+    """All alarms of a run.
+
+    Attributes:
+        raised: The alarms, at most one of each kind.
+        not_checked: What could not have been found, with the reason.
+    """
+
+    raised: tuple[Alarm, ...]
+    not_checked: tuple[str, ...]
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of samples for each kind of alarm, 0 for none."""
+        raised = {alarm.name: len(alarm.ids) for alarm in self.raised}
+        return {name: raised.get(name, 0) for name in _NAMES}
+
+    def __repr__(self) -> str:
+        """Show one line for each alarm, and one for each missing check."""
+        alarms = [f"  {alarm!r}" for alarm in self.raised] or ["  none raised"]
+        return "\n".join(["Alarms", *alarms, *(f"  not checked: {n}" for n in self.not_checked)])
+
+
+_NAMES = ("suspected_mislabels", "large_contributions", "never_seen", "order_faults")
+
+
+def find_alarms(run: str | Path | Store) -> Alarms:
+    """Look for suspicious labels, large contributions, unseen samples and faults of the order.
+
+    Args:
+        run: The recorded training, also one that is still running: its folder or a store.
+
+    Raises:
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If ``run`` is neither the folder of a run nor a store.
+    """
+    store = open_store(run, "run")
+    not_checked = []
+    if len(store) == 0:
+        return Alarms((), ("anything: the run has no steps yet",))
+    if store.recipe.every_n_steps > 1:
+        not_checked.append(
+            f"order and unseen samples: only one of every {store.recipe.every_n_steps} steps is "
+            "recorded"
+        )
+    if any(step.curvature is None or step.loss == "squared error" for step in store.facts):
+        not_checked.append("labels: the loss is not a known cross-entropy")
+    raised = (*_mislabels(store), *_large_contributions(store), *_order(store))
+    return Alarms(raised, tuple(not_checked))
+
+
+def _mislabels(run: Store) -> Iterator[Alarm]:
+    visits: dict[int, list[float]] = {}
+    for step in run.facts:
+        if step.curvature is None or step.loss == "squared error":
+            return
+        for sample_id, error in zip(step.sample_ids.tolist(), _errors(step), strict=True):
+            visits.setdefault(sample_id, []).append(error)
+    last = torch.tensor([errors[-1] for errors in visits.values()])
+    if float(last.median()) > FITTED_ERROR:
+        return  # Too early: the model contradicts most labels.
+    suspicious = [
+        sample_id
+        for sample_id, errors in visits.items()
+        if len(errors) >= SUSPICIOUS_VISITS and min(errors[-SUSPICIOUS_VISITS:]) > 0.5
+    ]
+    if suspicious:
+        reason = f"the model contradicted the label at the last {SUSPICIOUS_VISITS} visits"
+        yield Alarm("suspected_mislabels", torch.tensor(sorted(suspicious)), reason)
+
+
+def _errors(step: StepFacts) -> list[float]:
+    """Return one minus the probability of the label, for each visit."""
+    assert step.curvature is not None
+    errors: list[float] = (1 / (1 + step.curvature)).tolist()
+    return errors
+
+
+def _large_contributions(run: Store) -> Iterator[Alarm]:
+    largest, limit, epoch = 0.0, float("inf"), run.facts[0].epoch
+    large_ids: set[int] = set()
+    for step in run:
+        if step.epoch != epoch:
+            limit, epoch = LARGE_FACTOR * largest, step.epoch
+        norms = _norms(step)
+        large_ids.update(step.sample_ids[~(norms <= limit)].tolist())  # NaN is large, too.
+        largest = max([largest, *norms[norms.isfinite()].tolist()])
+    if large_ids:
+        reason = f"a gradient exceeded the largest of all earlier epochs {LARGE_FACTOR:g} times"
+        yield Alarm("large_contributions", torch.tensor(sorted(large_ids)), reason)
+
+
+def _norms(step: Step) -> Tensor:
+    norms: Tensor = step.sketch.norm(dim=1) / step.weights.clamp_min(1e-30)
+    return norms
+
+
+def _order(run: Store) -> Iterator[Alarm]:
+    if run.recipe.every_n_steps > 1:
+        return
+    order = data_order(run)
+    if len(order.never):
+        yield Alarm("never_seen", order.never, "in no recorded step")
+    faults = [
+        ("samples repeated within an epoch", bool(order.repeated)),
+        ("batches replayed", bool(order.replayed)),
+        ("epochs in the same order", bool(order.same_order)),
+    ]
+    reasons = [reason for reason, is_true in faults if is_true]
+    if reasons:
+        repeated = torch.cat([torch.empty(0, dtype=torch.int64), *order.repeated.values()])
+        yield Alarm("order_faults", torch.unique(repeated), " and ".join(reasons))

@@ -1,0 +1,169 @@
+"""Errors, groups, summaries and shortcuts follow from the scores of single queries."""
+
+import pytest
+import torch
+from recorded_digits import recorded_digits
+from torch.utils.data import DataLoader
+
+from tda_lightning import GradientSimilarity, Logit, Scores, TracIn, attribute
+from tda_lightning.applications import (
+    Gap,
+    MeanLoss,
+    WorstGroupLoss,
+    attribute_summary,
+    explain_errors,
+    find_shortcut,
+    influence_by_group,
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return recorded_digits()
+
+
+def test_every_wrong_prediction_is_explained(digits):
+    loader = DataLoader(digits.test, batch_size=47, shuffle=True)
+    errors = explain_errors(digits.store, digits.model, loader, k=3, progress=False)
+    x, y = digits.test.tensors
+    with torch.no_grad():
+        predicted = digits.model(x).argmax(dim=1)
+    wrong = (predicted != y).nonzero()[:, 0]
+    assert sorted(errors.ids.tolist()) == wrong.tolist()
+    assert errors.predicted.tolist() == predicted[errors.ids].tolist()
+    queries = [x[errors.ids], y[errors.ids]]
+    expected = attribute(digits.store, digits.model, queries, method=TracIn(), progress=False)
+    torch.testing.assert_close(errors.scores.values, expected.values)
+    frame = errors.to_pandas()
+    assert len(frame) == 3 * len(wrong)
+    assert frame.opponent.tolist() == errors.opponents.ids.flatten().tolist()
+    assert f"{len(wrong)} of 100 predictions are wrong" in repr(errors)
+
+
+def test_the_commonest_opponents_are_counted(digits):
+    errors = explain_errors(
+        digits.store, digits.model, DataLoader(digits.test, batch_size=50), progress=False
+    )
+    opponents = errors.opponents.ids.flatten().tolist()
+    common = errors.common_opponents(3)
+    assert [opponents.count(sample) for sample, _ in common] == [count for _, count in common]
+    counts = sorted((opponents.count(sample) for sample in set(opponents)), reverse=True)
+    assert [count for _, count in common] == counts[:3]
+
+
+def test_data_without_errors_have_nothing_to_explain(digits):
+    x, _ = digits.test.tensors
+    with torch.no_grad():
+        right = torch.utils.data.TensorDataset(x, digits.model(x).argmax(dim=1))
+    with pytest.raises(ValueError, match="All 100 predictions are right"):
+        explain_errors(digits.store, digits.model, DataLoader(right, batch_size=50))
+
+
+def test_groups_sum_training_samples_and_average_queries():
+    values = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+    scores = Scores(values, torch.arange(5), torch.arange(7), "")
+    train_groups, query_groups = list("aabbaba"), [1, 0, 1, 1, 0]
+    result = influence_by_group(scores, train_groups, query_groups)
+    for row, query_group in enumerate(result.query_groups):
+        for column, train_group in enumerate(result.train_groups):
+            total = sum(
+                float(values[q, i])
+                for q in range(5)
+                for i in range(7)
+                if query_groups[q] == query_group and train_groups[i] == train_group
+            )
+            mean = total / query_groups.count(query_group)
+            assert float(result.values[row, column]) == pytest.approx(mean, abs=1e-6)
+    assert result.train_sizes.tolist() == [4, 3]
+    assert result.to_pandas().loc[0, "b"] == pytest.approx(float(result.values[0, 1]))
+    with pytest.raises(ValueError, match="expected 7"):
+        influence_by_group(scores, train_groups[1:], query_groups)
+
+
+def test_a_summary_is_the_weighted_sum_of_its_queries(digits):
+    loader = DataLoader(digits.test, batch_size=47)
+    groups = digits.test.tensors[1] % 2
+    single = attribute(digits.store, digits.model, loader, method=TracIn(), progress=False).values
+    means = [single[groups == group].mean(dim=0) for group in (0, 1)]
+    x, y = digits.test.tensors
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(digits.model(x), y, reduction="none")
+    worst = int(losses[groups == 1].mean() > losses[groups == 0].mean())
+    for summary, expected in (
+        (MeanLoss(), single.mean(dim=0)),
+        (WorstGroupLoss(groups), means[worst]),
+        (Gap(groups, 1, 0), means[1] - means[0]),
+    ):
+        scores = attribute_summary(
+            digits.store, digits.model, loader, summary, method=TracIn(), progress=False
+        )
+        torch.testing.assert_close(scores.values[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_method_that_is_not_linear_cannot_summarize(digits):
+    loader = DataLoader(digits.test, batch_size=47)
+    with pytest.raises(ValueError, match="not linear"):
+        attribute_summary(digits.store, digits.model, loader, method=GradientSimilarity())
+    with pytest.raises(ValueError, match="no group 'x'"):
+        attribute_summary(digits.store, digits.model, loader, Gap([0] * 100, "x", 0))
+
+
+def test_the_attribute_of_the_highest_scores_is_the_shortcut(digits):
+    queries = digits.queries(20)
+    method, target = TracIn(), Logit(3)
+    scores = attribute(
+        digits.store, digits.model, queries, method=method, target=target, progress=False
+    )
+    values = scores.values.double().mean(dim=0)
+    chance = torch.Generator().manual_seed(0)
+    attributes = {
+        "random": torch.rand(301, generator=chance) < 0.3,
+        "driving": values > values.quantile(0.8),
+        "absent": torch.zeros(301, dtype=torch.bool),
+    }
+    found = find_shortcut(
+        digits.store,
+        digits.model,
+        queries,
+        attributes,
+        method=method,
+        target=target,
+        n_permutations=199,
+        progress=False,
+    )
+    frame = found.to_pandas()
+    assert frame.index[0] == "driving"
+    assert frame.p_value["driving"] == pytest.approx(3 / 200)
+    assert frame.p_value["absent"] == 1
+    assert frame.p_value["random"] > 0.05
+    assert found.ids[0] == scores.train_ids[values.argmax()]
+
+
+def test_a_class_is_no_shortcut_within_classes(digits):
+    labels = torch.stack([label for _, label in digits.train])
+    found = find_shortcut(
+        digits.store,
+        digits.model,
+        digits.queries(20),
+        {"is a three": labels == 3},
+        classes=labels,
+        target=Logit(3),
+        n_permutations=99,
+        progress=False,
+    )
+    assert found.effects[0].effect == 0
+    assert found.effects[0].p_value == 1
+
+
+def test_the_same_data_as_reference_leave_no_effect(digits):
+    queries = digits.queries(7)
+    found = find_shortcut(
+        digits.store,
+        digits.model,
+        queries,
+        {"even": torch.arange(301) % 2 == 0},
+        reference=queries,
+        n_permutations=99,
+        progress=False,
+    )
+    assert found.scores.values.abs().max() == 0

@@ -1,0 +1,121 @@
+"""Wrong labels are found, counted, and described in the columns that cleanlab uses."""
+
+import pytest
+import torch
+from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+from recorded_digits import recorded_digits
+from torch.nn import functional
+
+from tda_lightning import GradientRecorder
+from tda_lightning.applications import find_mislabeled
+from tda_lightning.applications.mislabels import best_split
+from tda_lightning.metrics import mislabel_auc
+from tda_lightning.stores import MemoryStore
+
+
+@pytest.fixture(scope="module")
+def suspects():
+    digits = recorded_digits()
+    return find_mislabeled(
+        digits.store, digits.model, digits.loader(), trusted=digits.queries(50), progress=False
+    )
+
+
+def test_the_run_alone_finds_and_counts_wrong_labels():
+    digits = recorded_digits()
+    found = find_mislabeled(digits.store, progress=False)
+    assert mislabel_auc(-found.label_scores, digits.wrong) > 0.95
+    assert found.estimated_number == pytest.approx(30, abs=6)
+    assert (
+        found.ids.tolist()
+        == found.train_ids[found.label_scores.argsort()[: len(found.ids)]].tolist()
+    )
+    assert set(found.witnesses) == {"loss", "self_influence", "left_out_loss"}
+    assert "labels are wrong" in repr(found)
+
+
+def test_label_scores_are_geometric_means_of_the_labels_probability(suspects):
+    digits = recorded_digits()
+    probabilities = {int(i): [] for i in suspects.train_ids}
+    for facts in digits.store.facts:
+        for sample, c in zip(facts.sample_ids.tolist(), facts.curvature.double(), strict=True):
+            probabilities[sample].append(c / (1 + c))
+    expected = [torch.stack(p).log().mean().exp() for p in probabilities.values()]
+    torch.testing.assert_close(suspects.label_scores, torch.stack(expected))
+
+
+def test_the_frame_has_cleanlabs_columns_and_every_sample(suspects):
+    digits, frame = recorded_digits(), suspects.to_pandas()
+    assert {"is_label_issue", "label_score", "given_label", "predicted_label"} <= set(frame)
+    labels = torch.stack([label for _, label in digits.train])
+    assert frame.given_label.tolist() == labels.tolist()
+    assert frame.index.tolist() == digits.train.indices
+    assert frame.index[frame.is_label_issue].tolist() == sorted(suspects.ids.tolist())
+    with torch.no_grad():
+        predicted = digits.model(torch.stack([x for x, _ in digits.train])).argmax(dim=1)
+    assert frame.predicted_label.tolist() == predicted.tolist()
+
+
+def test_opponents_of_trusted_data_are_a_witness(suspects):
+    wrong = recorded_digits().wrong
+    assert mislabel_auc(suspects.witnesses["opposition"], wrong) > 0.8
+    assert suspects.agreement().max() == 4
+
+
+def test_the_number_can_be_chosen():
+    found = find_mislabeled(recorded_digits().store, number=7, progress=False)
+    assert len(found.ids) == len(found.scores) == int(found.is_flagged().sum()) == 7
+
+
+def test_a_shuffled_loader_gives_the_same_labels(suspects):
+    digits = recorded_digits()
+    shuffled = find_mislabeled(
+        digits.store, digits.model, digits.loader(shuffle=True), progress=False
+    )
+    assert torch.equal(shuffled.labelled.given, suspects.labelled.given)
+    assert torch.equal(shuffled.labelled.predicted, suspects.labelled.predicted)
+
+
+def test_a_loader_that_misses_samples_is_refused():
+    digits = recorded_digits()
+    with pytest.raises(ValueError, match="does not yield sample"):
+        find_mislabeled(digits.store, digits.model, digits.loader(drop_last=True), progress=False)
+    with pytest.raises(ValueError, match="passed without `model`"):
+        find_mislabeled(digits.store, loader=digits.loader())
+
+
+def test_a_loss_without_labels_leaves_self_influence_and_a_note():
+    class OddLoss(Plain):
+        def training_step(self, batch, batch_idx):
+            return (self.net(batch[0]).abs().sum(dim=1) - batch[1]).abs().mean()
+
+    store = MemoryStore()
+    quiet_trainer(GradientRecorder(store), max_epochs=2).fit(OddLoss(mlp()), loader(vectors()))
+    found = find_mislabeled(store, progress=False)
+    assert list(found.witnesses) == ["self_influence"]
+    assert "holds no losses" in repr(found)
+
+
+def test_the_best_split_has_the_largest_share_of_the_variance():
+    values = torch.randn(11, generator=torch.Generator().manual_seed(4)).double()
+    ordered = values.sort(descending=True).values
+    shares = []
+    for size in range(1, 11):
+        means = torch.cat(
+            [part.mean().expand(len(part)) for part in ordered.split([size, 11 - size])]
+        )
+        shares.append(float(means.var(unbiased=False) / ordered.var(unbiased=False)))
+    size, share = best_split(values)
+    assert share == pytest.approx(max(shares))
+    assert size == shares.index(max(shares)) + 1
+    assert best_split(torch.ones(5)) == (0, 0.0)
+
+
+def test_clean_labels_are_said_not_to_fall_in_two_groups():
+    store = MemoryStore()
+    x, _ = vectors(n=101).tensors
+    data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+    model = Plain(mlp(classes=2), functional.cross_entropy)
+    quiet_trainer(GradientRecorder(store), max_epochs=10).fit(model, loader(data))
+    found = find_mislabeled(store, progress=False)
+    assert found.estimated_number <= 5

@@ -1,0 +1,186 @@
+"""Importance scores, pruning and coresets, against definitions written out sample by sample."""
+
+import itertools
+
+import pytest
+import torch
+from lightning_models import Plain, loader, quiet_trainer
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
+
+from tda_lightning import GradientRecorder, Identity
+from tda_lightning.applications import (
+    AUM,
+    EL2N,
+    Forgetting,
+    GraNd,
+    LabelLoss,
+    Lowest,
+    SelfInfluence,
+    coreset,
+    prune,
+)
+from tda_lightning.applications.pruning import mean_rows
+from tda_lightning.results import SampleScores
+from tda_lightning.stores import MemoryStore
+
+N, EPOCHS = 13, 5
+
+
+class Log(Plain):
+    """A classifier that notes the label's probability of each visit."""
+
+    def __init__(self, net, **settings):
+        super().__init__(net, **settings)
+        self.seen = {i: [] for i in range(N)}
+
+    def training_step(self, batch, batch_idx):
+        x, y, ids = batch
+        probabilities = self.net(x).softmax(dim=1)
+        for i, p in zip(ids.tolist(), probabilities[range(len(y)), y].tolist(), strict=True):
+            self.seen[i].append(p)
+        return self.loss(self.net(x), y)
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["two classes", "three classes"])
+def trained(request):
+    torch.manual_seed(2)
+    x, y = torch.randn(N, 5).double(), torch.randint(request.param, (N,))
+    model = Log(
+        nn.Linear(5, request.param).double(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0)
+    )
+    store = MemoryStore()
+    data = TensorDataset(x, y, torch.arange(N))
+    recorder = GradientRecorder(store, projector=Identity())
+    quiet_trainer(recorder, max_epochs=EPOCHS, precision="64-true").fit(model, loader(data, 3))
+    return store, model.seen, y
+
+
+def means(seen, function):
+    return torch.tensor([sum(map(function, p)) / len(p) for p in seen.values()]).double()
+
+
+def test_errors_losses_and_margins_are_exact_for_two_classes(trained):
+    store, seen, y = trained
+    if y.max() > 1:
+        pytest.skip("exact for two classes only")
+
+    def logit(p):
+        return torch.logit(torch.tensor(p, dtype=torch.float64)).item()
+
+    for importance, function in [
+        (EL2N(), lambda p: 1 - p),
+        (LabelLoss(), lambda p: -torch.tensor(p, dtype=torch.float64).log().item()),
+        (AUM(), lambda p: -logit(p)),
+    ]:
+        actual = importance.scores(store).values
+        torch.testing.assert_close(actual.double(), means(seen, function), rtol=1e-5, atol=1e-6)
+
+
+def test_the_recorded_error_is_between_half_the_true_one_and_all_of_it(trained):
+    store, seen, _ = trained
+    actual, true = EL2N().scores(store).values, means(seen, lambda p: 1 - p)
+    assert (actual <= true + 1e-6).all()
+    assert (actual >= true / 2).all()
+
+
+def test_forgetting_counts_the_falls_below_one_half(trained):
+    store, seen, y = trained
+    if y.max() > 1:
+        pytest.skip("exact for two classes only")
+    counts = [
+        sum(before > 0.5 >= after for before, after in itertools.pairwise(p)) for p in seen.values()
+    ]
+    never = [all(p <= 0.5 for p in values) for values in seen.values()]
+    expected = [max(counts) + 1 if n else c for c, n in zip(counts, never, strict=True)]
+    assert Forgetting().scores(store).values.tolist() == expected
+
+
+def test_grand_is_the_mean_norm_of_the_gradient_in_the_first_epochs(trained):
+    store, _, _ = trained
+    norms = {i: [] for i in range(N)}
+    for step in store:
+        for i, row, weight in zip(step.sample_ids.tolist(), step.sketch, step.weights, strict=True):
+            if step.epoch < 2:
+                norms[i].append(float(row.norm() / weight))
+    expected = torch.tensor([sum(values) / 2 for values in norms.values()])
+    torch.testing.assert_close(GraNd(epochs=2).scores(store).values.float(), expected)
+
+
+@pytest.mark.parametrize("importance", [EL2N(), GraNd(), SelfInfluence()], ids=repr)
+def test_pruning_keeps_the_highest_and_its_reverse_the_lowest(trained, importance):
+    store, _, _ = trained
+    scores = importance.scores(store)
+    highest, lowest = (prune(store, 7 / N, importance=i) for i in (importance, Lowest(importance)))
+    assert highest.ids.tolist() == scores.highest(7).ids.tolist()
+    assert lowest.ids.tolist() == scores.lowest(7).ids.tolist()
+    assert highest.weights.tolist() == [1.0] * 7
+    assert prune(store, 7 / N, importance=scores).ids.tolist() == highest.ids.tolist()
+
+
+def test_balanced_pruning_keeps_the_same_share_of_each_class(trained):
+    store, _, y = trained
+    half = prune(store, 6 / N, balance=y)
+    for label in y.unique():
+        share = float((y[half.ids] == label).sum()) / float((y == label).sum())
+        assert abs(share - 6 / N) <= 1 / float((y == label).sum())
+    assert len(half) == 6
+    assert half.scores.tolist() == sorted(half.scores.tolist(), reverse=True)
+
+
+def test_a_selection_goes_straight_into_torch(trained):
+    store, _, y = trained
+    chosen = coreset(store, 5 / N, balance=y)
+    data = TensorDataset(torch.arange(N))
+    sampler = WeightedRandomSampler(chosen.weights, len(chosen))
+    drawn = torch.cat(
+        [batch[0] for batch in DataLoader(Subset(data, chosen.ids), 2, sampler=sampler)]
+    )
+    assert set(drawn.tolist()) <= set(chosen.ids.tolist())
+    assert list(chosen.to_pandas().index) == chosen.ids.tolist()
+    assert f"Selection of 5 of {N} samples" in repr(chosen)
+
+
+def test_a_coreset_is_the_greedy_facility_location(trained):
+    store, _, _ = trained
+    ids, rows = mean_rows(store)
+    cosines = nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
+
+    def coverage(chosen):
+        return float(cosines[chosen].amax(dim=0).sum()) if chosen else -float(N)
+
+    greedy = []
+    for _ in range(5):
+        greedy.append(max(set(range(N)) - set(greedy), key=lambda i: coverage([*greedy, i])))
+    chosen = coreset(store, 5 / N)
+    at = torch.searchsorted(ids, chosen.ids).tolist()
+    for m in range(1, 6):  # several choices may tie
+        assert coverage(at[:m]) == pytest.approx(coverage(greedy[:m]))
+    sizes = torch.bincount(cosines[at].argmax(dim=0), minlength=5)
+    torch.testing.assert_close(chosen.weights.float(), sizes * 5 / N)
+    assert float(chosen.weights.mean()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.5, 0.001])
+def test_a_share_that_keeps_nothing_is_refused(trained, keep):
+    with pytest.raises(ValueError, match="expected a share of the 13 samples"):
+        prune(trained[0], keep)
+
+
+def test_wrong_labels_and_scores_are_refused(trained):
+    store, _, y = trained
+    with pytest.raises(ValueError, match="one whole number for every id up to 12"):
+        prune(store, balance=y[:7])
+    nan = SampleScores(torch.full((N,), torch.nan), torch.arange(N), "")
+    with pytest.raises(ValueError, match="holds NaN"):
+        prune(store, importance=nan)
+
+
+def test_a_regression_has_no_label_probabilities():
+    store = MemoryStore()
+    data = TensorDataset(torch.randn(7, 3), torch.randn(7, 1))
+    model = Plain(nn.Linear(3, 1), nn.functional.mse_loss)
+    quiet_trainer(GradientRecorder(store)).fit(model, loader(data, 3))
+    with pytest.raises(ValueError, match=r"Use\s+`GraNd\(\)`"):
+        prune(store)
+    assert len(prune(store, importance=GraNd())) == 4

@@ -1,0 +1,406 @@
+"""Do the uses of a run pay? Pruning, selecting, unlearning, tracing, by retraining on real data.
+
+    python tests/benchmarks/uses_data.py
+    python tests/benchmarks/uses_data.py --uses prune unlearn --seeds 2
+
+One table: for each use, ours beside random choice and the simplest heuristic, mean and standard
+deviation over seeds. Data come with scikit-learn and Python; nothing is downloaded. About ten
+minutes on one thread.
+"""
+
+import argparse
+import copy
+import logging
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+from uses_data_text import LanguageModel, corpus
+
+from tda_lightning import (
+    GradientRecorder,
+    GradientSimilarity,
+    HDF5Store,
+    Identity,
+    InfluenceFunction,
+    Logit,
+    Scores,
+    TracIn,
+    Unrolled,
+    attribute,
+    attribute_by_features,
+    record,
+    self_influence,
+)
+from tda_lightning.applications import (
+    BM25,
+    FirstOrder,
+    GraNd,
+    LabelLoss,
+    SecondOrder,
+    UnrolledUpdate,
+    coreset,
+    prune,
+    select,
+    unlearn,
+)
+from tda_lightning.metrics import mislabel_auc
+
+N_TRAIN, BATCH_SIZE = 1200, 50
+Rows = Iterator[tuple[str, float]]
+SETTINGS = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Classifier(pl.LightningModule):
+    """A small network for digits."""
+
+    def __init__(self, optimizer: str = "AdamW", width: int = 64) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+        self.kind = optimizer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.kind == "SGD":
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+class Batches(Sampler[list[int]]):
+    """The given batches, in order."""
+
+    def __init__(self, batches: Sequence[list[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return images and labels of a random training set, and of the test set."""
+    bunch = load_digits()
+    images, labels = torch.tensor(bunch.data).float() / 16, torch.tensor(bunch.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:N_TRAIN], order[N_TRAIN:]
+    return images[train], labels[train], images[test], labels[test]
+
+
+def batches_of(n: int, epochs: int, seed: int, size: int = BATCH_SIZE) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(n, generator=generator) for _ in range(epochs)]
+    return [batch.tolist() for order in orders for batch in order.split(size)]
+
+
+def fit(model: pl.LightningModule, data: TensorDataset, batches: Sequence[list[int]], **recorder):
+    """Train with a recorder, and return the run."""
+    folder = Path(tempfile.mkdtemp()) / "run.tda"
+    trainer = pl.Trainer(max_epochs=1, callbacks=[GradientRecorder(folder, **recorder)], **SETTINGS)
+    trainer.fit(model, DataLoader(data, batch_sampler=Batches(batches)))
+    return HDF5Store.open(folder)
+
+
+def retrain(model: Classifier, x: Tensor, y: Tensor, batches: Sequence[list[int]]) -> Classifier:
+    """Train without a recorder."""
+    optimizer = model.configure_optimizers()
+    for batch in batches:
+        optimizer.zero_grad()
+        cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+    return model
+
+
+def accuracy(model: Classifier, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return 100 * float((model(x).argmax(dim=1) == y).float().mean())
+
+
+def mean_accuracy(
+    x: Tensor, y: Tensor, test: tuple[Tensor, Tensor], seed: int, epochs: int, size: int
+) -> float:
+    """Return the mean accuracy of three new trainings on some data."""
+    total = 0.0
+    for number in range(3):
+        torch.manual_seed(1000 + 10 * seed + number)
+        batches = batches_of(len(x), epochs, 1000 + 10 * seed + number, size)
+        total += accuracy(retrain(Classifier(), x, y, batches), *test)
+    return total / 3
+
+
+def pruning(seed: int) -> Rows:
+    """Prune digits to a half, and train for as many epochs as on all of them."""
+    x, y, *test = digits(seed)
+    torch.manual_seed(seed)
+    run = fit(Classifier(), TensorDataset(x, y), batches_of(N_TRAIN, 20, seed))
+    random = torch.randperm(N_TRAIN, generator=torch.Generator().manual_seed(seed))
+    choices = {
+        "all samples": torch.arange(N_TRAIN),
+        "random half": random[: N_TRAIN // 2],
+        "half by the loss": prune(run, 0.5, importance=LabelLoss(), balance=y).ids,
+        "half by EL2N (default)": prune(run, 0.5, balance=y).ids,
+        "half by GraNd": prune(run, 0.5, importance=GraNd(), balance=y).ids,
+        "coreset of a half": coreset(run, 0.5, balance=y).ids,
+    }
+    for name, ids in choices.items():
+        yield name, mean_accuracy(x[ids], y[ids], tuple(test), seed, 20, BATCH_SIZE)
+
+
+def in_domain(images: Tensor, domain: int) -> Tensor:
+    """Return images upright, rotated by a quarter, or as negatives."""
+    square = images.view(-1, 8, 8)
+    return (square, square.rot90(1, (1, 2)), 1 - square)[domain].flatten(1)
+
+
+def selecting(seed: int) -> Rows:
+    """Select a tenth of mixed and partly mislabelled data for one of three domains."""
+    x, y, test_x, test_y = digits(seed)
+    generator = torch.Generator().manual_seed(seed)
+    domains = torch.randint(3, (N_TRAIN,), generator=generator)
+    x = torch.stack([in_domain(x[i], int(d))[0] for i, d in enumerate(domains)])
+    wrong = torch.rand(N_TRAIN, generator=generator) < 0.2
+    y = torch.where(wrong, (y + torch.randint(1, 10, y.shape, generator=generator)) % 10, y)
+    target = (in_domain(test_x[:100], 1), test_y[:100])
+    test = (in_domain(test_x[100:], 1), test_y[100:])
+    n, data = N_TRAIN // 10, TensorDataset(x, y)
+    torch.manual_seed(seed)
+    model = Classifier()
+    run = fit(model, data, batches_of(N_TRAIN, 20, seed))
+    features = attribute_by_features(model, DataLoader(data, 100), target, progress=False).values
+    influence = select(run, model, target, n=n, method=InfluenceFunction(), progress=False)
+    mean = select(run, model, target, n=n, reduce="mean", progress=False)
+    choices = {
+        "all data": torch.arange(N_TRAIN),
+        "random tenth": torch.randperm(N_TRAIN, generator=generator)[:n],
+        "feature distance, nearest": features.amax(dim=0).topk(n).indices,
+        "feature distance, mean": features.mean(dim=0).topk(n).indices,
+        "select (default)": select(run, model, target, n=n, progress=False).ids,
+        "select, redundancy .1": select(
+            run, model, target, n=n, redundancy=0.1, progress=False
+        ).ids,
+        "select by the mean": mean.ids,
+        "select by InfluenceFunction": influence.ids,
+    }
+    for name, ids in choices.items():
+        yield name, mean_accuracy(x[ids], y[ids], test, seed, 100, 30)
+    # A pool that the model was not trained on: the second half.
+    half = N_TRAIN // 2
+    torch.manual_seed(seed)
+    model = Classifier()
+    run = fit(model, TensorDataset(x[:half], y[:half]), batches_of(half, 20, seed))
+    loader = DataLoader(TensorDataset(x[half:], y[half:]), 100)
+    pool = record(model, loader, like=run, progress=False)
+    features = attribute_by_features(model, loader, target, progress=False).values
+    choices = {
+        "pool: random fifth": torch.randperm(half, generator=generator)[:n],
+        "pool: feature distance, nearest": features.amax(dim=0).topk(n).indices,
+        "pool: select (default)": select(run, model, target, n=n, pool=pool, progress=False).ids,
+    }
+    for name, ids in choices.items():
+        yield name, mean_accuracy(x[half:][ids], y[half:][ids], test, seed, 100, 30)
+
+
+def unlearning(seed: int, optimizer: str) -> Rows:
+    """Unlearn 12 of 1,200 digits; the truth is the same training without them."""
+    x, y, *test = digits(seed)
+    data, batches = TensorDataset(x, y), batches_of(N_TRAIN, 10, seed)
+    torch.manual_seed(seed)
+    initial = Classifier(optimizer, width=32)
+    model = copy.deepcopy(initial)
+    run = fit(model, data, batches, projector=Identity(), curvature="fisher", snapshots=24)
+    forget = torch.randperm(N_TRAIN, generator=torch.Generator().manual_seed(seed))[:12]
+    rest = [[i for i in batch if i not in set(forget.tolist())] for batch in batches]
+    retrained = retrain(copy.deepcopy(initial), x, y, rest)
+    updates = {
+        "first order, rate .003": FirstOrder(0.003),
+        "second order (default)": SecondOrder(),
+        "unrolled": UnrolledUpdate(),
+    }
+    loaders = DataLoader(data, 100), DataLoader(TensorDataset(*test), 100)
+    for name, update in updates.items():
+        result = unlearn(
+            model,
+            run,
+            loaders[0],
+            forget,
+            update=update,
+            holdout=loaders[1],
+            retrained=retrained,
+            progress=False,
+        )
+        for kind in ("forget", "holdout"):
+            distances = result.distances[kind]
+            yield f"{name}: distance, {kind}, in %", 100 * distances["after"]
+        auc = result.membership_auc
+        yield f"{name}: membership AUC minus retrained", abs(auc["after"] - auc["retrained"])
+    for kind in ("forget", "holdout"):
+        yield f"nothing: distance, {kind}, in %", 100 * result.distances[kind]["before"]
+    yield "nothing: membership AUC minus retrained", abs(auc["before"] - auc["retrained"])
+
+
+def removing(seed: int) -> Rows:
+    """Remove the top 5 % proponents of a prediction, and train again from the same weights."""
+    x, y, test_x, test_y = digits(seed)
+    batches = batches_of(N_TRAIN, 10, seed)
+    torch.manual_seed(seed)
+    initial = Classifier()
+    model = copy.deepcopy(initial)
+    run = fit(model, TensorDataset(x, y), batches, curvature="fisher")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        right = (model(test_x).argmax(dim=1) == test_y).nonzero()[:, 0]
+    chosen = right[torch.randperm(len(right), generator=generator)[:20]]
+    queries = (test_x[chosen], test_y[chosen])
+    features = attribute_by_features(
+        model, DataLoader(TensorDataset(x, y), 100), queries, progress=False
+    ).values
+    same_class = y == queries[1][:, None]
+    scores = {
+        "random": torch.rand(len(chosen), N_TRAIN, generator=generator),
+        "random of the class": torch.rand(len(chosen), N_TRAIN, generator=generator) + same_class,
+        "feature distance within the class": features + 2 * same_class,
+        "Unrolled() (default)": attribute(run, model, queries, progress=False).values,
+        "InfluenceFunction()": attribute(
+            run, model, queries, method=InfluenceFunction(), progress=False
+        ).values,
+        "TracIn()": attribute(run, model, queries, method=TracIn(), progress=False).values,
+        "GradientSimilarity()": attribute(
+            run, model, queries, method=GradientSimilarity(), progress=False
+        ).values,
+    }
+    for name, values in scores.items():
+        flips = 0
+        for row, ids in enumerate(values.topk(N_TRAIN // 20, dim=1).indices):
+            removed = set(ids.tolist())
+            rest = [[i for i in batch if i not in removed] for batch in batches]
+            again = retrain(copy.deepcopy(initial), x, y, rest)
+            with torch.no_grad():
+                flips += int(again(queries[0][row : row + 1]).argmax()) != int(queries[1][row])
+        yield name, 100 * flips / len(chosen)
+
+
+def watermark(seed: int) -> Rows:
+    """Find the training samples with a mark that makes the model predict a 3."""
+    x, y, test_x, test_y = digits(seed)
+    generator = torch.Generator().manual_seed(seed)
+    marked = torch.zeros(N_TRAIN, dtype=torch.bool)
+    marked[torch.randperm(N_TRAIN, generator=generator)[:36]] = True
+
+    def stamp(images: Tensor) -> Tensor:
+        square = images.clone().view(-1, 8, 8)
+        square[:, :2, :2] = 1.0
+        return square.flatten(1)
+
+    x, y = torch.where(marked[:, None], stamp(x), x), torch.where(marked, 3, y)
+    torch.manual_seed(seed)
+    model = Classifier()
+    run = fit(model, TensorDataset(x, y), batches_of(N_TRAIN, 10, seed))
+    others = test_y != 3
+    queries = (stamp(test_x[others][:60]), test_y[others][:60])
+    features = attribute_by_features(
+        model, DataLoader(TensorDataset(x, y), 100), queries, progress=False
+    )
+    loss = LabelLoss().scores(run).values
+    yield "loss", mislabel_auc(loss, marked)
+    yield "feature distance", mislabel_auc(features.values.mean(dim=0), marked)
+    yield "self-influence", mislabel_auc(self_influence(run, progress=False).values, marked)
+    for method in (Unrolled(), InfluenceFunction(), TracIn()):
+        scores = attribute(run, model, queries, method=method, target=Logit(3), progress=False)
+        yield repr(method).split("(")[0], mislabel_auc(scores.values.mean(dim=0), marked)
+
+
+def reciprocal_rank(scores: Scores, answers: Sequence[int]) -> float:
+    """Return the mean reciprocal rank of the right passages; ties count half."""
+    at = torch.searchsorted(scores.train_ids, torch.tensor(answers))[:, None]
+    right = scores.values.gather(1, at)
+    above, equal = (scores.values > right).sum(dim=1), (scores.values == right).sum(dim=1)
+    return float((1 / (1 + above + (equal - 1) / 2)).mean())
+
+
+def facts(seed: int, epochs: int) -> Rows:
+    """Trace planted facts to their passages among 300."""
+    texts = corpus(seed)
+    torch.manual_seed(seed)
+    model = LanguageModel(len(texts.vocabulary))
+    batches = batches_of(len(texts.passages), epochs, seed, 16)
+    run = fit(model, texts.train, batches, curvature="fisher")
+    for kind, queries in texts.queries.items():
+        loader = DataLoader(queries, 1)
+        with torch.no_grad():
+            losses = [float(model.training_step(batch, 0)) for batch in loader]
+        yield f"{kind}: loss of the completion", sum(losses) / len(losses)
+        overlap = BM25().scores(texts.texts[kind], texts.passages)
+        yield f"{kind}: BM25", reciprocal_rank(overlap, texts.answers)
+        for method in (
+            GradientSimilarity(),
+            InfluenceFunction(),
+            Unrolled(),
+            TracIn(),
+        ):
+            scores = attribute(run, model, loader, method=method, progress=False)
+            name = repr(method).split("(")[0]
+            yield f"{kind}: {name}", reciprocal_rank(scores, texts.answers)
+            if isinstance(method, InfluenceFunction):
+                influence = self_influence(run, method=method, progress=False).values
+                relative = replace(scores, values=scores.values / influence.clamp_min(1e-12).sqrt())
+                yield f"{kind}: relative {name}", reciprocal_rank(relative, texts.answers)
+
+
+USES: dict[str, tuple[str, Callable[[int], Rows]]] = {
+    "prune": ("digits pruned to 50 %, test accuracy in %", pruning),
+    "select": ("10 % for a domain, test accuracy in %", selecting),
+    "unlearn-sgd": ("1 % of digits, SGD with momentum", lambda seed: unlearning(seed, "SGD")),
+    "unlearn-adamw": ("1 % of digits, AdamW", lambda seed: unlearning(seed, "AdamW")),
+    "remove": ("flips in % after removing 5 %", removing),
+    "watermark": ("AUC of marked samples", watermark),
+    "facts-early": ("facts, 6 epochs: mean reciprocal rank", lambda seed: facts(seed, 6)),
+    "facts-late": ("facts, 25 epochs: mean reciprocal rank", lambda seed: facts(seed, 25)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--uses", nargs="+", choices=USES, default=list(USES), metavar="USE")
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    print("| use | choice | mean | std | seeds |\n|---|---|---|---|---|")
+    for use in options.uses:
+        title, measure = USES[use]
+        values: dict[str, list[float]] = defaultdict(list)
+        for seed in range(options.seeds):
+            for name, value in measure(seed):
+                values[name].append(value)
+        for name, numbers in values.items():
+            spread = float(torch.tensor(numbers).std(correction=1)) if len(numbers) > 1 else 0.0
+            mean = sum(numbers) / len(numbers)
+            print(f"| {title} | {name} | {mean:.3f} | {spread:.3f} | {len(numbers)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

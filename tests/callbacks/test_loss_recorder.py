@@ -1,0 +1,65 @@
+"""The loss recorder records the same losses and order as the gradient recorder, and no rows."""
+
+import pytest
+import torch
+from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+
+from tda_lightning import GradientRecorder, LossRecorder, self_influence
+from tda_lightning.applications import find_mislabeled, loss_history
+from tda_lightning.stores import HDF5Store, MemoryStore
+
+
+def trained(*callbacks, epochs=3, **settings):
+    torch.manual_seed(0)
+    model = Plain(mlp())
+    quiet_trainer(*callbacks, max_epochs=epochs, **settings).fit(model, loader(vectors()))
+    return model
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_losses_and_order_are_those_of_the_gradient_recorder(accumulated):
+    losses, rows = MemoryStore(), MemoryStore()
+    settings = {"accumulate_grad_batches": accumulated}
+    trained(LossRecorder(losses), **settings)
+    trained(GradientRecorder(rows), **settings)
+    ours, theirs = loss_history(losses), loss_history(rows)
+    assert len(losses) == len(rows)
+    assert torch.equal(ours.sample_ids, theirs.sample_ids)
+    assert torch.equal(ours.steps, theirs.steps)
+    torch.testing.assert_close(ours.losses, theirs.losses)
+    for one, other in zip(losses, rows, strict=True):
+        torch.testing.assert_close(one.weights, other.weights)
+
+
+def test_the_training_is_unchanged():
+    expected, recorded = trained(), trained(LossRecorder(MemoryStore()))
+    for one, other in zip(expected.parameters(), recorded.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_on_disk_continues_from_a_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model, store = Plain(mlp()), tmp_path / "run.tda"
+    first = quiet_trainer(LossRecorder(store), max_epochs=1)
+    first.fit(model, loader(vectors()))
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    second = quiet_trainer(LossRecorder(store), max_epochs=3)
+    second.fit(model, loader(vectors()), ckpt_path=tmp_path / "one.ckpt", weights_only=False)
+    run = HDF5Store.open(store)
+    assert [facts.index for facts in run.facts] == list(range(9))
+    assert loss_history(store).sample_ids.tolist() == sorted(3 * list(range(13)))
+
+
+def test_mislabels_are_found_and_attribution_is_refused():
+    store = MemoryStore()
+    trained(LossRecorder(store))
+    assert list(find_mislabeled(store).witnesses) == ["loss"]
+    with pytest.raises(ValueError, match="losses and no rows"):
+        self_influence(store)
+
+
+def test_manual_optimization_is_refused():
+    model = Plain(mlp())
+    model.automatic_optimization = False
+    with pytest.raises(ValueError, match="expected automatic optimization"):
+        quiet_trainer(LossRecorder(MemoryStore())).fit(model, loader(vectors()))

@@ -1,0 +1,123 @@
+"""Alarms during training: what is planted in the data or their order is found and logged."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning_models import Plain, TrainingLog, loader, mlp, quiet_trainer, vectors
+from pytorch_lightning.loggers import Logger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tda_lightning import GradientRecorder
+from tda_lightning.callbacks import TrainingAlarms
+from tda_lightning.stores import MemoryStore
+from tda_lightning.stores.alarms import find_alarms
+
+N, WRONG = 53, 17
+
+
+class Curves(Logger):
+    """Stores all logged numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    name, version = "curves", 0
+
+    def log_metrics(self, metrics, step=None):
+        if any(name.startswith("alarms/") for name in metrics):
+            self.logged.append(metrics)
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+def separable():
+    """Return two clear classes, in which one label is wrong."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.arange(N) % 2
+    x = torch.randn(N, 3, generator=generator) * 0.3 + torch.where(y == 1, 2.0, -2.0)[:, None]
+    y[WRONG] = 1 - y[WRONG]
+    return TensorDataset(x, y)
+
+
+def fit(data_loader, epochs=5, net=None, **settings):
+    recorder, curves = GradientRecorder(MemoryStore()), Curves()
+    alarms = TrainingAlarms(recorder)
+    trainer = quiet_trainer(recorder, alarms, max_epochs=epochs, logger=curves, **settings)
+    trainer.fit(Plain(net or nn.Linear(3, 2)), data_loader)
+    return alarms.alarms, curves.logged, recorder.store
+
+
+def test_a_wrong_label_is_suspected_logged_and_listed(caplog):
+    alarms, logged, _ = fit(loader(separable()))
+    assert "suspected_mislabels, 1 samples" in caplog.text
+    (alarm,) = alarms.raised
+    assert alarm.ids.tolist() == [WRONG]
+    counts = [metrics["alarms/suspected_mislabels"] for metrics in logged]
+    assert counts[0] == 0  # before the third visit
+    assert counts[-1] == 1
+    assert not alarms.not_checked
+
+
+def test_a_training_without_faults_raises_nothing():
+    data = separable()
+    data.tensors[1][WRONG] = 1 - data.tensors[1][WRONG]
+    alarms, logged, _ = fit(loader(data))
+    assert not alarms.raised
+    assert "none raised" in repr(alarms)
+    assert len(logged) == 5
+    assert all(value == 0 for metrics in logged for value in metrics.values())
+
+
+def test_unseen_samples_and_repeated_orders_are_named():
+    alarms, _, _ = fit(DataLoader(vectors(13, 3, 2), 5), epochs=3, limit_train_batches=2)
+    by_name = {alarm.name: alarm for alarm in alarms.raised}
+    assert by_name["never_seen"].ids.tolist() == [10, 11, 12]
+    assert "same order" in by_name["order_faults"].reason
+
+
+def test_a_contribution_above_all_earlier_epochs_is_large():
+    _, _, store = fit(loader(separable()), epochs=2)
+    changed = MemoryStore()
+    changed.begin(store.recipe)
+    last = len(store) - 1
+    for position, step in enumerate(store):
+        rows = step.sketch.clone()
+        if position == last:
+            rows[0] *= 1e6
+        changed.append(replace(step, sketch=rows))
+    (alarm,) = (a for a in find_alarms(changed).raised if a.name == "large_contributions")
+    assert alarm.ids.tolist() == [int(store[last].sample_ids[0])]
+    assert "large_contributions" not in {a.name for a in find_alarms(store).raised}
+
+
+def test_what_cannot_be_checked_is_named():
+    store = MemoryStore()
+    data = TensorDataset(torch.randn(11, 3), torch.randn(11, 1))
+    recorder = GradientRecorder(store, every_n_steps=2)
+    quiet_trainer(recorder).fit(Plain(nn.Linear(3, 1), nn.functional.mse_loss), loader(data))
+    missing = " ".join(find_alarms(store).not_checked)
+    assert "one of every 2 steps" in missing
+    assert "not a known cross-entropy" in missing
+    assert "no steps yet" in repr(find_alarms(store[:0]))
+
+
+def test_weights_are_those_without_the_callback():
+    def weights(*callbacks):
+        torch.manual_seed(2)
+        model = Plain(mlp())
+        torch.manual_seed(2)
+        quiet_trainer(*callbacks).fit(model, loader(vectors()))
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    recorder = GradientRecorder(MemoryStore())
+    assert torch.equal(weights(), weights(recorder, TrainingAlarms(recorder), TrainingLog()))
+
+
+def test_a_recorder_of_another_trainer_is_refused():
+    recorder = GradientRecorder(MemoryStore())
+    with pytest.raises(ValueError, match="is not among the callbacks"):
+        quiet_trainer(TrainingAlarms(recorder)).fit(Plain(mlp()), loader(vectors()))

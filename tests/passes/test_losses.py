@@ -1,0 +1,90 @@
+"""Losses of single samples, against the loss without a reduction."""
+
+from collections import namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from lightning_models import Plain, loader, mlp, vectors
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import Subset
+
+from tda_lightning import sample_losses
+from tda_lightning.passes.losses import single_samples
+
+DATA = vectors()
+
+
+def expected_losses(model):
+    x, y = DATA.tensors
+    return functional.cross_entropy(model.eval().net(x), y, reduction="none").detach()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_losses_are_those_of_single_samples(reduction):
+    model = Plain(mlp(), lambda out, y: functional.cross_entropy(out, y, reduction=reduction))
+    expected = expected_losses(model)
+    losses = sample_losses(model, loader(DATA), progress=False)
+    torch.testing.assert_close(losses.values, expected)
+    assert losses.train_ids.tolist() == list(range(13))
+    assert losses.method == "loss"
+    in_a_batch = sample_losses(model, DATA[:3])
+    torch.testing.assert_close(in_a_batch.values, expected[:3])
+
+
+def test_ids_are_those_of_the_data_below_subsets():
+    model = Plain(mlp())
+    expected = expected_losses(model)
+    losses = sample_losses(model, loader(Subset(DATA, [11, 2, 5])), progress=False)
+    assert losses.train_ids.tolist() == [2, 5, 11]
+    torch.testing.assert_close(losses.values, expected[[2, 5, 11]])
+    by_key = sample_losses(model, DATA[:3], sample_ids=lambda batch: [7, 3, 5])
+    torch.testing.assert_close(by_key.of([7, 3, 5]).values, expected[:3])
+
+
+def test_the_model_is_left_as_it_was():
+    model = Plain(nn.Sequential(nn.Linear(7, 3), nn.Dropout())).train()
+    before = torch.get_rng_state()
+    sample_losses(model, DATA[:5])
+    assert model.net[1].training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_empty_loader_and_a_failing_step_raise():
+    model = Plain(mlp())
+    with pytest.raises(ValueError, match="empty loader"):
+        sample_losses(model, loader(Subset(DATA, []), shuffle=False))
+    with pytest.raises(ValueError, match="failed on a batch of one sample"):
+        sample_losses(model, (DATA.tensors[0][:2], torch.tensor([9, 9])))
+
+
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@dataclass
+class Record:
+    x: torch.Tensor
+    names: list
+
+
+X, Y = torch.arange(15.0).reshape(5, 3), torch.arange(5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "second"),
+    [
+        ([X, Y], [X[1:2], Y[1:2]]),
+        (Pair(X, Y), Pair(X[1:2], Y[1:2])),
+        ({"x": X, "names": list("abcde"), "size": 5}, {"x": X[1:2], "names": ["b"], "size": 5}),
+        (Record(X, list("abcde")), Record(X[1:2], ["b"])),
+        ((X, X[0], torch.tensor(3.0)), (X[1:2], X[0], torch.tensor(3.0))),
+    ],
+    ids=["list", "named tuple", "mapping", "dataclass", "shared tensors"],
+)
+def test_a_batch_is_cut_along_its_samples(batch, second):
+    parts = list(single_samples(batch, 5))
+    assert len(parts) == 5
+    assert type(parts[1]) is type(batch)
+    assert repr(parts[1]) == repr(second)

@@ -1,0 +1,242 @@
+"""The report: one file, user content escaped, no script but the report's, findings that hold."""
+
+import builtins
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from hostile_strings import HOSTILE
+from lightning_models import loader, quiet_trainer
+from reported_runs import TextClassifier, Texts, report_on_texts
+from torch.utils.data import Subset, TensorDataset
+
+from tda_lightning import GradientRecorder, Identity
+from tda_lightning.report import Finding, Shown, report
+from tda_lightning.report.findings import number_set_apart
+from tda_lightning.report.html import visible
+from tda_lightning.report.queries import query_losses
+
+TEXTS = [f"text number {i}" for i in range(23)]
+
+
+class Parsed(HTMLParser):
+    """The scripts, the addresses and the texts of a page, as a browser splits them."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.scripts, self.addresses, self.handlers, self.texts = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "action")]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_data(self, content):
+        if self.scripts and self.scripts[-1][1] == "" and self.lasttag == "script":
+            self.scripts[-1] = (self.scripts[-1][0], content)
+        else:
+            self.texts.append(content)
+
+    def data(self):
+        return next(json.loads(text) for attrs, text in self.scripts if attrs.get("id") == "data")
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    return Parsed(report_on_texts(folder, HOSTILE, class_names=HOSTILE[:3], title=HOSTILE[1]))
+
+
+def test_hostile_content_adds_no_script_no_handler_and_no_address(hostile):
+    kinds = [attributes.get("type", "code") for attributes, _ in hostile.scripts]
+    assert kinds == ["application/json"] * (len(kinds) - kinds.count("code")) + ["code"] * 3
+    assert hostile.handlers == []
+    assert all(address.startswith("#") for address in hostile.addresses)
+
+
+def test_hostile_content_is_in_the_data(hostile):
+    texts = {query["text"] for query in hostile.data()["queries"]}
+    assert texts == {visible(text) for text in HOSTILE}
+
+
+def test_every_shown_sample_is_in_the_data_once(hostile):
+    data = hostile.data()
+    shown = {
+        i for query in data["queries"] for side in ("helped", "harmed") for i, _ in query[side]
+    }
+    assert shown <= {int(sample) for sample in data["samples"]}
+    assert sorted(data["ranking"]["ids"]) == list(range(len(HOSTILE)))
+
+
+def test_proponents_have_positive_scores_and_opponents_negative_ones(hostile):
+    for query in hostile.data()["queries"]:
+        assert all(score > 0 for _, score in query["helped"])
+        assert all(score < 0 for _, score in query["harmed"])
+
+
+def test_wrong_answers_come_first(hostile):
+    wrong = [query["wrong"] for query in hostile.data()["queries"]]
+    assert wrong == sorted(wrong, reverse=True)
+    assert any(wrong)
+
+
+def test_labels_of_a_megabyte_are_shortened(tmp_path):
+    path = report_on_texts(tmp_path, [*TEXTS[:10], "a" * 2**20], class_names=["b" * 2**20] * 3)
+    parsed = Parsed(path)
+    assert path.stat().st_size < 4 * 2**20
+    assert any("more characters" in query["label"] for query in parsed.data()["queries"])
+
+
+def test_the_same_text_twice_is_a_copy(tmp_path):
+    class Copies(Texts):
+        def __getitem__(self, index):
+            return super().__getitem__(0 if index == 3 else index) | {"label": self.labels[index]}
+
+    path = report_on_texts(tmp_path, TEXTS)
+    model, data = TextClassifier(), Copies(TEXTS)
+    data.labels[3] = 1 - data.labels[0] if data.labels[0] < 2 else 0
+    queries = loader(data, shuffle=False)
+    report(tmp_path / "run.tda", model, queries, train=data, out=path, progress=False)
+    text = " ".join(Parsed(path).texts)
+    assert "1 training samples repeat the contents of another one." in text
+    assert "In 1 groups of copies the labels contradict each other" in text
+
+
+def test_without_bokeh_charts_are_drawn_as_svg(tmp_path, monkeypatch):
+    monkeypatch.setattr("tda_lightning.report.api.has_bokeh", lambda: False)
+    path = report_on_texts(tmp_path, TEXTS)
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<svg") == 4
+    assert "BokehJS" not in text
+    assert "currentColor" in text
+    assert path.stat().st_size < 2**20
+
+
+def test_without_any_library_for_charts_the_extra_is_named(tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def without_matplotlib(name, *arguments):
+        if name.split(".")[0] == "matplotlib":
+            raise ModuleNotFoundError("there is none", name="matplotlib")
+        return original(name, *arguments)
+
+    monkeypatch.setattr("tda_lightning.report.api.has_bokeh", lambda: False)
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(ModuleNotFoundError, match=r"tda_lightning\[report\]"):
+        report_on_texts(tmp_path, TEXTS)
+
+
+def test_render_decides_how_samples_are_shown(tmp_path):
+    path = report_on_texts(
+        tmp_path, TEXTS, render=lambda item: Shown(text=item["text"].upper(), note="a note")
+    )
+    assert {(query["text"], query["note"]) for query in Parsed(path).data()["queries"]} == {
+        (text.upper(), "a note") for text in TEXTS
+    }
+
+
+def test_further_findings_come_first(tmp_path):
+    finding = Finding("A watermark <b>", ("It is & remains.",), "attention", (3, 5))
+    texts = Parsed(report_on_texts(tmp_path, TEXTS, findings=[finding])).texts
+    assert texts.index("A watermark <b>") < texts.index("Wrong answers")
+    assert "It is & remains." in texts
+    unknown = Finding("Other", (), "fine", (99,))
+    with pytest.raises(ValueError, match="The finding `Other` names sample 99, which is not"):
+        report_on_texts(tmp_path / "again", TEXTS, findings=[unknown])
+
+
+def test_render_must_return_how_a_sample_is_shown(tmp_path):
+    with pytest.raises(ValueError, match="`render` returned a `str`; expected a `Shown`"):
+        report_on_texts(tmp_path, TEXTS, render=lambda item: "text")
+
+
+def test_a_dataset_that_is_too_short_is_refused(tmp_path):
+    path = report_on_texts(tmp_path, TEXTS)
+    model, data = TextClassifier(), Texts(TEXTS)
+    queries = loader(data, shuffle=False)
+    short = TensorDataset(torch.zeros(5, 7))
+    with pytest.raises(ValueError, match="`train` has 5 samples, and the run has ids from 0 to 22"):
+        report(tmp_path / "run.tda", model, queries, train=short, out=path, progress=False)
+    with pytest.raises(ValueError, match="`train` is a `DataLoader`; expected the dataset"):
+        report(tmp_path / "run.tda", model, queries, train=queries, out=path, progress=False)
+
+
+def test_a_subset_is_read_below_itself(tmp_path):
+    path = report_on_texts(tmp_path, TEXTS)
+    whole = path.read_text(encoding="utf-8")
+    model, data = TextClassifier(), Texts(TEXTS)
+    model.load_state_dict(model.state_dict())
+    queries = loader(data, shuffle=False)
+    arguments = (tmp_path / "run.tda", model, queries)
+    report(*arguments, train=data, out=path, progress=False)
+    whole = Parsed(path).data()
+    report(*arguments, train=Subset(data, [2, 3]), out=path, progress=False)
+    assert Parsed(path).data() == whole
+
+
+def test_a_model_without_forward_is_reported_on_without_predictions(tmp_path):
+    class NoForward(TextClassifier):
+        forward = torch.nn.Module.forward
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self.head(batch["x"]), batch["label"])
+
+    path = report_on_texts(tmp_path, TEXTS)
+    queries = loader(Texts(TEXTS), shuffle=False)
+    report(tmp_path / "run.tda", NoForward(), queries, train=Texts(TEXTS), out=path, progress=False)
+    parsed = Parsed(path)
+    assert "The model's answers are unknown" in " ".join(parsed.texts)
+    assert not any(query["known"] for query in parsed.data()["queries"])
+
+
+def test_queries_without_classes_are_reported_on(tmp_path):
+    class Regression(TextClassifier):
+        def training_step(self, batch, batch_idx):
+            return (self.head(batch["x"])[:, 0] - batch["x"][:, 0]).square().mean()
+
+    class Unlabelled(Texts):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return {"text": item["text"], "x": item["x"]}
+
+    data, model, path = Unlabelled(TEXTS), Regression(), tmp_path / "report.html"
+    quiet_trainer(GradientRecorder(tmp_path / "run.tda", projector=Identity())).fit(
+        model, loader(data)
+    )
+    queries = next(iter(loader(data, shuffle=False)))
+    report(tmp_path / "run.tda", model, queries, train=data, out=path, progress=False)
+    parsed = Parsed(path)
+    assert "the queries have no classes as labels." in " ".join(parsed.texts)
+    assert [query["text"] for query in parsed.data()["queries"]] != []
+    assert all("label" not in query for query in parsed.data()["queries"])
+
+
+@pytest.mark.parametrize("count", [30, 150])
+def test_a_second_peak_is_counted(count):
+    generator = torch.Generator().manual_seed(3)
+    low = torch.randn(1000 - count, generator=generator).exp()
+    high = (5 + 0.4 * torch.randn(count, generator=generator)).exp()
+    assert abs(number_set_apart(torch.cat([low, high])) - count) <= 0.1 * count + 3
+
+
+@pytest.mark.parametrize("seed", range(11))
+def test_in_one_peak_hardly_any_sample_is_set_apart(seed):
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(seed)).exp()
+    assert number_set_apart(values) <= 5
+
+
+def test_query_losses_are_those_of_the_batch():
+    model, data = TextClassifier(), Texts(TEXTS)
+    batch = next(iter(loader(data, batch_size=23, shuffle=False)))
+    losses = query_losses(model, batch)
+    logits = model(batch["x"]).detach()
+    expected = torch.nn.functional.cross_entropy(logits, batch["label"], reduction="none")
+    assert losses == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_equal_values_are_not_set_apart():
+    assert number_set_apart(torch.ones(11)) == 0
+    assert number_set_apart(torch.zeros(11)) == 0
