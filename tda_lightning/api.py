@@ -70,8 +70,7 @@ def attribute(
             has, and warns if they are not those at the end of the recorded training. ``"model"``
             uses them without a warning. The index of a step uses the snapshot taken before that
             step. ``"snapshots"`` uses several: ``TracIn`` pairs each step with the nearest
-            snapshot; other methods take the mean of the query gradients at snapshots in the last
-            two thirds of the run. The model's own weights are restored afterwards.
+            snapshot; other methods take the mean over snapshots in the last two thirds of the run.
         mode: Whether the model is in evaluation or training mode for the queries.
         progress: Show progress bars.
 
@@ -264,12 +263,11 @@ class Question:
         if self.at == "now" or self.at == "model":
             weights = [fingerprint(model) for model in models]
         elif isinstance(self.method, TracInCP):
-            nearest = [[snapshot for snapshot, _ in nearest_parts(store)] for store in stores]
-            weights = [f"the nearest of {describe_snapshots(each)}" for each in nearest]
+            pairs = [[index for index, _ in nearest_parts(store)] for store in stores]
+            weights = [f"the nearest of {describe_snapshots(each)}" for each in pairs]
         else:
             weights = [describe_weights(store, self.at) for store in stores]
-        is_of_models = self.at in ("now", "model")
-        names = ", ".join(weights if is_of_models else dict.fromkeys(weights))
+        names = ", ".join(weights if self.at in ("now", "model") else dict.fromkeys(weights))
         return {"target": name_of(self.target), "weights": names, "mode": self.mode}
 
 

@@ -28,6 +28,7 @@ from tda_lightning.callbacks.lightning_types import (
     distributed_context,
     loss_scale_of,
 )
+from tda_lightning.callbacks.recorded_run import RecordedRun
 from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.run_location import Existing, RunLocation
 from tda_lightning.callbacks.run_writer import RunWriter
@@ -45,7 +46,7 @@ from tda_lightning.stores.id_ranges import ranges_of
 from tda_lightning.stores.recipe import LeftOut, Recipe
 
 
-class GradientRecorder(RecordingCallback):
+class GradientRecorder(RecordedRun, RecordingCallback):
     """Record, per optimizer step, a sketch of each sample's contribution to the gradient.
 
     The training is unchanged: weights are bit-identical with and without the callback. After
@@ -283,16 +284,6 @@ class GradientRecorder(RecordingCallback):
         recorder = {} if self._recorder is None else {"lanes": self._recorder.state()}
         return {**state, **recorder} if (state := self._writer.state()) else {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Read the state of a run, which is continued when training starts."""
-        self._writer.load_states([state_dict])
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Read the states of all runs in the checkpoint; the one in the store is continued."""
-        self._writer.load_states(checkpoint.get("callbacks", {}).values())
-
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -305,15 +296,6 @@ class GradientRecorder(RecordingCallback):
         """Seal the run and remove everything that was installed."""
         super().on_train_end(trainer, pl_module)
         self._writer.finish(trainer)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the fingerprint of the weights, to compare with those of later queries."""
-        if trainer.is_global_zero:
-            self._writer.save_fingerprint(pl_module)
-
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Show other trainings that this one is alive."""
-        self._writer.renew()
 
     def _save(self) -> None:
         self._writer.close()

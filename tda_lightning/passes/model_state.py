@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+# Pairs of fingerprints; a filter of `warnings` would repeat itself after every `catch_warnings`.
+_WARNED: set[tuple[str, str]] = set()
 # Whether a model is in evaluation or training mode during a pass.
 Mode = Literal["eval", "train"]
 
@@ -56,14 +58,17 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def warn_of_other_weights(model: nn.Module, expected: str | None) -> None:
-    """Warn if a model does not have the weights at the end of the recorded training.
+    """Warn once if a model does not have the weights at the end of the recorded training.
 
     Args:
         model: The model that queries are about.
         expected: Fingerprint of the weights after the training; ``None`` if unknown.
     """
     require_model(model)
-    if expected is not None and (actual := fingerprint(model)) != expected:
+    if expected is None or (actual := fingerprint(model)) == expected:
+        return
+    if (actual, expected) not in _WARNED:
+        _WARNED.add((actual, expected))
         warnings.warn(
             f"The weights of `model` ({actual}) are not those at the end of the recorded training "
             f"({expected}); expected the trained model. Load its last checkpoint, or pass "

@@ -8,8 +8,14 @@ import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 
 from tda_lightning import GradientRecorder, HDF5Store, TracIn, attribute
+from tda_lightning.passes import model_state
 from tda_lightning.passes.model_state import fingerprint
 from tda_lightning.stores import MemoryStore
+
+
+@pytest.fixture(autouse=True)
+def nothing_warned_of_yet(monkeypatch):
+    monkeypatch.setattr(model_state, "_WARNED", set())
 
 
 def trained(store):

@@ -11,8 +11,8 @@ import h5py
 from tda_lightning.stores.damage import reading
 from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
 
-# A dataset that is compressed by a user takes more memory than room in the file, but not so much.
-_MAX_COMPRESSION = 64
+# A compressed dataset takes more memory than room in the file, but gzip gains no more than this.
+_MAX_COMPRESSION = 1100
 _MAX_UNSTORED_BYTES = 2**22
 
 

@@ -112,7 +112,7 @@ class HDF5Store(WritableStore):
         Raises:
             FileNotFoundError: If the folder does not exist.
             StoreFileError: If a file is damaged or missing.
-            ValueError: If the path is not a run, or a run of another format.
+            ValueError: If the path is not a run of this format.
         """
         require_choice("missing", missing, Literal["refuse", "skip"])
         store = cls(path)
@@ -285,8 +285,7 @@ class HDF5Store(WritableStore):
 
     def _manifest(self) -> Manifest | None:
         """Return the manifest that lists the snapshots."""
-        run = self.run_id or ""
-        return first_manifest(self.path, run, self._ranks, self._missing)
+        return first_manifest(self.path, self.run_id or "", self._ranks, self._missing)
 
     def _identity(self, number: int) -> SegmentIdentity:
         return SegmentIdentity(self._run, number, self._rank, self._ranks)
