@@ -22,6 +22,7 @@ from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import Mode, fingerprint, warn_of_other_weights
 from tda_lightning.passes.queries import (
     QueryRows,
+    checked_for_zeros,
     identified_rows,
     mean_rows_at,
     rows_at_snapshots,
@@ -256,7 +257,7 @@ class Question:
             rows = mean_rows_at(store, model, self.at, record)
         if self.at == "now":
             warn_of_other_weights(model, store.final_fingerprint)
-        return replace(passes[0], rows=rows.to(next(model.parameters()).device))
+        return checked_for_zeros(replace(passes[0], rows=rows.to(next(model.parameters()).device)))
 
     def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:
         """Return the provenance of the answer: target, weights and mode."""

@@ -26,7 +26,12 @@ from tda_lightning.full_influence.objective import (
 from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity
 from tda_lightning.passes.batches import batches_in_memory, with_progress
-from tda_lightning.passes.queries import QueryRows, identified_rows, mean_rows_at
+from tda_lightning.passes.queries import (
+    QueryRows,
+    checked_for_zeros,
+    identified_rows,
+    mean_rows_at,
+)
 from tda_lightning.passes.targets import Target
 from tda_lightning.passes.training_data import sampled_rows, train_rows
 from tda_lightning.recording.sample_ids import IdSource, require_once
@@ -124,7 +129,7 @@ class FullGradients:
             gradients = gradients_at(-1)
         else:
             gradients = mean_rows_at(self._run, self._model, at, gradients_at)
-        return replace(passes[0], rows=gradients)
+        return checked_for_zeros(replace(passes[0], rows=gradients))
 
     def objective(
         self,

@@ -143,7 +143,6 @@ def identified_rows(
         )
     result = _joined(parts, _sample_ids(ids, sizes))
     _require_finite(result.rows, model)
-    _warn_of_zeros(result)
     return result
 
 
@@ -186,7 +185,8 @@ def _joined(parts: Sequence[BatchQueries], ids: Sequence[Tensor]) -> QueryRows:
     )
 
 
-def _warn_of_zeros(queries: QueryRows) -> None:
+def checked_for_zeros(queries: QueryRows) -> QueryRows:
+    """Warn of queries whose gradient is zero, since they have no proponents; return all."""
     zero = ~queries.rows.any(dim=1)
     if zero.any():
         warnings.warn(
@@ -195,6 +195,7 @@ def _warn_of_zeros(queries: QueryRows) -> None:
             "that depends on the parameters: their labels may be ignored, or the loss flat there.",
             stacklevel=4,
         )
+    return queries
 
 
 def _require_finite(rows: Float[Tensor, "n_query k"], model: nn.Module) -> None:

@@ -165,8 +165,7 @@ class Recipe:
         """Return the columns of a row that belong to the given layers.
 
         Args:
-            layers: Names of blocks, or of the modules that feed them; ``*`` matches any characters,
-                and ``!`` excludes.
+            layers: Names of blocks or of their modules; ``*`` is any characters, ``!`` excludes.
 
         Raises:
             ValueError: If a name matches no layer, or layers share columns.
