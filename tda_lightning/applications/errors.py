@@ -17,7 +17,8 @@ from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.passes.targets import labels_of, outputs_of
 from tda_lightning.recording.sample_ids import root_ids
 from tda_lightning.results.optional import needs
-from tda_lightning.results.scores import Ranking, Scores
+from tda_lightning.results.ranking import Ranking
+from tda_lightning.results.scores import Scores
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tda_lightning.attribution.attributor import provenance_of
 from tda_lightning.results.optional import needs
-from tda_lightning.results.scores import SampleScores
+from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.step import StepFacts
@@ -114,7 +114,7 @@ class LossHistory:
         """Return the ids of the ``k`` samples with the highest mean loss, highest first."""
         means = self.mean()
         values = means.values.nan_to_num(nan=-torch.inf)
-        return SampleScores(values, means.train_ids, means.method).highest(k)
+        return SampleScores(values, means.train_ids, means.method).highest(k).ids
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with one row per visit."""

@@ -23,7 +23,7 @@ from tda_lightning.attribution import Attributor, GradientSimilarity
 from tda_lightning.metrics.checks import require_mask
 from tda_lightning.passes.targets import Target, outputs_of
 from tda_lightning.results.optional import needs
-from tda_lightning.results.scores import SampleScores
+from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:
