@@ -38,7 +38,7 @@ from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
 
 _POWER = 0.75
-_LEAST_SEPARATION = 0.72
+_LEAST_SEPARATION = 0.68
 
 
 def find_mislabeled(
