@@ -38,6 +38,7 @@ class Mislabeled:
         label_scores: Quality of each label from 0 to 1; low is bad, shape ``(n_train,)``.
         witnesses: Suspicion of each sample by each witness; the first decides.
         estimated_number: Estimated number of wrong labels.
+        is_clear: Whether the scores fall into two groups. If not, the number is a guess.
         flagged_number: Number of flagged samples.
         labelled: Given and predicted labels, if a model and a loader were passed.
         notes: What limits the answer, in sentences.
@@ -47,6 +48,7 @@ class Mislabeled:
     label_scores: Float[Tensor, " n_train"]
     witnesses: Mapping[str, Float[Tensor, " n_train"]]
     estimated_number: int
+    is_clear: bool
     flagged_number: int
     labelled: Labelled | None
     notes: tuple[str, ...]
@@ -99,8 +101,10 @@ class Mislabeled:
         worst = [f"{int(i)} ({s:.2g})" for i, s in zip(self.ids[:k], self.scores[:k], strict=True)]
         votes, names = self.agreement()[self.is_flagged()], ", ".join(self.witnesses)
         unanimous = int((votes == len(self.witnesses)).sum())
+        clear = f"about {self.estimated_number:,} of {n:,} labels are wrong ({share:.1%})"
+        unclear = f"no clear group; {self.flagged_number:,} of {n:,} labels are suspicious"
         lines = [
-            f"Mislabeled: about {self.estimated_number:,} of {n:,} labels are wrong ({share:.1%})",
+            f"Mislabeled: {clear if self.is_clear else unclear}",
             f"  worst, with label score: {', '.join(worst) or 'none'}",
             f"  witnesses: {names}; all agree on {unanimous:,} of {self.flagged_number:,} flagged",
         ]

@@ -20,6 +20,7 @@ sample that is left out, and the opposition to trusted queries,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
 
 _POWER = 0.75
-_LEAST_SEPARATION = 0.72
+_LEAST_SEPARATION = 0.68
 
 
 def find_mislabeled(
@@ -96,6 +97,7 @@ def find_mislabeled(
         label_scores=_label_scores(suspicion, history),
         witnesses=witnesses,
         estimated_number=count.number,
+        is_clear=count.separation >= _LEAST_SEPARATION,
         flagged_number=count.number if number is None else min(number, len(suspicion)),
         labelled=labelled,
         notes=tuple(_notes(store, history, count)),
@@ -115,7 +117,7 @@ def _witnesses(
 ) -> dict[str, Float[Tensor, " n_train"]]:
     """Return the suspicion of each sample by each witness; the first decides."""
     witnesses: dict[str, Tensor] = {}
-    has_rows = store.recipe.has_rows
+    has_rows = store.recipe.projector.get("name") != "none"
     if history is not None:
         witnesses["loss"] = history.mean().values.nan_to_num(nan=-torch.inf)
     if has_rows:
@@ -177,6 +179,8 @@ def _estimated_number(suspicion: Float[Tensor, " n_train"], history: LossHistory
     number = separated
     if history is not None and history.loss == "cross-entropy":
         number = min(number, int((history.error().values > 0.5).sum()))
+        if separation < _LEAST_SEPARATION:  # Of two groups there is no sign.
+            number = min(number, int((history.last().values > log(2)).sum()))
     return _Count(number, separated, separation)
 
 
@@ -214,7 +218,7 @@ def _notes(store: Store, history: LossHistory | None, count: _Count) -> list[str
         notes.append(
             f"The scores do not fall into two groups (separation {count.separation:.2f}; with a "
             f"tenth of the labels flipped it was above {_LEAST_SEPARATION}): the flagged samples "
-            "may simply be hard, and the number is a guess."
+            "may simply be hard, or the training too short."
         )
     if count.number < count.separated / 2:
         notes.append(

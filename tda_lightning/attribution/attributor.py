@@ -53,7 +53,7 @@ class Attributor(ABC):
         """
         if len(run) == 0:
             raise ValueError("The run has no steps; expected at least one. Pass a longer slice.")
-        if not run.recipe.has_rows:
+        if run.recipe.projector.get("name") == "none":
             raise ValueError(
                 "The run holds losses and no rows; expected rows to attribute with. Record with "
                 "`GradientRecorder` instead of `LossRecorder`."

@@ -156,11 +156,6 @@ class Recipe:
             }
         )
 
-    @property
-    def has_rows(self) -> bool:
-        """Return whether the run holds rows, and not only losses."""
-        return self.projector.get("name") != "none"
-
     def columns_of(self, layers: Sequence[str]) -> Int[Tensor, " m"]:
         """Return the columns of a row that belong to the given layers.
 

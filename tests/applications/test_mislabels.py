@@ -31,7 +31,7 @@ def test_the_run_alone_finds_and_counts_wrong_labels():
         == found.train_ids[found.label_scores.argsort()[: len(found.ids)]].tolist()
     )
     assert set(found.witnesses) == {"loss", "self_influence", "left_out_loss"}
-    assert "labels are wrong" in repr(found)
+    assert "witnesses: loss, self_influence, left_out_loss" in repr(found)
 
 
 def test_label_scores_are_geometric_means_of_the_labels_probability(suspects):
