@@ -40,11 +40,11 @@ def doubts(evidence: Evidence) -> list[str]:
     reasons = [
         "Scores estimate what retraining without a sample would change. Nothing was retrained for "
         "this page.",
-        "A label that is wrong in many samples in the same way looks normal: the model learned it "
-        "as a rule, and no single sample stands out.",
         "Only the weights of this one training were examined. Another random seed shifts the ranks "
         "of samples that matter little.",
     ]
+    if evidence.suspects is not None:
+        reasons += evidence.suspects.notes
     if len(evidence.answers) < _FEW_QUERIES:
         reasons.append(
             f"There are only {len(evidence.answers)} queries. Errors of other kinds are not on "

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tda_lightning.applications import Mislabeled, find_mislabeled
 from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
@@ -65,6 +66,7 @@ class Evidence:
         other: Scores of another method, for comparison, if there is one.
         agreement: Rank correlation of both methods for each query.
         influence: Self-influence of all training samples.
+        suspects: Samples whose labels are likely wrong, if the loss is a cross-entropy.
         trajectory: Contributions of the strongest samples over time, for the worst queries, in
             their order.
         data_order: Irregularities in the order of the data.
@@ -80,6 +82,7 @@ class Evidence:
     other: Scores | None
     agreement: Float[Tensor, " n_query"] | None
     influence: SampleScores
+    suspects: Mislabeled | None
     trajectory: Trajectory
     data_order: DataOrder
     schedule: Schedule
@@ -129,10 +132,16 @@ def gather(
         other=other,
         agreement=None if other is None else rank_agreement(scores, other),
         influence=TracIn().self_influence(store, progress=progress),
+        suspects=_suspects(store, progress),
         trajectory=_trajectory(store, rows, scores, order, method, progress),
         data_order=data_order(store),
         schedule=_schedule(store, _losses_at_snapshots(store, model, queries)),
     )
+
+
+def _suspects(store: Store, progress: bool) -> Mislabeled | None:
+    has_labels = store.facts[-1].loss == "cross-entropy"
+    return find_mislabeled(store, progress=progress) if has_labels else None
 
 
 def _trajectory(

@@ -128,6 +128,14 @@ def _suspected_labels(evidence: Evidence) -> Finding:
         "wrong label is the commonest reason; a rare but correct sample is another. Check them "
         "from the top of the ranking, and stop after a stretch of correct ones."
     )
+    if count and evidence.suspects is not None and evidence.suspects.flagged_number:
+        suspects = evidence.suspects
+        first = (
+            f"About {suspects.estimated_number:,} of {n_train:,} labels are probably wrong, by "
+            "their losses during the training and their self-influence."
+        )
+        worst = tuple(suspects.ids[:MAX_SHOWN].tolist())
+        return Finding("Suspicious labels", (first, meaning), "attention", worst)
     if count:
         first = (
             f"{count:,} of {n_train:,} training samples stand apart from the rest: their own "

@@ -25,7 +25,7 @@ def log_figure(logger: Any, name: str, figure: Figure, *, step: int | None = Non
     Raises:
         ValueError: If the logger takes no figures.
     """
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_figure"):
         experiment.add_figure(name, figure, global_step=step)
     elif hasattr(logger, "log_image"):
@@ -42,6 +42,6 @@ def _pixels(figure: Figure) -> Any:
     with needs("plots"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())
