@@ -97,5 +97,5 @@ def _labels(result: Mislabeled) -> dict[int, dict[str, int]]:
     }
 
 
-def _cell(value: float) -> str:
+def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
