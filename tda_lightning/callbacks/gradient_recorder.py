@@ -42,6 +42,7 @@ from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import LeftOut, Recipe, ranges_of
+from tda_lightning.stores.step import Step
 
 
 class GradientRecorder(RecordingCallback):
@@ -131,6 +132,7 @@ class GradientRecorder(RecordingCallback):
         self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._writer)
         self._first_batch = FirstBatch()
         self._recipe: Recipe | None = None  # Only during training.
+        self._row_recorders: list[RowRecorder] = []  # Only during training.
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that everything can be recorded, begin the run and attach the hooks."""
@@ -170,11 +172,16 @@ class GradientRecorder(RecordingCallback):
         selection = replace(selection, left_out=(*selection.left_out, *lost))
         projector = self.projector.chosen_for(selection.blocks)
         is_preconditioned = any(map(has_preconditioner, trainer.optimizers))
+        self._row_recorders = []
 
         def rows(part: ParameterSelection) -> RowRecorder:
             dtype = row_dtype(model)
             names = [entry.name for entry in lost]
-            return RowRecorder(model, part, self.batch_dims, projector, dtype, self._sampled, names)
+            recorder = RowRecorder(
+                model, part, self.batch_dims, projector, dtype, self._sampled, names
+            )
+            self._row_recorders.append(recorder)
+            return recorder
 
         settings = RecordingSettings(
             optimization="automatic" if model.automatic_optimization else "manual",
@@ -186,9 +193,15 @@ class GradientRecorder(RecordingCallback):
             warn=rank_zero_warn,
             leave_out=self._leave_out,
         )
-        return TrainingRecorder(
-            trainer.optimizers, selection, projector, settings, self._writer.append
-        )
+        return TrainingRecorder(trainer.optimizers, selection, projector, settings, self._append)
+
+    def _append(self, step: Step) -> None:
+        """Write a step; before the first, complete the recipe."""
+        if not len(self.store) and not self._writer.has_failed:
+            names = {name for recorder in self._row_recorders for name in recorder.normalized}
+            if names:
+                self._writer.amend(replace(self.store.recipe, normalized=tuple(sorted(names))))
+        self._writer.append(step)
 
     def _leave_out(self, entries: Sequence[LeftOut]) -> None:
         """Name parameters that turned out not to be recordable, here and in the recipe."""

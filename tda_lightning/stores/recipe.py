@@ -93,6 +93,8 @@ class Recipe:
         train_ids: Half-open ranges of the ids in the training set, or ``None`` if unknown.
         widths: Number of columns of each block in a row, in order, or ``None`` if blocks share
             columns.
+        normalized: Names of parameters in front of batch norms that used the statistics of the
+            batch. In queries, the running statistics follow them.
         model: Class name of the model.
         versions: Versions of the recording software.
     """
@@ -113,6 +115,7 @@ class Recipe:
     versions: Mapping[str, str] = field(default_factory=dict)
     widths: tuple[int, ...] | None = None
     is_training: bool = True
+    normalized: tuple[str, ...] = ()
 
     @property
     def block_names(self) -> frozenset[str]:
@@ -154,6 +157,7 @@ class Recipe:
                 "left_out": tuple(LeftOut(**entry) for entry in data["left_out"]),
                 "train_ids": None if ranges is None else tuple((a, b) for a, b in ranges),
                 "widths": None if widths is None else tuple(widths),
+                "normalized": tuple(data.get("normalized", ())),
             }
         )
 
@@ -206,8 +210,8 @@ class Recipe:
             ValueError: If another setting differs; the message names it.
         """
         ours, theirs = self.to_dict(), other.to_dict()
-        # Widths follow from the projector and the blocks.
-        compared = [name for name in ours if name not in ("versions", "widths")]
+        # Widths follow from the projector and the blocks; norms are found in the first step.
+        compared = [name for name in ours if name not in ("versions", "widths", "normalized")]
         changed = [name for name in compared if ours[name] != theirs[name]]
         if changed:
             shown = "; ".join(

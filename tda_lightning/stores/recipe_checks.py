@@ -96,9 +96,10 @@ _CHECKS: Mapping[str, tuple[Check, str]] = {
     "model": (_is_text, "a name"),
     "versions": (_maps_texts_to(_is_text), "version numbers by name"),
     "widths": (_are_widths, "a list of whole numbers, or null"),
+    "normalized": (_are_texts, "a list of names"),
     "is_training": (lambda value: isinstance(value, bool), "true or false"),
 }
-_OPTIONAL = {"widths", "is_training"}  # Runs of older versions lack them.
+_OPTIONAL = {"widths", "is_training", "normalized"}  # Runs of older versions lack them.
 
 
 def require_recipe(data: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lds_retraining import Weights, initial_weights, retrain, stacked
+from lds_retraining import Weights, initial_weights, retrain, stacked, state_of
 from lds_tasks import Learner, Task, train
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -56,9 +56,8 @@ class Run:
 
     @property
     def final(self) -> Weights:
-        """The weights that training ended with."""
-        network = self.learner.network
-        return {name: value.detach() for name, value in network.named_parameters()}
+        """The weights and buffers that training ended with."""
+        return state_of(self.learner.network)
 
     @property
     def has_one_label(self) -> bool:
@@ -121,8 +120,9 @@ class Run:
 
 
 def distance(first: Weights, second: Weights) -> float:
-    """Return the Euclidean distance between all parameters."""
-    squares = [(first[name] - second[name]).square().sum() for name in first]
+    """Return the Euclidean distance between all parameters and floating-point buffers."""
+    names = [name for name, value in first.items() if value.is_floating_point()]
+    squares = [(first[name] - second[name]).square().sum() for name in names]
     return float(torch.stack(squares).sum().sqrt())
 
 

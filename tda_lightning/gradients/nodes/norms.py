@@ -76,7 +76,7 @@ def _batch_norm(call: NodeCall) -> Contribution:
     x, grad = call.saved("input"), call.grad
     if call.position == 1:
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        mean, scale = (values.reshape(shape) for values in _statistics(call))
+        mean, scale = (values.reshape(shape) for values in batch_norm_statistics(call)[:2])
         grad = _times((x - mean).mul_(scale), grad)
     if call.layout.axis == 0:
         return _per_channel(call, grad)
@@ -89,10 +89,16 @@ def _batch_norm(call: NodeCall) -> Contribution:
     )
 
 
-def _statistics(call: NodeCall) -> tuple[Tensor, Tensor]:
-    """Return the mean and the inverse deviation that the forward pass used."""
+def batch_norm_statistics(call: NodeCall) -> tuple[Tensor, Tensor, bool]:
+    """Return the mean and the inverse deviation in use, and whether they are the batch's."""
     is_training = not hasattr(call.node, "_saved_training") or call.saved("training")
     if is_training:
-        return call.saved("result1"), call.saved("result2")
-    eps = call.saved("eps" if hasattr(call.node, "_saved_eps") else "epsilon")
-    return call.saved("running_mean"), (call.saved("running_var") + eps).rsqrt()
+        return call.saved("result1"), call.saved("result2"), True
+    variance = call.saved("running_var") + batch_norm_eps(call)
+    return call.saved("running_mean"), variance.rsqrt(), False
+
+
+def batch_norm_eps(call: NodeCall) -> float:
+    """Return what a batch norm adds to the variance."""
+    eps: float = call.saved("eps" if hasattr(call.node, "_saved_eps") else "epsilon")
+    return eps
