@@ -132,7 +132,6 @@ class GradientRecorder(RecordingCallback):
         self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._writer)
         self._first_batch = FirstBatch()
         self._recipe: Recipe | None = None  # Only during training.
-        self._row_recorders: list[RowRecorder] = []  # Only during training.
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that everything can be recorded, begin the run and attach the hooks."""
@@ -172,7 +171,7 @@ class GradientRecorder(RecordingCallback):
         selection = replace(selection, left_out=(*selection.left_out, *lost))
         projector = self.projector.chosen_for(selection.blocks)
         is_preconditioned = any(map(has_preconditioner, trainer.optimizers))
-        self._row_recorders = []
+        row_recorders: list[RowRecorder] = []
 
         def rows(part: ParameterSelection) -> RowRecorder:
             dtype = row_dtype(model)
@@ -180,8 +179,12 @@ class GradientRecorder(RecordingCallback):
             recorder = RowRecorder(
                 model, part, self.batch_dims, projector, dtype, self._sampled, names
             )
-            self._row_recorders.append(recorder)
+            row_recorders.append(recorder)
             return recorder
+
+        def append(step: Step) -> None:
+            self._complete_recipe(row_recorders)
+            self._writer.append(step)
 
         settings = RecordingSettings(
             optimization="automatic" if model.automatic_optimization else "manual",
@@ -193,15 +196,15 @@ class GradientRecorder(RecordingCallback):
             warn=rank_zero_warn,
             leave_out=self._leave_out,
         )
-        return TrainingRecorder(trainer.optimizers, selection, projector, settings, self._append)
+        return TrainingRecorder(trainer.optimizers, selection, projector, settings, append)
 
-    def _append(self, step: Step) -> None:
-        """Write a step; before the first, complete the recipe."""
-        if not len(self.store) and not self._writer.has_failed:
-            names = {name for recorder in self._row_recorders for name in recorder.normalized}
-            if names:
-                self._writer.amend(replace(self.store.recipe, normalized=tuple(sorted(names))))
-        self._writer.append(step)
+    def _complete_recipe(self, row_recorders: Sequence[RowRecorder]) -> None:
+        """Before the first step is written, note which parameters a batch norm follows."""
+        if len(self.store) or self._writer.has_failed:
+            return
+        names = sorted({name for recorder in row_recorders for name in recorder.normalized})
+        if names:
+            self._writer.amend(replace(self.store.recipe, normalized=tuple(names)))
 
     def _leave_out(self, entries: Sequence[LeftOut]) -> None:
         """Name parameters that turned out not to be recordable, here and in the recipe."""

@@ -17,13 +17,14 @@ scale has no effect.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.gradients.factors.gradient_factors import Correction, Operand, projected
+from tda_lightning.gradients.factors.gradient_factors import NOTHING, Correction, Operand, projected
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,23 @@ class BatchStatistics(Correction):
 
     Attributes:
         inputs: Inputs of the layer, of all samples of the batch, ``(m, s, columns)``.
-        normalized: Its outputs after standardization, ``(m, s, rows)``.
+        outputs: Its outputs, before standardization, ``(m, s, rows)``.
         units: Ones where an output exists and zeros elsewhere, of the same shape; ``None`` if
             outputs exist everywhere.
         count: Number of outputs per channel.
+        mean: Mean of the outputs of each channel, shape ``(rows,)``.
+        scale: Inverse of their deviation, shape ``(rows,)``.
         shifts: Sum of each sample's output gradients, ``(n, rows)``.
-        scales: The same of their products with ``normalized``, ``(n, rows)``.
+        scales: The same of their products with the standardized outputs, ``(n, rows)``.
         is_transposed: Whether the channels are the columns of the gradients, not the rows.
     """
 
     inputs: Operand
-    normalized: Operand
+    outputs: Operand
     units: Operand | None
     count: int
+    mean: Float[Tensor, " rows"]
+    scale: Float[Tensor, " rows"]
     shifts: Float[Tensor, "n rows"]
     scales: Float[Tensor, "n rows"]
     is_transposed: bool = False
@@ -54,11 +59,12 @@ class BatchStatistics(Correction):
         left: Float[Tensor, "rows a"] | None,
         right: Float[Tensor, "columns b"] | None,
         dtype: torch.dtype,
+        known: Mapping[int, Tensor] = NOTHING,
     ) -> Float[Tensor, "n a b"]:
-        """Return ``left.mT @ matrix @ right`` of each sample; ``None`` is the identity."""
+        """Return ``left.mT @ matrix @ right`` of each sample, as :class:`Correction` describes."""
         if self.is_transposed:
-            return self._project(right, left, dtype).mT
-        return self._project(left, right, dtype)
+            return self._project(right, left, dtype, known).mT
+        return self._project(left, right, dtype, known)
 
     def select(self, samples: Int[Tensor, " m"]) -> BatchStatistics:
         """Return the matrices of some of the samples; the statistics stay those of the batch."""
@@ -69,22 +75,31 @@ class BatchStatistics(Correction):
         return replace(self, is_transposed=not self.is_transposed)
 
     def _project(
-        self, left: Tensor | None, right: Tensor | None, dtype: torch.dtype
+        self,
+        left: Tensor | None,
+        right: Tensor | None,
+        dtype: torch.dtype,
+        known: Mapping[int, Tensor],
     ) -> Float[Tensor, "n a b"]:
-        inputs = projected(self.inputs, right, dtype).flatten(0, 1)  # (m * s, b)
-        covariances = self._mean_product(self.normalized, inputs)
+        inputs = known.get(id(self.inputs))  # (m, s, b)
+        if inputs is None:
+            inputs = projected(self.inputs, right, dtype)
+        products = self._mean_product(self.outputs, inputs)
         if self.units is None:
-            means = inputs.mean(dim=0).expand_as(covariances)
+            means = inputs.mean(dim=(0, 1)).expand_as(products)
         else:
             means = self._mean_product(self.units, inputs)
-        shifts, scales = self.shifts.to(inputs), self.scales.to(inputs)
+        mean, scale, shifts, scales = (
+            values.to(inputs) for values in (self.mean, self.scale, self.shifts, self.scales)
+        )
+        # The mean of standardized outputs times inputs, without standardizing every output.
+        covariances = scale[:, None] * (products - mean[:, None] * means)
         if left is None:
             return shifts[:, :, None] * means + scales[:, :, None] * covariances
         weights = torch.cat([shifts, scales], dim=1)[:, :, None] * torch.cat([left, left])
         return weights.mT @ torch.cat([means, covariances])
 
     def _mean_product(
-        self, channels: Operand, inputs: Float[Tensor, "ms b"]
+        self, channels: Operand, inputs: Float[Tensor, "m s b"]
     ) -> Float[Tensor, "rows b"]:
-        values = channels.dense(inputs.dtype).flatten(0, 1)
-        return values.mT @ inputs / self.count
+        return (channels.dense(inputs.dtype).mT @ inputs).sum(dim=0) / self.count

@@ -6,12 +6,16 @@ An operand is one side of the product. It is multiplied by matrices without bein
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+NOTHING: Mapping[int, Tensor] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -59,7 +63,8 @@ class GradientFactors:
         products = outer(grads[:, 0], inputs[:, 0]) if is_rank_one else grads.mT @ inputs
         if self.correction is None:
             return products
-        return products - self.correction.project(left, right, dtype)
+        known = {id(self.inputs): inputs, id(self.grad_outputs): grads}
+        return products.sub_(self.correction.project(left, right, dtype, known))
 
     def select(self, samples: Int[Tensor, " m"]) -> GradientFactors:
         """Return the factors of some of the samples."""
@@ -83,8 +88,16 @@ class Correction(ABC):
         left: Float[Tensor, "rows a"] | None,
         right: Float[Tensor, "columns b"] | None,
         dtype: torch.dtype,
+        known: Mapping[int, Tensor] = NOTHING,
     ) -> Float[Tensor, "n a b"]:
-        """Return ``left.mT @ matrix @ right`` of each sample; ``None`` is the identity."""
+        """Return ``left.mT @ matrix @ right`` of each sample.
+
+        Args:
+            left: The identity if ``None``.
+            right: The same.
+            dtype: Number format of the result.
+            known: Operands that are projected already, by their ``id``.
+        """
 
     @abstractmethod
     def select(self, samples: Int[Tensor, " m"]) -> Correction:

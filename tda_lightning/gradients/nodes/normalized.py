@@ -15,7 +15,11 @@ from tda_lightning.gradients.factors import (
     Operand,
     Regrouped,
 )
-from tda_lightning.gradients.nodes.norms import batch_norm_eps, batch_norm_statistics
+from tda_lightning.gradients.nodes.norms import (
+    batch_norm_eps,
+    batch_norm_statistics,
+    sum_per_channel,
+)
 from tda_lightning.gradients.nodes.rule import Contribution, NodeCall, rule_for
 
 # Fewer outputs per channel than this have no statistics to speak of: one query through a linear
@@ -36,14 +40,18 @@ class NormBackward:
 
     Attributes:
         grad: Gradient of the loss with respect to the inputs, at fixed statistics.
-        normalized: The inputs, standardized by the statistics of this batch.
+        x: The inputs.
+        mean: Mean of the inputs over this batch, per channel.
+        scale: Inverse of their deviation.
         shifts: Sum of each sample's ``grad``, ``(n, channels)``.
         scales: Sum of its products with the standardized inputs, ``(n, channels)``.
         by_batch: Whether the norm used the statistics of this batch.
     """
 
     grad: Tensor
-    normalized: Tensor
+    x: Tensor
+    mean: Float[Tensor, " channels"]
+    scale: Float[Tensor, " channels"]
     shifts: Float[Tensor, "n channels"]
     scales: Float[Tensor, "n channels"]
     by_batch: bool
@@ -51,41 +59,25 @@ class NormBackward:
     @classmethod
     def of(cls, call: NodeCall) -> NormBackward | None:
         """Read a batch norm's node; ``None`` if it does not normalize over the samples."""
-        x, grad = call.saved("input"), call.grad
+        x = call.saved("input")
         mean, scale, by_batch = batch_norm_statistics(call)
         too_few = not by_batch and x.numel() < _MIN_OUTPUTS * x.shape[1]
         if call.layout.axis != 0 or too_few:
             return None
         wide = torch.promote_types(x.dtype, torch.float32)
-        x, grad = x.to(wide), grad.to(wide)
-        weight = call.saved("weight")
+        x, weight = x.to(wide), call.saved("weight")
         factor = scale if weight is None else scale * weight
-        wide_call = replace(call, grads=(grad,))
-        rule = rule_for(call.node)
-        scales, shifts = (
-            rule.contribution(replace(wide_call, position=position)) for position in (1, 2)
-        )
-        assert isinstance(scales, Tensor)
-        assert isinstance(shifts, Tensor)
+        grad = call.grad.to(wide) * factor.reshape(1, -1, *[1] * (x.ndim - 2))
+        shifts = sum_per_channel(call, grad)
+        scales = scale * (sum_per_channel(call, grad * x) - mean * shifts)
         if not by_batch:
             mean, scale = _own_statistics(x, batch_norm_eps(call))
-        return cls(
-            grad * _per_channel(factor, x),
-            (x - _per_channel(mean, x)) * _per_channel(scale, x),
-            shifts * factor,
-            scales * factor,
-            by_batch,
-        )
+        return cls(grad, x, mean, scale, shifts, scales, by_batch)
 
 
 def _own_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    axes = [0, *range(2, x.ndim)]
-    variance, mean = torch.var_mean(x, dim=axes, correction=0)
+    variance, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0)
     return mean, (variance + eps).rsqrt()
-
-
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(1, -1, *[1] * (like.ndim - 2))
 
 
 def has_statistics(call: NodeCall) -> bool:
@@ -104,19 +96,27 @@ def contribution_in_front_of(norm: NormBackward, call: NodeCall) -> Contribution
         call: The node of the weight, for which :func:`has_statistics`.
     """
     rule, shape = rule_for(call.node).contribution, call.grad.shape
-    factors, of_normalized = (
-        rule(replace(call, grads=(values.reshape(shape),)))
-        for values in (norm.grad, norm.normalized)
+    factors, of_x = (
+        rule(replace(call, grads=(values.reshape(shape),))) for values in (norm.grad, norm.x)
     )
-    if not isinstance(factors, GradientFactors) or not isinstance(of_normalized, GradientFactors):
+    if not isinstance(factors, GradientFactors) or not isinstance(of_x, GradientFactors):
         return rule(call)
     is_transposed = _WEIGHTS[type(call.node).__name__][1]
-    inputs, normalized = of_normalized.inputs, of_normalized.grad_outputs
     if is_transposed:
-        inputs, normalized = normalized, inputs
-    count = norm.normalized.numel() // norm.normalized.shape[1]
+        inputs, outputs = factors.grad_outputs, of_x.inputs
+    else:
+        inputs, outputs = factors.inputs, of_x.grad_outputs
+    count = norm.x.numel() // norm.x.shape[1]
     statistics = BatchStatistics(
-        inputs, normalized, _units(normalized), count, norm.shifts, norm.scales, is_transposed
+        inputs,
+        outputs,
+        _units(outputs),
+        count,
+        norm.mean,
+        norm.scale,
+        norm.shifts,
+        norm.scales,
+        is_transposed,
     )
     return replace(factors, correction=statistics)
 
