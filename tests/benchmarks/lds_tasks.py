@@ -251,7 +251,7 @@ ALL = (
         "digits CNN with batch norm, SGD",
         partial(digits, 1, 8, 8),
         normalized,
-        partial(SGD, lr=0.1),
+        partial(SGD, lr=0.05),
         is_cosine=False,
         batch_size=50,
         epochs=10,
