@@ -35,6 +35,7 @@ from tda_lightning.gradients.losses import Reduction
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
+from tda_lightning.recording.audits import lost_blocks
 from tda_lightning.recording.optimizer_layers import select_trained_layers
 from tda_lightning.recording.optimizer_recorder import RecordingSettings
 from tda_lightning.recording.preconditioning import has_preconditioner
@@ -172,19 +173,15 @@ class GradientRecorder(RecordingCallback):
         projector = self.projector.chosen_for(selection.blocks)
         is_preconditioned = any(map(has_preconditioner, trainer.optimizers))
         row_recorders: list[RowRecorder] = []
+        names = [entry.name for entry in lost]
+        arguments = (self.batch_dims, projector, row_dtype(model), self._sampled, names)
 
         def rows(part: ParameterSelection) -> RowRecorder:
-            dtype = row_dtype(model)
-            names = [entry.name for entry in lost]
-            recorder = RowRecorder(
-                model, part, self.batch_dims, projector, dtype, self._sampled, names
-            )
-            row_recorders.append(recorder)
-            return recorder
+            row_recorders.append(RowRecorder(model, part, *arguments))
+            return row_recorders[-1]
 
         def append(step: Step) -> None:
-            self._complete_recipe(row_recorders)
-            self._writer.append(step)
+            self._writer.append(step, {name for each in row_recorders for name in each.normalized})
 
         settings = RecordingSettings(
             optimization="automatic" if model.automatic_optimization else "manual",
@@ -197,14 +194,6 @@ class GradientRecorder(RecordingCallback):
             leave_out=self._leave_out,
         )
         return TrainingRecorder(trainer.optimizers, selection, projector, settings, append)
-
-    def _complete_recipe(self, row_recorders: Sequence[RowRecorder]) -> None:
-        """Before the first step is written, note which parameters a batch norm follows."""
-        if len(self.store) or self._writer.has_failed:
-            return
-        names = sorted({name for recorder in row_recorders for name in recorder.normalized})
-        if names:
-            self._writer.amend(replace(self.store.recipe, normalized=tuple(names)))
 
     def _leave_out(self, entries: Sequence[LeftOut]) -> None:
         """Name parameters that turned out not to be recordable, here and in the recipe."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -96,9 +97,17 @@ class RunWriter:
         """Replace the recipe of a run that holds no steps yet."""
         self._try(lambda: self._store.amend(recipe))
 
-    def append(self, step: Step) -> None:
-        """Write a step."""
+    def append(self, step: Step, normalized: Collection[str] = ()) -> None:
+        """Write a step.
+
+        Args:
+            step: The step.
+            normalized: Names of the parameters that a batch norm was found to follow. The first
+                step completes the recipe with them.
+        """
         self._warn_of_non_finite(step)
+        if normalized and not self._count and not self.has_failed:
+            self.amend(replace(self._store.recipe, normalized=tuple(sorted(normalized))))
         if self._try(lambda: self._store.append(step)):
             self._count += 1
 
