@@ -35,7 +35,6 @@ from tda_lightning.gradients.losses import Reduction
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
-from tda_lightning.recording.audits import lost_blocks
 from tda_lightning.recording.optimizer_layers import select_trained_layers
 from tda_lightning.recording.optimizer_recorder import RecordingSettings
 from tda_lightning.recording.preconditioning import has_preconditioner
@@ -43,7 +42,6 @@ from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import LeftOut, Recipe, ranges_of
-from tda_lightning.stores.step import Step
 
 
 class GradientRecorder(RecordingCallback):
@@ -172,16 +170,11 @@ class GradientRecorder(RecordingCallback):
         selection = replace(selection, left_out=(*selection.left_out, *lost))
         projector = self.projector.chosen_for(selection.blocks)
         is_preconditioned = any(map(has_preconditioner, trainer.optimizers))
-        row_recorders: list[RowRecorder] = []
-        names = [entry.name for entry in lost]
-        arguments = (self.batch_dims, projector, row_dtype(model), self._sampled, names)
 
         def rows(part: ParameterSelection) -> RowRecorder:
-            row_recorders.append(RowRecorder(model, part, *arguments))
-            return row_recorders[-1]
-
-        def append(step: Step) -> None:
-            self._writer.append(step, {name for each in row_recorders for name in each.normalized})
+            dtype, names = row_dtype(model), [entry.name for entry in lost]
+            rows = RowRecorder(model, part, self.batch_dims, projector, dtype, self._sampled, names)
+            return self._writer.watched(rows)
 
         settings = RecordingSettings(
             optimization="automatic" if model.automatic_optimization else "manual",
@@ -193,7 +186,9 @@ class GradientRecorder(RecordingCallback):
             warn=rank_zero_warn,
             leave_out=self._leave_out,
         )
-        return TrainingRecorder(trainer.optimizers, selection, projector, settings, append)
+        return TrainingRecorder(
+            trainer.optimizers, selection, projector, settings, self._writer.append
+        )
 
     def _leave_out(self, entries: Sequence[LeftOut]) -> None:
         """Name parameters that turned out not to be recordable, here and in the recipe."""

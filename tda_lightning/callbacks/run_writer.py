@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner, Step
@@ -36,6 +37,7 @@ class RunWriter:
         self._existing = existing
         self._run_id: str | None = None
         self._count = 0
+        self._normalized: list[set[str]] = []  # Until the first step.
         self._checkpoint: dict[str, Any] = {}
         self._has_warned_of_non_finite = False
         self.has_failed = False
@@ -97,17 +99,18 @@ class RunWriter:
         """Replace the recipe of a run that holds no steps yet."""
         self._try(lambda: self._store.amend(recipe))
 
-    def append(self, step: Step, normalized: Collection[str] = ()) -> None:
-        """Write a step.
+    def watched(self, rows: RowRecorder) -> RowRecorder:
+        """Note the names of the parameters that batch norms will be found to follow."""
+        self._normalized.append(rows.normalized)
+        return rows
 
-        Args:
-            step: The step.
-            normalized: Names of the parameters that a batch norm was found to follow. The first
-                step completes the recipe with them.
-        """
+    def append(self, step: Step) -> None:
+        """Write a step. The first one completes the recipe with what its batches have shown."""
         self._warn_of_non_finite(step)
-        if normalized and not self._count and not self.has_failed:
-            self.amend(replace(self._store.recipe, normalized=tuple(sorted(normalized))))
+        names = sorted(set().union(*self._normalized))
+        if names and not self._count and not self.has_failed:
+            self.amend(replace(self._store.recipe, normalized=tuple(names)))
+        self._normalized = []
         if self._try(lambda: self._store.append(step)):
             self._count += 1
 

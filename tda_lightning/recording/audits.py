@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection
-from tda_lightning.stores.recipe import Block, LeftOut, Recipe
+from tda_lightning.stores.recipe import Block, LeftOut
 from tda_lightning.stores.step import Audit
 
 
@@ -164,11 +164,6 @@ def lost_parameters(
             f"accept what is left with `layers={[f'!{entry.name}' for entry in entries]}`."
         )
     return entries
-
-
-def lost_blocks(recipe: Recipe) -> list[LeftOut]:
-    """Return the entries of a recipe for blocks that turned out not to be recordable."""
-    return [entry for entry in recipe.left_out if entry.name in recipe.block_names]
 
 
 def negligible_blocks(parameters: Sequence[Sequence[Parameter]]) -> set[int]:

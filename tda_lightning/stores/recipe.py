@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.arguments import is_selected, unmatched
+from tda_lightning.stores.recipe_checks import block_differences
 
 SampleAxis = int | Literal["flattened"]
 
@@ -252,7 +253,7 @@ class Recipe:
         Raises:
             ValueError: If a block is missing, new, or of another shape.
         """
-        differences = _differences(self.blocks, blocks)
+        differences = block_differences(self.blocks, blocks)
         if differences:
             raise ValueError(
                 f"`model` does not have the layers of the run, which recorded `{self.model}`: "
@@ -265,23 +266,6 @@ class Recipe:
 def _shorten(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def _differences(recorded: Sequence[Block], blocks: Sequence[Block]) -> list[str]:
-    ours = {block.name: block for block in recorded}
-    theirs = {block.name: block for block in blocks}
-    missing = [f"`{name}` is missing" for name in ours if name not in theirs]
-    added = [f"`{name}` is new" for name in theirs if name not in ours]
-    changed = [
-        f"`{name}` was recorded as {_shape(ours[name])} and is now {_shape(theirs[name])}"
-        for name in ours
-        if name in theirs and ours[name] != theirs[name]
-    ]
-    return missing + added + changed
-
-
-def _shape(block: Block) -> str:
-    return f"{block.layer} of {block.rows} x {block.columns}"
 
 
 def ranges_of(ids: Int[np.ndarray, " n"]) -> tuple[tuple[int, int], ...]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tda_lightning.stores.recipe import Block
 
 Check = Callable[[Any], bool]
 
@@ -142,3 +145,21 @@ def _require_columns(data: Mapping[str, Any]) -> None:
 def _in_short(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def block_differences(recorded: Sequence[Block], blocks: Sequence[Block]) -> list[str]:
+    """Return in what the blocks of a model differ from the recorded ones."""
+    ours = {block.name: block for block in recorded}
+    theirs = {block.name: block for block in blocks}
+    missing = [f"`{name}` is missing" for name in ours if name not in theirs]
+    added = [f"`{name}` is new" for name in theirs if name not in ours]
+    changed = [
+        f"`{name}` was recorded as {_shape(ours[name])} and is now {_shape(theirs[name])}"
+        for name in ours
+        if name in theirs and ours[name] != theirs[name]
+    ]
+    return missing + added + changed
+
+
+def _shape(block: Block) -> str:
+    return f"{block.layer} of {block.rows} x {block.columns}"
