@@ -261,14 +261,14 @@ class Question:
 
     def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:
         """Return the provenance of the answer: target, weights and mode."""
-        if self.at == "now" or self.at == "model":
+        if is_of_models := self.at in ("now", "model"):
             weights = [fingerprint(model) for model in models]
         elif isinstance(self.method, TracInCP):
             pairs = [[index for index, _ in nearest_parts(store)] for store in stores]
             weights = [f"the nearest of {describe_snapshots(each)}" for each in pairs]
         else:
             weights = [describe_weights(store, self.at) for store in stores]
-        names = ", ".join(weights if self.at in ("now", "model") else dict.fromkeys(weights))
+        names = ", ".join(weights if is_of_models else dict.fromkeys(weights))
         return {"target": name_of(self.target), "weights": names, "mode": self.mode}
 
 
@@ -295,8 +295,6 @@ def _pairs(run: Any, model: Any) -> tuple[list[Store], list[nn.Module]]:
     runs = list(run) if isinstance(run, list | tuple) else [run]
     models = list(model) if isinstance(model, list | tuple) else [model]
     if len(runs) != len(models) or not runs:
-        raise ValueError(
-            f"There are {len(runs)} runs and {len(models)} models; expected one model for each "
-            "run. Pass two lists of the same length, or one of each."
-        )
+        counts = f"There are {len(runs)} runs and {len(models)} models; expected one model for each"
+        raise ValueError(f"{counts} run. Pass two lists of the same length, or one of each.")
     return [open_run(each) for each in runs], models

@@ -174,9 +174,9 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         is_preconditioned = any(map(has_preconditioner, trainer.optimizers))
 
         def rows(part: ParameterSelection) -> RowRecorder:
-            dtype = row_dtype(model)
-            names = [entry.name for entry in lost]
-            return RowRecorder(model, part, self.batch_dims, projector, dtype, self._sampled, names)
+            dtype, names = row_dtype(model), [entry.name for entry in lost]
+            rows = RowRecorder(model, part, self.batch_dims, projector, dtype, self._sampled, names)
+            return self._writer.watched(rows)
 
         settings = RecordingSettings(
             optimization="automatic" if model.automatic_optimization else "manual",
@@ -188,9 +188,8 @@ class GradientRecorder(RecordedRun, RecordingCallback):
             warn=rank_zero_warn,
             leave_out=self._leave_out,
         )
-        return TrainingRecorder(
-            trainer.optimizers, selection, projector, settings, self._writer.append
-        )
+        keep = self._writer.append
+        return TrainingRecorder(trainer.optimizers, selection, projector, settings, keep)
 
     def _leave_out(self, entries: Sequence[LeftOut]) -> None:
         """Name parameters that turned out not to be recordable, here and in the recipe."""

@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.model_state import fingerprint
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
@@ -38,6 +40,7 @@ class RunWriter:
         self._stored: str | None = None  # Id of the run in the store before training.
         self._count = 0
         self._states: list[Mapping[str, Any]] = []  # of the runs that a checkpoint refers to
+        self._normalized: list[set[str]] = []  # Until the first step.
         self._has_warned_of_non_finite = False
         self.has_failed = False
 
@@ -108,9 +111,18 @@ class RunWriter:
         """Replace the recipe of a run that holds no steps yet."""
         self._try(lambda: self._store.amend(recipe))
 
+    def watched(self, rows: RowRecorder) -> RowRecorder:
+        """Note the names of the parameters that batch norms will be found to follow."""
+        self._normalized.append(rows.normalized)
+        return rows
+
     def append(self, step: Step) -> None:
-        """Write a step."""
+        """Write a step. The first one completes the recipe with what its batches have shown."""
         self._warn_of_non_finite(step)
+        names = sorted(set().union(*self._normalized))
+        if names and not self._count and not self.has_failed:
+            self.amend(replace(self._store.recipe, normalized=tuple(names)))
+        self._normalized = []
         if self._try(lambda: self._store.append(step)):
             self._count += 1
 

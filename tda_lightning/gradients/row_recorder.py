@@ -45,6 +45,7 @@ class RowRecorder:
         dtype: Number format of the rows.
         sampled: Share of each batch for which rows from sampled labels are recorded too.
         lost: Names of blocks whose rows are zero, since they cannot be told apart.
+        followed: Names of parameters in front of batch norms whose running statistics follow them.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RowRecorder:
         dtype: torch.dtype,
         sampled: float = 0.0,
         lost: Collection[str] = (),
+        followed: Collection[str] = (),
     ) -> None:
         device = next(model.parameters()).device
         self._model = model
@@ -64,7 +66,7 @@ class RowRecorder:
         self._selection = selection
         self._places = places(selection)
         self._sketcher: Sketcher = projector.bind(selection.blocks, device, dtype)
-        self._capture = Capture(model, named_parameters(selection, lost), batch_dims)
+        self._capture = Capture(model, named_parameters(selection, lost), batch_dims, followed)
         self._is_compiled = is_compiled(model)
         self._eager = ExitStack()
         self._summary: LossSummary | None = None
@@ -94,6 +96,11 @@ class RowRecorder:
     def lost(self) -> dict[int, str]:
         """Why the rows of a block cannot be recorded, by the block's number."""
         return {self._places[p].block: reason for p, reason in self._capture.lost.items()}
+
+    @property
+    def normalized(self) -> set[str]:
+        """Names of the parameters that a batch norm follows."""
+        return self._capture.normalized
 
     @property
     def excluded(self) -> set[int]:

@@ -204,9 +204,8 @@ def recording(
     if layers is not None:
         pairs = zip(recipe.blocks, recipe.selects(layers), strict=True)
         lost += [block.name for block, is_chosen in pairs if not is_chosen]
-    rows = RowRecorder(
-        model, selection, recipe.batch_dims, projector, recipe.torch_dtype, sampled, lost
-    )
+    dims, dtype = recipe.batch_dims, recipe.torch_dtype
+    rows = RowRecorder(model, selection, dims, projector, dtype, sampled, lost, recipe.normalized)
     if preconditioner is not None:
         rows.precondition(preconditioner)
     with preserved_state(model, mode), rows, torch.enable_grad():

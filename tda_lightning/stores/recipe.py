@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.arguments import is_selected, unmatched
+from tda_lightning.stores.recipe_checks import block_differences
 
 SampleAxis = int | Literal["flattened"]
 
@@ -92,6 +93,8 @@ class Recipe:
         train_ids: Half-open ranges of the ids in the training set, or ``None`` if unknown.
         widths: Number of columns of each block in a row, in order, or ``None`` if blocks share
             columns.
+        normalized: Names of parameters in front of batch norms that used the statistics of the
+            batch. In queries, the running statistics follow them.
         model: Class name of the model.
         versions: Versions of the recording software.
     """
@@ -112,6 +115,7 @@ class Recipe:
     versions: Mapping[str, str] = field(default_factory=dict)
     widths: tuple[int, ...] | None = None
     is_training: bool = True
+    normalized: tuple[str, ...] = ()
 
     @property
     def block_names(self) -> frozenset[str]:
@@ -153,6 +157,7 @@ class Recipe:
                 "left_out": tuple(LeftOut(**entry) for entry in data["left_out"]),
                 "train_ids": None if ranges is None else tuple((a, b) for a, b in ranges),
                 "widths": None if widths is None else tuple(widths),
+                "normalized": tuple(data.get("normalized", ())),
             }
         )
 
@@ -199,8 +204,8 @@ class Recipe:
             ValueError: If another setting differs; the message names it.
         """
         ours, theirs = self.to_dict(), other.to_dict()
-        # Widths follow from the projector and the blocks.
-        compared = [name for name in ours if name not in ("versions", "widths")]
+        # Widths follow from the projector and the blocks; norms are found in the first step.
+        compared = [name for name in ours if name not in ("versions", "widths", "normalized")]
         changed = [name for name in compared if ours[name] != theirs[name]]
         if changed:
             shown = "; ".join(
@@ -241,7 +246,7 @@ class Recipe:
         Raises:
             ValueError: If a block is missing, new, or of another shape.
         """
-        differences = _differences(self.blocks, blocks)
+        differences = block_differences(self.blocks, blocks)
         if differences:
             raise ValueError(
                 f"`model` does not have the layers of the run, which recorded `{self.model}`: "
@@ -254,20 +259,3 @@ class Recipe:
 def _shorten(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def _differences(recorded: Sequence[Block], blocks: Sequence[Block]) -> list[str]:
-    ours = {block.name: block for block in recorded}
-    theirs = {block.name: block for block in blocks}
-    missing = [f"`{name}` is missing" for name in ours if name not in theirs]
-    added = [f"`{name}` is new" for name in theirs if name not in ours]
-    changed = [
-        f"`{name}` was recorded as {_shape(ours[name])} and is now {_shape(theirs[name])}"
-        for name in ours
-        if name in theirs and ours[name] != theirs[name]
-    ]
-    return missing + added + changed
-
-
-def _shape(block: Block) -> str:
-    return f"{block.layer} of {block.rows} x {block.columns}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tda_lightning.stores.recipe import Block
 
 Check = Callable[[Any], bool]
 # More would only fill the memory.
@@ -104,9 +107,10 @@ _CHECKS: Mapping[str, tuple[Check, str]] = {
     "model": (_is_text, "a name"),
     "versions": (_maps_texts_to(_is_text), "version numbers by name"),
     "widths": (_are_widths, "a list of whole numbers, or null"),
+    "normalized": (_are_texts, "a list of names"),
     "is_training": (lambda value: isinstance(value, bool), "true or false"),
 }
-_OPTIONAL = {"widths", "is_training"}  # Runs of older versions lack them.
+_OPTIONAL = {"widths", "is_training", "normalized"}  # Runs of older versions lack them.
 
 
 def require_recipe(data: Any) -> None:
@@ -149,3 +153,21 @@ def _require_columns(data: Mapping[str, Any]) -> None:
 def _in_short(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def block_differences(recorded: Sequence[Block], blocks: Sequence[Block]) -> list[str]:
+    """Return in what the blocks of a model differ from the recorded ones."""
+    ours = {block.name: block for block in recorded}
+    theirs = {block.name: block for block in blocks}
+    missing = [f"`{name}` is missing" for name in ours if name not in theirs]
+    added = [f"`{name}` is new" for name in theirs if name not in ours]
+    changed = [
+        f"`{name}` was recorded as {_shape(ours[name])} and is now {_shape(theirs[name])}"
+        for name in ours
+        if name in theirs and ours[name] != theirs[name]
+    ]
+    return missing + added + changed
+
+
+def _shape(block: Block) -> str:
+    return f"{block.layer} of {block.rows} x {block.columns}"

@@ -26,12 +26,20 @@ Measure = Callable[[Weights, Tensor, Tensor], Tensor]
 def rows_of(measure: Measure, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the gradient of a measure of each sample, shape ``(n, parameters)``."""
 
+    trained = {name: value for name, value in weights.items() if not is_buffer(name)}
+    buffers = {name: value for name, value in weights.items() if is_buffer(name)}
+
     def of_sample(values: Weights, sample: Tensor, target: Tensor) -> Tensor:
-        return measure(values, sample[None], target[None]).squeeze(0)
+        return measure({**values, **buffers}, sample[None], target[None]).squeeze(0)
 
     per_sample = vmap(grad(of_sample), in_dims=(None, 0, 0), chunk_size=100)
-    gradients = per_sample(weights, inputs, targets)
-    return torch.cat([gradients[name].flatten(1) for name in weights], dim=1)
+    gradients = per_sample(trained, inputs, targets)
+    return torch.cat([gradients[name].flatten(1) for name in trained], dim=1)
+
+
+def is_buffer(name: str) -> bool:
+    """Return whether a tensor belongs to the running statistics of a batch norm."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
 
 
 def over_dampings(queries: Tensor, train: Tensor, curvature: Tensor) -> Scored:
@@ -67,7 +75,7 @@ def sampled_influence(task: Task, weights: Weights) -> Scored:
     queries = rows_of(losses, weights, *data.queries.tensors)
     inputs = data.train.tensors[0].repeat_interleave(LABEL_DRAWS, dim=0)
     with torch.no_grad():
-        chances = functional_call(task.network(), weights, (inputs,)).softmax(dim=-1)
+        chances = functional_call(task.network().eval(), weights, (inputs,)).softmax(dim=-1)
     torch.manual_seed(0)
     labels = chances.flatten(0, -2).multinomial(1).reshape(chances.shape[:-1])
     # The gradient is that of a mean over places; the curvature is the mean of those of the places.
@@ -79,7 +87,7 @@ def sampled_influence(task: Task, weights: Weights) -> Scored:
 def trak(task: Task, models: Weights) -> Scored:
     """Yield TRAK of several models: Park et al. (2023), eq. 16, without the random projection."""
     margins, data = margin_of(task), task.data()
-    network = task.network()
+    network = task.network().eval()
     summed: dict[str, Tensor] = {}
     misses = torch.zeros(len(data.train))
     for number in range(len(next(iter(models.values())))):
@@ -96,7 +104,7 @@ def trak(task: Task, models: Weights) -> Scored:
 
 def margin_of(task: Task) -> Measure:
     """Return a function that computes the log odds of the targets, averaged over places."""
-    network = task.network()
+    network = task.network().eval()
 
     def margins(weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
         logits = functional_call(network, weights, (inputs,))

@@ -40,6 +40,22 @@ def convolutional() -> Network:
     return Network(body, nn.Linear(16 * 4 * 4, 10))
 
 
+def normalized() -> Network:
+    """Return a CNN with batch norms, behind convolutions that keep their biases."""
+    body = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+    )
+    return Network(body, nn.Linear(64, 10))
+
+
 class Block(nn.Module):
     """A causal transformer block, from parts that are compatible with `vmap`."""
 

@@ -1,24 +1,32 @@
 """Retrain many networks at once, with the same steps as Lightning would take for each of them.
 
-The parameters of all members are stacked along a first axis, and `vmap` maps forward and backward
-pass over it. The optimizers of torch act on each entry separately. One optimizer for the stacked
-parameters therefore updates each member as if it were alone.
+The parameters and buffers of all members are stacked along a first axis, and `vmap` maps forward
+and backward pass over it. The optimizers of torch act on each entry separately. One optimizer for
+the stacked parameters therefore updates each member as if it were alone.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 from lds_tasks import Task, sample_losses
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
+
+from tda_lightning.passes.model_state import Mode
 
 Weights = dict[str, Tensor]
 
 
 def initial_weights(task: Task, seed: int) -> Weights:
-    """Return the initial weights of a training with this seed."""
+    """Return the initial weights of a training with this seed, and its initial buffers."""
     torch.manual_seed(seed)
-    return {name: value.detach() for name, value in task.network().named_parameters()}
+    return state_of(task.network())
+
+
+def state_of(network: nn.Module) -> Weights:
+    """Return the weights of a network, and its buffers."""
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    return {name: value.detach().clone() for name, value in tensors}
 
 
 def stacked(weights: Weights, members: int) -> Weights:
@@ -26,9 +34,9 @@ def stacked(weights: Weights, members: int) -> Weights:
     return {name: value.expand(members, *value.shape).clone() for name, value in weights.items()}
 
 
-def member_losses(task: Task) -> Callable[[Weights, Tensor, Tensor], Tensor]:
+def member_losses(task: Task, mode: Mode = "eval") -> Callable[[Weights, Tensor, Tensor], Tensor]:
     """Return the function from one member's weights and a batch to the losses of its samples."""
-    network = task.network()
+    network = task.network().train(mode == "train")
 
     def losses(weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
         return sample_losses(functional_call(network, weights, (inputs,)), targets)
@@ -58,10 +66,11 @@ def retrain(
         Stacked weights after the last step.
     """
     inputs, targets = task.data().train.tensors
-    values = {name: value.clone().requires_grad_() for name, value in initial.items()}
-    optimizer = task.optimizer(values.values())
+    trained = {name for name, _ in task.network().named_parameters()}
+    values = {name: v.clone().requires_grad_(name in trained) for name, v in initial.items()}
+    optimizer = task.optimizer([values[name] for name in values if name in trained])
     schedule = task.schedule(optimizer, len(batches))
-    losses_of = member_losses(task)
+    losses_of = member_losses(task, "train")
     for batch in batches:
         data_axis = 0 if batch.ndim == 2 else None
         losses = vmap(losses_of, in_dims=(0, data_axis, data_axis))(

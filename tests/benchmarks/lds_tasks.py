@@ -14,7 +14,7 @@ from functools import cache, partial
 
 import pytorch_lightning as pl
 import torch
-from lds_networks import Network, convolutional, perceptron, transformer
+from lds_networks import Network, convolutional, normalized, perceptron, transformer
 from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot, pad
@@ -233,6 +233,28 @@ ALL = (
         is_cosine=False,
         batch_size=40,
         epochs=20,
+        raw_points=one_point,
+    ),
+    Task(
+        "batch-norm-adamw",
+        "digits CNN with batch norm, AdamW",
+        partial(digits, 1, 8, 8),
+        normalized,
+        partial(AdamW, lr=3e-3),
+        is_cosine=False,
+        batch_size=50,
+        epochs=10,
+        raw_points=one_point,
+    ),
+    Task(
+        "batch-norm-sgd",
+        "digits CNN with batch norm, SGD",
+        partial(digits, 1, 8, 8),
+        normalized,
+        partial(SGD, lr=0.05),
+        is_cosine=False,
+        batch_size=50,
+        epochs=10,
         raw_points=one_point,
     ),
 )

@@ -233,7 +233,7 @@ def test_a_valid_but_changed_field_of_the_recipe_raises(run, field, value):
 @pytest.mark.parametrize("field", RECIPE.to_dict())
 def test_a_missing_field_of_the_recipe_raises_unless_earlier_versions_lacked_it(field):
     data = {name: value for name, value in RECIPE.to_dict().items() if name != field}
-    if field in ("widths", "is_training"):
+    if field in ("widths", "is_training", "normalized"):
         require_recipe(data)
         return
     with pytest.raises(ValueError, match=f"`{field}` is missing"):

@@ -7,7 +7,7 @@ per-sample gradients of its parameters need. Nothing is attached to modules or h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import TracebackType
@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from tda_lightning.gradients.capture.layouts import UNKNOWN, Layout, LayoutMemory
+from tda_lightning.gradients.capture.norms import NormsBehind
 from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, to_parameters
 from tda_lightning.gradients.capture.pausing import PauseSwitch
 from tda_lightning.gradients.capture.probe import backward_to_meetings
@@ -50,6 +51,7 @@ class Capture:
         recorded: The recorded parameters by their names.
         batch_dims: Axis of the samples in the layers whose names match a pattern, where it is not
             inferred rightly.
+        followed: Names of parameters in front of batch norms whose running statistics follow them.
 
     Attributes:
         switch: Pauses this capture and the model's others during extra passes through the model.
@@ -60,6 +62,7 @@ class Capture:
         model: nn.Module,
         recorded: Mapping[str, nn.Parameter],
         batch_dims: Mapping[str, SampleAxis],
+        followed: Collection[str] = (),
     ) -> None:
         self.switch = PauseSwitch(model)
         self._model = model
@@ -71,6 +74,7 @@ class Capture:
             if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
         }
         self._layouts = LayoutMemory(self._recorded, declared)
+        self._norms = NormsBehind(self._recorded, followed)
         self._n: int | None = None
         self._walk: Walk | None = None
         self._visited: dict[Node, tuple[Edge, ...]] = {}
@@ -104,6 +108,11 @@ class Capture:
         return self._layouts.lost
 
     @property
+    def normalized(self) -> set[str]:
+        """Names of the parameters that the statistics of a batch follow."""
+        return self._norms.names
+
+    @property
     def with_samples(self) -> set[Node]:
         """The nodes of the last graph whose outputs depend on samples."""
         return set() if self._walk is None else self._walk.with_samples
@@ -123,6 +132,7 @@ class Capture:
         self._n = n
         with self.switch.others_paused():
             self._walk = self._layouts.walk(loss, n)
+        self._norms.start(self._walk)
         if self._walk.is_sampleless:
             raise ValueError(
                 f"In a batch of {n} samples, no operation has a row for each of the {n} samples; "
@@ -176,6 +186,7 @@ class Capture:
     def end_backward(self) -> None:
         """Remove the hooks, and forget the graph."""
         self._receive, self._walk = None, None
+        self._norms.end()
         self._visited = {}
         self._remove_hooks()
 
@@ -217,7 +228,8 @@ class Capture:
 
     def _is_subtracted(self, meeting: Meeting, position: int) -> bool:
         """Return whether a batch norm subtracts what an input adds: a bias in front of it."""
-        if self._walk is None or meeting.node not in self._walk.normalized:
+        entry = None if self._walk is None else self._walk.normalized.get(meeting.node)
+        if entry is None or not entry.by_batch:
             return False
         return position in _ADDENDS.get(type(meeting.node).__name__, ())
 
@@ -243,6 +255,7 @@ class Capture:
         if receive is None or n is None or all(grad is None for grad in grads):
             return
         rule = rule_for(node)
+        self._norms.note(node, inputs, grads, n)
         for position, edge, layout in inputs:
             gradients: Iterable[ParameterGradient]
             if isinstance(layout, RoutedRows):
@@ -250,7 +263,9 @@ class Capture:
                 gradients = self._routed(rule, call, edge, layout)
             else:
                 call = NodeCall(node, grads, position, output_shape(edge), layout, n)
-                gradients = to_parameters(edge, rule.contribution(call), self._recorded)
+                through = self._norms.contribution(call, edge)
+                contribution = rule.contribution(call) if through is None else through
+                gradients = to_parameters(edge, contribution, self._recorded)
             for gradient in gradients:
                 receive(gradient)
 

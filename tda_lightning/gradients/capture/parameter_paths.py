@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from tda_lightning.gradients.factors import GradientFactors
 from tda_lightning.gradients.graph.walk import Edge, leaves, output_shape
 from tda_lightning.gradients.nodes.rule import Contribution
 
@@ -121,7 +120,7 @@ def _transposed(contribution: Contribution, shape: _Shape, before: _Shape) -> Co
         return None
     if isinstance(contribution, Tensor):
         return contribution.mT
-    return GradientFactors(inputs=contribution.grad_outputs, grad_outputs=contribution.inputs)
+    return contribution.transposed()
 
 
 def _reshaped(contribution: Contribution, shape: _Shape, before: _Shape) -> Contribution | None:

@@ -8,18 +8,20 @@ is therefore an :class:`Operand`, which supports multiplication by a matrix. Cod
 is written once for all layer types.
 """
 
+from tda_lightning.gradients.factors.batch_statistics import BatchStatistics
 from tda_lightning.gradients.factors.gradient_factors import (
     ByChannel,
     Dense,
     GradientFactors,
-    GroupedDense,
     OneHot,
     Operand,
-    Regrouped,
+    outer,
 )
+from tda_lightning.gradients.factors.grouped import GroupedDense, Regrouped
 from tda_lightning.gradients.factors.patches import Patches
 
 __all__ = [
+    "BatchStatistics",
     "ByChannel",
     "Dense",
     "GradientFactors",
@@ -28,4 +30,5 @@ __all__ = [
     "Operand",
     "Patches",
     "Regrouped",
+    "outer",
 ]

@@ -6,12 +6,16 @@ An operand is one side of the product. It is multiplied by matrices without bein
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+NOTHING: Mapping[int, Tensor] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -24,10 +28,12 @@ class GradientFactors:
     Attributes:
         inputs: Inputs of the layer, ``(n, s, columns)``.
         grad_outputs: Gradient of the loss with respect to the layer's outputs, ``(n, s, rows)``.
+        correction: Subtracted from the outer products, if any.
     """
 
     inputs: Operand
     grad_outputs: Operand
+    correction: Correction | None = None
 
     @property
     def n(self) -> int:
@@ -42,11 +48,79 @@ class GradientFactors:
 
     def products(self) -> Float[Tensor, "n rows columns"]:
         """Return each sample's gradient in full."""
-        return self.grad_outputs.dense(self.dtype).mT @ self.inputs.dense(self.dtype)
+        return self.project(None, None, self.dtype)
+
+    def project(
+        self,
+        left: Float[Tensor, "rows a"] | None,
+        right: Float[Tensor, "columns b"] | None,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "n a b"]:
+        """Return ``left.mT @ gradient @ right`` of each sample; ``None`` is the identity."""
+        inputs = projected(self.inputs, right, dtype)
+        grads = projected(self.grad_outputs, left, dtype)
+        is_rank_one = grads.shape[1] == 1
+        products = outer(grads[:, 0], inputs[:, 0]) if is_rank_one else grads.mT @ inputs
+        if self.correction is None:
+            return products
+        known = {id(self.inputs): inputs, id(self.grad_outputs): grads}
+        return products.sub_(self.correction.project(left, right, dtype, known))
 
     def select(self, samples: Int[Tensor, " m"]) -> GradientFactors:
         """Return the factors of some of the samples."""
-        return GradientFactors(self.inputs.select(samples), self.grad_outputs.select(samples))
+        correction = None if self.correction is None else self.correction.select(samples)
+        return GradientFactors(
+            self.inputs.select(samples), self.grad_outputs.select(samples), correction
+        )
+
+    def transposed(self) -> GradientFactors:
+        """Return the factors of the transposed gradients."""
+        correction = None if self.correction is None else self.correction.transposed()
+        return GradientFactors(self.grad_outputs, self.inputs, correction)
+
+
+class Correction(ABC):
+    """Matrices, one per sample, that are subtracted from outer products."""
+
+    @abstractmethod
+    def project(
+        self,
+        left: Float[Tensor, "rows a"] | None,
+        right: Float[Tensor, "columns b"] | None,
+        dtype: torch.dtype,
+        known: Mapping[int, Tensor] = NOTHING,
+    ) -> Float[Tensor, "n a b"]:
+        """Return ``left.mT @ matrix @ right`` of each sample.
+
+        Args:
+            left: The identity if ``None``.
+            right: The same.
+            dtype: Number format of the result.
+            known: Operands that are projected already, by their ``id``.
+        """
+
+    @abstractmethod
+    def select(self, samples: Int[Tensor, " m"]) -> Correction:
+        """Return the matrices of some of the samples."""
+
+    @abstractmethod
+    def transposed(self) -> Correction:
+        """Return the transposed matrices."""
+
+
+def outer(left: Float[Tensor, "*g n a"], right: Float[Tensor, "*g n b"]) -> Tensor:
+    """Return the outer products of rows, ``(n, *g, a, b)``, samples last in memory.
+
+    Broadcasting is faster than rank-one matrix products, and hashing reads one entry of all samples
+    after another.
+    """
+    last = left.mT.contiguous()[..., :, None, :] * right.mT.contiguous()[..., None, :, :]
+    return last.movedim(-1, 0)
+
+
+def projected(operand: Operand, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Multiply an operand by a matrix from the right; ``None`` is the identity."""
+    return operand.dense(dtype) if matrix is None else operand.project(matrix)
 
 
 class Operand(ABC):
@@ -184,83 +258,3 @@ class OneHot(Operand):
     def select(self, samples: Int[Tensor, " m"]) -> Operand:
         """Return the operand of some of the samples."""
         return OneHot(self.indices[samples], self.size)
-
-
-@dataclass(frozen=True)
-class GroupedDense(Operand):
-    """Rows that are zero outside of one group of columns.
-
-    Position ``(g, s)`` of a grouped convolution depends only on the g-th group of its channels.
-
-    Attributes:
-        values: Shape ``(n, s, d)``.
-        groups: Number of groups into which ``d`` is divided.
-    """
-
-    values: Float[Tensor, "n s d"]
-    groups: int
-
-    @property
-    def n(self) -> int:
-        """Number of samples."""
-        return len(self.values)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of the stored values."""
-        return self.values.dtype
-
-    def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
-        """Return the rows with their zeros, shape ``(n, groups * s, d)``."""
-        return self.project(torch.eye(self.values.shape[2], dtype=dtype, device=self.values.device))
-
-    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
-        """Multiply each group by its part of ``matrix``."""
-        n, s, d = self.values.shape
-        values = self.values.to(matrix.dtype).reshape(n, s, self.groups, d // self.groups)
-        parts = matrix.reshape(self.groups, d // self.groups, -1)
-        return torch.einsum("nsgd,gdw->ngsw", values, parts).flatten(1, 2)
-
-    def select(self, samples: Int[Tensor, " m"]) -> Operand:
-        """Return the operand of some of the samples."""
-        return GroupedDense(self.values[samples], self.groups)
-
-
-@dataclass(frozen=True)
-class Regrouped(Operand):
-    """An operand of a flattened batch: several consecutive entries belong to one sample.
-
-    Attributes:
-        operand: The operand, with ``n * parts`` entries.
-        parts: Number of entries per sample.
-    """
-
-    operand: Operand
-    parts: int
-
-    @property
-    def n(self) -> int:
-        """Number of samples."""
-        return self.operand.n // self.parts
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of the stored values."""
-        return self.operand.dtype
-
-    def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
-        """Return the operand, with each sample's entries joined."""
-        return self._join(self.operand.dense(dtype))
-
-    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
-        """Multiply from the right, and join each sample's entries."""
-        return self._join(self.operand.project(matrix))
-
-    def select(self, samples: Int[Tensor, " m"]) -> Operand:
-        """Return the operand of some of the samples."""
-        within = torch.arange(self.parts, device=samples.device)
-        entries = (samples[:, None] * self.parts + within).flatten()
-        return Regrouped(self.operand.select(entries), self.parts)
-
-    def _join(self, values: Tensor) -> Tensor:
-        return values.reshape(self.n, -1, values.shape[2])

@@ -46,6 +46,21 @@ class Meeting:
         return output_shape((self.node, 0))
 
 
+@dataclass(frozen=True)
+class Normalized:
+    """A node whose output goes into a batch norm, and nowhere else.
+
+    Attributes:
+        norm: The node of the batch norm.
+        chain: The nodes from the batch norm's input to this one: views, and the node itself.
+        by_batch: Whether the norm uses the statistics of the batch, not the running ones.
+    """
+
+    norm: Node
+    chain: tuple[Node, ...]
+    by_batch: bool
+
+
 @dataclass
 class Walk:
     """The result of a walk over the graph of a loss.
@@ -55,14 +70,13 @@ class Walk:
         with_samples: All nodes whose outputs depend on samples and on recorded parameters.
         checkpoints: Functions written in Python, which may run modules in the backward pass.
         is_sampleless: Whether the loss depends on recorded parameters, but no node has samples.
-        normalized: Nodes whose output goes into a batch norm that uses the batch's statistics, and
-            nowhere else.
+        normalized: Nodes whose output goes into a batch norm, and nowhere else.
     """
 
     meetings: list[Meeting] = field(default_factory=list)
     with_samples: set[Node] = field(default_factory=set)
     checkpoints: list[Node] = field(default_factory=list)
-    normalized: dict[Node, list[Node]] = field(default_factory=dict)
+    normalized: dict[Node, Normalized] = field(default_factory=dict)
     is_sampleless: bool = False
 
     @property
@@ -166,9 +180,10 @@ _ORDINARY: set[type] = set()
 def _note(node: Node, functions: tuple[Edge, ...], result: Walk) -> bool:
     """Note what is special about a node; return whether samples enter it unseen."""
     name = type(node).__name__
-    if name in _BATCH_NORMS and getattr(node, "_saved_training", True):
+    if name in _BATCH_NORMS and functions[0][0] is not None:
         chain = _behind_views(functions[0][0])
-        result.normalized[chain[-1]] = chain
+        by_batch = bool(getattr(node, "_saved_training", True))
+        result.normalized[chain[-1]] = Normalized(node, chain, by_batch)
     if isinstance(node, BackwardCFunction):
         result.checkpoints.append(node)
     elif name not in _BATCH_NORMS:
@@ -179,25 +194,25 @@ def _note(node: Node, functions: tuple[Edge, ...], result: Walk) -> bool:
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 
-def _behind_views(node: Node) -> list[Node]:
+def _behind_views(node: Node) -> tuple[Node, ...]:
     """Return a node, and if it is a view, the nodes behind it up to the first that is none."""
     chain = [node]
     while type(chain[-1]).__name__ in ("ViewBackward0", "UnsafeViewBackward0"):
         chain.append(chain[-1].next_functions[0][0])
-    return chain
+    return tuple(chain)
 
 
 def _drop_used_elsewhere(result: Walk, visited: Mapping[Node, tuple[Edge, ...]]) -> None:
     """Keep the normalized nodes that only a batch norm uses: a shortcut may use them too."""
-    uses = {node: 0 for chain in result.normalized.values() for node in chain}
+    uses = {node: 0 for entry in result.normalized.values() for node in entry.chain}
     for functions in visited.values() if uses else ():
         for child, _ in functions:
             if child in uses:
                 uses[child] += 1
     result.normalized = {
-        node: chain
-        for node, chain in result.normalized.items()
-        if all(uses[link] == 1 for link in chain)
+        node: entry
+        for node, entry in result.normalized.items()
+        if all(uses[link] == 1 for link in entry.chain)
     }
 
 

@@ -46,7 +46,7 @@ def _rms_norm(call: NodeCall) -> Contribution:
     return _per_feature(call, _times(normalized, call.grad))
 
 
-def _per_channel(call: NodeCall, values: Tensor) -> Tensor:
+def sum_per_channel(call: NodeCall, values: Tensor) -> Tensor:
     """Sum ``(n * parts, channels, ...)`` to ``(n, channels)``."""
     per_image = values.flatten(2).sum(dim=2) if values.ndim > 2 else values
     first = call.samples_first(per_image).reshape(call.n, -1, values.shape[1])
@@ -56,12 +56,12 @@ def _per_channel(call: NodeCall, values: Tensor) -> Tensor:
 @node_rule("NativeGroupNormBackward0", axes=first_axis)
 def _group_norm(call: NodeCall) -> Contribution:
     if call.position == 2:
-        return _per_channel(call, call.grad)
+        return sum_per_channel(call, call.grad)
     x, groups = call.saved("input"), call.saved("group")
     grouped = x.reshape(x.shape[0], groups, -1)
     mean, scale = (call.saved(name)[..., None] for name in ("result1", "result2"))
     normalized = ((grouped - mean) * scale).reshape(x.shape)
-    return _per_channel(call, _times(normalized, call.grad))
+    return sum_per_channel(call, _times(normalized, call.grad))
 
 
 def _per_channel_axes(
@@ -76,10 +76,10 @@ def _batch_norm(call: NodeCall) -> Contribution:
     x, grad = call.saved("input"), call.grad
     if call.position == 1:
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        mean, scale = (values.reshape(shape) for values in _statistics(call))
+        mean, scale = (values.reshape(shape) for values in batch_norm_statistics(call)[:2])
         grad = _times((x - mean).mul_(scale), grad)
     if call.layout.axis == 0:
-        return _per_channel(call, grad)
+        return sum_per_channel(call, grad)
     totals = grad.sum(dim=[0, *range(2, grad.ndim)])
     mask = torch.eye(call.n, dtype=totals.dtype, device=totals.device)
     outer, inner = call.layout.sizes(len(totals), call.n)
@@ -89,10 +89,16 @@ def _batch_norm(call: NodeCall) -> Contribution:
     )
 
 
-def _statistics(call: NodeCall) -> tuple[Tensor, Tensor]:
-    """Return the mean and the inverse deviation that the forward pass used."""
+def batch_norm_statistics(call: NodeCall) -> tuple[Tensor, Tensor, bool]:
+    """Return the mean and the inverse deviation in use, and whether they are the batch's."""
     is_training = not hasattr(call.node, "_saved_training") or call.saved("training")
     if is_training:
-        return call.saved("result1"), call.saved("result2")
-    eps = call.saved("eps" if hasattr(call.node, "_saved_eps") else "epsilon")
-    return call.saved("running_mean"), (call.saved("running_var") + eps).rsqrt()
+        return call.saved("result1"), call.saved("result2"), True
+    variance = call.saved("running_var") + batch_norm_eps(call)
+    return call.saved("running_mean"), variance.rsqrt(), False
+
+
+def batch_norm_eps(call: NodeCall) -> float:
+    """Return what a batch norm adds to the variance."""
+    eps: float = call.saved("eps" if hasattr(call.node, "_saved_eps") else "epsilon")
+    return eps

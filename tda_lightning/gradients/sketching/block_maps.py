@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from tda_lightning.gradients.factors import Dense, GradientFactors, Operand
+from tda_lightning.gradients.factors import Dense, outer
 from tda_lightning.gradients.nodes import Contribution
 
 
@@ -71,9 +71,10 @@ class BlockMap:
             and right is not None
             and isinstance(inputs, Dense)
             and isinstance(grads, Dense)
+            and contribution.correction is None
         ):
             return Factored(grads.project_rows(left), inputs.project_rows(right), inputs.n)
-        return _products(contribution, left, right, dtype).flatten(1)
+        return contribution.project(left, right, dtype).flatten(1)
 
     def project_matrix(self, matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, " m"]:
         """Map one gradient, given as a matrix, to a flat row."""
@@ -105,7 +106,7 @@ class BlockPart:
             rows = self.rows.stop - self.rows.start
             products = _project_dense(contribution, rows, left, right, dtype)
         else:
-            products = _products(contribution, left, right, dtype)
+            products = contribution.project(left, right, dtype)
         return self._padded(products).flatten(1)
 
     def _padded(self, products: Float[Tensor, "n a b"]) -> Float[Tensor, "n c d"]:
@@ -147,7 +148,7 @@ def multiply(blocks: Sequence[Factored], dtype: torch.dtype) -> list[Float[Tenso
     left = torch.stack([block.left for block in blocks]).to(dtype)
     right = torch.stack([block.right for block in blocks]).to(dtype)
     if s == 1:
-        return list(_outer(left, right).flatten(2).unbind(1))
+        return list(outer(left, right).flatten(2).unbind(1))
     products = torch.bmm(left.view(-1, s, a).mT, right.view(-1, s, b))  # (blocks * n, a, b)
     return list(products.view(len(blocks), n, a * b).unbind())
 
@@ -162,27 +163,3 @@ def _project_dense(
     mapped = values.reshape(len(values), rows, -1).to(dtype)
     mapped = mapped if left is None else left.mT @ mapped
     return mapped if right is None else mapped @ right
-
-
-def _products(
-    factors: GradientFactors, left: Tensor | None, right: Tensor | None, dtype: torch.dtype
-) -> Float[Tensor, "n a b"]:
-    inputs = _apply(factors.inputs, right, dtype)
-    grads = _apply(factors.grad_outputs, left, dtype)
-    if grads.shape[1] == 1:
-        return _outer(grads[:, 0], inputs[:, 0])
-    return grads.mT @ inputs
-
-
-def _outer(left: Float[Tensor, "*g n a"], right: Float[Tensor, "*g n b"]) -> Tensor:
-    """Return the outer products of rows, ``(n, *g, a, b)``, samples last in memory.
-
-    Broadcasting is faster than rank-one matrix products, and hashing reads one entry of all samples
-    after another.
-    """
-    last = left.mT.contiguous()[..., :, None, :] * right.mT.contiguous()[..., None, :, :]
-    return last.movedim(-1, 0)
-
-
-def _apply(operand: Operand, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return operand.dense(dtype) if matrix is None else operand.project(matrix)
