@@ -7,6 +7,7 @@ query token :math:`a`, and :math:`g_b` that at passage token :math:`b`. Entry :m
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,10 @@ def trace_tokens(
     store = open_run(run)
     sides = []
     for argument, batch in (("query", query), ("passage", passage)):
-        rows = record_queries(model, batch, like=store, target=target, progress=progress)
+        with warnings.catch_warnings():
+            # Masked tokens are left out below.
+            warnings.filterwarnings("ignore", message=r"\d+ of \d+ queries have a gradient of zero")
+            rows = record_queries(model, batch, like=store, target=target, progress=progress)
         counted = (rows.abs().amax(dim=1) > 0).nonzero()[:, 0]
         if len(counted) == 0:
             raise ValueError(
