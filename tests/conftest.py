@@ -4,6 +4,7 @@ Warnings are errors. The few that are ignored here concern Lightning and torch, 
 """
 
 import os
+import sys
 
 # The tests run in one process per core, and their matrices are small. A value in the environment
 # takes precedence.
@@ -36,3 +37,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         for ignored in IGNORED_WARNINGS:
             item.add_marker(pytest.mark.filterwarnings(ignored))
+
+
+@pytest.fixture(autouse=True)
+def compilation_is_switched_on_again():
+    """Check that recording leaves torch.compile as it found it."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    stance = getattr(dynamo, "_stance", None)
+    assert stance is None or stance.stance == "default"

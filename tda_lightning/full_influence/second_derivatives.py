@@ -67,11 +67,13 @@ def differentiation_errors(objective: Objective) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, LookupError) as error:
+        # The cause is in the step itself, unless torch could not differentiate it.
+        hint = _without_effect(objective) if isinstance(error, RuntimeError) else ""
         raise ValueError(
             f"The curvature of `{type(objective.model).__name__}.training_step` on "
             f"`{objective.argument}` cannot be computed: expected batches that the step can take, "
             "and a step that torch.func can differentiate twice; got "
-            f"{type(error).__name__}: {error}{_without_effect(objective)}"
+            f"{type(error).__name__}: {error}{hint}"
         ) from error
 
 

@@ -142,6 +142,10 @@ class WriterLock:
             raise _in_use(self._file, owner)
         # The owner ends last, so that its processes may find no lock any more.
         if self._is_owner and owner is None and not self._file.exists():
+            if not self._file.parent.exists():
+                raise FileNotFoundError(
+                    f"`{self._file.parent}` is gone; expected the folder of this run. Record again."
+                )
             raise RunInUseError(
                 f"`{self._file}` is gone; expected the lock of this training. Another training has "
                 "written to the folder meanwhile, or somebody has deleted the lock. Record again."

@@ -212,6 +212,7 @@ def test_out_of_memory_errors_are_passed_on():
         GaussNewton().operator(objective)
 
 
+@pytest.mark.filterwarnings("ignore:.*have a gradient of zero")
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_zero_curvature_requires_a_damping(solver):
     model = Plain(mlp(), lambda outputs, y: 0 * nn.functional.cross_entropy(outputs, y)).double()

@@ -118,7 +118,7 @@ def test_learning_rates_suggest_a_damping_only_for_gradient_steps(optimizer, pre
         preconditioner=preconditioner,
     )
     by_default = FullInfluenceFunction(Woodbury(draws=8))
-    with pytest.warns(UserWarning, match=f"steps of {optimizer} are not gradient steps") as warned:
+    with pytest.warns(UserWarning, match=f"Steps of {optimizer} are not gradient steps") as warned:
         actual = score(model, method=by_default, run=store)
     assert len(warned) == 1
     gradients = FullGradients(
@@ -173,7 +173,7 @@ EXPECTED = {
     "several runs": "`run` is a list of 2; expected one recorded training.",
     "a number for a run": "`run` is a `int`; expected the folder of a recorded run, or its store.",
     "a moment without a run": "`at='snapshots'` was passed without a run; expected `run=`",
-    "an unknown moment": '`at` is \'snapshot\'; expected "now", "snapshots", or the index',
+    "an unknown moment": '`at` is \'snapshot\'; expected "now", "model", "snapshots", or',
     "no model": "`model` is a `NoneType`; expected the LightningModule that was trained",
     "a class for a model": "expected the LightningModule that was trained: an object",
     "a string for batch_dims": "`batch_dims` is 'flattened'; expected an object such as",

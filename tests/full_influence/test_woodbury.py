@@ -221,7 +221,8 @@ def test_a_run_is_opened_by_its_path_and_sets_the_reduction(tmp_path):
     model = trained("SGD", HDF5Store(tmp_path / "run.tda"))
     actual = score(model, run=str(tmp_path / "run.tda"))
     assert torch.equal(actual.values, score(model, run=HDF5Store.open(tmp_path / "run.tda")).values)
-    summed = trained("SGD", store := MemoryStore(), reduction="sum")
+    with pytest.warns(UserWarning, match="`reduction` is 'sum', but the first loss is the mean"):
+        summed = trained("SGD", store := MemoryStore(), reduction="sum")
     summed.loss = nn.MSELoss(reduction="sum")
     inferred, given = score(summed, run=store), score(summed, run=store, reduction="sum")
     assert torch.equal(inferred.values, given.values)

@@ -49,7 +49,9 @@ def test_retraining_on_all_samples_ends_where_lightning_ended(name, tmp_path):
     retrained = retrain(run.task, stacked(run.initial, 3), run.batches, torch.ones(3, 17))
     for member in range(3):
         weights = {key: value[member] for key, value in retrained.items()}
-        torch.testing.assert_close(weights, run.final, rtol=0, atol=1e-10)
+        # Adam also moves a bias in front of a batch norm, by the rounding of a gradient of zero.
+        atol = 1e-8 if "batch-norm" in name else 1e-10
+        torch.testing.assert_close(weights, run.final, rtol=0, atol=atol)
 
 
 @EVERY_TASK
@@ -63,15 +65,16 @@ def test_left_out_samples_no_longer_add_to_any_step(name, tmp_path):
     schedule = run.task.schedule(optimizer, len(run.batches))
     inputs, targets = run.task.data().train.tensors
     for batch in run.batches:
-        remaining = batch[subsets[1, batch]]
+        # With batch norm, the samples left out stay in the statistics of their batches.
+        seen = batch if "batch-norm" in name else batch[subsets[1, batch]]
+        losses = sample_losses(network(inputs[seen]), targets[seen])
         optimizer.zero_grad()
-        (
-            sample_losses(network(inputs[remaining]), targets[remaining]).sum() / len(batch)
-        ).backward()
+        (losses[subsets[1, seen]].sum() / len(batch)).backward()
         optimizer.step()
         schedule.step()
     weights = {key: value[1] for key, value in retrained.items()}
-    torch.testing.assert_close(weights, dict(network.named_parameters()), rtol=0, atol=1e-10)
+    atol = 1e-8 if "batch-norm" in name else 1e-10  # As above.
+    torch.testing.assert_close(weights, network.state_dict(), rtol=0, atol=atol)
 
 
 def test_members_with_separate_batches_are_trained_as_if_alone(tmp_path):

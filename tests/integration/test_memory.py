@@ -29,6 +29,8 @@ ROWS = 2 * 4 * BATCH * K  # of one step in float32, and those of sampled labels
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Return runs of 40 and 100 steps, in blocks of one step and segments of several."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(segment_reader, "_BLOCK_BYTES", 1)  # Blocks are read as they were written.
     folder, stores = tmp_path_factory.mktemp("runs"), []
     for count in (40, 100):
         generator = torch.Generator().manual_seed(count)
@@ -54,12 +56,8 @@ def runs(tmp_path_factory):
             )
         store.seal()
         stores.append(store)
-    return stores
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
-    monkeypatch.setattr(segment_reader, "_BLOCK_BYTES", 1)
+    yield stores
+    monkeypatch.undo()
 
 
 def attributed(method):
