@@ -261,14 +261,14 @@ class Question:
 
     def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:
         """Return the provenance of the answer: target, weights and mode."""
-        if is_of_models := self.at in ("now", "model"):
+        if self.at == "now" or self.at == "model":
             weights = [fingerprint(model) for model in models]
         elif isinstance(self.method, TracInCP):
             pairs = [[index for index, _ in nearest_parts(store)] for store in stores]
             weights = [f"the nearest of {describe_snapshots(each)}" for each in pairs]
         else:
             weights = [describe_weights(store, self.at) for store in stores]
-        names = ", ".join(weights if is_of_models else dict.fromkeys(weights))
+        names = ", ".join(weights if self.at in ("now", "model") else dict.fromkeys(weights))
         return {"target": name_of(self.target), "weights": names, "mode": self.mode}
 
 

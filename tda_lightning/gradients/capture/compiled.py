@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
+# The open contexts. Those of several recorders do not end in reverse order, so the first one
+# switches compilation off, and the last one on again.
+_open: set[object] = set()
+_switched_off = ExitStack()
+
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run compiled code as ordinary PyTorch inside the context.
+    """Run compiled code as ordinary PyTorch inside the context; contexts may end in any order.
 
     Raises:
         ValueError: If this version of torch cannot do that.
@@ -22,8 +27,16 @@ def uncompiled() -> Iterator[None]:
             f"for recorded steps; this is torch {torch.__version__}. Update torch, or train "
             "without `torch.compile`."
         )
-    with torch.compiler.set_stance("force_eager"):
+    token = object()
+    try:
+        if not _open:
+            _switched_off.enter_context(torch.compiler.set_stance("force_eager"))
+        _open.add(token)
         yield
+    finally:
+        _open.discard(token)
+        if not _open:
+            _switched_off.close()
 
 
 def is_compiled(model: nn.Module) -> bool:
