@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+# Pages whose blocks take half a minute.
+LONG_PAGES = {"how-to-choose.md", "report.md"}
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 # Words in a block, and the package that it needs.
 OPTIONAL = {
@@ -50,7 +52,10 @@ def test_the_readme_runs(after_readme):
     assert (folder / "scores.npz").exists()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page in LONG_PAGES else ()) for page in PAGES],
+)
 def test_a_page_runs(page, after_readme, monkeypatch):
     folder, names = after_readme
     monkeypatch.chdir(folder)
