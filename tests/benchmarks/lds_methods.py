@@ -145,11 +145,14 @@ def arguments_of(method: Attributor) -> str:
 def by_whole_gradients(run: Run) -> list[Entry]:
     """Return the methods with whole gradients: at the final weights, and along the run.
 
-    EKFAC refuses sequences, and conjugate gradients take hours with many terms per sample.
+    EKFAC refuses sequences and batch norms; conjugate gradients take hours with many terms per
+    sample.
     """
     solvers: list[Solver] = [Woodbury()]
     if run.has_one_label:
-        solvers += [ConjugateGradient(), EKFAC()]
+        solvers.append(ConjugateGradient())
+    if run.has_one_label and not any(True for _ in run.task.network().buffers()):
+        solvers.append(EKFAC())
     entries = []
     for solver in solvers:
         method = FullInfluenceFunction(solver)
