@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from tda_lightning import GradientRecorder, Identity, Kronecker, record_queries
+from tda_lightning.gradients.nodes.normalized import NormBackward
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import select_parameters
 from tda_lightning.passes.queries import query_rows
@@ -208,3 +209,18 @@ def test_statistics_that_stayed_constant_in_training_are_constant_in_queries():
     net[1].train = lambda mode=True: net[1]
     _, run = run_of(net)
     assert run.recipe.normalized == ()
+
+
+def test_nothing_is_computed_for_a_norm_without_a_recorded_weight_in_front(monkeypatch):
+    passed = []
+    original = NormBackward.of
+    monkeypatch.setattr(NormBackward, "of", lambda call: passed.append(call) or original(call))
+    torch.manual_seed(0)
+    head = (nn.Flatten(), nn.Linear(30, 3))
+    behind = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.BatchNorm2d(2), *head).double()
+    in_front = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), *head).double()
+    x, y = torch.randn(N, 2, 5, 3).double(), torch.arange(N) % 3
+    record(behind, x, y)
+    assert len(passed) == 0
+    record(in_front, x, y)
+    assert len(passed) == 1

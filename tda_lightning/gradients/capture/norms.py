@@ -14,6 +14,7 @@ from tda_lightning.gradients.nodes.normalized import (
     NormBackward,
     contribution_in_front_of,
     has_statistics,
+    is_followed,
 )
 
 
@@ -39,9 +40,17 @@ class NormsBehind:
 
     def start(self, walk: Walk) -> None:
         """Forget the last pass, and find the norms of a graph."""
-        self._passed.clear()
-        entries = walk.normalized.values()
-        self._norms = {e.norm: e for e in entries if e.by_batch or self._followed}
+        self.end()
+        if not walk.normalized:
+            return
+        recorded = {meeting.node for meeting in walk.meetings}
+        self._norms = {
+            entry.norm: entry
+            for entry in walk.normalized.values()
+            if (entry.by_batch or self._followed)
+            and entry.chain[-1] in recorded
+            and is_followed(entry.chain[-1])
+        }
 
     def end(self) -> None:
         """Forget the pass."""
@@ -55,6 +64,8 @@ class NormsBehind:
         n: int,
     ) -> None:
         """Remember what a batch norm's node holds: it is gone when the layer's is reached."""
+        if not self._norms:
+            return
         entry = self._norms.get(node)
         layout = inputs[0][2] if inputs else None
         if entry is None or not isinstance(layout, SampleLayout) or grads[0] is None:
@@ -65,7 +76,7 @@ class NormsBehind:
 
     def contribution(self, call: NodeCall, edge: Edge) -> Contribution | None:
         """Return the gradients of a weight with a batch norm behind it, ``None`` for others."""
-        norm = self._passed.get(call.node)
+        norm = self._passed.get(call.node) if self._passed else None
         if norm is None or not has_statistics(call):
             return None
         names = {self._recorded[leaf] for leaf in leaves(edge) if leaf in self._recorded}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -80,12 +81,17 @@ def _own_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, (variance + eps).rsqrt()
 
 
+def is_followed(node: Any) -> bool:
+    """Return whether a node is an operation whose effect on batch statistics is known."""
+    name = type(node).__name__
+    is_transposed = name == "ConvolutionBackward0" and node._saved_transposed
+    return name in _WEIGHTS and not is_transposed
+
+
 def has_statistics(call: NodeCall) -> bool:
-    """Return whether a node's input is a weight whose effect on batch statistics is known."""
-    name = type(call.node).__name__
-    position, _ = _WEIGHTS.get(name, (None, False))
-    is_plain = name != "ConvolutionBackward0" or not call.saved("transposed")
-    return call.position == position and is_plain and call.layout.axis == 0
+    """Return whether the input of a followed node is its weight, with the samples first."""
+    position, _ = _WEIGHTS[type(call.node).__name__]
+    return call.position == position and call.layout.axis == 0
 
 
 def contribution_in_front_of(norm: NormBackward, call: NodeCall) -> Contribution:
