@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import describe, require_choice
 from tda_lightning.features.layer_features import HeadOutputs, LayerFeatures, concatenate
+from tda_lightning.passes.batch_contents import batch_size, find_tensors
 from tda_lightning.passes.batches import (
-    batch_size,
-    find_tensors,
     identified,
     loss_of,
     require_loader,
@@ -76,7 +75,7 @@ def train_features(
         with _feature_hooks(model, layer, reads) as hooks:
             for batch_index, batch in enumerate(with_progress(loader, "features", progress)):
                 ids.append(ledger.name(batch, batch_index))
-                parts.append(hooks.extract(batch, "train_loader"))
+                parts.append(hooks.extract(batch, "train_loader", ids[-1]))
     finally:
         ledger.release()
     layer_features = concatenate(parts, torch.cat(ids) if ids else None, "train_loader")
@@ -106,7 +105,7 @@ def query_features(
     """
     with _feature_hooks(model, layer, reads) as hooks:
         batches = identified(queries, progress=progress)
-        pairs = [(ids, hooks.extract(batch, "queries")) for ids, batch in batches]
+        pairs = [(ids, hooks.extract(batch, "queries", ids)) for ids, batch in batches]
     known = [ids for ids, _ in pairs if ids is not None]
     ids = torch.cat(known) if pairs and len(known) == len(pairs) else None
     layer_features = concatenate([part for _, part in pairs], ids, "queries")
@@ -155,9 +154,9 @@ class _FeatureHooks:
         for handle in self._handles:
             handle.remove()
 
-    def extract(self, batch: Any, argument: str) -> LayerFeatures:
+    def extract(self, batch: Any, argument: str, ids: Tensor | None = None) -> LayerFeatures:
         """Return the layer features of a batch, with positions in the batch as ids."""
-        n = batch_size(batch, argument)
+        n = batch_size(batch, argument, ids)
         self._last_call = None
         try:
             read = self._read_head if self._reads == "head" else self._read_features

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.gradients.selection import ParameterSelection, lay_out
-from tda_lightning.passes.batches import batch_size, transfer, with_progress
+from tda_lightning.passes.batch_contents import batch_size
+from tda_lightning.passes.batches import transfer, with_progress
 from tda_lightning.passes.model_state import swapped_weights
 
 # Takes the number of labels to draw per prediction, and yields rows whose outer products sum to the

@@ -20,7 +20,7 @@ from tda_lightning.gradients.capture.compiled import is_compiled, uncompiled
 from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, select
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
-from tda_lightning.gradients.row_sum import RowSum, sum_by_owner
+from tda_lightning.gradients.row_sum import RowSum
 from tda_lightning.gradients.selection import ParameterSelection, named_parameters, places
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher
@@ -289,12 +289,9 @@ class RowRecorder:
             place = self._places[gradient.parameter]
             contribution = gradient.in_rows_of(place.columns)
             start, size = gradient.start // place.columns, gradient.size // place.columns
-            if samples is not None and gradient.owners is None:
+            if samples is not None:
                 contribution = select(contribution, samples)
             values = self._sketcher.project(place, contribution, start, size)
-            if gradient.owners is not None:
-                values = sum_by_owner(values, gradient.owners, self._n)
-                values = values if samples is None else values[samples]
             rows.add(place.block, values, gradient.dtype)
 
         return receive

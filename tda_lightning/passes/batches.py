@@ -6,9 +6,8 @@ Queries, probes and passes over training data use this code, so users write no s
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +21,7 @@ from tda_lightning.gradients.batch_rows import BatchRows
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import select_like
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
+from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.recording.sample_ids import SampleLedger
 from tda_lightning.results.progress import progress_bar
@@ -113,45 +113,6 @@ def batches_of(queries: Any) -> Iterable[Any]:
     return queries if isinstance(queries, DataLoader | Batches) else [queries]
 
 
-def find_tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples, mappings and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    else:
-        for part in _parts(value):
-            yield from find_tensors(part)
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    if isinstance(value, list | tuple):
-        return value
-    if value is None or isinstance(value, str | int | float):  # Skips the slow check below.
-        return ()
-    if isinstance(value, Mapping):
-        return value.values()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name) for field in dataclasses.fields(value)]
-    return ()
-
-
-def batch_size(batch: Any, argument: str) -> int:
-    """Return the number of samples in a batch.
-
-    Raises:
-        ValueError: If it holds no tensor with an axis of samples.
-    """
-    first = next(find_tensors(batch), None)
-    if first is None or first.ndim == 0:
-        raise ValueError(
-            f"`{argument}` holds no tensor with samples along its first axis: got "
-            f"{describe(batch)}; expected a batch as the training loader yields it, or a "
-            "`DataLoader` of such batches."
-        )
-    if len(first) == 0:
-        raise ValueError(f"`{argument}` is an empty batch; expected at least one sample.")
-    return len(first)
-
-
 def transfer(model: Any, batch: Any) -> Any:
     """Move a batch to the model's device, with the module's hooks that a trainer calls."""
     device = next(model.parameters()).device
@@ -213,7 +174,7 @@ def recording(
 
 
 def record_batch(
-    model: nn.Module, rows: RowRecorder, batch: Any, argument: str
+    model: nn.Module, rows: RowRecorder, batch: Any, argument: str, ids: Sized | None = None
 ) -> tuple[Tensor, BatchRows]:
     """Record each sample's contribution to the gradient of a batch's loss.
 
@@ -222,6 +183,7 @@ def record_batch(
         rows: A row recorder that is attached to the model.
         batch: A batch as the training loader yields it.
         argument: Name of the user's argument that the batch comes from, for error messages.
+        ids: The ids of its samples, where they are known.
 
     Returns:
         The loss, and the recorded rows.
@@ -229,7 +191,7 @@ def record_batch(
     Raises:
         ValueError: If ``training_step`` fails on the batch or returns no loss.
     """
-    rows.start(batch_size(batch, argument))
+    rows.start(batch_size(batch, argument, ids))
     try:
         loss = loss_of(model, transfer(model, batch))
         rows.start_backward(loss)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import describe, require_choice
+from tda_lightning.passes.batch_contents import batch_size, find_tensors
 from tda_lightning.passes.batches import (
-    batch_size,
     batches_of,
-    find_tensors,
     loss_of,
     transfer,
     with_progress,

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tda_lightning.arguments import require_choice
+from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.batches import (
-    batch_size,
     identified,
     record_batch,
     recording,
@@ -128,11 +128,13 @@ def identified_rows(
     with recording(model, recipe, preconditioner, mode, 0.0, layers) as rows:
         for batch_ids, batch in identified(queries, progress=progress):
             if isinstance(target, Loss):
-                recorded = sample_gradients(record_batch(model, rows, batch, "queries")[1], recipe)
+                recorded = sample_gradients(
+                    record_batch(model, rows, batch, "queries", batch_ids)[1], recipe
+                )
                 parts.append(BatchQueries(recorded, torch.arange(len(recorded)), None))
             else:
-                parts.append(record_target(model, rows, batch, target))
-            sizes.append(batch_size(batch, "queries"))
+                parts.append(record_target(model, rows, batch, target, batch_ids))
+            sizes.append(batch_size(batch, "queries", batch_ids))
             ids.append(batch_ids)
     if not parts:
         raise ValueError("`queries` is an empty loader; expected at least one batch.")

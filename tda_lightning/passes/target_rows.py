@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from tda_lightning.arguments import describe, name_of
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.passes.batches import batch_size, remedy_for, trained_parameters, transfer
+from tda_lightning.passes.batch_contents import batch_size
+from tda_lightning.passes.batches import remedy_for, trained_parameters, transfer
 from tda_lightning.passes.targets import Target, per_sample, queried_tokens
 
 
@@ -30,7 +32,9 @@ class BatchQueries:
     tokens: Int[Tensor, " n_query"] | None
 
 
-def record_target(model: nn.Module, rows: RowRecorder, batch: Any, target: Target) -> BatchQueries:
+def record_target(
+    model: nn.Module, rows: RowRecorder, batch: Any, target: Target, ids: Sized | None = None
+) -> BatchQueries:
     """Record the gradient of the negative target, one token of all samples at a time.
 
     Args:
@@ -38,6 +42,7 @@ def record_target(model: nn.Module, rows: RowRecorder, batch: Any, target: Targe
         rows: A row recorder that is attached to the model.
         batch: A batch as the training loader yields it.
         target: The quantity to attribute.
+        ids: The ids of its samples, where they are known.
 
     Returns:
         The queries; a sample's tokens are consecutive.
@@ -45,7 +50,7 @@ def record_target(model: nn.Module, rows: RowRecorder, batch: Any, target: Targe
     Raises:
         ValueError: If the target fails on the batch or returns a wrong result.
     """
-    n = batch_size(batch, "queries")
+    n = batch_size(batch, "queries", ids)
     rows.start(n)
     try:
         moved = transfer(model, batch)

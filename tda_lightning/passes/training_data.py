@@ -84,7 +84,7 @@ def record(
             for number, batch in enumerate(with_progress(loader, "recording", progress)):
                 ids = ledger.name(batch, number)
                 rows.seed(number)
-                _, batch_rows = record_batch(model, rows, batch, "loader")
+                _, batch_rows = record_batch(model, rows, batch, "loader", ids)
                 if not started:
                     result.begin(_recipe(run, ledger, labels))
                     started = True
@@ -170,7 +170,7 @@ def train_rows(
         with recording(model, recipe, None, "eval", sampled=0.0) as rows:
             for number, batch in enumerate(loader):
                 ids = ledger.name(batch, number)
-                _, batch_rows = record_batch(model, rows, batch, "train_loader")
+                _, batch_rows = record_batch(model, rows, batch, "train_loader", ids)
                 yield ids, sample_gradients(batch_rows, recipe)
     finally:
         ledger.release()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.passes.batches import batch_size, batches_of, loss_of, transfer
+from tda_lightning.passes.batch_contents import batch_size
+from tda_lightning.passes.batches import batches_of, loss_of, transfer
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.report.samples import Label, label_of
 

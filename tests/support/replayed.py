@@ -60,6 +60,7 @@ def assert_rows_are_gradients(
     tolerance: float = 1e-10,
     reference: Any = None,
     trainer: Any = None,
+    collate_fn: Any = None,
     **settings: Any,
 ) -> MemoryStore:
     """Train for two epochs, and compare every row with the gradient of its sample's loss.
@@ -71,6 +72,7 @@ def assert_rows_are_gradients(
         tolerance: Largest relative error of the rows of a batch.
         reference: Changes the model before the batches are replayed.
         trainer: Settings of the trainer.
+        collate_fn: Joins samples to a batch.
         settings: Settings of the recorder.
     """
     if not isinstance(model, MeanOfLosses):
@@ -78,7 +80,8 @@ def assert_rows_are_gradients(
     store, log = MemoryStore(), ReplayLog()
     recorder = GradientRecorder(store, projector=Identity(), **settings)
     torch.manual_seed(3)
-    quiet_trainer(recorder, log, **(trainer or {})).fit(model, loader(data, batch_size))
+    batches = loader(data, batch_size, collate_fn=collate_fn)
+    quiet_trainer(recorder, log, **(trainer or {})).fit(model, batches)
     if reference is not None:
         reference(model)
     model.train()

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.passes.batches import batch_size, record_batch
+from tda_lightning.passes.batch_contents import batch_size
+from tda_lightning.passes.batches import record_batch
 from tda_lightning.passes.model_state import Mode, preserved_rng, preserved_state
 
 

@@ -7,8 +7,7 @@ per-sample gradients of its parameters need. Nothing is attached to modules or h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -18,17 +17,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from tda_lightning.gradients.capture.layouts import UNKNOWN, Layout, LayoutMemory
+from tda_lightning.gradients.capture.layouts import UNKNOWN, LayoutMemory
 from tda_lightning.gradients.capture.norms import NormsBehind
 from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, to_parameters
 from tda_lightning.gradients.capture.pausing import PauseSwitch
 from tda_lightning.gradients.capture.probe import backward_to_meetings
-from tda_lightning.gradients.graph.routing import RoutedRows
-from tda_lightning.gradients.graph.sample_layout import SINGLE_ROWS
+from tda_lightning.gradients.graph.irregular_rows import IrregularRows
+from tda_lightning.gradients.graph.sample_layout import SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, output_shape
-from tda_lightning.gradients.nodes import NodeCall, NodeRule, rule_for
+from tda_lightning.gradients.nodes import NodeCall, rule_for
 from tda_lightning.stores.recipe import SampleAxis
 
+# Position of a parameter-only input, the edge that leads to it, and where the samples lie.
+_Input = tuple[int, Edge, SampleLayout | IrregularRows]
 Receiver = Callable[[ParameterGradient], None]
 # Positions of inputs that operations add to the others.
 _ADDENDS = {"ConvolutionBackward0": (2,), "AddmmBackward0": (0,), "AddBackward0": (0, 1)}
@@ -211,7 +212,7 @@ class Capture:
 
         return hook
 
-    def _inputs(self, meeting: Meeting) -> list[tuple[int, Edge, Layout]]:
+    def _inputs(self, meeting: Meeting) -> list[_Input]:
         """Return the parameter-only inputs of a meeting whose rows can be told apart."""
         known: Sequence[Any] = meeting.layouts or [UNKNOWN] * len(meeting.inputs)
         inputs = []
@@ -220,8 +221,8 @@ class Capture:
                 layout = self._layouts.layout(meeting.node, position, edge)
             if self._is_subtracted(meeting, position):
                 self._layouts.lose(edge, NO_EFFECT)
-            elif layout is not None:
-                inputs.append((position, edge, layout))
+            elif (rows := self._layouts.rows_of(meeting.node, layout)) is not None:
+                inputs.append((position, edge, rows))
             elif meeting.shape:  # A penalty is added to a number: no sample's, and no rows.
                 self._layouts.lose(edge, _no_owner(meeting))
         return inputs
@@ -236,7 +237,7 @@ class Capture:
     def _deliver(
         self,
         node: Node,
-        inputs: Sequence[tuple[int, Edge, Layout]],
+        inputs: Sequence[_Input],
         grads: tuple[Tensor | None, ...],
     ) -> None:
         if torch.is_grad_enabled():  # In a backward pass that builds a graph.
@@ -248,7 +249,7 @@ class Capture:
     def _contribute(
         self,
         node: Node,
-        inputs: Sequence[tuple[int, Edge, Layout]],
+        inputs: Sequence[_Input],
         grads: tuple[Tensor | None, ...],
     ) -> None:
         receive, n = self._receive, self._n
@@ -257,31 +258,11 @@ class Capture:
         rule = rule_for(node)
         self._norms.note(node, inputs, grads, n)
         for position, edge, layout in inputs:
-            gradients: Iterable[ParameterGradient]
-            if isinstance(layout, RoutedRows):
-                call = NodeCall(node, grads, position, output_shape(edge), SINGLE_ROWS, n)
-                gradients = self._routed(rule, call, edge, layout)
-            else:
-                call = NodeCall(node, grads, position, output_shape(edge), layout, n)
-                through = self._norms.contribution(call, edge)
-                contribution = rule.contribution(call) if through is None else through
-                gradients = to_parameters(edge, contribution, self._recorded)
-            for gradient in gradients:
+            call = NodeCall(node, grads, position, output_shape(edge), layout, n)
+            through = self._norms.contribution(call, edge)
+            contribution = rule.contribution(call) if through is None else through
+            for gradient in to_parameters(edge, contribution, self._recorded):
                 receive(gradient)
-
-    def _routed(
-        self, rule: NodeRule, call: NodeCall, edge: Edge, layout: RoutedRows
-    ) -> Iterator[ParameterGradient]:
-        owners = layout.owners(call.node, call.n, self.with_samples)
-        if owners is None:
-            return
-        if rule.routed is not None:
-            yield from to_parameters(edge, rule.routed(call, owners), self._recorded)
-            return
-        # Each row counts as a sample at first.
-        single = replace(call, n=len(owners))
-        for gradient in to_parameters(edge, rule.contribution(single), self._recorded):
-            yield replace(gradient, owners=owners)
 
     def _watch_recomputation(self) -> None:
         """Hook the graph that a reentrant checkpoint builds during the backward pass.

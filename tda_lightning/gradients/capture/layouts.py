@@ -1,22 +1,27 @@
 """LayoutMemory: where the samples lie in each node in which a parameter meets data.
 
 A layout is inferred from shapes when a kind of meeting is seen for the first time, then proved in
-that batch, and remembered for all later batches.
+that batch, and remembered for all later batches. Rows in no regular order are traced in each batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from tda_lightning.gradients.capture.probe import PROVEN, Evidence, certainty, probe
+from tda_lightning.gradients.capture.tracer import Tracer, is_proven
+from tda_lightning.gradients.capture.tracing import Trace
+from tda_lightning.gradients.graph.irregular_rows import IrregularRows
 from tda_lightning.gradients.graph.routing import RoutedRows, picked_rows
 from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
 from tda_lightning.gradients.graph.walk import (
+    LOOKUPS,
+    TAKES_DATA,
     Edge,
     Meeting,
     Node,
@@ -37,7 +42,14 @@ _MAX_EMPTY_PROBES = 3
 _Key = tuple[Any, ...]
 # The same without the shape.
 _Kind = tuple[Any, type, int]
-Layout = SampleLayout | RoutedRows
+
+
+class TracedRows:
+    """Rows in no regular order, whose samples are traced in each batch."""
+
+
+TRACED: Final = TracedRows()
+Layout = SampleLayout | RoutedRows | TracedRows
 # Earlier batches do not show where the samples lie.
 UNKNOWN: Any = object()
 
@@ -50,12 +62,16 @@ class LayoutMemory:
         recorded: The recorded parameters.
         declared: The axis of the samples of parameters for which the user has declared it.
         lost: Why the rows of a parameter cannot be told apart, by parameter.
+        n: Number of samples of the last batch.
+        irregular: Whose rows the last batch has in nodes where their order is irregular.
     """
 
     recorded: Mapping[Tensor, object]
     declared: Mapping[Tensor, SampleAxis] = field(default_factory=dict)
     lost: dict[nn.Parameter, str] = field(default_factory=dict)
     n: int = 1
+    irregular: dict[Node, IrregularRows] = field(default_factory=dict)
+    _traced: set[_Kind] = field(default_factory=set)
     _decided: dict[_Key, Layout | None] = field(default_factory=dict)
     _do_samples_mix: bool = False
     _with_samples: set[Node] = field(default_factory=set)
@@ -63,17 +79,32 @@ class LayoutMemory:
     # The last shape, batch size and layout of a kind of meeting: most batches look the same.
     _last: dict[_Kind, tuple[tuple[int, ...], int, Layout | None]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Prepare to trace rows."""
+        self._tracer = Tracer(self.recorded)
+
     def walk(self, loss: Tensor, n: int) -> Walk:
         """Return the meetings in a loss's graph, with layouts that are proved for new ones."""
-        self.n = n
+        self.n, self.irregular = n, {}
         for _ in range(_MAX_WALKS):
             self._with_samples = set()
             result = walk(loss.grad_fn, self.recorded, self._has_samples)
             self._with_samples = result.with_samples
             # A reentrant checkpoint does not allow the extra backward pass of a proof.
-            if n == 1 or result.is_reentrant or not self._decide(loss, result):
+            if n == 1 or result.is_reentrant:
                 return result
+            if not self._decide(loss, result):
+                break
+        self._trace(loss, result)
         return result
+
+    def rows_of(self, node: Node, layout: Layout | None) -> SampleLayout | IrregularRows | None:
+        """Return where the samples lie in a node of the last batch, ``None`` if it is unknown."""
+        if isinstance(layout, RoutedRows) and node not in self.irregular:
+            owners = layout.owners(node, self.n, self._with_samples)
+            if owners is not None:
+                self.irregular[node] = IrregularRows(owners, self.n)
+        return layout if isinstance(layout, SampleLayout) else self.irregular.get(node)
 
     def continue_walk(self, root: Node, visited: dict[Node, tuple[Edge, ...]]) -> Walk:
         """Return the meetings in a part of the graph that is built during the backward pass."""
@@ -84,6 +115,8 @@ class LayoutMemory:
         layout: Layout | None = self._last_layout(node, position, edge)
         if layout is not UNKNOWN:
             return layout
+        if self._is_traced(node, position, edge):
+            return TRACED
         key = self._key(node, position, edge)
         if key not in self._decided:
             return self._inferred(node, position, edge)
@@ -135,7 +168,19 @@ class LayoutMemory:
         if declared is not None:
             return declared
         route = next(self._possible_routes(node), None) if 0 in axes else None
-        return route or next(possible_layouts(shape, self.n, axes), None)
+        regular = route or next(possible_layouts(shape, self.n, axes), None)
+        return regular or (TRACED if 0 in axes and self._takes_data(node) else None)
+
+    def _takes_data(self, node: Node) -> bool:
+        name = type(node).__name__
+        is_later = any(child in self._with_samples for child, _ in node.next_functions)
+        return is_later or name in TAKES_DATA or name in LOOKUPS
+
+    def _is_traced(self, node: Node, position: int, edge: Edge) -> bool:
+        """Return whether the rows of a kind of meeting have been in no regular order."""
+        return bool(self._traced) and (
+            self.n > 1 and (_a_parameter(edge), type(node), position) in self._traced
+        )
 
     def _axes(self, node: Node, position: int, edge: Edge) -> Sequence[int]:
         shape = output_shape((node, 0))
@@ -168,12 +213,30 @@ class LayoutMemory:
         for meeting, position, edge, _ in open_inputs:
             wanted = axes.setdefault(meeting.node, [])
             wanted += [a for a in self._axes(meeting.node, position, edge) if a not in wanted]
-        evidence = probe(loss, result, axes, self.n)
-        self._do_samples_mix = result.has_batch_statistics or certainty(evidence) < PROVEN
+        rows = {node for node, each in axes.items() if 0 in each}
+        traces = self._tracer.first_traces(loss, result, rows, self.n)
+        proven = {node for node, each in traces.items() if is_proven(each)}
+        rest = {node: each for node, each in axes.items() if node not in proven}
+        start = self._tracer.start
+        evidence = probe(loss, result, rest, self.n, start)
+        are_independent = start is not None or certainty(evidence) >= PROVEN
+        self._do_samples_mix = result.has_batch_statistics or not are_independent
         is_changed = False
         for meeting, position, edge, key in open_inputs:
-            is_changed |= self._judge(meeting, position, edge, key, evidence.get(meeting.node))
+            found = evidence.get(meeting.node), traces.get(meeting.node)
+            is_changed |= self._judge(meeting, position, edge, key, *found)
         return is_changed
+
+    def _trace(self, loss: Tensor, result: Walk) -> None:
+        """Find the samples of all rows in no regular order."""
+        nodes = {
+            meeting.node: edge
+            for meeting in result.meetings
+            for (position, edge), layout in zip(meeting.inputs, meeting.layouts, strict=True)
+            if layout is UNKNOWN and self.layout(meeting.node, position, edge) is TRACED
+        }
+        if nodes:
+            self.irregular = self._tracer.rows(loss, result, nodes, self.n)
 
     def _undecided(self, result: Walk) -> Iterator[tuple[Meeting, int, Edge, _Key]]:
         """Yield the inputs whose layouts no batch has shown; note the others' layouts."""
@@ -181,31 +244,65 @@ class LayoutMemory:
             node = meeting.node
             meeting.layouts = [self._last_layout(node, *place) for place in meeting.inputs]
             for (position, edge), layout in zip(meeting.inputs, meeting.layouts, strict=True):
-                if layout is UNKNOWN:
+                if layout is UNKNOWN and not self._is_traced(node, position, edge):
                     key = self._key(node, position, edge)
                     if key not in self._decided:
                         yield meeting, position, edge, key
 
     def _judge(
-        self, meeting: Meeting, position: int, edge: Edge, key: _Key, evidence: Evidence | None
+        self,
+        meeting: Meeting,
+        position: int,
+        edge: Edge,
+        key: _Key,
+        evidence: Evidence | None,
+        traced: Trace | None,
     ) -> bool:
         """Decide about one input of a meeting; return whether it turned out to have no samples."""
         inferred = self._inferred(meeting.node, position, edge)
         if _a_parameter(edge) in self.declared and inferred is not None:
             self._decided[key] = inferred
             return False
-        if evidence is None or evidence.is_empty:
+        if traced is not None and is_proven(traced):
+            self._decide_by_trace(meeting, position, edge, key, traced)
+            return False
+        is_unknown = evidence is None or evidence.is_empty
+        if is_unknown and (traced is None or inferred is not TRACED):
             self._empty_probes[key] = self._empty_probes.get(key, 0) + 1
             if self._empty_probes[key] >= _MAX_EMPTY_PROBES:
                 self._decided[key] = inferred
             return False
+        self._decided[key] = None if is_unknown else self._shown(meeting, inferred, evidence)
+        return self._decided[key] is None and meeting.is_first
+
+    def _decide_by_trace(
+        self, meeting: Meeting, position: int, edge: Edge, key: _Key, traced: Trace
+    ) -> None:
+        """Decide about rows of single samples: the first layout that gives them the same owners."""
+        node = meeting.node
+        routed = (
+            (rows, rows.owners(node, self.n, self._with_samples))
+            for rows in self._possible_routes(node)
+        )
+        regular = (
+            (layout, layout.owners(meeting.shape[0], self.n))
+            for layout in possible_layouts(meeting.shape, self.n, (0,))
+        )
+        for layout, owners in (*routed, *regular):
+            if owners is not None and traced.agrees(owners):
+                self._decided[key] = layout
+                return
+        self._traced.add((_a_parameter(edge), type(node), position))
+
+    def _shown(
+        self, meeting: Meeting, inferred: Layout | None, evidence: Evidence
+    ) -> Layout | None:
+        """Return the layout that the gradient of single samples shows."""
         # Where samples are independent, nothing less than all of a gradient proves a layout; but
         # an auxiliary loss may mix a little.
         is_likely = evidence.proves(self.n) and (self._do_samples_mix or meeting.takes_data)
         proven = evidence.layout if is_likely or evidence.share > PROVEN else None
-        routed = self._routed(meeting, evidence)
-        self._decided[key] = routed or proven or self._trusted(meeting, inferred)
-        return self._decided[key] is None and meeting.is_first
+        return self._routed(meeting, evidence) or proven or self._trusted(meeting, inferred)
 
     def _trusted(self, meeting: Meeting, inferred: Layout | None) -> Layout | None:
         """Return the inferred layout where samples mix, so that little can be proved."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from tda_lightning.gradients.capture.layouts import Layout
+from tda_lightning.gradients.graph.irregular_rows import IrregularRows
 from tda_lightning.gradients.graph.sample_layout import SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Node, Normalized, Walk, leaves
 from tda_lightning.gradients.nodes import Contribution, NodeCall
@@ -59,7 +59,7 @@ class NormsBehind:
     def note(
         self,
         node: Node,
-        inputs: Sequence[tuple[int, Edge, Layout]],
+        inputs: Sequence[tuple[int, Edge, SampleLayout | IrregularRows]],
         grads: tuple[Tensor | None, ...],
         n: int,
     ) -> None:
@@ -68,7 +68,7 @@ class NormsBehind:
             return
         entry = self._norms.get(node)
         layout = inputs[0][2] if inputs else None
-        if entry is None or not isinstance(layout, SampleLayout) or grads[0] is None:
+        if entry is None or layout is None or grads[0] is None:
             return
         passed = NormBackward.of(NodeCall(node, grads, 1, (), layout, n))
         if passed is not None:

@@ -31,14 +31,12 @@ class ParameterGradient:
         contribution: Factors of its rows as a matrix, or gradients ``(n, *shape)``.
         shape: Shape of these rows.
         start: Position of the first of them in the flattened parameter.
-        owners: The sample of each entry of the gradients, where they are not one per sample.
     """
 
     parameter: nn.Parameter
     contribution: Contribution
     shape: tuple[int, ...]
     start: int = 0
-    owners: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -67,7 +68,11 @@ _Weights = Mapping[Node, Mapping[int, Tensor]]
 
 
 def probe(
-    loss: Tensor, result: Walk, axes: Mapping[Node, Sequence[int]], n: int
+    loss: Tensor,
+    result: Walk,
+    axes: Mapping[Node, Sequence[int]],
+    n: int,
+    start: int | None = None,
 ) -> dict[Node, Evidence]:
     """Return the evidence about the layouts of some meetings.
 
@@ -76,9 +81,17 @@ def probe(
         result: A walk over its graph.
         axes: The meetings in question, by node, with the axes on which samples can lie.
         n: Number of samples.
+        start: Number of a place at which samples are known to be independent, if there is one. The
+            others then count only for meetings that no gradient from there reaches.
     """
     meetings = [meeting for meeting in result.meetings if meeting.node in axes]
     best: dict[Node, Evidence] = {}
+    shown: dict[Node, Evidence] = {}
+    if start is not None and meetings:
+        known = next(islice(starts_of(loss, result, n), start, None), None)
+        found = _evidence_at(loss, *known, result, meetings, axes, n) if known else {}
+        shown = {node: each for node, each in found.items() if not each.is_empty}
+        meetings = [meeting for meeting in meetings if meeting.node not in shown]
     n_certain = 0
     for cuts, choice in starts_of(loss, result, n) if meetings else ():
         evidence = _evidence_at(loss, cuts, choice, result, meetings, axes, n)
@@ -91,7 +104,7 @@ def probe(
         is_proven = all(found.is_empty or found.proves(n) for found in best.values())
         if n_certain == _MAX_CERTAIN or (n_certain and is_proven):
             break
-    return best
+    return best | shown
 
 
 def _better(first: Evidence, second: Evidence | None) -> Evidence:

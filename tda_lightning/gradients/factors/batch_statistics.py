@@ -86,7 +86,8 @@ class BatchStatistics(Correction):
             inputs = projected(self.inputs, right, dtype)
         products = self._mean_product(self.outputs, inputs)
         if self.units is None:
-            means = inputs.mean(dim=(0, 1)).expand_as(products)
+            # A sum: samples with fewer outputs than others are padded with inputs of zero.
+            means = (inputs.sum(dim=(0, 1)) / self.count).expand_as(products)
         else:
             means = self._mean_product(self.units, inputs)
         mean, scale, shifts, scales = (

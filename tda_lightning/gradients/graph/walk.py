@@ -180,18 +180,18 @@ _ORDINARY: set[type] = set()
 def _note(node: Node, functions: tuple[Edge, ...], result: Walk) -> bool:
     """Note what is special about a node; return whether samples enter it unseen."""
     name = type(node).__name__
-    if name in _BATCH_NORMS and functions[0][0] is not None:
+    if name in BATCH_NORMS and functions[0][0] is not None:
         chain = _behind_views(functions[0][0])
         by_batch = bool(getattr(node, "_saved_training", True))
         result.normalized[chain[-1]] = Normalized(node, chain, by_batch)
     if isinstance(node, BackwardCFunction):
         result.checkpoints.append(node)
-    elif name not in _BATCH_NORMS:
+    elif name not in BATCH_NORMS:
         _ORDINARY.add(type(node))
     return name == "CheckpointFunctionBackward"
 
 
-_BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
+BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 
 def _behind_views(node: Node) -> tuple[Node, ...]:
@@ -226,7 +226,7 @@ TAKES_DATA = frozenset(
 )  # fmt: skip
 
 # Operations that take data in another way than as a differentiable input.
-_LOOKUPS = frozenset(
+LOOKUPS = frozenset(
     f"{name}Backward0"
     for name in (
         "Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Take", "MaskedFill",
@@ -242,7 +242,7 @@ def _may_hold_data(node: Node, functions: tuple[Edge, ...], parameter_only: set[
     """
     return (
         any(child not in parameter_only for child, _ in functions)
-        or type(node).__name__ in _LOOKUPS
+        or type(node).__name__ in LOOKUPS
         or isinstance(node, BackwardCFunction)
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tda_lightning.gradients.factors import GradientFactors
+from tda_lightning.gradients.graph.sample_layout import SampleLayout
 from tda_lightning.gradients.nodes.rule import Contribution, NodeCall, node_rule, per_sample_vjp
 
 
@@ -58,7 +59,9 @@ def _product(call: NodeCall, left: str, right: str, is_left: bool) -> Contributi
     The weight is usually on the right, ``(d_in, d_out)``, and the samples are rows on the left.
     """
     if is_left:
-        turned = replace(call, layout=replace(call.layout, axis=0))
+        layout = call.layout
+        first = replace(layout, axis=0) if isinstance(layout, SampleLayout) else layout
+        turned = replace(call, layout=first)
         inputs, grads = turned.rows(call.saved(right).mT), turned.rows(call.grad.mT)
         return GradientFactors(inputs=inputs, grad_outputs=grads)
     return GradientFactors(inputs=call.rows(call.grad), grad_outputs=call.rows(call.saved(left)))
@@ -90,9 +93,11 @@ def _entries(call: NodeCall, values: Tensor) -> Tensor:
     return parts.reshape(call.n, values.shape[0], -1, values.shape[2])
 
 
-def _grouped_routed(call: NodeCall, owners: Tensor) -> Tensor:
+@node_rule("GroupedMmBackward0", axes=lambda output, parameter, position: (0,))
+def _grouped_mm(call: NodeCall) -> Contribution:
     """Return the gradient of a stack of experts, each of which sees some rows in succession."""
     inputs, grads = call.saved("self"), call.grad
+    owners = call.layout.owners(len(grads), call.n).to(grads.device)
     wide = torch.promote_types(inputs.dtype, torch.float32)
     result = torch.zeros(call.n, *call.shape, dtype=wide, device=inputs.device)
     start = 0
@@ -103,17 +108,6 @@ def _grouped_routed(call: NodeCall, owners: Tensor) -> Tensor:
         result[:, expert] = shares.mT @ grads[rows].to(wide)
         start = end
     return result
-
-
-@node_rule(
-    "GroupedMmBackward0",
-    axes=lambda output, parameter, position: (0,),
-    routed=_grouped_routed,
-)
-def _grouped_mm(call: NodeCall) -> Contribution:
-    size = len(call.grad)
-    owners = call.layout.owners(size, call.n).to(call.grad.device)
-    return _grouped_routed(call, owners)
 
 
 @node_rule("MvBackward0", axes=lambda output, parameter, position: (0,))

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.gradients.factors import Dense, GradientFactors
+from tda_lightning.gradients.graph.irregular_rows import IrregularRows
 from tda_lightning.gradients.graph.sample_layout import SampleLayout
 from tda_lightning.gradients.graph.saved_values import saved_value
 
@@ -40,7 +41,7 @@ class NodeCall:
     grads: tuple[Tensor | None, ...]
     position: int
     shape: tuple[int, ...]
-    layout: SampleLayout
+    layout: SampleLayout | IrregularRows
     n: int
 
     @property
@@ -68,7 +69,6 @@ class NodeCall:
 
 
 Rule = Callable[[NodeCall], Contribution]
-RoutedRule = Callable[[NodeCall, Tensor], Tensor]
 # Axes of the first output on which samples can lie, from its shape, the shape of the parameter-only
 # input, and the position of that input.
 Axes = Callable[[Sequence[int], Sequence[int], int], Sequence[int]]
@@ -106,32 +106,26 @@ class NodeRule:
     Attributes:
         contribution: From a node in the backward pass to the gradients of its input.
         axes: Axes of the first output on which samples can lie.
-        routed: From such a node and the sample of each row to gradients ``(n, *shape)``, where
-            rows in irregular order need a rule of their own.
     """
 
     contribution: Rule
     axes: Axes
-    routed: RoutedRule | None = None
 
 
 _RULES: dict[str, NodeRule] = {}
 
 
-def node_rule(
-    *names: str, axes: Axes = every_axis, routed: RoutedRule | None = None
-) -> Callable[[Rule], Rule]:
+def node_rule(*names: str, axes: Axes = every_axis) -> Callable[[Rule], Rule]:
     """Register the decorated function as the rule for kinds of autograd nodes.
 
     Args:
         names: Class names of the nodes, such as ``"AddmmBackward0"``.
         axes: Axes of the first output on which samples can lie.
-        routed: As in :class:`NodeRule`.
     """
 
     def register(rule: Rule) -> Rule:
         for name in names:
-            _RULES[name] = NodeRule(rule, axes, routed)
+            _RULES[name] = NodeRule(rule, axes)
         return rule
 
     return register
@@ -173,7 +167,8 @@ def per_sample_vjp(call: NodeCall) -> Float[Tensor, "n ..."]:
 def _all_but_one_zero(call: NodeCall, grad: Tensor | None) -> Callable[[int], Tensor] | None:
     if grad is None:
         return None
-    layout, n = call.layout, call.n
+    layout: SampleLayout | IrregularRows = call.layout
+    n = call.n
     if not layout.fits(grad.shape, n):  # An output of another shape, such as a hidden state.
         layout = SampleLayout(list(grad.shape).index(n), 1, None)
 

@@ -1,0 +1,94 @@
+"""Tracer: the rows in no regular order of one batch after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from tda_lightning.gradients.capture.probe import PROVEN
+from tda_lightning.gradients.capture.probe_starts import starts_of
+from tda_lightning.gradients.capture.tracing import Trace, trace
+from tda_lightning.gradients.graph.irregular_rows import IrregularRows
+from tda_lightning.gradients.graph.walk import Edge, Node, Walk, leaves
+
+# Places at which a trace may start, from the loss on.
+_MAX_STARTS = 4
+
+
+class Tracer:
+    """Traces rows from that place in the graph at which samples turned out to be independent.
+
+    Args:
+        recorded: The names of the recorded parameters.
+
+    Attributes:
+        start: Number of the place, as :func:`.starts_of` yields them, once it is known.
+    """
+
+    def __init__(self, recorded: Mapping[Tensor, object]) -> None:
+        self._recorded = recorded
+        self.start: int | None = None
+
+    def first_traces(
+        self, loss: Tensor, result: Walk, nodes: Set[Node], n: int
+    ) -> dict[Node, Trace]:
+        """Return traces from the first place at which most nodes have rows of single samples.
+
+        Args:
+            loss: The loss of ``n`` samples; its graph is retained.
+            result: A walk over its graph.
+            nodes: The nodes in question.
+            n: Number of samples.
+        """
+        if not nodes:
+            return {}
+        best: dict[Node, Trace] = {}
+        most, first = -1, self.start or 0
+        last = _MAX_STARTS if self.start is None else first + 1
+        for number, start in enumerate(islice(starts_of(loss, result, n), first, last), first):
+            traces = trace(*start, result, nodes, n)
+            n_proven = sum(is_proven(each) for each in traces.values())
+            if n_proven > most:
+                best, most = traces, n_proven
+            if 2 * n_proven >= len(traces) > 0:
+                self.start = number
+                break
+        return best
+
+    def rows(
+        self, loss: Tensor, result: Walk, nodes: Mapping[Node, Edge], n: int
+    ) -> dict[Node, IrregularRows]:
+        """Return whose rows a batch has in some nodes; those that no gradient reaches are missing.
+
+        Args:
+            loss: The loss of ``n`` samples; its graph is retained.
+            result: A walk over its graph.
+            nodes: The nodes, with the parameter-only input of each.
+            n: Number of samples.
+
+        Raises:
+            ValueError: If rows belong to several samples, unlike in earlier batches.
+        """
+        start = next(islice(starts_of(loss, result, n), self.start or 0, None), None)
+        traces = {} if start is None else trace(*start, result, nodes.keys(), n)
+        shares = torch.stack([each.share for each in traces.values()]) if traces else torch.ones(0)
+        for node, share in zip(traces, shares.tolist(), strict=True):
+            if share <= PROVEN:
+                raise ValueError(self._shared(nodes[node], share, n))
+        return {node: each.rows for node, each in traces.items()}
+
+    def _shared(self, edge: Edge, share: float, n: int) -> str:
+        name = next(self._recorded[leaf] for leaf in leaves(edge) if leaf in self._recorded)
+        return (
+            f"In a batch of {n} samples, {1 - share:.1%} of the squared gradient that arrives at "
+            f"`{name}` belongs to several samples at once; expected rows of single samples, as in "
+            f"earlier batches. Leave it out with `layers=['!{name}']`."
+        )
+
+
+def is_proven(traced: Trace | None) -> bool:
+    """Return whether nearly all of the gradient is in rows of single samples."""
+    return traced is not None and float(traced.share) > PROVEN

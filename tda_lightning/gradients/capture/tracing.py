@@ -1,0 +1,253 @@
+"""Trace whose row it is: send back a gradient in which each sample has a size of its own.
+
+A backward pass is linear. If the gradient of each sample's outputs is multiplied by a factor, then
+a row that depends on one sample alone is multiplied by that sample's factor. So two backward
+passes, with and without factors, tell the sample of every row, whatever lies between.
+
+A batch norm mixes the rows of a batch. It maps rows to rows, so the trace stops in front of it and
+goes on behind it with another gradient for the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from tda_lightning.gradients.capture.probe_starts import Cuts
+from tda_lightning.gradients.graph.irregular_rows import IrregularRows
+from tda_lightning.gradients.graph.sample_layout import SampleLayout
+from tda_lightning.gradients.graph.walk import BATCH_NORMS, Node, Walk, output_shape
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Whose rows arrive in a node.
+
+    Attributes:
+        rows: The sample of each row; the first one for rows without a gradient.
+        share: The share of the squared gradient in rows that depend on one sample alone; NaN if
+            no gradient arrived.
+        has_gradient: The rows with a gradient.
+    """
+
+    rows: IrregularRows
+    share: Float[Tensor, ""]
+    has_gradient: Bool[Tensor, " rows"]
+
+    def agrees(self, owners: Int[Tensor, " rows"]) -> bool:
+        """Return whether each row with a gradient belongs to the given sample."""
+        traced = self.rows.of_rows
+        return torch.equal(owners.to(traced.device)[self.has_gradient], traced[self.has_gradient])
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Factors ``2 ** (number / steps)`` for numbers from ``-half`` to ``half - 1``.
+
+    Attributes:
+        half: Half the number of factors.
+        steps: Factors per power of two.
+        tolerance: Largest distance of a single sample's factor from its number.
+    """
+
+    half: int
+    steps: int
+    tolerance: float
+
+    def digits(self, n: int) -> int:
+        """Return the number of passes that ``n`` samples need."""
+        count = 1
+        while (2 * self.half) ** count < n:
+            count += 1
+        return count
+
+    def factors(self, owners: Int[Tensor, " rows"], digit: int) -> Float[Tensor, " rows"]:
+        """Return the factor of each row in the pass of a digit."""
+        number = owners // (2 * self.half) ** digit % (2 * self.half) - self.half
+        return torch.exp2(number.double() / self.steps)
+
+    def numbers(self, scaled: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the digit between two squared norms, and whether it is one sample's."""
+        exact = torch.log2(scaled / plain) * (self.steps / 2)
+        number = exact.nan_to_num(0.0, 0.0, 0.0).round()
+        is_single = ((exact - number).abs() < self.tolerance) & (number.abs() <= self.half)
+        return number.long() + self.half, is_single
+
+
+_FINE = _Grid(512, 16, 0.005)
+# Gradients in half precision have two digits, and float16 has few powers of two.
+_COARSE = {torch.float16: _Grid(8, 2, 0.15), torch.bfloat16: _Grid(64, 2, 0.15)}
+
+
+# The columns of a row in as many groups: by chance, the factor of one may look like a sample's.
+_GROUPS = 3
+# Share of a row's squared gradient below which a group shows nothing.
+_NEGLIGIBLE = 1e-6
+
+
+@dataclass(frozen=True)
+class _Start:
+    """An edge at which a pass starts, and where the samples lie there."""
+
+    edge: GradientEdge
+    layout: SampleLayout | IrregularRows
+
+    def gradient(self, factors: Callable[[Tensor], Tensor] | None, n: int) -> Tensor:
+        """Return a random gradient, multiplied by the factors of the rows' owners."""
+        about = self.edge.node._input_metadata[self.edge.output_nr]
+        # A generator apart: the training's random numbers stay as they are.
+        generator = torch.Generator(about.device).manual_seed(0)
+        shape, axis = tuple(about.shape), self.layout.axis
+        values = torch.randn(shape, generator=generator, device=about.device)
+        if factors is not None:
+            owners = self.layout.owners(shape[axis], n).to(about.device)
+            values = values * factors(owners).reshape(-1, *[1] * (len(shape) - axis - 1))
+        return values.to(about.dtype)
+
+
+def trace(cuts: Cuts, choice: int, result: Walk, wanted: Set[Node], n: int) -> dict[Node, Trace]:
+    """Return whose rows arrive in some nodes; nodes that no gradient reaches are missing.
+
+    Args:
+        cuts: Edges at which the samples' rows are known, as from :func:`.starts_of`.
+        choice: Number of the layout there.
+        result: A walk over the graph, which is retained.
+        wanted: The nodes.
+        n: Number of samples.
+    """
+    starts = [_Start(edge, layouts[min(choice, len(layouts) - 1)]) for edge, layouts in cuts]
+    formats = {node._input_metadata[0].dtype for node in wanted}
+    grid = next((grid for dtype, grid in _COARSE.items() if dtype in formats), _FINE)
+    traces: dict[Node, Trace] = {}
+    while starts:
+        section = _Section.behind(starts, result, wanted)
+        plain = section.squares(starts, None, n)
+        factors = [partial(grid.factors, digit=digit) for digit in range(grid.digits(n))]
+        scaled = [section.squares(starts, each, n) for each in factors]
+        new = {
+            node: _trace_of(squares, [each[node] for each in scaled], grid, n)
+            for node, squares in plain.items()
+            if node not in traces
+        }
+        traces |= new
+        starts = [
+            _Start(GradientEdge(*node.next_functions[0]), new[node].rows)
+            for node in section.norms
+            if node in new and node.next_functions[0][0] in result.with_samples
+        ]
+    return {node: each for node, each in traces.items() if node in wanted}
+
+
+def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int) -> Trace:
+    """Read the owners of rows off the squared gradients ``(rows, groups)`` of some passes."""
+    by_row = plain.sum(dim=1)
+    owners = torch.zeros_like(by_row, dtype=torch.int64)
+    is_single = has_gradient = by_row > 0
+    shows_nothing = plain <= _NEGLIGIBLE * by_row[:, None]
+    largest = plain.argmax(dim=1, keepdim=True)
+    for digit, squares in enumerate(scaled):
+        numbers, is_certain = grid.numbers(squares, plain)
+        number = numbers.gather(1, largest)
+        agrees = (is_certain & (numbers == number)) | shows_nothing
+        owners += number[:, 0] * (2 * grid.half) ** digit
+        is_single = is_single & agrees.all(dim=1)
+    is_single &= owners < n
+    rows = IrregularRows(torch.where(is_single, owners, 0), n)
+    return Trace(rows, by_row[is_single].sum() / by_row.sum(), has_gradient)
+
+
+@dataclass
+class _Section:
+    """The part of a graph between some edges and the next batch norms.
+
+    Attributes:
+        inner: The nodes to observe within it.
+        norms: The batch norms at its end.
+        firsts: Meetings behind which there are no samples.
+    """
+
+    inner: list[Node] = field(default_factory=list)
+    norms: list[Node] = field(default_factory=list)
+    firsts: list[Node] = field(default_factory=list)
+
+    @classmethod
+    def behind(cls, starts: Sequence[_Start], result: Walk, wanted: Set[Node]) -> _Section:
+        """Find the section behind some edges."""
+        section = cls()
+        firsts = {meeting.node for meeting in result.meetings if meeting.is_first}
+        waiting = [start.edge.node for start in starts]
+        seen = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            if type(node).__name__ in BATCH_NORMS and output_shape((node, 0))[0] > 1:
+                section.norms.append(node)
+                continue
+            if node in firsts:
+                section.firsts.append(node)
+            elif node in wanted:
+                section.inner.append(node)
+            for child, _ in node.next_functions:
+                if child in result.with_samples and child not in seen:
+                    seen.add(child)
+                    waiting.append(child)
+        return section
+
+    def squares(
+        self, starts: Sequence[_Start], factors: Callable[[Tensor], Tensor] | None, n: int
+    ) -> dict[Node, Float[Tensor, "rows groups"]]:
+        """Return the squared gradient of each row that arrives in a node, per group of columns.
+
+        Args:
+            starts: The edges at which the pass starts.
+            factors: The factors of owners; none by default.
+            n: Number of samples.
+        """
+        squares: dict[Node, Tensor] = {}
+
+        def keep(node: Node, grad: Tensor | None) -> None:
+            if grad is not None and grad.ndim:
+                values = grad.detach().double().square()
+                rows = values.flatten(1) if values.ndim > 1 else values[:, None]
+                squares[node] = torch.stack(
+                    [rows[:, number::_GROUPS].sum(dim=1) for number in range(_GROUPS)], dim=1
+                )
+
+        ends = [
+            GradientEdge(node, number)
+            for node in (*self.norms, *self.firsts)
+            for number in range(len(node._input_metadata))
+        ]
+        if not ends:
+            return squares
+        handles = [
+            node.register_prehook(lambda grads, node=node: keep(node, grads[0]))
+            for node in self.inner
+        ]
+        # What a norm would mix must not arrive behind it.
+        handles += [node.register_prehook(_zeros) for node in self.norms]
+        gradients = [start.gradient(factors, n) for start in starts]
+        try:
+            arrived = torch.autograd.grad(
+                [start.edge for start in starts],
+                ends,
+                gradients,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        for edge, grad in zip(ends, arrived, strict=True):
+            if edge.output_nr == 0:
+                keep(edge.node, grad)
+        return squares
+
+
+def _zeros(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if grad is None else torch.zeros_like(grad) for grad in grads)

@@ -1,0 +1,98 @@
+"""What a batch holds: its tensors, wherever they are nested, and the number of its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+from torch import Tensor
+
+from tda_lightning.arguments import describe
+
+# What batches of graphs, and of nested tensors, call the number of their samples.
+_SIZE_ATTRIBUTES = ("num_graphs", "batch_size")
+
+
+def find_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for part in _parts(value):
+            yield from find_tensors(part)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, list | tuple):
+        return value
+    if value is None or isinstance(value, str | int | float):  # Skips the slow check below.
+        return ()
+    if isinstance(value, Mapping):
+        return value.values()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return ()
+
+
+def batch_size(batch: Any, argument: str, ids: Sized | None = None) -> int:
+    """Return the number of samples in a batch.
+
+    It is the length of the batch's parts: of a tensor, of a list, or of the tensors in a list.
+
+    Args:
+        batch: A batch as the training loader yields it.
+        argument: Name of the user's argument that it comes from, for error messages.
+        ids: The ids of its samples, where they are known; they count if the parts differ.
+
+    Raises:
+        ValueError: If it holds no tensor with an axis of samples, or if the number is not clear.
+    """
+    parts = [lengths for lengths in map(_lengths, _top(batch)) if lengths]
+    if not parts:
+        raise ValueError(
+            f"`{argument}` holds no tensor with samples along its first axis: got "
+            f"{describe(batch)}; expected a batch as the training loader yields it, or a "
+            "`DataLoader` of such batches."
+        )
+    common = [n for n in parts[0] if all(n in lengths for lengths in parts[1:])]
+    if not common and ids is None:
+        found = ", ".join(str(lengths[0]) for lengths in parts)
+        raise ValueError(
+            f"The parts of `{argument}` have lengths {found}, so the number of its samples is not "
+            "clear. Pass a `DataLoader` of such batches, whose sampler shows it."
+        )
+    n = common[0] if common else len(ids) if ids is not None else 0
+    if n == 0:
+        raise ValueError(f"`{argument}` is an empty batch; expected at least one sample.")
+    return n
+
+
+def _top(batch: Any) -> Iterable[Any]:
+    return [batch] if isinstance(batch, Tensor) or _declared(batch) else _parts(batch)
+
+
+def _declared(value: Any) -> int | None:
+    """Return the number of samples that an object states, as batches of graphs do."""
+    if isinstance(value, Tensor):
+        return None
+    for name in _SIZE_ATTRIBUTES:
+        size = getattr(value, name, None)
+        size = size[0] if isinstance(size, tuple) and size else size
+        if isinstance(size, int) and size > 0:
+            return size
+    return None
+
+
+def _lengths(part: Any) -> list[int]:
+    """Return the numbers of samples that a part of a batch can have, the likelier ones first."""
+    declared = _declared(part)
+    if declared is not None:
+        return [declared]
+    if isinstance(part, Tensor):
+        return [len(part)] if part.ndim else []
+    inner = {len(tensor) for tensor in find_tensors(part) if tensor.ndim}
+    lengths = [*inner] if len(inner) == 1 else []
+    if isinstance(part, list | tuple) and inner:
+        lengths.append(len(part))
+    return lengths
