@@ -1,4 +1,4 @@
-"""Settings for all tests: the number of threads, ignored warnings, and groups of tests for xdist.
+"""Settings for all tests: the number of threads, and ignored warnings.
 
 Warnings are errors. The few that are ignored here concern Lightning and torch, not this package.
 """
@@ -24,17 +24,8 @@ IGNORED_WARNINGS = (
 )
 
 
-# Modules whose tests share the result of a subprocess: they stay in one process, so it runs once.
-SHARED_SUBPROCESS = {"unchecked_calls", "test_emulated_device"}
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
-        module = getattr(item, "module", None)
-        names = vars(module).values() if module else ()
-        source_modules = {getattr(value, "__module__", "") for value in names}
-        if SHARED_SUBPROCESS & {item.path.stem, *source_modules}:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         for ignored in IGNORED_WARNINGS:
             item.add_marker(pytest.mark.filterwarnings(ignored))
 
