@@ -1,4 +1,4 @@
-"""Settings for all tests: the number of threads, and ignored warnings.
+"""Settings for all tests: the number of threads, ignored warnings, and quick checks of types.
 
 Warnings are errors. The few that are ignored here concern Lightning and torch, not this package.
 """
@@ -11,6 +11,9 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import type_checks
+
+type_checks.install()
 
 IGNORED_WARNINGS = (
     "ignore:.*does not have many workers.*",
