@@ -103,7 +103,7 @@ def hints_of_nested(function: Any) -> dict[str, Any]:
 
 
 def hints_of(function: Any) -> dict[str, Any]:
-    """Return the annotations; those that cannot be resolved yet accept anything, as in jaxtyping."""
+    """Return the annotations; what cannot be resolved yet accepts anything, as in jaxtyping."""
     return {
         name: resolved(hint, function.__globals__)
         for name, hint in function.__annotations__.items()
