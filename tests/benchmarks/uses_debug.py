@@ -17,21 +17,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from uses_tasks import ALL, TASKS, Classifier, Noisy, Task, accuracy, split, train
+from uses_neighbors import neighbors
+from uses_tasks import ALL, TASKS, Classifier, Noisy, Task, accuracy, recorded, split, train
 
-from tda_lightning import GradientRecorder, TracIn, attribute, self_influence
+from tda_lightning import TracIn, attribute, self_influence
 from tda_lightning.applications import explain_errors, find_mislabeled, find_shortcut
 from tda_lightning.metrics import kept_without_proponents, mislabel_auc
-from tda_lightning.stores import MemoryStore
 
 Rows = Iterator[tuple[str, float]]
 N_QUERIES, REMOVED = 6, 0.05
 MEMORIZED = ("digits MLP", "breast cancer")  # The noise costs nothing in a short training.
-
-
-def recorded(task: Task, data: TensorDataset, seed: int) -> tuple[MemoryStore, Classifier]:
-    store = MemoryStore()
-    return store, train(task, data, seed, GradientRecorder(store))
 
 
 def final_losses(model: Classifier, noisy: Noisy) -> Tensor:
@@ -215,6 +210,7 @@ def shortcuts(seed: int) -> Rows:
 USES: dict[str, Callable[[int], Rows]] = {
     "mislabels": mislabels,
     "folds": folds,
+    "neighbors": neighbors,
     "errors": errors,
     "removals": removals,
     "shortcuts": shortcuts,
