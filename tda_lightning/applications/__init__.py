@@ -23,6 +23,12 @@ from tda_lightning.applications.importance import (
 from tda_lightning.applications.loss_history import LossHistory, loss_history
 from tda_lightning.applications.mislabel_results import Mislabeled
 from tda_lightning.applications.mislabels import find_mislabeled
+from tda_lightning.applications.neighbors import (
+    Duplicates,
+    Outliers,
+    find_duplicates,
+    find_outliers,
+)
 from tda_lightning.applications.pruning import coreset, prune
 from tda_lightning.applications.retraining import (
     Plan,
@@ -63,6 +69,7 @@ __all__ = [
     "Alarm",
     "Alarms",
     "Candidates",
+    "Duplicates",
     "Errors",
     "FirstOrder",
     "Forgetting",
@@ -76,6 +83,7 @@ __all__ = [
     "MeanLoss",
     "Mislabeled",
     "NextToken",
+    "Outliers",
     "Plan",
     "Retrainings",
     "RewindPlan",
@@ -93,7 +101,9 @@ __all__ = [
     "coreset",
     "explain_errors",
     "find_alarms",
+    "find_duplicates",
     "find_mislabeled",
+    "find_outliers",
     "find_shortcut",
     "influence_by_group",
     "leave_out",

@@ -69,7 +69,7 @@ class RowRecorder:
         self._capture = Capture(model, named_parameters(selection, lost), batch_dims, followed)
         self._is_compiled = is_compiled(model)
         self._eager = ExitStack()
-        self._summary: LossSummary | None = None
+        self._summary = LossSummary((), 0)
         self._preconditioner: Preconditioner | None = None
         self._curvature_rows: Tensor | None = None
         numbers = {block.name: number for number, block in enumerate(selection.blocks)}
@@ -133,7 +133,7 @@ class RowRecorder:
     def continue_batch(self) -> None:
         """Prepare for another backward pass of the same batch, through the same graph or not."""
         self._rows = RowSum(self._sketcher, self._n)
-        self._summary = self._curvature_rows = None
+        self._summary, self._curvature_rows = LossSummary((), self._n), None
 
     def start_backward(self, loss: Tensor) -> None:
         """Prepare for the backward pass of the batch's loss."""
@@ -170,10 +170,7 @@ class RowRecorder:
         """Return the recorded rows of the batch."""
         self._capture.end_backward()
         self._eager.close()
-        rows, summary, curvature_rows = self._rows.rows(), self._summary, self._curvature_rows
-        if summary is None:
-            return BatchRows(rows, None, None, curvature_rows)
-        return BatchRows(rows, summary.terms(), summary.spread(), curvature_rows, summary.loss())
+        return BatchRows(self._rows.rows(), self._summary.facts(), self._curvature_rows)
 
     def take(self) -> Float[Tensor, "n k"]:
         """Return the rows of the last backward pass, and prepare for one more."""

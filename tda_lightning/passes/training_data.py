@@ -127,11 +127,10 @@ def _step(
         sample_ids=sample_ids,
         weights=torch.full((n,), weight),
         sketch=batch_rows.rows.cpu(),
-        terms=_on_cpu(batch_rows.terms),
-        curvature=_on_cpu(batch_rows.curvature(weight)),
+        **{name: _on_cpu(fact) for name, fact in batch_rows.loss.of_visits(weight).items()},
         curvature_rows=_on_cpu(batch_rows.curvature_rows),
         preconditioner=preconditioner if number == 0 else None,
-        loss=batch_rows.loss,
+        loss=batch_rows.loss.name,
     )
 
 

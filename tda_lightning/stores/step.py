@@ -99,6 +99,10 @@ class Preconditioner:
     columns: Float[Tensor, " all_columns"]
 
 
+# The facts of visits that may be unknown.
+OPTIONAL_FACTS = ("terms", "curvature", "losses", "errors", "margins")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepFacts:
     """One optimizer step and its visits, without their rows.
@@ -116,6 +120,12 @@ class StepFacts:
         curvature: Factor that scales ``row row^T / weight * terms`` to the curvature of the
             visit's loss, if known; shape ``(n,)``. It is p / (1 - p) for cross-entropy with label
             probability p, and 1 / (2 r^2) for squared error with residual r.
+        losses: Loss of each visit before the step, the mean of its terms, if known; shape ``(n,)``.
+            It is NaN if none of its terms has a weight.
+        errors: Norm of the predicted probabilities minus the label, if the loss is a cross-entropy
+            with one term per visit; shape ``(n,)``.
+        margins: Logit of the label minus the highest other logit, likewise; shape ``(n,)``. It is
+            positive if the label was predicted.
         preconditioner: New coordinates of the rows, from this step on; ``None`` if unchanged.
         loss: Name of the loss (``"cross-entropy"``, ``"squared error"``), if known.
     """
@@ -129,6 +139,9 @@ class StepFacts:
     audit: Audit | None = None
     terms: Float[Tensor, " n"] | None = None
     curvature: Float[Tensor, " n"] | None = None
+    losses: Float[Tensor, " n"] | None = None
+    errors: Float[Tensor, " n"] | None = None
+    margins: Float[Tensor, " n"] | None = None
     preconditioner: Preconditioner | None = None
     loss: str = ""
 

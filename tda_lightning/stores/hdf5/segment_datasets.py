@@ -19,7 +19,13 @@ from tda_lightning.stores.damage import StoreFileError, checksum_of, read_into
 from tda_lightning.stores.hdf5.file import open_hdf5
 from tda_lightning.stores.hdf5.segment_checks import require_lengths, require_offsets
 from tda_lightning.stores.row_formats import Storage, decode, raw_bytes
-from tda_lightning.stores.step import Audit, ParameterGroup, Preconditioner, StepFacts
+from tda_lightning.stores.step import (
+    OPTIONAL_FACTS,
+    Audit,
+    ParameterGroup,
+    Preconditioner,
+    StepFacts,
+)
 
 Stamp = tuple[int, int]
 # The hyper-parameters of a group are stored under these names.
@@ -185,13 +191,22 @@ class StepColumns:
             sample_ids=visits["sample_id"],
             weights=visits["weight"],
             audit=self.audits.get(position),
-            terms=visits.get("terms"),
-            curvature=visits.get("curvature"),
+            **{name: visits.get(name) for name in OPTIONAL_FACTS},
             preconditioner=self.preconditioners.get(position),
             loss=self._loss[position],
         )
 
 
+def read_visits(group: h5py.Group) -> dict[str, np.ndarray]:
+    """Return the columns of all visits."""
+    unknown = np.full(len(group["weight"]), np.nan, dtype=np.float32)
+    missing = {name: unknown for name in _NEW_FACTS if name not in group}
+    names = ("sample_id", "weight", *OPTIONAL_FACTS)
+    return {name: group[name][:] for name in names if name not in missing} | missing
+
+
+# Segments of older versions lack these columns; NaN means unknown.
+_NEW_FACTS = {"losses", "errors", "margins"}
 # Segments of older versions lack these columns; zero means unknown.
 _NEW_GROUP_FIELDS = {"share", "decoupled", "descent", "owner"}
 

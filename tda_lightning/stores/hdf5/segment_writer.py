@@ -20,7 +20,7 @@ from tda_lightning.stores.hdf5.segment_datasets import GROUP_FIELDS
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity, write_header
 from tda_lightning.stores.hdf5.segment_reader import blocks_of
 from tda_lightning.stores.row_formats import Storage, encode, raw_bytes, storage_for
-from tda_lightning.stores.step import Step
+from tda_lightning.stores.step import OPTIONAL_FACTS, Step
 
 # What a segment holds beside its rows, at most, in all but very long ones.
 _MAX_METADATA_BYTES = 2**16
@@ -106,7 +106,7 @@ def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
 def _write_visits(group: h5py.Group, steps: Sequence[Step]) -> None:
     group["sample_id"] = torch.cat([step.sample_ids for step in steps]).numpy()
     group["weight"] = torch.cat([step.weights for step in steps]).numpy()
-    for name in ("terms", "curvature"):
+    for name in OPTIONAL_FACTS:
         group[name] = torch.cat([_values_or_nan(step, name) for step in steps]).numpy()
 
 
