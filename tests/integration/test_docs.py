@@ -14,6 +14,7 @@ PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 # Words in a block, and the package that it needs.
 OPTIONAL = {
     "ConjugateGradient": "curvlinops",
+    "quanda": "quanda",
     "spotlight": "renumics",
     "TensorBoardLogger": "tensorboard",
 }
