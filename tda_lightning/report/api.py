@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from tda_lightning.arguments import require_kind, require_whole
 from tda_lightning.attribution import Attributor, InfluenceFunction, Unrolled
 from tda_lightning.passes.targets import outputs_of
-from tda_lightning.report.charts import Chart, charts, has_bokeh
-from tda_lightning.report.drawing import bokeh_source, draw_bokeh, draw_svg
-from tda_lightning.report.evidence import Evidence, gather
-from tda_lightning.report.findings import Finding, find
-from tda_lightning.report.html import Html, json_block
-from tda_lightning.report.interactive import queries_section, ranking_section
-from tda_lightning.report.page import Page, assemble, asset
-from tda_lightning.report.payload import Payload, group_scores
-from tda_lightning.report.samples import ShowItem, Shown
-from tda_lightning.report.sections import (
+from tda_lightning.report.charts.charts import Chart, charts, has_bokeh
+from tda_lightning.report.charts.drawing import bokeh_source, draw_bokeh, draw_svg
+from tda_lightning.report.evidence.gathering import Evidence, gather
+from tda_lightning.report.findings.find import find
+from tda_lightning.report.findings.finding import Finding
+from tda_lightning.report.page.assembly import Page, assemble, asset
+from tda_lightning.report.page.html import Html, json_block
+from tda_lightning.report.page.interactive import queries_section, ranking_section
+from tda_lightning.report.page.payload import Payload, group_scores
+from tda_lightning.report.page.sections import (
     chart_figure,
     confidence_section,
     facts_section,
@@ -29,6 +29,7 @@ from tda_lightning.report.sections import (
     groups_section,
     when_section,
 )
+from tda_lightning.report.samples.shown import ShowItem, Shown
 from tda_lightning.stores.durable import absolute_path, atomic_write
 from tda_lightning.stores.opening import Run, open_run
 

@@ -13,9 +13,9 @@ from torch.utils.data import Subset, TensorDataset
 
 from tda_lightning import GradientRecorder, Identity
 from tda_lightning.report import Finding, Shown, report
-from tda_lightning.report.findings import number_set_apart
-from tda_lightning.report.html import visible
-from tda_lightning.report.queries import query_losses
+from tda_lightning.report.evidence.queries import query_losses
+from tda_lightning.report.findings.labels import number_set_apart
+from tda_lightning.report.page.html import visible
 
 TEXTS = [f"text number {i}" for i in range(23)]
 

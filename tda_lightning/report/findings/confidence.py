@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tda_lightning.report.evidence import Evidence
+from tda_lightning.report.evidence.gathering import Evidence
 
 # The least share of the gradient that counts as complete, and the least rank correlation of two
 # methods that counts as agreement.

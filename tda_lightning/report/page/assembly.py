@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 
-from tda_lightning.report.html import Html, element, join
+from tda_lightning.report.page.html import Html, element, join
 
 SECTIONS = (
     ("found", "What was found"),

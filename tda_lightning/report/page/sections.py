@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tda_lightning.attribution.attributor import provenance_of
-from tda_lightning.report.charts import Chart
-from tda_lightning.report.confidence import Check, checks, doubts
-from tda_lightning.report.evidence import Evidence
-from tda_lightning.report.findings import Finding
-from tda_lightning.report.html import Html, element, join
+from tda_lightning.report.charts.charts import Chart
+from tda_lightning.report.evidence.gathering import Evidence
+from tda_lightning.report.findings.confidence import Check, checks, doubts
+from tda_lightning.report.findings.finding import Finding
+from tda_lightning.report.page.html import Html, element, join
 
 _SIGNS = {
     "attention": ("!", "Needs attention"),

@@ -17,9 +17,9 @@ from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import swapped_weights
 from tda_lightning.passes.queries import record_queries
-from tda_lightning.report.queries import Answer, answers_to, query_losses
-from tda_lightning.report.samples import Label, Shown
-from tda_lightning.report.training_set import TrainingSet, training_set
+from tda_lightning.report.evidence.queries import Answer, answers_to, query_losses
+from tda_lightning.report.evidence.training_set import TrainingSet, training_set
+from tda_lightning.report.samples.shown import Label, Shown
 from tda_lightning.results import SampleScores, Scores, Trajectory
 from tda_lightning.results.trajectory import Period
 from tda_lightning.stores import Store

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tda_lightning.passes.batches import batch_size, batches_of, loss_of, transfer
 from tda_lightning.passes.model_state import preserved_state
-from tda_lightning.report.samples import Label, label_of
+from tda_lightning.report.samples.shown import Label, label_of
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import io
 import re
 from typing import Any
 
-from tda_lightning.report.charts import Chart
-from tda_lightning.report.html import Html
+from tda_lightning.report.charts.charts import Chart
+from tda_lightning.report.page.html import Html
 from tda_lightning.results.optional import needs
 
 # Colours of the light page; the script of the page replaces them when it is dark.

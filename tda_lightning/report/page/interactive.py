@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tda_lightning.report.html import Html, element, join
+from tda_lightning.report.page.html import Html, element, join
 
 _NOSCRIPT = "The galleries need JavaScript, which is part of this file. Nothing is loaded."
 

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from tda_lightning.report.charts import trajectory_lines
-from tda_lightning.report.evidence import Evidence
-from tda_lightning.report.html import shortened
-from tda_lightning.report.images import data_uri
-from tda_lightning.report.queries import Answer
-from tda_lightning.report.samples import Label, ShowItem, Shown
-from tda_lightning.report.training_set import rendered
+from tda_lightning.report.charts.charts import trajectory_lines
+from tda_lightning.report.evidence.gathering import Evidence
+from tda_lightning.report.evidence.queries import Answer
+from tda_lightning.report.evidence.training_set import rendered
+from tda_lightning.report.page.html import shortened
+from tda_lightning.report.samples.images import data_uri
+from tda_lightning.report.samples.shown import Label, ShowItem, Shown
 
 MAX_LABEL, MAX_TEXT, MAX_COLUMNS = 120, 1200, 60
 # Limit of pictures in the ranking; further samples are listed by number and label.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from tda_lightning.report.evidence import Evidence
+from tda_lightning.report.evidence.gathering import Evidence
 from tda_lightning.results import Trajectory
 
 Role = Literal["helped", "harmed", "plain"]

@@ -1,0 +1,26 @@
+"""Finding: one thing that a person should look at, in plain sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Weight = Literal["attention", "fine", "unknown"]
+MAX_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding of a report.
+
+    Attributes:
+        title: A few words.
+        sentences: What was found, what it may mean, and what to do.
+        weight: Whether it needs attention, is fine, or could not be examined.
+        samples: Ids of the training samples that it is about, most important first.
+    """
+
+    title: str
+    sentences: tuple[str, ...]
+    weight: Weight
+    samples: tuple[int, ...] = ()
