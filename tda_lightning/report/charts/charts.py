@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from tda_lightning.report.evidence.gathering import Evidence
+from tda_lightning.report.evidence.removal import RANDOM, RemovalCurve
 from tda_lightning.results import Trajectory
 
 Role = Literal["helped", "harmed", "plain", "muted"]
@@ -90,6 +91,7 @@ def charts(evidence: Evidence) -> list[Chart]:
         trajectory_chart(evidence.trajectory, 0),
         *_schedule_charts(evidence),
         _influence_chart(evidence),
+        *([] if evidence.removal is None else [_removal_chart(evidence.removal)]),
     ]
 
 
@@ -146,7 +148,7 @@ def _schedule_charts(evidence: Evidence) -> list[Chart]:
             x_label="step",
             y_label="learning rate",
             lines=(Line(steps, [_short(rate) for rate in rates], "plain", "learning rate"),),
-            lowest=0,
+            lowest=0.0,
         ),
         LineChart(
             name="gradients",
@@ -157,7 +159,7 @@ def _schedule_charts(evidence: Evidence) -> list[Chart]:
             x_label="step",
             y_label="size of the gradient",
             lines=(Line(steps, [_short(size) for size in gradients], "plain", "gradient"),),
-            lowest=0,
+            lowest=0.0,
         ),
     ]
 
@@ -173,7 +175,7 @@ def _loss_chart(losses: dict[int, float]) -> LineChart:
         x_label="step",
         y_label="loss of the queries",
         lines=(Line([float(i) for i in losses], [_short(v) for v in values], "plain", "loss"),),
-        lowest=0,
+        lowest=0.0,
     )
 
 
@@ -196,6 +198,26 @@ def _influence_chart(evidence: Evidence) -> Histogram:
         y_label="training samples",
         edges=[_short(10**edge) for edge in edges.tolist()],
         counts=counts.tolist(),
+    )
+
+
+def _removal_chart(curve: RemovalCurve) -> LineChart:
+    positions = [float(size) for size in curve.removed]
+    roles: dict[str, Role] = dict.fromkeys(curve.changes, "plain")
+    roles |= {RANDOM: "muted"}
+    ends = "; ".join(f"{name}: {values[-1]:+.3g}" for name, values in curve.changes.items())
+    return LineChart(
+        name="removal",
+        description=(
+            "Change of the mean loss of the queries after training without the most helpful "
+            f"training samples (blue) and without random ones (grey). At the end, {ends}."
+        ),
+        x_label="removed training samples",
+        y_label="change of the loss after retraining",
+        lines=tuple(
+            Line(positions, [_short(value) for value in values], roles[name], name)
+            for name, values in curve.changes.items()
+        ),
     )
 
 

@@ -12,6 +12,11 @@ from tda_lightning.report.findings.finding import MAX_SHOWN, Finding
 # A second peak must rise above the valley before it by this factor, and hold at most this share.
 _RISE, _LARGEST_SHARE = 1.5, 0.4
 _BINS = 40
+_MEANING = (
+    "Such samples fit badly with the others, so the model had to learn them one by one. A wrong "
+    "label is the commonest reason; a rare but correct sample is another. Check them from the "
+    "first on, and stop after a stretch of correct ones."
+)
 
 
 def number_set_apart(values: Float[Tensor, " n_train"]) -> int:
@@ -52,29 +57,30 @@ def _in_second_peak(logs: Float[Tensor, " n"]) -> int:
 
 def suspicious_labels(evidence: Evidence) -> Finding:
     """Estimate how many labels are wrong, or show the most unusual samples."""
-    count, n_train = number_set_apart(evidence.influence.values), len(evidence.influence.values)
-    highest = tuple(evidence.influence.highest(min(MAX_SHOWN, n_train)).ids.tolist())
-    meaning = (
-        "Such samples fit badly with the others, so the model had to learn them one by one. A "
-        "wrong label is the commonest reason; a rare but correct sample is another. Check them "
-        "from the top of the ranking, and stop after a stretch of correct ones."
-    )
-    if count and evidence.suspects is not None and evidence.suspects.flagged_number:
-        suspects = evidence.suspects
-        first = (
-            f"About {suspects.estimated_number:,} of {n_train:,} labels are probably wrong, by "
-            "their losses during the training and their self-influence."
-        )
+    n_train = len(evidence.influence.values)
+    n_apart = number_set_apart(evidence.influence.values)
+    suspects = evidence.suspects
+    if suspects is not None and suspects.flagged_number:
         worst = tuple(suspects.ids[:MAX_SHOWN].tolist())
-        return Finding("Suspicious labels", (first, meaning), "attention", worst)
-    if count:
+        if n_apart:
+            first = (
+                f"About {suspects.estimated_number:,} of {n_train:,} training labels are probably "
+                "wrong."
+            )
+            how = "They were found by their losses during the training and their self-influence."
+            return Finding("Suspicious labels", (first, how, _MEANING), "attention", worst)
         first = (
-            f"{count:,} of {n_train:,} training samples stand apart from the rest: their own "
-            "effect on the model is far larger."
+            f"{suspects.flagged_number:,} of {n_train:,} training labels are suspicious, but they "
+            "do not stand apart from the rest: their number is a guess."
         )
-        return Finding("Suspicious training samples", (first, meaning), "attention", highest)
+        return Finding("Possibly wrong labels", (first, _MEANING), "unknown", worst)
+    highest = tuple(evidence.influence.highest(min(MAX_SHOWN, n_train)).ids.tolist())
+    if n_apart:
+        first = f"{n_apart:,} of {n_train:,} training samples stand apart from the rest."
+        how = "Their own effect on the model is far larger than that of the others."
+        return Finding("Suspicious training samples", (first, how, _MEANING), "attention", highest)
     first = (
         "No group of training samples stands apart from the rest. Single mistakes may still be "
         "among the most unusual samples, shown here."
     )
-    return Finding("Unusual training samples", (first, meaning), "fine", highest)
+    return Finding("Unusual training samples", (first, _MEANING), "fine", highest)

@@ -69,6 +69,7 @@ class Payload:
             "queries": queries,
             "samples": self._samples,
             "ranking": ranking,
+            "flagged": sorted(evidence.flagged),
             "trajectories": self._trajectories(),
             "method": evidence.scores.method,
         }
@@ -90,8 +91,13 @@ class Payload:
             "answer": self._answer_text(answer),
             "confidence": _number(answer.confidence),
             "wrong": answer.is_wrong,
+            "agreement": self._agreement(query),
             "known": isinstance(answer.prediction, int),
         }
+
+    def _agreement(self, query: int) -> float | None:
+        agreement = self._evidence.agreement
+        return None if agreement is None else _number(float(agreement[query]))
 
     def _answer_text(self, answer: Answer) -> str:
         if isinstance(answer.prediction, float):
