@@ -25,6 +25,8 @@ function marked(text, others, className) {
 
 // The samples that belong to the most unusual twentieth of the training set.
 const unusual = new Set(data.ranking.ids.slice(0, Math.ceil(data.ranking.ids.length / 20)));
+const flagged = new Set(data.flagged);
+const flagOf = (id) => (flagged.has(id) ? "suspicious" : unusual.has(id) ? "unusual" : "");
 
 function tile(query) {
   const name = query.label || `${query.id}`;
@@ -44,7 +46,7 @@ function tile(query) {
 
 function card(query, [id, score], others) {
   const sample = sampleOf(id);
-  const flag = unusual.has(id) ? make("span", { class: "flag" }, "unusual") : null;
+  const flag = flagOf(id) ? make("span", { class: "flag" }, flagOf(id)) : null;
   const label = make("span", { class: "label" }, user(sample.label ?? ""), flag);
   const text = sample.text ? marked(sample.text, others, "text") : null;
   return make("li", { class: "card" },
@@ -112,13 +114,15 @@ function verdict(query) {
     query.known ? ", like the label." : `. The label is ${query.label ?? "unknown"}.`);
 }
 
+const agreementOf = (query) => (query.agreement == null ? "" : ` Rank correlation of both methods for this query: ${number(query.agreement)}.`);
+
 function choose(query) {
   gallery.chosen = query;
   for (const button of byId("query-strip").children) {
     button.setAttribute("aria-pressed", String(Number(button.dataset.query) === query.id));
   }
   const heading = make("h3", {}, `Query ${query.id}${query.wrong ? ": answered wrong" : query.known ? ": answered right" : ""}`);
-  const facts = make("div", {}, heading, verdict(query), make("p", {}, `Loss ${number(query.loss)}.`),
+  const facts = make("div", {}, heading, verdict(query), make("p", { class: "small" }, `Loss ${number(query.loss)}.${agreementOf(query)}`),
     query.note ? make("p", {}, user(query.note)) : null,
     query.text ? make("p", { class: "fulltext", dir: "auto", tabindex: "0" }, query.text) : null);
   const content = hasRows && query.row ? rowTable(query) : make("div", { class: "sides" }, side(query, "helped"), side(query, "harmed"));
@@ -236,16 +240,6 @@ if (named.length > 1 && named.length <= 200) {
   named.sort((a, b) => a[0].localeCompare(b[0], undefined, { numeric: true }));
   byId("rank-label").append(...named.map(([name, index]) => make("option", { value: index }, name)));
 } else byId("rank-label").parentElement.hidden = true;
-
-for (const strip of document.querySelectorAll(".strip[data-samples]")) {
-  for (const id of strip.dataset.samples.split(" ")) {
-    const sample = sampleOf(id);
-    const name = sample.label || `#${id}`;
-    strip.append(make("button", { type: "button", class: "tile", "aria-label": `Training sample ${id}, ${sample.label ?? ""}`, onclick: () => findInRanking(Number(id)) },
-      picture(sample, "") ?? (sample.text ? make("span", {}, user(sample.text.slice(0, 60))) : `#${id}`),
-      make("span", { class: "name" }, user(name))));
-  }
-}
 
 showQueries();
 showRanking();

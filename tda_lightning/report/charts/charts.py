@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from tda_lightning.report.evidence import Evidence
+from tda_lightning.report.evidence.gathering import Evidence
+from tda_lightning.report.evidence.removal import RANDOM, RemovalCurve
 from tda_lightning.results import Trajectory
 
-Role = Literal["helped", "harmed", "plain"]
+Role = Literal["helped", "harmed", "plain", "muted"]
 MAX_POINTS = 400
 
 
@@ -33,18 +34,16 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """A line chart or a histogram.
+class LineChart:
+    """Lines over a linear axis.
 
     Attributes:
         name: Identifier in the page.
         description: One sentence for readers who cannot see it.
         x_label: Label of the horizontal axis.
         y_label: Label of the vertical axis.
-        lines: The lines; those of a histogram are steps.
-        is_filled: Whether the area below the first line is filled.
-        logarithmic: Whether the horizontal axis is logarithmic.
-        from_zero: Whether the vertical axis starts at 0.
+        lines: The lines.
+        lowest: Lower end of the vertical axis; that of the lines by default.
     """
 
     name: str
@@ -52,9 +51,38 @@ class Chart:
     x_label: str
     y_label: str
     lines: tuple[Line, ...]
-    is_filled: bool = False
-    logarithmic: bool = False
-    from_zero: bool = False
+    lowest: float | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts over a logarithmic axis.
+
+    Attributes:
+        name: Identifier in the page.
+        description: One sentence for readers who cannot see it.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        edges: Edges of the bins, ascending; one more than counts.
+        counts: Count of each bin.
+    """
+
+    name: str
+    description: str
+    x_label: str
+    y_label: str
+    edges: list[float]
+    counts: list[float]
+
+    @property
+    def outline(self) -> Line:
+        """The upper edge of the bars, from zero to zero."""
+        x = [edge for edge in self.edges for _ in range(2)]
+        y = [0.0, *(count for count in self.counts for _ in range(2)), 0.0]
+        return Line(x, y, "plain", self.y_label)
+
+
+Chart = LineChart | Histogram
 
 
 def charts(evidence: Evidence) -> list[Chart]:
@@ -63,13 +91,14 @@ def charts(evidence: Evidence) -> list[Chart]:
         trajectory_chart(evidence.trajectory, 0),
         *_schedule_charts(evidence),
         _influence_chart(evidence),
+        *([] if evidence.removal is None else [_removal_chart(evidence.removal)]),
     ]
 
 
-def trajectory_chart(trajectory: Trajectory, row: int) -> Chart:
+def trajectory_chart(trajectory: Trajectory, row: int) -> LineChart:
     """Return the cumulative contributions of the samples that matter most to one query."""
     lines = trajectory_lines(trajectory, row)
-    return Chart(
+    return LineChart(
         name="trajectory",
         description=(
             "Contribution so far of the training samples that matter most to the chosen query. "
@@ -108,7 +137,7 @@ def _schedule_charts(evidence: Evidence) -> list[Chart]:
     rates, gradients = schedule.rates[::stride], schedule.gradients[::stride]
     return [
         *losses,
-        Chart(
+        LineChart(
             name="rates",
             description=(
                 f"The learning rate stayed at {rates[0]:.3g}."
@@ -119,9 +148,9 @@ def _schedule_charts(evidence: Evidence) -> list[Chart]:
             x_label="step",
             y_label="learning rate",
             lines=(Line(steps, [_short(rate) for rate in rates], "plain", "learning rate"),),
-            from_zero=True,
+            lowest=0.0,
         ),
-        Chart(
+        LineChart(
             name="gradients",
             description=(
                 f"Size of the gradient over the training: {gradients[0]:.3g} at first, "
@@ -130,14 +159,14 @@ def _schedule_charts(evidence: Evidence) -> list[Chart]:
             x_label="step",
             y_label="size of the gradient",
             lines=(Line(steps, [_short(size) for size in gradients], "plain", "gradient"),),
-            from_zero=True,
+            lowest=0.0,
         ),
     ]
 
 
-def _loss_chart(losses: dict[int, float]) -> Chart:
+def _loss_chart(losses: dict[int, float]) -> LineChart:
     values = list(losses.values())
-    return Chart(
+    return LineChart(
         name="losses",
         description=(
             f"Mean loss of the queries at {len(values)} snapshots of the weights: {values[0]:.3g} "
@@ -146,11 +175,11 @@ def _loss_chart(losses: dict[int, float]) -> Chart:
         x_label="step",
         y_label="loss of the queries",
         lines=(Line([float(i) for i in losses], [_short(v) for v in values], "plain", "loss"),),
-        from_zero=True,
+        lowest=0.0,
     )
 
 
-def _influence_chart(evidence: Evidence) -> Chart:
+def _influence_chart(evidence: Evidence) -> Histogram:
     values = evidence.influence.values.double()
     positive = values[values > 0]
     logs = positive.log10() if len(positive) else torch.zeros(1, dtype=torch.float64)
@@ -159,9 +188,7 @@ def _influence_chart(evidence: Evidence) -> Chart:
     n_bins = 40
     counts = torch.histc(logs, n_bins, low, high)
     edges = torch.linspace(low, high, n_bins + 1, dtype=torch.float64)
-    x = [_short(10**edge) for edge in edges.repeat_interleave(2).tolist()]
-    y = [0.0, *counts.repeat_interleave(2).tolist(), 0.0]
-    return Chart(
+    return Histogram(
         name="influence",
         description=(
             f"Number of training samples by self-influence, on a logarithmic axis from "
@@ -169,9 +196,28 @@ def _influence_chart(evidence: Evidence) -> Chart:
         ),
         x_label="self-influence",
         y_label="training samples",
-        lines=(Line(x, y, "plain", "training samples"),),
-        is_filled=True,
-        logarithmic=True,
+        edges=[_short(10**edge) for edge in edges.tolist()],
+        counts=counts.tolist(),
+    )
+
+
+def _removal_chart(curve: RemovalCurve) -> LineChart:
+    positions = [float(size) for size in curve.removed]
+    roles: dict[str, Role] = dict.fromkeys(curve.changes, "plain")
+    roles |= {RANDOM: "muted"}
+    ends = "; ".join(f"{name}: {values[-1]:+.3g}" for name, values in curve.changes.items())
+    return LineChart(
+        name="removal",
+        description=(
+            "Change of the mean loss of the queries after training without the most helpful "
+            f"training samples (blue) and without random ones (grey). At the end, {ends}."
+        ),
+        x_label="removed training samples",
+        y_label="change of the loss after retraining",
+        lines=tuple(
+            Line(positions, [_short(value) for value in values], roles[name], name)
+            for name, values in curve.changes.items()
+        ),
     )
 
 

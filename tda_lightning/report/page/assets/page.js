@@ -57,8 +57,8 @@ function download(name, rows) {
 // Charts
 const plots = () => (window.Bokeh ? window.Bokeh.documents.flatMap((document) => document.roots()) : []);
 const COLORS = {
-  light: { helped: "#1b62a5", harmed: "#b3312a", plain: "#1b62a5", ink: "#59616a", grid: "#e3dfd7" },
-  dark: { helped: "#8cc0f2", harmed: "#f6a29a", plain: "#8cc0f2", ink: "#a6adb5", grid: "#30363c" },
+  light: { helped: "#1b62a5", harmed: "#b3312a", plain: "#1b62a5", muted: "#6b7580", ink: "#59616a", grid: "#e3dfd7" },
+  dark: { helped: "#8cc0f2", harmed: "#f6a29a", plain: "#8cc0f2", muted: "#a6adb5", ink: "#a6adb5", grid: "#30363c" },
 };
 
 const root = document.documentElement;
@@ -76,9 +76,9 @@ function paintCharts() {
       } else if (kind === "Grid" && model.grid_line_color) {
         model.grid_line_color = colors.grid;
       } else if (kind === "ColumnDataSource" && model.data.color) {
-        const dark = theme() === "dark";
-        const from = dark ? COLORS.light : COLORS.dark;
-        const swap = (color) => (color === from.harmed ? colors.harmed : color === from.helped ? colors.helped : color);
+        const from = theme() === "dark" ? COLORS.light : COLORS.dark;
+        const roles = new Map(["helped", "harmed", "muted"].map((role) => [from[role], colors[role]]));
+        const swap = (color) => roles.get(color) ?? color;
         model.data = { ...model.data, color: Array.from(model.data.color, swap) };
       }
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tda_lightning.passes.batches import batch_size, batches_of, loss_of, transfer
 from tda_lightning.passes.model_state import preserved_state
-from tda_lightning.report.samples import Label, label_of
+from tda_lightning.report.samples.shown import Label, label_of
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,21 @@ def query_losses(model: nn.Module, queries: Any) -> list[float]:
                 single = transfer(model, part_of(batch, slice(row, row + 1)))
                 losses.append(float(loss_of(model, single).detach()))
     return losses
+
+
+def samples_of(queries: Any, positions: Sequence[int]) -> list[Any]:
+    """Return some queries as batches of one sample each.
+
+    Args:
+        queries: A batch, or batches in memory.
+        positions: Positions of the queries.
+    """
+    singles = [
+        part_of(batch, slice(row, row + 1))
+        for batch in batches_of(queries)
+        for row in range(batch_size(batch, "queries"))
+    ]
+    return [singles[position] for position in positions]
 
 
 def part_of(batch: Any, key: int | slice) -> Any:

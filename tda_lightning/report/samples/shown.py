@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tda_lightning.report.images import is_image
+from tda_lightning.report.samples.images import is_image
 
 Label = int | float | str
 LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")

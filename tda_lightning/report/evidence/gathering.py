@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from tda_lightning.applications import Mislabeled, find_mislabeled
+from tda_lightning.applications import Mislabeled, Shortcut, find_mislabeled, find_shortcut
 from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.batches import batches_in_memory
-from tda_lightning.passes.model_state import swapped_weights
 from tda_lightning.passes.queries import record_queries
-from tda_lightning.report.queries import Answer, answers_to, query_losses
-from tda_lightning.report.samples import Label, Shown
-from tda_lightning.report.training_set import TrainingSet, training_set
+from tda_lightning.report.evidence.queries import Answer, answers_to, samples_of
+from tda_lightning.report.evidence.removal import RemovalCurve
+from tda_lightning.report.evidence.schedule import Schedule, schedule
+from tda_lightning.report.evidence.training_set import TrainingSet, training_set
+from tda_lightning.report.samples.shown import Label, Shown
 from tda_lightning.results import SampleScores, Scores, Trajectory
 from tda_lightning.results.trajectory import Period
 from tda_lightning.stores import Store
 from tda_lightning.stores.data_order import DataOrder, data_order
-from tda_lightning.stores.snapshots import spread
 
 # Trajectories are computed for this many queries, the worst first.
 MAX_TRAJECTORIES = 24
-# The queries are evaluated at this many snapshots.
-MAX_SNAPSHOTS = 8
 # Samples per query whose trajectory is shown, on each side.
 TRAJECTORY_SAMPLES = 3
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The course of the training.
-
-    Attributes:
-        steps: Index of each recorded step.
-        rates: Largest learning rate of each step.
-        gradients: Norm of the sum of each step's rows.
-        losses: Mean loss of the queries at some snapshots, by the index of the step after each;
-            empty if the run has none.
-    """
-
-    steps: list[int]
-    rates: list[float]
-    gradients: list[float]
-    losses: dict[int, float]
+# Queries on which attributes are tested, the first wrong ones.
+MAX_TESTED = 200
 
 
 @dataclass(frozen=True)
@@ -71,6 +54,10 @@ class Evidence:
             their order.
         data_order: Irregularities in the order of the data.
         schedule: The course of the training.
+        attributes: Which training samples have each attribute that may be a shortcut.
+        shortcut: What drives the wrong answers, or all answers if none is wrong; ``None`` if no
+            attributes were passed, or if the answers are unknown.
+        removal: A curve of retrainings, if there is one.
     """
 
     store: Store
@@ -86,6 +73,9 @@ class Evidence:
     trajectory: Trajectory
     data_order: DataOrder
     schedule: Schedule
+    attributes: Mapping[str, Bool[Tensor, " n_train"]]
+    shortcut: Shortcut | None
+    removal: RemovalCurve | None
 
     def label(self, sample: int) -> Label | None:
         """Return the label of a training sample, or ``None`` if it is unknown."""
@@ -95,6 +85,16 @@ class Evidence:
     def wrong(self) -> list[int]:
         """Positions of the queries that the model answers wrongly, the worst first."""
         return [query for query in self.order if self.answers[query].is_wrong]
+
+    @property
+    def flagged(self) -> set[int]:
+        """Ids of the training samples whose labels are likely wrong."""
+        return set() if self.suspects is None else set(self.suspects.ids.tolist())
+
+    def members_of(self, attribute: str) -> list[int]:
+        """Return the ids of the training samples with an attribute."""
+        ids: list[int] = self.store.train_ids()[self.attributes[attribute]].tolist()
+        return ids
 
 
 def gather(
@@ -107,6 +107,8 @@ def gather(
     other_method: Attributor | None,
     outputs: Callable[[nn.Module, Any], Tensor],
     render: Callable[[Any], Shown],
+    attributes: Mapping[str, Bool[Tensor, " n_train"]],
+    removal: RemovalCurve | None,
     progress: bool,
 ) -> Evidence:
     """Compute the evidence; the arguments are those of :func:`~tda_lightning.report.report`."""
@@ -135,13 +137,49 @@ def gather(
         suspects=_suspects(store, progress),
         trajectory=_trajectory(store, rows, scores, order, method, progress),
         data_order=data_order(store),
-        schedule=_schedule(store, _losses_at_snapshots(store, model, queries)),
+        schedule=schedule(store, model, queries),
+        attributes=dict(attributes),
+        shortcut=_shortcut(store, model, queries, answers, samples, attributes, outputs),
+        removal=removal,
     )
 
 
 def _suspects(store: Store, progress: bool) -> Mislabeled | None:
     has_labels = store.facts[-1].loss == "cross-entropy"
     return find_mislabeled(store, progress=progress) if has_labels else None
+
+
+def _shortcut(
+    store: Store,
+    model: nn.Module,
+    queries: Any,
+    answers: Sequence[Answer],
+    train: TrainingSet,
+    attributes: Mapping[str, Bool[Tensor, " n_train"]],
+    outputs: Callable[[nn.Module, Any], Tensor],
+) -> Shortcut | None:
+    """Test the attributes on the wrong answers, or on all answers if none is wrong."""
+    known = [q for q, answer in enumerate(answers) if isinstance(answer.prediction, int)]
+    if not attributes or not known:
+        return None
+    wrong = [q for q in known if answers[q].is_wrong]
+    singles = samples_of(queries, (wrong or known)[:MAX_TESTED])
+    classes = [train.labels.get(sample) for sample in train.ids]
+    are_classes = all(isinstance(label, int) for label in classes)
+
+    def predicted_logit(module: nn.Module, batch: Any) -> Tensor:
+        highest: Tensor = outputs(module, batch).max(dim=-1).values
+        return highest
+
+    return find_shortcut(
+        store,
+        model,
+        DataLoader(singles, batch_size=None),  # type: ignore[arg-type]
+        attributes,
+        classes=torch.tensor(classes) if are_classes else None,
+        target=predicted_logit,
+        progress=False,
+    )
 
 
 def _trajectory(
@@ -159,24 +197,6 @@ def _trajectory(
     per_epoch = store.facts[-1].epoch - store.facts[0].epoch >= 3
     period: Period = "epoch" if per_epoch else "step"
     return contributions(store, rows[chosen], ids, method, per=period, progress=progress)
-
-
-def _losses_at_snapshots(store: Store, model: nn.Module, queries: Any) -> dict[int, float]:
-    losses = {}
-    for snapshot in spread(store.snapshots(), MAX_SNAPSHOTS):
-        with swapped_weights(model, store.weights_at(snapshot)):
-            values = query_losses(model, queries)
-        losses[snapshot] = sum(values) / len(values)
-    return losses
-
-
-def _schedule(store: Store, losses: dict[int, float]) -> Schedule:
-    steps, rates, gradients = [], [], []
-    for step in store:
-        steps.append(step.index)
-        rates.append(step.lr)
-        gradients.append(float(step.sketch.double().sum(dim=0).norm()))
-    return Schedule(steps, rates, gradients, losses)
 
 
 def _require_one_row_each(rows: Tensor, answers: list[Answer]) -> None:

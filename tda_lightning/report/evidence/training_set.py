@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Subset
 
 from tda_lightning.passes.batches import with_progress
-from tda_lightning.report.samples import Label, Shown, content_hash, label_of
+from tda_lightning.report.samples.shown import Label, Shown, content_hash, label_of
 
 # A larger training set is read only where its samples are shown.
 MAX_READ = 20_000

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tda_lightning.report.html import Html, element, join
+from tda_lightning.report.page.html import Html, element, join
 
 _NOSCRIPT = "The galleries need JavaScript, which is part of this file. Nothing is loaded."
 
 
-def queries_section(trajectories: int) -> Html:
+def queries_section() -> Html:
     """Return the frame of the gallery: controls, a strip of queries, and the chosen one."""
     intro = element(
         "p",
@@ -39,7 +39,7 @@ def queries_section(trajectories: int) -> Html:
         controls,
         element("p", {"id": "query-count", "class": "count", "role": "status"}, ""),
         element("div", {"id": "query-strip", "role": "group", "aria-label": "Queries"}),
-        element("div", {"id": "query-detail", "data-trajectories": str(trajectories)}),
+        element("div", {"id": "query-detail", "tabindex": "-1"}),
     )
 
 

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from tda_lightning.report.charts import trajectory_lines
-from tda_lightning.report.evidence import Evidence
-from tda_lightning.report.html import shortened
-from tda_lightning.report.images import data_uri
-from tda_lightning.report.queries import Answer
-from tda_lightning.report.samples import Label, ShowItem, Shown
-from tda_lightning.report.training_set import rendered
+from tda_lightning.report.charts.charts import trajectory_lines
+from tda_lightning.report.evidence.gathering import Evidence
+from tda_lightning.report.evidence.queries import Answer
+from tda_lightning.report.evidence.training_set import rendered
+from tda_lightning.report.page.html import shortened
+from tda_lightning.report.samples.images import data_uri
+from tda_lightning.report.samples.shown import Label, ShowItem, Shown
 
 MAX_LABEL, MAX_TEXT, MAX_COLUMNS = 120, 1200, 60
 # Limit of pictures in the ranking; further samples are listed by number and label.
@@ -69,6 +69,7 @@ class Payload:
             "queries": queries,
             "samples": self._samples,
             "ranking": ranking,
+            "flagged": sorted(evidence.flagged),
             "trajectories": self._trajectories(),
             "method": evidence.scores.method,
         }
@@ -90,8 +91,13 @@ class Payload:
             "answer": self._answer_text(answer),
             "confidence": _number(answer.confidence),
             "wrong": answer.is_wrong,
+            "agreement": self._agreement(query),
             "known": isinstance(answer.prediction, int),
         }
+
+    def _agreement(self, query: int) -> float | None:
+        agreement = self._evidence.agreement
+        return None if agreement is None else _number(float(agreement[query]))
 
     def _answer_text(self, answer: Answer) -> str:
         if isinstance(answer.prediction, float):

@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 
-from tda_lightning.report.html import Html, element, join
+from tda_lightning.report.page.html import Html, element, join
 
 SECTIONS = (
     ("found", "What was found"),
@@ -26,6 +26,7 @@ class Page:
 
     Attributes:
         title: Title of the page.
+        extent: Number of queries and training samples.
         lead: The sentence below the title.
         sections: Content of each section, in the order of ``SECTIONS``.
         blocks: Data for the scripts.
@@ -33,6 +34,7 @@ class Page:
     """
 
     title: str
+    extent: str
     lead: str
     sections: list[Html]
     blocks: list[Html]
@@ -97,7 +99,7 @@ def _header(page: Page) -> Html:
         element(
             "header",
             {},
-            element("p", {"class": "eyebrow"}, "Training data report"),
+            element("p", {"class": "eyebrow"}, f"Training data report: {page.extent}"),
             element("h1", {}, element("bdi", {}, page.title)),
             element("p", {"class": "lead"}, page.lead),
         ),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tda_lightning.report.evidence import Evidence
+from tda_lightning.report.evidence.gathering import Evidence
+from tda_lightning.report.evidence.removal import RANDOM, RemovalCurve
 
 # The least share of the gradient that counts as complete, and the least rank correlation of two
 # methods that counts as agreement.
@@ -31,35 +32,63 @@ class Check:
 
 def checks(evidence: Evidence) -> list[Check]:
     """Return how far the answers can be trusted."""
-    return [_recorded(evidence), _covered(evidence), _agreement(evidence), _retraining()]
+    return [
+        _recorded(evidence),
+        _covered(evidence),
+        _agreement(evidence),
+        _retraining(evidence.removal),
+    ]
 
 
 def doubts(evidence: Evidence) -> list[str]:
     """Return why the report may be silent although something is wrong."""
-    store = evidence.store
+    return [*_of_the_scores(evidence), *_of_the_recording(evidence), *_not_searched(evidence)]
+
+
+def _of_the_scores(evidence: Evidence) -> list[str]:
     reasons = [
-        "Scores estimate what retraining without a sample would change. Nothing was retrained for "
-        "this page.",
         "Only the weights of this one training were examined. Another random seed shifts the ranks "
         "of samples that matter little.",
     ]
-    if evidence.suspects is not None:
-        reasons += evidence.suspects.notes
+    if evidence.removal is None:
+        reasons.insert(
+            0,
+            "Scores estimate what retraining without a sample would change. Nothing was retrained "
+            "for this page.",
+        )
     if len(evidence.answers) < _FEW_QUERIES:
         reasons.append(
             f"There are only {len(evidence.answers)} queries. Errors of other kinds are not on "
             "this page."
         )
-    if store.recipe.every_n_steps > 1:
+    return reasons
+
+
+def _of_the_recording(evidence: Evidence) -> list[str]:
+    recipe, reasons = evidence.store.recipe, []
+    if recipe.every_n_steps > 1:
         reasons.append(
-            f"One step in {store.recipe.every_n_steps} was recorded. A sample that was drawn in "
-            "the other steps alone has the score 0."
+            f"One step in {recipe.every_n_steps} was recorded. A sample that was drawn in the "
+            "other steps alone has the score 0."
         )
-    if store.recipe.left_out:
-        names = ", ".join(entry.name for entry in store.recipe.left_out[:3])
+    if recipe.left_out:
+        names = ", ".join(entry.name for entry in recipe.left_out[:3])
         reasons.append(f"Some parameters were not recorded: {names}.")
+    return reasons
+
+
+def _not_searched(evidence: Evidence) -> list[str]:
+    reasons = [] if evidence.suspects is None else list(evidence.suspects.notes)
+    if evidence.suspects is None:
+        reasons.append(
+            "The loss is no cross-entropy, so labels were examined by their self-influence alone."
+        )
     if not evidence.train.was_read:
         reasons.append("The training set is too large to be searched for copies here.")
+    if evidence.shortcut is None:
+        reasons.append("No attribute was tested as a shortcut, such as a watermark or a source.")
+    else:
+        reasons.append("A shortcut by an attribute that was not passed cannot be found.")
     return reasons
 
 
@@ -91,7 +120,7 @@ def _covered(evidence: Evidence) -> Check:
         else f"One step in {stride} was recorded and stands for its neighbours."
     )
     return Check(
-        "How much of the training is covered?",
+        "Was every step recorded?",
         f"{share:.0%}".replace("%", " %"),
         sentence,
         stride == 1,
@@ -113,9 +142,21 @@ def _agreement(evidence: Evidence) -> Check:
     return Check(title, f"{mean:.2f}", sentence, mean >= _AGREE)
 
 
-def _retraining() -> Check:
+def _retraining(curve: RemovalCurve | None) -> Check:
+    title = "Does retraining confirm it?"
+    if curve is None or curve.method is None:
+        sentence = (
+            "The strongest test is to remove the most helpful samples, to train again, and to see "
+            "the loss rise. It was not made here."
+        )
+        return Check(title, "not tested", sentence, None)
+    change, size = curve.changes[curve.method][-1], f"{curve.removed[-1]:,}"
     sentence = (
-        "The strongest test is to remove the most helpful samples, to train again, and to see the "
-        "loss rise. It was not made here."
+        f"Change of the mean loss of the queries after training without the {size} most helpful "
+        f"training samples by {curve.method}"
     )
-    return Check("Does retraining confirm it?", "not tested", sentence, None)
+    if RANDOM not in curve.changes:
+        return Check(title, f"{change:+.3g}", f"{sentence}.", change > 0)
+    by_chance = curve.changes[RANDOM][-1]
+    sentence += f"; without as many random ones it is {by_chance:+.3g}."
+    return Check(title, f"{change:+.3g}", sentence, change > max(by_chance, 0))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from tda_lightning.report.charts import Chart
-from tda_lightning.report.html import Html
+from tda_lightning.report.charts.charts import Chart, Histogram, Line, LineChart
+from tda_lightning.report.page.html import Html
 from tda_lightning.results.optional import needs
 
 # Colours of the light page; the script of the page replaces them when it is dark.
-COLORS = {"helped": "#1b62a5", "harmed": "#b3312a", "plain": "#1b62a5"}
+COLORS = {"helped": "#1b62a5", "harmed": "#b3312a", "plain": "#1b62a5", "muted": "#6b7580"}
 
 
 def bokeh_source() -> str:
@@ -26,13 +27,35 @@ def draw_bokeh(chart: Chart) -> dict[str, Any]:
     """Return a chart as a Bokeh document."""
     with needs("report"):
         from bokeh.embed import json_item
-        from bokeh.models import ColumnDataSource, HoverTool, Range1d
-        from bokeh.plotting import figure
+
+    plot = _bokeh_histogram(chart) if isinstance(chart, Histogram) else _bokeh_lines(chart)
+    return dict(json_item(plot))
+
+
+def _bokeh_lines(chart: LineChart) -> Any:
+    from bokeh.models import Range1d
+
+    plot = _bokeh_figure(chart, "linear")
+    _add_lines(plot, chart.lines, chart.name)
+    if chart.lowest is not None:
+        plot.y_range = Range1d(start=chart.lowest, end=_upper_end(chart))
+    return plot
+
+
+def _bokeh_histogram(chart: Histogram) -> Any:
+    plot = _bokeh_figure(chart, "log")
+    source = _add_lines(plot, (chart.outline,), chart.name)
+    plot.patches("xs", "ys", source=source, fill_color="color", line_color=None, alpha=0.25)
+    return plot
+
+
+def _bokeh_figure(chart: Chart, x_axis_type: Literal["linear", "log"]) -> Any:
+    from bokeh.plotting import figure
 
     plot = figure(
         height=260,
         sizing_mode="stretch_width",
-        x_axis_type="log" if chart.logarithmic else "linear",
+        x_axis_type=x_axis_type,
         tools="pan,box_zoom,reset",
         toolbar_location="above",
         x_axis_label=chart.x_label,
@@ -41,24 +64,27 @@ def draw_bokeh(chart: Chart) -> dict[str, Any]:
     )
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
-    source = ColumnDataSource(
-        {
-            "xs": [line.x for line in chart.lines],
-            "ys": [line.y for line in chart.lines],
-            "color": [COLORS[line.role] for line in chart.lines],
-            "name": [line.name for line in chart.lines],
-        },
-        name=f"{chart.name}-lines",
-    )
-    if chart.is_filled:
-        plot.patches("xs", "ys", source=source, fill_color="color", line_color=None, alpha=0.25)
+    _calm_bokeh(plot)
+    return plot
+
+
+def _add_lines(plot: Any, lines: Sequence[Line], name: str) -> Any:
+    from bokeh.models import ColumnDataSource, HoverTool
+
+    columns = {
+        "xs": [line.x for line in lines],
+        "ys": [line.y for line in lines],
+        "color": [COLORS[line.role] for line in lines],
+        "name": [line.name for line in lines],
+    }
+    source = ColumnDataSource(columns, name=f"{name}-lines")
     glyph = plot.multi_line("xs", "ys", source=source, line_color="color", line_width=2)
     plot.add_tools(HoverTool(renderers=[glyph], tooltips="@name", line_policy="interp"))
-    if chart.from_zero:
-        highest = max(value for line in chart.lines for value in line.y)
-        plot.y_range = Range1d(start=0, end=1.1 * highest or 1)
-    _calm_bokeh(plot)
-    return dict(json_item(plot))
+    return source
+
+
+def _upper_end(chart: LineChart) -> float:
+    return 1.1 * max(value for line in chart.lines for value in line.y) or 1
 
 
 def _calm_bokeh(plot: Any) -> None:
@@ -74,12 +100,14 @@ def _calm_bokeh(plot: Any) -> None:
 
 
 # Each stands for a colour of the page, which depends on whether it is light or dark.
-_INK, _HELPED, _HARMED = "#010203", "#010204", "#010205"
+_INK, _HELPED, _HARMED, _MUTED = "#010203", "#010204", "#010205", "#010206"
 _PAGE_COLORS = {
     _INK: "currentColor",
     _HELPED: "var(--helped)",
     _HARMED: "var(--harmed)",
+    _MUTED: "var(--muted)",
 }
+_ROLES = {"helped": _HELPED, "harmed": _HARMED, "plain": _HELPED, "muted": _MUTED}
 
 
 def draw_svg(chart: Chart) -> Html:
@@ -92,20 +120,29 @@ def draw_svg(chart: Chart) -> Html:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.name}):
         figure = Figure(figsize=(7.2, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        colors = {"helped": _HELPED, "harmed": _HARMED, "plain": _HELPED}
-        for line in chart.lines:
-            axes.plot(line.x, line.y, color=colors[line.role], linewidth=1.6)
-        if chart.is_filled:
-            axes.fill_between(chart.lines[0].x, chart.lines[0].y, color=_HELPED, alpha=0.25)
-        if chart.logarithmic:
-            axes.set_xscale("log")
+        if isinstance(chart, Histogram):
+            _draw_histogram(axes, chart)
+        else:
+            _draw_lines(axes, chart)
         _calm_axes(axes)
-        if chart.from_zero:
-            axes.set_ylim(0, 1.1 * max(value for line in chart.lines for value in line.y) or 1)
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return Html(_themed(file.getvalue()))
+
+
+def _draw_lines(axes: Any, chart: LineChart) -> None:
+    for line in chart.lines:
+        axes.plot(line.x, line.y, color=_ROLES[line.role], linewidth=1.6)
+    if chart.lowest is not None:
+        axes.set_ylim(chart.lowest, _upper_end(chart))
+
+
+def _draw_histogram(axes: Any, chart: Histogram) -> None:
+    outline = chart.outline
+    axes.plot(outline.x, outline.y, color=_ROLES[outline.role], linewidth=1.6)
+    axes.fill_between(outline.x, outline.y, color=_ROLES[outline.role], alpha=0.25)
+    axes.set_xscale("log")
 
 
 def _calm_axes(axes: Any) -> None:

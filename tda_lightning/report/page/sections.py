@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tda_lightning.attribution.attributor import provenance_of
-from tda_lightning.report.charts import Chart
-from tda_lightning.report.confidence import Check, checks, doubts
-from tda_lightning.report.evidence import Evidence
-from tda_lightning.report.findings import Finding
-from tda_lightning.report.html import Html, element, join
+from tda_lightning.report.charts.charts import Chart
+from tda_lightning.report.evidence.gathering import Evidence
+from tda_lightning.report.findings.confidence import Check, checks, doubts
+from tda_lightning.report.findings.finding import Case, Finding
+from tda_lightning.report.page.html import Html, element, join
 
 _SIGNS = {
     "attention": ("!", "Needs attention"),
@@ -20,34 +20,58 @@ _SIGNS = {
 
 
 def findings_section(findings: Sequence[Finding]) -> Html:
-    """Return one card per finding; the script adds pictures of its samples."""
-    intro = element(
-        "p",
-        {"class": "intro"},
-        "What deserves a look, the most urgent first. Choose a training sample to find it in the "
-        "ranking below.",
-    )
-    return join(intro, element("div", {"class": "findings"}, *map(_finding, findings)))
+    """Return the urgent findings as cards, and the others in short; the script adds pictures."""
+    urgent = [finding for finding in findings if finding.weight == "attention"]
+    others = [finding for finding in findings if finding.weight != "attention"]
+    cards = element("div", {"class": "findings"}, *map(_finding, urgent))
+    if not others:
+        return cards
+    heading = element("h3", {"class": "also"}, "Also examined")
+    return join(cards, heading, element("div", {"class": "others"}, *map(_finding, others)))
 
 
 def _finding(finding: Finding) -> Html:
     sign, meaning = _SIGNS[finding.weight]
     mark = element("span", {"class": "sign", "role": "img", "aria-label": meaning}, sign)
-    strip = []
-    if finding.samples:
-        ids = " ".join(map(str, finding.samples))
-        strip = [element("div", {"class": "strip", "data-samples": ids})]
+    kind = f"finding {finding.weight}{' with-cases' if finding.cases else ''}"
     return element(
         "article",
-        {"class": f"finding {finding.weight}"},
-        element("h3", {}, mark, finding.title),
-        *(element("p", {}, sentence) for sentence in finding.sentences),
-        *strip,
+        {"class": kind},
+        element("h3" if finding.weight == "attention" else "h4", {}, mark, finding.title),
+        element("p", {}, " ".join(finding.sentences[:2])),
+        *(element("p", {}, sentence) for sentence in finding.sentences[2:]),
+        *_cases(finding.cases),
+        *_strip(finding.samples),
     )
 
 
-def confidence_section(evidence: Evidence) -> Html:
-    """Return the checks, and why the page may miss something."""
+def _strip(samples: Sequence[int]) -> list[Html]:
+    if not samples:
+        return []
+    return [element("div", {"class": "strip", "data-samples": _listed(samples)})]
+
+
+def _cases(cases: Sequence[Case]) -> list[Html]:
+    if not cases:
+        return []
+    items = [
+        element("li", {"data-query": str(case.query), "data-samples": _listed(case.samples)})
+        for case in cases
+    ]
+    return [element("ul", {"class": "cases"}, *items)]
+
+
+def _listed(samples: Sequence[int]) -> str:
+    return " ".join(map(str, samples))
+
+
+def confidence_section(evidence: Evidence, removal: Html | None) -> Html:
+    """Return the checks, the removal curve if there is one, and why the page may miss something.
+
+    Args:
+        evidence: The evidence.
+        removal: The figure of the removal curve.
+    """
     intro = element(
         "p", {"class": "intro"}, "How far the answers on this page can be trusted, in figures."
     )
@@ -55,6 +79,7 @@ def confidence_section(evidence: Evidence) -> Html:
     return join(
         intro,
         element("dl", {"class": "checks"}, *map(_check, checks(evidence))),
+        *([] if removal is None else [removal]),
         element(
             "div",
             {"class": "doubts"},
