@@ -16,6 +16,12 @@ OPTIONAL = {
     "ConjugateGradient": "curvlinops",
     "spotlight": "renumics",
     "TensorBoardLogger": "tensorboard",
+    "captum": "captum",
+    "TRAKer": "trak",
+    "dattri": "dattri",
+    "webdataset": "webdataset",
+    "litdata": "litdata",
+    "load_dataset": "datasets",
 }
 
 
