@@ -17,8 +17,9 @@ class BatchRows:
         terms: Number of loss terms that each sample's loss is the mean of, if known.
         spread: Trace of each sample's Hessian with respect to the outputs, divided by its squared
             gradient there, if known. Both are weighted as in the loss of the batch.
-        curvature_rows: Rows for labels sampled from the model, if requested. The expected sum of
-            their outer products is the Gauss-Newton matrix of the loss.
+        curvature_rows: Rows for labels sampled from the model, if requested; none in a step that is
+            not drawn. The expected sum of their outer products is the Gauss-Newton matrix of the
+            loss.
         loss: Name of the loss, if known.
     """
 
