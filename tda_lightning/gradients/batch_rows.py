@@ -17,8 +17,9 @@ class BatchRows:
     Attributes:
         rows: Sketched contribution of each sample to the gradient of the loss, shape ``(n, k)``.
         loss: Facts of each sample's loss.
-        curvature_rows: Rows for labels sampled from the model, if requested. The expected sum of
-            their outer products is the Gauss-Newton matrix of the loss.
+        curvature_rows: Rows for labels sampled from the model, if requested; none in a step that is
+            not drawn. The expected sum of their outer products is the Gauss-Newton matrix of the
+            loss.
     """
 
     rows: Float[Tensor, "n k"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tda_lightning.gradients.batch_rows import BatchRows
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.compiled import is_compiled, uncompiled
-from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, select
+from tda_lightning.gradients.capture.parameter_paths import ParameterGradient
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
 from tda_lightning.gradients.row_sum import RowSum, sum_by_owner
@@ -43,9 +44,12 @@ class RowRecorder:
             inferred.
         projector: Sketches the gradients.
         dtype: Number format of the rows.
-        sampled: Share of each batch for which rows from sampled labels are recorded too.
+        labels: With ``"sampled"``, rows for labels drawn by the model are recorded too.
         lost: Names of blocks whose rows are zero, since they cannot be told apart.
         followed: Names of parameters in front of batch norms whose running statistics follow them.
+
+    Attributes:
+        label_weight: Factor of the curvature in the rows of sampled labels. With 0, there are none.
     """
 
     def __init__(
@@ -55,13 +59,14 @@ class RowRecorder:
         batch_dims: Mapping[str, SampleAxis],
         projector: Projector,
         dtype: torch.dtype,
-        sampled: float = 0.0,
+        labels: Literal["given", "sampled"] = "given",
         lost: Collection[str] = (),
         followed: Collection[str] = (),
     ) -> None:
         device = next(model.parameters()).device
         self._model = model
-        self._sampled = sampled
+        self._labels = labels
+        self.label_weight = 1.0
         self._generator = torch.Generator(device)
         self._selection = selection
         self._places = places(selection)
@@ -142,13 +147,17 @@ class RowRecorder:
         self._rows.sums = self._sums
         self._capture.start_backward(self._receiver(self._rows))
 
-    def extra_backward(self, loss: Tensor, trained: Sequence[nn.Parameter]) -> None:
+    def extra_backward(
+        self, loss: Tensor, trained: Sequence[nn.Parameter], label_weight: float
+    ) -> None:
         """Run and record the backward pass of a loss, and discard the rows; for timing.
 
         Args:
             loss: The loss; its graph is retained.
             trained: The parameters whose gradients the backward pass computes.
+            label_weight: Weight of the sampled labels, if they are recorded too.
         """
+        self.label_weight = label_weight
         random_state = self._generator.get_state()
         self._read_graph(loss)
         rows = RowSum(self._sketcher, self._n)
@@ -162,7 +171,7 @@ class RowRecorder:
         self._capture.end_backward()  # Of an earlier pass that was not finished.
         self._capture.read_graph(loss, self._n)
         loss_nodes = find_losses(loss, self._capture.with_samples)
-        if self._sampled:
+        if self._labels == "sampled":
             self._record_curvature(loss, loss_nodes)
         return loss_nodes
 
@@ -197,28 +206,25 @@ class RowRecorder:
         self._generator.manual_seed((number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF)
 
     def _record_curvature(self, loss: Tensor, loss_nodes: Sequence[LossNode]) -> None:
-        n = self._n
-        m = max(1, round(self._sampled * n))
-        chosen = torch.randperm(n, generator=self._generator, device=self._generator.device)[:m]
-        samples = None if m == n else chosen
+        weight = self.label_weight
+        if weight == 0:
+            self._curvature_rows = RowSum(self._sketcher, 0).rows()
+            return
         with self._capture.switch.others_paused():
-            gradients = self._sampled_gradients(loss, loss_nodes, samples)
-        rows = RowSum(self._sketcher, m)
-        self._capture.extra_backward(gradients, self._receiver(rows, samples))
-        self._curvature_rows = rows.rows() * (n / m) ** 0.5
+            gradients = self._sampled_gradients(loss, loss_nodes)
+        rows = RowSum(self._sketcher, self._n)
+        self._capture.extra_backward(gradients, self._receiver(rows))
+        self._curvature_rows = rows.rows() if weight == 1 else rows.rows() * weight**0.5
 
     def _sampled_gradients(
-        self, loss: Tensor, loss_nodes: Sequence[LossNode], samples: Tensor | None
+        self, loss: Tensor, loss_nodes: Sequence[LossNode]
     ) -> list[tuple[GradientEdge, Tensor]]:
         sample = getattr(self._model, "sampled_output_gradients", None)
         if sample is not None:
             pairs = sample(loss, self._generator)
             return [(get_gradient_edge(outputs), grad) for outputs, grad in pairs]
 
-        def entries(node: LossNode) -> Tensor | None:
-            return None if samples is None else self._capture.entries_of(node.outputs, samples)
-
-        gradients = sampled_gradients(loss, loss_nodes, self._generator, entries)
+        gradients = sampled_gradients(loss, loss_nodes, self._generator)
         if not gradients:
             raise ValueError(
                 f"Labels cannot be sampled for the loss of `{type(self._model).__name__}."
@@ -269,15 +275,8 @@ class RowRecorder:
         sums, self._sums = self._sums, None
         return sums
 
-    def _receiver(
-        self, rows: RowSum, samples: Tensor | None = None
-    ) -> Callable[[ParameterGradient], None]:
-        """Return a function that adds a parameter's gradients to rows.
-
-        Args:
-            rows: The rows.
-            samples: The samples that the rows are for; all by default.
-        """
+    def _receiver(self, rows: RowSum) -> Callable[[ParameterGradient], None]:
+        """Return a function that adds a parameter's gradients to rows."""
         lost = self._capture.lost
 
         def receive(gradient: ParameterGradient) -> None:
@@ -286,12 +285,9 @@ class RowRecorder:
             place = self._places[gradient.parameter]
             contribution = gradient.in_rows_of(place.columns)
             start, size = gradient.start // place.columns, gradient.size // place.columns
-            if samples is not None and gradient.owners is None:
-                contribution = select(contribution, samples)
             values = self._sketcher.project(place, contribution, start, size)
             if gradient.owners is not None:
                 values = sum_by_owner(values, gradient.owners, self._n)
-                values = values if samples is None else values[samples]
             rows.add(place.block, values, gradient.dtype)
 
         return receive

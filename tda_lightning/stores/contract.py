@@ -175,6 +175,17 @@ class StoreContract(ABC):
         store = filled(self.make(tmp_path), steps)
         assert all(same(a, b) for a, b in zip(store, steps, strict=True))
 
+    def test_steps_without_sampled_labels_have_no_rows(self, tmp_path: Path) -> None:
+        """In a run that samples labels at some steps, the others differ from unknown ones."""
+        steps = [replace(step, curvature_rows=step.sketch[:0]) for step in make_steps(5)]
+        steps[3] = replace(steps[3], curvature_rows=3 * steps[3].sketch)
+        store = self.make(tmp_path)
+        store.begin(replace(RECIPE, curvature="fisher"))
+        for step in steps:
+            store.append(step)
+        store.seal()
+        assert all(same(a, b) for a, b in zip(store, steps, strict=True))
+
     def test_the_coordinates_of_a_step_are_the_last_ones_set(self, tmp_path: Path) -> None:
         """They may be set in an earlier segment, or before the slice."""
         first, second = (

@@ -7,7 +7,7 @@ optimizer used. A step may also hold the curvature of the loss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import torch
@@ -157,9 +157,11 @@ class Step(StepFacts):
 
     Attributes:
         sketch: One row per visit, shape ``(n, k)``.
-        curvature_rows: Rows for labels sampled from the model's predictions, if recorded; shape
-            ``(m, k)``. The expected sum of their outer products is the Gauss-Newton matrix of the
-            step's loss.
+        curvature_rows: Rows for labels sampled from the model's predictions, shape ``(m, k)``;
+            ``None`` in a run without them. The expected sum of their outer products is the
+            Gauss-Newton matrix of the step's loss. In a run that samples labels at a share of the
+            steps, the other steps have no rows, ``m = 0``, and the rows are scaled to make up for
+            them: the expectation is over the drawn steps too.
     """
 
     sketch: Float[Tensor, "n k"]
@@ -174,6 +176,11 @@ class Step(StepFacts):
     ) -> Step:
         """Combine the facts of a step with its rows."""
         return cls(**vars(facts), sketch=sketch, curvature_rows=curvature_rows)
+
+    def with_curvature(self) -> Step:
+        """Return the step of a run with sampled labels, with no rows if it was not drawn."""
+        rows = self.sketch[:0] if self.curvature_rows is None else self.curvature_rows
+        return replace(self, curvature_rows=rows)
 
     def non_finite_visits(self) -> Int[Tensor, " m"]:
         """Return the positions of the visits whose rows hold NaN or infinity."""

@@ -117,16 +117,6 @@ class Capture:
         """The nodes of the last graph whose outputs depend on samples."""
         return set() if self._walk is None else self._walk.with_samples
 
-    def entries_of(self, output: GradientEdge, samples: Tensor) -> Tensor | None:
-        """Return the entries of a tensor's first axis that belong to some samples, if known.
-
-        Args:
-            output: Edge of the tensor in the last graph.
-            samples: The samples.
-        """
-        assert self._walk is not None
-        return self._layouts.entries_of((output.node, output.output_nr), samples, self._walk)
-
     def read_graph(self, loss: Tensor, n: int) -> None:
         """Find the meetings in the graph of the loss of ``n`` samples."""
         self._n = n

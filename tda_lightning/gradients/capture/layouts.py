@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tda_lightning.gradients.capture.probe import PROVEN, Evidence, certainty, probe
@@ -100,28 +99,6 @@ class LayoutMemory:
         if last is None or last[1] != self.n or last[0] != node._input_metadata[0].shape:
             return UNKNOWN
         return last[2]
-
-    def entries_of(self, output: Edge, samples: Tensor, result: Walk) -> Tensor | None:
-        """Return the entries of a tensor's first axis that belong to some samples.
-
-        They are known if the tensor is the output of a meeting whose rows follow the samples, or a
-        view of it that keeps their order.
-
-        Args:
-            output: The edge of the tensor.
-            samples: The samples.
-            result: A walk over its graph.
-        """
-        size, node = output_shape(output)[0], output[0]
-        while _keeps_order(node):
-            node = node.next_functions[0][0]
-        meeting = next((meeting for meeting in result.meetings if meeting.node is node), None)
-        layout = None if meeting is None else self.layout(node, *meeting.inputs[0])
-        is_ordered = isinstance(layout, SampleLayout) and layout.is_contiguous
-        if not is_ordered or size % self.n:
-            return None
-        each = size // self.n
-        return (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
 
     def _has_samples(self, node: Node, position: int, edge: Edge) -> bool:
         return self.layout(node, position, edge) is not None
@@ -229,15 +206,6 @@ class LayoutMemory:
         for parameter in leaves(edge):
             if parameter in self.recorded:
                 self.lost.setdefault(parameter, reason)
-
-
-def _keeps_order(node: Node) -> bool:
-    """Return whether an operation keeps the entries of its input in their order, or leaves some."""
-    name = type(node).__name__
-    return name in _VIEWS or (name == "SliceBackward0" and node._saved_dim != 0)
-
-
-_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "CloneBackward0", "ToCopyBackward0")
 
 
 def _a_parameter(edge: Edge) -> Any:

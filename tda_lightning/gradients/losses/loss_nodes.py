@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
 from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional
 
-Entries = Int[Tensor, " m"] | None
+# Vocabularies are large: labels are drawn for so many probabilities at a time.
+_MAX_PROBABILITIES = 2**22
 
 
 class Terms(NamedTuple):
@@ -76,13 +76,11 @@ class LossNode(ABC):
         """
 
     @abstractmethod
-    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
+    def sample(self, generator: Generator) -> Tensor:
         """Sample a label per term; return the unweighted terms' gradient at the outputs.
 
         Args:
             generator: Generator of the labels.
-            entries: Entries of the outputs' first axis whose gradients are used; the others' may
-                be zero.
         """
 
     def summarize(self, grad: Tensor, weights: Tensor) -> Terms:
@@ -123,15 +121,14 @@ class SoftmaxLoss(LossNode):
         """Return the negative sum of the coefficients of the log-probabilities."""
         return -grad.sum(dim=self._axis, keepdim=True)
 
-    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
+    def sample(self, generator: Generator) -> Tensor:
         """Sample classes by inverting the cumulative distribution."""
-        log_probabilities = self.node._saved_result.detach()
-        if entries is None or self._axis in (0, -log_probabilities.ndim):
-            return self._sample(log_probabilities, generator)
-        # Vocabularies are large: whatever is computed for all tokens takes time and memory.
-        gradient = torch.zeros_like(log_probabilities)
-        chosen = self._sample(log_probabilities.index_select(0, entries), generator)
-        return gradient.index_copy_(0, entries, chosen)
+        gradient: Tensor = self.node._saved_result.detach().exp()
+        rows = gradient.movedim(self._axis, -1)
+        size = max(1, _MAX_PROBABILITIES * len(rows) // max(rows.numel(), 1))
+        for part in rows.split(size) if rows.ndim > 1 else (rows,):
+            _subtract_drawn_(part, generator)
+        return gradient
 
     def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
         """Return the loss, the norm of the error over all classes, and the margin."""
@@ -146,16 +143,6 @@ class SoftmaxLoss(LossNode):
             torch.linalg.vector_norm(grad / weights, dim=axis, keepdim=True),
             log_probabilities.gather(axis, labels) - others.amax(dim=axis, keepdim=True),
         )
-
-    def _sample(self, log_probabilities: Tensor, generator: Generator) -> Tensor:
-        axis = self._axis
-        probabilities = log_probabilities.exp()
-        cumulative = probabilities.cumsum(dim=axis)
-        total = cumulative.narrow(axis, cumulative.shape[axis] - 1, 1)
-        drawn = (cumulative <= _uniform(total, generator) * total).sum(dim=axis, keepdim=True)
-        drawn = drawn.clamp_max(cumulative.shape[axis] - 1)
-        gradient: Tensor = probabilities.scatter_add_(axis, drawn, -torch.ones_like(total))
-        return gradient
 
     def _weighted_residuals(self, grad: Tensor) -> Tensor:
         # A norm needs no copy of the gradient, which is large for large vocabularies.
@@ -187,7 +174,7 @@ class BernoulliLogitsLoss(ReducedLoss):
         target = self.node._saved_target
         return weights if pos_weight is None else weights * (1 + (pos_weight - 1) * target)
 
-    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
+    def sample(self, generator: Generator) -> Tensor:
         """Sample binary labels."""
         p: Tensor = self.node._saved_self.detach().sigmoid()
         return p - _sampled_bits(p, generator)
@@ -202,7 +189,7 @@ class BernoulliLogitsLoss(ReducedLoss):
 class BernoulliLoss(ReducedLoss):
     """Binary cross-entropy of probabilities."""
 
-    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
+    def sample(self, generator: Generator) -> Tensor:
         """Sample binary labels."""
         p = self._probabilities()
         return (p - _sampled_bits(p, generator)) / (p * (1 - p))
@@ -227,7 +214,7 @@ class SquaredLoss(ReducedLoss):
 
     name = "squared error"
 
-    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
+    def sample(self, generator: Generator) -> Tensor:
         """Sample signs: any residual of the right variance is valid; signs have the least noise."""
         outputs = self.node._saved_self.detach()
         signs = torch.where(_uniform(outputs, generator) < 0.5, -1.0, 1.0).to(outputs)
@@ -288,6 +275,15 @@ def _binary(loss: Tensor, logits: Tensor, target: Tensor) -> Predictions:
     # Both classes have the same error, with opposite signs.
     error = 2**0.5 * (logits.sigmoid() - target).abs()
     return Predictions(loss, error, torch.where(target > 0.5, logits, -logits))
+
+
+def _subtract_drawn_(probabilities: Tensor, generator: Generator) -> None:
+    """Draw a class along the last axis, and subtract 1 from its probability."""
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[..., -1:]
+    drawn = (cumulative <= _uniform(total, generator) * total).sum(dim=-1, keepdim=True)
+    drawn = drawn.clamp_max(cumulative.shape[-1] - 1)
+    probabilities.scatter_add_(-1, drawn, -torch.ones_like(total))
 
 
 def _sampled_bits(p: Tensor, generator: Generator) -> Tensor:
