@@ -18,6 +18,8 @@ from tda_lightning.gradients.batch_rows import BatchRows
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.compiled import is_compiled, uncompiled
 from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, select
+from tda_lightning.gradients.capture.slots import Shrinking
+from tda_lightning.gradients.held_nodes import HeldNodes
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
 from tda_lightning.gradients.row_sum import RowSum, sum_by_owner
@@ -66,7 +68,8 @@ class RowRecorder:
         self._selection = selection
         self._places = places(selection)
         self._sketcher: Sketcher = projector.bind(selection.blocks, device, dtype)
-        self._capture = Capture(model, named_parameters(selection, lost), batch_dims, followed)
+        parameters = named_parameters(selection, lost)
+        self._capture = Capture(model, parameters, batch_dims, self._shrinking, followed)
         self._is_compiled = is_compiled(model)
         self._eager = ExitStack()
         self._summary: LossSummary | None = None
@@ -76,6 +79,7 @@ class RowRecorder:
         self._excluded = {numbers[name] for name in lost if name in numbers}
         self._n = 0
         self._rows = RowSum(self._sketcher, 0)
+        self._held = HeldNodes(self._sketcher, self._places)
         self._sums: Tensor | None = None
 
     def paused(self) -> AbstractContextManager[None]:
@@ -133,6 +137,7 @@ class RowRecorder:
     def continue_batch(self) -> None:
         """Prepare for another backward pass of the same batch, through the same graph or not."""
         self._rows = RowSum(self._sketcher, self._n)
+        self._held.start(self._rows)
         self._summary = self._curvature_rows = None
 
     def start_backward(self, loss: Tensor) -> None:
@@ -140,7 +145,7 @@ class RowRecorder:
         loss_nodes = self._read_graph(loss)
         self._summary = LossSummary(loss_nodes, self._n, self._capture.switch.is_paused)
         self._rows.sums = self._sums
-        self._capture.start_backward(self._receiver(self._rows))
+        self._capture.start_backward(self._receiver(self._rows), self._held.add)
 
     def extra_backward(self, loss: Tensor, trained: Sequence[nn.Parameter]) -> None:
         """Run and record the backward pass of a loss, and discard the rows; for timing.
@@ -152,9 +157,10 @@ class RowRecorder:
         random_state = self._generator.get_state()
         self._read_graph(loss)
         rows = RowSum(self._sketcher, self._n)
-        start = [(get_gradient_edge(loss), torch.ones_like(loss))]
-        self._capture.extra_backward(start, self._receiver(rows), trained)
-        rows.rows().cpu()
+        self._held.start(rows)
+        self._capture.timed_backward(loss, trained, self._receiver(rows), self._held.add)
+        self._finished(rows).cpu()
+        self._held.start(self._rows)
         self._curvature_rows = None
         self._generator.set_state(random_state)
 
@@ -170,13 +176,20 @@ class RowRecorder:
         """Return the recorded rows of the batch."""
         self._capture.end_backward()
         self._eager.close()
-        rows, summary, curvature_rows = self._rows.rows(), self._summary, self._curvature_rows
+        rows, summary, curvature_rows = self._finished(), self._summary, self._curvature_rows
         if summary is None:
             return BatchRows(rows, None, None, curvature_rows)
         return BatchRows(rows, summary.terms(), summary.spread(), curvature_rows, summary.loss())
 
+    def _finished(self, rows: RowSum | None = None) -> Float[Tensor, "n k"]:
+        """Return rows, by default of the batch, with those of nodes that waited."""
+        with self._capture.time_added():
+            self._held.finish()
+            return (rows or self._rows).rows()
+
     def take(self) -> Float[Tensor, "n k"]:
         """Return the rows of the last backward pass, and prepare for one more."""
+        self._held.finish()
         return self._rows.take()
 
     def precondition(self, preconditioner: Preconditioner) -> None:
@@ -271,6 +284,9 @@ class RowRecorder:
         assert self._sums is not None
         sums, self._sums = self._sums, None
         return sums
+
+    def _shrinking(self, parameter: nn.Parameter) -> Shrinking:
+        return self._sketcher.shrinking(self._places[parameter])
 
     def _receiver(
         self, rows: RowSum, samples: Tensor | None = None
