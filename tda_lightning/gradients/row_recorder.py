@@ -17,12 +17,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tda_lightning.gradients.batch_rows import BatchRows
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.compiled import is_compiled, uncompiled
-from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, select
+from tda_lightning.gradients.capture.delivery import Receiver
 from tda_lightning.gradients.capture.slots import Shrinking
 from tda_lightning.gradients.held_nodes import HeldNodes
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
-from tda_lightning.gradients.row_sum import RowSum, sum_by_owner
+from tda_lightning.gradients.receiving import receiver
+from tda_lightning.gradients.row_sum import RowSum
 from tda_lightning.gradients.selection import ParameterSelection, named_parameters, places
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher
@@ -288,29 +289,5 @@ class RowRecorder:
     def _shrinking(self, parameter: nn.Parameter) -> Shrinking:
         return self._sketcher.shrinking(self._places[parameter])
 
-    def _receiver(
-        self, rows: RowSum, samples: Tensor | None = None
-    ) -> Callable[[ParameterGradient], None]:
-        """Return a function that adds a parameter's gradients to rows.
-
-        Args:
-            rows: The rows.
-            samples: The samples that the rows are for; all by default.
-        """
-        lost = self._capture.lost
-
-        def receive(gradient: ParameterGradient) -> None:
-            if lost and gradient.parameter in lost:
-                return
-            place = self._places[gradient.parameter]
-            contribution = gradient.in_rows_of(place.columns)
-            start, size = gradient.start // place.columns, gradient.size // place.columns
-            if samples is not None and gradient.owners is None:
-                contribution = select(contribution, samples)
-            values = self._sketcher.project(place, contribution, start, size)
-            if gradient.owners is not None:
-                values = sum_by_owner(values, gradient.owners, self._n)
-                values = values if samples is None else values[samples]
-            rows.add(place.block, values, gradient.dtype)
-
-        return receive
+    def _receiver(self, rows: RowSum, samples: Tensor | None = None) -> Receiver:
+        return receiver(rows, self._sketcher, self._places, self._capture.lost, self._n, samples)

@@ -194,6 +194,7 @@ class Capture:
         """Remove the hooks, and forget the graph."""
         self._walk = self._delivery = None
         self._norms.end()
+        self._layouts.forget_graph()
         self._visited = {}
         self._stop()
 

@@ -136,6 +136,10 @@ class LayoutMemory:
         """
         self.n, self._with_samples = n, with_samples
 
+    def forget_graph(self) -> None:
+        """Let go of the nodes of the last graph."""
+        self._with_samples, self.by_shape = set(), []
+
     def settled(self, node: Node, inputs: Sequence[tuple[int, Edge]]) -> list[Layout | None] | None:
         """Return the layouts at inputs of a node, ``None`` if one of them may still change."""
         if self.n > 1 and any(self._key(node, *place) not in self._decided for place in inputs):
