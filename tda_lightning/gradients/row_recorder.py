@@ -18,10 +18,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tda_lightning.gradients.batch_rows import BatchRows
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.compiled import is_compiled, uncompiled
-from tda_lightning.gradients.capture.parameter_paths import ParameterGradient
+from tda_lightning.gradients.capture.delivery import Receiver
+from tda_lightning.gradients.capture.slots import Shrinking
+from tda_lightning.gradients.held_nodes import HeldNodes
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
-from tda_lightning.gradients.row_sum import RowSum, sum_by_owner
+from tda_lightning.gradients.receiving import receiver
+from tda_lightning.gradients.row_sum import RowSum
 from tda_lightning.gradients.selection import ParameterSelection, named_parameters, places
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher
@@ -71,7 +74,8 @@ class RowRecorder:
         self._selection = selection
         self._places = places(selection)
         self._sketcher: Sketcher = projector.bind(selection.blocks, device, dtype)
-        self._capture = Capture(model, named_parameters(selection, lost), batch_dims, followed)
+        parameters = named_parameters(selection, lost)
+        self._capture = Capture(model, parameters, batch_dims, self._shrinking, followed)
         self._is_compiled = is_compiled(model)
         self._eager = ExitStack()
         self._summary = LossSummary((), 0)
@@ -81,6 +85,7 @@ class RowRecorder:
         self._excluded = {numbers[name] for name in lost if name in numbers}
         self._n = 0
         self._rows = RowSum(self._sketcher, 0)
+        self._held = HeldNodes(self._sketcher, self._places)
         self._sums: Tensor | None = None
 
     def paused(self) -> AbstractContextManager[None]:
@@ -138,6 +143,7 @@ class RowRecorder:
     def continue_batch(self) -> None:
         """Prepare for another backward pass of the same batch, through the same graph or not."""
         self._rows = RowSum(self._sketcher, self._n)
+        self._held.start(self._rows)
         self._summary, self._curvature_rows = LossSummary((), self._n), None
 
     def start_backward(self, loss: Tensor) -> None:
@@ -145,7 +151,7 @@ class RowRecorder:
         loss_nodes = self._read_graph(loss)
         self._summary = LossSummary(loss_nodes, self._n, self._capture.switch.is_paused)
         self._rows.sums = self._sums
-        self._capture.start_backward(self._receiver(self._rows))
+        self._capture.start_backward(self._receiver(self._rows), self._held.add)
 
     def extra_backward(
         self, loss: Tensor, trained: Sequence[nn.Parameter], label_weight: float
@@ -161,9 +167,10 @@ class RowRecorder:
         random_state = self._generator.get_state()
         self._read_graph(loss)
         rows = RowSum(self._sketcher, self._n)
-        start = [(get_gradient_edge(loss), torch.ones_like(loss))]
-        self._capture.extra_backward(start, self._receiver(rows), trained)
-        rows.rows().cpu()
+        self._held.start(rows)
+        self._capture.timed_backward(loss, trained, self._receiver(rows), self._held.add)
+        self._finished(rows).cpu()
+        self._held.start(self._rows)
         self._curvature_rows = None
         self._generator.set_state(random_state)
 
@@ -179,10 +186,17 @@ class RowRecorder:
         """Return the recorded rows of the batch."""
         self._capture.end_backward()
         self._eager.close()
-        return BatchRows(self._rows.rows(), self._summary.facts(), self._curvature_rows)
+        return BatchRows(self._finished(), self._summary.facts(), self._curvature_rows)
+
+    def _finished(self, rows: RowSum | None = None) -> Float[Tensor, "n k"]:
+        """Return rows, by default of the batch, with those of nodes that waited."""
+        with self._capture.time_added():
+            self._held.finish()
+            return (rows or self._rows).rows()
 
     def take(self) -> Float[Tensor, "n k"]:
         """Return the rows of the last backward pass, and prepare for one more."""
+        self._held.finish()
         return self._rows.take()
 
     def precondition(self, preconditioner: Preconditioner) -> None:
@@ -275,19 +289,8 @@ class RowRecorder:
         sums, self._sums = self._sums, None
         return sums
 
-    def _receiver(self, rows: RowSum) -> Callable[[ParameterGradient], None]:
-        """Return a function that adds a parameter's gradients to rows."""
-        lost = self._capture.lost
+    def _shrinking(self, parameter: nn.Parameter) -> Shrinking:
+        return self._sketcher.shrinking(self._places[parameter])
 
-        def receive(gradient: ParameterGradient) -> None:
-            if lost and gradient.parameter in lost:
-                return
-            place = self._places[gradient.parameter]
-            contribution = gradient.in_rows_of(place.columns)
-            start, size = gradient.start // place.columns, gradient.size // place.columns
-            values = self._sketcher.project(place, contribution, start, size)
-            if gradient.owners is not None:
-                values = sum_by_owner(values, gradient.owners, self._n)
-            rows.add(place.block, values, gradient.dtype)
-
-        return receive
+    def _receiver(self, rows: RowSum) -> Receiver:
+        return receiver(rows, self._sketcher, self._places, self._capture.lost, self._n)

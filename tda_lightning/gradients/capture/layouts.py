@@ -49,6 +49,9 @@ class LayoutMemory:
         recorded: The recorded parameters.
         declared: The axis of the samples of parameters for which the user has declared it.
         lost: Why the rows of a parameter cannot be told apart, by parameter.
+        n: Number of samples of the last batch.
+        by_shape: The nodes of the last graph whose shape told whether they have samples, each with
+            the position of an input, its edge, and the answer.
     """
 
     recorded: Mapping[Tensor, object]
@@ -56,6 +59,7 @@ class LayoutMemory:
     lost: dict[nn.Parameter, str] = field(default_factory=dict)
     n: int = 1
     _decided: dict[_Key, Layout | None] = field(default_factory=dict)
+    by_shape: list[tuple[Node, int, Edge, bool]] = field(default_factory=list)
     _do_samples_mix: bool = False
     _with_samples: set[Node] = field(default_factory=set)
     _empty_probes: dict[_Key, int] = field(default_factory=dict)
@@ -66,7 +70,7 @@ class LayoutMemory:
         """Return the meetings in a loss's graph, with layouts that are proved for new ones."""
         self.n = n
         for _ in range(_MAX_WALKS):
-            self._with_samples = set()
+            self._with_samples, self.by_shape = set(), []
             result = walk(loss.grad_fn, self.recorded, self._has_samples)
             self._with_samples = result.with_samples
             # A reentrant checkpoint does not allow the extra backward pass of a proof.
@@ -100,8 +104,33 @@ class LayoutMemory:
             return UNKNOWN
         return last[2]
 
-    def _has_samples(self, node: Node, position: int, edge: Edge) -> bool:
+    def resume(self, n: int, with_samples: set[Node]) -> None:
+        """Continue with a graph that needs no walk.
+
+        Args:
+            n: Number of samples of its batch.
+            with_samples: Its nodes whose outputs depend on samples.
+        """
+        self.n, self._with_samples = n, with_samples
+
+    def forget_graph(self) -> None:
+        """Let go of the nodes of the last graph."""
+        self._with_samples, self.by_shape = set(), []
+
+    def settled(self, node: Node, inputs: Sequence[tuple[int, Edge]]) -> list[Layout | None] | None:
+        """Return the layouts at inputs of a node, ``None`` if one of them may still change."""
+        if self.n > 1 and any(self._key(node, *place) not in self._decided for place in inputs):
+            return None
+        return [self.layout(node, *place) for place in inputs]
+
+    def has_samples(self, node: Node, position: int, edge: Edge) -> bool:
+        """Return whether the shape of a node, in which parameters are alone, shows samples."""
         return self.layout(node, position, edge) is not None
+
+    def _has_samples(self, node: Node, position: int, edge: Edge) -> bool:
+        answer = self.has_samples(node, position, edge)
+        self.by_shape.append((node, position, edge, answer))
+        return answer
 
     def _inferred(self, node: Node, position: int, edge: Edge) -> Layout | None:
         shape = output_shape((node, 0))
