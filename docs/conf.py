@@ -20,4 +20,6 @@ napoleon_use_ivar = True
 pygments_style = "default"  # shows added and removed lines of a diff in colour
 html_theme = "furo"
 html_title = "tda_lightning"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 exclude_patterns = ["_build"]

@@ -1,4 +1,4 @@
-"""Settings for all tests: the number of threads, ignored warnings, and groups of tests for xdist.
+"""Settings for all tests: the number of threads, ignored warnings, and quick checks of types.
 
 Warnings are errors. The few that are ignored here concern Lightning and torch, not this package.
 """
@@ -11,6 +11,9 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import type_checks
+
+type_checks.install()
 
 IGNORED_WARNINGS = (
     "ignore:.*does not have many workers.*",
@@ -24,17 +27,8 @@ IGNORED_WARNINGS = (
 )
 
 
-# Modules whose tests share the result of a subprocess: they stay in one process, so it runs once.
-SHARED_SUBPROCESS = {"unchecked_calls", "test_emulated_device"}
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
-        module = getattr(item, "module", None)
-        names = vars(module).values() if module else ()
-        source_modules = {getattr(value, "__module__", "") for value in names}
-        if SHARED_SUBPROCESS & {item.path.stem, *source_modules}:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         for ignored in IGNORED_WARNINGS:
             item.add_marker(pytest.mark.filterwarnings(ignored))
 

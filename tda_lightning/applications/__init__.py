@@ -23,6 +23,12 @@ from tda_lightning.applications.importance import (
 from tda_lightning.applications.loss_history import LossHistory, loss_history
 from tda_lightning.applications.mislabel_results import Mislabeled
 from tda_lightning.applications.mislabels import find_mislabeled
+from tda_lightning.applications.neighbors import (
+    Duplicates,
+    Outliers,
+    find_duplicates,
+    find_outliers,
+)
 from tda_lightning.applications.pruning import coreset, prune
 from tda_lightning.applications.retraining import (
     Plan,
@@ -41,6 +47,7 @@ from tda_lightning.applications.tracing import (
     NextToken,
     TokenScores,
     candidates_of,
+    last_layer_scores,
     rescore,
     trace_facts,
     trace_tokens,
@@ -63,6 +70,7 @@ __all__ = [
     "Alarm",
     "Alarms",
     "Candidates",
+    "Duplicates",
     "Errors",
     "FirstOrder",
     "Forgetting",
@@ -76,6 +84,7 @@ __all__ = [
     "MeanLoss",
     "Mislabeled",
     "NextToken",
+    "Outliers",
     "Plan",
     "Retrainings",
     "RewindPlan",
@@ -93,9 +102,12 @@ __all__ = [
     "coreset",
     "explain_errors",
     "find_alarms",
+    "find_duplicates",
     "find_mislabeled",
+    "find_outliers",
     "find_shortcut",
     "influence_by_group",
+    "last_layer_scores",
     "leave_out",
     "loss_history",
     "prune",

@@ -4,17 +4,15 @@ r"""Importance scores of training samples, from the recorded visits: higher is h
 name           mean over the visits of a sample                     source
 ============== ==================================================== =======================
 `GraNd`        norm of the gradient                                 Paul et al. (2021)
-`EL2N`         :math:`1 - p`                                        Paul et al. (2021)
-`LabelLoss`    :math:`-\log p`                                      Jiang et al. (2019)
-`AUM`          minus the margin :math:`\log \frac{p}{1 - p}`        Pleiss et al. (2020)
-`Forgetting`   times that :math:`p` fell below one half (a count)   Toneva et al. (2019)
+`EL2N`         norm of the error :math:`\lVert p - y \rVert`         Paul et al. (2021)
+`LabelLoss`    loss, such as :math:`-\log p_y`                      Jiang et al. (2019)
+`AUM`          minus the margin :math:`z_y - \max_{j \ne y} z_j`     Pleiss et al. (2020)
+`Forgetting`   times that it was no longer predicted (a count)      Toneva et al. (2019)
 ============== ==================================================== =======================
 
-:math:`p` is the probability of the label. It comes from the recorded curvature of a cross-entropy,
-exactly for two classes. For more, the value is between the true :math:`1 - p` and half of it.
-Therefore ``EL2N`` approximates the norm of the error, and ``AUM`` the margin to the best other
-logit. ``Forgetting`` approximates changes of the predicted class. All are close in rank, not in
-value.
+:math:`z` are the logits before the step, :math:`p` the predicted probabilities, and :math:`y` the
+label. The recorder takes these numbers from the loss function of the training, for any number of
+classes. Rows are needed for ``GraNd`` only.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.applications.loss_history import visit_losses
 from tda_lightning.arguments import require_kind, require_whole
 from tda_lightning.attribution import SelfAttributor, TracIn
 from tda_lightning.attribution.attributor import Totals, provenance_of
@@ -94,20 +93,20 @@ class GraNd(_MeanOverVisits):
 
 @dataclass(frozen=True)
 class EL2N(_MeanOverVisits):
-    """Error of the predicted probability of the label: ``1 - p``."""
+    """Norm of the predicted probabilities minus the label."""
 
     def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
         for step in takewhile(self._counts, run.facts):
-            yield step.sample_ids, label_error(step)
+            yield step.sample_ids, _of_one_label(step, step.errors)
 
 
 @dataclass(frozen=True)
 class LabelLoss(_MeanOverVisits):
-    """Cross-entropy of the label at each visit."""
+    """Loss at each visit, before the step. A sample's loss may be the mean of several terms."""
 
     def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
         for step in takewhile(self._counts, run.facts):
-            yield step.sample_ids, -torch.log1p(-label_error(step).clamp(max=1 - 1e-6))
+            yield step.sample_ids, visit_losses(step)
 
 
 @dataclass(frozen=True)
@@ -116,15 +115,14 @@ class AUM(_MeanOverVisits):
 
     def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
         for step in takewhile(self._counts, run.facts):
-            yield step.sample_ids, torch.logit(label_error(step), eps=1e-6)
+            yield step.sample_ids, -_of_one_label(step, step.margins)
 
 
 @dataclass(frozen=True)
 class Forgetting(Importance):
-    """Number of times that a sample was learned at one visit and no longer at the next.
+    """Number of times that a sample was predicted at one visit and no longer at the next.
 
-    Learned means that its label has more than half of the probability. Samples that were never
-    learned score one more than any count.
+    Samples that were never predicted score one more than any count.
     """
 
     def scores(self, run: Store) -> SampleScores:
@@ -135,7 +133,7 @@ class Forgetting(Importance):
         events = torch.zeros(len(train_ids), dtype=run.recipe.torch_dtype)
         for step in run.facts:
             at = torch.searchsorted(train_ids, step.sample_ids)
-            now = label_error(step) < 0.5
+            now = _of_one_label(step, step.margins) > 0
             events[at] += (learned[at] & ~now).to(events)
             learned[at], visited[at] = now, True
             ever[at] |= now
@@ -182,20 +180,20 @@ class Lowest(Importance):
         return _scores(run, -scores.values, repr(self))
 
 
-def label_error(step: StepFacts) -> Float[Tensor, " n"]:
-    """Return ``1 - p`` for each visit of a step, with the probability ``p`` of its label.
+def _of_one_label(step: StepFacts, values: Float[Tensor, " n"] | None) -> Float[Tensor, " n"]:
+    """Return these errors or margins of a step's visits.
 
     Raises:
-        ValueError: If the loss is not a cross-entropy of one label per sample.
+        ValueError: If the run does not hold them.
     """
-    one_label = step.terms is None or bool((step.terms == 1).all())
-    if step.curvature is None or step.loss not in ("", "cross-entropy") or not one_label:
+    if values is None:
         raise ValueError(
-            f"Step {step.index} holds no label probabilities: its loss is "
-            f"{step.loss or 'unknown'}; expected a cross-entropy of one label per sample. Use "
-            "`GraNd()` or `SelfInfluence()`, which need none, or pass `SampleScores`."
+            f"Step {step.index} holds no margins and errors of labels: its loss is "
+            f"{step.loss or 'unknown'}; expected a cross-entropy of one label per sample, recorded "
+            "with this version. Use `LabelLoss()`, `GraNd()` or `SelfInfluence()`, or pass "
+            "`SampleScores`."
         )
-    return 1 / (1 + step.curvature)
+    return values
 
 
 def _scores(run: Store, values: Float[Tensor, " n_train"], method: str) -> SampleScores:

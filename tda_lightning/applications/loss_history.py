@@ -1,15 +1,16 @@
 r"""Loss history: the loss of every visit of a run, in the order of the training.
 
-Losses are derived from the recorded curvature of a visit's loss, without its rows. For a
-cross-entropy with label probability :math:`p` the curvature is :math:`c = p / (1 - p)`; for a
-squared error with residual :math:`r` it is :math:`1 / (2 r^2)`, so
+The recorder takes it from the loss function of the training, with the margin of the label: its
+logit minus the highest other logit. Both are those before the step.
+
+Runs of earlier versions hold neither. Their losses are derived from the curvature, :math:`c = p /
+(1 - p)` for a cross-entropy with label probability :math:`p`, and :math:`1 / (2 r^2)` for a squared
+error with residual :math:`r`, so
 
 .. math:: \ell = \log \frac{1 + c}{c} \qquad \text{or} \qquad \ell = r^2 = \frac{1}{2 c}
 
-With class weights or label smoothing, both are approximations.
-
-Forgetting: Toneva et al. (2019), "An Empirical Study of Example Forgetting". EL2N: Paul et al.
-(2021), "Deep Learning on a Data Diet".
+Forgetting: Toneva et al. (2019), "An Empirical Study of Example Forgetting". Confidence,
+variability and correctness: Swayamdipta et al. (2020), "Dataset Cartography".
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ class LossHistory:
         sample_ids: Sample of each visit, shape ``(n_visits,)``.
         steps: Index of the step of each visit, shape ``(n_visits,)``.
         epochs: Epoch of each visit, shape ``(n_visits,)``.
-        losses: Loss of each visit, before the step, shape ``(n_visits,)``.
+        losses: Loss of each visit, before the step, shape ``(n_visits,)``. It is the mean of its
+            terms, such as tokens; NaN if the model had diverged, or no term had a weight.
+        margins: Logit of the label minus the highest other logit, shape ``(n_visits,)``, if the
+            loss is a cross-entropy with one term per sample. It is positive if the label was
+            predicted.
         train_ids: Ids of the training set, shape ``(n_train,)``.
         loss: Name of the loss.
         provenance: The recorded run.
@@ -55,6 +60,7 @@ class LossHistory:
     steps: Int[Tensor, " n_visits"]
     epochs: Int[Tensor, " n_visits"]
     losses: Float[Tensor, " n_visits"]
+    margins: Float[Tensor, " n_visits"] | None
     train_ids: Int[Tensor, " n_train"]
     loss: str
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -62,7 +68,7 @@ class LossHistory:
     def mean(self) -> SampleScores:
         """Return each sample's mean loss over its visits: high for hard and mislabelled samples.
 
-        Samples without a visit are NaN, and last in a ranking by :meth:`hardest`.
+        Samples without a known loss are NaN, and last in a ranking by :meth:`hardest`.
         """
         return self._scores(self._mean(self.losses), "mean loss over visits")
 
@@ -72,24 +78,13 @@ class LossHistory:
         values[self._rows()[self._is_last()]] = self.losses[self._is_last()]
         return self._scores(values, "loss at the last visit")
 
-    def error(self) -> SampleScores:
-        """Return each sample's mean of 1 - p, with the probability p of its label (as in EL2N).
-
-        Raises:
-            ValueError: If the loss is not a cross-entropy.
-        """
-        return self._scores(self._mean(1 - self.label_probabilities()), "mean of 1 - p (EL2N)")
-
     def forgetting(self) -> SampleScores:
-        """Return how often each sample was forgotten: learned at a visit, and not at the next.
-
-        Learned means that more than half of the probability is on the label. For more than two
-        classes, this is stricter than a correct prediction, which the run does not hold.
+        """Return how often each sample was forgotten: predicted at a visit, and not at the next.
 
         Raises:
-            ValueError: If the loss is not a cross-entropy.
+            ValueError: If the run holds no margins.
         """
-        is_learned = self.label_probabilities() > 0.5
+        is_learned = self._margins() > 0
         is_forgotten = torch.zeros(len(is_learned), dtype=torch.bool)
         same = self.sample_ids[1:] == self.sample_ids[:-1]
         is_forgotten[1:] = same & is_learned[:-1] & ~is_learned[1:]
@@ -97,12 +92,38 @@ class LossHistory:
         counts.index_add_(0, self._rows(), is_forgotten.to(counts))
         return self._scores(counts, "forgetting events")
 
-    def label_probabilities(self) -> Float[Tensor, " n_visits"]:
-        """Return the probability of the label at each visit.
+    def correctness(self) -> SampleScores:
+        """Return the share of each sample's visits at which its label was predicted.
+
+        Samples that stay hard have a low share. Samples without a visit are NaN.
+
+        Raises:
+            ValueError: If the run holds no margins.
+        """
+        is_right = (self._margins() > 0).to(self.losses)
+        return self._scores(self._mean(is_right), "correctness")
+
+    def confidence(self) -> SampleScores:
+        """Return the mean probability of each sample's label over its visits.
+
+        If a sample's loss averages several terms, it is the mean of their geometric means.
 
         Raises:
             ValueError: If the loss is not a cross-entropy.
         """
+        return self._scores(self._mean(self._probabilities()), "confidence")
+
+    def variability(self) -> SampleScores:
+        """Return the standard deviation of the probability of each sample's label over its visits.
+
+        Raises:
+            ValueError: If the loss is not a cross-entropy.
+        """
+        p = self._probabilities()
+        deviations = p - self._mean(p)[self._rows()]
+        return self._scores(self._mean(deviations.square()).sqrt(), "variability")
+
+    def _probabilities(self) -> Float[Tensor, " n_visits"]:
         if self.loss != "cross-entropy":
             raise ValueError(
                 f"The loss of the run is {self.loss}; expected a cross-entropy, which has label "
@@ -110,8 +131,19 @@ class LossHistory:
             )
         return (-self.losses).exp()
 
+    def _margins(self) -> Float[Tensor, " n_visits"]:
+        if self.margins is None:
+            raise ValueError(
+                f"The run holds no margins: its loss is {self.loss}; expected a cross-entropy of "
+                "one label per sample, recorded with this version. Use `.mean()`."
+            )
+        return self.margins
+
     def hardest(self, k: int = 10) -> Int[Tensor, " k"]:
-        """Return the ids of the ``k`` samples with the highest mean loss, highest first."""
+        """Return the ids of the ``k`` samples with the highest mean loss, highest first.
+
+        ``hardest(len(history.train_ids))`` sorts the data by loss.
+        """
         means = self.mean()
         values = means.values.nan_to_num(nan=-torch.inf)
         return SampleScores(values, means.train_ids, means.method).highest(k).ids
@@ -123,15 +155,20 @@ class LossHistory:
 
         columns = {"sample": self.sample_ids, "step": self.steps, "epoch": self.epochs}
         frame = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
-        return frame.assign(loss=self.losses.numpy())
+        frame = frame.assign(loss=self.losses.numpy())
+        return frame if self.margins is None else frame.assign(margin=self.margins.numpy())
 
     def __repr__(self) -> str:
         """Show the size, and the samples that stay hard."""
-        n_visited = len(torch.unique(self.sample_ids))
-        k = min(5, n_visited)
-        hardest = ", ".join(map(str, self.hardest(k).tolist()))
+        n_visited, n_unknown = len(torch.unique(self.sample_ids)), int(self.losses.isnan().sum())
+        hardest = ", ".join(map(str, self.hardest(min(5, n_visited)).tolist()))
         head = f"LossHistory of {len(self.losses):,} visits of {n_visited:,} samples ({self.loss})"
-        return f"{head}\n  hardest: {hardest}"
+        lines = [head, f"  hardest: {hardest}"]
+        if n_unknown:
+            lines.append(
+                f"  {n_unknown:,} visits have no loss: it was not finite, or without weight"
+            )
+        return "\n".join(lines)
 
     def _rows(self) -> Int[Tensor, " n_visits"]:
         return torch.searchsorted(self.train_ids, self.sample_ids)
@@ -142,8 +179,10 @@ class LossHistory:
         return is_last
 
     def _mean(self, values: Float[Tensor, " n_visits"]) -> Float[Tensor, " n_train"]:
-        sums, rows = values.new_zeros(len(self.train_ids), 2), self._rows()
-        sums.index_add_(0, rows, torch.stack([values, torch.ones_like(values)], dim=1))
+        is_known = ~values.isnan()
+        parts = torch.stack([values, torch.ones_like(values)], dim=1)[is_known]
+        sums = values.new_zeros(len(self.train_ids), 2)
+        sums.index_add_(0, self._rows()[is_known], parts)
         return sums[:, 0] / sums[:, 1]
 
     def _scores(self, values: Float[Tensor, " n_train"], method: str) -> SampleScores:
@@ -162,19 +201,22 @@ def loss_history(run: Run) -> LossHistory:
         ValueError: If the run is empty, or holds no losses.
     """
     store = open_run(run)
-    ids, steps, epochs, losses = [], [], [], []
+    ids, steps, epochs, losses, margins = [], [], [], [], []
     for facts in store.facts:
         ids.append(facts.sample_ids)
         steps.append(torch.full_like(facts.sample_ids, facts.index))
         epochs.append(torch.full_like(facts.sample_ids, facts.epoch))
         losses.append(visit_losses(facts))
+        margins.append(facts.margins)
     sample_ids = torch.cat(ids)
     order = sample_ids.argsort(stable=True)  # Steps are in order already.
+    known = [part.double() for part in margins if part is not None]
     return LossHistory(
         sample_ids[order],
         torch.cat(steps)[order],
         torch.cat(epochs)[order],
         torch.cat(losses)[order],
+        torch.cat(known)[order] if len(known) == len(margins) else None,
         store.train_ids(),
         store.facts[0].loss,
         provenance_of(store),
@@ -182,12 +224,12 @@ def loss_history(run: Run) -> LossHistory:
 
 
 def holds_losses(run: Store) -> bool:
-    """Return whether the loss of every visit can be derived from a run."""
+    """Return whether the loss of every visit is known."""
     return all(_reason_without_losses(facts) is None for facts in run.facts)
 
 
 def visit_losses(facts: StepFacts) -> Float[Tensor, " n"]:
-    """Return the loss of each visit of a step.
+    """Return the loss of each visit of a step, in double precision.
 
     Raises:
         ValueError: If the step does not hold them.
@@ -195,8 +237,10 @@ def visit_losses(facts: StepFacts) -> Float[Tensor, " n"]:
     if (reason := _reason_without_losses(facts)) is not None:
         raise ValueError(
             f"The losses of step {facts.index} are unknown: {reason}; expected a cross-entropy or "
-            "a squared error with one term per sample. Use `self_influence(run)`, which needs none."
+            "a squared error. Use `self_influence(run)`, which needs none."
         )
+    if facts.losses is not None:
+        return facts.losses.double()
     assert facts.curvature is not None
     curvature = facts.curvature.double()
     if facts.loss == "squared error":
@@ -205,10 +249,12 @@ def visit_losses(facts: StepFacts) -> Float[Tensor, " n"]:
 
 
 def _reason_without_losses(facts: StepFacts) -> str | None:
-    if facts.loss not in ("cross-entropy", "squared error"):
+    if not facts.loss or " and " in facts.loss:
         return f"its loss is {facts.loss or 'not recognized'}"
-    if facts.curvature is None:
-        return "its curvature was not recorded"
+    if facts.losses is not None:
+        return None
+    if facts.curvature is None or facts.loss not in ("cross-entropy", "squared error"):
+        return "an earlier version recorded no losses"
     if facts.terms is not None and bool(((facts.terms - 1).abs() > _ROUNDING).any()):
-        return "a sample's loss averages several terms, such as tokens"
+        return "an earlier version recorded no losses of several terms, such as tokens"
     return None

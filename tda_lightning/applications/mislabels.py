@@ -178,7 +178,7 @@ def _estimated_number(suspicion: Float[Tensor, " n_train"], history: LossHistory
     separated, separation = best_split(suspicion.clamp_min(0).pow(_POWER))
     number = separated
     if history is not None and history.loss == "cross-entropy":
-        number = min(number, int((history.error().values > 0.5).sum()))
+        number = min(number, int((history.confidence().values < 0.5).sum()))
         if separation < _LEAST_SEPARATION:  # Of two groups there is no sign.
             number = min(number, int((history.last().values > log(2)).sum()))
     return _Count(number, separated, separation)

@@ -97,6 +97,24 @@ def predict(
     return Predictions(ids, probabilities, given)
 
 
+def given_labels(loader: DataLoader[Any], labels: Labels) -> tuple[Int64[Tensor, " n"], Tensor]:
+    """Return the ids and the labels of the samples of a loader, in one pass over it.
+
+    Args:
+        loader: The data, in any order.
+        labels: Function of the batch that returns the labels, with the samples first.
+    """
+    require_loader(loader, "loader")
+    ledger = SampleLedger(None)
+    ledger.watch(loader, lambda: True)
+    try:
+        parts = [(ledger.name(batch, n), labels(batch).cpu()) for n, batch in enumerate(loader)]
+    finally:
+        ledger.release()
+    ids, given = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ids, given
+
+
 def _require_classes(logits: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise ValueError(

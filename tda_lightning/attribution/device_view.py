@@ -13,7 +13,7 @@ from torch import Tensor
 from tda_lightning.attribution.visits import select_visits
 from tda_lightning.stores import Store
 from tda_lightning.stores.recipe import Recipe
-from tda_lightning.stores.step import Preconditioner, Step, StepFacts
+from tda_lightning.stores.step import OPTIONAL_FACTS, Preconditioner, Step, StepFacts
 
 
 class DeviceView(Store):
@@ -56,8 +56,7 @@ class DeviceView(Store):
             step,
             weights=step.weights.to(self._device, self._dtype),
             sketch=step.sketch.to(self._device, self._dtype),
-            terms=self._move(step.terms),
-            curvature=self._move(step.curvature),
+            **{name: self._move(getattr(step, name)) for name in OPTIONAL_FACTS},
             curvature_rows=self._move(step.curvature_rows),
         )
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tda_lightning.stores import Store
-from tda_lightning.stores.step import Step
+from tda_lightning.stores.step import OPTIONAL_FACTS, Step
 
 
 def unweighted(step: Step) -> Step:
@@ -57,11 +57,11 @@ def last_epoch(run: Store) -> Store:
 def select_visits(step: Step, mask: Bool[Tensor, " n"]) -> Step:
     """Return the step with the visits that a mask on the CPU selects."""
     device_mask = mask.to(step.sketch.device)
+    known = {name: fact for name in OPTIONAL_FACTS if (fact := getattr(step, name)) is not None}
     return replace(
         step,
         sample_ids=step.sample_ids[mask],
         weights=step.weights[device_mask],
         sketch=step.sketch[device_mask],
-        terms=None if step.terms is None else step.terms[device_mask],
-        curvature=None if step.curvature is None else step.curvature[device_mask],
+        **{name: fact[device_mask] for name, fact in known.items()},
     )

@@ -112,7 +112,7 @@ def _curvature_share(name: str, value: object) -> None:
         _refuse(
             name,
             value,
-            "a share of each batch above 0 and up to 1. Switch sampled labels off with "
+            "a share of the steps above 0 and up to 1. Switch sampled labels off with "
             "`curvature='none'`",
         )
 

@@ -28,7 +28,7 @@ class Budgets:
     Args:
         max_gb: Largest size on disk, in units of 10^9 bytes.
         max_overhead: Largest time that recording may add, as a share of the training time.
-        sampled: Share of the samples that also have a row of sampled labels.
+        sampled: Share of the steps at which labels are sampled too.
         store: The store of the run.
         writer: Writes the run into it.
     """
@@ -117,7 +117,8 @@ class Budgets:
         forward = started.seconds()
         self._undecided = self._forward = None
         # All processes record the same steps: the first one's measurement decides.
-        timing = trainer.strategy.broadcast(_timing_of(model, recorder, loss, forward))
+        measured = _timing_of(model, recorder, loss, forward, self._sampled)
+        timing = trainer.strategy.broadcast(measured)
         stride = max(recipe.every_n_steps, timing.stride_within(limit))
         recipe = replace(recipe, every_n_steps=stride)
         self._writer.amend(recipe)
@@ -136,7 +137,27 @@ class Budgets:
 
 
 def _timing_of(
-    model: LightningModule, recorder: TrainingRecorder, loss: Tensor, forward: float
+    model: LightningModule,
+    recorder: TrainingRecorder,
+    loss: Tensor,
+    forward: float,
+    sampled: float,
+) -> BatchTiming:
+    """Return the timing of a batch, the mean over steps with and without sampled labels."""
+    with_labels = _timing_with(1.0, model, recorder, loss, forward)
+    if sampled in (0, 1):
+        return with_labels
+    without = _timing_with(0.0, model, recorder, loss, forward)
+    recording = sampled * with_labels.recording + (1 - sampled) * without.recording
+    return replace(without, recording=recording)
+
+
+def _timing_with(
+    label_weight: float,
+    model: LightningModule,
+    recorder: TrainingRecorder,
+    loss: Tensor,
+    forward: float,
 ) -> BatchTiming:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -145,7 +166,7 @@ def _timing_of(
             torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
 
     def recorded() -> None:
-        recorder.extra_backward(loss, trained)
+        recorder.extra_backward(loss, trained, label_weight)
 
     def row_seconds() -> float:
         recorder.take_time(Stopwatch(loss.device).seconds)

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.messages import note
 from tda_lightning.callbacks.method_watchers import training_loaders
-from tda_lightning.gradients.capture.capture import NO_EFFECT
+from tda_lightning.gradients.capture.delivery import NO_EFFECT
 from tda_lightning.gradients.losses import Reduction, mixes_samples
 from tda_lightning.recording.hyperparameters import require_one_rate
 from tda_lightning.recording.training_recorder import TrainingRecorder

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.method_watchers import training_loaders
+from tda_lightning.gradients.losses import LabelSchedule
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 
@@ -24,12 +25,13 @@ def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float, store: Writa
     Args:
         trainer: The trainer.
         recipe: The recipe of the run.
-        sampled: Share of the samples that also have a row of sampled labels.
+        sampled: Share of the steps with sampled labels, 0 for none.
         store: The store of the run.
     """
     recorded = sum(block.size for block in recipe.blocks)
     total = recorded + sum(entry.size for entry in recipe.left_out)
-    row_bytes = _visit_bytes(recipe, sampled, store)
+    steps = _expected_steps(trainer) / recipe.every_n_steps
+    row_bytes = _visit_bytes(recipe, steps, sampled, store)
     visits = _expected_visits(trainer, recipe)
     cost = f"{row_bytes:,} bytes for each of an unknown number of visits"
     if math.isfinite(visits):
@@ -83,7 +85,7 @@ def stride_within(
     Args:
         trainer: The trainer.
         recipe: The recipe of the run, with the smallest stride that is wanted.
-        sampled: Share of the samples that also have a row of sampled labels.
+        sampled: Share of the steps with sampled labels, 0 for none.
         store: The store of the run.
         max_gb: Largest size on disk, in units of 10^9 bytes.
         ranks: Number of processes, each of which sees its part of the data.
@@ -91,20 +93,25 @@ def stride_within(
     Raises:
         ValueError: If the length of the training is unknown.
     """
-    visits = _expected_visits(trainer, recipe) * ranks
+    visits, limit = _expected_visits(trainer, recipe) * ranks, max_gb * 1e9
     if not math.isfinite(visits):
         raise ValueError(
             "`max_gb` cannot be kept, since the number of samples that training will see is "
             "unknown; expected a dataset with a length, and `max_epochs` or `max_steps`. Set "
             "these, or `every_n_steps=` instead."
         )
-    times = visits * _visit_bytes(recipe, sampled, store) / (max_gb * 1e9)
-    return recipe.every_n_steps * max(1, math.ceil(times))
+    steps, times = _expected_steps(trainer) / recipe.every_n_steps, 1
+    # With a larger stride, the first steps, which all have sampled labels, are a larger share.
+    while (size := visits * _visit_bytes(recipe, steps / times, sampled, store)) > times * limit:
+        times = max(times + 1, math.ceil(size / limit))
+    return recipe.every_n_steps * times
 
 
-def _visit_bytes(recipe: Recipe, sampled: float, store: WritableStore) -> int:
+def _visit_bytes(recipe: Recipe, steps: float, sampled: float, store: WritableStore) -> int:
+    """Return the mean number of bytes of a visit in a run of that many recorded steps."""
     row_bytes = recipe.dimension * store.bytes_of(recipe.torch_dtype)
-    return round(row_bytes * (1 + sampled) + _VISIT_BYTES)
+    share = LabelSchedule(sampled).mean_share(steps) if sampled else 0.0
+    return round(row_bytes * (1 + share) + _VISIT_BYTES)
 
 
 def _expected_visits(trainer: Trainer, recipe: Recipe) -> float:

@@ -32,7 +32,7 @@ from tda_lightning.callbacks.recorded_run import RecordedRun
 from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.run_location import Existing, RunLocation
 from tda_lightning.callbacks.run_writer import RunWriter
-from tda_lightning.gradients.losses import Reduction
+from tda_lightning.gradients.losses import LabelSchedule, Reduction
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
@@ -62,25 +62,23 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         every_n_steps: Record every n-th optimizer step.
         max_gb: Largest size of the run in gigabytes; fewer steps are recorded if necessary.
         max_overhead: Largest time that recording may add, as a share of the training time (0.1 for
-            10 %); fewer steps are recorded if necessary. It is measured by four more backward
-            passes through the first batch, or six with sampled labels.
+            10 %); fewer steps are recorded if necessary. More passes in the first batch measure it.
         preconditioner: With ``"optimizer"``, rows are in the coordinates of an adaptive optimizer,
             in which its steps are gradient steps (:mod:`tda_lightning.recording.preconditioning`).
             With ``"none"``, rows are raw. No effect for SGD with one learning rate.
         curvature: With ``"fisher"``, one more backward pass per step records rows for labels that
             are sampled from the model's own predictions. They make answers more accurate.
-        curvature_share: Share of each batch that these rows are recorded for.
+        curvature_share: Share of the steps with such a pass, after the first 20, which all have it.
         audit: Compare the recorded rows with the actual gradient and update every n-th recorded
             step, and always in the first. ``tda-lightning audit`` shows the results.
-        snapshots: Save the weights before every n-th optimizer step, or before the steps with these
-            indices. Queries can be evaluated at them: ``attribute(..., at=index)``.
+        snapshots: Save the weights before every n-th optimizer step, or before these steps. Queries
+            can be evaluated at them: ``attribute(..., at=index)``.
         sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
             default ids are indices into the dataset, inferred from the sampler.
         reduction: Whether the training loss is the mean or the sum over its samples. By default, it
             is inferred from the first loss; a mean, if its graph leaves that open.
         batch_dims: Axis of the samples in layers whose names match a pattern, if it is not the
-            first: ``{"encoder.*": 1}``. ``"flattened"`` is for layers whose input joins it with
-            other axes, as in ``x.reshape(n * length, -1)``.
+            first: ``{"encoder.*": 1}``. ``"flattened"`` is for inputs that join it with other axes.
         existing: What to do if ``store`` holds a run that this training does not continue.
             ``"refuse"``, the default for a named store, raises an error; ``"replace"`` deletes that
             run; ``"number"``, the default without a name, records into ``run-2.tda`` and so on. A
@@ -171,11 +169,12 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         lost = [] if continued is None else lost_blocks(continued)
         selection = replace(selection, left_out=(*selection.left_out, *lost))
         projector = self.projector.chosen_for(selection.blocks)
+        labels: Literal["given", "sampled"] = "sampled" if self._sampled else "given"
         is_preconditioned = any(map(has_preconditioner, trainer.optimizers))
 
         def rows(part: ParameterSelection) -> RowRecorder:
             dtype, names = row_dtype(model), [entry.name for entry in lost]
-            rows = RowRecorder(model, part, self.batch_dims, projector, dtype, self._sampled, names)
+            rows = RowRecorder(model, part, self.batch_dims, projector, dtype, labels, names)
             return self._writer.watched(rows)
 
         settings = RecordingSettings(
@@ -187,6 +186,7 @@ class GradientRecorder(RecordedRun, RecordingCallback):
             distributed=distributed_context(trainer),
             warn=rank_zero_warn,
             leave_out=self._leave_out,
+            labels=LabelSchedule(self.curvature_share),
         )
         keep = self._writer.append
         return TrainingRecorder(trainer.optimizers, selection, projector, settings, keep)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +19,16 @@ from tda_lightning.callbacks.checks import require_one_loader
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
 from tda_lightning.callbacks.method_watchers import watch_loaders
 from tda_lightning.callbacks.run_writer import RunWriter
-from tda_lightning.gradients.batch_rows import BatchRows
 from tda_lightning.gradients.losses.graph import find_losses_and_penalties
-from tda_lightning.gradients.losses.loss_nodes import LossSummary, SquarePower
+from tda_lightning.gradients.losses.loss_nodes import SquarePower
+from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
+from tda_lightning.recording.host_copy import HostCopy
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
+from tda_lightning.recording.taken_step import joined
 from tda_lightning.stores import HDF5Store, WritableStore
 from tda_lightning.stores.id_ranges import ranges_of
 from tda_lightning.stores.recipe import Recipe
-from tda_lightning.stores.step import ParameterGroup, Step
+from tda_lightning.stores.step import OPTIONAL_FACTS, ParameterGroup, Step
 
 _CHECKED = ("store", "sample_ids", "reduction", "existing")
 
@@ -68,8 +71,9 @@ class LossRecorder(pl.Callback):
         self._is_attached = False
         self._ids: Int[Tensor, " n"] | None = None
         self._summary: LossSummary | None = None
-        self._waiting: list[tuple[Int[Tensor, " n"], float, BatchRows]] = []
-        self._step: dict[str, Any] | None = None
+        self._batches: list[_Batch] = []
+        self._label: dict[str, Any] | None = None
+        self._taken: _TakenStep | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch the sampler of the training loader."""
@@ -138,15 +142,13 @@ class LossRecorder(pl.Callback):
             return
         share = 1 / trainer.accumulate_grad_batches
         weight = share / len(ids) if self.reduction == "mean" else share
-        rows = torch.zeros(len(ids), 1)
-        recorded = BatchRows(rows, summary.terms(), summary.spread(), None, summary.loss())
-        self._waiting.append((ids, weight, recorded))
+        self._batches.append(_Batch(ids, weight, summary.facts()))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Read the learning rates now: the scheduler steps before the end of the batch."""
-        self._step = {
+        self._label = {
             "index": trainer.global_step,
             "epoch": trainer.current_epoch,
             "optimizer": type(optimizer).__name__,
@@ -156,16 +158,23 @@ class LossRecorder(pl.Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write the step, if it was taken."""
-        facts, self._step = self._step, None
-        if facts is None:
+        """Write the step before; a device copies this one, if it was taken, in the meantime."""
+        label, self._label = self._label, None
+        if label is None:
             return
-        waiting, self._waiting = self._waiting, []
-        if waiting and trainer.global_step > facts["index"]:
-            self._writer.append(_step_of(facts, waiting))
+        batches, self._batches = self._batches, []
+        if batches and trainer.global_step > label["index"]:
+            self._write()
+            self._taken = _TakenStep(label, batches)
+
+    def _write(self) -> None:
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            self._writer.append(taken.finish())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint, in builtins."""
+        self._write()
         return self._writer.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -182,6 +191,7 @@ class LossRecorder(pl.Callback):
     ) -> None:
         """Seal all steps that the checkpoint's weights include, before it is written."""
         if self._is_attached:
+            self._write()
             self._writer.seal_together(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -205,27 +215,39 @@ class LossRecorder(pl.Callback):
             action()
         if self._is_attached:
             self._is_attached = False
-            self._waiting, self._ids, self._summary = [], None, None
+            self._batches, self._ids, self._summary = [], None, None
+            self._write()
             self._writer.seal()
 
 
-def _step_of(
-    facts: dict[str, Any], waiting: list[tuple[Int[Tensor, " n"], float, BatchRows]]
-) -> Step:
-    recorded = [part for _, _, part in waiting]
-    curvature = [part.curvature(weight) for _, weight, part in waiting]
-    names = {part.loss for part in recorded}
-    return Step(
-        **facts,
-        sample_ids=torch.cat([ids for ids, _, _ in waiting]),
-        weights=torch.cat([torch.full((len(ids),), weight) for ids, weight, _ in waiting]),
-        sketch=torch.cat([part.rows for part in recorded]),
-        terms=_joined([part.terms for part in recorded]),
-        curvature=_joined(curvature),
-        loss=names.pop() if len(names) == 1 else "",
-    )
+@dataclass(frozen=True)
+class _Batch:
+    """A batch of a step: its samples, the weight of each in the loss, and facts of their losses."""
+
+    sample_ids: Int[Tensor, " n"]
+    weight: float
+    facts: LossFacts
 
 
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    known = [part.detach().cpu().float() for part in parts if part is not None]
-    return torch.cat(known) if len(known) == len(parts) else None
+class _TakenStep:
+    """A step that was taken; its facts travel to the CPU while the training goes on."""
+
+    def __init__(self, label: dict[str, Any], batches: Sequence[_Batch]) -> None:
+        self._label, self._batches = label, batches
+        columns = joined([batch.facts.of_visits(batch.weight) for batch in batches])
+        self._names, self._copy = list(columns), HostCopy(list(columns.values()))
+
+    def finish(self) -> Step:
+        """Wait for the facts, and return the step."""
+        facts = dict(zip(self._names, self._copy.read(), strict=True))
+        ids = torch.cat([batch.sample_ids for batch in self._batches])
+        weights = [torch.full((len(b.sample_ids),), b.weight) for b in self._batches]
+        names = {batch.facts.name for batch in self._batches}
+        return Step(
+            **self._label,
+            **{name: facts.get(name) for name in OPTIONAL_FACTS},
+            sample_ids=ids,
+            weights=torch.cat(weights),
+            sketch=torch.zeros(len(ids), 1),
+            loss=names.pop() if len(names) == 1 else "",
+        )

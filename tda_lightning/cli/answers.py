@@ -23,14 +23,14 @@ from tda_lightning import (
 from tda_lightning import attribute as attribute_run
 from tda_lightning import self_influence as self_influence_of
 from tda_lightning.attribution import Attributor, SelfAttributor
-from tda_lightning.cli.loading import load_model, load_queries
+from tda_lightning.cli.loading import as_loader, load_model, load_queries
 from tda_lightning.cli.options import (
     json_option,
     model_options,
-    out_option,
     query_options,
+    rows_option,
     run_argument,
-    show_option,
+    scores_option,
 )
 from tda_lightning.cli.output import Answer, aligned, show, show_progress
 from tda_lightning.passes.targets import Loss, Target
@@ -55,15 +55,28 @@ TARGETS: dict[str, Target] = {
 }
 
 
-@click.command()
+@click.command(short_help="Show each query's proponents and opponents.")
 @run_argument
 @model_options
 @query_options
 @click.option("--method", type=click.Choice(list(METHODS)), default="unrolled", show_default=True)
 @click.option("--target", type=click.Choice(list(TARGETS)), default="loss", show_default=True)
-@click.option("-k", default=5, show_default=True, type=click.IntRange(min=1), help="Per query.")
-@show_option
-@out_option
+@click.option(
+    "-k",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Proponents, and opponents, of each query.",
+)
+@click.option(
+    "--show",
+    "show_",
+    default=10,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Queries to print.",
+)
+@scores_option
 @json_option
 def attribute(
     run: Path,
@@ -82,7 +95,7 @@ def attribute(
 ) -> None:
     """Show the most helpful and the most harmful training samples of each query."""
     loaded = load_model(model, config, checkpoint, trust_checkpoint)
-    batch = load_queries(queries, config, split)
+    batch = as_loader(load_queries(queries, config, split))
     options: dict[str, Any] = {
         "method": METHODS[method],
         "target": TARGETS[target],
@@ -123,13 +136,13 @@ def _top_answer(
     return Answer(lines, {"run": str(run), **facts, "queries": answers})
 
 
-@click.command("self-influence")
+@click.command("self-influence", short_help="Rank the training samples, unusual ones first.")
 @run_argument
 @click.option(
     "--method", type=click.Choice(list(SELF_METHODS)), default="tracin", show_default=True
 )
-@show_option
-@out_option
+@rows_option
+@scores_option
 @json_option
 def self_influence(run: Path, method: str, show_: int, out: Path | None, as_json: bool) -> None:
     """Rank the training samples by their effect on their own loss: unusual ones come first."""
@@ -139,7 +152,7 @@ def self_influence(run: Path, method: str, show_: int, out: Path | None, as_json
     ranked = _ranked_scores(scores)
     rows = [("sample", "score"), *_score_rows(ranked[:show_])]
     head = f"{run}: {len(ranked):,} training samples by self-influence, {scores.method}"
-    more = [f"  ... and {len(ranked) - show_:,} more"] if len(ranked) > show_ else []
+    more = [f"  ... and {len(ranked) - show_:,} more: see `-k`"] if len(ranked) > show_ else []
     facts = {"method": scores.method, "provenance": dict(scores.provenance)}
     content = {"run": str(run), **facts, "samples": ranked}
     show(Answer([head, *aligned(rows), *more], content), as_json)

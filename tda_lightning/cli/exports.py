@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tda_lightning.cli.options import OutputFile, json_option
 from tda_lightning.cli.output import Answer, show
 from tda_lightning.results import SampleScores, Scores
 from tda_lightning.results.optional import needs
@@ -22,12 +23,12 @@ from tda_lightning.stores.durable import absolute_path, atomic_write
 Table = dict[str, NDArray[Any]]
 
 
-@click.command()
+@click.command(short_help="Write a run or scores as CSV, Parquet or NumPy.")
 @click.argument("source", type=click.Path(path_type=Path), metavar="SOURCE")
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputFile(),
     help="File to write; its suffix chooses the format: `.csv`, `.parquet` or `.npy`.",
 )
 @click.option(
@@ -35,7 +36,8 @@ Table = dict[str, NDArray[Any]]
     type=click.IntRange(min=1),
     help="Of scores, only this many proponents and opponents per query.",
 )
-def export(source: Path, out: Path, top: int | None) -> None:
+@json_option
+def export(source: Path, out: Path, top: int | None, as_json: bool) -> None:
     """Write a table for other tools.
 
     SOURCE is the folder of a run, or a `.npz` file that `save` or `--out` wrote. A run gives one
@@ -49,7 +51,9 @@ def export(source: Path, out: Path, top: int | None) -> None:
     with atomic_write(absolute_path(out)) as partial:
         write(partial, table)
     n_rows = len(next(iter(table.values())))
-    show(Answer([f"{out}: {n_rows:,} rows of {', '.join(table)}"], {}), as_json=False)
+    line = f"{out}: {n_rows:,} rows of {', '.join(table)}"
+    content = {"source": str(source), "out": str(out), "rows": n_rows, "columns": list(table)}
+    show(Answer([line], content), as_json)
 
 
 def _table_of(source: Path, top: int | None) -> Table:

@@ -22,7 +22,7 @@ from tda_lightning.stores.recipe import Block, LeftOut, Recipe
 @run_argument
 @json_option
 def info(run: Path, as_json: bool) -> None:
-    """Show what a run recorded: its steps, samples, size and layers."""
+    """Show the steps, samples, size and layers of a run."""
     store = HDF5Store.open(run)
     facts, layers = _facts(store), _layers(store.recipe)
     title = f"{run}: a recording of `{store.recipe.model}`"
@@ -81,7 +81,7 @@ def data(run: Path, check: bool, as_json: bool) -> None:
         raise FailedCheck
 
 
-@click.command()
+@click.command(short_help="Check every file of a run.")
 @run_argument
 @json_option
 def verify(run: Path, as_json: bool) -> None:

@@ -15,10 +15,13 @@ from typing import Any
 import click
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from tda_lightning.cli.configuration import build_section
 from tda_lightning.cli.importing import import_object, in_short
 
+# Of loaders over a dataset that has none.
+_BATCH_SIZE = 50
 # Stage and loader of a LightningDataModule, per split.
 SPLITS = {
     "train": ("fit", "train_dataloader"),
@@ -82,6 +85,11 @@ def load_queries(queries: str | None, config: Path | None, split: str) -> Any:
     elif inspect.isclass(named) or inspect.isfunction(named):
         named = _call(named, {})
     return _loader_of(named, split) if hasattr(named, SPLITS[split][1]) else named
+
+
+def as_loader(data: Any) -> Any:
+    """Return a loader over a dataset; batches and loaders are returned unchanged."""
+    return DataLoader(data, batch_size=_BATCH_SIZE) if isinstance(data, Dataset) else data
 
 
 def _loader_of(data: Any, split: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,19 +11,39 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+
+class OutputFile(click.Path):
+    """A file to write, in a folder that exists: checked before the work, not after it."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path.
+
+        Raises:
+            click.UsageError: If its folder does not exist.
+        """
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"there is no folder `{path.parent}`. Create it, or correct the path.")
+        return path
+
+
 run_argument = click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-show_option = click.option(
+rows_option = click.option(
+    "-k",
     "--show",
     "show_",
     default=10,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Rows to print.",
+    help="Training samples to print.",
 )
-out_option = click.option(
+scores_option = click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputFile(),
     help="Also save all scores to this `.npz` file; see the command `export`.",
 )
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +52,27 @@ def show(answer: Answer, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(answer.data, indent=2))
     else:
-        click.echo("\n".join(printable(line) for line in answer.lines))
+        lines = [printable(line) for line in answer.lines]
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        click.echo("\n".join(lines if width is None else [folded(line, width) for line in lines]))
+
+
+def folded(line: str, width: int) -> str:
+    """Break a line that is wider than a terminal; what follows stands below its second column.
+
+    >>> print(folded("  name  one, two, three, four", 20))
+      name  one, two,
+            three, four
+    """
+    first = re.match(r"\s*\S+(\s\S+)*?(\s{2,}|:\s|$)", line)
+    indent = first.end() if first and first.end() <= width // 3 else 4
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def show_progress() -> bool:

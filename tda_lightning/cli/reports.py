@@ -9,12 +9,18 @@ import click
 from torch.utils.data import DataLoader
 
 from tda_lightning.cli.answers import METHODS
-from tda_lightning.cli.loading import load_model, load_queries
-from tda_lightning.cli.options import model_options, query_options, run_argument
+from tda_lightning.cli.loading import as_loader, load_model, load_queries
+from tda_lightning.cli.options import (
+    OutputFile,
+    json_option,
+    model_options,
+    query_options,
+    run_argument,
+)
 from tda_lightning.cli.output import Answer, show, show_progress
 
 
-@click.command()
+@click.command(short_help="Write one HTML page to look at and to send.")
 @run_argument
 @model_options
 @query_options
@@ -25,15 +31,20 @@ from tda_lightning.cli.output import Answer, show, show_progress
     "data of the configuration.",
 )
 @click.option("--method", type=click.Choice(list(METHODS)), default="unrolled", show_default=True)
-@click.option("-k", default=8, show_default=True, type=click.IntRange(min=1), help="Per query.")
 @click.option(
-    "--out",
-    default="report.html",
+    "-k",
+    default=8,
     show_default=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="File to write.",
+    type=click.IntRange(min=1),
+    help="Proponents, and opponents, of each query.",
 )
+@click.option(
+    "--out", default="report.html", show_default=True, type=OutputFile(), help="File to write."
+)
+@click.option("--class-names", default="", help="Names of the classes, separated by commas.")
+@click.option("--column-names", default="", help="Names of the columns of table rows, likewise.")
 @click.option("--title", default="", help="Title of the page.")
+@json_option
 def report(
     run: Path,
     model: str | None,
@@ -46,7 +57,10 @@ def report(
     method: str,
     k: int,
     out: Path,
+    class_names: str,
+    column_names: str,
     title: str,
+    as_json: bool,
 ) -> None:
     """Write a page that shows which training samples made the model do that.
 
@@ -55,7 +69,7 @@ def report(
     from tda_lightning.report import report as write_report
 
     loaded = load_model(model, config, checkpoint, trust_checkpoint)
-    batch = load_queries(queries, config, split)
+    batch = as_loader(load_queries(queries, config, split))
     dataset = _dataset_of(load_queries(train, config, "train"))
     path = write_report(
         run,
@@ -65,10 +79,18 @@ def report(
         out=out,
         method=METHODS[method],
         k=k,
+        class_names=_names(class_names),
+        column_names=_names(column_names),
         title=title,
         progress=show_progress(),
     )
-    show(Answer([f"{path}: {path.stat().st_size / 2**20:.1f} MiB"], {}), as_json=False)
+    size = path.stat().st_size
+    line = f"{path}: {size / 2**20:.1f} MiB; open it in a browser"
+    show(Answer([line], {"run": str(run), "out": str(path), "bytes": size}), as_json)
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",")] if listed else []
 
 
 def _dataset_of(train: Any) -> Any:

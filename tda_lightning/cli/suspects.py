@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tda_lightning.cli.loading import load_model, load_queries
-from tda_lightning.cli.options import json_option, model_options, run_argument, show_option
+from tda_lightning.cli.loading import as_loader, load_model, load_queries
+from tda_lightning.cli.options import json_option, model_options, rows_option, run_argument
 from tda_lightning.cli.output import Answer, aligned, show, show_progress
 
 if TYPE_CHECKING:
     from tda_lightning.applications import Mislabeled
 
 
-@click.command()
+@click.command(short_help="Rank training samples by how suspicious their labels are.")
 @run_argument
 @model_options
 @click.option(
     "--train",
     metavar="MODULE:NAME",
-    help="The training DataLoader, or a LightningDataModule: adds given and predicted labels.",
+    help="The training DataLoader, its dataset, or a LightningDataModule: adds given and predicted "
+    "labels.",
 )
 @click.option(
     "--trusted",
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     help="Data with correct labels: training samples that oppose them are suspicious.",
 )
 @click.option("--number", type=click.IntRange(min=1), help="Samples to flag; estimated by default.")
-@show_option
+@rows_option
 @json_option
 def mislabeled(
     run: Path,
@@ -56,11 +57,14 @@ def mislabeled(
     result = find_mislabeled(
         run,
         loaded,
-        load_queries(train, config, "train") if has_data else None,
-        trusted=None if trusted is None else load_queries(trusted, None, "val"),
+        as_loader(load_queries(train, config, "train")) if has_data else None,
+        trusted=None if trusted is None else as_loader(load_queries(trusted, None, "val")),
         number=number,
         progress=show_progress(),
     )
+    n_train = len(result.train_ids)
+    if number is not None and number > n_train:
+        raise click.UsageError(f"`--number` is {number:,}, and there are {n_train:,} samples.")
     show(_answer(run, result, show_), as_json)
 
 
@@ -79,7 +83,7 @@ def _answer(run: Path, result: Mislabeled, limit: int) -> Answer:
     )
     rows = [[_cell(value) for value in entry.values()] for entry in flagged[:limit]]
     table = aligned([list(flagged[0]), *rows]) if flagged else []
-    more = [f"  ... and {len(flagged) - limit:,} more"] if len(flagged) > limit else []
+    more = [f"  ... and {len(flagged) - limit:,} more: see `-k`"] if len(flagged) > limit else []
     notes = [f"  note: {note}" for note in result.notes]
     facts = {"run": str(run), "estimated_number": result.estimated_number}
     content = {**facts, "flagged": flagged, "notes": list(result.notes)}

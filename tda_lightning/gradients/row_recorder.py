@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -17,9 +18,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tda_lightning.gradients.batch_rows import BatchRows
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.compiled import is_compiled, uncompiled
-from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, select
+from tda_lightning.gradients.capture.delivery import Receiver
+from tda_lightning.gradients.capture.slots import Shrinking
+from tda_lightning.gradients.held_nodes import HeldNodes
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
+from tda_lightning.gradients.receiving import receiver
 from tda_lightning.gradients.row_sum import RowSum
 from tda_lightning.gradients.selection import ParameterSelection, named_parameters, places
 from tda_lightning.gradients.sketching.projectors import Projector
@@ -43,9 +47,12 @@ class RowRecorder:
             inferred.
         projector: Sketches the gradients.
         dtype: Number format of the rows.
-        sampled: Share of each batch for which rows from sampled labels are recorded too.
+        labels: With ``"sampled"``, rows for labels drawn by the model are recorded too.
         lost: Names of blocks whose rows are zero, since they cannot be told apart.
         followed: Names of parameters in front of batch norms whose running statistics follow them.
+
+    Attributes:
+        label_weight: Factor of the curvature in the rows of sampled labels. With 0, there are none.
     """
 
     def __init__(
@@ -55,27 +62,30 @@ class RowRecorder:
         batch_dims: Mapping[str, SampleAxis],
         projector: Projector,
         dtype: torch.dtype,
-        sampled: float = 0.0,
+        labels: Literal["given", "sampled"] = "given",
         lost: Collection[str] = (),
         followed: Collection[str] = (),
     ) -> None:
         device = next(model.parameters()).device
         self._model = model
-        self._sampled = sampled
+        self._labels = labels
+        self.label_weight = 1.0
         self._generator = torch.Generator(device)
         self._selection = selection
         self._places = places(selection)
         self._sketcher: Sketcher = projector.bind(selection.blocks, device, dtype)
-        self._capture = Capture(model, named_parameters(selection, lost), batch_dims, followed)
+        parameters = named_parameters(selection, lost)
+        self._capture = Capture(model, parameters, batch_dims, self._shrinking, followed)
         self._is_compiled = is_compiled(model)
         self._eager = ExitStack()
-        self._summary: LossSummary | None = None
+        self._summary = LossSummary((), 0)
         self._preconditioner: Preconditioner | None = None
         self._curvature_rows: Tensor | None = None
         numbers = {block.name: number for number, block in enumerate(selection.blocks)}
         self._excluded = {numbers[name] for name in lost if name in numbers}
         self._n = 0
         self._rows = RowSum(self._sketcher, 0)
+        self._held = HeldNodes(self._sketcher, self._places)
         self._sums: Tensor | None = None
 
     def paused(self) -> AbstractContextManager[None]:
@@ -133,28 +143,34 @@ class RowRecorder:
     def continue_batch(self) -> None:
         """Prepare for another backward pass of the same batch, through the same graph or not."""
         self._rows = RowSum(self._sketcher, self._n)
-        self._summary = self._curvature_rows = None
+        self._held.start(self._rows)
+        self._summary, self._curvature_rows = LossSummary((), self._n), None
 
     def start_backward(self, loss: Tensor) -> None:
         """Prepare for the backward pass of the batch's loss."""
         loss_nodes = self._read_graph(loss)
         self._summary = LossSummary(loss_nodes, self._n, self._capture.switch.is_paused)
         self._rows.sums = self._sums
-        self._capture.start_backward(self._receiver(self._rows))
+        self._capture.start_backward(self._receiver(self._rows), self._held.add)
 
-    def extra_backward(self, loss: Tensor, trained: Sequence[nn.Parameter]) -> None:
+    def extra_backward(
+        self, loss: Tensor, trained: Sequence[nn.Parameter], label_weight: float
+    ) -> None:
         """Run and record the backward pass of a loss, and discard the rows; for timing.
 
         Args:
             loss: The loss; its graph is retained.
             trained: The parameters whose gradients the backward pass computes.
+            label_weight: Weight of the sampled labels, if they are recorded too.
         """
+        self.label_weight = label_weight
         random_state = self._generator.get_state()
         self._read_graph(loss)
         rows = RowSum(self._sketcher, self._n)
-        start = [(get_gradient_edge(loss), torch.ones_like(loss))]
-        self._capture.extra_backward(start, self._receiver(rows), trained)
-        rows.rows().cpu()
+        self._held.start(rows)
+        self._capture.timed_backward(loss, trained, self._receiver(rows), self._held.add)
+        self._finished(rows).cpu()
+        self._held.start(self._rows)
         self._curvature_rows = None
         self._generator.set_state(random_state)
 
@@ -162,7 +178,7 @@ class RowRecorder:
         self._capture.end_backward()  # Of an earlier pass that was not finished.
         self._capture.read_graph(loss, self._n)
         loss_nodes = find_losses(loss, self._capture.with_samples)
-        if self._sampled:
+        if self._labels == "sampled":
             self._record_curvature(loss, loss_nodes)
         return loss_nodes
 
@@ -170,13 +186,17 @@ class RowRecorder:
         """Return the recorded rows of the batch."""
         self._capture.end_backward()
         self._eager.close()
-        rows, summary, curvature_rows = self._rows.rows(), self._summary, self._curvature_rows
-        if summary is None:
-            return BatchRows(rows, None, None, curvature_rows)
-        return BatchRows(rows, summary.terms(), summary.spread(), curvature_rows, summary.loss())
+        return BatchRows(self._finished(), self._summary.facts(), self._curvature_rows)
+
+    def _finished(self, rows: RowSum | None = None) -> Float[Tensor, "n k"]:
+        """Return rows, by default of the batch, with those of nodes that waited."""
+        with self._capture.time_added():
+            self._held.finish()
+            return (rows or self._rows).rows()
 
     def take(self) -> Float[Tensor, "n k"]:
         """Return the rows of the last backward pass, and prepare for one more."""
+        self._held.finish()
         return self._rows.take()
 
     def precondition(self, preconditioner: Preconditioner) -> None:
@@ -200,28 +220,25 @@ class RowRecorder:
         self._generator.manual_seed((number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF)
 
     def _record_curvature(self, loss: Tensor, loss_nodes: Sequence[LossNode]) -> None:
-        n = self._n
-        m = max(1, round(self._sampled * n))
-        chosen = torch.randperm(n, generator=self._generator, device=self._generator.device)[:m]
-        samples = None if m == n else chosen
+        weight = self.label_weight
+        if weight == 0:
+            self._curvature_rows = RowSum(self._sketcher, 0).rows()
+            return
         with self._capture.switch.others_paused():
-            gradients = self._sampled_gradients(loss, loss_nodes, samples)
-        rows = RowSum(self._sketcher, m)
-        self._capture.extra_backward(gradients, self._receiver(rows, samples))
-        self._curvature_rows = rows.rows() * (n / m) ** 0.5
+            gradients = self._sampled_gradients(loss, loss_nodes)
+        rows = RowSum(self._sketcher, self._n)
+        self._capture.extra_backward(gradients, self._receiver(rows))
+        self._curvature_rows = rows.rows() if weight == 1 else rows.rows() * weight**0.5
 
     def _sampled_gradients(
-        self, loss: Tensor, loss_nodes: Sequence[LossNode], samples: Tensor | None
+        self, loss: Tensor, loss_nodes: Sequence[LossNode]
     ) -> list[tuple[GradientEdge, Tensor]]:
         sample = getattr(self._model, "sampled_output_gradients", None)
         if sample is not None:
             pairs = sample(loss, self._generator)
             return [(get_gradient_edge(outputs), grad) for outputs, grad in pairs]
 
-        def entries(node: LossNode) -> Tensor | None:
-            return None if samples is None else self._capture.entries_of(node.outputs, samples)
-
-        gradients = sampled_gradients(loss, loss_nodes, self._generator, entries)
+        gradients = sampled_gradients(loss, loss_nodes, self._generator)
         if not gradients:
             raise ValueError(
                 f"Labels cannot be sampled for the loss of `{type(self._model).__name__}."
@@ -272,26 +289,8 @@ class RowRecorder:
         sums, self._sums = self._sums, None
         return sums
 
-    def _receiver(
-        self, rows: RowSum, samples: Tensor | None = None
-    ) -> Callable[[ParameterGradient], None]:
-        """Return a function that adds a parameter's gradients to rows.
+    def _shrinking(self, parameter: nn.Parameter) -> Shrinking:
+        return self._sketcher.shrinking(self._places[parameter])
 
-        Args:
-            rows: The rows.
-            samples: The samples that the rows are for; all by default.
-        """
-        lost = self._capture.lost
-
-        def receive(gradient: ParameterGradient) -> None:
-            if lost and gradient.parameter in lost:
-                return
-            place = self._places[gradient.parameter]
-            contribution = gradient.in_rows_of(place.columns)
-            start, size = gradient.start // place.columns, gradient.size // place.columns
-            if samples is not None:
-                contribution = select(contribution, samples)
-            values = self._sketcher.project(place, contribution, start, size)
-            rows.add(place.block, values, gradient.dtype)
-
-        return receive
+    def _receiver(self, rows: RowSum) -> Receiver:
+        return receiver(rows, self._sketcher, self._places, self._capture.lost)

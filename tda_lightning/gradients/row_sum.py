@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.gradients.nodes.stacked import coarser
 from tda_lightning.gradients.sketching.block_maps import Factored, Shrunk, multiply
+from tda_lightning.gradients.sketching.column_maps import Stack
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 
 # Shrunk gradients wait up to this many numbers: hashing them together is faster.
@@ -29,8 +31,7 @@ class RowSum:
         self._sketcher = sketcher
         self._n = n
         self._rows: Tensor | None = None
-        self._blocks: list[int] = []
-        self._values: list[Tensor] = []
+        self._stacks: list[Stack] = []
         self._factored: dict[tuple[int, ...], list[tuple[int, Factored]]] = {}
         self._waiting = 0
         self.sums: Float[Tensor, "blocks k1"] | None = None
@@ -45,15 +46,30 @@ class RowSum:
             values: Its shrunk gradients.
             stored: Number format that they were computed from.
         """
-        if stored is not self._format and torch.finfo(stored).eps > torch.finfo(self._format).eps:
-            self._format = stored
         if isinstance(values, Factored):
+            self._format = coarser(stored, self._format)
             self._factored.setdefault(values.shapes, []).append((block, values))
             self._waiting += values.left.numel() + values.right.numel()
+            self._hash_if_many()
         else:
-            self._blocks.append(block)
-            self._values.append(values)
-            self._waiting += values.numel()
+            self.add_stack((block,), values[None], stored)
+
+    def add_stack(
+        self, blocks: tuple[int, ...], values: Float[Tensor, "blocks n m"], stored: torch.dtype
+    ) -> None:
+        """Add the shrunk gradients of several blocks of the same shape.
+
+        Args:
+            blocks: Numbers of the blocks.
+            values: Their shrunk gradients.
+            stored: Number format that they were computed from.
+        """
+        self._format = coarser(stored, self._format)
+        self._stacks.append((blocks, values))
+        self._waiting += values.numel()
+        self._hash_if_many()
+
+    def _hash_if_many(self) -> None:
         if self._waiting > _MAX_WAITING_NUMBERS:
             self._hash()
 
@@ -71,20 +87,23 @@ class RowSum:
 
     def _hash(self) -> None:
         for pairs in self._factored.values():
-            self._blocks += [block for block, _ in pairs]
-            self._values += multiply([values for _, values in pairs], self._sketcher.dtype)
+            blocks = tuple(block for block, _ in pairs)
+            values = multiply([values for _, values in pairs], self._sketcher.dtype)
+            self._stacks.append((blocks, values))
         if self.sums is not None:
             self._add_to_sums(self.sums)
-        if self._values or self._rows is None:
-            rows = self._sketcher.hash_rows(self._blocks, self._values, self._n)
+        if self._stacks or self._rows is None:
+            rows = self._sketcher.hash_rows(self._stacks, self._n)
             self._rows = rows if self._rows is None else self._rows + rows
-        self._blocks, self._values, self._factored, self._waiting = [], [], {}, 0
+        self._stacks, self._factored, self._waiting = [], {}, 0
 
     def _add_to_sums(self, sums: Float[Tensor, "blocks k1"]) -> None:
-        for block, values in zip(self._blocks, self._values, strict=True):
-            rows = self._sketcher.hash_rows([block], [values], self._n)
-            sums[block, :-1] += rows.sum(dim=0)
-            sums[block, -1] += rows.norm() * rounding_of(self._format, rows.dtype)
+        for blocks, stack in self._stacks:
+            for number, block in enumerate(blocks):
+                part = ((block,), stack[number : number + 1])
+                rows = self._sketcher.hash_rows([part], self._n)
+                sums[block, :-1] += rows.sum(dim=0)
+                sums[block, -1] += rows.norm() * rounding_of(self._format, rows.dtype)
 
 
 def rounding_of(stored: torch.dtype, summed: torch.dtype) -> float:
@@ -98,9 +117,3 @@ def rounding_of(stored: torch.dtype, summed: torch.dtype) -> float:
         summed: Number format of the sums, which add up the rounding errors of many terms.
     """
     return torch.finfo(stored).eps / 2 + 64 * torch.finfo(summed).eps
-
-
-def sum_by_owner(values: Shrunk, owners: Int[Tensor, " rows"], n: int) -> Float[Tensor, "n m"]:
-    """Sum gradients of single rows to gradients of their samples."""
-    rows = multiply([values], values.left.dtype)[0] if isinstance(values, Factored) else values
-    return rows.new_zeros(n, rows.shape[1]).index_add_(0, owners, rows)

@@ -9,7 +9,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -150,7 +150,7 @@ def recording(
     recipe: Recipe,
     preconditioner: Preconditioner | None,
     mode: Mode,
-    sampled: float,
+    labels: Literal["given", "sampled"] = "given",
     layers: Sequence[str] | None = None,
 ) -> Iterator[RowRecorder]:
     """Attach a row recorder to the model by a recipe, and restore the model afterwards.
@@ -166,7 +166,7 @@ def recording(
         pairs = zip(recipe.blocks, recipe.selects(layers), strict=True)
         lost += [block.name for block, is_chosen in pairs if not is_chosen]
     dims, dtype = recipe.batch_dims, recipe.torch_dtype
-    rows = RowRecorder(model, selection, dims, projector, dtype, sampled, lost, recipe.normalized)
+    rows = RowRecorder(model, selection, dims, projector, dtype, labels, lost, recipe.normalized)
     if preconditioner is not None:
         rows.precondition(preconditioner)
     with preserved_state(model, mode), rows, torch.enable_grad():

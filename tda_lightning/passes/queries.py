@@ -125,7 +125,7 @@ def identified_rows(
     require_choice("mode", mode, Mode)
     parts: list[BatchQueries] = []
     sizes, ids = [], []
-    with recording(model, recipe, preconditioner, mode, 0.0, layers) as rows:
+    with recording(model, recipe, preconditioner, mode, layers=layers) as rows:
         for batch_ids, batch in identified(queries, progress=progress):
             if isinstance(target, Loss):
                 recorded = sample_gradients(

@@ -77,10 +77,9 @@ def record(
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
     facts, preconditioner = run.facts[at], run.preconditioner(at)
-    sampled = float(labels == "sampled")
     started = False
     try:
-        with recording(model, run.recipe, preconditioner, mode, sampled) as rows:
+        with recording(model, run.recipe, preconditioner, mode, labels) as rows:
             for number, batch in enumerate(with_progress(loader, "recording", progress)):
                 ids = ledger.name(batch, number)
                 rows.seed(number)
@@ -127,11 +126,10 @@ def _step(
         sample_ids=sample_ids,
         weights=torch.full((n,), weight),
         sketch=batch_rows.rows.cpu(),
-        terms=_on_cpu(batch_rows.terms),
-        curvature=_on_cpu(batch_rows.curvature(weight)),
+        **{name: _on_cpu(fact) for name, fact in batch_rows.loss.of_visits(weight).items()},
         curvature_rows=_on_cpu(batch_rows.curvature_rows),
         preconditioner=preconditioner if number == 0 else None,
-        loss=batch_rows.loss,
+        loss=batch_rows.loss.name,
     )
 
 
@@ -167,7 +165,7 @@ def train_rows(
     ledger = SampleLedger(sample_ids)
     ledger.watch(loader, lambda: True)
     try:
-        with recording(model, recipe, None, "eval", sampled=0.0) as rows:
+        with recording(model, recipe, None, "eval") as rows:
             for number, batch in enumerate(loader):
                 ids = ledger.name(batch, number)
                 _, batch_rows = record_batch(model, rows, batch, "train_loader", ids)
@@ -204,7 +202,7 @@ def sampled_rows(
         ValueError: If ``training_step`` fails on a batch, or if labels cannot be sampled for its
             loss.
     """
-    with recording(model, recipe, None, "eval", sampled=1.0) as rows:
+    with recording(model, recipe, None, "eval", "sampled") as rows:
         for number, batch in enumerate(batches):
             rows.seed(seed + number)
             _, batch_rows = record_batch(model, rows, batch, argument)

@@ -51,6 +51,7 @@ class ManualStepBuilder(StepBuilder):
         audit_every: As in :class:`StepBuilder`.
         distributed: The other processes of this training.
         leave_out: As in :class:`StepBuilder`.
+        label_weight: As in :class:`StepBuilder`.
     """
 
     def __init__(
@@ -64,9 +65,11 @@ class ManualStepBuilder(StepBuilder):
         audit_every: int,
         distributed: DistributedContext,
         leave_out: Callable[[Sequence[LeftOut]], None],
+        label_weight: Callable[[], float],
     ) -> None:
         super().__init__(
-            rows, selection, reduction, preconditioner, audit_every, distributed, leave_out
+            *(rows, selection, reduction, preconditioner, audit_every, distributed, leave_out),
+            label_weight,
         )
         self._parameters = parameters_by_size(optimizer)
         self._is_due = is_due

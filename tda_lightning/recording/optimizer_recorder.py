@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch.optim import Optimizer
 
+from tda_lightning.gradients.losses import EVERY_STEP, LabelSchedule
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.distributed import DistributedContext
@@ -35,6 +36,7 @@ class RecordingSettings:
         distributed: The other processes of this training.
         warn: Called with the text of a warning.
         leave_out: Called with the parameters that turn out not to be recordable.
+        labels: The steps at which labels are sampled, if rows for sampled labels are recorded.
     """
 
     optimization: Literal["automatic", "manual"]
@@ -45,6 +47,7 @@ class RecordingSettings:
     distributed: DistributedContext
     warn: Callable[[str], None]
     leave_out: Callable[[Sequence[LeftOut]], None]
+    labels: LabelSchedule = EVERY_STEP
 
 
 class OptimizerRecorder:
@@ -74,6 +77,7 @@ class OptimizerRecorder:
         self.steps_taken = 0
         self.every_n_steps = 1
         self._warn = settings.warn
+        self._labels = settings.labels
         self._n_trained = self._count_trained()
         self._has_warned_of_clipping = False
         preconditioner = None
@@ -90,11 +94,15 @@ class OptimizerRecorder:
             settings.audit,
             settings.distributed,
             settings.leave_out,
+            self._label_weight,
         )
 
     def is_due(self) -> bool:
         """Return whether the next step is to be recorded."""
         return self.steps_taken % self.every_n_steps == 0
+
+    def _label_weight(self) -> float:
+        return self._labels.weight(self.steps_taken // self.every_n_steps)
 
     def warn_of_unrecorded_parameters(self) -> None:
         """Warn once if more parameters are trained now than when recording began."""

@@ -55,6 +55,7 @@ class StepBuilder:
         audit_every: Audit every n-th recorded step, from the first on; 0 for the first only.
         distributed: The other processes of this training.
         leave_out: Called with the parameters that turn out not to be recordable.
+        label_weight: Returns the weight of the next step's sampled labels.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class StepBuilder:
         audit_every: int,
         distributed: DistributedContext = DistributedContext(),
         leave_out: Callable[[Sequence[LeftOut]], None] = lambda entries: None,
+        label_weight: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self._rows = rows
         self._selection = selection
         self._leave_out = leave_out
+        self._label_weight = label_weight
         self._lost = set(rows.excluded)
         self.reduction = reduction
         self._preconditioner = preconditioner
@@ -117,6 +120,7 @@ class StepBuilder:
         if self._current_batch is not None:
             self._loss_scale = loss_scale
             self._update_preconditioner(loss)
+            self._rows.label_weight = self._label_weight()
             with second_pass_errors():
                 self._rows.start_backward(loss)
 

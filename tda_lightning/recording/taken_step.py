@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -13,7 +13,13 @@ from torch import Tensor
 from tda_lightning.gradients.batch_rows import BatchRows
 from tda_lightning.recording.host_copy import HostCopy
 from tda_lightning.recording.optimizer_gradients import GradientScale, scale_between
-from tda_lightning.stores.step import Audit, ParameterGroup, Preconditioner, Step
+from tda_lightning.stores.step import (
+    OPTIONAL_FACTS,
+    Audit,
+    ParameterGroup,
+    Preconditioner,
+    Step,
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,10 @@ class TakenStep:
         self._label, self._batches = label, batches
         self._scale_before = scale.factor_before
         self._audit, self._preconditioner = audit, preconditioner
-        columns = [_joined(batches, column) for column in _COLUMNS]
-        self._are_known = [column is not None for column in columns]
-        known = [column for column in columns if column is not None]
-        norms = [norm.to(known[0].device) for norm in scale.norms()]
-        self._copy = HostCopy([*norms, *known])
+        columns = joined([_columns_of(batch) for batch in batches])
+        self._names = list(columns)
+        norms = [norm.to(columns["sketch"].device) for norm in scale.norms()]
+        self._copy = HostCopy([*norms, *columns.values()])
 
     @property
     def is_ready(self) -> bool:
@@ -86,11 +91,9 @@ class TakenStep:
 
     def finish(self) -> Step:
         """Wait for the tensors, and return the step."""
-        before, after, *known = self._copy.read()
-        values = iter(known)
-        columns = [next(values) if is_known else None for is_known in self._are_known]
-        sketch, terms, curvature, curvature_rows = columns
-        assert sketch is not None
+        before, after, *values = self._copy.read()
+        columns = dict(zip(self._names, values, strict=True))
+        sketch = columns["sketch"]
         batches = self._batches
         sizes = [len(batch.sample_ids) for batch in batches]
         scale = self._scale_before * scale_between(before, after, torch.split(sketch, sizes))
@@ -109,11 +112,10 @@ class TakenStep:
             weights=torch.cat(weights),
             sketch=_scaled(sketch, sizes, factors) if is_finite else sketch,
             audit=self._audit,
-            terms=terms,
-            curvature=curvature,
-            curvature_rows=self._scaled_curvature_rows(curvature_rows, roots),
+            **{name: columns.get(name) for name in OPTIONAL_FACTS},
+            curvature_rows=self._scaled_curvature_rows(columns.get("curvature_rows"), roots),
             preconditioner=self._preconditioner,
-            loss=_common_name([batch.recorded.loss for batch in batches]),
+            loss=_common_name([batch.recorded.loss.name for batch in batches]),
         )
 
     def _scaled_curvature_rows(
@@ -125,22 +127,23 @@ class TakenStep:
         return _scaled(rows, [0 if part is None else len(part) for part in parts], factors)
 
 
-_COLUMNS: tuple[Callable[[BatchVisits], Tensor | None], ...] = (
-    lambda batch: batch.recorded.rows,
-    lambda batch: batch.recorded.terms,
-    lambda batch: batch.recorded.curvature(batch.weight),
-    lambda batch: batch.recorded.curvature_rows,
-)
+def _columns_of(batch: BatchVisits) -> dict[str, Tensor | None]:
+    recorded = batch.recorded
+    return {
+        "sketch": recorded.rows,
+        **recorded.loss.of_visits(batch.weight),
+        "curvature_rows": recorded.curvature_rows,
+    }
 
 
-def _joined(
-    batches: Sequence[BatchVisits], column: Callable[[BatchVisits], Tensor | None]
-) -> Tensor | None:
-    """Concatenate a column of a step's batches; ``None`` if a batch lacks it."""
-    parts = [part for batch in batches if (part := column(batch)) is not None]
-    if len(parts) < len(batches):
-        return None
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def joined(batches: Sequence[dict[str, Tensor | None]]) -> dict[str, Tensor]:
+    """Concatenate the columns of several batches, without those that a batch lacks."""
+    columns = {}
+    for name in batches[0]:
+        parts = [part for batch in batches if (part := batch[name]) is not None]
+        if len(parts) == len(batches):
+            columns[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return columns
 
 
 def _scaled(

@@ -111,15 +111,18 @@ class TrainingRecorder:
         """Return whether the next step of some optimizer is to be recorded."""
         return any(recorder.is_due() for recorder in self._recorders)
 
-    def extra_backward(self, loss: Tensor, trained: Sequence[Parameter]) -> None:
+    def extra_backward(
+        self, loss: Tensor, trained: Sequence[Parameter], label_weight: float
+    ) -> None:
         """Run the recorded backward pass of a loss without any effect, to measure its time.
 
         Args:
             loss: The loss of a step under automatic optimization; its graph is retained.
             trained: The trained parameters.
+            label_weight: Weight of the sampled labels, if they are recorded too.
         """
         for recorder in self._recorders:
-            recorder.rows.extra_backward(loss, trained)
+            recorder.rows.extra_backward(loss, trained, label_weight)
 
     def take_time(self, clock: Callable[[], float]) -> None:
         """Measure the time spent on rows with a clock, until :meth:`time_taken`."""

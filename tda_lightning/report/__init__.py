@@ -1,7 +1,8 @@
 """One page that shows which training samples made the model do that."""
 
 from tda_lightning.report.api import report
-from tda_lightning.report.findings import Finding
-from tda_lightning.report.samples import ShowItem, Shown
+from tda_lightning.report.evidence.removal import RemovalCurve
+from tda_lightning.report.findings.finding import Case, Finding
+from tda_lightning.report.samples.shown import ShowItem, Shown
 
-__all__ = ["Finding", "ShowItem", "Shown", "report"]
+__all__ = ["Case", "Finding", "RemovalCurve", "ShowItem", "Shown", "report"]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tda_lightning.arguments import require_kind, require_whole
 from tda_lightning.attribution import Attributor, InfluenceFunction, Unrolled
 from tda_lightning.passes.targets import outputs_of
-from tda_lightning.report.charts import Chart, charts, has_bokeh
-from tda_lightning.report.drawing import bokeh_source, draw_bokeh, draw_svg
-from tda_lightning.report.evidence import Evidence, gather
-from tda_lightning.report.findings import Finding, find
-from tda_lightning.report.html import Html, json_block
-from tda_lightning.report.interactive import queries_section, ranking_section
-from tda_lightning.report.page import Page, assemble, asset
-from tda_lightning.report.payload import Payload, group_scores
-from tda_lightning.report.samples import ShowItem, Shown
-from tda_lightning.report.sections import (
+from tda_lightning.report.charts.charts import Chart, charts, has_bokeh
+from tda_lightning.report.charts.drawing import bokeh_source, draw_bokeh, draw_svg
+from tda_lightning.report.evidence.gathering import Evidence, gather
+from tda_lightning.report.evidence.removal import RemovalCurve
+from tda_lightning.report.findings.find import find
+from tda_lightning.report.findings.finding import Finding
+from tda_lightning.report.page.assembly import Page, assemble, asset
+from tda_lightning.report.page.html import Html, json_block, shortened
+from tda_lightning.report.page.interactive import queries_section, ranking_section
+from tda_lightning.report.page.payload import Payload, group_scores
+from tda_lightning.report.page.sections import (
     chart_figure,
     confidence_section,
     facts_section,
@@ -29,8 +31,12 @@ from tda_lightning.report.sections import (
     groups_section,
     when_section,
 )
+from tda_lightning.report.samples.shown import ShowItem, Shown
 from tda_lightning.stores.durable import absolute_path, atomic_write
 from tda_lightning.stores.opening import Run, open_run
+
+# Findings in the sentences below the title, and characters of each.
+MAX_HEADLINES, MAX_HEADLINE = 3, 160
 
 
 def report(
@@ -47,6 +53,8 @@ def report(
     column_names: Sequence[str] = (),
     render: Callable[[Any], Shown] | None = None,
     outputs: Callable[[nn.Module, Any], Tensor] = outputs_of,
+    attributes: Mapping[str, Bool[Tensor, " n_train"]] | None = None,
+    removal: RemovalCurve | None = None,
     findings: Sequence[Finding] = (),
     title: str = "",
     progress: bool = True,
@@ -72,6 +80,10 @@ def report(
         render: Function from an item of the dataset to how it is shown; by default images, texts,
             table rows and recordings are detected.
         outputs: Function of (module, batch) that returns the model's predictions, samples first.
+        attributes: Which training samples have each attribute that may be a shortcut, such as a
+            watermark, by its name; in the order of ``store.train_ids()``. The report tests whether
+            they drive the wrong answers, as :func:`~tda_lightning.applications.find_shortcut` does.
+        removal: Losses after retraining without training samples, if you have them.
         findings: Further findings, such as a watermark or near copies, shown before the others.
         title: Title of the page; by default the class of the model.
         progress: Show progress bars.
@@ -97,6 +109,8 @@ def report(
         other_method=other_method,
         outputs=outputs,
         render=render or names,
+        attributes=attributes or {},
+        removal=removal,
         progress=progress,
     )
     place = run if isinstance(run, str | os.PathLike) else type(run).__name__
@@ -121,47 +135,63 @@ def page_of(
     """Return the parts of the page; the arguments are those of :func:`report`."""
     findings = [*further, *find(evidence)]
     payload = Payload(evidence, k, names)
-    data = payload.build([sample for finding in findings for sample in finding.samples])
+    data = payload.build([sample for finding in findings for sample in _samples_of(finding)])
     figures, blocks, scripts = _figures(charts(evidence))
-    trajectories = len(evidence.trajectory.values)
+    influence, removal = figures.pop("influence"), figures.pop("removal", None)
     return Page(
         title=title or evidence.store.recipe.model or "A recorded training",
-        lead=_lead(evidence, findings),
+        extent=_extent(evidence),
+        lead=_lead(findings),
         sections=[
             findings_section(findings),
-            confidence_section(evidence),
-            queries_section(trajectories),
-            ranking_section(figures["influence"]),
-            when_section(evidence, [figures[name] for name in figures if name != "influence"]),
+            confidence_section(evidence, removal),
+            queries_section(),
+            ranking_section(influence),
+            when_section(evidence, list(figures.values())),
             groups_section(group_scores(evidence), payload.label),
             facts_section(evidence, run, len(evidence.train.labels)),
         ],
         blocks=[json_block("data", data), *blocks],
-        scripts=[*scripts, asset("page.js"), asset("gallery.js")],
+        scripts=[*scripts, asset("page.js"), asset("gallery.js"), asset("findings.js")],
     )
 
 
+def _samples_of(finding: Finding) -> list[int]:
+    return [*finding.samples, *(sample for case in finding.cases for sample in case.samples)]
+
+
 def _require_known(findings: Sequence[Finding], evidence: Evidence) -> None:
-    known = set(evidence.train.ids)
+    known, n_query = set(evidence.train.ids), len(evidence.answers)
     for finding in findings:
         require_kind("findings", finding, Finding, '`Finding("Watermark", ("...",), "attention")`')
-        unknown = [sample for sample in finding.samples if sample not in known]
+        unknown = [sample for sample in _samples_of(finding) if sample not in known]
         if unknown:
             raise ValueError(
                 f"The finding `{finding.title}` names sample {unknown[0]}, which is not in the "
                 "training set of the run; expected ids of training samples."
             )
+        outside = [case.query for case in finding.cases if not 0 <= case.query < n_query]
+        if outside:
+            raise ValueError(
+                f"The finding `{finding.title}` names query {outside[0]}; expected positions "
+                f"from 0 to {n_query - 1}."
+            )
 
 
-def _lead(evidence: Evidence, findings: Sequence[Finding]) -> str:
-    """Return the sentence below the title."""
-    urgent = sum(finding.weight == "attention" for finding in findings)
+def _extent(evidence: Evidence) -> str:
     n_train, n_query = len(evidence.train.ids), len(evidence.answers)
-    looked = f"{n_query:,} queries and {n_train:,} training samples were examined."
+    return f"{n_query:,} {'queries' if n_query != 1 else 'query'}, {n_train:,} training samples"
+
+
+def _lead(findings: Sequence[Finding]) -> str:
+    """Return the sentences below the title: the urgent findings in short."""
+    urgent = [finding for finding in findings if finding.weight == "attention"]
     if not urgent:
-        return f"{looked} Nothing urgent was found."
-    verb = "things deserve" if urgent > 1 else "thing deserves"
-    return f"{looked} {urgent} {verb} a look."
+        return "Nothing urgent was found. “How sure” says why this could be a false all-clear."
+    shown = [finding.sentences[0] for finding in urgent[:MAX_HEADLINES] if finding.sentences]
+    more = len(urgent) - len(shown)
+    further = [f"{more} more {'things deserve' if more > 1 else 'thing deserves'} a look."]
+    return " ".join([shortened(text, MAX_HEADLINE) for text in shown] + further * (more > 0))
 
 
 def _figures(drawn: Sequence[Chart]) -> tuple[dict[str, Html], list[Html], list[str]]:

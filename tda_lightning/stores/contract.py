@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from tda_lightning.stores.recipe import Block, Recipe
-from tda_lightning.stores.step import Audit, ParameterGroup, Preconditioner, Step, StepFacts
+from tda_lightning.stores.step import (
+    OPTIONAL_FACTS,
+    Audit,
+    ParameterGroup,
+    Preconditioner,
+    Step,
+    StepFacts,
+)
 from tda_lightning.stores.store import WritableStore
 
 RECIPE = Recipe(
@@ -61,7 +68,7 @@ def same(a: Step, b: Step) -> bool:
 
 def same_facts(a: StepFacts, b: StepFacts) -> bool:
     """Return whether two steps are equal apart from their rows."""
-    tensors = ("sample_ids", "weights", "terms", "curvature")
+    tensors = ("sample_ids", "weights", *OPTIONAL_FACTS)
     facts = ("index", "epoch", "optimizer", "groups", "loss")
     return all(_equal(getattr(a, name), getattr(b, name)) for name in tensors) and all(
         getattr(a, name) == getattr(b, name) for name in facts
@@ -103,7 +110,13 @@ class StoreContract(ABC):
     def test_facts_are_those_of_the_steps(self, tmp_path: Path) -> None:
         """``facts`` returns everything but the rows, also for a slice."""
         steps = make_steps(5, groups=2)
-        steps[1] = replace(steps[1], terms=torch.ones(2), curvature=torch.ones(2), loss="Huber")
+        values = torch.tensor([1.0, 3.0])
+        steps[1] = replace(
+            steps[1], terms=values, curvature=values / 2, losses=-values, loss="Huber"
+        )
+        steps[2] = replace(
+            steps[2], errors=torch.arange(3.0), margins=-torch.arange(3.0), loss="Huber"
+        )
         store = filled(self.make(tmp_path), steps)
         for view, expected in ((store, steps), (store[1:4][::2], steps[1:4:2])):
             assert all(map(same_facts, view.facts, expected))
@@ -160,6 +173,17 @@ class StoreContract(ABC):
         steps[3] = replace(steps[3], curvature_rows=rows)
         steps[4] = replace(steps[4], curvature_rows=2 * rows[:1], terms=torch.ones(5))
         store = filled(self.make(tmp_path), steps)
+        assert all(same(a, b) for a, b in zip(store, steps, strict=True))
+
+    def test_steps_without_sampled_labels_have_no_rows(self, tmp_path: Path) -> None:
+        """In a run that samples labels at some steps, the others differ from unknown ones."""
+        steps = [replace(step, curvature_rows=step.sketch[:0]) for step in make_steps(5)]
+        steps[3] = replace(steps[3], curvature_rows=3 * steps[3].sketch)
+        store = self.make(tmp_path)
+        store.begin(replace(RECIPE, curvature="fisher"))
+        for step in steps:
+            store.append(step)
+        store.seal()
         assert all(same(a, b) for a, b in zip(store, steps, strict=True))
 
     def test_the_coordinates_of_a_step_are_the_last_ones_set(self, tmp_path: Path) -> None:

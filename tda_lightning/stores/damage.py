@@ -6,37 +6,41 @@ The checksums are XXH3, which is several times faster than reading the bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
-# Small enough to stay in a processor's cache between reading and summing.
-_CHUNK_BYTES = 2**17
+# Small enough to stay in a cache between reading and summing, and in memory that is reused.
+_CHUNK_BYTES = 2**16
 
 
-def checksum_of(*parts: bytes | memoryview) -> int:
-    """Return the XXH3 checksum, 64 bits, of the concatenated parts."""
+def checksum_of(content: bytes | np.ndarray) -> int:
+    """Return the XXH3 checksum, 64 bits, of bytes, or of the memory of a contiguous array."""
+    return xxhash.xxh3_64_intdigest(content)
+
+
+def checksum_of_parts(parts: Iterable[memoryview]) -> int:
+    """Return the checksum of concatenated parts."""
     state = xxhash.xxh3_64()
     for part in parts:
         state.update(part)
     return state.intdigest()
 
 
-def read_into(content: memoryview, file: FileIO) -> int | None:
-    """Fill memory from an open file, and return its checksum, or ``None`` if the file ends."""
-    state = xxhash.xxh3_64()
+def read_into(content: memoryview, file: FileIO) -> bool:
+    """Fill memory from an open file; return whether the file was long enough."""
     start = 0
     while start < len(content):
-        n_bytes = file.readinto(content[start : start + _CHUNK_BYTES])
+        n_bytes = file.readinto(content[start:])
         if not n_bytes:
-            return None
-        state.update(content[start : start + n_bytes])
+            return False
         start += n_bytes
-    return state.intdigest()
+    return True
 
 
 def checksum_of_document(document: Mapping[str, Any]) -> str:

@@ -36,6 +36,11 @@ def bytes_of(storage: Storage | None, dtype: torch.dtype) -> int:
     return sizes[storage_for(storage, dtype)]
 
 
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """Return the bytes of an array, without a copy if it is contiguous."""
+    return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
+
+
 def encode(
     rows: Float[Tensor, "n k"], storage: Storage
 ) -> tuple[np.ndarray, Float[np.ndarray, " n"]]:

@@ -7,7 +7,7 @@ optimizer used. A step may also hold the curvature of the loss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import torch
@@ -99,6 +99,10 @@ class Preconditioner:
     columns: Float[Tensor, " all_columns"]
 
 
+# The facts of visits that may be unknown.
+OPTIONAL_FACTS = ("terms", "curvature", "losses", "errors", "margins")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepFacts:
     """One optimizer step and its visits, without their rows.
@@ -116,6 +120,12 @@ class StepFacts:
         curvature: Factor that scales ``row row^T / weight * terms`` to the curvature of the
             visit's loss, if known; shape ``(n,)``. It is p / (1 - p) for cross-entropy with label
             probability p, and 1 / (2 r^2) for squared error with residual r.
+        losses: Loss of each visit before the step, the mean of its terms, if known; shape ``(n,)``.
+            It is NaN if none of its terms has a weight.
+        errors: Norm of the predicted probabilities minus the label, if the loss is a cross-entropy
+            with one term per visit; shape ``(n,)``.
+        margins: Logit of the label minus the highest other logit, likewise; shape ``(n,)``. It is
+            positive if the label was predicted.
         preconditioner: New coordinates of the rows, from this step on; ``None`` if unchanged.
         loss: Name of the loss (``"cross-entropy"``, ``"squared error"``), if known.
     """
@@ -129,6 +139,9 @@ class StepFacts:
     audit: Audit | None = None
     terms: Float[Tensor, " n"] | None = None
     curvature: Float[Tensor, " n"] | None = None
+    losses: Float[Tensor, " n"] | None = None
+    errors: Float[Tensor, " n"] | None = None
+    margins: Float[Tensor, " n"] | None = None
     preconditioner: Preconditioner | None = None
     loss: str = ""
 
@@ -144,9 +157,11 @@ class Step(StepFacts):
 
     Attributes:
         sketch: One row per visit, shape ``(n, k)``.
-        curvature_rows: Rows for labels sampled from the model's predictions, if recorded; shape
-            ``(m, k)``. The expected sum of their outer products is the Gauss-Newton matrix of the
-            step's loss.
+        curvature_rows: Rows for labels sampled from the model's predictions, shape ``(m, k)``;
+            ``None`` in a run without them. The expected sum of their outer products is the
+            Gauss-Newton matrix of the step's loss. In a run that samples labels at a share of the
+            steps, the other steps have no rows, ``m = 0``, and the rows are scaled to make up for
+            them: the expectation is over the drawn steps too.
     """
 
     sketch: Float[Tensor, "n k"]
@@ -161,6 +176,11 @@ class Step(StepFacts):
     ) -> Step:
         """Combine the facts of a step with its rows."""
         return cls(**vars(facts), sketch=sketch, curvature_rows=curvature_rows)
+
+    def with_curvature(self) -> Step:
+        """Return the step of a run with sampled labels, with no rows if it was not drawn."""
+        rows = self.sketch[:0] if self.curvature_rows is None else self.curvature_rows
+        return replace(self, curvature_rows=rows)
 
     def non_finite_visits(self) -> Int[Tensor, " m"]:
         """Return the positions of the visits whose rows hold NaN or infinity."""

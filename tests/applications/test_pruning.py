@@ -28,7 +28,7 @@ N, EPOCHS = 13, 5
 
 
 class Log(Plain):
-    """A classifier that notes the label's probability of each visit."""
+    """A classifier that logs the logits of each visit."""
 
     def __init__(self, net, **settings):
         super().__init__(net, **settings)
@@ -36,13 +36,13 @@ class Log(Plain):
 
     def training_step(self, batch, batch_idx):
         x, y, ids = batch
-        probabilities = self.net(x).softmax(dim=1)
-        for i, p in zip(ids.tolist(), probabilities[range(len(y)), y].tolist(), strict=True):
-            self.seen[i].append(p)
+        with torch.no_grad():
+            for i, logits in zip(ids.tolist(), self.net(x), strict=True):
+                self.seen[i].append(logits)
         return self.loss(self.net(x), y)
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["two classes", "three classes"])
+@pytest.fixture(scope="module", params=[2, 3, 7], ids="{} classes".format)
 def trained(request):
     torch.manual_seed(2)
     x, y = torch.randn(N, 5).double(), torch.randint(request.param, (N,))
@@ -56,43 +56,36 @@ def trained(request):
     return store, model.seen, y
 
 
-def means(seen, function):
-    return torch.tensor([sum(map(function, p)) / len(p) for p in seen.values()]).double()
+def error(logits, label):
+    return float((logits.softmax(0) - nn.functional.one_hot(label, len(logits))).norm())
 
 
-def test_errors_losses_and_margins_are_exact_for_two_classes(trained):
+def loss(logits, label):
+    return float(nn.functional.cross_entropy(logits, label))
+
+
+def margin(logits, label):
+    return float(logits[label] - torch.cat([logits[:label], logits[label + 1 :]]).max())
+
+
+@pytest.mark.parametrize(
+    ("importance", "of_visit"),
+    [(EL2N(), error), (LabelLoss(), loss), (AUM(), lambda *visit: -margin(*visit))],
+    ids=["EL2N", "LabelLoss", "AUM"],
+)
+def test_scores_are_means_of_their_definition_for_any_number_of_classes(
+    trained, importance, of_visit
+):
     store, seen, y = trained
-    if y.max() > 1:
-        pytest.skip("exact for two classes only")
-
-    def logit(p):
-        return torch.logit(torch.tensor(p, dtype=torch.float64)).item()
-
-    for importance, function in [
-        (EL2N(), lambda p: 1 - p),
-        (LabelLoss(), lambda p: -torch.tensor(p, dtype=torch.float64).log().item()),
-        (AUM(), lambda p: -logit(p)),
-    ]:
-        actual = importance.scores(store).values
-        torch.testing.assert_close(actual.double(), means(seen, function), rtol=1e-5, atol=1e-6)
+    expected = [sum(of_visit(v, y[i]) for v in visits) / EPOCHS for i, visits in seen.items()]
+    assert importance.scores(store).values.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_recorded_error_is_between_half_the_true_one_and_all_of_it(trained):
-    store, seen, _ = trained
-    actual, true = EL2N().scores(store).values, means(seen, lambda p: 1 - p)
-    assert (actual <= true + 1e-6).all()
-    assert (actual >= true / 2).all()
-
-
-def test_forgetting_counts_the_falls_below_one_half(trained):
+def test_forgetting_counts_the_changes_from_right_to_wrong_predictions(trained):
     store, seen, y = trained
-    if y.max() > 1:
-        pytest.skip("exact for two classes only")
-    counts = [
-        sum(before > 0.5 >= after for before, after in itertools.pairwise(p)) for p in seen.values()
-    ]
-    never = [all(p <= 0.5 for p in values) for values in seen.values()]
-    expected = [max(counts) + 1 if n else c for c, n in zip(counts, never, strict=True)]
+    right = [[margin(v, y[i]) > 0 for v in visits] for i, visits in seen.items()]
+    counts = [sum(a and not b for a, b in itertools.pairwise(visits)) for visits in right]
+    expected = [c if any(r) else max(counts) + 1 for c, r in zip(counts, right, strict=True)]
     assert Forgetting().scores(store).values.tolist() == expected
 
 
@@ -181,6 +174,6 @@ def test_a_regression_has_no_label_probabilities():
     data = TensorDataset(torch.randn(7, 3), torch.randn(7, 1))
     model = Plain(nn.Linear(3, 1), nn.functional.mse_loss)
     quiet_trainer(GradientRecorder(store)).fit(model, loader(data, 3))
-    with pytest.raises(ValueError, match=r"Use\s+`GraNd\(\)`"):
+    with pytest.raises(ValueError, match=r"Use `LabelLoss\(\)`"):
         prune(store)
-    assert len(prune(store, importance=GraNd())) == 4
+    assert len(prune(store, importance=GraNd())) == len(prune(store, importance=LabelLoss())) == 4

@@ -8,17 +8,26 @@ import torch
 from lightning_models import loader, quiet_trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from tda_lightning import GradientRecorder, Identity, InfluenceFunction, TracIn, attribute
+from tda_lightning import (
+    GradientRecorder,
+    Identity,
+    InfluenceFunction,
+    Logit,
+    TracIn,
+    attribute,
+)
 from tda_lightning.applications import (
     BM25,
     NextToken,
     candidates_of,
+    last_layer_scores,
     rescore,
     trace_facts,
     trace_tokens,
 )
+from tda_lightning.passes.targets import Loss
 from tda_lightning.stores import MemoryStore
 
 WORDS, LENGTH, N = 11, 7, 13
@@ -174,3 +183,39 @@ def test_a_query_without_a_token_that_counts_is_refused(trained):
     masked = [tokens, torch.full_like(labels, -100)]
     with pytest.raises(ValueError, match="No token of `query` has a gradient"):
         trace_tokens(store, model, masked, masked, target=NextToken(tokens=lambda b: b[1]))
+
+
+def summed_gradients(model, value):
+    layer = model.net[1]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, [layer.weight, layer.bias])])
+
+
+@pytest.mark.parametrize("target", [Logit(shift=True), Loss()], ids=["logit", "loss"])
+def test_scores_of_the_last_layer_are_products_of_its_gradients(target):
+    model, queries = Bigrams(), [completion(0), completion(2)]
+    expected = torch.empty(2, N, dtype=torch.float64)
+    for row, (tokens, labels) in enumerate(queries):
+        logits = model(tokens)[0, -4:-1]
+        picked = logits.gather(1, labels[0, -3:, None]).sum()
+        value = picked if isinstance(target, Logit) else -model.training_step([tokens, labels], 0)
+        gradient = summed_gradients(model, value)
+        for column in range(N):
+            passage = passages().tensors[0][column : column + 1]
+            loss = model.training_step([passage, passage], 0)
+            expected[row, column] = -gradient @ summed_gradients(model, loss)
+    batches = [torch.cat(parts) for parts in zip(*queries, strict=True)]
+    for questions in (batches, DataLoader(TensorDataset(*batches), 1)):
+        settings = {"target": target, "progress": False}
+        scores = last_layer_scores(model, loader(passages(), 5), questions, **settings)
+        torch.testing.assert_close(scores.values, expected)
+    assert candidates_of(scores, k=1).ids[:, 0].tolist() == expected.argmax(dim=1).tolist()
+    assert model.training
+    assert not model.net[1]._forward_hooks
+
+
+def test_scores_of_the_last_layer_need_a_layer_and_a_completion():
+    model, (tokens, labels) = Bigrams(), completion(0)
+    with pytest.raises(ValueError, match=r"expected a `Linear` of `Bigrams`: one of \['net.1'\]"):
+        last_layer_scores(model, loader(passages()), [tokens, labels], layer="head")
+    with pytest.raises(ValueError, match="No token of `queries` counts"):
+        last_layer_scores(model, loader(passages()), [tokens, labels * 0 - 100], progress=False)

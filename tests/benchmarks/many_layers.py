@@ -7,8 +7,9 @@ A network of 146 small layers is trained by one thread. Its time is launches and
 GPU: a proxy for one. Plain and recording runs take turns in a real Trainer, with the store on disk.
 The columns:
 
-- a recorded step as a multiple of a plain one, after the first 25 steps and within the first 20, in
-  which coordinates of an adaptive optimizer are young. Each is a ratio of medians over all steps;
+- a recorded step as a multiple of a plain one, after the first 24 steps and within the first 20, in
+  which coordinates of an adaptive optimizer are young, and in which all steps sample labels. Each
+  is a ratio of medians over all blocks of four steps: one of the four samples a quarter's labels;
 - the time that recording adds per layer, and the plain step's time per layer beside it;
 - the operations that recording adds per layer: top-level calls that reach the dispatcher.
 
@@ -23,7 +24,7 @@ import warnings
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import pytorch_lightning as pl
@@ -35,7 +36,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import GradientRecorder
 
-YOUNG, WARM_UP, STEPS = 20, 25, 50
+YOUNG, WARM_UP, STEPS = 20, 24, 49
+# A quarter of the steps: one in each block of four, counted from the 20th step.
+BLOCK = 4
 SETTINGS: dict[str, dict[str, Any]] = {
     "rows": {},
     "a quarter of sampled labels": {"curvature": "fisher", "curvature_share": 0.25},
@@ -104,15 +107,20 @@ class StepLog(pl.Callback):
 
 @dataclass
 class Steps:
-    """Durations of steps in seconds, over several runs."""
+    """Mean durations of a step in blocks of four, in seconds, over several runs."""
 
     young: list[float] = field(default_factory=list)
     later: list[float] = field(default_factory=list)
 
     def add(self, log: StepLog) -> None:
         durations = [after - before for before, after in pairwise(log.times)]
-        self.young += durations[1:YOUNG]  # The first step also checks and builds tables.
-        self.later += durations[WARM_UP:]
+        self.young += blocks(durations[BLOCK:YOUNG])  # The first also checks and builds tables.
+        self.later += blocks(durations[WARM_UP:])
+
+
+def blocks(values: list[float]) -> list[float]:
+    """Return the means of successive blocks."""
+    return [mean(values[start : start + BLOCK]) for start in range(0, len(values), BLOCK)]
 
 
 def train(optimizer: str, settings: dict[str, Any] | None) -> StepLog:
@@ -131,10 +139,10 @@ def train(optimizer: str, settings: dict[str, Any] | None) -> StepLog:
 
 
 def operations(optimizer: str, settings: dict[str, Any] | None) -> float:
-    """Return the median number of operations of a step."""
+    """Return the median over blocks of the mean number of operations of a step."""
     with OperationCounter():
         log = train(optimizer, settings)
-    return median(after - before for before, after in pairwise(log.operations[WARM_UP:]))
+    return median(blocks([b - a for a, b in pairwise(log.operations[WARM_UP:])]))
 
 
 def measure(optimizer: str, name: str, rounds: int) -> list[str]:

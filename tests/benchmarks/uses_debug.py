@@ -1,4 +1,4 @@
-"""Do the uses of a run pay? Mislabels, errors and shortcuts, by retraining on real data.
+"""Do the uses of a run pay? Mislabels, copies, errors and shortcuts, by retraining on real data.
 
     python tests/benchmarks/uses_debug.py
     python tests/benchmarks/uses_debug.py --uses mislabels errors --seeds 2
@@ -17,21 +17,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from uses_tasks import ALL, TASKS, Classifier, Noisy, Task, accuracy, split, train
+from uses_neighbors import neighbors
+from uses_tasks import ALL, TASKS, Classifier, Noisy, Task, accuracy, recorded, split, train
 
-from tda_lightning import GradientRecorder, TracIn, attribute, self_influence
+from tda_lightning import TracIn, attribute, self_influence
 from tda_lightning.applications import explain_errors, find_mislabeled, find_shortcut
 from tda_lightning.metrics import kept_without_proponents, mislabel_auc
-from tda_lightning.stores import MemoryStore
 
 Rows = Iterator[tuple[str, float]]
 N_QUERIES, REMOVED = 6, 0.05
 MEMORIZED = ("digits MLP", "breast cancer")  # The noise costs nothing in a short training.
-
-
-def recorded(task: Task, data: TensorDataset, seed: int) -> tuple[MemoryStore, Classifier]:
-    store = MemoryStore()
-    return store, train(task, data, seed, GradientRecorder(store))
 
 
 def final_losses(model: Classifier, noisy: Noisy) -> Tensor:
@@ -77,6 +72,38 @@ def recovery(task: Task, noisy: Noisy, seed: int) -> Rows:
     for name, (labels, kept) in subsets.items():
         data = TensorDataset(noisy.inputs[kept], labels[kept])
         yield f"{task.name}, accuracy | {name}", accuracy(train(task, data, seed), noisy.test)
+
+
+def folds(seed: int) -> Rows:
+    """Compare with label qualities of cleanlab, which five more trainings feed."""
+    from cleanlab.rank import get_label_quality_scores
+
+    for task in ALL:
+        noisy = split(task, seed)
+        store, model = recorded(task, TensorDataset(noisy.inputs, noisy.given), seed)
+        n = len(noisy.given)
+        part = torch.randperm(n, generator=torch.Generator().manual_seed(seed)) % 5
+        held_out = torch.zeros(n, int(noisy.true.max()) + 1)
+        for fold in range(5):
+            kept, left = part != fold, part == fold
+            fitted = train(task, TensorDataset(noisy.inputs[kept], noisy.given[kept]), seed)
+            held_out[left] = probabilities(fitted, noisy.inputs[left])
+        qualities = {
+            "find_mislabeled": find_mislabeled(store, progress=False).label_scores,
+            "cleanlab, 5-fold": get_label_quality_scores(noisy.given.numpy(), held_out.numpy()),
+            "cleanlab, the same model": get_label_quality_scores(
+                noisy.given.numpy(), probabilities(model, noisy.inputs).numpy()
+            ),
+        }
+        for name, quality in qualities.items():
+            suspicion = -torch.as_tensor(quality).double()
+            yield f"{task.name}, AUC | {name}", mislabel_auc(suspicion, noisy.wrong)
+
+
+@torch.no_grad()
+def probabilities(model: Classifier, inputs: Tensor) -> Tensor:
+    logits: Tensor = model(inputs)
+    return logits.softmax(dim=1)
 
 
 def errors(seed: int) -> Rows:
@@ -182,6 +209,8 @@ def shortcuts(seed: int) -> Rows:
 
 USES: dict[str, Callable[[int], Rows]] = {
     "mislabels": mislabels,
+    "folds": folds,
+    "neighbors": neighbors,
     "errors": errors,
     "removals": removals,
     "shortcuts": shortcuts,

@@ -6,10 +6,13 @@ from functools import cache, partial
 
 import pytorch_lightning as pl
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from sklearn.datasets import load_breast_cancer, load_digits, load_sample_images, load_wine
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from tda_lightning import GradientRecorder
+from tda_lightning.stores import MemoryStore
 
 FLIPPED = 0.1
 QUIET = {
@@ -66,17 +69,79 @@ class Noisy:
         return self.given != self.true
 
 
-def split(task: Task, seed: int) -> Noisy:
-    """Split the data at random, and flip a tenth of the training labels to another class."""
+def split(task: Task, seed: int, flipped: float = FLIPPED) -> Noisy:
+    """Split the data at random, and flip a share of the training labels to another class."""
     inputs, labels = task.data()
     chance = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=chance)
     train, test = order[: task.n_train], order[task.n_train :]
     classes = int(labels.max()) + 1
     shifts = torch.randint(1, classes, (len(train),), generator=chance)
-    flipped = torch.randperm(len(train), generator=chance) < round(FLIPPED * len(train))
-    given = torch.where(flipped, (labels[train] + shifts) % classes, labels[train])
+    is_flipped = torch.randperm(len(train), generator=chance) < round(flipped * len(train))
+    given = torch.where(is_flipped, (labels[train] + shifts) % classes, labels[train])
     return Noisy(inputs[train], given, labels[train], TensorDataset(inputs[test], labels[test]))
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Training data with copies and foreign samples, all in random order.
+
+    Attributes:
+        inputs: Inputs.
+        labels: Labels.
+        same: Copies with the same label, and their originals.
+        other: Copies with another label, and their originals.
+        foreign: Samples of other data, with random labels.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    same: Tensor
+    other: Tensor
+    foreign: Tensor
+
+
+def plant(data: Noisy, seed: int) -> Planted:
+    """Add copies with noise of 2 % of a standard deviation, and foreign samples, 2 % each.
+
+    Foreign images are patches of the photographs that come with scikit-learn. Foreign rows of a
+    table take each feature from another row.
+    """
+    chance = torch.Generator().manual_seed(1000 + seed)
+    x, y = data.inputs, data.given
+    n, count, classes = len(y), max(4, len(y) // 50), int(y.max()) + 1
+    originals = torch.randperm(n, generator=chance)[: 2 * count]
+    noise = 0.02 * x.std() * torch.randn(x[originals].shape, generator=chance)
+    shifts = torch.randint(1, classes, (count,), generator=chance)
+    labels = torch.cat([y[originals[:count]], (y[originals[count:]] + shifts) % classes])
+    foreign = patches(count, chance) if x[0].numel() == 64 else mixtures(x, count, chance)
+    random_labels = torch.randint(classes, (count,), generator=chance)
+    inputs = torch.cat([x, x[originals] + noise, foreign.reshape(-1, *x.shape[1:])])
+    same, other, is_foreign = torch.zeros(3, n + 3 * count, dtype=torch.bool)
+    same[originals[:count]] = same[n : n + count] = True
+    other[originals[count:]] = other[n + count : n + 2 * count] = True
+    is_foreign[n + 2 * count :] = True
+    order = torch.randperm(len(inputs), generator=chance)
+    all_labels = torch.cat([y, labels, random_labels])
+    return Planted(inputs[order], all_labels[order], same[order], other[order], is_foreign[order])
+
+
+def patches(n: int, chance: torch.Generator) -> Tensor:
+    images = [
+        torch.tensor(image).float().mean(dim=2) / 255 for image in load_sample_images().images
+    ]
+    crops = []
+    for _ in range(n):
+        image = images[int(torch.randint(len(images), (1,), generator=chance))]
+        top, left = (int(torch.randint(side - 64, (1,), generator=chance)) for side in image.shape)
+        crop = adaptive_avg_pool2d(image[None, top : top + 64, left : left + 64], 8)[0]
+        crops.append((crop - crop.min()) / (crop.max() - crop.min()).clamp_min(1e-6))
+    return torch.stack(crops)
+
+
+def mixtures(x: Tensor, n: int, chance: torch.Generator) -> Tensor:
+    rows = torch.randint(len(x), (n, x.shape[1]), generator=chance)
+    return x[rows, torch.arange(x.shape[1])]
 
 
 class Classifier(pl.LightningModule):
@@ -106,6 +171,11 @@ def train(task: Task, data: Dataset[object], seed: int, *callbacks: pl.Callback)
     trainer = pl.Trainer(max_epochs=task.epochs, callbacks=list(callbacks), **QUIET)
     trainer.fit(model, loader)
     return model.eval()
+
+
+def recorded(task: Task, data: TensorDataset, seed: int) -> tuple[MemoryStore, Classifier]:
+    store = MemoryStore()
+    return store, train(task, data, seed, GradientRecorder(store))
 
 
 @torch.no_grad()

@@ -151,29 +151,93 @@ def test_every_token_has_the_same_weight():
     torch.testing.assert_close(weights, torch.full((N, 1, T), 1 / (N * T)).double())
 
 
-def summary_of(loss, outputs):
+def facts_of(loss, outputs):
     summary = LossSummary(losses_of(loss, outputs), N)
-    loss.backward()
-    return summary
+    loss.backward(retain_graph=True)
+    return summary.facts()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_samples_sum_to_the_loss_of_the_batch(name):
+    shape, loss_of = LOSSES[name]
+    outputs = draw(*shape).requires_grad_() * 1.0
+    loss = loss_of(outputs)
+    nodes = losses_of(loss, outputs)
+    losses = facts_of(loss, outputs).losses
+    weights = [w.reshape(N, -1).sum(dim=1) for w in term_weights(loss, nodes)]
+    torch.testing.assert_close(torch.stack(weights).sum(dim=0) @ losses.nan_to_num(0), loss)
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "summed", "class weights", "gathered by hand"])
+def test_errors_and_margins_are_those_of_the_predicted_classes(name):
+    shape, loss_of = LOSSES[name]
+    leaf = (3 * draw(*shape)).requires_grad_()
+    outputs = leaf * 1.0
+    facts = facts_of(loss_of(outputs), outputs)
+    for i, label in enumerate(classes(N).tolist()):
+        logits = leaf[i].detach()
+        error = logits.softmax(0) - functional.one_hot(torch.tensor(label), C)
+        others = torch.cat([logits[:label], logits[label + 1 :]])
+        assert facts.errors[i].item() == pytest.approx(error.norm().item())
+        assert facts.margins[i].item() == pytest.approx((logits[label] - others.max()).item())
+
+
+@pytest.mark.parametrize("are_logits", [True, False], ids=["logits", "probabilities"])
+def test_a_binary_cross_entropy_is_a_cross_entropy_of_two_classes(are_logits):
+    targets = (probabilities(N) > 0.5).double()
+    leaf = draw(N).requires_grad_()
+    outputs = leaf * 1.0
+    if are_logits:
+        loss = functional.binary_cross_entropy_with_logits(outputs, targets)
+    else:
+        loss = functional.binary_cross_entropy(outputs.sigmoid(), targets)
+    binary = facts_of(loss, outputs)
+    outputs = torch.stack([torch.zeros(N), leaf], dim=1)
+    softmax = facts_of(functional.cross_entropy(outputs, targets.long()), outputs)
+    for name in ("losses", "errors", "margins"):
+        torch.testing.assert_close(getattr(binary, name), getattr(softmax, name))
+
+
+def test_a_confidently_wrong_prediction_has_its_full_loss():
+    outputs = torch.tensor([[40.0, 0.0, -torch.inf]] * N).requires_grad_() * 1.0
+    facts = facts_of(functional.cross_entropy(outputs, torch.ones(N).long()), outputs)
+    torch.testing.assert_close(facts.losses, torch.full((N,), 40.0))
+    torch.testing.assert_close(facts.margins, torch.full((N,), -40.0))
+
+
+def test_an_ignored_sample_has_no_loss():
+    outputs = draw(N, C).requires_grad_() * 1.0
+    facts = facts_of(cross_entropy_ignoring_a_label(outputs), outputs)
+    for values in (facts.losses, facts.errors, facts.margins):
+        assert values.isnan().tolist() == [i == 2 for i in range(N)]
+
+
+def test_samples_of_several_terms_have_a_mean_loss_and_no_margin():
+    outputs = draw(N, C, T).requires_grad_() * 1.0
+    facts = facts_of(functional.cross_entropy(outputs, classes(N, T)), outputs)
+    losses = functional.cross_entropy(outputs, classes(N, T), reduction="none").mean(dim=1)
+    torch.testing.assert_close(facts.losses, losses.detach())
+    assert facts.errors is None
+    assert facts.margins is None
 
 
 def test_spread_of_cross_entropy_is_p_over_its_complement():
     leaf = draw(N, C).requires_grad_()
     outputs = leaf * 1.0
-    summary = summary_of(functional.cross_entropy(outputs, classes(N)), outputs)
+    facts = facts_of(functional.cross_entropy(outputs, classes(N)), outputs)
     p = leaf.detach().softmax(dim=1).gather(1, classes(N)[:, None])[:, 0]
-    torch.testing.assert_close(summary.terms(), torch.ones(N).double())
+    torch.testing.assert_close(facts.terms, torch.ones(N).double())
     # The trace has one factor of 1/n, and the squared gradient has two.
-    torch.testing.assert_close(summary.spread() / N, p / (1 - p))
-    assert summary.loss() == "cross-entropy"
+    torch.testing.assert_close(facts.spread / N, p / (1 - p))
+    assert facts.name == "cross-entropy"
 
 
 def test_spread_of_squared_error_is_one_over_twice_the_squared_residual():
     leaf = draw(N, 1).requires_grad_()
     outputs = leaf * 1.0
-    summary = summary_of(functional.mse_loss(outputs, torch.zeros(N, 1).double()), outputs)
-    torch.testing.assert_close(summary.spread() / N, 1 / (2 * leaf.detach()[:, 0] ** 2))
-    assert summary.loss() == "squared error"
+    facts = facts_of(functional.mse_loss(outputs, torch.zeros(N, 1).double()), outputs)
+    torch.testing.assert_close(facts.spread / N, 1 / (2 * leaf.detach()[:, 0] ** 2))
+    assert facts.name == "squared error"
 
 
 @pytest.mark.parametrize("flattened", [False, True], ids=["sample axis", "flattened"])
@@ -183,8 +247,8 @@ def test_terms_are_counted_per_sample(flattened):
     labels[1, 2:] = -100
     outputs = (leaf * 1.0).reshape(N * T, C) if flattened else (leaf * 1.0).mT
     loss = functional.cross_entropy(outputs, labels.flatten() if flattened else labels)
-    summary = summary_of(loss, outputs)
-    assert summary.terms().round().tolist() == [T, 2, T, T, T]
+    facts = facts_of(loss, outputs)
+    assert facts.terms.round().tolist() == [T, 2, T, T, T]
 
 
 PENALTIES = {
@@ -207,11 +271,11 @@ def test_a_penalty_on_parameters_is_not_a_loss_of_samples(name, weight_shape):
         loss = functional.mse_loss(outputs, torch.zeros_like(outputs))
         loss = loss + strength * PENALTIES[name](weight)
         assert [type(node).__name__ for node in losses_of(loss, outputs)] == ["SquaredLoss"]
-        return summary_of(loss, outputs)
+        return facts_of(loss, outputs)
 
     penalized, plain = summary(0.1), summary(0.0)
-    torch.testing.assert_close(penalized.terms(), plain.terms())
-    torch.testing.assert_close(penalized.spread(), plain.spread())
+    torch.testing.assert_close(penalized.terms, plain.terms)
+    torch.testing.assert_close(penalized.spread, plain.spread)
 
 
 def test_a_penalty_on_activations_is_a_loss_of_samples():
@@ -243,7 +307,7 @@ def test_an_unsupported_loss_has_no_summary():
     outputs = leaf * 1.0
     loss = outputs.abs().mean()
     assert losses_of(loss, outputs) == []
-    summary = summary_of(loss, outputs)
-    assert summary.terms() is None
-    assert summary.spread() is None
-    assert summary.loss() == ""
+    facts = facts_of(loss, outputs)
+    assert facts.terms is None
+    assert facts.spread is None
+    assert facts.name == ""

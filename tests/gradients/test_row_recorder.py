@@ -227,18 +227,15 @@ FLATTENED = {"net.body": "flattened", "net.norm": "flattened", "net.frames": "fl
 
 
 @pytest.mark.parametrize("dims", [{}, FLATTENED], ids=["inferred", "declared"])
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_layers_with_flattened_inputs_are_recorded(share, dims):
+def test_layers_with_flattened_inputs_are_recorded(dims):
     model = Plain(Flattening().double())
     store, log = MemoryStore(), TrainingLog()
-    recorder = GradientRecorder(
-        store, projector=Identity(), batch_dims=dims, curvature="fisher", curvature_share=share
-    )
+    recorder = GradientRecorder(store, projector=Identity(), batch_dims=dims, curvature="fisher")
     quiet_trainer(recorder, log).fit(model, loader(data_of((11, 7))))
     for step, weights, batch in zip(store, log.weights, log.batches, strict=True):
         expected = reference_rows(model, weights, batch, store.recipe.blocks) / len(batch[0])
         torch.testing.assert_close(step.sketch, expected)
-        assert len(step.curvature_rows) == max(1, round(share * len(batch[0])))
+        assert len(step.curvature_rows) == len(batch[0])
     queries = record_queries(model, log.batches[-1], like=store)
     assert queries.shape == step.sketch.shape
 

@@ -1,6 +1,7 @@
 """Every documented Python block runs, in order, in one folder, after those of the README."""
 
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,11 +12,30 @@ DOCS = ROOT / "docs"
 # Pages whose blocks take half a minute.
 LONG_PAGES = {"how-to-choose.md", "report.md"}
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+PUBLIC_PACKAGES = [
+    "applications",
+    "attribution",
+    "callbacks",
+    "features",
+    "full_influence",
+    "metrics",
+    "report",
+    "report.plots",
+    "results",
+    "stores",
+]
 # Words in a block, and the package that it needs.
 OPTIONAL = {
     "ConjugateGradient": "curvlinops",
+    "quanda": "quanda",
     "spotlight": "renumics",
     "TensorBoardLogger": "tensorboard",
+    "captum": "captum",
+    "TRAKer": "trak",
+    "dattri": "dattri",
+    "webdataset": "webdataset",
+    "litdata": "litdata",
+    "load_dataset": "datasets",
 }
 
 
@@ -68,7 +88,36 @@ def test_recording_takes_two_lines_and_querying_one():
     assert len(added) == 3
 
 
-def test_links_in_the_pages_point_to_existing_files():
-    for path in [ROOT / "README.md", *DOCS.rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path.name} points to {target}"
+def anchors_of(path: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub and MyST form them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in headings}
+
+
+@pytest.mark.parametrize("page", ["../README.md", *PAGES])
+def test_links_within_the_pages_lead_somewhere(page):
+    path = DOCS / page
+    links = re.findall(r"\]\(([^):#]*)(?:#([^)]+))?\)", path.read_text())
+    for target, anchor in links:
+        there = path.parent / target if target else path
+        assert there.exists(), f"{page} links to {target}"
+        there = ROOT / "README.md" if there.name == "index.md" else there  # which includes it
+        assert not anchor or anchor in anchors_of(there), f"{page} links to {target}#{anchor}"
+
+
+def test_pictures_have_a_text_for_those_who_do_not_see_them():
+    for page in ["../README.md", *PAGES]:
+        texts = re.findall(r"!\[([^\]]*)\]\(", (DOCS / page).read_text())
+        assert all(len(text) > 30 for text in texts), page
+
+
+@pytest.mark.parametrize(
+    "package",
+    ["", *(f".{name}" for name in PUBLIC_PACKAGES)],
+    ids=["tda_lightning", *PUBLIC_PACKAGES],
+)
+def test_every_public_name_is_in_the_api_reference(package):
+    names = import_module(f"tda_lightning{package}").__all__
+    reference = (DOCS / "api.md").read_text()
+    assert [name for name in names if not re.search(rf"\b{name}\b", reference)] == []

@@ -16,10 +16,13 @@ from torch.utils import backend_registration
 
 SUPPORT = Path(__file__).parents[1] / "support"
 SCRIPT = SUPPORT / "emulated_device_cases.py"
-pytestmark = pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch does not support devices that are written in Python",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="this torch does not support devices that are written in Python",
+    ),
+    pytest.mark.xdist_group("emulated device"),  # the subprocess runs once
+]
 
 
 def names_in(table):

@@ -8,7 +8,7 @@ import pytest
 from hostile_strings import HOSTILE
 from reported_runs import report_on_texts
 
-from tda_lightning.report.html import visible
+from tda_lightning.report.page.html import visible
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 axe = pytest.importorskip("axe_core_python", reason="axe_core_python is not installed")

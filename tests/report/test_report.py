@@ -12,10 +12,10 @@ from reported_runs import TextClassifier, Texts, report_on_texts
 from torch.utils.data import Subset, TensorDataset
 
 from tda_lightning import GradientRecorder, Identity
-from tda_lightning.report import Finding, Shown, report
-from tda_lightning.report.findings import number_set_apart
-from tda_lightning.report.html import visible
-from tda_lightning.report.queries import query_losses
+from tda_lightning.report import Case, Finding, RemovalCurve, Shown, report
+from tda_lightning.report.evidence.queries import query_losses
+from tda_lightning.report.findings.labels import number_set_apart
+from tda_lightning.report.page.html import visible
 
 TEXTS = [f"text number {i}" for i in range(23)]
 
@@ -26,12 +26,17 @@ class Parsed(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.scripts, self.addresses, self.handlers, self.texts = [], [], [], []
+        self.cases = []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         if tag == "script":
             self.scripts.append((dict(attrs), ""))
         self.addresses += [value for name, value in attrs if name in ("src", "href", "action")]
+        pairs = dict(attrs)
+        if "data-query" in pairs:
+            samples = [int(sample) for sample in pairs["data-samples"].split()]
+            self.cases.append((int(pairs["data-query"]), samples))
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
 
     def handle_data(self, content):
@@ -52,7 +57,7 @@ def hostile(tmp_path_factory):
 
 def test_hostile_content_adds_no_script_no_handler_and_no_address(hostile):
     kinds = [attributes.get("type", "code") for attributes, _ in hostile.scripts]
-    assert kinds == ["application/json"] * (len(kinds) - kinds.count("code")) + ["code"] * 3
+    assert kinds == ["application/json"] * (len(kinds) - kinds.count("code")) + ["code"] * 4
     assert hostile.handlers == []
     assert all(address.startswith("#") for address in hostile.addresses)
 
@@ -81,6 +86,12 @@ def test_wrong_answers_come_first(hostile):
     wrong = [query["wrong"] for query in hostile.data()["queries"]]
     assert wrong == sorted(wrong, reverse=True)
     assert any(wrong)
+
+
+def test_wrong_answers_stand_beside_their_strongest_opponents(hostile):
+    wrong = [query for query in hostile.data()["queries"] if query["wrong"]]
+    expected = [(query["id"], [i for i, _ in query["harmed"][:3]]) for query in wrong[:12]]
+    assert hostile.cases == expected
 
 
 def test_labels_of_a_megabyte_are_shortened(tmp_path):
@@ -143,9 +154,59 @@ def test_further_findings_come_first(tmp_path):
     texts = Parsed(report_on_texts(tmp_path, TEXTS, findings=[finding])).texts
     assert texts.index("A watermark <b>") < texts.index("Wrong answers")
     assert "It is & remains." in texts
+    outside = Finding("Other", (), "fine", cases=(Case(23, (3,)),))
+    with pytest.raises(ValueError, match="`Other` names query 23; expected positions from 0 to 22"):
+        report_on_texts(tmp_path / "once", TEXTS, findings=[outside])
     unknown = Finding("Other", (), "fine", (99,))
     with pytest.raises(ValueError, match="The finding `Other` names sample 99, which is not"):
         report_on_texts(tmp_path / "again", TEXTS, findings=[unknown])
+
+
+def stamped_texts(is_stamped):
+    """Return samples of three classes, some of which have a stamp."""
+    texts = Texts([f"text number {i}" for i in range(90)])
+    texts.labels = [i % 3 for i in range(90)]
+    classes = torch.eye(7)[:3][texts.labels]
+    texts.vectors = 0.3 * texts.vectors + classes + 4 * torch.eye(7)[6] * is_stamped[:, None]
+    return texts
+
+
+def test_a_stamp_that_drives_wrong_answers_is_a_shortcut(tmp_path):
+    labels = torch.arange(90) % 3
+    is_stamped = (labels == 2) & (torch.arange(90) % 4 > 0)
+    train, model = stamped_texts(is_stamped), TextClassifier()
+    recorder = GradientRecorder(tmp_path / "run.tda", projector=Identity())
+    quiet_trainer(recorder, max_epochs=7).fit(model, loader(train, batch_size=15))
+    is_even = torch.arange(90) % 2 == 0
+    page = report(
+        tmp_path / "run.tda",
+        model,
+        loader(stamped_texts(labels < 2), batch_size=45, shuffle=False),
+        train=train,
+        out=tmp_path / "report.html",
+        attributes={"even": is_even, "stamp": is_stamped},
+        progress=False,
+    )
+    text = " ".join(Parsed(page).texts)
+    assert "The attribute “stamp” of training samples drives the wrong answers." in text
+    assert "“even”" in text
+
+
+def test_without_attributes_no_shortcut_is_claimed_or_denied(hostile):
+    assert "Shortcuts were not searched" in hostile.texts
+    assert any("No attribute was tested as a shortcut" in text for text in hostile.texts)
+
+
+def test_a_removal_curve_is_shown_with_its_check(tmp_path):
+    curve = RemovalCurve([1, 3], {"Unrolled": [0.1, 0.25], "random": [0.0, 0.05]})
+    parsed = Parsed(report_on_texts(tmp_path, TEXTS, removal=curve))
+    assert "+0.25" in parsed.texts
+    assert any("without as many random ones it is +0.05" in text for text in parsed.texts)
+    assert any("At the end, Unrolled: +0.25; random: +0.05." in text for text in parsed.texts)
+    with pytest.raises(ValueError, match=r"`changes\['random'\]` has 1 values; expected 2"):
+        RemovalCurve([1, 3], {"random": [0.0]})
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        RemovalCurve([1, 3], {"random": [0.0, float("nan")]})
 
 
 def test_render_must_return_how_a_sample_is_shown(tmp_path):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from tda_lightning.report.html import element, json_block, shortened, visible
-from tda_lightning.report.images import data_uri, is_image
-from tda_lightning.report.payload import mean_by_group
-from tda_lightning.report.queries import part_of
-from tda_lightning.report.samples import ShowItem, Shown, content_hash, label_of
+from tda_lightning.report.evidence.queries import part_of
+from tda_lightning.report.page.html import element, json_block, shortened, visible
+from tda_lightning.report.page.payload import mean_by_group
+from tda_lightning.report.samples.images import data_uri, is_image
+from tda_lightning.report.samples.shown import ShowItem, Shown, content_hash, label_of
 
 PICTURE = torch.rand(3, 11, 7, generator=torch.Generator().manual_seed(2))
 

@@ -501,3 +501,13 @@ def test_verify_names_what_is_damaged_or_missing_and_returns_1(run, capsys):
     assert "segment-000001.h5     damaged" in output
     assert "segment-000002.h5     good" in output
     assert "snapshot-00000004.pt  damaged" in output
+
+
+def test_segments_of_older_versions_hold_no_losses(run):
+    as_of_0_1(run)
+    with h5py.File(run / SEGMENT, "r+", locking=False) as file:
+        for name in ("losses", "errors", "margins"):
+            del file[f"visits/{name}"]
+    facts = HDF5Store.open(run)[0]
+    assert facts.terms is not None
+    assert (facts.losses, facts.errors, facts.margins) == (None, None, None)

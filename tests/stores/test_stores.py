@@ -371,7 +371,7 @@ def test_smaller_number_formats_make_smaller_files(tmp_path):
         step,
         sample_ids=torch.arange(100),
         weights=torch.ones(100),
-        sketch=torch.randn(100, 1000),
+        sketch=torch.randn(100, 2000),
     )
     sizes = [
         filled(HDF5Store(tmp_path / name, storage=name), [wide]).size_on_disk

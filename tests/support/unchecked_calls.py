@@ -1,12 +1,17 @@
-"""Call functions with wrong arguments in a process without runtime type checks.
+"""Call functions with wrong arguments while runtime type checks are switched off.
 
-In the test process itself, beartype would refuse such arguments first.
+With them, beartype would refuse such arguments before the package does.
 """
 
+import contextlib
 import functools
-import subprocess
-import sys
-from pathlib import Path
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jaxtyping
 
 SETUP = """
 import torch
@@ -23,30 +28,51 @@ data, store, model = vectors(), MemoryStore(), Plain(mlp())
 quiet_trainer(GradientRecorder(store, snapshots=1)).fit(model, loader(data))
 queries, batches = data[:3], loader(data)
 """
-PRINT_ERRORS = """
-for name, call in calls.items():
+
+
+@contextlib.contextmanager
+def type_checks_disabled() -> Iterator[None]:
+    """Let the package check the arguments itself, as outside tests, and ignore warnings."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@contextlib.contextmanager
+def inside_an_empty_folder() -> Iterator[None]:
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+def error_of(call: Any) -> str:
     try:
         call()
-        print(name, "no error", sep=": ")
     except Exception as error:
-        print(name, type(error).__name__, str(error).replace(chr(10), " "), sep=": ")
-"""
+        return f"{type(error).__name__}: {error}".replace("\n", " ")
+    return "no error"
 
 
 @functools.cache
 def errors_of(calls: str) -> dict[str, str]:
-    """Make calls in a subprocess, and return the error of each, or ``"no error"``.
+    """Return the error of each call, or ``"no error"``.
 
     Args:
         calls: Python that fills a dictionary ``calls`` of functions by name. It may use a recorded
             ``store`` with its ``model``, ``data``, ``batches`` (a loader), and ``queries``.
     """
-    command = [sys.executable, "-W", "ignore", "-c", SETUP + calls + PRINT_ERRORS]
-    process = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    return dict(line.split(": ", 1) for line in process.stdout.splitlines() if ": " in line)
+    names: dict[str, Any] = {"__name__": "unchecked"}
+    with inside_an_empty_folder(), type_checks_disabled():
+        exec(SETUP + calls, names)
+        return {name: error_of(call) for name, call in names["calls"].items()}
 
 
 def require_error(calls: str, name: str, expected: str) -> None:

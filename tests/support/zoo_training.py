@@ -22,7 +22,7 @@ def train_and_resume(
     Args:
         case: What to train.
         folder: Folder for the run and the checkpoint.
-        sampled: Share of each batch with sampled labels.
+        sampled: Share of the steps with sampled labels, after the first.
     """
     settings = {"curvature": "fisher", "curvature_share": sampled} if sampled else {}
     checkpoint = None

@@ -7,6 +7,7 @@ from tda_lightning.applications.tracing.facts import (
     rescore,
     trace_facts,
 )
+from tda_lightning.applications.tracing.last_layer import last_layer_scores
 from tda_lightning.applications.tracing.tokens import NextToken, TokenScores, trace_tokens
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "NextToken",
     "TokenScores",
     "candidates_of",
+    "last_layer_scores",
     "rescore",
     "trace_facts",
     "trace_tokens",

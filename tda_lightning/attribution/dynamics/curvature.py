@@ -124,7 +124,8 @@ class LossWeighted(_VisitCurvature):
 class SampledLabels(Curvature):
     """Outer products of gradients for labels drawn by the model: the Gauss-Newton matrix.
 
-    Available in runs that were recorded with curvature rows.
+    Available in runs that were recorded with curvature rows. If labels were sampled at a share of
+    the steps, the factor of the other steps has no rows, and sums over steps are still unbiased.
     """
 
     def factor(self, step: Step) -> Float[Tensor, "m k"]:
@@ -197,9 +198,11 @@ class BestAvailable(Curvature):
 
 def applied_curvature(steps: Sequence[Step], kind: Curvature) -> Float[Tensor, "k k"]:
     """Return the mean curvature of the steps as applied, with their clipping."""
-    total = torch.zeros(())
+    total, rows = torch.zeros(()), 0
     for step in steps:
-        total = _add_outer_products(total, kind.factor(step), 1.0)
+        factor = kind.factor(step)
+        total, rows = _add_outer_products(total, factor, 1.0), rows + len(factor)
+    _require_rows(rows, steps)
     return total.div_(len(steps))
 
 
@@ -209,11 +212,12 @@ def objective_curvature(steps: Sequence[Step], kind: Curvature) -> Float[Tensor,
     A step with fewer visits, such as the last of an epoch, counts less; a clipped step does not.
     The scale is that of the steps' mean weight.
     """
-    total, total_weight, visits = torch.zeros(()), 0.0, 0
+    total, total_weight, visits, rows = torch.zeros(()), 0.0, 0, 0
     for step in steps:
-        weight, n = float(step.weights.sum()), len(step.weights)
-        total = _add_outer_products(total, kind.factor(step), n / weight if weight > 0 else 0.0)
-        total_weight, visits = total_weight + weight, visits + n
+        weight, n, factor = float(step.weights.sum()), len(step.weights), kind.factor(step)
+        total = _add_outer_products(total, factor, n / weight if weight > 0 else 0.0)
+        total_weight, visits, rows = total_weight + weight, visits + n, rows + len(factor)
+    _require_rows(rows, steps)
     return total.mul_(total_weight / (len(steps) * max(visits, 1)))
 
 
@@ -224,6 +228,15 @@ def _add_outer_products(
     k = factor.shape[1]
     matrix = total if total.ndim else factor.new_zeros(k, k)
     return matrix.addmm_(factor.mT, factor, alpha=share)
+
+
+def _require_rows(count: int, steps: Sequence[Step]) -> None:
+    if count == 0 and len(steps):
+        raise ValueError(
+            f"The curvature of these {len(steps)} steps, from step {steps[0].index} on, has no "
+            "rows; expected a step with sampled labels, which this run has at a share of its "
+            "steps. Use more steps, or pass `curvature=EmpiricalFisher()`."
+        )
 
 
 def _root_over_weight(squares: Float[Tensor, " n"], step: Step) -> Float[Tensor, " n"]:

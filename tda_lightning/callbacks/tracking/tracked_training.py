@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from tda_lightning.callbacks.lightning_types import LightningModule, Trainer, distributed_context
 from tda_lightning.callbacks.tracking.probe import Probe
-from tda_lightning.gradients.capture.capture import NO_EFFECT
+from tda_lightning.gradients.capture.delivery import NO_EFFECT
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity, KroneckerCountSketch, Projector

@@ -2,12 +2,13 @@
 
 The graph of the loss is walked once, before its backward pass. When that pass reaches a meeting,
 the node still holds what it saved, and is handed the gradient of its output: all that the
-per-sample gradients of its parameters need. Nothing is attached to modules or held by the capture.
+per-sample gradients of its parameters need. Nothing is attached to modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -17,31 +18,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from tda_lightning.gradients.capture.layouts import UNKNOWN, LayoutMemory
+from tda_lightning.gradients.capture.delivery import Delivery, Receiver
+from tda_lightning.gradients.capture.layouts import LayoutMemory
 from tda_lightning.gradients.capture.norms import NormsBehind
-from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, to_parameters
 from tda_lightning.gradients.capture.pausing import PauseSwitch
 from tda_lightning.gradients.capture.probe import backward_to_meetings
-from tda_lightning.gradients.graph.irregular_rows import IrregularRows
-from tda_lightning.gradients.graph.sample_layout import SampleLayout
-from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, output_shape
-from tda_lightning.gradients.nodes import NodeCall, rule_for
+from tda_lightning.gradients.capture.slots import Shrinking, Slot, slot_of
+from tda_lightning.gradients.capture.walk_plan import WalkPlans
+from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk
 from tda_lightning.stores.recipe import SampleAxis
 
-# Position of a parameter-only input, the edge that leads to it, and where the samples lie.
-_Input = tuple[int, Edge, SampleLayout | IrregularRows]
-Receiver = Callable[[ParameterGradient], None]
-# Positions of inputs that operations add to the others.
-_ADDENDS = {"ConvolutionBackward0": (2,), "AddmmBackward0": (0,), "AddBackward0": (0, 1)}
-NO_EFFECT = "it acts through a batch norm, which subtracts it again, and has no effect"
-
-
-def _no_owner(meeting: Meeting) -> str:
-    kind = type(meeting.node).__name__.removesuffix("Backward0")
-    return (
-        f"it meets the samples in an operation `{kind}` of shape {meeting.shape}, whose rows "
-        "belong to no single sample"
-    )
+# Called with a slot, and with the gradient of a node's output followed by what the node has saved.
+Hold = Callable[[Slot, tuple[Tensor, ...]], None]
+_Hook = Callable[[tuple[Tensor | None, ...]], None]
 
 
 class Capture:
@@ -52,6 +41,7 @@ class Capture:
         recorded: The recorded parameters by their names.
         batch_dims: Axis of the samples in the layers whose names match a pattern, where it is not
             inferred rightly.
+        shrinking: Returns how the gradients of a parameter are shrunk.
         followed: Names of parameters in front of batch norms whose running statistics follow them.
 
     Attributes:
@@ -63,6 +53,7 @@ class Capture:
         model: nn.Module,
         recorded: Mapping[str, nn.Parameter],
         batch_dims: Mapping[str, SampleAxis],
+        shrinking: Callable[[nn.Parameter], Shrinking],
         followed: Collection[str] = (),
     ) -> None:
         self.switch = PauseSwitch(model)
@@ -76,10 +67,12 @@ class Capture:
         }
         self._layouts = LayoutMemory(self._recorded, declared)
         self._norms = NormsBehind(self._recorded, followed)
-        self._n: int | None = None
+        self._plans = WalkPlans(self._layouts, lambda meeting, n: slot_of(meeting, n, shrinking))
         self._walk: Walk | None = None
+        self._delivery: Delivery | None = None
         self._visited: dict[Node, tuple[Edge, ...]] = {}
         self._receive: Receiver | None = None
+        self._hold: Hold | None = None
         self._handles: list[RemovableHandle] = []
         self._clock: Callable[[], float] | None = None
         self.seconds = 0.0
@@ -118,22 +111,12 @@ class Capture:
         """The nodes of the last graph whose outputs depend on samples."""
         return set() if self._walk is None else self._walk.with_samples
 
-    def entries_of(self, output: GradientEdge, samples: Tensor) -> Tensor | None:
-        """Return the entries of a tensor's first axis that belong to some samples, if known.
-
-        Args:
-            output: Edge of the tensor in the last graph.
-            samples: The samples.
-        """
-        assert self._walk is not None
-        return self._layouts.entries_of((output.node, output.output_nr), samples, self._walk)
-
     def read_graph(self, loss: Tensor, n: int) -> None:
         """Find the meetings in the graph of the loss of ``n`` samples."""
-        self._n = n
         with self.switch.others_paused():
-            self._walk = self._layouts.walk(loss, n)
+            self._walk = self._plans.walk(loss, n)
         self._norms.start(self._walk)
+        self._delivery = Delivery(self._recorded, self._layouts, self._norms, self._walk, n)
         if self._walk.is_sampleless:
             raise ValueError(
                 f"In a batch of {n} samples, no operation has a row for each of the {n} samples; "
@@ -141,57 +124,72 @@ class Capture:
                 "item of the dataset is a batch, pass `sample_ids=` to identify the samples in it."
             )
 
-    def start_backward(self, receive: Receiver) -> None:
-        """Deliver the gradients of the backward pass that begins now."""
+    def start_backward(self, receive: Receiver, hold: Hold) -> None:
+        """Deliver the gradients of the backward pass that begins now.
+
+        Args:
+            receive: Called with the gradients of a parameter.
+            hold: Called with the values of a node that can be recorded together with others.
+        """
         assert self._walk is not None
-        self._receive = receive
-        self._hook(self._walk.meetings)
+        self._receive, self._hold = receive, hold
+        self._hook(self._walk.single)
+        self._handles += [
+            node.register_prehook(self._holding_hook(node, slot)) for node, slot in self._walk.alike
+        ]
         if self._walk.checkpoints:
             self._visited = {}
             self._watch_recomputation()
 
+    def timed_backward(
+        self, loss: Tensor, inputs: Sequence[Tensor], receive: Receiver, hold: Hold
+    ) -> None:
+        """Run the backward pass of a loss, deliver its rows, and retain the graph.
+
+        Args:
+            loss: The loss.
+            inputs: Tensors whose gradients are computed.
+            receive: As in :meth:`start_backward`.
+            hold: The same.
+        """
+        try:
+            with self.switch.others_paused():
+                self.start_backward(receive, hold)
+                torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        finally:
+            self._stop()
+
     def extra_backward(
-        self,
-        gradients: Sequence[tuple[GradientEdge, Tensor]],
-        receive: Receiver,
-        inputs: Sequence[Tensor] = (),
+        self, gradients: Sequence[tuple[GradientEdge, Tensor]], receive: Receiver
     ) -> None:
         """Run an extra backward pass before the actual one, deliver its rows, retain the graph.
 
         Args:
             gradients: Edges in the graph at which it starts, each with a gradient.
             receive: Called with the gradients of a parameter.
-            inputs: Tensors whose gradients are computed too, for timing.
         """
         assert self._walk is not None
+        assert self._delivery is not None
+        delivery, walk = self._delivery, self._walk
         edges, grads = [edge for edge, _ in gradients], [grad for _, grad in gradients]
-        meetings = {meeting.node: meeting for meeting in self._walk.meetings}
-        self._receive = receive
-        try:
-            with self.switch.others_paused():
-                if inputs:
-                    self._hook(self._walk.meetings)
-                    torch.autograd.grad(edges, inputs, grads, retain_graph=True, allow_unused=True)
-                    return
-                backward_to_meetings(
-                    edges,
-                    grads,
-                    self._walk,
-                    self._walk.meetings,
-                    lambda node, grads: self._deliver(node, self._inputs(meetings[node]), grads),
-                )
-        finally:
-            self._receive = None
-            self._remove_hooks()
+        meetings = {meeting.node: meeting for meeting in walk.meetings}
+
+        def deliver(node: Node, grads: tuple[Tensor | None, ...]) -> None:
+            delivery.deliver(node, delivery.inputs(meetings[node]), grads, receive)
+
+        with self.switch.others_paused():
+            backward_to_meetings(edges, grads, walk, walk.meetings, deliver)
 
     def end_backward(self) -> None:
         """Remove the hooks, and forget the graph."""
-        self._receive, self._walk = None, None
+        self._walk = self._delivery = None
         self._norms.end()
+        self._layouts.forget_graph()
         self._visited = {}
-        self._remove_hooks()
+        self._stop()
 
-    def _remove_hooks(self) -> None:
+    def _stop(self) -> None:
+        self._receive = self._hold = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -200,69 +198,51 @@ class Capture:
         for meeting in meetings:
             self._handles.append(meeting.node.register_prehook(self._prehook(meeting)))
 
-    def _prehook(self, meeting: Meeting) -> Callable[[tuple[Tensor | None, ...]], None]:
-        node, inputs = meeting.node, self._inputs(meeting)
+    def _prehook(self, meeting: Meeting) -> _Hook:
+        assert self._delivery is not None
+        node, deliver = meeting.node, self._delivery.deliver
+        inputs = self._delivery.inputs(meeting)
 
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             if self._receive is not None and not self.switch.is_paused():
-                start = 0.0 if self._clock is None else self._clock()
-                self._deliver(node, inputs, grads)
-                if self._clock is not None:
-                    self.seconds += self._clock() - start
+                with self.time_added():
+                    deliver(node, inputs, grads, self._receive)
 
         return hook
 
-    def _inputs(self, meeting: Meeting) -> list[_Input]:
-        """Return the parameter-only inputs of a meeting whose rows can be told apart."""
-        known: Sequence[Any] = meeting.layouts or [UNKNOWN] * len(meeting.inputs)
-        inputs = []
-        for (position, edge), layout in zip(meeting.inputs, known, strict=True):
-            if layout is UNKNOWN:
-                layout = self._layouts.layout(meeting.node, position, edge)
-            if self._is_subtracted(meeting, position):
-                self._layouts.lose(edge, NO_EFFECT)
-            elif (rows := self._layouts.rows_of(meeting.node, layout)) is not None:
-                inputs.append((position, edge, rows))
-            elif meeting.shape:  # A penalty is added to a number: no sample's, and no rows.
-                self._layouts.lose(edge, _no_owner(meeting))
-        return inputs
+    def _holding_hook(self, node: Node, slot: Slot) -> _Hook:
+        saved, switch = slot.rule.saved, self.switch
 
-    def _is_subtracted(self, meeting: Meeting, position: int) -> bool:
-        """Return whether a batch norm subtracts what an input adds: a bias in front of it."""
-        entry = None if self._walk is None else self._walk.normalized.get(meeting.node)
-        if entry is None or not entry.by_batch:
-            return False
-        return position in _ADDENDS.get(type(meeting.node).__name__, ())
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            hold, grad = self._hold, grads[0]
+            if hold is None or grad is None or switch.is_paused():
+                return
+            values = saved(node)
+            if values is None:
+                self._deliver_alone(node, grads)
+            elif self._clock is None:
+                hold(slot, (grad, *values))
+            else:
+                with self.time_added():
+                    hold(slot, (grad, *values))
 
-    def _deliver(
-        self,
-        node: Node,
-        inputs: Sequence[_Input],
-        grads: tuple[Tensor | None, ...],
-    ) -> None:
-        if torch.is_grad_enabled():  # In a backward pass that builds a graph.
-            with torch.no_grad():
-                self._contribute(node, inputs, grads)
-        else:
-            self._contribute(node, inputs, grads)
+        return hook
 
-    def _contribute(
-        self,
-        node: Node,
-        inputs: Sequence[_Input],
-        grads: tuple[Tensor | None, ...],
-    ) -> None:
-        receive, n = self._receive, self._n
-        if receive is None or n is None or all(grad is None for grad in grads):
-            return
-        rule = rule_for(node)
-        self._norms.note(node, inputs, grads, n)
-        for position, edge, layout in inputs:
-            call = NodeCall(node, grads, position, output_shape(edge), layout, n)
-            through = self._norms.contribution(call, edge)
-            contribution = rule.contribution(call) if through is None else through
-            for gradient in to_parameters(edge, contribution, self._recorded):
-                receive(gradient)
+    def _deliver_alone(self, node: Node, grads: tuple[Tensor | None, ...]) -> None:
+        """Deliver the gradients of a node that turns out to differ from others of its kind."""
+        assert self._walk is not None
+        for meeting in self._walk.as_meetings():
+            if meeting.node is node:
+                self._prehook(meeting)(grads)
+
+    @contextmanager
+    def time_added(self) -> Iterator[None]:
+        """Add the time inside the context to ``seconds``, if time is measured."""
+        clock = self._clock
+        start = 0.0 if clock is None else clock()
+        yield
+        if clock is not None:
+            self.seconds += clock() - start
 
     def _watch_recomputation(self) -> None:
         """Hook the graph that a reentrant checkpoint builds during the backward pass.

@@ -6,78 +6,62 @@ that batch, and remembered for all later batches. Rows in no regular order are t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from tda_lightning.gradients.capture.inference import (
+    TRACED,
+    UNKNOWN,
+    Key,
+    Kind,
+    Layout,
+    LayoutInference,
+    a_parameter,
+)
 from tda_lightning.gradients.capture.probe import PROVEN, Evidence, certainty, probe
 from tda_lightning.gradients.capture.tracer import Tracer, is_proven
 from tda_lightning.gradients.capture.tracing import Trace
 from tda_lightning.gradients.graph.irregular_rows import IrregularRows
-from tda_lightning.gradients.graph.routing import RoutedRows, picked_rows
+from tda_lightning.gradients.graph.routing import RoutedRows
 from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
 from tda_lightning.gradients.graph.walk import (
-    LOOKUPS,
-    TAKES_DATA,
     Edge,
     Meeting,
     Node,
     Walk,
     leaves,
-    output_shape,
     walk,
 )
-from tda_lightning.gradients.nodes.rule import rule_for
-from tda_lightning.stores.recipe import SampleAxis
 
 # Walks of one batch until all layouts are decided; each moves a meeting nearer to the loss.
 _MAX_WALKS = 8
 # Batches in which no gradient arrives at a meeting before its inferred layout is trusted.
 _MAX_EMPTY_PROBES = 3
 
-# The parameter, the kind of node, the position of the input, and what its shape has to do with n.
-_Key = tuple[Any, ...]
-# The same without the shape.
-_Kind = tuple[Any, type, int]
-
-
-class TracedRows:
-    """Rows in no regular order, whose samples are traced in each batch."""
-
-
-TRACED: Final = TracedRows()
-Layout = SampleLayout | RoutedRows | TracedRows
-# Earlier batches do not show where the samples lie.
-UNKNOWN: Any = object()
-
 
 @dataclass
-class LayoutMemory:
+class LayoutMemory(LayoutInference):
     """Infers, proves and remembers layouts.
 
     Attributes:
-        recorded: The recorded parameters.
-        declared: The axis of the samples of parameters for which the user has declared it.
         lost: Why the rows of a parameter cannot be told apart, by parameter.
-        n: Number of samples of the last batch.
         irregular: Whose rows the last batch has in nodes where their order is irregular.
+        by_shape: The nodes of the last graph whose shape told whether they have samples, each with
+            the position of an input, its edge, and the answer.
     """
 
-    recorded: Mapping[Tensor, object]
-    declared: Mapping[Tensor, SampleAxis] = field(default_factory=dict)
     lost: dict[nn.Parameter, str] = field(default_factory=dict)
-    n: int = 1
     irregular: dict[Node, IrregularRows] = field(default_factory=dict)
-    _traced: set[_Kind] = field(default_factory=set)
-    _decided: dict[_Key, Layout | None] = field(default_factory=dict)
+    _traced: set[Kind] = field(default_factory=set)
+    _decided: dict[Key, Layout | None] = field(default_factory=dict)
+    by_shape: list[tuple[Node, int, Edge, bool]] = field(default_factory=list)
     _do_samples_mix: bool = False
-    _with_samples: set[Node] = field(default_factory=set)
-    _empty_probes: dict[_Key, int] = field(default_factory=dict)
+    _empty_probes: dict[Key, int] = field(default_factory=dict)
     # The last shape, batch size and layout of a kind of meeting: most batches look the same.
-    _last: dict[_Kind, tuple[tuple[int, ...], int, Layout | None]] = field(default_factory=dict)
+    _last: dict[Kind, tuple[tuple[int, ...], int, Layout | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Prepare to trace rows."""
@@ -87,7 +71,7 @@ class LayoutMemory:
         """Return the meetings in a loss's graph, with layouts that are proved for new ones."""
         self.n, self.irregular = n, {}
         for _ in range(_MAX_WALKS):
-            self._with_samples = set()
+            self._with_samples, self.by_shape = set(), []
             result = walk(loss.grad_fn, self.recorded, self._has_samples)
             self._with_samples = result.with_samples
             # A reentrant checkpoint does not allow the extra backward pass of a proof.
@@ -124,85 +108,63 @@ class LayoutMemory:
         layout = self._decided[key]
         if isinstance(layout, SampleLayout) and not layout.fits(shape, self.n):
             layout = self._inferred(node, position, edge)
-        self._last[_a_parameter(edge), type(node), position] = (shape, self.n, layout)
+            if layout is TRACED:
+                self._set_traced(node, position, edge)
+                return layout
+        self._last[a_parameter(edge), type(node), position] = (shape, self.n, layout)
         return layout
+
+    def _set_traced(self, node: Node, position: int, edge: Edge) -> None:
+        kind = (a_parameter(edge), type(node), position)
+        self._traced.add(kind)
+        self._last.pop(kind, None)
 
     def _last_layout(self, node: Node, position: int, edge: Edge) -> Any:
         """Return the layout in the last batch, ``UNKNOWN`` if shapes have changed since."""
-        last = self._last.get((_a_parameter(edge), type(node), position))
+        last = self._last.get((a_parameter(edge), type(node), position))
         if last is None or last[1] != self.n or last[0] != node._input_metadata[0].shape:
             return UNKNOWN
         return last[2]
 
-    def entries_of(self, output: Edge, samples: Tensor, result: Walk) -> Tensor | None:
-        """Return the entries of a tensor's first axis that belong to some samples.
-
-        They are known if the tensor is the output of a meeting whose rows follow the samples, or a
-        view of it that keeps their order.
+    def resume(self, n: int, with_samples: set[Node]) -> None:
+        """Continue with a graph that needs no walk.
 
         Args:
-            output: The edge of the tensor.
-            samples: The samples.
-            result: A walk over its graph.
+            n: Number of samples of its batch.
+            with_samples: Its nodes whose outputs depend on samples.
         """
-        size, node = output_shape(output)[0], output[0]
-        while _keeps_order(node):
-            node = node.next_functions[0][0]
-        meeting = next((meeting for meeting in result.meetings if meeting.node is node), None)
-        layout = None if meeting is None else self.layout(node, *meeting.inputs[0])
-        is_ordered = isinstance(layout, SampleLayout) and layout.is_contiguous
-        if not is_ordered or size % self.n:
-            return None
-        each = size // self.n
-        return (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
+        self.n, self._with_samples, self.irregular = n, with_samples, {}
 
-    def _has_samples(self, node: Node, position: int, edge: Edge) -> bool:
+    def forget_graph(self) -> None:
+        """Let go of the nodes of the last graph."""
+        self._with_samples, self.by_shape, self.irregular = set(), [], {}
+
+    @property
+    def n_exceptions(self) -> int:
+        """Number of decisions that change what an earlier walk has found."""
+        return len(self.lost) + len(self._traced)
+
+    def settled(self, node: Node, inputs: Sequence[tuple[int, Edge]]) -> list[Layout | None] | None:
+        """Return the layouts at inputs of a node, ``None`` if one of them may still change."""
+        if self.n > 1 and any(self._key(node, *place) not in self._decided for place in inputs):
+            return None
+        layouts = [self.layout(node, *place) for place in inputs]
+        return None if TRACED in layouts else layouts
+
+    def has_samples(self, node: Node, position: int, edge: Edge) -> bool:
+        """Return whether the shape of a node, in which parameters are alone, shows samples."""
         return self.layout(node, position, edge) is not None
 
-    def _inferred(self, node: Node, position: int, edge: Edge) -> Layout | None:
-        shape = output_shape((node, 0))
-        axes = self._axes(node, position, edge)
-        if self.n == 1 and axes:
-            return SampleLayout(axes[0], 1, None)
-        declared = self._declared(shape, axes, edge)
-        if declared is not None:
-            return declared
-        route = next(self._possible_routes(node), None) if 0 in axes else None
-        regular = route or next(possible_layouts(shape, self.n, axes), None)
-        return regular or (TRACED if 0 in axes and self._takes_data(node) else None)
-
-    def _takes_data(self, node: Node) -> bool:
-        name = type(node).__name__
-        is_later = any(child in self._with_samples for child, _ in node.next_functions)
-        return is_later or name in TAKES_DATA or name in LOOKUPS
+    def _has_samples(self, node: Node, position: int, edge: Edge) -> bool:
+        answer = self.has_samples(node, position, edge)
+        self.by_shape.append((node, position, edge, answer))
+        return answer
 
     def _is_traced(self, node: Node, position: int, edge: Edge) -> bool:
         """Return whether the rows of a kind of meeting have been in no regular order."""
         return bool(self._traced) and (
-            self.n > 1 and (_a_parameter(edge), type(node), position) in self._traced
+            self.n > 1 and (a_parameter(edge), type(node), position) in self._traced
         )
-
-    def _axes(self, node: Node, position: int, edge: Edge) -> Sequence[int]:
-        shape = output_shape((node, 0))
-        return list(rule_for(node).axes(shape, output_shape(edge), position))
-
-    def _declared(self, shape: tuple[int, ...], axes: Sequence[int], edge: Edge) -> Layout | None:
-        """Return the layout that the user has declared, if the shape allows it."""
-        declared = self.declared.get(_a_parameter(edge))
-        if declared is None or not axes:
-            return None
-        if declared in axes and shape[int(declared)] == self.n:
-            layout = SampleLayout(int(declared), 1, None)
-        elif declared in ("flattened", 0):
-            layout = SampleLayout(axes[0], 1, None)
-        else:  # The layer has joined the samples with the axes in front of them.
-            layout = SampleLayout(axes[0], None, 1)
-        return layout if layout.fits(shape, self.n) else None
-
-    def _key(self, node: Node, position: int, edge: Edge) -> _Key:
-        shape, n = output_shape((node, 0)), self.n
-        fits = tuple((size == n, size % n == 0) for size in shape[:3])
-        return (_a_parameter(edge), type(node).__name__, position, len(shape), fits, n == 1)
 
     def _decide(self, loss: Tensor, result: Walk) -> bool:
         """Prove the layouts that are not decided yet; return whether the graph looks different."""
@@ -233,12 +195,13 @@ class LayoutMemory:
             meeting.node: edge
             for meeting in result.meetings
             for (position, edge), layout in zip(meeting.inputs, meeting.layouts, strict=True)
-            if layout is UNKNOWN and self.layout(meeting.node, position, edge) is TRACED
+            if (self.layout(meeting.node, position, edge) if layout is UNKNOWN else layout)
+            is TRACED
         }
         if nodes:
             self.irregular = self._tracer.rows(loss, result, nodes, self.n)
 
-    def _undecided(self, result: Walk) -> Iterator[tuple[Meeting, int, Edge, _Key]]:
+    def _undecided(self, result: Walk) -> Iterator[tuple[Meeting, int, Edge, Key]]:
         """Yield the inputs whose layouts no batch has shown; note the others' layouts."""
         for meeting in result.meetings:
             node = meeting.node
@@ -254,45 +217,47 @@ class LayoutMemory:
         meeting: Meeting,
         position: int,
         edge: Edge,
-        key: _Key,
+        key: Key,
         evidence: Evidence | None,
         traced: Trace | None,
     ) -> bool:
         """Decide about one input of a meeting; return whether it turned out to have no samples."""
         inferred = self._inferred(meeting.node, position, edge)
-        if _a_parameter(edge) in self.declared and inferred is not None:
+        if a_parameter(edge) in self.declared and inferred is not None:
             self._decided[key] = inferred
             return False
         if traced is not None and is_proven(traced):
             self._decide_by_trace(meeting, position, edge, key, traced)
             return False
-        is_unknown = evidence is None or evidence.is_empty
-        if is_unknown and (traced is None or inferred is not TRACED):
+        if evidence is not None and not evidence.is_empty:
+            self._decided[key] = self._shown(meeting, inferred, evidence)
+        elif traced is not None and inferred is TRACED:  # Rows of several samples arrived.
+            self._decided[key] = None
+        else:
             self._empty_probes[key] = self._empty_probes.get(key, 0) + 1
             if self._empty_probes[key] >= _MAX_EMPTY_PROBES:
                 self._decided[key] = inferred
             return False
-        self._decided[key] = None if is_unknown else self._shown(meeting, inferred, evidence)
         return self._decided[key] is None and meeting.is_first
 
     def _decide_by_trace(
-        self, meeting: Meeting, position: int, edge: Edge, key: _Key, traced: Trace
+        self, meeting: Meeting, position: int, edge: Edge, key: Key, traced: Trace
     ) -> None:
         """Decide about rows of single samples: the first layout that gives them the same owners."""
         node = meeting.node
-        routed = (
+        candidates: list[tuple[Layout, Tensor | None]] = [
             (rows, rows.owners(node, self.n, self._with_samples))
             for rows in self._possible_routes(node)
-        )
-        regular = (
+        ]
+        candidates += [
             (layout, layout.owners(meeting.shape[0], self.n))
             for layout in possible_layouts(meeting.shape, self.n, (0,))
-        )
-        for layout, owners in (*routed, *regular):
+        ]
+        for layout, owners in candidates:
             if owners is not None and traced.agrees(owners):
                 self._decided[key] = layout
                 return
-        self._traced.add((_a_parameter(edge), type(node), position))
+        self._set_traced(node, position, edge)
 
     def _shown(
         self, meeting: Meeting, inferred: Layout | None, evidence: Evidence
@@ -316,30 +281,8 @@ class LayoutMemory:
                 return rows
         return None
 
-    def _possible_routes(self, node: Node) -> Iterator[RoutedRows]:
-        found = picked_rows(node, self._with_samples) if node in self._with_samples else None
-        if found is not None:
-            yield from map(RoutedRows, possible_layouts((found[1],), self.n, (0,)))
-
     def lose(self, edge: Edge, reason: str) -> None:
         """Note why the parameters of a parameter-only tensor are not recorded."""
         for parameter in leaves(edge):
             if parameter in self.recorded:
                 self.lost.setdefault(parameter, reason)
-
-
-def _keeps_order(node: Node) -> bool:
-    """Return whether an operation keeps the entries of its input in their order, or leaves some."""
-    name = type(node).__name__
-    return name in _VIEWS or (name == "SliceBackward0" and node._saved_dim != 0)
-
-
-_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "CloneBackward0", "ToCopyBackward0")
-
-
-def _a_parameter(edge: Edge) -> Any:
-    """Return one of the parameters that a parameter-only tensor is made of."""
-    node = edge[0]
-    while node.next_functions:
-        node = next(child for child, _ in node.next_functions if child is not None)
-    return node.variable

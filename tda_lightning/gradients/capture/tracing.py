@@ -181,7 +181,7 @@ class _Section:
         """Find the section behind some edges."""
         section = cls()
         firsts = {meeting.node for meeting in result.meetings if meeting.is_first}
-        waiting = [start.edge.node for start in starts]
+        waiting: list[Node] = [start.edge.node for start in starts]
         seen = set(waiting)
         while waiting:
             node = waiting.pop()

@@ -50,7 +50,7 @@ class IrregularRows:
         """Return each sample's rows on a second axis, padded with zeros, ``(n, s, ...)``."""
         slots, length = self._slots
         padded = values.new_zeros(n * length, *values.shape[1:])
-        return padded.index_copy(0, slots, values).unflatten(0, (n, length))
+        return padded.index_copy(0, slots, values).reshape(n, length, *values.shape[1:])
 
     def unflattened(self, values: Tensor, n: int) -> Tensor:
         """Return a tensor with three axes for the first one: ``1, n, s``."""

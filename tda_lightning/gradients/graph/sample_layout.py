@@ -86,10 +86,6 @@ class SampleLayout:
         return torch.arange(size) // self.sizes(size, n)[1] % n
 
 
-# Every entry of the first axis is a sample.
-SINGLE_ROWS = SampleLayout(0, 1, 1)
-
-
 def possible_layouts(shape: Sequence[int], n: int, axes: Sequence[int]) -> Iterator[SampleLayout]:
     """Yield the layouts that a tensor's shape allows, the most common ones first."""
     axes = [axis for axis in axes if axis < len(shape) and shape[axis] and shape[axis] % n == 0]

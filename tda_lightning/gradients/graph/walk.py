@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,18 +67,29 @@ class Walk:
     """The result of a walk over the graph of a loss.
 
     Attributes:
-        meetings: The nodes in which parameters meet data.
+        single: The nodes in which parameters meet data, to be recorded one by one.
+        alike: Others, to be recorded together with those of the same kind, each with its slot.
+        as_meetings: Returns those others as meetings.
         with_samples: All nodes whose outputs depend on samples and on recorded parameters.
         checkpoints: Functions written in Python, which may run modules in the backward pass.
         is_sampleless: Whether the loss depends on recorded parameters, but no node has samples.
         normalized: Nodes whose output goes into a batch norm, and nowhere else.
+        inputs: The inputs of all nodes, as long as the structure of the graph is not remembered.
     """
 
-    meetings: list[Meeting] = field(default_factory=list)
+    single: list[Meeting] = field(default_factory=list)
+    alike: list[tuple[Node, Any]] = field(default_factory=list)
+    as_meetings: Callable[[], list[Meeting]] = list
     with_samples: set[Node] = field(default_factory=set)
     checkpoints: list[Node] = field(default_factory=list)
     normalized: dict[Node, Normalized] = field(default_factory=dict)
     is_sampleless: bool = False
+    inputs: dict[Node, tuple[Edge, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def meetings(self) -> list[Meeting]:
+        """All nodes in which parameters meet data."""
+        return [*self.single, *self.as_meetings()]
 
     @property
     def has_batch_statistics(self) -> bool:
@@ -118,8 +130,8 @@ def walk(
         has_samples: Decides about nodes that structure alone leaves undecided.
         visited: Nodes not to visit again, with their inputs; new ones are added.
     """
-    result = Walk()
     visited = {} if visited is None else visited
+    result = Walk(inputs=visited)
     with_samples = result.with_samples
     # Nodes whose output is parameter-only. Nodes without recorded parameters are in no set.
     parameter_only: set[Node] = set()
@@ -167,7 +179,7 @@ def _classify(
     elif is_later or (
         _may_hold_data(node, functions, parameter_only) and has_samples(node, *inputs[0])
     ):
-        result.meetings.append(Meeting(node, inputs, not is_later))
+        result.single.append(Meeting(node, inputs, not is_later))
         with_samples.add(node)
     else:
         parameter_only.add(node)

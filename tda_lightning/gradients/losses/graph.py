@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch.autograd.graph import GradientEdge
 from tda_lightning.gradients.losses.loss_nodes import (
     BernoulliLogitsLoss,
     BernoulliLoss,
-    Entries,
     HuberLoss,
     LossNode,
     SoftmaxLoss,
@@ -108,10 +107,7 @@ def term_weights(loss: Tensor, nodes: Sequence[LossNode]) -> list[Tensor | None]
 
 
 def sampled_gradients(
-    loss: Tensor,
-    nodes: Sequence[LossNode],
-    generator: Generator,
-    entries: Callable[[LossNode], Entries] = lambda node: None,
+    loss: Tensor, nodes: Sequence[LossNode], generator: Generator
 ) -> list[tuple[GradientEdge, Tensor]]:
     """Sample labels, and return gradients whose outer products average to the loss's Hessian.
 
@@ -119,8 +115,6 @@ def sampled_gradients(
         loss: The loss of a batch, with its graph.
         nodes: Its loss functions.
         generator: Generator of the samples.
-        entries: Returns the entries of a loss function's outputs, along their first axis, whose
-            gradients are used; ``None`` for all. The others' may be zero.
 
     Returns:
         Edges of the model's outputs in the graph, each with a gradient. It is the sum over terms of
@@ -129,7 +123,7 @@ def sampled_gradients(
     weights = term_weights(loss, nodes) if nodes else []
     with torch.no_grad():
         return [
-            (node.outputs, node.sample(generator, entries(node)) * weight.clamp_min(0).sqrt())
+            (node.outputs, node.sample(generator) * weight.clamp_min(0).sqrt())
             for node, weight in zip(nodes, weights, strict=True)
             if weight is not None
         ]

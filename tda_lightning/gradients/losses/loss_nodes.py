@@ -1,18 +1,45 @@
-"""Loss functions on the autograd graph: weights of terms, curvature, and sampled labels."""
+"""Loss functions on the autograd graph: weights of terms, values, curvature, sampled labels."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
+from torch.nn import functional
 
-TraceAndSquare = tuple[Tensor, Tensor]
-Entries = Int[Tensor, " m"] | None
+# Vocabularies are large: labels are drawn for so many probabilities at a time.
+_MAX_PROBABILITIES = 2**22
+
+
+class Terms(NamedTuple):
+    """Facts of each term, unweighted.
+
+    Attributes:
+        trace: Trace of the Hessian with respect to the outputs.
+        square: Squared gradient there, for the given label.
+        loss: Value.
+    """
+
+    trace: Tensor
+    square: Tensor
+    loss: Tensor
+
+
+class Predictions(NamedTuple):
+    """How well each term's label was predicted.
+
+    Attributes:
+        loss: Value of the term, without rounding for badly predicted labels.
+        error: Norm of the difference between predicted probabilities and label.
+        margin: Logit of the label minus the highest other logit: positive if it is predicted.
+    """
+
+    loss: Tensor
+    error: Tensor
+    margin: Tensor
 
 
 class LossNode(ABC):
@@ -49,24 +76,33 @@ class LossNode(ABC):
         """
 
     @abstractmethod
-    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
+    def sample(self, generator: Generator) -> Tensor:
         """Sample a label per term; return the unweighted terms' gradient at the outputs.
 
         Args:
             generator: Generator of the labels.
-            entries: Entries of the outputs' first axis whose gradients are used; the others' may
-                be zero.
         """
 
-    def summarize(self, grad: Tensor, weights: Tensor) -> TraceAndSquare:
-        """Return the trace of each term's Hessian, and its squared gradient for the given label.
+    def summarize(self, grad: Tensor, weights: Tensor) -> Terms:
+        """Return facts of each term.
 
         Args:
             grad: Gradient of the loss with respect to the outputs.
             weights: Weight of each term in the loss, not zero.
         """
         residuals = (self._weighted_residuals(grad) / weights).clamp(0, 1)
-        return residuals * (1 - residuals), residuals.square()
+        losses = -torch.log1p(-residuals.clamp_max(1 - torch.finfo(residuals.dtype).eps))
+        return Terms(residuals * (1 - residuals), residuals.square(), losses)
+
+    def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions | None:
+        """Return how well each label was predicted, if labels are classes.
+
+        Args:
+            value_grad: Gradient of the loss with respect to the node's result.
+            grad: Gradient of the loss with respect to the outputs.
+            weights: Weight of each term in the loss, not zero.
+        """
+        return None
 
     def _weighted_residuals(self, grad: Tensor) -> Tensor:
         """Return each term's weight times 1 - p, where p is the probability of the label."""
@@ -85,25 +121,28 @@ class SoftmaxLoss(LossNode):
         """Return the negative sum of the coefficients of the log-probabilities."""
         return -grad.sum(dim=self._axis, keepdim=True)
 
-    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
+    def sample(self, generator: Generator) -> Tensor:
         """Sample classes by inverting the cumulative distribution."""
-        log_probabilities = self.node._saved_result.detach()
-        if entries is None or self._axis in (0, -log_probabilities.ndim):
-            return self._sample(log_probabilities, generator)
-        # Vocabularies are large: whatever is computed for all tokens takes time and memory.
-        gradient = torch.zeros_like(log_probabilities)
-        chosen = self._sample(log_probabilities.index_select(0, entries), generator)
-        return gradient.index_copy_(0, entries, chosen)
-
-    def _sample(self, log_probabilities: Tensor, generator: Generator) -> Tensor:
-        axis = self._axis
-        probabilities = log_probabilities.exp()
-        cumulative = probabilities.cumsum(dim=axis)
-        total = cumulative.narrow(axis, cumulative.shape[axis] - 1, 1)
-        drawn = (cumulative <= _uniform(total, generator) * total).sum(dim=axis, keepdim=True)
-        drawn = drawn.clamp_max(cumulative.shape[axis] - 1)
-        gradient: Tensor = probabilities.scatter_add_(axis, drawn, -torch.ones_like(total))
+        gradient: Tensor = self.node._saved_result.detach().exp()
+        rows = gradient.movedim(self._axis, -1)
+        size = max(1, _MAX_PROBABILITIES * len(rows) // max(rows.numel(), 1))
+        for part in rows.split(size) if rows.ndim > 1 else (rows,):
+            _subtract_drawn_(part, generator)
         return gradient
+
+    def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
+        """Return the loss, the norm of the error over all classes, and the margin."""
+        axis, log_probabilities = self._axis, self.node._saved_result.detach()
+        coefficients = value_grad / weights
+        # Forbidden classes have a log-probability of minus infinity, and no coefficient.
+        parts = torch.where(coefficients == 0, 0, coefficients * log_probabilities)
+        labels = coefficients.argmin(dim=axis, keepdim=True)
+        others = log_probabilities.scatter(axis, labels, -torch.inf)
+        return Predictions(
+            parts.sum(dim=axis, keepdim=True),
+            torch.linalg.vector_norm(grad / weights, dim=axis, keepdim=True),
+            log_probabilities.gather(axis, labels) - others.amax(dim=axis, keepdim=True),
+        )
 
     def _weighted_residuals(self, grad: Tensor) -> Tensor:
         # A norm needs no copy of the gradient, which is large for large vocabularies.
@@ -135,19 +174,31 @@ class BernoulliLogitsLoss(ReducedLoss):
         target = self.node._saved_target
         return weights if pos_weight is None else weights * (1 + (pos_weight - 1) * target)
 
-    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
+    def sample(self, generator: Generator) -> Tensor:
         """Sample binary labels."""
         p: Tensor = self.node._saved_self.detach().sigmoid()
         return p - _sampled_bits(p, generator)
+
+    def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
+        """Return the loss, the norm of the error of both classes, and the margin."""
+        logits, target = self.node._saved_self.detach(), self.node._saved_target
+        loss = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return _binary(loss, logits, target)
 
 
 class BernoulliLoss(ReducedLoss):
     """Binary cross-entropy of probabilities."""
 
-    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
+    def sample(self, generator: Generator) -> Tensor:
         """Sample binary labels."""
         p = self._probabilities()
         return (p - _sampled_bits(p, generator)) / (p * (1 - p))
+
+    def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
+        """Return the loss, the norm of the error of both classes, and the margin."""
+        p, target = self._probabilities(), self.node._saved_target
+        loss = functional.binary_cross_entropy(p, target, reduction="none")
+        return _binary(loss, p.logit(), target)
 
     def _weighted_residuals(self, grad: Tensor) -> Tensor:
         p = self._probabilities()
@@ -163,16 +214,20 @@ class SquaredLoss(ReducedLoss):
 
     name = "squared error"
 
-    def sample(self, generator: Generator, entries: Entries = None) -> Tensor:
+    def sample(self, generator: Generator) -> Tensor:
         """Sample signs: any residual of the right variance is valid; signs have the least noise."""
         outputs = self.node._saved_self.detach()
         signs = torch.where(_uniform(outputs, generator) < 0.5, -1.0, 1.0).to(outputs)
         return signs * self._hessian(outputs).sqrt()
 
-    def summarize(self, grad: Tensor, weights: Tensor) -> TraceAndSquare:
-        """Return the second derivative of each term, and its squared first derivative."""
+    def summarize(self, grad: Tensor, weights: Tensor) -> Terms:
+        """Return the second derivative of each term, its squared first derivative, and itself."""
         hessian = self._hessian(self.node._saved_self.detach()).expand_as(grad)
-        return hessian, (grad / weights).square()
+        slopes = grad / weights
+        return Terms(hessian, slopes.square(), self._losses(slopes))
+
+    def _losses(self, slopes: Tensor) -> Tensor:
+        return slopes.square() / 4
 
     def _hessian(self, outputs: Tensor) -> Tensor:
         return torch.full_like(outputs, 2.0)
@@ -192,10 +247,43 @@ class HuberLoss(SquaredLoss):
     name = "Huber's loss"
 
     def _hessian(self, outputs: Tensor) -> Tensor:
-        delta = getattr(self.node, "_saved_delta", None)
-        width = delta if delta is not None else self.node._saved_beta
-        inside: Tensor = (outputs - self.node._saved_target).abs() < width
-        return inside.to(outputs) * (1.0 if delta is not None else 1 / width)
+        inside: Tensor = self._distance() < self._width
+        return inside.to(outputs) * self._slope / self._width
+
+    def _losses(self, slopes: Tensor) -> Tensor:
+        # The slope is linear up to the width, and constant beyond it.
+        inside = self._distance().clamp_max(self._width)
+        return self._slope * (self._distance() - inside + inside.square() / (2 * self._width))
+
+    def _distance(self) -> Tensor:
+        distance: Tensor = (self.node._saved_self.detach() - self.node._saved_target).abs()
+        return distance
+
+    @property
+    def _width(self) -> float:
+        delta: float | None = getattr(self.node, "_saved_delta", None)
+        return self.node._saved_beta if delta is None else delta
+
+    @property
+    def _slope(self) -> float:
+        delta: float | None = getattr(self.node, "_saved_delta", None)
+        return 1.0 if delta is None else delta
+
+
+def _binary(loss: Tensor, logits: Tensor, target: Tensor) -> Predictions:
+    """Return the predictions of two classes; a label between them counts as the nearer class."""
+    # Both classes have the same error, with opposite signs.
+    error = 2**0.5 * (logits.sigmoid() - target).abs()
+    return Predictions(loss, error, torch.where(target > 0.5, logits, -logits))
+
+
+def _subtract_drawn_(probabilities: Tensor, generator: Generator) -> None:
+    """Draw a class along the last axis, and subtract 1 from its probability."""
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[..., -1:]
+    drawn = (cumulative <= _uniform(total, generator) * total).sum(dim=-1, keepdim=True)
+    drawn = drawn.clamp_max(cumulative.shape[-1] - 1)
+    probabilities.scatter_add_(-1, drawn, -torch.ones_like(total))
 
 
 def _sampled_bits(p: Tensor, generator: Generator) -> Tensor:
@@ -204,68 +292,3 @@ def _sampled_bits(p: Tensor, generator: Generator) -> Tensor:
 
 def _uniform(like: Tensor, generator: Generator) -> Tensor:
     return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-
-
-class LossSummary:
-    """Hook the loss functions of a batch to summarize each sample's loss in the backward pass.
-
-    Args:
-        nodes: The loss functions of a batch, before its backward pass.
-        n: Number of samples in the batch.
-        is_paused: Returns whether the current backward pass is not the batch's.
-    """
-
-    def __init__(
-        self, nodes: Sequence[LossNode], n: int, is_paused: Callable[[], bool] = lambda: False
-    ) -> None:
-        self._is_paused = is_paused
-        self._n = n
-        self._names = sorted({node.name for node in nodes})
-        # Sums over each sample's terms: weights, squared weights, traces, squared gradients.
-        self._sums: list[Tensor] = []
-        for node in nodes:
-            node.node.register_hook(self._hook(node))
-
-    def _hook(self, node: LossNode) -> Callable[[Any, Any], None]:
-        waiting = [node]
-
-        def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> None:
-            if (
-                waiting
-                and not self._is_paused()
-                and inputs[0] is not None
-                and outputs[0] is not None
-            ):
-                with torch.no_grad():
-                    self._add(waiting.pop(), outputs[0], inputs[0])
-
-        return hook
-
-    def _add(self, node: LossNode, value_grad: Tensor, outputs_grad: Tensor) -> None:
-        weights = node.weights(value_grad)
-        if weights.numel() % self._n:
-            return
-        trace, square = node.summarize(outputs_grad, torch.where(weights == 0, 1, weights))
-        squares = weights.square()
-        parts = [weights, squares, weights * trace, squares * square]
-        # A sample's terms are contiguous, even if the sample axis has been flattened.
-        sums = [part.reshape(self._n, -1).sum(dim=1) for part in parts]
-        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
-
-    def loss(self) -> str:
-        """Return the name of the loss, empty if it is not supported."""
-        return " and ".join(self._names)
-
-    def terms(self) -> Float[Tensor, " n"] | None:
-        """Return each sample's effective number of terms, ``(sum w)**2 / sum w**2``, if known."""
-        if not self._sums:
-            return None
-        total, squares, _, _ = self._sums
-        return torch.where(squares > 0, total.square() / squares, 1)
-
-    def spread(self) -> Float[Tensor, " n"] | None:
-        """Return the trace of each sample's Hessian over its squared gradient, if known."""
-        if not self._sums:
-            return None
-        _, _, trace, square = self._sums
-        return torch.where(square > 0, trace / square, 0)

@@ -141,16 +141,31 @@ class Factored:
         return (*self.left.shape, self.right.shape[1], self.n)
 
 
-def multiply(blocks: Sequence[Factored], dtype: torch.dtype) -> list[Float[Tensor, "n m"]]:
-    """Return the outer products of blocks of the same shapes, for each block."""
-    rows, a, b, n = blocks[0].shapes
-    s = rows // n
+def multiply(blocks: Sequence[Factored], dtype: torch.dtype) -> Float[Tensor, "blocks n m"]:
+    """Return the outer products of blocks of the same shapes."""
     left = torch.stack([block.left for block in blocks]).to(dtype)
     right = torch.stack([block.right for block in blocks]).to(dtype)
-    if s == 1:
-        return list(outer(left, right).flatten(2).unbind(1))
-    products = torch.bmm(left.view(-1, s, a).mT, right.view(-1, s, b))  # (blocks * n, a, b)
-    return list(products.view(len(blocks), n, a * b).unbind())
+    return multiply_stacks(left, right, blocks[0].n)
+
+
+def multiply_stacks(
+    left: Float[Tensor, "blocks ns a"], right: Float[Tensor, "blocks ns b"], n: int
+) -> Float[Tensor, "blocks n m"]:
+    """Return the outer products of the rows of two stacks, summed over each sample's rows."""
+    count, rows, a = left.shape
+    b = right.shape[2]
+    if rows == n:
+        return outer(left, right).transpose(0, 1).flatten(2)
+    products = torch.bmm(left.view(count * n, -1, a).mT, right.view(count * n, -1, b))
+    return products.view(count, n, a * b)
+
+
+def times(
+    stack: Float[Tensor, "k m d"], matrices: Float[Tensor, "k d w"]
+) -> Float[Tensor, "k m w"]:
+    """Multiply each matrix of a stack by another, in the number format of the latter."""
+    stack = stack.to(matrices.dtype)
+    return stack[0].mm(matrices[0])[None] if len(stack) == 1 else torch.bmm(stack, matrices)
 
 
 # Per-sample gradients of a mapped block, ``(n, m)``, or their factors.

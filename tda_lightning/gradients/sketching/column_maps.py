@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+# Numbers of blocks, with their shrunk gradients, shape ``(blocks, n, m)``.
+Stack = tuple[tuple[int, ...], Tensor]
 
 
 class ColumnMap(ABC):
@@ -36,12 +39,7 @@ class ColumnMap(ABC):
         """Return the map on another device, or in another number format."""
 
     @abstractmethod
-    def add_(
-        self,
-        rows: Float[Tensor, "n k"],
-        blocks: tuple[int, ...],
-        values: Sequence[Tensor],
-    ) -> None:
+    def add_(self, rows: Float[Tensor, "n k"], stacks: Sequence[Stack]) -> None:
         """Add the values of some blocks to ``rows``, in place."""
 
     def _scaled(self, block: int, values: Tensor) -> Tensor:
@@ -63,14 +61,9 @@ class SideBySide(ColumnMap):
         """Return the map itself: it holds no tensors."""
         return self
 
-    def add_(
-        self,
-        rows: Float[Tensor, "n k"],
-        blocks: tuple[int, ...],
-        values: Sequence[Tensor],
-    ) -> None:
+    def add_(self, rows: Float[Tensor, "n k"], stacks: Sequence[Stack]) -> None:
         """Add the blocks' values to their columns."""
-        for block, block_values in zip(blocks, values, strict=True):
+        for block, block_values in _unstacked(stacks):
             rows[:, self._slices[block]] += self._scaled(block, block_values)
 
 
@@ -79,19 +72,16 @@ class _Table:
     """The columns of the entries of some blocks, one after another.
 
     Attributes:
-        blocks: Numbers of the blocks.
+        blocks: Numbers of the blocks of each stack.
         buckets: Column of each entry.
         order: Entries sorted by their columns.
         starts: Position of each column's first entry in ``order``.
-        is_sorting_fast: Whether summing the entries in that order is faster than scattering them:
-            most lie in memory with the samples last.
     """
 
-    blocks: tuple[int, ...]
+    blocks: tuple[tuple[int, ...], ...]
     buckets: Int[Tensor, " m"]
     order: Int[Tensor, " m"]
     starts: Int[Tensor, " k"]
-    is_sorting_fast: bool
 
 
 class Hashed(ColumnMap):
@@ -106,6 +96,7 @@ class Hashed(ColumnMap):
         self._table: _Table | None = None
         # The signs of its entries, times their factors, in the order in which they are used.
         self._factors: Tensor | None = None
+        self._are_factors_sorted = False
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ColumnMap:
         """Return the map on another device, or in another number format."""
@@ -117,42 +108,45 @@ class Hashed(ColumnMap):
         super().scale(scales)
         self._factors = None
 
-    def add_(
-        self,
-        rows: Float[Tensor, "n k"],
-        blocks: tuple[int, ...],
-        values: Sequence[Tensor],
-    ) -> None:
+    def add_(self, rows: Float[Tensor, "n k"], stacks: Sequence[Stack]) -> None:
         """Add the blocks' values, with their signs, to their hashed columns."""
-        if len(values) == 1:
-            (block,) = blocks
-            scaled = values[0] * self._scaled(block, self._signs[block])
+        blocks = tuple(numbers for numbers, _ in stacks)
+        if len(blocks) == len(blocks[0]) == 1:
+            block, values = blocks[0][0], stacks[0][1][0]
+            scaled = values * self._scaled(block, self._signs[block])
             rows.index_add_(1, self._buckets[block], scaled)
             return
         table = self._table
         if table is None or table.blocks != blocks:
-            table = self._table = self._joined(blocks, values)
+            table = self._table = self._joined(blocks)
             self._factors = None
-        if self._factors is None:
-            factors = torch.cat([self._scaled(block, self._signs[block]) for block in blocks])
-            self._factors = factors[table.order] if table.is_sorting_fast else factors
-        if table.is_sorting_fast:
-            entries = torch.cat([block_values.mT for block_values in values])  # (m, n)
-            sums = torch.embedding_bag(
-                entries, table.order, table.starts, mode=0, per_sample_weights=self._factors
-            )[0]
-            rows += sums.mT
+        # One pass over memory: sums of sorted entries, which lie there with the samples last.
+        is_sorting_fast = rows.device.type == "cpu" and rows.dtype == torch.float32
+        is_sorting_fast &= len(rows) > 1
+        factors = self._factors_of(table, is_sorting_fast)
+        if is_sorting_fast:
+            entries = torch.cat([values.mT.reshape(-1, len(rows)) for _, values in stacks])
+            rows += torch.embedding_bag(
+                entries, table.order, table.starts, mode=0, per_sample_weights=factors
+            )[0].mT
         else:
-            rows.index_add_(1, table.buckets, torch.cat(list(values), dim=1).mul_(self._factors))
+            parts = [values.transpose(0, 1).reshape(len(rows), -1) for _, values in stacks]
+            rows.index_add_(1, table.buckets, torch.cat(parts, dim=1).mul_(factors))
 
-    def _joined(self, blocks: tuple[int, ...], values: Sequence[Tensor]) -> _Table:
-        buckets = torch.cat([self._buckets[block] for block in blocks])
+    def _factors_of(self, table: _Table, is_sorted: bool) -> Tensor:
+        """Return the signs of all entries, times their factors, in the order of their use."""
+        if self._factors is None or self._are_factors_sorted != is_sorted:
+            numbers = [block for part in table.blocks for block in part]
+            factors = torch.cat([self._scaled(block, self._signs[block]) for block in numbers])
+            self._factors = factors[table.order] if is_sorted else factors
+            self._are_factors_sorted = is_sorted
+        return self._factors
+
+    def _joined(self, blocks: tuple[tuple[int, ...], ...]) -> _Table:
+        buckets = torch.cat([self._buckets[block] for part in blocks for block in part])
         order = torch.argsort(buckets, stable=True)
         sizes = torch.bincount(buckets, minlength=self.dimension)
-        samples_last = sum(v.shape[1] for v in values if v.stride(0) == 1 and len(v) > 1)
-        is_fast = buckets.device.type == "cpu" and values[0].dtype == torch.float32
-        is_fast &= 2 * samples_last > len(buckets)
-        return _Table(blocks, buckets, order, sizes.cumsum(0) - sizes, is_fast)
+        return _Table(blocks, buckets, order, sizes.cumsum(0) - sizes)
 
 
 class Multiplied(ColumnMap):
@@ -167,12 +161,12 @@ class Multiplied(ColumnMap):
         """Return the map on another device, or in another number format."""
         return Multiplied([matrix.to(device, dtype) for matrix in self._matrices])
 
-    def add_(
-        self,
-        rows: Float[Tensor, "n k"],
-        blocks: tuple[int, ...],
-        values: Sequence[Tensor],
-    ) -> None:
+    def add_(self, rows: Float[Tensor, "n k"], stacks: Sequence[Stack]) -> None:
         """Add the blocks' values, multiplied by their matrices."""
-        for block, block_values in zip(blocks, values, strict=True):
+        for block, block_values in _unstacked(stacks):
             rows.addmm_(self._scaled(block, block_values), self._matrices[block])
+
+
+def _unstacked(stacks: Sequence[Stack]) -> Iterator[tuple[int, Tensor]]:
+    for blocks, values in stacks:
+        yield from zip(blocks, values, strict=True)

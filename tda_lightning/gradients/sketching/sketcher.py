@@ -7,15 +7,23 @@ It has two parts. A :class:`BlockMap` shrinks one layer's gradient or leaves it 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.gradients.nodes import Contribution
+from tda_lightning.gradients.nodes.stacked import StackedFactors
 from tda_lightning.gradients.selection import Place
-from tda_lightning.gradients.sketching.block_maps import BlockMap, BlockPart, Shrunk
-from tda_lightning.gradients.sketching.column_maps import ColumnMap
+from tda_lightning.gradients.sketching.block_maps import (
+    BlockMap,
+    BlockPart,
+    Shrunk,
+    multiply_stacks,
+    times,
+)
+from tda_lightning.gradients.sketching.column_maps import ColumnMap, Stack
 from tda_lightning.stores.step import Preconditioner
 
 
@@ -41,6 +49,8 @@ class Sketcher:
         self.dtype = dtype
         self.dimension = column_map.dimension
         self.widths = column_map.widths
+        # The matrices of blocks that are shrunk together.
+        self._stacks: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def precondition(self, preconditioner: Preconditioner) -> None:
         """Multiply all further gradients by these factors before they are sketched."""
@@ -54,6 +64,7 @@ class Sketcher:
         )
         self._blocks = [block.scaled(r, c) for block, r, c in parts]
         self._column_map.scale([block.scale for block in self._blocks])
+        self._stacks = {}
 
     def empty_rows(self, n: int) -> Float[Tensor, "n k"]:
         """Return ``n`` rows of zeros."""
@@ -80,17 +91,49 @@ class Sketcher:
         )
         return part.project(contribution, self.dtype)
 
-    def hash_rows(self, blocks: Sequence[int], values: Sequence[Tensor], n: int) -> Tensor:
-        """Add shrunk gradients of blocks to the columns of rows.
+    def shrinking(self, place: Place) -> Literal["both sides", "not at all"] | None:
+        """Return how the gradients of a parameter are shrunk, ``None`` if in another way."""
+        block = self._unscaled_blocks[place.block]
+        if (place.rows, place.columns) != (block.rows, block.columns):
+            return None
+        if block.left is not None and block.right is not None:
+            return "both sides"
+        return "not at all" if block.left is block.right is None else None
+
+    def project_stack(
+        self, blocks: tuple[int, ...], gradients: StackedFactors | Tensor, n: int
+    ) -> Float[Tensor, "blocks n m"]:
+        """Shrink the per-sample gradients of whole blocks of the same shape.
 
         Args:
             blocks: Numbers of the blocks.
-            values: Their shrunk gradients, each ``(n, m)``.
+            gradients: Factors for blocks that are shrunk on both sides, or the gradients of others.
+            n: Number of samples.
+        """
+        if isinstance(gradients, Tensor):
+            return gradients.to(self.dtype)
+        left, right = self._stack(blocks)
+        outputs, inputs = times(gradients.grad_outputs, left), times(gradients.inputs, right)
+        return multiply_stacks(outputs, inputs, n)
+
+    def _stack(self, numbers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        if numbers not in self._stacks:
+            blocks = [self._blocks[number] for number in numbers]
+            left = [block.left for block in blocks if block.left is not None]
+            right = [block.right for block in blocks if block.right is not None]
+            self._stacks[numbers] = (torch.stack(left), torch.stack(right))
+        return self._stacks[numbers]
+
+    def hash_rows(self, stacks: Sequence[Stack], n: int) -> Tensor:
+        """Add shrunk gradients of blocks to the columns of rows.
+
+        Args:
+            stacks: Numbers of blocks, with their shrunk gradients, each ``(blocks, n, m)``.
             n: Number of rows.
         """
         rows = self.empty_rows(n)
-        if values:
-            self._column_map.add_(rows, tuple(blocks), values)
+        if stacks:
+            self._column_map.add_(rows, stacks)
         return rows
 
     def sketch_matrix(
@@ -98,4 +141,4 @@ class Sketcher:
     ) -> Float[Tensor, " k"]:
         """Sketch one gradient of a block, given as a matrix."""
         values = self._blocks[block].project_matrix(matrix.to(self.dtype))
-        return self.hash_rows([block], [values[None]], 1)[0]
+        return self.hash_rows([((block,), values[None, None])], 1)[0]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Subset
 
-from tda_lightning.report.html import shortened
-from tda_lightning.report.images import pixels_of
-from tda_lightning.report.queries import part_of
-from tda_lightning.report.samples import ShowItem, Shown
+from tda_lightning.report.evidence.queries import part_of
+from tda_lightning.report.page.html import shortened
+from tda_lightning.report.samples.images import pixels_of
+from tda_lightning.report.samples.shown import ShowItem, Shown
 from tda_lightning.results import SampleRanking, Scores
 from tda_lightning.results.optional import needs
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.stores.hdf5.segment_reader import Segment, Shard
-from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
+from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, Preconditioner, Step, StepFacts
 
 
 class MergedShards:
@@ -72,8 +72,10 @@ def _merge(parts: Sequence[StepFacts]) -> StepFacts:
         sample_ids=torch.cat([part.sample_ids for part in parts]),
         weights=torch.cat([part.weights for part in parts]),
         audit=first.audit,
-        terms=_cat_if_complete([part.terms for part in parts]),
-        curvature=_cat_if_complete([part.curvature for part in parts]),
+        **{
+            name: _cat_if_complete([getattr(part, name) for part in parts])
+            for name in OPTIONAL_FACTS
+        },
         preconditioner=first.preconditioner,
         loss=first.loss,
     )

@@ -18,8 +18,14 @@ from torch import Tensor
 from tda_lightning.stores.damage import StoreFileError, checksum_of, read_into
 from tda_lightning.stores.hdf5.file import open_hdf5
 from tda_lightning.stores.hdf5.segment_checks import require_lengths, require_offsets
-from tda_lightning.stores.row_formats import Storage, decode
-from tda_lightning.stores.step import Audit, ParameterGroup, Preconditioner, StepFacts
+from tda_lightning.stores.row_formats import Storage, decode, raw_bytes
+from tda_lightning.stores.step import (
+    OPTIONAL_FACTS,
+    Audit,
+    ParameterGroup,
+    Preconditioner,
+    StepFacts,
+)
 
 Stamp = tuple[int, int]
 # The hyper-parameters of a group are stored under these names.
@@ -110,29 +116,31 @@ class StoredRows:
             StoreFileError: If the file has changed.
             ValueError: If the rows have another checksum than when they were sealed.
         """
-        encoded, checksum = self._read_encoded(span)
-        if self.checksums is not None and checksum != self.checksums[block]:
+        # Without rows, such as without sampled labels, nothing is read.
+        encoded = self._read_encoded(span) if span.stop > span.start else self._empty(0)
+        # A block of 1 MB is still in the processor's cache, where summing is fastest.
+        if self.checksums is not None and checksum_of(encoded) != self.checksums[block]:
             raise ValueError(f"the checksum of rows {span.start} to {span.stop} is another one")
         return decode(encoded, scales, self.storage)
 
-    def _read_encoded(self, span: slice) -> tuple[np.ndarray, int]:
-        """Return some encoded rows, and their checksum."""
-        count = span.stop - span.start
-        if count and self.offset is None:
+    def _read_encoded(self, span: slice) -> np.ndarray:
+        if self.offset is None:
             require_unchanged(self.path, self.stamp, stamp_of(self.path))
             with open_hdf5(self.path) as file:
                 encoded: np.ndarray = file[self.name][span]
-            return encoded, checksum_of(encoded.data.cast("B"))
+            return encoded
         # Bypass HDF5, whose calls would take longer than reading the bytes.
-        rows = np.empty((count, self.width), self.dtype)
-        content = rows.data.cast("B") if count else memoryview(b"")
+        rows = self._empty(span.stop - span.start)
         with self.path.open("rb", buffering=0) as file:
             # In a new file under this name, other bytes would be at the offset.
             require_unchanged(self.path, self.stamp, stamp_of(file.fileno()))
-            file.seek((self.offset or 0) + span.start * self.row_bytes)
-            if (checksum := read_into(content, file)) is None:  # It was truncated after the check.
+            file.seek(self.offset + span.start * self.row_bytes)
+            if not read_into(raw_bytes(rows), file):  # It was truncated after the check.
                 raise _changed_error(self.path)
-        return rows, checksum
+        return rows
+
+    def _empty(self, count: int) -> np.ndarray:
+        return np.empty((count, self.width), self.dtype)
 
 
 class StepColumns:
@@ -183,13 +191,22 @@ class StepColumns:
             sample_ids=visits["sample_id"],
             weights=visits["weight"],
             audit=self.audits.get(position),
-            terms=visits.get("terms"),
-            curvature=visits.get("curvature"),
+            **{name: visits.get(name) for name in OPTIONAL_FACTS},
             preconditioner=self.preconditioners.get(position),
             loss=self._loss[position],
         )
 
 
+def read_visits(group: h5py.Group) -> dict[str, np.ndarray]:
+    """Return the columns of all visits."""
+    unknown = np.full(len(group["weight"]), np.nan, dtype=np.float32)
+    missing = {name: unknown for name in _NEW_FACTS if name not in group}
+    names = ("sample_id", "weight", *OPTIONAL_FACTS)
+    return {name: group[name][:] for name in names if name not in missing} | missing
+
+
+# Segments of older versions lack these columns; NaN means unknown.
+_NEW_FACTS = {"losses", "errors", "margins"}
 # Segments of older versions lack these columns; zero means unknown.
 _NEW_GROUP_FIELDS = {"share", "decoupled", "descent", "owner"}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,6 @@ from tda_lightning.stores.damage import canonical_json, checksum_of_file
 HEADER_BYTES = 512
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _FORMAT = "tda_lightning segment"
-# Small enough to stay in a processor's cache between reading and summing.
-_CHUNK_BYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,8 @@ def require_identity(header: SegmentHeader, expected: SegmentIdentity) -> None:
     Raises:
         ValueError: If it is another one; the message names the difference.
     """
-    found = asdict(header.identity)
-    for name, value in asdict(expected).items():
+    found = vars(header.identity)
+    for name, value in vars(expected).items():
         if found[name] != value:
             what = "it belongs to another run" if name == "run" else f"it is another {name}"
             raise ValueError(f"{what}: its `{name}` is {found[name]!r}, not {value!r}")
@@ -165,7 +163,8 @@ def _require_spans(header: SegmentHeader) -> None:
 
 
 def _fields_of(header: SegmentHeader) -> dict[str, Any]:
-    return {name: value for name, value in asdict(header).items() if name != "crc32"}
+    fields = {name: value for name, value in vars(header).items() if name != "crc32"}
+    return {**fields, "identity": vars(header.identity)}
 
 
 def _checksum(path: Path, header: SegmentHeader) -> str:

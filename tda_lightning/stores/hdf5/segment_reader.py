@@ -19,7 +19,12 @@ from tda_lightning.stores.damage import StoreFileError
 from tda_lightning.stores.hdf5.file import open_hdf5, read_indices, reading_segment, require_plain
 from tda_lightning.stores.hdf5.folder import identity_of
 from tda_lightning.stores.hdf5.segment_checks import require_lengths, require_rising
-from tda_lightning.stores.hdf5.segment_datasets import StepColumns, require_unchanged, stamp_of
+from tda_lightning.stores.hdf5.segment_datasets import (
+    StepColumns,
+    read_visits,
+    require_unchanged,
+    stamp_of,
+)
 from tda_lightning.stores.hdf5.segment_header import (
     SegmentIdentity,
     read_header,
@@ -27,7 +32,7 @@ from tda_lightning.stores.hdf5.segment_header import (
     require_identity,
     require_steps,
 )
-from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
+from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, Preconditioner, Step, StepFacts
 
 # Small enough to stay in a processor's cache between the disk and the first product.
 _BLOCK_BYTES = 2**20
@@ -114,14 +119,14 @@ class OpenSegment:
         offset, curvature_offset = self._columns.offset, self._columns.curvature_offset
         with reading_segment(segment.path):
             with open_hdf5(segment.path) as file:
-                visits = {name: file["visits"][name][:] for name in _VISIT_COLUMNS}
+                visits = read_visits(file["visits"])
                 self._scales = file["visits/scale"][:]
                 self._curvature_scales = file["curvature/scale"][:]
             segment.require_unchanged()
             require_lengths(offset[-1], **visits, scale=self._scales)
             require_lengths(curvature_offset[-1], scale=self._curvature_scales)
         self._visits = {name: torch.from_numpy(values) for name, values in visits.items()}
-        self._is_known = {name: _is_known(visits[name], offset) for name in _OPTIONAL_COLUMNS}
+        self._is_known = {name: _is_known(visits[name], offset) for name in OPTIONAL_FACTS}
         self._blocks = self._columns.blocks or split(
             offset, max(1, _BLOCK_BYTES // self._columns.sketch.row_bytes)
         )
@@ -167,10 +172,6 @@ class OpenSegment:
             )
             for position in block
         ]
-
-
-_OPTIONAL_COLUMNS = ("terms", "curvature")
-_VISIT_COLUMNS = ("sample_id", "weight", *_OPTIONAL_COLUMNS)
 
 
 def split(offset: Sequence[int], visits_per_block: int) -> list[range]:

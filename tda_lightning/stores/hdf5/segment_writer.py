@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda_lightning.stores.damage import checksum_of
+from tda_lightning.stores.damage import checksum_of_parts
 from tda_lightning.stores.durable import atomic_write
 from tda_lightning.stores.hdf5.file import open_hdf5
 from tda_lightning.stores.hdf5.segment_datasets import GROUP_FIELDS
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity, write_header
 from tda_lightning.stores.hdf5.segment_reader import blocks_of
-from tda_lightning.stores.row_formats import Storage, encode, storage_for
-from tda_lightning.stores.step import Step
+from tda_lightning.stores.row_formats import Storage, encode, raw_bytes, storage_for
+from tda_lightning.stores.step import OPTIONAL_FACTS, Step
 
 # What a segment holds beside its rows, at most, in all but very long ones.
 _MAX_METADATA_BYTES = 2**16
@@ -106,7 +106,7 @@ def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
 def _write_visits(group: h5py.Group, steps: Sequence[Step]) -> None:
     group["sample_id"] = torch.cat([step.sample_ids for step in steps]).numpy()
     group["weight"] = torch.cat([step.weights for step in steps]).numpy()
-    for name in ("terms", "curvature"):
+    for name in OPTIONAL_FACTS:
         group[name] = torch.cat([_values_or_nan(step, name) for step in steps]).numpy()
 
 
@@ -120,7 +120,7 @@ def _curvature_rows(step: Step) -> Tensor:
 
 
 def _checksum(encoded: Sequence[tuple[np.ndarray, np.ndarray]], block: range) -> int:
-    return checksum_of(*(_raw(encoded[step][0]) for step in block))
+    return checksum_of_parts(raw_bytes(encoded[step][0]) for step in block)
 
 
 def _write_rows(
@@ -154,11 +154,6 @@ def _reserve(group: h5py.Group, name: str, arrays: Sequence[np.ndarray]) -> int:
     return offset or 0  # Without rows, HDF5 allocates nothing.
 
 
-def _raw(array: np.ndarray) -> memoryview:
-    """Return the bytes of an array."""
-    return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
-
-
 def _fill(path: Path, offset: int, arrays: Sequence[np.ndarray]) -> tuple[int, int]:
     """Write arrays at an offset; return it and the number of bytes."""
     # Bypass HDF5, which needs one copy of all rows and holds Python's lock while it writes: 0.6 ms
@@ -166,7 +161,7 @@ def _fill(path: Path, offset: int, arrays: Sequence[np.ndarray]) -> tuple[int, i
     with path.open("r+b", buffering=0) as file:
         file.seek(offset)
         for array in arrays:
-            remaining = _raw(array)
+            remaining = raw_bytes(array)
             while remaining:
                 remaining = remaining[file.write(remaining) :]
     return offset, sum(array.nbytes for array in arrays)

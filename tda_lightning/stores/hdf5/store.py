@@ -149,7 +149,8 @@ class HDF5Store(WritableStore):
 
     def read(self, position: int) -> Step:
         """Return the step at a position; read its block unless it is cached."""
-        return self._steps.read(position)
+        step = self._steps.read(position)
+        return step.with_curvature() if self.recipe.curvature == "fisher" else step
 
     def facts_at(self, position: int) -> StepFacts:
         """Return the step at a position without reading its rows."""

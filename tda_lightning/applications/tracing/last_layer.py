@@ -1,0 +1,214 @@
+r"""Trace words to passages through the last layer, exactly.
+
+With features :math:`h` and logits :math:`z` at the tokens of a passage :math:`i` and of a query,
+
+.. math:: s(q, i) = -\sum_{t, a} \Big\langle \frac{\partial L_i}{\partial z_t},
+   \frac{\partial f_q}{\partial z_a} \Big\rangle \, \langle h_t, h_a \rangle
+
+It is TracIn of the last layer at the model's weights: Pruthi et al. (2020), "Estimating Training
+Data Influence by Tracing Gradient Descent", sec. 4. Few passages hold a rare word, so their share
+of the last layer's gradient is large at its row, and tiny everywhere else. A sketch of the whole
+model hides it; these products do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tda_lightning.arguments import describe
+from tda_lightning.passes.batches import (
+    batch_size,
+    identified,
+    loss_of,
+    require_loader,
+    transfer,
+    with_progress,
+)
+from tda_lightning.passes.model_state import fingerprint, preserved_state, require_model
+from tda_lightning.passes.targets import Logit, Loss, Target
+from tda_lightning.recording.sample_ids import IdSource, SampleLedger, require_once
+from tda_lightning.results.scores import Scores
+
+
+def last_layer_scores(
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    queries: Any,
+    *,
+    target: Target = Logit(shift=True),
+    layer: str | None = None,
+    sample_ids: IdSource | None = None,
+    progress: bool = True,
+) -> Scores:
+    """Score passages by how much a step on each raises the logits of a completion.
+
+    It also finds the source of facts in other words than those of the passage, which
+    :func:`trace_facts` misses. No recorded run is needed: the passages pass through the model once.
+
+    Args:
+        model: The trained LightningModule, in the weights to query. It is left unchanged.
+        train_loader: The passages, in any order. The loss of a batch must be a mean.
+        queries: A batch of prompts with their completions, or a ``DataLoader`` of such batches.
+            Label the completion, and all other tokens -100.
+        target: The quantity to raise; its sum over the tokens of a query counts. Logits of the
+            completion point to it. Its loss also points to what the model predicts instead.
+        layer: Name of the layer; by default the last ``Linear`` that is called.
+        sample_ids: See :class:`~tda_lightning.GradientRecorder`.
+        progress: Show progress bars.
+
+    Returns:
+        Scores, shape ``(n_query, n_train)``, for :func:`candidates_of`. Memory: the features and
+        the gradients at the logits of one batch of passages, and of all completions.
+
+    Raises:
+        ValueError: If the layer or the ids cannot be found, or no token of the queries counts.
+    """
+    require_model(model)
+    require_loader(train_loader, "train_loader")
+    with _LastCall.watched(model, layer) as calls, preserved_state(model, "eval"):
+        query = _query_tokens(model, queries, target, calls, progress)
+        ids, columns = [], []
+        ledger = SampleLedger(sample_ids)
+        ledger.watch(train_loader, lambda: True)
+        try:
+            for number, batch in enumerate(with_progress(train_loader, "passages", progress)):
+                ids.append(ledger.name(batch, number))
+                n = batch_size(batch, "train_loader")
+                loss = n * loss_of(model, transfer(model, batch))
+                columns.append(query.scores(calls.tokens(loss, n)))
+        finally:
+            ledger.release()
+    if not ids:
+        raise ValueError("`train_loader` is an empty loader; expected at least one batch.")
+    train_ids, order = torch.cat(ids).sort()
+    require_once(train_ids)
+    return Scores(
+        values=torch.cat(columns, dim=1)[:, order],
+        query_ids=torch.arange(query.n),
+        train_ids=train_ids,
+        method=f"TracIn of `{calls.name}`",
+        provenance={"model": type(model).__name__, "weights": fingerprint(model), "mode": "eval"},
+    )
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens with their features, and the gradients of a number at their logits.
+
+    Attributes:
+        features: Inputs of the layer, shape ``(tokens, d)``.
+        gradients: Gradients at its outputs, shape ``(tokens, c)``.
+        owners: The sample of each token, shape ``(tokens,)``.
+        n: Number of samples.
+        bias: 1 if the layer has a bias, else 0: the weight of a feature that is always one.
+    """
+
+    features: Float[Tensor, "tokens d"]
+    gradients: Float[Tensor, "tokens c"]
+    owners: Int[Tensor, " tokens"]
+    n: int
+    bias: float
+
+    def scores(self, passages: _Tokens) -> Float[Tensor, "n_query n"]:
+        """Return the scores of passages for these queries."""
+        agreement = self.gradients @ passages.gradients.mT
+        products = -agreement * (self.features @ passages.features.mT + self.bias)
+        by_query = products.new_zeros(self.n, len(passages.owners))
+        by_query.index_add_(0, self.owners, products)
+        totals = products.new_zeros(self.n, passages.n)
+        return totals.index_add_(1, passages.owners, by_query).cpu()
+
+
+class _LastCall:
+    """Hooks on the candidate layers; holds the last one that was called."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._inputs: Tensor | None = None
+        self._outputs: Tensor | None = None
+        self._bias = 0.0
+
+    @classmethod
+    @contextmanager
+    def watched(cls, model: nn.Module, layer: str | None) -> Iterator[_LastCall]:
+        """Watch a layer, or all ``Linear`` layers, of a model."""
+        modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        if layer is not None and layer not in modules:
+            raise ValueError(
+                f"`layer` is {layer!r}; expected a `Linear` of `{type(model).__name__}`: one of "
+                f"{list(modules)}."
+            )
+        calls = cls()
+        chosen = modules if layer is None else {layer: modules[layer]}
+        handles = [m.register_forward_hook(calls._hook(n)) for n, m in chosen.items()]
+        try:
+            yield calls
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.name, self._inputs, self._outputs = name, inputs[0].detach(), output
+            self._bias = 0.0 if module.bias is None else 1.0
+
+        return hook
+
+    def tokens(self, value: Tensor, n: int) -> _Tokens:
+        """Return the tokens of the last call whose gradient of ``value`` is not zero."""
+        if self._inputs is None or self._outputs is None or len(self._inputs) != n:
+            raise ValueError(
+                f"The last `Linear` received {describe(self._inputs)} in a batch of {n} samples; "
+                "expected the samples along its first axis. Name another one with `layer=`."
+            )
+        (gradients,) = torch.autograd.grad(value, self._outputs)
+        features = self._inputs.reshape(-1, self._inputs.shape[-1])
+        gradients = gradients.reshape(len(features), -1)
+        owners = torch.arange(n, device=features.device).repeat_interleave(len(features) // n)
+        self._inputs = self._outputs = None
+        counted = (gradients != 0).any(dim=1)
+        return _Tokens(features[counted], gradients[counted], owners[counted], n, self._bias)
+
+
+def _query_tokens(
+    model: nn.Module, queries: Any, target: Target, calls: _LastCall, progress: bool
+) -> _Tokens:
+    """Return the tokens of all queries that count, with the gradients of the target."""
+    parts, n_before = [], []
+    for _, batch in identified(queries, progress=progress):
+        n = batch_size(batch, "queries")
+        value = _summed(model, transfer(model, batch), target, n)
+        n_before.append(sum(part.n for part in parts))
+        parts.append(calls.tokens(value, n))
+    if not sum(len(part.owners) for part in parts):
+        raise ValueError(
+            "No token of `queries` counts; expected at least one label that is not -100. Label the "
+            "completions."
+        )
+    owners = [part.owners + before for part, before in zip(parts, n_before, strict=True)]
+    return _Tokens(
+        torch.cat([part.features for part in parts]),
+        torch.cat([part.gradients for part in parts]),
+        torch.cat(owners),
+        sum(part.n for part in parts),
+        parts[0].bias,
+    )
+
+
+def _summed(model: nn.Module, batch: Any, target: Target, n: int) -> Tensor:
+    """Return the sum of a target over all tokens that count."""
+    with torch.enable_grad():
+        if isinstance(target, Loss):
+            return -n * loss_of(model, batch)
+        values = target(model, batch)
+        is_query = getattr(target, "is_query", None)
+        counted = None if is_query is None else is_query(batch)
+        return values.sum() if counted is None else values[counted].sum()

@@ -1,0 +1,98 @@
+"""LayoutInference: where the samples may lie in a node, by its shape and what is around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from torch import Tensor
+
+from tda_lightning.gradients.graph.routing import RoutedRows, picked_rows
+from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
+from tda_lightning.gradients.graph.walk import LOOKUPS, TAKES_DATA, Edge, Node, output_shape
+from tda_lightning.gradients.nodes.rule import rule_for
+from tda_lightning.stores.recipe import SampleAxis
+
+# The parameter, the kind of node, the position of the input, and what its shape has to do with n.
+Key = tuple[Any, ...]
+# The same without the shape.
+Kind = tuple[Any, type, int]
+
+
+class TracedRows:
+    """Rows in no regular order, whose samples are traced in each batch."""
+
+
+TRACED: Final = TracedRows()
+Layout = SampleLayout | RoutedRows | TracedRows
+# Earlier batches do not show where the samples lie.
+UNKNOWN: Any = object()
+
+
+@dataclass
+class LayoutInference:
+    """Infers layouts.
+
+    Attributes:
+        recorded: The recorded parameters.
+        declared: The axis of the samples of parameters for which the user has declared it.
+        n: Number of samples of the last batch.
+    """
+
+    recorded: Mapping[Tensor, object]
+    declared: Mapping[Tensor, SampleAxis] = field(default_factory=dict)
+    n: int = 1
+    _with_samples: set[Node] = field(default_factory=set)
+
+    def _inferred(self, node: Node, position: int, edge: Edge) -> Layout | None:
+        shape = output_shape((node, 0))
+        axes = self._axes(node, position, edge)
+        if self.n == 1 and axes:
+            return SampleLayout(axes[0], 1, None)
+        declared = self._declared(shape, axes, edge)
+        if declared is not None:
+            return declared
+        route = next(self._possible_routes(node), None) if 0 in axes else None
+        regular = route or next(possible_layouts(shape, self.n, axes), None)
+        return regular or (TRACED if 0 in axes and self._takes_data(node) else None)
+
+    def _takes_data(self, node: Node) -> bool:
+        name = type(node).__name__
+        is_later = any(child in self._with_samples for child, _ in node.next_functions)
+        return is_later or name in TAKES_DATA or name in LOOKUPS
+
+    def _axes(self, node: Node, position: int, edge: Edge) -> Sequence[int]:
+        shape = output_shape((node, 0))
+        return list(rule_for(node).axes(shape, output_shape(edge), position))
+
+    def _declared(self, shape: tuple[int, ...], axes: Sequence[int], edge: Edge) -> Layout | None:
+        """Return the layout that the user has declared, if the shape allows it."""
+        declared = self.declared.get(a_parameter(edge))
+        if declared is None or not axes:
+            return None
+        if declared in axes and shape[int(declared)] == self.n:
+            layout = SampleLayout(int(declared), 1, None)
+        elif declared in ("flattened", 0):
+            layout = SampleLayout(axes[0], 1, None)
+        else:  # The layer has joined the samples with the axes in front of them.
+            layout = SampleLayout(axes[0], None, 1)
+        return layout if layout.fits(shape, self.n) else None
+
+    def _key(self, node: Node, position: int, edge: Edge) -> Key:
+        shape, n = output_shape((node, 0)), self.n
+        fits = tuple((size == n, size % n == 0) for size in shape[:3])
+        return (a_parameter(edge), type(node).__name__, position, len(shape), fits, n == 1)
+
+    def _possible_routes(self, node: Node) -> Iterator[RoutedRows]:
+        found = picked_rows(node, self._with_samples) if node in self._with_samples else None
+        if found is not None:
+            yield from map(RoutedRows, possible_layouts((found[1],), self.n, (0,)))
+
+
+def a_parameter(edge: Edge) -> Any:
+    """Return one of the parameters that a parameter-only tensor is made of."""
+    node = edge[0]
+    while node.next_functions:
+        node = next(child for child, _ in node.next_functions if child is not None)
+    return node.variable

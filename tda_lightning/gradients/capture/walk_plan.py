@@ -1,0 +1,175 @@
+"""WalkPlan: repeat a walk over a graph that has the structure of an earlier one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
+
+from torch import Tensor
+
+from tda_lightning.gradients.capture.inference import Layout
+from tda_lightning.gradients.capture.layouts import LayoutMemory
+from tda_lightning.gradients.capture.slots import Slot
+from tda_lightning.gradients.graph.sample_layout import SampleLayout
+from tda_lightning.gradients.graph.structure import GraphStructure
+from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Normalized, Walk
+
+# Structures of graphs that are remembered: a training may alternate between losses.
+_MAX_PLANS = 4
+# Shapes of a node for which its layouts are remembered.
+_MAX_SHAPES = 256
+
+SlotOf = Callable[[Meeting, int], Slot | None]
+
+
+@dataclass(slots=True)
+class _PlannedMeeting:
+    """A meeting by the number of its node.
+
+    Attributes:
+        number: Number of the node.
+        inputs: Positions of its inputs, each with a number of a node and of its output.
+        is_first: As in :class:`Meeting`.
+        slot: Where it is recorded together with others, if it is.
+        layouts: The layouts of its inputs by the shape of its output.
+    """
+
+    number: int
+    inputs: tuple[tuple[int, int, int], ...]
+    is_first: bool
+    slot: Slot | None
+    layouts: dict[tuple[int, ...], list[Layout | None]] = field(default_factory=dict)
+
+    def places(self, nodes: Sequence[Node]) -> list[tuple[int, Edge]]:
+        """Return the positions of the inputs with their edges in a graph."""
+        return [(position, (nodes[child], output)) for position, child, output in self.inputs]
+
+    def meeting(self, nodes: Sequence[Node]) -> Meeting:
+        """Return the meeting in a graph."""
+        shape = tuple(nodes[self.number]._input_metadata[0].shape)
+        places = self.places(nodes)
+        return Meeting(nodes[self.number], places, self.is_first, self.layouts[shape])
+
+
+class _WalkPlan:
+    """A walk, by the numbers of the nodes of a graph."""
+
+    def __init__(self, loss: Tensor, walk: Walk, layouts: LayoutMemory, slot_of: SlotOf) -> None:
+        self._layouts = layouts
+        self.n, self._n_exceptions = layouts.n, layouts.n_exceptions
+        self._structure = GraphStructure(loss.grad_fn, walk.inputs, layouts.recorded)
+        numbers = self._structure.numbers
+        self._meetings = [
+            _PlannedMeeting(
+                numbers[meeting.node],
+                tuple((position, numbers[e[0]], e[1]) for position, e in meeting.inputs),
+                meeting.is_first,
+                None if meeting.node in walk.normalized else slot_of(meeting, layouts.n),
+            )
+            for meeting in walk.single
+        ]
+        self._with_samples = [numbers[node] for node in walk.with_samples]
+        self._by_shape = [
+            (numbers[node], position, numbers[edge[0]], edge[1], answer)
+            for node, position, edge, answer in layouts.by_shape
+        ]
+        self._checkpoints = [numbers[node] for node in walk.checkpoints]
+        self._normalized = [
+            (numbers[entry.norm], [numbers[node] for node in entry.chain], entry.by_batch)
+            for entry in walk.normalized.values()
+        ]
+        self._is_sampleless = walk.is_sampleless
+        self._structure.forget_nodes()
+
+    def walk(self, loss: Tensor, n: int) -> Walk | None:
+        """Return the result of a walk over a graph, ``None`` if it may be another one."""
+        if n != self.n or self._layouts.n_exceptions != self._n_exceptions:
+            return None
+        nodes = self._structure.nodes_of(loss.grad_fn)
+        if nodes is None or not self._is_alike(nodes):
+            return None
+        result = Walk(
+            with_samples=set(_items(nodes, self._with_samples)),
+            checkpoints=_items(nodes, self._checkpoints),
+            is_sampleless=self._is_sampleless,
+        )
+        for norm, chain, by_batch in self._normalized:
+            links = tuple(_items(nodes, chain))
+            result.normalized[links[-1]] = Normalized(nodes[norm], links, by_batch)
+        self._layouts.resume(n, result.with_samples)
+        return result if self._add_meetings(result, nodes) else None
+
+    def _is_alike(self, nodes: Sequence[Node]) -> bool:
+        """Return whether the facts agree that the walk did not read from the structure."""
+        self._layouts.resume(self.n, set())
+        return all(
+            self._layouts.has_samples(nodes[number], position, (nodes[child], output)) == answer
+            for number, position, child, output, answer in self._by_shape
+        ) and all(
+            bool(getattr(nodes[norm], "_saved_training", True)) == by_batch
+            for norm, _, by_batch in self._normalized
+        )
+
+    def _add_meetings(self, result: Walk, nodes: Sequence[Node]) -> bool:
+        """Add all meetings, and return whether their layouts are known."""
+        alike: list[_PlannedMeeting] = []
+        for planned in self._meetings:
+            node = nodes[planned.number]
+            shape = tuple(node._input_metadata[0].shape)
+            layouts = planned.layouts.get(shape)
+            if layouts is None:
+                layouts = self._layouts.settled(node, planned.places(nodes))
+                if layouts is None:
+                    return False
+                if len(planned.layouts) < _MAX_SHAPES:
+                    planned.layouts[shape] = layouts
+            if planned.slot is not None and all(map(_is_contiguous, layouts)):
+                result.alike.append((node, planned.slot))
+                alike.append(planned)
+            else:
+                places = planned.places(nodes)
+                result.single.append(Meeting(node, places, planned.is_first, layouts))
+        result.as_meetings = lambda: [planned.meeting(nodes) for planned in alike]
+        return True
+
+
+def _is_contiguous(layout: Layout | None) -> bool:
+    return isinstance(layout, SampleLayout) and layout.is_contiguous
+
+
+def _items(nodes: Sequence[Node], numbers: Sequence[int]) -> list[Node]:
+    if len(numbers) < 2:
+        return [nodes[number] for number in numbers]
+    return list(itemgetter(*numbers)(nodes))
+
+
+class WalkPlans:
+    """Walks over the graphs of losses, and repeats walks over graphs of the same structure.
+
+    Args:
+        layouts: Decides where the samples lie.
+        slot_of: Returns the slot of a meeting that can be recorded together with others.
+    """
+
+    def __init__(self, layouts: LayoutMemory, slot_of: SlotOf) -> None:
+        self._layouts, self._slot_of = layouts, slot_of
+        self._plans: list[_WalkPlan] = []
+
+    def walk(self, loss: Tensor, n: int) -> Walk:
+        """Return the meetings in a loss's graph, with layouts that are proved for new ones."""
+        for plan in self._plans:
+            result = plan.walk(loss, n)
+            if result is not None:
+                return result
+        result = self._layouts.walk(loss, n)
+        if result.is_reentrant or loss.grad_fn is None:
+            return result
+        if self._layouts.irregular:  # Such rows are traced in each batch.
+            return replace(result, inputs={})
+        plan = _WalkPlan(loss, result, self._layouts, self._slot_of)
+        planned = plan.walk(loss, n)
+        if planned is None:  # Some layouts are not decided yet.
+            return replace(result, inputs={})
+        self._plans = [plan, *self._plans][:_MAX_PLANS]
+        return planned

@@ -1,0 +1,1 @@
+"""Adapters to other libraries: each file is imported only where it is used."""

@@ -1,0 +1,230 @@
+"""Charts as plain data, drawn by Bokeh if it is installed, and otherwise by matplotlib as SVG."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+
+from tda_lightning.report.evidence.gathering import Evidence
+from tda_lightning.report.evidence.removal import RANDOM, RemovalCurve
+from tda_lightning.results import Trajectory
+
+Role = Literal["helped", "harmed", "plain", "muted"]
+MAX_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+        x: Positions.
+        y: Values.
+        role: Its colour.
+        name: Its name.
+    """
+
+    x: list[float]
+    y: list[float]
+    role: Role
+    name: str
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Lines over a linear axis.
+
+    Attributes:
+        name: Identifier in the page.
+        description: One sentence for readers who cannot see it.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        lines: The lines.
+        lowest: Lower end of the vertical axis; that of the lines by default.
+    """
+
+    name: str
+    description: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    lowest: float | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts over a logarithmic axis.
+
+    Attributes:
+        name: Identifier in the page.
+        description: One sentence for readers who cannot see it.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        edges: Edges of the bins, ascending; one more than counts.
+        counts: Count of each bin.
+    """
+
+    name: str
+    description: str
+    x_label: str
+    y_label: str
+    edges: list[float]
+    counts: list[float]
+
+    @property
+    def outline(self) -> Line:
+        """The upper edge of the bars, from zero to zero."""
+        x = [edge for edge in self.edges for _ in range(2)]
+        y = [0.0, *(count for count in self.counts for _ in range(2)), 0.0]
+        return Line(x, y, "plain", self.y_label)
+
+
+Chart = LineChart | Histogram
+
+
+def charts(evidence: Evidence) -> list[Chart]:
+    """Return the charts of a report."""
+    return [
+        trajectory_chart(evidence.trajectory, 0),
+        *_schedule_charts(evidence),
+        _influence_chart(evidence),
+        *([] if evidence.removal is None else [_removal_chart(evidence.removal)]),
+    ]
+
+
+def trajectory_chart(trajectory: Trajectory, row: int) -> LineChart:
+    """Return the cumulative contributions of the samples that matter most to one query."""
+    lines = trajectory_lines(trajectory, row)
+    return LineChart(
+        name="trajectory",
+        description=(
+            "Contribution so far of the training samples that matter most to the chosen query. "
+            "Blue lines rise: these samples helped. Red lines fall: these harmed."
+        ),
+        x_label=trajectory.per,
+        y_label="contribution so far",
+        lines=tuple(lines),
+    )
+
+
+def trajectory_lines(trajectory: Trajectory, row: int, k: int = 3) -> list[Line]:
+    """Return one line per sample: the ``k`` most helpful and the ``k`` most harmful."""
+    totals = trajectory.values[row].sum(dim=1)
+    k = min(k, len(totals))
+    positions = [*totals.topk(k).indices.tolist(), *totals.topk(k, largest=False).indices.tolist()]
+    stride = -(-len(trajectory.times) // MAX_POINTS)
+    times = [float(time) for time in trajectory.times[::stride].tolist()]
+    sums = trajectory.values[row].double().cumsum(dim=1)[:, ::stride]
+    return [
+        Line(
+            x=times,
+            y=[_short(value) for value in sums[position].tolist()],
+            role="helped" if totals[position] > 0 else "harmed",
+            name=f"number {int(trajectory.train_ids[position])}",
+        )
+        for position in dict.fromkeys(positions)
+    ]
+
+
+def _schedule_charts(evidence: Evidence) -> list[Chart]:
+    schedule = evidence.schedule
+    stride = -(-len(schedule.steps) // MAX_POINTS)
+    losses = [_loss_chart(schedule.losses)] if len(schedule.losses) > 1 else []
+    steps = [float(step) for step in schedule.steps[::stride]]
+    rates, gradients = schedule.rates[::stride], schedule.gradients[::stride]
+    return [
+        *losses,
+        LineChart(
+            name="rates",
+            description=(
+                f"The learning rate stayed at {rates[0]:.3g}."
+                if len(set(rates)) == 1
+                else f"Learning rate over the training: {rates[0]:.3g} at first, "
+                f"{max(rates):.3g} at most, {rates[-1]:.3g} at the end."
+            ),
+            x_label="step",
+            y_label="learning rate",
+            lines=(Line(steps, [_short(rate) for rate in rates], "plain", "learning rate"),),
+            lowest=0.0,
+        ),
+        LineChart(
+            name="gradients",
+            description=(
+                f"Size of the gradient over the training: {gradients[0]:.3g} at first, "
+                f"{gradients[-1]:.3g} at the end."
+            ),
+            x_label="step",
+            y_label="size of the gradient",
+            lines=(Line(steps, [_short(size) for size in gradients], "plain", "gradient"),),
+            lowest=0.0,
+        ),
+    ]
+
+
+def _loss_chart(losses: dict[int, float]) -> LineChart:
+    values = list(losses.values())
+    return LineChart(
+        name="losses",
+        description=(
+            f"Mean loss of the queries at {len(values)} snapshots of the weights: {values[0]:.3g} "
+            f"at first, {min(values):.3g} at best, {values[-1]:.3g} at the last."
+        ),
+        x_label="step",
+        y_label="loss of the queries",
+        lines=(Line([float(i) for i in losses], [_short(v) for v in values], "plain", "loss"),),
+        lowest=0.0,
+    )
+
+
+def _influence_chart(evidence: Evidence) -> Histogram:
+    values = evidence.influence.values.double()
+    positive = values[values > 0]
+    logs = positive.log10() if len(positive) else torch.zeros(1, dtype=torch.float64)
+    low, high = float(logs.min()), float(logs.max())
+    high = high if high > low else low + 1
+    n_bins = 40
+    counts = torch.histc(logs, n_bins, low, high)
+    edges = torch.linspace(low, high, n_bins + 1, dtype=torch.float64)
+    return Histogram(
+        name="influence",
+        description=(
+            f"Number of training samples by self-influence, on a logarithmic axis from "
+            f"{10**low:.2g} to {10**high:.2g}. Samples far to the right deserve a look."
+        ),
+        x_label="self-influence",
+        y_label="training samples",
+        edges=[_short(10**edge) for edge in edges.tolist()],
+        counts=counts.tolist(),
+    )
+
+
+def _removal_chart(curve: RemovalCurve) -> LineChart:
+    positions = [float(size) for size in curve.removed]
+    roles: dict[str, Role] = dict.fromkeys(curve.changes, "plain")
+    roles |= {RANDOM: "muted"}
+    ends = "; ".join(f"{name}: {values[-1]:+.3g}" for name, values in curve.changes.items())
+    return LineChart(
+        name="removal",
+        description=(
+            "Change of the mean loss of the queries after training without the most helpful "
+            f"training samples (blue) and without random ones (grey). At the end, {ends}."
+        ),
+        x_label="removed training samples",
+        y_label="change of the loss after retraining",
+        lines=tuple(
+            Line(positions, [_short(value) for value in values], roles[name], name)
+            for name, values in curve.changes.items()
+        ),
+    )
+
+
+def has_bokeh() -> bool:
+    """Return whether charts are drawn by Bokeh."""
+    return find_spec("bokeh") is not None
+
+
+def _short(value: Any) -> float:
+    return float(f"{value:.5g}")

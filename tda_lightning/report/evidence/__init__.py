@@ -1,0 +1,1 @@
+"""Evidence: everything that a report is built from, computed once."""

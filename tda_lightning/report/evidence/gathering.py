@@ -1,0 +1,207 @@
+"""Evidence: everything that a report is built from, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tda_lightning.applications import Mislabeled, Shortcut, find_mislabeled, find_shortcut
+from tda_lightning.attribution import Attributor, TracIn
+from tda_lightning.attribution.trajectory import contributions
+from tda_lightning.metrics.agreement import rank_agreement
+from tda_lightning.passes.batches import batches_in_memory
+from tda_lightning.passes.queries import record_queries
+from tda_lightning.report.evidence.queries import Answer, answers_to, samples_of
+from tda_lightning.report.evidence.removal import RemovalCurve
+from tda_lightning.report.evidence.schedule import Schedule, schedule
+from tda_lightning.report.evidence.training_set import TrainingSet, training_set
+from tda_lightning.report.samples.shown import Label, Shown
+from tda_lightning.results import SampleScores, Scores, Trajectory
+from tda_lightning.results.trajectory import Period
+from tda_lightning.stores import Store
+from tda_lightning.stores.data_order import DataOrder, data_order
+
+# Trajectories are computed for this many queries, the worst first.
+MAX_TRAJECTORIES = 24
+# Samples per query whose trajectory is shown, on each side.
+TRAJECTORY_SAMPLES = 3
+# Queries on which attributes are tested, the first wrong ones.
+MAX_TESTED = 200
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that a report is built from.
+
+    Attributes:
+        store: The recorded training.
+        train: The training samples.
+        answers: The model's answers to the queries.
+        missing_answers: Why predictions are missing, if they are.
+        order: Positions of the queries, the worst first.
+        scores: Scores of all queries and training samples.
+        other: Scores of another method, for comparison, if there is one.
+        agreement: Rank correlation of both methods for each query.
+        influence: Self-influence of all training samples.
+        suspects: Samples whose labels are likely wrong, if the loss is a cross-entropy.
+        trajectory: Contributions of the strongest samples over time, for the worst queries, in
+            their order.
+        data_order: Irregularities in the order of the data.
+        schedule: The course of the training.
+        attributes: Which training samples have each attribute that may be a shortcut.
+        shortcut: What drives the wrong answers, or all answers if none is wrong; ``None`` if no
+            attributes were passed, or if the answers are unknown.
+        removal: A curve of retrainings, if there is one.
+    """
+
+    store: Store
+    train: TrainingSet
+    answers: list[Answer]
+    missing_answers: str
+    order: list[int]
+    scores: Scores
+    other: Scores | None
+    agreement: Float[Tensor, " n_query"] | None
+    influence: SampleScores
+    suspects: Mislabeled | None
+    trajectory: Trajectory
+    data_order: DataOrder
+    schedule: Schedule
+    attributes: Mapping[str, Bool[Tensor, " n_train"]]
+    shortcut: Shortcut | None
+    removal: RemovalCurve | None
+
+    def label(self, sample: int) -> Label | None:
+        """Return the label of a training sample, or ``None`` if it is unknown."""
+        return self.train.labels.get(sample)
+
+    @property
+    def wrong(self) -> list[int]:
+        """Positions of the queries that the model answers wrongly, the worst first."""
+        return [query for query in self.order if self.answers[query].is_wrong]
+
+    @property
+    def flagged(self) -> set[int]:
+        """Ids of the training samples whose labels are likely wrong."""
+        return set() if self.suspects is None else set(self.suspects.ids.tolist())
+
+    def members_of(self, attribute: str) -> list[int]:
+        """Return the ids of the training samples with an attribute."""
+        ids: list[int] = self.store.train_ids()[self.attributes[attribute]].tolist()
+        return ids
+
+
+def gather(
+    store: Store,
+    model: nn.Module,
+    queries: Any,
+    train: Any,
+    *,
+    method: Attributor,
+    other_method: Attributor | None,
+    outputs: Callable[[nn.Module, Any], Tensor],
+    render: Callable[[Any], Shown],
+    attributes: Mapping[str, Bool[Tensor, " n_train"]],
+    removal: RemovalCurve | None,
+    progress: bool,
+) -> Evidence:
+    """Compute the evidence; the arguments are those of :func:`~tda_lightning.report.report`."""
+    queries = batches_in_memory(queries)
+    ids = store.train_ids().tolist()
+    samples = training_set(train, ids, render, progress=progress)
+    rows = record_queries(model, queries, like=store, progress=progress)
+    rows = rows.to(next(model.parameters()).device)
+    answers, reason = answers_to(model, queries, outputs)
+    _require_one_row_each(rows, answers)
+    scores = method.attribute(store, rows, progress=progress)
+    other = None
+    if other_method is not None and other_method != method:
+        other = other_method.attribute(store, rows, progress=progress)
+    order = sorted(range(len(answers)), key=lambda q: (not answers[q].is_wrong, -answers[q].loss))
+    return Evidence(
+        store=store,
+        train=samples,
+        answers=answers,
+        missing_answers=reason,
+        order=order,
+        scores=scores,
+        other=other,
+        agreement=None if other is None else rank_agreement(scores, other),
+        influence=TracIn().self_influence(store, progress=progress),
+        suspects=_suspects(store, progress),
+        trajectory=_trajectory(store, rows, scores, order, method, progress),
+        data_order=data_order(store),
+        schedule=schedule(store, model, queries),
+        attributes=dict(attributes),
+        shortcut=_shortcut(store, model, queries, answers, samples, attributes, outputs),
+        removal=removal,
+    )
+
+
+def _suspects(store: Store, progress: bool) -> Mislabeled | None:
+    has_labels = store.facts[-1].loss == "cross-entropy"
+    return find_mislabeled(store, progress=progress) if has_labels else None
+
+
+def _shortcut(
+    store: Store,
+    model: nn.Module,
+    queries: Any,
+    answers: Sequence[Answer],
+    train: TrainingSet,
+    attributes: Mapping[str, Bool[Tensor, " n_train"]],
+    outputs: Callable[[nn.Module, Any], Tensor],
+) -> Shortcut | None:
+    """Test the attributes on the wrong answers, or on all answers if none is wrong."""
+    known = [q for q, answer in enumerate(answers) if isinstance(answer.prediction, int)]
+    if not attributes or not known:
+        return None
+    wrong = [q for q in known if answers[q].is_wrong]
+    singles = samples_of(queries, (wrong or known)[:MAX_TESTED])
+    classes = [train.labels.get(sample) for sample in train.ids]
+    are_classes = all(isinstance(label, int) for label in classes)
+
+    def predicted_logit(module: nn.Module, batch: Any) -> Tensor:
+        highest: Tensor = outputs(module, batch).max(dim=-1).values
+        return highest
+
+    return find_shortcut(
+        store,
+        model,
+        DataLoader(singles, batch_size=None),  # type: ignore[arg-type]
+        attributes,
+        classes=torch.tensor(classes) if are_classes else None,
+        target=predicted_logit,
+        progress=False,
+    )
+
+
+def _trajectory(
+    store: Store,
+    rows: Float[Tensor, "n_query k"],
+    scores: Scores,
+    order: list[int],
+    method: Attributor,
+    progress: bool,
+) -> Trajectory:
+    chosen = order[:MAX_TRAJECTORIES]
+    k = min(TRAJECTORY_SAMPLES, len(scores.train_ids))
+    best, worst = scores.proponents(k).ids[chosen], scores.opponents(k).ids[chosen]
+    ids = torch.unique(torch.cat([best, worst]))
+    per_epoch = store.facts[-1].epoch - store.facts[0].epoch >= 3
+    period: Period = "epoch" if per_epoch else "step"
+    return contributions(store, rows[chosen], ids, method, per=period, progress=progress)
+
+
+def _require_one_row_each(rows: Tensor, answers: list[Answer]) -> None:
+    if len(rows) != len(answers):
+        raise ValueError(
+            f"The {len(answers)} queries have {len(rows)} rows; expected one each. Pass queries "
+            "whose first tensor has samples along its first axis."
+        )

@@ -1,0 +1,137 @@
+"""Queries: split batches into items, and compare the model's answers with the labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tda_lightning.passes.batch_contents import batch_size
+from tda_lightning.passes.batches import batches_of, loss_of, transfer
+from tda_lightning.passes.model_state import preserved_state
+from tda_lightning.report.samples.shown import Label, label_of
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model answers to one query.
+
+    Attributes:
+        item: The query, like an item of a dataset.
+        label: Its label, if there is one.
+        loss: The model's loss on it.
+        prediction: The class that the model predicts, or a number; ``None`` if unknown.
+        confidence: Probability of the predicted class, if it is a class.
+    """
+
+    item: Any
+    label: Label | None
+    loss: float
+    prediction: int | float | None
+    confidence: float | None
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the model predicts another class than the label."""
+        has_class = isinstance(self.prediction, int) and isinstance(self.label, int)
+        return has_class and self.prediction != self.label
+
+
+def answers_to(
+    model: nn.Module, queries: Any, outputs: Callable[[nn.Module, Any], Tensor]
+) -> tuple[list[Answer], str]:
+    """Pass every query through the model, one at a time.
+
+    Args:
+        model: The trained LightningModule. Its state is restored afterwards.
+        queries: A batch, or batches in memory.
+        outputs: Function of (module, batch) that returns predictions.
+
+    Returns:
+        The answers in the order of the queries, and why predictions are missing, if they are.
+    """
+    answers, reason = [], ""
+    with preserved_state(model, "eval"), torch.enable_grad():
+        for batch in batches_of(queries):
+            for row in range(batch_size(batch, "queries")):
+                single = transfer(model, part_of(batch, slice(row, row + 1)))
+                loss = float(loss_of(model, single).detach())
+                values, reason = _outputs(model, single, outputs)
+                answers.append(_answer(part_of(batch, row), loss, values))
+    return answers, reason
+
+
+def query_losses(model: nn.Module, queries: Any) -> list[float]:
+    """Return the loss of every query, evaluated one at a time.
+
+    Args:
+        model: The LightningModule, with the weights to evaluate.
+        queries: A batch, or batches in memory.
+    """
+    losses = []
+    with preserved_state(model, "eval"), torch.enable_grad():
+        for batch in batches_of(queries):
+            for row in range(batch_size(batch, "queries")):
+                single = transfer(model, part_of(batch, slice(row, row + 1)))
+                losses.append(float(loss_of(model, single).detach()))
+    return losses
+
+
+def samples_of(queries: Any, positions: Sequence[int]) -> list[Any]:
+    """Return some queries as batches of one sample each.
+
+    Args:
+        queries: A batch, or batches in memory.
+        positions: Positions of the queries.
+    """
+    singles = [
+        part_of(batch, slice(row, row + 1))
+        for batch in batches_of(queries)
+        for row in range(batch_size(batch, "queries"))
+    ]
+    return [singles[position] for position in positions]
+
+
+def part_of(batch: Any, key: int | slice) -> Any:
+    """Return one sample of a batch, or a slice of it, in nested lists, mappings and dataclasses."""
+    if isinstance(batch, Tensor):
+        return batch[key] if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return {name: part_of(value, key) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(part_of(value, key) for value in batch))
+    if isinstance(batch, list | tuple):
+        if all(isinstance(value, str | int | float) for value in batch):
+            return batch[key]  # one value per sample, such as texts
+        return type(batch)(part_of(value, key) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: part_of(getattr(batch, f.name), key) for f in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **fields)
+    return batch
+
+
+def _outputs(
+    model: nn.Module, batch: Any, outputs: Callable[[nn.Module, Any], Tensor]
+) -> tuple[Tensor | None, str]:
+    try:
+        with torch.no_grad():
+            return outputs(model, batch).detach().cpu()[0], ""
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return None, str(error)
+
+
+def _answer(item: Any, loss: float, values: Tensor | None) -> Answer:
+    label = label_of(item)
+    prediction: int | float | None = None
+    confidence = None
+    if values is not None and values.numel() == 1:
+        prediction = float(values)
+    elif values is not None and values.ndim == 1 and isinstance(label, int):
+        probabilities = values.double().softmax(dim=0)
+        prediction = int(probabilities.argmax())
+        confidence = float(probabilities.max())
+    return Answer(item, label, loss, prediction, confidence)

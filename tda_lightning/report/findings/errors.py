@@ -1,0 +1,96 @@
+"""Wrong answers, and the training samples behind them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tda_lightning.report.evidence.gathering import Evidence
+from tda_lightning.report.findings.finding import MAX_SHOWN, Case, Finding
+
+# Ranks that count where opponents of several queries are compared.
+_NEAR = 5
+# Opponents that are shown beside a wrong answer.
+_BESIDE = 3
+
+
+def wrong_answers(evidence: Evidence) -> Finding | None:
+    """Show the wrong answers and their opponents; ``None`` if answers are no classes."""
+    if all(answer.prediction is None for answer in evidence.answers):
+        return _unknown_answers(evidence)
+    if not any(isinstance(answer.prediction, int) for answer in evidence.answers):
+        return None
+    total, wrong = len(evidence.answers), evidence.wrong
+    if not wrong:
+        text = f"All {total:,} queries are answered like their labels."
+        return Finding("No wrong answers", (text,), "fine")
+    k = min(_BESIDE, len(evidence.scores.train_ids))
+    opponents = evidence.scores.opponents(k).ids.tolist()
+    sentences = [
+        f"{len(wrong):,} of {total:,} {_are(total)} answered wrong.",
+        "Beside each: the training samples that pushed hardest toward the wrong answer, with their "
+        "labels.",
+        *_same_labels(evidence, opponents),
+        *_suspicious_opponents(evidence, opponents),
+    ]
+    cases = [Case(query, tuple(opponents[query])) for query in wrong[:MAX_SHOWN]]
+    return Finding("Wrong answers", tuple(sentences), "attention", cases=tuple(cases))
+
+
+def _are(count: int) -> str:
+    return "query is" if count == 1 else "queries are"
+
+
+def _unknown_answers(evidence: Evidence) -> Finding:
+    reason = evidence.missing_answers or "the queries have no classes as labels."
+    sentences = (
+        f"The report could not compare answers with labels: {reason}",
+        "Queries are sorted by their loss instead. Pass `outputs=`, a function of (module, batch) "
+        "that returns the model's predictions.",
+    )
+    return Finding("The model's answers are unknown", sentences, "unknown")
+
+
+def _same_labels(evidence: Evidence, opponents: list[list[int]]) -> list[str]:
+    same = sum(
+        evidence.label(opponents[query][0]) == evidence.answers[query].prediction
+        for query in evidence.wrong
+    )
+    if not same:
+        return []
+    return [
+        f"For {same:,} of them, the strongest one carries the very label that the model answered. "
+        "It may be mislabelled, or the two classes may overlap there."
+    ]
+
+
+def _suspicious_opponents(evidence: Evidence, opponents: list[list[int]]) -> list[str]:
+    flagged = evidence.flagged
+    count = sum(not flagged.isdisjoint(opponents[query]) for query in evidence.wrong)
+    if not count:
+        return []
+    return [
+        f"{count:,} of these wrong answers rest on a training sample with a suspicious label. "
+        "Check those labels first; they are framed."
+    ]
+
+
+def repeated_opponents(evidence: Evidence) -> Finding | None:
+    """Find training samples that are opponents of several queries; ``None`` if there are none."""
+    k = min(_NEAR, len(evidence.scores.train_ids))
+    queries = evidence.wrong or evidence.order
+    ids = evidence.scores.opponents(k).ids[queries]
+    counts = Counter(ids.flatten().tolist()).most_common(MAX_SHOWN)
+    needed = max(3, round(len(queries) / 10))
+    often = [(sample, count) for sample, count in counts if count >= needed]
+    if not often:
+        return None
+    kind = "wrongly answered queries" if evidence.wrong else "queries"
+    first, most = often[0]
+    each = "samples each harm" if len(often) > 1 else "sample harms"
+    sentences = (
+        f"{len(often):,} training {each} at least {needed} {kind}.",
+        f"Number {first} is among the {k} strongest opponents of {most} of them. One correction "
+        "there may repair several answers.",
+    )
+    samples = tuple(sample for sample, _ in often)
+    return Finding("The same samples harm again and again", sentences, "attention", samples)

@@ -1,0 +1,1 @@
+"""The page: markup, data and scripts as one file."""

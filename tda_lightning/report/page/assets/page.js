@@ -1,0 +1,138 @@
+"use strict";
+// Shared by the scripts of the page. Texts become text nodes only; nothing is parsed as markup.
+const data = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+
+function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "onclick") node.addEventListener("click", value);
+    else if (value !== false && value !== null) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null));
+  return node;
+}
+
+function user(text, className) {
+  return make("bdi", className ? { class: className } : {}, String(text));
+}
+
+function picture(sample, description) {
+  if (!sample || !sample.image) return null;
+  const image = make("img", { src: sample.image, alt: description });
+  image.addEventListener("load", () => {
+    if (image.naturalWidth <= 36) image.classList.add("sharp");
+  });
+  return image;
+}
+
+const plainNumber = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+
+function number(value) {
+  if (value === null || value === undefined) return "unknown";
+  const size = Math.abs(value);
+  return size !== 0 && (size < 1e-4 || size >= 1e7) ? value.toExponential(1) : plainNumber.format(value);
+}
+const signed = (value) => (value > 0 ? "+" : "") + number(value);
+const fold = (text) => String(text ?? "").toLowerCase();
+
+// A cell that a spreadsheet could run as a formula is made a text; numbers stay numbers.
+function csvCell(value) {
+  if (value === null || value === undefined) return "";
+  if (typeof value === "number") return String(value);
+  const text = /^[\s]*[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+  return `"${text.replaceAll('"', '""')}"`;
+}
+const csv = (rows) => "\ufeff" + rows.map((row) => row.map(csvCell).join(",")).join("\r\n") + "\r\n";
+
+function download(name, rows) {
+  const url = URL.createObjectURL(new Blob([csv(rows)], { type: "text/csv;charset=utf-8" }));
+  const link = make("a", { href: url, download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+// Charts
+const plots = () => (window.Bokeh ? window.Bokeh.documents.flatMap((document) => document.roots()) : []);
+const COLORS = {
+  light: { helped: "#1b62a5", harmed: "#b3312a", plain: "#1b62a5", muted: "#6b7580", ink: "#59616a", grid: "#e3dfd7" },
+  dark: { helped: "#8cc0f2", harmed: "#f6a29a", plain: "#8cc0f2", muted: "#a6adb5", ink: "#a6adb5", grid: "#30363c" },
+};
+
+const root = document.documentElement;
+const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
+const theme = () => root.dataset.theme || (prefersDark.matches ? "dark" : "light");
+
+function paintCharts() {
+  const colors = COLORS[theme()];
+  for (const plot of plots()) {
+    for (const model of plot.references()) {
+      const kind = model.type;
+      if (/Axis$/.test(kind)) {
+        model.axis_label_text_color = model.major_label_text_color = colors.ink;
+        model.axis_line_color = model.major_tick_line_color = colors.ink;
+      } else if (kind === "Grid" && model.grid_line_color) {
+        model.grid_line_color = colors.grid;
+      } else if (kind === "ColumnDataSource" && model.data.color) {
+        const from = theme() === "dark" ? COLORS.light : COLORS.dark;
+        const roles = new Map(["helped", "harmed", "muted"].map((role) => [from[role], colors[role]]));
+        const swap = (color) => roles.get(color) ?? color;
+        model.data = { ...model.data, color: Array.from(model.data.color, swap) };
+      }
+    }
+  }
+}
+
+function showTrajectory(position) {
+  const lines = data.trajectories[position];
+  if (!lines) return;
+  const colors = COLORS[theme()];
+  for (const plot of plots()) {
+    for (const model of plot.references()) {
+      if (model.name === "trajectory-lines") {
+        model.data = {
+          xs: lines.map((line) => line[0]),
+          ys: lines.map((line) => line[1]),
+          color: lines.map((line) => colors[line[2]]),
+          name: lines.map((line) => line[3]),
+        };
+      }
+    }
+  }
+}
+
+async function drawCharts() {
+  const block = byId("charts");
+  if (!block || !window.Bokeh) return;
+  for (const [name, item] of Object.entries(JSON.parse(block.textContent))) {
+    await window.Bokeh.embed.embed_item(item, `chart-${name}`);
+  }
+  paintCharts();
+}
+
+// Light and dark
+function paintSwitch() {
+  byId("theme").textContent = theme() === "dark" ? "Light" : "Dark";
+  byId("theme").setAttribute("aria-label", `Switch to the ${theme() === "dark" ? "light" : "dark"} page`);
+}
+byId("theme").hidden = false;
+byId("theme").addEventListener("click", () => {
+  root.dataset.theme = theme() === "dark" ? "light" : "dark";
+  paintSwitch();
+  paintCharts();
+});
+prefersDark.addEventListener("change", () => { paintSwitch(); paintCharts(); });
+paintSwitch();
+
+// The section in view
+const links = new Map(Array.from(document.querySelectorAll("nav a"), (a) => [a.hash.slice(1), a]));
+const watcher = new IntersectionObserver((entries) => {
+  for (const entry of entries) {
+    if (!entry.isIntersecting) continue;
+    for (const link of links.values()) link.removeAttribute("aria-current");
+    links.get(entry.target.id).setAttribute("aria-current", "true");
+  }
+}, { rootMargin: "-30% 0px -65% 0px" });
+for (const section of document.querySelectorAll("main > section")) watcher.observe(section);

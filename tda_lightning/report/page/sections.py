@@ -1,0 +1,223 @@
+"""Sections: findings, checks, charts, groups and facts as markup."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tda_lightning.attribution.attributor import provenance_of
+from tda_lightning.report.charts.charts import Chart
+from tda_lightning.report.evidence.gathering import Evidence
+from tda_lightning.report.findings.confidence import Check, checks, doubts
+from tda_lightning.report.findings.finding import Case, Finding
+from tda_lightning.report.page.html import Html, element, join
+
+_SIGNS = {
+    "attention": ("!", "Needs attention"),
+    "fine": ("✓", "Fine"),
+    "unknown": ("?", "Unknown"),
+}
+
+
+def findings_section(findings: Sequence[Finding]) -> Html:
+    """Return the urgent findings as cards, and the others in short; the script adds pictures."""
+    urgent = [finding for finding in findings if finding.weight == "attention"]
+    others = [finding for finding in findings if finding.weight != "attention"]
+    cards = element("div", {"class": "findings"}, *map(_finding, urgent))
+    if not others:
+        return cards
+    heading = element("h3", {"class": "also"}, "Also examined")
+    return join(cards, heading, element("div", {"class": "others"}, *map(_finding, others)))
+
+
+def _finding(finding: Finding) -> Html:
+    sign, meaning = _SIGNS[finding.weight]
+    mark = element("span", {"class": "sign", "role": "img", "aria-label": meaning}, sign)
+    kind = f"finding {finding.weight}{' with-cases' if finding.cases else ''}"
+    return element(
+        "article",
+        {"class": kind},
+        element("h3" if finding.weight == "attention" else "h4", {}, mark, finding.title),
+        element("p", {}, " ".join(finding.sentences[:2])),
+        *(element("p", {}, sentence) for sentence in finding.sentences[2:]),
+        *_cases(finding.cases),
+        *_strip(finding.samples),
+    )
+
+
+def _strip(samples: Sequence[int]) -> list[Html]:
+    if not samples:
+        return []
+    return [element("div", {"class": "strip", "data-samples": _listed(samples)})]
+
+
+def _cases(cases: Sequence[Case]) -> list[Html]:
+    if not cases:
+        return []
+    items = [
+        element("li", {"data-query": str(case.query), "data-samples": _listed(case.samples)})
+        for case in cases
+    ]
+    return [element("ul", {"class": "cases"}, *items)]
+
+
+def _listed(samples: Sequence[int]) -> str:
+    return " ".join(map(str, samples))
+
+
+def confidence_section(evidence: Evidence, removal: Html | None) -> Html:
+    """Return the checks, the removal curve if there is one, and why the page may miss something.
+
+    Args:
+        evidence: The evidence.
+        removal: The figure of the removal curve.
+    """
+    intro = element(
+        "p", {"class": "intro"}, "How far the answers on this page can be trusted, in figures."
+    )
+    reasons = element("ul", {}, *(element("li", {}, reason) for reason in doubts(evidence)))
+    return join(
+        intro,
+        element("dl", {"class": "checks"}, *map(_check, checks(evidence))),
+        *([] if removal is None else [removal]),
+        element(
+            "div",
+            {"class": "doubts"},
+            element("h3", {}, "This could be a false all-clear, because …"),
+            reasons,
+        ),
+    )
+
+
+def _check(check: Check) -> Html:
+    state = {True: "good", False: "poor", None: "open"}[check.is_good]
+    word = {True: "good", False: "take care", None: "open"}[check.is_good]
+    return element(
+        "div",
+        {"class": f"check {state}"},
+        element("dt", {}, check.title),
+        element(
+            "dd",
+            {},
+            element("strong", {}, check.figure),
+            element("span", {"class": "verdict"}, word),
+            element("span", {"class": "why"}, check.sentence),
+        ),
+    )
+
+
+def chart_figure(chart: Chart, drawing: Html) -> Html:
+    """Return a figure with a chart, and its description for everyone."""
+    title = chart.y_label[0].upper() + chart.y_label[1:]
+    frame = {"class": "chart", "role": "img", "id": f"chart-{chart.name}"}
+    return element(
+        "figure",
+        {"class": f"figure-{chart.name}"},
+        element("h3", {}, title),
+        element("div", {**frame, "aria-label": chart.description}, drawing),
+        element("figcaption", {}, chart.description),
+    )
+
+
+def when_section(evidence: Evidence, figures: Sequence[Html]) -> Html:
+    """Return the charts over the training."""
+    intro = element(
+        "p",
+        {"class": "intro"},
+        "When in the training the strongest samples helped or harmed the chosen query, and how the "
+        "training went meanwhile.",
+    )
+    return join(intro, element("div", {"class": "figures"}, *figures))
+
+
+def groups_section(groups: dict[str, Any] | None, label: Callable[[Any], str]) -> Html:
+    """Return the heat map of groups, as a table."""
+    if groups is None:
+        text = "Groups need classes as labels, of all queries and all training samples: at most 24."
+        return element("p", {"class": "intro"}, text)
+    intro = element(
+        "p",
+        {"class": "intro"},
+        "Mean effect of the training samples with one label (columns) on the queries with another "
+        "(rows). Blue helped, red harmed. A strong red cell marks two classes that compete in the "
+        "model.",
+    )
+    largest = max((abs(v) for row in groups["values"] for v in row), default=0.0) or 1.0
+    head = element(
+        "tr",
+        {},
+        element("th", {"scope": "col"}, "query \\ training"),
+        *(element("th", {"scope": "col"}, label(column)) for column in groups["columns"]),
+    )
+    rows = [
+        element(
+            "tr",
+            {},
+            element("th", {"scope": "row"}, label(name)),
+            *(_heat_cell(value, largest) for value in values),
+        )
+        for name, values in zip(groups["rows"], groups["values"], strict=True)
+    ]
+    caption = element(
+        "caption", {}, "Mean score by label of query and training sample; the largest is 100"
+    )
+    table = element(
+        "table",
+        {"class": "heat"},
+        caption,
+        element("thead", {}, head),
+        element("tbody", {}, *rows),
+    )
+    return join(intro, scrollable("Heat map of groups", table))
+
+
+def _heat_cell(value: float, largest: float) -> Html:
+    side = "helped" if value > 0 else "harmed"
+    share = round(100 * (abs(value) / largest) ** 0.5)
+    style = f"--share:{share}%"
+    return element("td", {"class": side, "style": style}, f"{100 * value / largest:+.0f}")
+
+
+def scrollable(name: str, content: Html) -> Html:
+    """Return a region that scrolls sideways, also by keyboard."""
+    attributes: dict[str, str | bool] = {
+        "class": "scroll",
+        "role": "region",
+        "aria-label": name,
+        "tabindex": "0",
+    }
+    return element("div", attributes, content)
+
+
+def facts_section(evidence: Evidence, run: str, n_read: int) -> Html:
+    """Return the facts of the run."""
+    recipe = evidence.store.recipe
+    rows = {
+        "run": run,
+        **provenance_of(evidence.store),
+        "method": evidence.scores.method,
+        "training samples": f"{len(evidence.train.ids):,}",
+        "labels read": f"{n_read:,}",
+        "queries": f"{len(evidence.answers):,}",
+        "left out": "; ".join(entry.describe() for entry in recipe.left_out[:5]) or "nothing",
+        "recorded by": ", ".join(f"{name} {number}" for name, number in recipe.versions.items()),
+    }
+    pairs = [
+        element("tr", {}, element("th", {"scope": "row"}, name), element("td", {}, value))
+        for name, value in rows.items()
+        if value
+    ]
+    terms = (
+        ("Query", "a sample whose answer is examined."),
+        ("Score", "the estimated effect of a training sample on a query's loss."),
+        ("Proponent", "a training sample with a positive score: it lowered the loss. Shown blue."),
+        ("Opponent", "a training sample with a negative score: it raised the loss. Shown red."),
+        ("Self-influence", "the effect of a training sample on its own loss."),
+    )
+    glossary = [join(element("dt", {}, term), element("dd", {}, text)) for term, text in terms]
+    table = element("table", {"class": "facts"}, element("tbody", {}, *pairs))
+    return join(
+        scrollable("Facts of the run", table),
+        element("h3", {}, "Words on this page"),
+        element("dl", {"class": "glossary"}, *glossary),
+    )

@@ -1,0 +1,1 @@
+"""Samples: how the items of a dataset are shown."""
