@@ -1,7 +1,7 @@
 """The commands that inspect a run: text, JSON, exit codes, and one line per error."""
 
 import json
-import os
+import runpy
 import subprocess
 import sys
 from importlib.metadata import version
@@ -181,30 +181,43 @@ def test_interrupts_exit_with_130(monkeypatch):
     assert main(["info", "run.tda"]) == 130
 
 
-def process(*words, **settings):
-    command = [sys.executable, "-m", "tda_lightning.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, **settings)
+@pytest.fixture
+def run_module(monkeypatch, capfd):
+    """Return a function that runs a module as `python -m` does, but without a new process."""
+
+    def run_here(name, *words):
+        monkeypatch.setattr(sys, "argv", ["__main__.py", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(name, run_name="__main__")
+        return end.value.code, *capfd.readouterr()
+
+    return run_here
 
 
-def test_a_process_prints_and_exits(run, tmp_path):
-    result = process("info", run)
+def test_a_process_prints_and_exits(run):
+    command = [sys.executable, "-m", "tda_lightning", "info", str(run)]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert "a recording of" in result.stdout
-    result = process("info", tmp_path / "nowhere")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert "Traceback" not in result.stderr
 
 
-def test_shells_can_complete_commands():
-    names = {"_TDA_LIGHTNING_COMPLETE": "bash_complete", "COMP_WORDS": "tda-lightning ver"}
-    result = process(env={**os.environ, **names, "COMP_CWORD": "1"})
-    assert result.stdout.split() == ["plain,verify"]
+def test_an_error_ends_the_process_with_a_line(tmp_path, run_module):
+    code, output, errors = run_module("tda_lightning.cli", "info", tmp_path / "nowhere")
+    assert (code, output) == (1, "")
+    assert "nowhere" in errors
+    assert "Traceback" not in errors
 
 
-def test_the_package_runs_as_a_module():
-    process = subprocess.run(
-        [sys.executable, "-m", "tda_lightning", "--help"], capture_output=True, text=True
-    )
-    assert process.returncode == 0
-    assert "verify" in process.stdout
+def test_shells_can_complete_commands(run_module, monkeypatch):
+    monkeypatch.setenv("_TDA_LIGHTNING_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "tda-lightning ver")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    _, output, _ = run_module("tda_lightning.cli")
+    assert output.split() == ["plain,verify"]
+
+
+def test_the_package_runs_as_a_module(run_module):
+    code, output, _ = run_module("tda_lightning", "--help")
+    assert code == 0
+    assert "verify" in output
     assert tda_lightning.__version__ == version("tda_lightning")
