@@ -29,7 +29,7 @@ from tda_lightning.report.sections import (
     groups_section,
     when_section,
 )
-from tda_lightning.stores.durable import absolute_path, atomic_write
+from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
 from tda_lightning.stores.opening import Run, open_run
 
 

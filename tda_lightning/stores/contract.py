@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tda_lightning.stores.recipe import Block, Recipe
 from tda_lightning.stores.step import Audit, ParameterGroup, Preconditioner, Step, StepFacts
-from tda_lightning.stores.store import WritableStore
+from tda_lightning.stores.writable_store import WritableStore
 
 RECIPE = Recipe(
     blocks=(Block("net", "Linear", ("net",), ("net.weight", "net.bias"), 3, 5),),
