@@ -20,6 +20,7 @@ from tda_lightning.applications.predictions import Labels, Outputs, predict
 from tda_lightning.arguments import require_kind
 from tda_lightning.attribution import Attributor, Unrolled
 from tda_lightning.passes.batches import batches_in_memory
+from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.passes.targets import labels_of, outputs_of
 from tda_lightning.results.optional import needs
@@ -197,10 +198,12 @@ def attribute_summary(
             "`Unrolled()` or `TracIn()`, since a summary adds up queries."
         )
     store = open_run(run)
+    warn_of_other_weights(model, store.final_fingerprint, remedy="")
     predictions = predict(model, loader, "loader", outputs, labels, progress)
     p = predictions.probabilities.gather(1, predictions.labels[:, None])[:, 0]
     weights = summary.weights(-p.clamp_min(1e-30).log())
-    rows = record_queries(model, batches_in_memory(loader), like=store, progress=progress)
+    batches = batches_in_memory(loader)
+    rows = record_queries(model, batches, like=store, at="model", progress=progress)
     if len(rows) != len(weights):
         raise ValueError(
             f"The loader has {len(weights)} labels and {len(rows)} queries; expected one label per "

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,12 @@ from tda_lightning.passes.batches import (
     recording,
     sample_gradients,
 )
-from tda_lightning.passes.model_state import Mode, require_finite_weights, swapped_weights
+from tda_lightning.passes.model_state import (
+    Mode,
+    require_finite_weights,
+    swapped_weights,
+    warn_of_other_weights,
+)
 from tda_lightning.passes.target_rows import BatchQueries, record_target
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.stores import Store, open_store_at
@@ -39,7 +44,7 @@ def record_queries(
     *,
     like: str | Path | Store,
     target: Target = Loss(),
-    at: int = -1,
+    at: int | Literal["model"] = -1,
     mode: Mode = "eval",
     progress: bool = True,
 ) -> Float[Tensor, "n_query k"]:
@@ -54,7 +59,9 @@ def record_queries(
         target: The quantity to attribute. A function of (module, batch) that returns one number per
             sample. It may return one per sample and token, shape ``(n, T)``; each is then a query,
             except those whose label is -100.
-        at: Position of the step of the run whose coordinates are used; -1 for the last.
+        at: Position of the step of the run whose coordinates are used. The default -1 is the last,
+            and warns if the model does not have the weights at the end of the recorded training.
+            ``"model"`` uses the same coordinates without a warning.
         mode: Whether the model is in evaluation or training mode.
         progress: Show a progress bar over the batches of a loader.
 
@@ -68,13 +75,16 @@ def record_queries(
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` or the
             target fails on the queries or returns a wrong result.
     """
-    run = open_store_at(like, "like", at)
+    position = -1 if at == "model" else at
+    run = open_store_at(like, "like", position)
+    if at == -1:
+        warn_of_other_weights(model, run.final_fingerprint)
     return query_rows(
         model,
         queries,
         run.recipe,
         target=target,
-        preconditioner=run.preconditioner(at),
+        preconditioner=run.preconditioner(position),
         mode=mode,
         progress=progress,
     )

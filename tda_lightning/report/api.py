@@ -33,6 +33,7 @@ from tda_lightning.report.page.sections import (
 )
 from tda_lightning.report.samples.shown import ShowItem, Shown
 from tda_lightning.stores.durable import absolute_path, atomic_write
+from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
 from tda_lightning.stores.opening import Run, open_run
 
 # Findings in the sentences below the title, and characters of each.

@@ -19,15 +19,9 @@ import torch
 from torch import Tensor
 
 from tda_lightning.stores.recipe import Block, Recipe
-from tda_lightning.stores.step import (
-    OPTIONAL_FACTS,
-    Audit,
-    ParameterGroup,
-    Preconditioner,
-    Step,
-    StepFacts,
-)
+from tda_lightning.stores.step import Audit, OPTIONAL_FACTS, ParameterGroup, Preconditioner, Step, StepFacts
 from tda_lightning.stores.store import WritableStore
+from tda_lightning.stores.writable_store import WritableStore
 
 RECIPE = Recipe(
     blocks=(Block("net", "Linear", ("net",), ("net.weight", "net.bias"), 3, 5),),

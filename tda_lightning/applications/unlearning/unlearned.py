@@ -29,7 +29,7 @@ from tda_lightning.applications.unlearning.weight_updates import (
 from tda_lightning.arguments import require_kind
 from tda_lightning.gradients.selection import select_like
 from tda_lightning.metrics.mislabel import mislabel_auc
-from tda_lightning.passes.model_state import require_model, swapped_weights
+from tda_lightning.passes.model_state import require_model, swapped_weights, warn_of_other_weights
 from tda_lightning.passes.targets import Target, outputs_of
 from tda_lightning.results.optional import needs
 from tda_lightning.stores.opening import Run, open_run
@@ -138,6 +138,7 @@ def unlearn(
     require_model(model)
     require_kind("update", update, WeightUpdate, "`SecondOrder()`")
     store = open_run(run)
+    warn_of_other_weights(model, store.final_fingerprint, remedy="")
     ids = require_trained("forget_ids", ids_tensor("forget_ids", forget_ids), store.train_ids())
     forget, retain = _split(train_loader, ids)
     selection = select_like(model, store.recipe)

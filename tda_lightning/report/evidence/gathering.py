@@ -16,6 +16,7 @@ from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.batches import batches_in_memory
+from tda_lightning.passes.model_state import swapped_weights, warn_of_other_weights
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.report.evidence.queries import Answer, answers_to, samples_of
 from tda_lightning.report.evidence.removal import RemovalCurve
@@ -112,10 +113,11 @@ def gather(
     progress: bool,
 ) -> Evidence:
     """Compute the evidence; the arguments are those of :func:`~tda_lightning.report.report`."""
+    warn_of_other_weights(model, store.final_fingerprint, remedy="", stacklevel=4)
     queries = batches_in_memory(queries)
     ids = store.train_ids().tolist()
     samples = training_set(train, ids, render, progress=progress)
-    rows = record_queries(model, queries, like=store, progress=progress)
+    rows = record_queries(model, queries, like=store, at="model", progress=progress)
     rows = rows.to(next(model.parameters()).device)
     answers, reason = answers_to(model, queries, outputs)
     _require_one_row_each(rows, answers)
