@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # Below it, the probability of a label is rounding.
 _LEAST_PROBABILITY = 1e-7
-_ROUNDING = 1e-3
+ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -255,6 +255,6 @@ def _reason_without_losses(facts: StepFacts) -> str | None:
         return None
     if facts.curvature is None or facts.loss not in ("cross-entropy", "squared error"):
         return "an earlier version recorded no losses"
-    if facts.terms is not None and bool(((facts.terms - 1).abs() > _ROUNDING).any()):
+    if facts.terms is not None and bool(((facts.terms - 1).abs() > ROUNDING).any()):
         return "an earlier version recorded no losses of several terms, such as tokens"
     return None

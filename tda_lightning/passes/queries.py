@@ -99,11 +99,13 @@ class QueryRows:
         ids: Ids of the samples: indices into the dataset of a loader, below any ``Subset``, or
             positions, where there is no loader or its order is unknown. Shape ``(n_query,)``.
         tokens: Position of each query's token in its sample, if the target is per token.
+        losses: Loss of each query on the CPU, if the target is the loss and its terms are known.
     """
 
     rows: Float[Tensor, "n_query k"]
     ids: Int[Tensor, " n_query"]
     tokens: Int[Tensor, " n_query"] | None = None
+    losses: Float[Tensor, " n_query"] | None = None
 
 
 def identified_rows(
@@ -138,8 +140,9 @@ def identified_rows(
     with recording(model, recipe, preconditioner, mode, layers=layers) as rows:
         for batch_ids, batch in identified(queries, progress=progress):
             if isinstance(target, Loss):
-                recorded = sample_gradients(record_batch(model, rows, batch, "queries")[1], recipe)
-                parts.append(BatchQueries(recorded, torch.arange(len(recorded)), None))
+                batch_rows = record_batch(model, rows, batch, "queries")[1]
+                recorded, losses = sample_gradients(batch_rows, recipe), batch_rows.loss.losses
+                parts.append(BatchQueries(recorded, torch.arange(len(recorded)), None, losses))
             else:
                 parts.append(record_target(model, rows, batch, target))
             sizes.append(batch_size(batch, "queries"))
@@ -188,10 +191,12 @@ def _sample_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Int[
 
 def _joined(parts: Sequence[BatchQueries], ids: Sequence[Tensor]) -> QueryRows:
     tokens = [part.tokens for part in parts if part.tokens is not None]
+    losses = [part.losses.cpu() for part in parts if part.losses is not None]
     return QueryRows(
         torch.cat([part.rows.cpu() for part in parts]),
         torch.cat([each[part.samples] for each, part in zip(ids, parts, strict=True)]),
         torch.cat(tokens) if tokens else None,
+        torch.cat(losses) if len(losses) == len(parts) else None,
     )
 
 

@@ -89,22 +89,43 @@ def find_alarms(run: str | Path | Store) -> Alarms:
             f"order and unseen samples: only one of every {store.recipe.every_n_steps} steps is "
             "recorded"
         )
-    if any(step.curvature is None or step.loss == "squared error" for step in store.facts):
-        not_checked.append("labels: the loss is not a known cross-entropy")
-    raised = (*_mislabels(store), *_large_contributions(store), *_order(store))
-    return Alarms(raised, tuple(not_checked))
+    has_rows = store.recipe.projector.get("name") != "none"
+    if not has_rows:
+        not_checked.append("large contributions: the run holds no rows")
+    elif store.facts[0].epoch == store.facts[-1].epoch:
+        not_checked.append("large contributions: there is only one epoch to compare with")
+    errors = _label_errors(store)
+    if (reason := _reason_without_labels(errors)) is not None:
+        not_checked.append(f"labels: {reason}")
+        errors = {}
+    contributions = _large_contributions(store) if has_rows else ()
+    return Alarms((*_mislabels(errors), *contributions, *_order(store)), tuple(not_checked))
 
 
-def _mislabels(run: Store) -> Iterator[Alarm]:
+def _label_errors(run: Store) -> dict[int, list[float]]:
+    """Return one minus the probability of each sample's label at its visits; empty if unknown."""
     visits: dict[int, list[float]] = {}
     for step in run.facts:
-        if step.curvature is None or step.loss == "squared error":
-            return
+        is_one_label = step.terms is None or bool(((step.terms - 1).abs() < 1e-3).all())
+        if step.curvature is None or step.loss == "squared error" or not is_one_label:
+            return {}
         for sample_id, error in zip(step.sample_ids.tolist(), _errors(step), strict=True):
             visits.setdefault(sample_id, []).append(error)
-    last = torch.tensor([errors[-1] for errors in visits.values()])
-    if float(last.median()) > FITTED_ERROR:
-        return  # Too early: the model contradicts most labels.
+    return visits
+
+
+def _reason_without_labels(errors: dict[int, list[float]]) -> str | None:
+    if not errors:
+        return "the loss is not a known cross-entropy with one label per sample"
+    if max(map(len, errors.values())) < SUSPICIOUS_VISITS:
+        return f"no sample came {SUSPICIOUS_VISITS} times yet"
+    last = torch.tensor([values[-1] for values in errors.values()])
+    if not float(last.median()) <= FITTED_ERROR:  # NaN after a divergence.
+        return "the model does not fit half of the labels yet"
+    return None
+
+
+def _mislabels(visits: dict[int, list[float]]) -> Iterator[Alarm]:
     suspicious = [
         sample_id
         for sample_id, errors in visits.items()

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from tda_lightning.stores.recipe import Block, Recipe
-from tda_lightning.stores.step import Audit, OPTIONAL_FACTS, ParameterGroup, Preconditioner, Step, StepFacts
+from tda_lightning.stores.step import (
+    OPTIONAL_FACTS,
+    Audit,
+    ParameterGroup,
+    Preconditioner,
+    Step,
+    StepFacts,
+)
 from tda_lightning.stores.store import WritableStore
 from tda_lightning.stores.writable_store import WritableStore
 

@@ -16,7 +16,7 @@ from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.batches import batches_in_memory
-from tda_lightning.passes.model_state import swapped_weights, warn_of_other_weights
+from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.report.evidence.queries import Answer, answers_to, samples_of
 from tda_lightning.report.evidence.removal import RemovalCurve

@@ -32,7 +32,7 @@ from tda_lightning.stores.hdf5.segment_header import (
     require_steps,
 )
 from tda_lightning.stores.integrity.damage import StoreFileError
-from tda_lightning.stores.step import Audit, OPTIONAL_FACTS, Preconditioner, Step, StepFacts
+from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, Preconditioner, Step, StepFacts
 
 # Small enough to stay in a processor's cache between the disk and the first product.
 _BLOCK_BYTES = 2**20
