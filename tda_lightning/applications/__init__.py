@@ -48,6 +48,7 @@ from tda_lightning.applications.tracing import (
 )
 from tda_lightning.applications.unlearning import (
     FirstOrder,
+    Replay,
     RewindPlan,
     SecondOrder,
     Unlearned,
@@ -78,6 +79,7 @@ __all__ = [
     "Mislabeled",
     "NextToken",
     "Plan",
+    "Replay",
     "Retrainings",
     "RewindPlan",
     "SecondOrder",
