@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from tda_lightning.applications.unlearning.rewinding import require_trained
 from tda_lightning.applications.unlearning.sample_passes import (
     Ids,
+    batch_of,
     dataset_ids,
     ids_tensor,
     sample_losses,
@@ -151,6 +153,7 @@ def unlearn(
         forget=select_samples(train_loader, forget),
         retain=select_samples(train_loader, retain),
         n_retain=len(retain),
+        batch_of=partial(batch_of, train_loader),
         progress=progress,
     )
     moved = selection.all_parameters()
