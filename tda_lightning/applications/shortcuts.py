@@ -22,6 +22,7 @@ from tda_lightning.arguments import require_whole
 from tda_lightning.attribution import Attributor, GradientSimilarity
 from tda_lightning.metrics.checks import require_mask
 from tda_lightning.passes.targets import Target, outputs_of
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores.opening import Run, open_run
@@ -49,7 +50,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Shortcut:
+class Shortcut(ShownInNotebooks):
     """What drives the predictions on a slice.
 
     Attributes:

@@ -112,8 +112,8 @@ def test_the_same_text_twice_is_a_copy(tmp_path):
     queries = loader(data, shuffle=False)
     report(tmp_path / "run.tda", model, queries, train=data, out=path, progress=False)
     text = " ".join(Parsed(path).texts)
-    assert "1 training samples repeat the contents of another one." in text
-    assert "In 1 groups of copies the labels contradict each other" in text
+    assert "1 training sample repeats the contents of another one." in text
+    assert "In 1 group of copies the labels contradict each other" in text
 
 
 def test_without_bokeh_charts_are_drawn_as_svg(tmp_path, monkeypatch):
