@@ -51,7 +51,8 @@ class ShownInNotebooks:
 
 
 def _frame_table(caption: str, frame: pd.DataFrame) -> str:
-    flat = frame.reset_index()
+    is_numbered = frame.index.names == [None]  # An index without a name says nothing.
+    flat = frame if is_numbered else frame.reset_index()
     shown = flat.iloc[:MAX_ROWS, :MAX_COLUMNS]
     rows = [[_text(value) for value in row] for row in shown.itertuples(index=False, name=None)]
     return _table(caption, [str(name) for name in shown.columns], rows, len(flat))
@@ -69,7 +70,7 @@ def _table(
     if total > len(rows):
         body += f'<tr><td colspan="{len(headings)}">… {total - len(rows):,} more</td></tr>'
     return (
-        f'<table><caption style="text-align: left">{escape(caption)}</caption>'
+        f'<table><caption style="text-align: left; white-space: nowrap">{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
 

@@ -63,6 +63,15 @@ class Trajectory(ShownInNotebooks):
         }
         return data_frame(columns)
 
+    def _shown_first(self) -> pd.DataFrame:
+        """Return the sums over time, with a row per query and a column per training sample."""
+        with needs("pandas"):
+            import pandas as pd
+
+        columns = [f"sample {sample}" for sample in self.train_ids.tolist()]
+        index = pd.Index(self.query_ids.numpy(), name="query")
+        return pd.DataFrame(self.total().numpy(), index=index, columns=columns)
+
     def plot(self, query: int = 0, axes: Axes | None = None) -> Axes:
         """Plot the samples' cumulative contributions to one query (needs ``matplotlib``).
 

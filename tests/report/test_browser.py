@@ -167,7 +167,9 @@ def test_the_switch_turns_the_page_dark(page):
 
 @pytest.mark.skipif(find_spec("bokeh") is None, reason="Bokeh is not installed")
 def test_another_query_has_another_trajectory(page):
-    page.wait("plots().length === 4")
+    page.evaluate("document.querySelector('#when').scrollIntoView()")
+    trajectories = "plots().some(p => [...p.references()].some(m => m.name === 'trajectory-lines'))"
+    page.wait(trajectories)
     models = "plots().flatMap(plot => [...plot.references()])"
     names = f"{models}.find(model => model.name === 'trajectory-lines').data.name"
     before = page.evaluate(names)

@@ -57,7 +57,7 @@ def hostile(tmp_path_factory):
 
 def test_hostile_content_adds_no_script_no_handler_and_no_address(hostile):
     kinds = [attributes.get("type", "code") for attributes, _ in hostile.scripts]
-    assert kinds == ["application/json"] * (len(kinds) - kinds.count("code")) + ["code"] * 4
+    assert kinds == ["application/json"] * (len(kinds) - kinds.count("code")) + ["code"] * 5
     assert hostile.handlers == []
     assert all(address.startswith("#") for address in hostile.addresses)
 

@@ -95,7 +95,7 @@ def test_a_result_shows_the_first_rows_of_its_table(result):
     head, *lines = repr(result).splitlines()
     assert head in page.texts
     assert {line.strip() for line in lines if "note:" in line} <= set(page.texts)
-    frame = result.to_pandas().reset_index()
+    frame = result._shown_first()
     assert set(map(str, frame.columns)) <= set(page.texts)
     assert any(f"{len(frame) - 10:,} more" in text for text in page.texts) == (len(frame) > 10)
 
