@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.attribution.attributor import provenance_of
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores import Store
@@ -39,7 +40,7 @@ ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
-class LossHistory:
+class LossHistory(ShownInNotebooks):
     """The loss of every visit, ordered by sample and, for each sample, by time.
 
     Attributes:

@@ -25,6 +25,7 @@ from tda_lightning.metrics.checks import require_mask
 from tda_lightning.passes.batches import identified, transfer
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.targets import Target, outputs_of
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores.opening import Run, open_run
@@ -52,7 +53,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Shortcut:
+class Shortcut(ShownInNotebooks):
     """What drives the predictions on a slice.
 
     Attributes:

@@ -153,7 +153,11 @@ def page_of(
             facts_section(evidence, run, len(evidence.train.labels)),
         ],
         blocks=[json_block("data", data), *blocks],
-        scripts=[*scripts, asset("page.js"), asset("gallery.js"), asset("findings.js")],
+        scripts=[
+            *(asset(name) for name in ("page.js", "gallery.js", "findings.js")),
+            *scripts,  # Large, and not needed before the first charts.
+            asset("charts.js"),
+        ],
     )
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tda_lightning.results.html_tables import ShownInNotebooks
+from tda_lightning.results.optional import needs
 from tda_lightning.stores.data_order import data_order
 from tda_lightning.stores.opening import open_store
 from tda_lightning.stores.step import Step, StepFacts
 from tda_lightning.stores.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # A label is suspicious if the model contradicts it at this many visits in a row, the last ones.
 SUSPICIOUS_VISITS = 3
@@ -45,7 +51,7 @@ class Alarm:
 
 
 @dataclass(frozen=True)
-class Alarms:
+class Alarms(ShownInNotebooks):
     """All alarms of a run.
 
     Attributes:
@@ -60,6 +66,22 @@ class Alarms:
         """Return the number of samples for each kind of alarm, 0 for none."""
         raised = {alarm.name: len(alarm.ids) for alarm in self.raised}
         return {name: raised.get(name, 0) for name in _NAMES}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with a row per alarm and sample.
+
+        Its columns are ``alarm``, ``train_id`` and ``reason``.
+        """
+        rows = [(alarm, sample) for alarm in self.raised for sample in alarm.ids.tolist()]
+        columns = {
+            "alarm": [alarm.name for alarm, _ in rows],
+            "train_id": [sample for _, sample in rows],
+            "reason": [alarm.reason for alarm, _ in rows],
+        }
+        with needs("pandas"):
+            import pandas as pd
+
+        return pd.DataFrame(columns)
 
     def __repr__(self) -> str:
         """Show one line for each alarm, and one for each missing check."""

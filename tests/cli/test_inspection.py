@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import pytest
 from click.testing import CliRunner
+from hostile_strings import HOSTILE
 from lightning_models import Plain, loader, quiet_trainer, vectors
 from torch import nn
 
@@ -15,7 +16,7 @@ import tda_lightning
 from tda_lightning import GradientRecorder
 from tda_lightning.cli import main
 from tda_lightning.cli.main import commands
-from tda_lightning.cli.output import Answer, aligned, printable, show
+from tda_lightning.cli.output import Answer, aligned, folded, printable, show
 
 
 class PartlyRecorded(nn.Module):
@@ -162,6 +163,42 @@ def test_a_run_path_with_terminal_escapes_is_escaped_in_errors(tmp_path, capsys)
     error = capsys.readouterr().err
     assert "\x1b" not in error
     assert "\\x1b[31mnowhere" in error
+
+
+@pytest.mark.parametrize("command", ["info", "audit", "data", "verify", "self-influence"])
+def test_hostile_run_paths_are_shown_in_one_line_and_never_obeyed(tmp_path, capsys, command):
+    for text in HOSTILE:
+        if "\0" in text or any(0xD800 <= ord(c) < 0xE000 for c in text):
+            continue  # No file system takes these.
+        assert main([command, str(tmp_path / "none" / text)]) == 1
+        output, error = capsys.readouterr()
+        assert output == ""
+        assert error.count("\n") == 1
+        assert error.rstrip("\n").isprintable()
+
+
+def test_hostile_names_in_tables_are_shown_and_never_obeyed(capsys):
+    for text in HOSTILE:
+        rows = aligned([("name", "type"), (text, "Linear"), ("short", text)])
+        show(Answer([f"run: {text}", *rows], {}), as_json=False)
+        lines = capsys.readouterr().out.split("\n")
+        assert len(lines) == 5
+        assert all(line.isprintable() for line in lines)
+        assert printable(text) in lines[2].replace("  Linear", "")
+        show(Answer([], {"name": text}), as_json=True)
+        output = capsys.readouterr().out
+        assert output.isascii()
+        assert json.loads(output)["name"] == text
+
+
+def test_a_wide_line_is_folded_below_its_second_column():
+    line = "    proponents  " + ", ".join(f"{i} (+0.1)" for i in range(30))
+    lines = folded(line, 60).split("\n")
+    assert all(len(part) <= 60 for part in lines)
+    assert all(part.startswith(" " * 16) and part[16] != " " for part in lines[1:])
+    assert " ".join(part.strip() for part in lines) == line.strip()
+    note = folded("  note: " + "word " * 40, 60).split("\n")
+    assert all(len(part) <= 60 and part.startswith(" " * 8) for part in note[1:])
 
 
 def test_ordinary_text_stays_as_it_is():

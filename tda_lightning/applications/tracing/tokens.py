@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.passes.targets import Target, outputs_of
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.stores.opening import Run, open_run
 
@@ -52,7 +53,7 @@ class NextToken:
 
 
 @dataclass(frozen=True)
-class TokenScores:
+class TokenScores(ShownInNotebooks):
     """How much each token of a passage and each token of a query call for the same change.
 
     Attributes:

@@ -33,6 +33,7 @@ from tda_lightning.gradients.selection import select_like
 from tda_lightning.metrics.mislabel import mislabel_auc
 from tda_lightning.passes.model_state import require_model, swapped_weights, warn_of_other_weights
 from tda_lightning.passes.targets import Target, outputs_of
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.stores.opening import Run, open_run
 
@@ -49,7 +50,7 @@ NOT_GUARANTEED = (
 
 
 @dataclass(frozen=True)
-class Unlearned:
+class Unlearned(ShownInNotebooks):
     """New weights without the influence of some samples, and how they compare.
 
     Attributes:

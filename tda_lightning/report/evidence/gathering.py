@@ -11,7 +11,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications import Mislabeled, Shortcut, find_mislabeled, find_shortcut
+from tda_lightning.applications import (
+    Duplicates,
+    Mislabeled,
+    Shortcut,
+    find_duplicates,
+    find_mislabeled,
+    find_shortcut,
+)
 from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
@@ -34,6 +41,8 @@ MAX_TRAJECTORIES = 24
 TRAJECTORY_SAMPLES = 3
 # Queries on which attributes are tested, the first wrong ones.
 MAX_TESTED = 200
+# More training samples are not compared pair by pair.
+MAX_COMPARED = 5_000
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Evidence:
         agreement: Rank correlation of both methods for each query.
         influence: Self-influence of all training samples.
         suspects: Samples whose labels are likely wrong, if the loss is a cross-entropy.
+        duplicates: Training samples with nearly the same gradients; ``None`` if there are too many
+            samples to compare.
         trajectory: Contributions of the strongest samples over time, for the worst queries, in
             their order.
         data_order: Irregularities in the order of the data.
@@ -71,6 +82,7 @@ class Evidence:
     agreement: Float[Tensor, " n_query"] | None
     influence: SampleScores
     suspects: Mislabeled | None
+    duplicates: Duplicates | None
     trajectory: Trajectory
     data_order: DataOrder
     schedule: Schedule
@@ -137,6 +149,7 @@ def gather(
         agreement=None if other is None else rank_agreement(scores, other),
         influence=TracIn().self_influence(store, progress=progress),
         suspects=_suspects(store, progress),
+        duplicates=_duplicates(store, len(ids)),
         trajectory=_trajectory(store, rows, scores, order, method, progress),
         data_order=data_order(store),
         schedule=schedule(store, model, queries),
@@ -149,6 +162,10 @@ def gather(
 def _suspects(store: Store, progress: bool) -> Mislabeled | None:
     has_labels = store.facts[-1].loss == "cross-entropy"
     return find_mislabeled(store, progress=progress) if has_labels else None
+
+
+def _duplicates(store: Store, n_train: int) -> Duplicates | None:
+    return find_duplicates(store, progress=False) if n_train <= MAX_COMPARED else None
 
 
 def _shortcut(
