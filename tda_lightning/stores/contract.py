@@ -27,7 +27,6 @@ from tda_lightning.stores.step import (
     Step,
     StepFacts,
 )
-from tda_lightning.stores.store import WritableStore
 from tda_lightning.stores.writable_store import WritableStore
 
 RECIPE = Recipe(
