@@ -18,10 +18,8 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import require_kind
 from tda_lightning.attribution import Attributor, Unrolled
-from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import warn_of_other_weights
-from tda_lightning.passes.queries import identified_rows, record_queries
-from tda_lightning.passes.targets import labels_of, outputs_of
+from tda_lightning.passes.queries import identified_rows
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.results.scores import Scores

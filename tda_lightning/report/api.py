@@ -32,7 +32,6 @@ from tda_lightning.report.page.sections import (
     when_section,
 )
 from tda_lightning.report.samples.shown import ShowItem, Shown
-from tda_lightning.stores.durable import absolute_path, atomic_write
 from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
 from tda_lightning.stores.opening import Run, open_run
 
