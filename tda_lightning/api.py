@@ -256,7 +256,7 @@ class Question:
         else:
             rows = mean_rows_at(store, model, self.at, record)
         if self.at == "now":
-            warn_of_other_weights(model, store.final_fingerprint)
+            warn_of_other_weights(model, store.final_fingerprint, stacklevel=4)
         return checked_for_zeros(replace(passes[0], rows=rows.to(next(model.parameters()).device)))
 
     def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The import rule: a file imports from lower floors or its own package; east never imports west."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def room_of(place: str) -> str:
     return place.split("/")[0].removesuffix(".py")
 
 
-def imported_modules(source: str) -> set[str]:
+@functools.cache
+def imported_modules(source: str) -> frozenset[str]:
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -54,7 +56,7 @@ def imported_modules(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module or "")
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def imported_rooms(source: str, place: str) -> set[str]:

@@ -54,6 +54,7 @@ from tda_lightning.applications.tracing import (
 )
 from tda_lightning.applications.unlearning import (
     FirstOrder,
+    Replay,
     RewindPlan,
     SecondOrder,
     Unlearned,
@@ -86,6 +87,7 @@ __all__ = [
     "NextToken",
     "Outliers",
     "Plan",
+    "Replay",
     "Retrainings",
     "RewindPlan",
     "SecondOrder",

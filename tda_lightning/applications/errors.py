@@ -16,6 +16,7 @@ from tda_lightning.applications.predictions import Labels, Outputs, predict
 from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.passes.targets import labels_of, outputs_of
 from tda_lightning.recording.sample_ids import root_ids
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.results.ranking import Ranking
 from tda_lightning.results.scores import Scores
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Errors:
+class Errors(ShownInNotebooks):
     """The wrong predictions of a loader, each with its main proponents and opponents.
 
     Opponents raised the loss of the true label: they speak for the wrong prediction. Many share its

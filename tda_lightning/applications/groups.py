@@ -16,12 +16,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications.predictions import Labels, Outputs, predict
 from tda_lightning.arguments import require_kind
 from tda_lightning.attribution import Attributor, Unrolled
-from tda_lightning.passes.batches import batches_in_memory
-from tda_lightning.passes.queries import record_queries
-from tda_lightning.passes.targets import labels_of, outputs_of
+from tda_lightning.passes.model_state import warn_of_other_weights
+from tda_lightning.passes.queries import identified_rows
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.opening import Run, open_run
@@ -33,7 +32,7 @@ Groups = Sequence[Hashable] | Tensor
 
 
 @dataclass(frozen=True)
-class GroupInfluence:
+class GroupInfluence(ShownInNotebooks):
     """Influence of training groups (columns) on query groups (rows).
 
     Attributes:
@@ -127,6 +126,11 @@ class WorstGroupLoss(Summary):
     def weights(self, losses: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return 1 / (size of the worst group) for its queries, and 0 for the others."""
         names, numbers = _number(self.groups, len(losses), "groups")
+        if losses.isnan().any():
+            raise ValueError(
+                "The losses of some queries are unknown; expected those of all, to find the worst "
+                "group. Use a common loss function, or name it: `Gap(groups, worse, better)`."
+            )
         members = torch.stack([numbers == number for number in range(len(names))])
         means = torch.stack([losses[mask].mean() for mask in members])
         worst = members[means.argmax()]
@@ -166,8 +170,6 @@ def attribute_summary(
     summary: Summary = MeanLoss(),
     *,
     method: Attributor = Unrolled(),
-    outputs: Outputs = outputs_of,
-    labels: Labels = labels_of,
     progress: bool = True,
 ) -> Scores:
     """Score every training sample by its effect on one number over a whole loader.
@@ -178,8 +180,6 @@ def attribute_summary(
         loader: The queries, not shuffled.
         summary: The number: ``MeanLoss()``, ``WorstGroupLoss(groups)`` or ``Gap(groups, a, b)``.
         method: The attribution method; its scores must be linear in the query.
-        outputs: Function of (module, batch) that returns the logits.
-        labels: Function of the batch that returns the labels.
         progress: Show progress bars.
 
     Returns:
@@ -187,7 +187,8 @@ def attribute_summary(
 
     Raises:
         FileNotFoundError: If there is no run at the path.
-        ValueError: If the method is not linear, or an argument does not match the loader.
+        ValueError: If the method is not linear, an argument does not match the loader, or the
+            summary needs losses that are unknown.
     """
     require_kind("summary", summary, Summary, "`MeanLoss()`")
     require_kind("method", method, Attributor, "`Unrolled()`")
@@ -197,16 +198,15 @@ def attribute_summary(
             "`Unrolled()` or `TracIn()`, since a summary adds up queries."
         )
     store = open_run(run)
-    predictions = predict(model, loader, "loader", outputs, labels, progress)
-    p = predictions.probabilities.gather(1, predictions.labels[:, None])[:, 0]
-    weights = summary.weights(-p.clamp_min(1e-30).log())
-    rows = record_queries(model, batches_in_memory(loader), like=store, progress=progress)
-    if len(rows) != len(weights):
-        raise ValueError(
-            f"The loader has {len(weights)} labels and {len(rows)} queries; expected one label per "
-            "query. Pass `labels=`."
-        )
-    row = (weights.to(rows) @ rows)[None].to(next(model.parameters()).device)
+    warn_of_other_weights(model, store.final_fingerprint, remedy="")
+    queries = identified_rows(
+        model, loader, store.recipe, preconditioner=store.preconditioner(), progress=progress
+    )
+    losses = queries.losses
+    if losses is None:  # Only some summaries depend on them.
+        losses = torch.full((len(queries.rows),), torch.nan)
+    weights = summary.weights(losses.double())
+    row = (weights.to(queries.rows) @ queries.rows)[None].to(next(model.parameters()).device)
     return method.attribute(store, row, progress=progress)
 
 

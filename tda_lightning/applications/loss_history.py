@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.attribution.attributor import provenance_of
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores import Store
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 
 # Below it, the probability of a label is rounding.
 _LEAST_PROBABILITY = 1e-7
-_ROUNDING = 1e-3
+ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
-class LossHistory:
+class LossHistory(ShownInNotebooks):
     """The loss of every visit, ordered by sample and, for each sample, by time.
 
     Attributes:
@@ -255,6 +256,6 @@ def _reason_without_losses(facts: StepFacts) -> str | None:
         return None
     if facts.curvature is None or facts.loss not in ("cross-entropy", "squared error"):
         return "an earlier version recorded no losses"
-    if facts.terms is not None and bool(((facts.terms - 1).abs() > _ROUNDING).any()):
+    if facts.terms is not None and bool(((facts.terms - 1).abs() > ROUNDING).any()):
         return "an earlier version recorded no losses of several terms, such as tokens"
     return None

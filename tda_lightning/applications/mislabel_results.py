@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Mislabeled:
+class Mislabeled(ShownInNotebooks):
     """Suspicious training samples.
 
     Attributes:
@@ -93,6 +94,9 @@ class Mislabeled:
         columns.update(self.witnesses)
         index = pd.Index(self.train_ids.numpy(), name="train")
         return pd.DataFrame({name: values.numpy() for name, values in columns.items()}, index=index)
+
+    def _shown_first(self) -> pd.DataFrame:
+        return self.to_pandas().loc[self.ids.tolist()]
 
     def __repr__(self) -> str:
         """Show the number, the worst samples, the agreement and the limits."""

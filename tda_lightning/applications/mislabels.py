@@ -19,6 +19,7 @@ sample that is left out, and the opposition to trusted queries,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -29,7 +30,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.api import attribute, self_influence
-from tda_lightning.applications.loss_history import LossHistory, holds_losses, loss_history
+from tda_lightning.applications.loss_history import (
+    ROUNDING,
+    LossHistory,
+    holds_losses,
+    loss_history,
+)
 from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
 from tda_lightning.applications.predictions import Labels, Outputs, predict
 from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
@@ -39,6 +45,8 @@ from tda_lightning.stores.opening import Run, open_run
 
 _POWER = 0.75
 _LEAST_SEPARATION = 0.68
+# Few samples fall into two groups by chance.
+_FEW = 50
 
 
 def find_mislabeled(
@@ -97,10 +105,10 @@ def find_mislabeled(
         label_scores=_label_scores(suspicion, history),
         witnesses=witnesses,
         estimated_number=count.number,
-        is_clear=count.separation >= _LEAST_SEPARATION,
+        is_clear=_can_count(store, history) and count.separation >= _LEAST_SEPARATION,
         flagged_number=count.number if number is None else min(number, len(suspicion)),
         labelled=labelled,
-        notes=tuple(_notes(store, history, count)),
+        notes=tuple(_notes(store, history, suspicion, count)),
     )
 
 
@@ -207,29 +215,59 @@ def best_split(values: Float[Tensor, " n"]) -> tuple[int, float]:
     return best + 1, float(between[best]) / variance
 
 
-def _notes(store: Store, history: LossHistory | None, count: _Count) -> list[str]:
-    notes = []
-    if history is None:
-        notes.append(
-            "The run holds no losses of single labels, so self-influence ranks the samples. It "
-            "also finds unusual samples with correct labels."
+def _can_count(store: Store, history: LossHistory | None) -> bool:
+    """Return whether the estimated number was tested for such data."""
+    is_tested = history is not None and history.loss == "cross-entropy"
+    return is_tested and not _has_several_terms(store) and len(store.train_ids()) >= _FEW
+
+
+def _has_several_terms(store: Store) -> bool:
+    terms = [facts.terms for facts in store.facts if facts.terms is not None]
+    return any(bool((part > 1 + ROUNDING).any()) for part in terms)
+
+
+def _notes(
+    store: Store, history: LossHistory | None, suspicion: Float[Tensor, " n"], count: _Count
+) -> Iterator[str]:
+    yield from _notes_on_losses(store, history)
+    n = len(suspicion)
+    if n < _FEW:
+        yield f"{n} samples are too few to count wrong labels: their scores split by chance."
+    if count.separation == 0:
+        yield (
+            "All samples have the same score, as with a single class: no wrong label could have "
+            "been found."
         )
-    if count.separation < _LEAST_SEPARATION:
-        notes.append(
+    elif count.separation < _LEAST_SEPARATION:
+        yield (
             f"The scores do not fall into two groups (separation {count.separation:.2f}; with a "
             f"tenth of the labels flipped it was above {_LEAST_SEPARATION}): the flagged samples "
             "may simply be hard, or the training too short."
         )
     if count.number < count.separated / 2:
-        notes.append(
+        yield (
             f"{count.separated:,} samples stand out, but most of them were learned early. If they "
             f"were memorized, the number of wrong labels is up to {count.separated:,}."
         )
     never = len(store.train_ids()) - len(store.visited_ids())
     if never:
-        notes.append(f"{never:,} samples were never drawn; their labels were not examined.")
-    notes.append(
+        yield f"{never:,} samples were never drawn; their labels were not examined."
+    yield (
         "Consistent errors, such as a whole class or a group with the same wrong label, are "
         "learned like correct labels and cannot be found this way."
     )
-    return notes
+
+
+def _notes_on_losses(store: Store, history: LossHistory | None) -> Iterator[str]:
+    if history is None:
+        yield (
+            "The run holds no losses, so self-influence ranks the samples. It also finds unusual "
+            "samples with correct labels."
+        )
+    elif history.loss != "cross-entropy":
+        yield f"The loss is {history.loss}: the number was tested for classes only."
+    elif _has_several_terms(store):
+        yield (
+            "The loss of a sample is the mean of several terms, such as tokens: a single wrong one "
+            "may be hidden, and the number was tested for one label per sample only."
+        )

@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float64, Int, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor, nn
 
 from tda_lightning.api import attribute
+from tda_lightning.applications.predictions import Outputs
 from tda_lightning.arguments import require_whole
 from tda_lightning.attribution import Attributor, GradientSimilarity
 from tda_lightning.metrics.checks import require_mask
+from tda_lightning.passes.batches import identified, transfer
+from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.targets import Target, outputs_of
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores.opening import Run, open_run
@@ -49,7 +53,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Shortcut:
+class Shortcut(ShownInNotebooks):
     """What drives the predictions on a slice.
 
     Attributes:
@@ -92,12 +96,6 @@ class Shortcut:
         return "\n".join([head, *lines, f"  main samples: {samples}", other])
 
 
-def predicted_logit(module: nn.Module, batch: Any) -> Tensor:
-    """Return the logit of the predicted class of each sample."""
-    highest: Tensor = outputs_of(module, batch).max(dim=-1).values
-    return highest
-
-
 def find_shortcut(
     run: Run,
     model: nn.Module,
@@ -107,7 +105,8 @@ def find_shortcut(
     classes: Int[Tensor, " n_train"] | None = None,
     reference: Any = None,
     method: Attributor = GradientSimilarity(),
-    target: Target = predicted_logit,
+    target: Target | None = None,
+    outputs: Outputs = outputs_of,
     n_permutations: int = 1000,
     seed: int = 0,
     progress: bool = True,
@@ -125,7 +124,9 @@ def find_shortcut(
             is subtracted, which removes what both have in common. Without it, the class and the
             content of the slice outweigh a weak shortcut.
         method: The attribution method.
-        target: The quantity to explain; by default the logit of the predicted class.
+        target: The quantity to explain; by default the logit of the class that is predicted on the
+            slice, also for the reference, whatever is predicted there.
+        outputs: Function of (module, batch) that returns the logits, for the default target.
         n_permutations: Number of random permutations.
         seed: Seed of the permutations.
         progress: Show progress bars.
@@ -145,13 +146,14 @@ def find_shortcut(
             "training sample."
         )
 
-    def mean_scores(queries: Any) -> tuple[Float64[Tensor, " n_train"], int, str]:
-        scores = attribute(store, model, queries, method=method, target=target, progress=progress)
+    def mean_scores(queries: Any, of: Target) -> tuple[Float64[Tensor, " n_train"], int, str]:
+        scores = attribute(store, model, queries, method=method, target=of, progress=progress)
         return scores.values.double().mean(dim=0), len(scores.values), scores.method
 
-    values, n_slice, name = mean_scores(slice_)
+    values, n_slice, name = mean_scores(slice_, target or _PredictedLogit(outputs))
     if reference is not None:
-        values = values - mean_scores(reference)[0]
+        common = target or _LogitOfClasses(outputs, _predicted_shares(model, slice_, outputs))
+        values = values - mean_scores(reference, common)[0]
     strata = torch.zeros(n_train, dtype=torch.int64) if classes is None else classes
     chance = torch.Generator().manual_seed(seed)
     effects = [
@@ -161,6 +163,37 @@ def find_shortcut(
     effects.sort(key=lambda effect: -effect.effect)
     scores = SampleScores(values, store.train_ids(), name)
     return Shortcut(tuple(effects), scores, n_slice, n_permutations)
+
+
+@dataclass(frozen=True)
+class _PredictedLogit:
+    """The logit of each sample's predicted class."""
+
+    outputs: Outputs
+
+    def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, " n"]:
+        highest: Tensor = self.outputs(module, batch).max(dim=-1).values
+        return highest
+
+
+@dataclass(frozen=True)
+class _LogitOfClasses:
+    """The mean logit of some classes, which is the logit of the class if there is only one."""
+
+    outputs: Outputs
+    shares: Float[Tensor, " classes"]
+
+    def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, " n"]:
+        logits = self.outputs(module, batch)
+        return logits @ self.shares.to(logits)
+
+
+def _predicted_shares(model: nn.Module, slice_: Any, outputs: Outputs) -> Float[Tensor, " classes"]:
+    """Return the share of each class among the predictions on a slice."""
+    with preserved_state(model, "eval"), torch.no_grad():
+        logits = [outputs(model, transfer(model, batch)) for _, batch in identified(slice_)]
+    is_predicted = [nn.functional.one_hot(part.argmax(-1), part.shape[-1]) for part in logits]
+    return torch.cat(is_predicted).double().mean(dim=0).cpu()
 
 
 def _test(

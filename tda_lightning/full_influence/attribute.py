@@ -16,7 +16,12 @@ from tda_lightning.full_influence.full_gradients import FullGradients, full_reci
 from tda_lightning.full_influence.influence import FullInfluenceFunction
 from tda_lightning.gradients.selection import select_parameters
 from tda_lightning.passes.batches import require_loader
-from tda_lightning.passes.model_state import fingerprint, preserved_state, require_model
+from tda_lightning.passes.model_state import (
+    fingerprint,
+    preserved_state,
+    require_model,
+    warn_of_other_weights,
+)
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.results.scores import Scores
@@ -93,6 +98,8 @@ def attribute_by_gradients(
     curvature_data = train_loader if curvature_loader is None else curvature_loader
     argument = "train_loader" if curvature_loader is None else "curvature_loader"
     store = _open_run(run, at)
+    if store is not None and at == "now":
+        warn_of_other_weights(model, store.final_fingerprint)
     damping = None if store is None or method.damping is not None else suggested_full_damping(store)
     _warn_of_skipped_layers(model, method)
     selection = select_parameters(model, method.layers)

@@ -18,16 +18,15 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tda_lightning.gradients.batch_rows import BatchRows
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.compiled import is_compiled, uncompiled
-from tda_lightning.gradients.capture.delivery import Receiver
 from tda_lightning.gradients.capture.slots import Shrinking
-from tda_lightning.gradients.held_nodes import HeldNodes
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
-from tda_lightning.gradients.receiving import receiver
+from tda_lightning.gradients.row_pass import RowPass
 from tda_lightning.gradients.row_sum import RowSum
 from tda_lightning.gradients.selection import ParameterSelection, named_parameters, places
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher
+from tda_lightning.gradients.waiting_gradients import Coordinates
 from tda_lightning.stores.recipe import SampleAxis
 from tda_lightning.stores.step import Preconditioner
 
@@ -53,6 +52,7 @@ class RowRecorder:
 
     Attributes:
         label_weight: Factor of the curvature in the rows of sampled labels. With 0, there are none.
+        preconditioner: The coordinates of the rows, if they are not raw.
     """
 
     def __init__(
@@ -79,13 +79,12 @@ class RowRecorder:
         self._is_compiled = is_compiled(model)
         self._eager = ExitStack()
         self._summary = LossSummary((), 0)
-        self._preconditioner: Preconditioner | None = None
+        self.preconditioner: Preconditioner | None = None
         self._curvature_rows: Tensor | None = None
         numbers = {block.name: number for number, block in enumerate(selection.blocks)}
         self._excluded = {numbers[name] for name in lost if name in numbers}
         self._n = 0
-        self._rows = RowSum(self._sketcher, 0)
-        self._held = HeldNodes(self._sketcher, self._places)
+        self._rows = RowPass(self._sketcher, self._places, 0)
         self._sums: Tensor | None = None
 
     def paused(self) -> AbstractContextManager[None]:
@@ -113,6 +112,11 @@ class RowRecorder:
         return self._capture.normalized
 
     @property
+    def samples_labels(self) -> bool:
+        """Whether labels are sampled in the next backward pass."""
+        return self._labels == "sampled" and self.label_weight != 0
+
+    @property
     def excluded(self) -> set[int]:
         """Numbers of the blocks that were known from the start not to be recordable."""
         return self._excluded
@@ -129,6 +133,7 @@ class RowRecorder:
         trace: TracebackType | None = None,
     ) -> None:
         """Remove the hooks."""
+        self._rows.remove_hooks()
         self._capture.__exit__()
         self._eager.close()
 
@@ -142,16 +147,24 @@ class RowRecorder:
 
     def continue_batch(self) -> None:
         """Prepare for another backward pass of the same batch, through the same graph or not."""
-        self._rows = RowSum(self._sketcher, self._n)
-        self._held.start(self._rows)
+        self._rows.remove_hooks()  # Of a pass that was not finished.
+        self._rows = RowPass(self._sketcher, self._places, self._n)
         self._summary, self._curvature_rows = LossSummary((), self._n), None
 
-    def start_backward(self, loss: Tensor) -> None:
-        """Prepare for the backward pass of the batch's loss."""
+    def start_backward(self, loss: Tensor, coordinates: Coordinates | None = None) -> None:
+        """Prepare for the backward pass of the batch's loss.
+
+        Args:
+            loss: The loss.
+            coordinates: The coordinates of its rows and of all later ones, if they follow from the
+                gradients that this pass accumulates.
+        """
         loss_nodes = self._read_graph(loss)
         self._summary = LossSummary(loss_nodes, self._n, self._capture.switch.is_paused)
-        self._rows.sums = self._sums
-        self._capture.start_backward(self._receiver(self._rows), self._held.add)
+        self._rows.sum_blocks(self._sums)
+        is_once = not self._capture.is_reentrant
+        receivers = self._rows.receivers(self._capture.lost, coordinates, is_once)
+        self._capture.start_backward(*receivers)
 
     def extra_backward(
         self, loss: Tensor, trained: Sequence[nn.Parameter], label_weight: float
@@ -166,11 +179,10 @@ class RowRecorder:
         self.label_weight = label_weight
         random_state = self._generator.get_state()
         self._read_graph(loss)
-        rows = RowSum(self._sketcher, self._n)
-        self._held.start(rows)
-        self._capture.timed_backward(loss, trained, self._receiver(rows), self._held.add)
-        self._finished(rows).cpu()
-        self._held.start(self._rows)
+        rows = RowPass(self._sketcher, self._places, self._n)
+        self._capture.timed_backward(loss, trained, *rows.receivers(self._capture.lost))
+        with self._capture.time_added():
+            rows.rows().cpu()
         self._curvature_rows = None
         self._generator.set_state(random_state)
 
@@ -186,22 +198,18 @@ class RowRecorder:
         """Return the recorded rows of the batch."""
         self._capture.end_backward()
         self._eager.close()
-        return BatchRows(self._finished(), self._summary.facts(), self._curvature_rows)
-
-    def _finished(self, rows: RowSum | None = None) -> Float[Tensor, "n k"]:
-        """Return rows, by default of the batch, with those of nodes that waited."""
         with self._capture.time_added():
-            self._held.finish()
-            return (rows or self._rows).rows()
+            rows = self._rows.rows()
+        self.preconditioner = self._rows.preconditioner or self.preconditioner
+        return BatchRows(rows, self._summary.facts(), self._curvature_rows)
 
     def take(self) -> Float[Tensor, "n k"]:
         """Return the rows of the last backward pass, and prepare for one more."""
-        self._held.finish()
         return self._rows.take()
 
     def precondition(self, preconditioner: Preconditioner) -> None:
         """Record rows in the coordinates of a preconditioner from now on."""
-        self._preconditioner = preconditioner
+        self.preconditioner = preconditioner
         self._sketcher.precondition(preconditioner)
 
     def take_time(self, clock: Callable[[], float] | None) -> None:
@@ -226,8 +234,8 @@ class RowRecorder:
             return
         with self._capture.switch.others_paused():
             gradients = self._sampled_gradients(loss, loss_nodes)
-        rows = RowSum(self._sketcher, self._n)
-        self._capture.extra_backward(gradients, self._receiver(rows))
+        rows = RowPass(self._sketcher, self._places, self._n)
+        self._capture.extra_backward(gradients, *rows.receivers(self._capture.lost))
         self._curvature_rows = rows.rows() if weight == 1 else rows.rows() * weight**0.5
 
     def _sampled_gradients(
@@ -259,8 +267,8 @@ class RowRecorder:
     def sketch_weights(self) -> Float[Tensor, "blocks k"]:
         """Sketch the parameters themselves, block by block, in the coordinates of the rows."""
         scales = None
-        if self._preconditioner is not None:
-            scales = inverse_squares(self._preconditioner, self._selection.blocks)
+        if self.preconditioner is not None:
+            scales = inverse_squares(self.preconditioner, self._selection.blocks)
         return sketch_parameters(self._sketcher, self._selection, torch.Tensor.detach, scales)
 
     def recorded_parameters(self) -> list[nn.Parameter]:
@@ -289,8 +297,6 @@ class RowRecorder:
         sums, self._sums = self._sums, None
         return sums
 
-    def _shrinking(self, parameter: nn.Parameter) -> Shrinking:
-        return self._sketcher.shrinking(self._places[parameter])
-
-    def _receiver(self, rows: RowSum) -> Receiver:
-        return receiver(rows, self._sketcher, self._places, self._capture.lost)
+    def _shrinking(self, parameter: nn.Parameter) -> tuple[Shrinking, int]:
+        place = self._places[parameter]
+        return self._sketcher.shrinking(place), place.block

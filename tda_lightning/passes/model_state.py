@@ -49,20 +49,36 @@ def require_finite_weights(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a short hash of a model's weights."""
+    """Return a short hash of a model's weights, and of the running statistics it stores."""
     digest = hashlib.sha256()
-    for parameter in model.parameters():
-        raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    for tensor in (*model.parameters(), *_stored_statistics(model)):
+        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(raw.numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
-def warn_of_other_weights(model: nn.Module, expected: str | None) -> None:
+def _stored_statistics(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the floating-point buffers in a model's ``state_dict``."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                yield buffer
+
+
+def warn_of_other_weights(
+    model: nn.Module,
+    expected: str | None,
+    *,
+    remedy: str = ', or pass `at="model"` if you mean these weights',
+    stacklevel: int = 3,
+) -> None:
     """Warn once if a model does not have the weights at the end of the recorded training.
 
     Args:
         model: The model that queries are about.
         expected: Fingerprint of the weights after the training; ``None`` if unknown.
+        remedy: What to do besides loading the last checkpoint.
+        stacklevel: Number of callers up to the user's code, as in :func:`warnings.warn`.
     """
     require_model(model)
     if expected is None or (actual := fingerprint(model)) == expected:
@@ -70,10 +86,10 @@ def warn_of_other_weights(model: nn.Module, expected: str | None) -> None:
     if (actual, expected) not in _WARNED:
         _WARNED.add((actual, expected))
         warnings.warn(
-            f"The weights of `model` ({actual}) are not those at the end of the recorded training "
-            f"({expected}); expected the trained model. Load its last checkpoint, or pass "
-            '`at="model"` if you mean these weights.',
-            stacklevel=4,
+            f"The weights or running statistics of `model` ({actual}) are not those at the end of "
+            f"the recorded training ({expected}); expected the trained model. Load its last "
+            f"checkpoint{remedy}.",
+            stacklevel=stacklevel,
         )
 
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,12 @@ from tda_lightning.passes.batches import (
     recording,
     sample_gradients,
 )
-from tda_lightning.passes.model_state import Mode, require_finite_weights, swapped_weights
+from tda_lightning.passes.model_state import (
+    Mode,
+    require_finite_weights,
+    swapped_weights,
+    warn_of_other_weights,
+)
 from tda_lightning.passes.target_rows import BatchQueries, record_target
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.stores import Store, open_store_at
@@ -39,7 +44,7 @@ def record_queries(
     *,
     like: str | Path | Store,
     target: Target = Loss(),
-    at: int = -1,
+    at: int | Literal["model"] = -1,
     mode: Mode = "eval",
     progress: bool = True,
 ) -> Float[Tensor, "n_query k"]:
@@ -54,7 +59,9 @@ def record_queries(
         target: The quantity to attribute. A function of (module, batch) that returns one number per
             sample. It may return one per sample and token, shape ``(n, T)``; each is then a query,
             except those whose label is -100.
-        at: Position of the step of the run whose coordinates are used; -1 for the last.
+        at: Position of the step of the run whose coordinates are used. The default -1 is the last,
+            and warns if the model does not have the weights at the end of the recorded training.
+            ``"model"`` uses the same coordinates without a warning.
         mode: Whether the model is in evaluation or training mode.
         progress: Show a progress bar over the batches of a loader.
 
@@ -68,13 +75,16 @@ def record_queries(
         ValueError: If the model's layers are not the recorded ones, or if ``training_step`` or the
             target fails on the queries or returns a wrong result.
     """
-    run = open_store_at(like, "like", at)
+    position = -1 if at == "model" else at
+    run = open_store_at(like, "like", position)
+    if at == -1:
+        warn_of_other_weights(model, run.final_fingerprint)
     return query_rows(
         model,
         queries,
         run.recipe,
         target=target,
-        preconditioner=run.preconditioner(at),
+        preconditioner=run.preconditioner(position),
         mode=mode,
         progress=progress,
     )
@@ -89,11 +99,13 @@ class QueryRows:
         ids: Ids of the samples: indices into the dataset of a loader, below any ``Subset``, or
             positions, where there is no loader or its order is unknown. Shape ``(n_query,)``.
         tokens: Position of each query's token in its sample, if the target is per token.
+        losses: Loss of each query on the CPU, if the target is the loss and its terms are known.
     """
 
     rows: Float[Tensor, "n_query k"]
     ids: Int[Tensor, " n_query"]
     tokens: Int[Tensor, " n_query"] | None = None
+    losses: Float[Tensor, " n_query"] | None = None
 
 
 def identified_rows(
@@ -128,10 +140,9 @@ def identified_rows(
     with recording(model, recipe, preconditioner, mode, layers=layers) as rows:
         for batch_ids, batch in identified(queries, progress=progress):
             if isinstance(target, Loss):
-                recorded = sample_gradients(
-                    record_batch(model, rows, batch, "queries", batch_ids)[1], recipe
-                )
-                parts.append(BatchQueries(recorded, torch.arange(len(recorded)), None))
+                batch_rows = record_batch(model, rows, batch, "queries", batch_ids)[1]
+                recorded, losses = sample_gradients(batch_rows, recipe), batch_rows.loss.losses
+                parts.append(BatchQueries(recorded, torch.arange(len(recorded)), None, losses))
             else:
                 parts.append(record_target(model, rows, batch, target, batch_ids))
             sizes.append(batch_size(batch, "queries", batch_ids))
@@ -180,10 +191,12 @@ def _sample_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Int[
 
 def _joined(parts: Sequence[BatchQueries], ids: Sequence[Tensor]) -> QueryRows:
     tokens = [part.tokens for part in parts if part.tokens is not None]
+    losses = [part.losses.cpu() for part in parts if part.losses is not None]
     return QueryRows(
         torch.cat([part.rows.cpu() for part in parts]),
         torch.cat([each[part.samples] for each, part in zip(ids, parts, strict=True)]),
         torch.cat(tokens) if tokens else None,
+        torch.cat(losses) if len(losses) == len(parts) else None,
     )
 
 

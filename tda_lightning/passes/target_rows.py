@@ -25,11 +25,13 @@ class BatchQueries:
         rows: One row per query, shape ``(n_query, k)``.
         samples: Position of each query's sample in the batch, shape ``(n_query,)``.
         tokens: Position of its token in the sample, or ``None`` if the target is per sample.
+        losses: Loss of each query, if the target is the loss and its terms are known.
     """
 
     rows: Float[Tensor, "n_query k"]
     samples: Int[Tensor, " n_query"]
     tokens: Int[Tensor, " n_query"] | None
+    losses: Float[Tensor, " n_query"] | None = None
 
 
 def record_target(

@@ -35,7 +35,12 @@ from tda_lightning.recording.optimizer_gradients import (
     second_pass_errors,
     watched_parameters,
 )
-from tda_lightning.recording.preconditioning import Gradients, PartialPreconditioner
+from tda_lightning.recording.preconditioning import (
+    GradientCoordinates,
+    Gradients,
+    PartialPreconditioner,
+    can_follow_gradients,
+)
 from tda_lightning.recording.taken_step import BatchVisits, StepLabel, TakenStep
 from tda_lightning.stores.recipe import LeftOut
 from tda_lightning.stores.step import Preconditioner
@@ -79,6 +84,8 @@ class StepBuilder:
         self._hyperparameters = HyperparameterReader.of(selection, preconditioner)
         # The preconditioner that begins with the next step, until a step holds it.
         self._new_preconditioner: Preconditioner | None = None
+        # Whether the current backward pass brings them about.
+        self._are_coordinates_new = False
         self._audit_every = audit_every
         self._distributed = distributed
         self._n_recorded_steps = 0
@@ -119,23 +126,36 @@ class StepBuilder:
         """
         if self._current_batch is not None:
             self._loss_scale = loss_scale
-            self._update_preconditioner(loss)
             self._rows.label_weight = self._label_weight()
+            coordinates = self._new_coordinates(loss)
             with second_pass_errors():
-                self._rows.start_backward(loss)
+                self._rows.start_backward(loss, coordinates)
 
-    def _update_preconditioner(self, loss: Tensor) -> None:
+    def _new_coordinates(self, loss: Tensor) -> GradientCoordinates | None:
+        """Begin new coordinates if they are due, or return those that follow from this pass."""
         preconditioner = self._preconditioner  # All batches of a step share its coordinates.
         if preconditioner is None or self._pending or not preconditioner.is_due():
-            return
+            return None
         gradients: Gradients = {}
         if preconditioner.needs_gradients():
+            if self._is_pass_enough(preconditioner):
+                self._are_coordinates_new = True
+                return GradientCoordinates(preconditioner, self._share * self._loss_scale)
             trained = [p for p in preconditioner.parameters() if p.requires_grad]
             gradients = gradients_of(loss / self._share, trained, self._rows)
             if (scale := self._loss_scale) != 1 or self._distributed.count > 1:
                 gradients = {p: self._distributed.mean(g) / scale for p, g in gradients.items()}
         self._new_preconditioner = preconditioner.read(gradients)
         self._rows.precondition(self._new_preconditioner)
+        return None
+
+    def _is_pass_enough(self, preconditioner: PartialPreconditioner) -> bool:
+        """Return whether the gradient need not be computed before the backward pass.
+
+        Other processes contribute to it later, and sampled labels are recorded earlier.
+        """
+        is_alone = self._distributed.count == 1 and not self._rows.samples_labels
+        return is_alone and can_follow_gradients(preconditioner)
 
     def end_backward(self) -> None:
         """Collect the rows of that batch for the step that will use its gradient."""
@@ -146,6 +166,8 @@ class StepBuilder:
     def _visits_of(self, sample_ids: Int[Tensor, " n"], share: float) -> BatchVisits:
         weight = share / len(sample_ids) if self.reduction == "mean" else share
         rows = self._rows.end_backward()
+        if self._are_coordinates_new:
+            self._new_preconditioner, self._are_coordinates_new = self._rows.preconditioner, False
         return BatchVisits(sample_ids, weight * self._loss_scale, self._applied(), rows)
 
     def _applied(self) -> float:
@@ -258,7 +280,7 @@ class StepBuilder:
         """Discard a batch without a backward pass, and a step that was not taken."""
         if self._current_batch is not None:
             self._rows.end_backward()
-            self._current_batch = None
+            self._current_batch, self._are_coordinates_new = None, False
         if self._facts is not None:
             self._discard_step()
 

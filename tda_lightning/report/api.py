@@ -32,7 +32,7 @@ from tda_lightning.report.page.sections import (
     when_section,
 )
 from tda_lightning.report.samples.shown import ShowItem, Shown
-from tda_lightning.stores.durable import absolute_path, atomic_write
+from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
 from tda_lightning.stores.opening import Run, open_run
 
 # Findings in the sentences below the title, and characters of each.
@@ -152,7 +152,11 @@ def page_of(
             facts_section(evidence, run, len(evidence.train.labels)),
         ],
         blocks=[json_block("data", data), *blocks],
-        scripts=[*scripts, asset("page.js"), asset("gallery.js"), asset("findings.js")],
+        scripts=[
+            *(asset(name) for name in ("page.js", "gallery.js", "findings.js")),
+            *scripts,  # Large, and not needed before the first charts.
+            asset("charts.js"),
+        ],
     )
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tda_lightning.results.html_tables import ShownInNotebooks
+from tda_lightning.results.optional import needs
 from tda_lightning.stores.data_order import data_order
 from tda_lightning.stores.opening import open_store
 from tda_lightning.stores.step import Step, StepFacts
 from tda_lightning.stores.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # A label is suspicious if the model contradicts it at this many visits in a row, the last ones.
 SUSPICIOUS_VISITS = 3
@@ -45,7 +51,7 @@ class Alarm:
 
 
 @dataclass(frozen=True)
-class Alarms:
+class Alarms(ShownInNotebooks):
     """All alarms of a run.
 
     Attributes:
@@ -60,6 +66,22 @@ class Alarms:
         """Return the number of samples for each kind of alarm, 0 for none."""
         raised = {alarm.name: len(alarm.ids) for alarm in self.raised}
         return {name: raised.get(name, 0) for name in _NAMES}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with a row per alarm and sample.
+
+        Its columns are ``alarm``, ``train_id`` and ``reason``.
+        """
+        rows = [(alarm, sample) for alarm in self.raised for sample in alarm.ids.tolist()]
+        columns = {
+            "alarm": [alarm.name for alarm, _ in rows],
+            "train_id": [sample for _, sample in rows],
+            "reason": [alarm.reason for alarm, _ in rows],
+        }
+        with needs("pandas"):
+            import pandas as pd
+
+        return pd.DataFrame(columns)
 
     def __repr__(self) -> str:
         """Show one line for each alarm, and one for each missing check."""
@@ -89,22 +111,43 @@ def find_alarms(run: str | Path | Store) -> Alarms:
             f"order and unseen samples: only one of every {store.recipe.every_n_steps} steps is "
             "recorded"
         )
-    if any(step.curvature is None or step.loss == "squared error" for step in store.facts):
-        not_checked.append("labels: the loss is not a known cross-entropy")
-    raised = (*_mislabels(store), *_large_contributions(store), *_order(store))
-    return Alarms(raised, tuple(not_checked))
+    has_rows = store.recipe.projector.get("name") != "none"
+    if not has_rows:
+        not_checked.append("large contributions: the run holds no rows")
+    elif store.facts[0].epoch == store.facts[-1].epoch:
+        not_checked.append("large contributions: there is only one epoch to compare with")
+    errors = _label_errors(store)
+    if (reason := _reason_without_labels(errors)) is not None:
+        not_checked.append(f"labels: {reason}")
+        errors = {}
+    contributions = _large_contributions(store) if has_rows else ()
+    return Alarms((*_mislabels(errors), *contributions, *_order(store)), tuple(not_checked))
 
 
-def _mislabels(run: Store) -> Iterator[Alarm]:
+def _label_errors(run: Store) -> dict[int, list[float]]:
+    """Return one minus the probability of each sample's label at its visits; empty if unknown."""
     visits: dict[int, list[float]] = {}
     for step in run.facts:
-        if step.curvature is None or step.loss == "squared error":
-            return
+        is_one_label = step.terms is None or bool(((step.terms - 1).abs() < 1e-3).all())
+        if step.curvature is None or step.loss == "squared error" or not is_one_label:
+            return {}
         for sample_id, error in zip(step.sample_ids.tolist(), _errors(step), strict=True):
             visits.setdefault(sample_id, []).append(error)
-    last = torch.tensor([errors[-1] for errors in visits.values()])
-    if float(last.median()) > FITTED_ERROR:
-        return  # Too early: the model contradicts most labels.
+    return visits
+
+
+def _reason_without_labels(errors: dict[int, list[float]]) -> str | None:
+    if not errors:
+        return "the loss is not a known cross-entropy with one label per sample"
+    if max(map(len, errors.values())) < SUSPICIOUS_VISITS:
+        return f"no sample came {SUSPICIOUS_VISITS} times yet"
+    last = torch.tensor([values[-1] for values in errors.values()])
+    if not float(last.median()) <= FITTED_ERROR:  # NaN after a divergence.
+        return "the model does not fit half of the labels yet"
+    return None
+
+
+def _mislabels(visits: dict[int, list[float]]) -> Iterator[Alarm]:
     suspicious = [
         sample_id
         for sample_id, errors in visits.items()

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +22,9 @@ from torch import Tensor
 from tda_lightning.results.npz import load_arrays, save_arrays
 from tda_lightning.results.scores import Scores
 from tda_lightning.results.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _FIELDS = ("values", "times", "query_ids", "train_ids")
 
@@ -87,6 +92,13 @@ class Contributions:
             provenance=self.provenance,
         )
 
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a tidy data frame of all periods: as many rows as ``values`` has entries.
+
+        Its columns are ``query``, ``train_id``, ``step`` or ``epoch``, and ``contribution``.
+        """
+        return self.trajectory(self.train_ids).to_pandas()
+
     def save(self, path: str | Path) -> None:
         """Write the contributions atomically to a NumPy ``.npz`` file; replace an existing one."""
         save_arrays(path, self, _FIELDS)
@@ -95,6 +107,10 @@ class Contributions:
     def load(cls, path: str | Path) -> Contributions:
         """Read contributions written by :meth:`save`."""
         return cls(**load_arrays(path, _FIELDS))
+
+    def _repr_html_(self) -> str:
+        """Show the shape, and the sums over all periods, in notebooks."""
+        return f"<p>{escape(repr(self))}</p>{self.scores()._repr_html_()}"
 
     def __repr__(self) -> str:
         """Show the shape and the method."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import TYPE_CHECKING, Any
 
-# Maximal number of rows; another row counts the rest.
-MAX_ROWS = 10
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Maximal number of rows; another row counts the rest. Further columns are left out.
+MAX_ROWS, MAX_COLUMNS = 10, 12
 _COLORS = ("#1f77b4", "#d62728")  # of positive and of negative scores
 
 
@@ -21,12 +25,52 @@ def html_table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[Ce
         headings: Heading of each column.
         rows: Cells of each row: texts, or samples with their scores.
     """
+    return _table(caption, headings, rows[:MAX_ROWS], len(rows))
+
+
+class ShownInNotebooks:
+    """A result that notebooks show as the table of its ``to_pandas()``, with its notes.
+
+    Without pandas, the lines of its ``repr`` are shown.
+    """
+
+    def _repr_html_(self) -> str:
+        """Show the head of the text, the first rows of the table, and the notes."""
+        head, *lines = repr(self).splitlines()
+        try:
+            frame = self._shown_first()
+        except (ModuleNotFoundError, ValueError):  # No pandas, or nothing that fits a table.
+            return f"<p>{escape(head)}</p><pre>{escape(chr(10).join(lines))}</pre>"
+        notes = [line.strip() for line in lines if line.strip().startswith("note:")]
+        return _frame_table(head, frame) + "".join(f"<p>{escape(note)}</p>" for note in notes)
+
+    def _shown_first(self) -> pd.DataFrame:
+        """Return the table in the order in which it is shown."""
+        frame: pd.DataFrame = self.to_pandas()  # type: ignore[attr-defined]
+        return frame
+
+
+def _frame_table(caption: str, frame: pd.DataFrame) -> str:
+    is_numbered = frame.index.names == [None]  # An index without a name says nothing.
+    flat = frame if is_numbered else frame.reset_index()
+    shown = flat.iloc[:MAX_ROWS, :MAX_COLUMNS]
+    rows = [[_text(value) for value in row] for row in shown.itertuples(index=False, name=None)]
+    return _table(caption, [str(name) for name in shown.columns], rows, len(flat))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(
+    caption: str, headings: Sequence[str], rows: Sequence[Sequence[Cell]], total: int
+) -> str:
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows[:MAX_ROWS])
-    if len(rows) > MAX_ROWS:
-        body += f'<tr><td colspan="{len(headings)}">… {len(rows) - MAX_ROWS:,} more</td></tr>'
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    if total > len(rows):
+        body += f'<tr><td colspan="{len(headings)}">… {total - len(rows):,} more</td></tr>'
     return (
-        f'<table><caption style="text-align: left">{escape(caption)}</caption>'
+        f'<table><caption style="text-align: left; white-space: nowrap">{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
 

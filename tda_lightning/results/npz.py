@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tda_lightning.stores.damage import reading
-from tda_lightning.stores.durable import absolute_path, atomic_write
+from tda_lightning.stores.integrity.damage import reading
+from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
 
 # Names of files that a NumPy archive must not have.
 _TABLES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".parquet", ".feather"}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tda_lightning.results.optional import needs
-from tda_lightning.stores.durable import absolute_path, atomic_write
+from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd

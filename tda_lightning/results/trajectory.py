@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.npz import load_arrays, save_arrays
 from tda_lightning.results.optional import needs
+from tda_lightning.results.tables import data_frame
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 
@@ -21,7 +24,7 @@ Period = Literal["step", "epoch"]
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(ShownInNotebooks):
     """Contributions of some training samples to each query, over the training.
 
     Attributes:
@@ -45,6 +48,29 @@ class Trajectory:
     def total(self) -> Float[Tensor, "n_query n_selected"]:
         """Return the sums over time: the samples' scores."""
         return self.values.sum(dim=2)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a tidy data frame.
+
+        Its columns are ``query``, ``train_id``, ``step`` or ``epoch``, and ``contribution``.
+        """
+        n_query, n_selected, n_times = self.values.shape
+        columns = {
+            "query": self.query_ids.repeat_interleave(n_selected * n_times).numpy(),
+            "train_id": self.train_ids.repeat_interleave(n_times).repeat(n_query).numpy(),
+            str(self.per): self.times.repeat(n_query * n_selected).numpy(),
+            "contribution": self.values.flatten().numpy(),
+        }
+        return data_frame(columns)
+
+    def _shown_first(self) -> pd.DataFrame:
+        """Return the sums over time, with a row per query and a column per training sample."""
+        with needs("pandas"):
+            import pandas as pd
+
+        columns = [f"sample {sample}" for sample in self.train_ids.tolist()]
+        index = pd.Index(self.query_ids.numpy(), name="query")
+        return pd.DataFrame(self.total().numpy(), index=index, columns=columns)
 
     def plot(self, query: int = 0, axes: Axes | None = None) -> Axes:
         """Plot the samples' cumulative contributions to one query (needs ``matplotlib``).

@@ -27,7 +27,7 @@ from tda_lightning.stores.step import (
     Step,
     StepFacts,
 )
-from tda_lightning.stores.store import WritableStore
+from tda_lightning.stores.writable_store import WritableStore
 
 RECIPE = Recipe(
     blocks=(Block("net", "Linear", ("net",), ("net.weight", "net.bias"), 3, 5),),

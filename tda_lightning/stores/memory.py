@@ -6,7 +6,8 @@ import uuid
 
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Step
-from tda_lightning.stores.store import Weights, WritableStore, require_snapshot
+from tda_lightning.stores.store import Weights, require_snapshot
+from tda_lightning.stores.writable_store import WritableStore
 
 
 class MemoryStore(WritableStore):

@@ -13,14 +13,14 @@ import bisect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tda_lightning.stores import Store, WritableStore, open_store
-from tda_lightning.stores.damage import reading
-from tda_lightning.stores.durable import absolute_path
+from tda_lightning.stores.integrity.damage import reading
+from tda_lightning.stores.integrity.durable import absolute_path
 
 # Weights for queries: the model's, which should be those at the end of the training ("now") or may
 # be any ("model"); those before a step; or several snapshots.
@@ -103,7 +103,8 @@ def add_snapshots(run: str | Path | WritableStore, checkpoints: Sequence[str | P
 
     Raises:
         FileNotFoundError: If there is no run at the path, or a checkpoint does not exist.
-        ValueError: If the run cannot be written, or a file is not a Lightning checkpoint.
+        ValueError: If the run cannot be written, or a file is not a Lightning checkpoint, or one of
+            another recorded run.
     """
     store = open_store(run, "run")
     if not isinstance(store, WritableStore):
@@ -117,12 +118,13 @@ def add_snapshots(run: str | Path | WritableStore, checkpoints: Sequence[str | P
             f"`[{str(checkpoints)!r}]`."
         )
     for path in checkpoints:
-        index, weights = _checkpoint(path)
-        store.keep_weights(index, weights)
+        checkpoint = _checkpoint(path)
+        _require_run_of(checkpoint, path, store.run_id)
+        store.keep_weights(int(checkpoint["global_step"]), _weights_in(checkpoint))
 
 
-def _checkpoint(path: str | Path) -> tuple[int, dict[str, Tensor]]:
-    """Return the number of steps taken and the weights in a trainer's checkpoint."""
+def _checkpoint(path: str | Path) -> Mapping[str, Any]:
+    """Return a trainer's checkpoint."""
     file = absolute_path(path)
     if not file.is_file():
         raise FileNotFoundError(
@@ -136,10 +138,28 @@ def _checkpoint(path: str | Path) -> tuple[int, dict[str, Tensor]]:
             f"`{path}` is not a Lightning checkpoint; expected the keys `state_dict` and "
             "`global_step`. Pass files saved by `ModelCheckpoint` or `trainer.save_checkpoint`."
         )
+    return checkpoint
+
+
+def _weights_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     # Callbacks that average weights save the average as `state_dict`.
     state = checkpoint.get("current_model_state", checkpoint["state_dict"])
-    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return int(checkpoint["global_step"]), weights
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _require_run_of(checkpoint: Mapping[str, Any], path: str | Path, run: str | None) -> None:
+    """Check that a checkpoint is one of the training that a run recorded, if it names its runs.
+
+    Raises:
+        ValueError: If it names others only.
+    """
+    states = [s for s in checkpoint.get("callbacks", {}).values() if isinstance(s, Mapping)]
+    runs = {state["run"] for state in states if "run" in state and "steps" in state}
+    if runs and run not in runs:
+        raise ValueError(
+            f"`{path}` is a checkpoint of the run {', '.join(map(repr, sorted(runs)))}; expected "
+            f"one of the training that {run!r} recorded. Pass that training's checkpoints."
+        )
 
 
 def _indices(store: Store) -> list[int]:

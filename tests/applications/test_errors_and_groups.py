@@ -2,10 +2,18 @@
 
 import pytest
 import torch
+from lightning_models import Plain, mlp, quiet_trainer, vectors
 from recorded_digits import recorded_digits
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from tda_lightning import GradientSimilarity, Logit, Scores, TracIn, attribute
+from tda_lightning import (
+    GradientRecorder,
+    GradientSimilarity,
+    Logit,
+    Scores,
+    TracIn,
+    attribute,
+)
 from tda_lightning.applications import (
     Gap,
     MeanLoss,
@@ -15,6 +23,7 @@ from tda_lightning.applications import (
     find_shortcut,
     influence_by_group,
 )
+from tda_lightning.stores import MemoryStore
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +117,34 @@ def test_a_method_that_is_not_linear_cannot_summarize(digits):
         attribute_summary(digits.store, digits.model, loader, Gap([0] * 100, "x", 0))
 
 
+def test_a_summary_of_a_regression_needs_no_labels():
+    def squares(outputs, targets):
+        return torch.nn.functional.mse_loss(outputs[:, 0], targets)
+
+    def odd(outputs, targets):
+        return (outputs[:, 0] - targets).abs().mean()
+
+    x, _ = vectors().tensors
+    data, groups = DataLoader(TensorDataset(x, x[:, 0] * 3), 5), torch.arange(13) % 2
+    for loss in (squares, odd):
+        store, model = MemoryStore(), Plain(mlp(classes=1), loss)
+        quiet_trainer(GradientRecorder(store)).fit(model, data)
+        settings = {"method": TracIn(), "progress": False}
+        single = attribute(store, model, data, **settings).values
+        mean = attribute_summary(store, model, data, **settings).values[0]
+        torch.testing.assert_close(mean, single.mean(dim=0), rtol=1e-4, atol=1e-5)
+        if loss is odd:
+            with pytest.raises(ValueError, match="losses of some queries are unknown"):
+                attribute_summary(store, model, data, WorstGroupLoss(groups), progress=False)
+            continue
+        with torch.no_grad():
+            losses = (model.net(x)[:, 0] - x[:, 0] * 3).square()
+        worst = int(losses[groups == 1].mean() > losses[groups == 0].mean())
+        scores = attribute_summary(store, model, data, WorstGroupLoss(groups), **settings)
+        expected = single[groups == worst].mean(dim=0)
+        torch.testing.assert_close(scores.values[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_attribute_of_the_highest_scores_is_the_shortcut(digits):
     queries = digits.queries(20)
     method, target = TracIn(), Logit(3)
@@ -167,3 +204,27 @@ def test_the_same_data_as_reference_leave_no_effect(digits):
         progress=False,
     )
     assert found.scores.values.abs().max() == 0
+
+
+def test_a_reference_is_compared_by_the_class_of_the_slice(digits):
+    x, y = digits.test.tensors
+    with torch.no_grad():
+        predicted = digits.model(x).argmax(dim=1)
+    threes, others = (
+        [x[mask], y[mask]] for mask in (predicted == 3, (predicted != 3) & (predicted != 8))
+    )
+    settings = {"method": TracIn(), "progress": False}
+    found = find_shortcut(
+        digits.store,
+        digits.model,
+        DataLoader(TensorDataset(*threes), 3),
+        {},
+        reference=others,
+        **settings,
+    )
+    slice_, reference = (
+        attribute(digits.store, digits.model, data, target=Logit(3), **settings).values
+        for data in (threes, others)
+    )
+    expected = slice_.double().mean(dim=0) - reference.double().mean(dim=0)
+    torch.testing.assert_close(found.scores.values, expected, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from recorded_digits import recorded_digits
 from torch.nn import functional
 
-from tda_lightning import GradientRecorder
+from tda_lightning import GradientRecorder, LossRecorder
 from tda_lightning.applications import find_mislabeled
 from tda_lightning.applications.mislabels import best_split
 from tda_lightning.metrics import mislabel_auc
@@ -119,3 +119,34 @@ def test_clean_labels_are_said_not_to_fall_in_two_groups():
     quiet_trainer(GradientRecorder(store), max_epochs=10).fit(model, loader(data))
     found = find_mislabeled(store, progress=False)
     assert found.estimated_number <= 5
+
+
+def squares(outputs, targets):
+    return functional.mse_loss(outputs[:, 0], targets)
+
+
+def tokens(outputs, targets):
+    logits = outputs[:, :, None].expand(-1, -1, 2)
+    return functional.cross_entropy(logits, targets[:, None].expand(-1, 2))
+
+
+@pytest.mark.parametrize(
+    ("n", "targets", "loss", "note"),
+    [
+        (2, lambda y: y, functional.cross_entropy, "2 samples are too few to count"),
+        (53, lambda y: 0 * y, functional.cross_entropy, "All samples have the same score"),
+        (53, lambda y: y.float(), squares, "tested for classes only"),
+        (53, lambda y: y, tokens, "mean of several terms"),
+    ],
+    ids=["two samples", "one class", "regression", "tokens"],
+)
+def test_what_cannot_be_found_or_counted_is_stated(n, targets, loss, note):
+    x, y = vectors(n=n).tensors
+    data = torch.utils.data.TensorDataset(x, targets(y))
+    model = Plain(mlp(classes=1 if "same score" in note else 3), loss)
+    store = MemoryStore()
+    quiet_trainer(LossRecorder(store)).fit(model, loader(data))
+    found = find_mislabeled(store, progress=False)
+    assert not found.is_clear
+    assert "no clear group" in repr(found)
+    assert note in repr(found)

@@ -68,7 +68,7 @@ def test_unequal_weights_draw_in_proportion():
 
 
 def test_subsets_are_random_and_of_one_size():
-    plan = random_subsets(101, 7, keep=0.3, same_seed=False, seed=5)
+    plan = random_subsets(101, 7, keep=0.3, seed=5).with_different_seeds()
     assert plan.kept.sum(dim=1).tolist() == [30] * 7
     assert plan.seeds.tolist() == list(range(5, 12))
     assert len(torch.unique(plan.kept, dim=0)) == 7

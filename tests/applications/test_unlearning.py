@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from tda_lightning import GradientRecorder, Identity, KroneckerCountSketch, embed
 from tda_lightning.applications import (
     FirstOrder,
+    Replay,
     SecondOrder,
     UnrolledUpdate,
     rewind_plan,
@@ -123,6 +124,68 @@ def test_the_first_order_is_a_gradient_step_up():
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     expected = 0.01 * torch.cat([gradient.flatten() for gradient in gradients])
     torch.testing.assert_close(moved(model, result), expected)
+
+
+def scheduled(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.2, momentum=0.9)
+    return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [scheduled, lambda p: {"optimizer": torch.optim.AdamW(p, lr=0.01)}],
+    ids=["scheduled momentum", "adamw"],
+)
+def test_a_replay_of_the_whole_training_is_exact_retraining(optimizer):
+    data = classes()
+    model, store = trained(data, net(), optimizer, snapshots=1)
+    before = copy.deepcopy(model.state_dict())
+    gradient = model.net[0].weight.grad
+    result = unlearn(model, store, loader(data), FORGET, update=Replay(1.0), progress=False)
+    again = Model(net().double(), optimizer=optimizer)
+    fresh = again.configure_optimizers()
+    fresh = fresh["optimizer"] if isinstance(fresh, dict) else fresh[0][0]
+    for step in store:
+        ids = [i for i in step.sample_ids.tolist() if i not in FORGET]
+        fresh.param_groups[0]["lr"] = 0.2 * 0.5**step.epoch if optimizer is scheduled else 0.01
+        fresh.zero_grad()
+        x, y = data[ids]
+        nn.functional.cross_entropy(again(x), y).backward()
+        fresh.step()
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(result.state_dict[name], value)
+        assert torch.equal(model.state_dict()[name], before[name])
+    assert model.net[0].weight.grad is gradient
+
+
+def test_a_replay_of_the_end_is_closer_than_the_update_that_it_begins_with():
+    data = classes(23)
+    model, store = trained(data, net(), sgd, epochs=15, snapshots=3)
+    result = {}
+    rest = TensorDataset(*data[[i for i in range(23) if i not in FORGET]])
+    other, _ = trained(rest, net(), sgd, epochs=17)
+    for update in (SecondOrder(), Replay(0.5), Replay(0.5, before=FirstOrder(1e-9))):
+        result[update] = unlearn(
+            model, store, loader(data), FORGET, update=update, retrained=other, progress=False
+        ).distances["forget"]
+    second, replay, late = (distances["after"] for distances in result.values())
+    assert replay < second < late < result[SecondOrder()]["before"]
+
+
+def test_a_replay_needs_every_step_snapshots_and_one_optimizer():
+    data, settings = classes(), {"update": Replay(), "progress": False}
+    model, store = trained(data, net(), sgd)
+    with pytest.raises(ValueError, match="no snapshots to start from"):
+        unlearn(model, store, loader(data), FORGET, **settings)
+    model, store = trained(data, net(), sgd, snapshots=2, every_n_steps=2)
+    with pytest.raises(ValueError, match="one of every 2 steps"):
+        unlearn(model, store, loader(data), FORGET, **settings)
+    model, store = trained(data, net(), sgd, snapshots=2)
+    model.optimizer = lambda p: [torch.optim.SGD(p, lr=0.1), torch.optim.SGD(p, lr=0.1)]
+    with pytest.raises(ValueError, match="expected one optimizer"):
+        unlearn(model, store, loader(data), FORGET, **settings)
+    with pytest.raises(ValueError, match="`share` is 0"):
+        Replay(0)
 
 
 @pytest.mark.parametrize("snapshots", [0, 3])

@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tda_lightning import GradientRecorder
+from tda_lightning import GradientRecorder, LossRecorder
 from tda_lightning.callbacks import TrainingAlarms
 from tda_lightning.results.alarms import find_alarms
 from tda_lightning.stores import MemoryStore
@@ -103,6 +103,30 @@ def test_what_cannot_be_checked_is_named():
     assert "one of every 2 steps" in missing
     assert "not a known cross-entropy" in missing
     assert "no steps yet" in repr(find_alarms(store[:0]))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "spread", "reason"),
+    [
+        (2, 1.0, "labels: no sample came 3 times yet"),
+        (3, 0.0, "labels: the model does not fit half of the labels yet"),
+        (1, 1.0, "large contributions: there is only one epoch"),
+    ],
+)
+def test_checks_that_come_too_early_are_named(epochs, spread, reason):
+    x, y = separable().tensors
+    alarms, _, _ = fit(loader(TensorDataset(spread * x, y)), epochs=epochs)
+    assert reason in repr(alarms)
+
+
+def test_a_run_without_rows_names_what_it_cannot_check():
+    store = MemoryStore()
+    quiet_trainer(LossRecorder(store), max_epochs=5).fit(
+        Plain(nn.Linear(3, 2)), loader(separable())
+    )
+    alarms = find_alarms(store)
+    assert [alarm.ids.tolist() for alarm in alarms.raised] == [[WRONG]]
+    assert alarms.not_checked == ("large contributions: the run holds no rows",)
 
 
 def test_weights_are_those_without_the_callback():

@@ -1,13 +1,14 @@
 """The commands that inspect a run: text, JSON, exit codes, and one line per error."""
 
 import json
-import os
+import runpy
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
 from click.testing import CliRunner
+from hostile_strings import HOSTILE
 from lightning_models import Plain, loader, quiet_trainer, vectors
 from torch import nn
 
@@ -15,7 +16,7 @@ import tda_lightning
 from tda_lightning import GradientRecorder
 from tda_lightning.cli import main
 from tda_lightning.cli.main import commands
-from tda_lightning.cli.output import Answer, aligned, printable, show
+from tda_lightning.cli.output import Answer, aligned, folded, printable, show
 
 
 class PartlyRecorded(nn.Module):
@@ -164,6 +165,42 @@ def test_a_run_path_with_terminal_escapes_is_escaped_in_errors(tmp_path, capsys)
     assert "\\x1b[31mnowhere" in error
 
 
+@pytest.mark.parametrize("command", ["info", "audit", "data", "verify", "self-influence"])
+def test_hostile_run_paths_are_shown_in_one_line_and_never_obeyed(tmp_path, capsys, command):
+    for text in HOSTILE:
+        if "\0" in text or any(0xD800 <= ord(c) < 0xE000 for c in text):
+            continue  # No file system takes these.
+        assert main([command, str(tmp_path / "none" / text)]) == 1
+        output, error = capsys.readouterr()
+        assert output == ""
+        assert error.count("\n") == 1
+        assert error.rstrip("\n").isprintable()
+
+
+def test_hostile_names_in_tables_are_shown_and_never_obeyed(capsys):
+    for text in HOSTILE:
+        rows = aligned([("name", "type"), (text, "Linear"), ("short", text)])
+        show(Answer([f"run: {text}", *rows], {}), as_json=False)
+        lines = capsys.readouterr().out.split("\n")
+        assert len(lines) == 5
+        assert all(line.isprintable() for line in lines)
+        assert printable(text) in lines[2].replace("  Linear", "")
+        show(Answer([], {"name": text}), as_json=True)
+        output = capsys.readouterr().out
+        assert output.isascii()
+        assert json.loads(output)["name"] == text
+
+
+def test_a_wide_line_is_folded_below_its_second_column():
+    line = "    proponents  " + ", ".join(f"{i} (+0.1)" for i in range(30))
+    lines = folded(line, 60).split("\n")
+    assert all(len(part) <= 60 for part in lines)
+    assert all(part.startswith(" " * 16) and part[16] != " " for part in lines[1:])
+    assert " ".join(part.strip() for part in lines) == line.strip()
+    note = folded("  note: " + "word " * 40, 60).split("\n")
+    assert all(len(part) <= 60 and part.startswith(" " * 8) for part in note[1:])
+
+
 def test_ordinary_text_stays_as_it_is():
     assert printable("résumé 学習 😀 net.head") == "résumé 学習 😀 net.head"
 
@@ -181,30 +218,43 @@ def test_interrupts_exit_with_130(monkeypatch):
     assert main(["info", "run.tda"]) == 130
 
 
-def process(*words, **settings):
-    command = [sys.executable, "-m", "tda_lightning.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, **settings)
+@pytest.fixture
+def run_module(monkeypatch, capfd):
+    """Return a function that runs a module as `python -m` does, but without a new process."""
+
+    def run_here(name, *words):
+        monkeypatch.setattr(sys, "argv", ["__main__.py", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(name, run_name="__main__")
+        return end.value.code, *capfd.readouterr()
+
+    return run_here
 
 
-def test_a_process_prints_and_exits(run, tmp_path):
-    result = process("info", run)
+def test_a_process_prints_and_exits(run):
+    command = [sys.executable, "-m", "tda_lightning", "info", str(run)]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert "a recording of" in result.stdout
-    result = process("info", tmp_path / "nowhere")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert "Traceback" not in result.stderr
 
 
-def test_shells_can_complete_commands():
-    names = {"_TDA_LIGHTNING_COMPLETE": "bash_complete", "COMP_WORDS": "tda-lightning ver"}
-    result = process(env={**os.environ, **names, "COMP_CWORD": "1"})
-    assert result.stdout.split() == ["plain,verify"]
+def test_an_error_ends_the_process_with_a_line(tmp_path, run_module):
+    code, output, errors = run_module("tda_lightning.cli", "info", tmp_path / "nowhere")
+    assert (code, output) == (1, "")
+    assert "nowhere" in errors
+    assert "Traceback" not in errors
 
 
-def test_the_package_runs_as_a_module():
-    process = subprocess.run(
-        [sys.executable, "-m", "tda_lightning", "--help"], capture_output=True, text=True
-    )
-    assert process.returncode == 0
-    assert "verify" in process.stdout
+def test_shells_can_complete_commands(run_module, monkeypatch):
+    monkeypatch.setenv("_TDA_LIGHTNING_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "tda-lightning ver")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    _, output, _ = run_module("tda_lightning.cli")
+    assert output.split() == ["plain,verify"]
+
+
+def test_the_package_runs_as_a_module(run_module):
+    code, output, _ = run_module("tda_lightning", "--help")
+    assert code == 0
+    assert "verify" in output
     assert tda_lightning.__version__ == version("tda_lightning")

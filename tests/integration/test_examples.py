@@ -1,8 +1,7 @@
 """The examples run on real data and give the documented results."""
 
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 from tda_lightning import HDF5Store
@@ -10,10 +9,11 @@ from tda_lightning import HDF5Store
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_the_digits_example_finds_the_flipped_labels(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "digits.py")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    output = result.stdout
+def test_the_digits_example_finds_the_flipped_labels(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["digits.py"])
+    runpy.run_path(str(EXAMPLES / "digits.py"), run_name="__main__")
+    output = capsys.readouterr().out
     percentage = float(re.search(r"self-influence stand ([\d.]+)%", output).group(1))
     assert percentage >= 85
     assert re.search(r"highest loss after training\s+[\d.]+%", output)

@@ -29,7 +29,7 @@ def test_a_batch_has_the_same_rows_in_training_and_as_queries(settings):
     model = Plain(mlp())
     store, log = record(model, **settings)
     for step, weights, batch in zip(store, log.weights, log.batches, strict=True):
-        rows = record_queries(at_weights(model, weights), batch, like=store)
+        rows = record_queries(at_weights(model, weights), batch, like=store, at="model")
         torch.testing.assert_close(rows, step.sketch / step.weights[:, None])
 
 
@@ -39,7 +39,7 @@ def test_queries_of_a_summed_loss_are_not_scaled():
 
     model = Plain(mlp(), loss=summed, optimizer=lambda p: torch.optim.SGD(p, lr=1e-4))
     store, log = record(model, reduction="sum")
-    rows = record_queries(at_weights(model, log.weights[0]), log.batches[0], like=store)
+    rows = record_queries(at_weights(model, log.weights[0]), log.batches[0], like=store, at="model")
     torch.testing.assert_close(rows, store[0].sketch)
 
 
@@ -128,8 +128,9 @@ def test_queries_call_the_module_hooks_on_batches():
     x, y = vectors()[:5]
     for module in (model, plain):
         module.load_state_dict(log.weights[0])
-    doubled = record_queries(model, (x, y), like=store)
-    torch.testing.assert_close(doubled, record_queries(plain, (2 * x, y), like=store))
+    doubled = record_queries(model, (x, y), like=store, at="model")
+    expected = record_queries(plain, (2 * x, y), like=store, at="model")
+    torch.testing.assert_close(doubled, expected)
 
 
 class NoLoss(Plain):
@@ -235,7 +236,7 @@ def test_parameters_of_the_module_itself_can_be_queried():
     model = Scaled()
     store, log = record(model, projector=Identity())
     for step, weights, batch in zip(store, log.weights, log.batches, strict=True):
-        rows = record_queries(at_weights(model, weights), batch, like=store)
+        rows = record_queries(at_weights(model, weights), batch, like=store, at="model")
         torch.testing.assert_close(rows, step.sketch / step.weights[:, None])
     assert [(block.name, block.modules) for block in store.recipe.blocks] == [("scale", ("",))]
 

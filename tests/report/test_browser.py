@@ -1,33 +1,29 @@
 """The report in a real browser: nothing runs, nothing is loaded, everything can be reached."""
 
 import csv
-import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from chromium import EXECUTABLE, Chromium
 from hostile_strings import HOSTILE
 from reported_runs import report_on_texts
 
 from tda_lightning.report.page.html import visible
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-axe = pytest.importorskip("axe_core_python", reason="axe_core_python is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
+    pytest.mark.skipif(EXECUTABLE is None, reason="there is no Chromium on this machine"),
     pytest.mark.xdist_group("browser"),
 ]
 NAMES = HOSTILE[:3]  # of the classes
-WORRYING = ("error", "warning")
+READ_RANKING = "[...document.querySelectorAll('#ranking tbody tr')].map(row => +row.dataset.sample)"
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with Chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -36,29 +32,11 @@ def path(tmp_path_factory):
     return report_on_texts(folder, HOSTILE, class_names=NAMES, title=HOSTILE[1])
 
 
-def opened(browser, path, width=1440, scheme="light", bypass_csp=False):
-    """Return a page, and the list of everything that it complains of or tries to load."""
-    context = browser.new_context(
-        viewport={"width": width, "height": 900},
-        color_scheme=scheme,
-        reduced_motion="reduce",
-        bypass_csp=bypass_csp,
-    )
-    page, complaints = context.new_page(), []
-    page.on("console", lambda message: message.type in WORRYING and complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: complaints.append(dialog.message))
-    page.on(
-        "request",
-        lambda request: (
-            complaints.append(request.url)
-            if "file:" not in request.url and not request.url.startswith(("data:", "blob:"))
-            else None
-        ),
-    )
-    page.goto(path.as_uri())
-    page.wait_for_selector("#ranking tbody tr")
-    return page, complaints
+@pytest.fixture
+def page(browser, path):
+    tab = browser.open(path)
+    yield tab
+    browser.close(tab)
 
 
 def as_in_a_page(text):
@@ -66,86 +44,99 @@ def as_in_a_page(text):
     return " ".join(visible(text).split())
 
 
-def test_hostile_strings_are_shown_and_never_run(browser, path):
-    page, complaints = opened(browser, path)
+def test_hostile_strings_are_shown_and_never_run(page):
     shown = set()
-    for tile in page.query_selector_all("#query-strip button"):
-        tile.click()
-        shown.add(" ".join(page.text_content("#query-detail .fulltext").split()))
+    for place in range(1, len(HOSTILE) + 1):
+        page.click(f"#query-strip button:nth-child({place})")
+        shown.add(" ".join(page.text("#query-detail .fulltext").split()))
     assert shown == {as_in_a_page(text) for text in HOSTILE}
-    assert page.text_content("h1") == visible(HOSTILE[1])
-    page.wait_for_timeout(300)
-    assert page.evaluate("window.hit") is None
+    assert page.text("h1") == visible(HOSTILE[1])
+    page.browser.listen(0.3)
+    assert page.evaluate("window.hit ?? null") is None
     injected = "main script, main iframe, main form, main a, main style, main svg, main base"
     assert page.evaluate(f"document.querySelector('{injected}')") is None
-    assert complaints == []
+    assert page.complaints == []
 
 
-def test_every_training_sample_is_in_the_ranking(browser, path):
-    page, _ = opened(browser, path)
+def test_the_page_forbids_whatever_might_be_injected(page):
+    injected = "<img src=x onerror=window.hit=1>"
+    page.evaluate(f"document.body.insertAdjacentHTML('beforeend', '{injected}')")
+    script = "Object.assign(document.createElement('script'), {textContent: 'window.hit = 1'})"
+    page.evaluate(f"document.body.append({script})")
+    page.browser.listen(0.3)
+    assert page.evaluate("window.hit ?? null") is None
+    assert any("inline event handler" in complaint for complaint in page.complaints)
+    assert any("inline script" in complaint for complaint in page.complaints)
+    assert any(complaint.endswith("/x") for complaint in page.complaints)
+
+
+def test_every_training_sample_is_in_the_ranking(page):
     ids = set()
-    read = "[...document.querySelectorAll('#ranking tbody tr')].map(row => +row.dataset.sample)"
     while True:
-        ids |= set(page.evaluate(read))
-        if page.is_disabled("#rank-next"):
+        ids |= set(page.evaluate(READ_RANKING))
+        if page.evaluate("document.querySelector('#rank-next').disabled"):
             break
         page.click("#rank-next")
     assert ids == set(range(len(HOSTILE)))
 
 
-def test_searching_finds_a_query_by_its_text(browser, path):
-    page, _ = opened(browser, path)
-    page.fill("#query-search", "passwd")
-    assert page.text_content("#query-count") == "1 of 50 queries"
-    assert "passwd" in page.text_content("#query-detail .fulltext")
+def test_searching_finds_a_query_by_its_text(page):
+    page.write("#query-search", "passwd")
+    assert page.text("#query-count") == "1 of 50 queries"
+    assert "passwd" in page.text("#query-detail .fulltext")
 
 
-def test_filters_split_the_queries(browser, path):
-    page, _ = opened(browser, path)
+def test_filters_split_the_queries(page):
     counts = []
     for kind in ("wrong", "right"):
-        page.select_option("#query-filter", kind)
-        counts.append(len(page.query_selector_all("#query-strip button")))
-        names = "[...document.querySelectorAll('#query-strip .name')].map(n => n.textContent)"
-        marks = page.evaluate(names)
+        page.choose("#query-filter", kind)
+        marks = page.texts("#query-strip .name")
+        counts.append(len(marks))
         assert all(mark.startswith("✗" if kind == "wrong" else "✓") for mark in marks)
     assert sum(counts) == len(HOSTILE)
 
 
-def test_the_ranking_is_sorted_by_a_click_on_a_heading(browser, path):
-    page, _ = opened(browser, path)
+def test_the_ranking_is_sorted_by_a_click_on_a_heading(page):
     page.click("#ranking th[data-key=id] button")
-    read = "[...document.querySelectorAll('#ranking tbody tr')].map(row => +row.dataset.sample)"
-    numbers = page.evaluate(read)
+    numbers = page.evaluate(READ_RANKING)
     assert numbers == sorted(numbers)
-    assert page.get_attribute("#ranking th[data-key=id]", "aria-sort") == "ascending"
+    order = page.evaluate("document.querySelector('#ranking th[data-key=id]').ariaSort")
+    assert order == "ascending"
 
 
-def test_arrow_keys_choose_the_next_query(browser, path):
-    page, _ = opened(browser, path)
-    page.focus("#query-strip button")
-    before = page.text_content("#query-detail h3")
-    page.keyboard.press("ArrowRight")
-    assert page.text_content("#query-detail h3") != before
-    assert page.get_attribute("#query-strip button:nth-child(2)", "aria-pressed") == "true"
+def test_arrow_keys_choose_the_next_query(page):
+    page.evaluate("document.querySelector('#query-strip button').focus()")
+    before = page.text("#query-detail h3")
+    page.press("ArrowRight")
+    assert page.text("#query-detail h3") != before
+    second = "document.querySelector('#query-strip button:nth-child(2)')"
+    assert page.evaluate(f"{second}.getAttribute('aria-pressed')") == "true"
 
 
-def test_a_sample_of_a_finding_is_found_in_the_ranking(browser, path):
-    page, _ = opened(browser, path)
-    page.fill("#rank-search", "nothing has this text")
-    button = page.query_selector(".strip button")
-    button.click()
-    chosen = page.get_attribute("#ranking tr.chosen", "data-sample")
-    assert button.get_attribute("aria-label").startswith(f"Training sample {chosen},")
+def test_a_wrong_answer_leads_to_its_query_and_to_the_samples_behind_it(page):
+    query = page.evaluate("document.querySelector('.cases li').dataset.query")
+    samples = page.evaluate("document.querySelector('.cases li').dataset.samples").split()
+    page.choose("#query-filter", "right")
+    page.click(".cases li .ask")
+    assert page.text("#query-detail h3") == f"Query {query}: answered wrong"
+    names = "[...document.querySelectorAll('.cases li:first-child .tile')].map(n => n.ariaLabel)"
+    assert [name.split()[2].rstrip(",") for name in page.evaluate(names)] == samples
+    page.click(".cases li .tile")
+    chosen = page.evaluate("document.querySelector('#ranking tr.chosen').dataset.sample")
+    assert chosen == samples[0]
+
+
+def test_a_sample_of_a_finding_is_found_in_the_ranking(page):
+    page.write("#rank-search", "nothing has this text")
+    name = page.evaluate("document.querySelector('.strip button').ariaLabel")
+    page.click(".strip button")
+    chosen = page.evaluate("document.querySelector('#ranking tr.chosen').dataset.sample")
+    assert name.startswith(f"Training sample {chosen},")
 
 
 @pytest.mark.parametrize("button", ["#query-export", "#rank-export"])
-def test_no_cell_of_an_exported_table_is_a_formula(browser, path, button, tmp_path):
-    page, _ = opened(browser, path)
-    with page.expect_download() as download:
-        page.click(button)
-    download.value.save_as(tmp_path / "table.csv")
-    text = (tmp_path / "table.csv").read_bytes().decode("utf-8-sig")
+def test_no_cell_of_an_exported_table_is_a_formula(page, button, tmp_path):
+    text = page.download(button, tmp_path).read_bytes().decode("utf-8-sig")
     rows = list(csv.reader(text.splitlines()))
     assert len(rows) > len(HOSTILE)
     cells = [cell for row in rows[1:] for cell in row if cell.strip()]
@@ -154,28 +145,31 @@ def test_no_cell_of_an_exported_table_is_a_formula(browser, path, button, tmp_pa
         assert cell.strip()[0] not in "=+-@" or float(cell) is not None
 
 
+@pytest.mark.skipif(find_spec("axe_core_python") is None, reason="axe-core-python is not installed")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1440, 390])
 def test_axe_finds_no_violation(browser, path, width, scheme):
-    page, _ = opened(browser, path, width, scheme, bypass_csp=True)
-    page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text())
+    page = browser.open(path, width, scheme)
+    source = Path(find_spec("axe_core_python").origin).parent / "axe.min.js"
+    page.evaluate(source.read_text(encoding="utf-8"))
     result = page.evaluate("axe.run()")
     assert [entry["id"] for entry in result["violations"]] == []
     assert len(result["passes"]) > 20
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    browser.close(page)
 
 
-def test_the_switch_turns_the_page_dark(browser, path):
-    page, _ = opened(browser, path)
+def test_the_switch_turns_the_page_dark(page):
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.click("#theme")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
 
 
-def test_another_query_has_another_trajectory(browser, path):
-    pytest.importorskip("bokeh", reason="Bokeh is not installed")
-    page, _ = opened(browser, path, bypass_csp=True)
-    page.wait_for_function("plots().length === 4")
+@pytest.mark.skipif(find_spec("bokeh") is None, reason="Bokeh is not installed")
+def test_another_query_has_another_trajectory(page):
+    page.evaluate("document.querySelector('#when').scrollIntoView()")
+    trajectories = "plots().some(p => [...p.references()].some(m => m.name === 'trajectory-lines'))"
+    page.wait(trajectories)
     models = "plots().flatMap(plot => [...plot.references()])"
     names = f"{models}.find(model => model.name === 'trajectory-lines').data.name"
     before = page.evaluate(names)

@@ -31,7 +31,7 @@ def test_the_grid_has_queries_proponents_and_opponents_in_order():
     expected = []
     for row in range(3):
         pairs = [*best[row], *worst[row]]
-        expected += [f"“{row}”", *(f"“{i % 3}”\n{score:+.3f}" for i, score in pairs)]
+        expected += [f"“{row}”", *(f"“{i % 3}”\n{score:+.3g}" for i, score in pairs)]
     assert titles == expected
 
 

@@ -57,7 +57,7 @@ def hostile(tmp_path_factory):
 
 def test_hostile_content_adds_no_script_no_handler_and_no_address(hostile):
     kinds = [attributes.get("type", "code") for attributes, _ in hostile.scripts]
-    assert kinds == ["application/json"] * (len(kinds) - kinds.count("code")) + ["code"] * 4
+    assert kinds == ["application/json"] * (len(kinds) - kinds.count("code")) + ["code"] * 5
     assert hostile.handlers == []
     assert all(address.startswith("#") for address in hostile.addresses)
 
@@ -112,8 +112,8 @@ def test_the_same_text_twice_is_a_copy(tmp_path):
     queries = loader(data, shuffle=False)
     report(tmp_path / "run.tda", model, queries, train=data, out=path, progress=False)
     text = " ".join(Parsed(path).texts)
-    assert "1 training samples repeat the contents of another one." in text
-    assert "In 1 groups of copies the labels contradict each other" in text
+    assert "1 training sample repeats the contents of another one." in text
+    assert "In 1 group of copies the labels contradict each other" in text
 
 
 def test_without_bokeh_charts_are_drawn_as_svg(tmp_path, monkeypatch):

@@ -16,9 +16,9 @@ import xxhash
 from tda_lightning import HDF5Store, Scores, add_snapshots
 from tda_lightning.cli import main
 from tda_lightning.stores.contract import RECIPE, make_steps
-from tda_lightning.stores.damage import StoreFileError
 from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
 from tda_lightning.stores.hdf5.verification import verify_files
+from tda_lightning.stores.integrity.damage import StoreFileError
 from tda_lightning.stores.recipe_checks import require_recipe
 from tda_lightning.stores.step import Audit, Preconditioner
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tda_lightning.stores import durable
-from tda_lightning.stores.durable import atomic_write
+from tda_lightning.stores.integrity import durable
+from tda_lightning.stores.integrity.durable import atomic_write
 
 
 def test_a_file_is_complete_and_the_only_one(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tda_lightning import HDF5Store
 from tda_lightning.stores.contract import RECIPE, make_steps
-from tda_lightning.stores.damage import StoreFileError
+from tda_lightning.stores.integrity.damage import StoreFileError
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.recipe_checks import require_recipe
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tda_lightning import GradientRecorder, HDF5Store
-from tda_lightning.stores import MemoryStore, durable
+from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.contract import (
     RECIPE,
     StoreContract,
@@ -26,6 +26,7 @@ from tda_lightning.stores.contract import (
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, segment_reader
 from tda_lightning.stores.hdf5.segment_datasets import StoredRows, stamp_of
 from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
+from tda_lightning.stores.integrity import durable
 
 
 class TestMemoryStore(StoreContract):

@@ -14,9 +14,9 @@ import torch
 from tda_lightning import HDF5Store, Scores
 from tda_lightning.cli import main
 from tda_lightning.stores.contract import RECIPE, make_steps
-from tda_lightning.stores.damage import StoreFileError
 from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
-from tda_lightning.stores.writer_lock import LOCK
+from tda_lightning.stores.integrity.damage import StoreFileError
+from tda_lightning.stores.integrity.writer_lock import LOCK
 
 SEGMENT = "segment-000000.h5"
 

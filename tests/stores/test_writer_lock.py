@@ -12,10 +12,11 @@ import pytest
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 
 from tda_lightning import GradientRecorder, HDF5Store
-from tda_lightning.stores import writer_lock
 from tda_lightning.stores.contract import RECIPE, make_steps
-from tda_lightning.stores.damage import StoreFileError
-from tda_lightning.stores.writer_lock import LOCK, Owner, RunInUseError, WriterLock, read_owner
+from tda_lightning.stores.integrity import lock_owner, writer_lock
+from tda_lightning.stores.integrity.damage import StoreFileError
+from tda_lightning.stores.integrity.lock_owner import Owner, read_owner
+from tda_lightning.stores.integrity.writer_lock import LOCK, RunInUseError, WriterLock
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def sleeper():
 
 def owner_of(process):
     this = Owner.this_process("their-run")
-    return replace(this, process=process.pid, born=writer_lock._birth_of(process.pid))
+    return replace(this, process=process.pid, born=lock_owner._birth_of(process.pid))
 
 
 def write_lock(folder, owner):

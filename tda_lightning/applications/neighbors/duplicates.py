@@ -27,6 +27,7 @@ from tda_lightning.applications.predictions import Labels, given_labels
 from tda_lightning.arguments import require_not_negative
 from tda_lightning.features import train_features
 from tda_lightning.passes.targets import labels_of
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
@@ -38,7 +39,7 @@ GRADIENT_SIMILARITY, FEATURE_SIMILARITY = 0.98, 0.995
 
 
 @dataclass(frozen=True)
-class Duplicates:
+class Duplicates(ShownInNotebooks):
     """Groups of training samples that nearly coincide.
 
     Attributes:

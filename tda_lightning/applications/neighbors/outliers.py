@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tda_lightning.applications.neighbors.directions import Directions, gradient_directions
 from tda_lightning.arguments import require_whole
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.stores.opening import Run, open_run
 
@@ -31,7 +32,7 @@ _FEW = 50
 
 
 @dataclass(frozen=True)
-class Outliers:
+class Outliers(ShownInNotebooks):
     """Training samples that are unlike all others.
 
     Attributes:
@@ -71,6 +72,9 @@ class Outliers:
         columns = {"is_outlier": is_flagged, "distance": self.distances, "nearest": self.nearest}
         index = pd.Index(self.train_ids.numpy(), name="train")
         return pd.DataFrame({name: c.numpy() for name, c in columns.items()}, index=index)
+
+    def _shown_first(self) -> pd.DataFrame:
+        return self.to_pandas().loc[self.ids.tolist()]
 
     def __repr__(self) -> str:
         """Show the number of outliers, the first of them, and the notes."""

@@ -46,6 +46,10 @@ class Plan:
         """Return the number of trainings."""
         return len(self.weights)
 
+    def with_different_seeds(self) -> Plan:
+        """Return the same trainings with one seed each: this seed, the next one, and so on."""
+        return Plan(self.weights, self.seeds[:1] + torch.arange(len(self)))
+
     def fingerprint(self) -> str:
         """Return a short hash of the plan."""
         digest = hashlib.sha256()
@@ -54,17 +58,14 @@ class Plan:
         return digest.hexdigest()[:12]
 
 
-def random_subsets(
-    n_train: int, n_subsets: int, *, keep: float = 0.5, same_seed: bool = True, seed: int = 0
-) -> Plan:
+def random_subsets(n_train: int, n_subsets: int, *, keep: float = 0.5, seed: int = 0) -> Plan:
     """Plan trainings on random subsets of equal size, for the linear datamodeling score.
 
     Args:
         n_train: Number of training samples.
         n_subsets: Number of subsets.
         keep: Share of the samples in each subset.
-        same_seed: Whether all trainings have the same seed, or one seed each.
-        seed: Seed of the subsets, and of the first training.
+        seed: Seed of the subsets, and of all trainings; see :meth:`Plan.with_different_seeds`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -82,8 +83,7 @@ def random_subsets(
     chance = torch.Generator().manual_seed(seed)
     order = torch.rand(n_subsets, n_train, generator=chance).argsort(dim=1)
     weights = (order < size).float()
-    steps = torch.zeros(n_subsets, dtype=torch.int64) if same_seed else torch.arange(n_subsets)
-    return Plan(weights, seed + steps)
+    return Plan(weights, torch.full((n_subsets,), seed))
 
 
 def leave_out(n_train: int, groups: Sequence[Sequence[int] | Tensor], *, seed: int = 0) -> Plan:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.applications.retraining.plan import Plan
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Retrainings:
+class Retrainings(ShownInNotebooks):
     """The plan and what was measured after each training.
 
     Attributes:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tda_lightning.api import attribute
 from tda_lightning.attribution import Attributor, InfluenceFunction
 from tda_lightning.passes.targets import Loss, Target
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.results.ranking import require_rank
 from tda_lightning.results.scores import Scores
@@ -31,7 +32,7 @@ Texts = Mapping[int, str] | Sequence[str]
 
 
 @dataclass(frozen=True)
-class Candidates:
+class Candidates(ShownInNotebooks):
     """The passages that matter most to each query, most important first.
 
     Attributes:

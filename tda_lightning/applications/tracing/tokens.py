@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.passes.targets import Target, outputs_of
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.stores.opening import Run, open_run
 
@@ -51,7 +53,7 @@ class NextToken:
 
 
 @dataclass(frozen=True)
-class TokenScores:
+class TokenScores(ShownInNotebooks):
     """How much each token of a passage and each token of a query call for the same change.
 
     Attributes:
@@ -118,12 +120,15 @@ def trace_tokens(
         ValueError: If a batch holds no token that counts, or does not match the run.
     """
     store = open_run(run)
+    warn_of_other_weights(model, store.final_fingerprint, remedy="")
     sides = []
     for argument, batch in (("query", query), ("passage", passage)):
         with warnings.catch_warnings():
             # Masked tokens are left out below.
             warnings.filterwarnings("ignore", message=r"\d+ of \d+ queries have a gradient of zero")
-            rows = record_queries(model, batch, like=store, target=target, progress=progress)
+            rows = record_queries(
+                model, batch, like=store, target=target, at="model", progress=progress
+            )
         counted = (rows.abs().amax(dim=1) > 0).nonzero()[:, 0]
         if len(counted) == 0:
             raise ValueError(

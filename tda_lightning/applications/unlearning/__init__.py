@@ -1,5 +1,6 @@
 """Unlearning: weights without the influence of some samples, approximate or by exact retraining."""
 
+from tda_lightning.applications.unlearning.replay import Replay
 from tda_lightning.applications.unlearning.rewinding import RewindPlan, rewind_plan
 from tda_lightning.applications.unlearning.unlearned import Unlearned, unlearn
 from tda_lightning.applications.unlearning.weight_updates import (
@@ -11,6 +12,7 @@ from tda_lightning.applications.unlearning.weight_updates import (
 
 __all__ = [
     "FirstOrder",
+    "Replay",
     "RewindPlan",
     "SecondOrder",
     "Unlearned",

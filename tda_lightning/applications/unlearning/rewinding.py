@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.applications.unlearning.sample_passes import Ids, ids_tensor
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.stores.opening import Run, open_run
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RewindPlan:
+class RewindPlan(ShownInNotebooks):
     """Where exact retraining without some samples can start, and the cost.
 
     Attributes:

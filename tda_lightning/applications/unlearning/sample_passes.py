@@ -72,6 +72,13 @@ def select_samples(
     return DataLoader(subset, batch_size=size, collate_fn=_collate_of(loader))
 
 
+def batch_of(loader: DataLoader[Any], ids: Int[Tensor, " n"]) -> Any:
+    """Return one batch of some samples of a loader's dataset, in the order of their ids."""
+    all_ids, order = dataset_ids(loader, "train_loader").sort()
+    positions = order[torch.searchsorted(all_ids, ids)].tolist()
+    return next(iter(select_samples(loader, positions, batch_size=len(positions))))
+
+
 def spread_samples(
     loader: DataLoader[Any], positions: Sequence[int], at_most: int
 ) -> DataLoader[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from tda_lightning.applications.unlearning.rewinding import require_trained
 from tda_lightning.applications.unlearning.sample_passes import (
     Ids,
+    batch_of,
     dataset_ids,
     ids_tensor,
     sample_losses,
@@ -29,8 +31,9 @@ from tda_lightning.applications.unlearning.weight_updates import (
 from tda_lightning.arguments import require_kind
 from tda_lightning.gradients.selection import select_like
 from tda_lightning.metrics.mislabel import mislabel_auc
-from tda_lightning.passes.model_state import require_model, swapped_weights
+from tda_lightning.passes.model_state import require_model, swapped_weights, warn_of_other_weights
 from tda_lightning.passes.targets import Target, outputs_of
+from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 from tda_lightning.stores.opening import Run, open_run
 
@@ -47,7 +50,7 @@ NOT_GUARANTEED = (
 
 
 @dataclass(frozen=True)
-class Unlearned:
+class Unlearned(ShownInNotebooks):
     """New weights without the influence of some samples, and how they compare.
 
     Attributes:
@@ -138,6 +141,7 @@ def unlearn(
     require_model(model)
     require_kind("update", update, WeightUpdate, "`SecondOrder()`")
     store = open_run(run)
+    warn_of_other_weights(model, store.final_fingerprint, remedy="")
     ids = require_trained("forget_ids", ids_tensor("forget_ids", forget_ids), store.train_ids())
     forget, retain = _split(train_loader, ids)
     selection = select_like(model, store.recipe)
@@ -150,6 +154,7 @@ def unlearn(
         forget=select_samples(train_loader, forget),
         retain=select_samples(train_loader, retain),
         n_retain=len(retain),
+        batch_of=partial(batch_of, train_loader),
         progress=progress,
     )
     moved = selection.all_parameters()

@@ -65,6 +65,7 @@ class ForgettingTask:
         forget: The samples to forget.
         retain: The other training samples.
         n_retain: Number of the other training samples.
+        batch_of: Function from ids to a batch of these training samples.
         progress: Show progress bars.
     """
 
@@ -75,6 +76,7 @@ class ForgettingTask:
     forget: DataLoader[Any]
     retain: DataLoader[Any]
     n_retain: int
+    batch_of: Callable[[Int[Tensor, " n"]], Any]
     progress: bool
 
     def gradients(self, run: Store | None) -> FullGradients:

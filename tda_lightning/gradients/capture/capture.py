@@ -23,7 +23,7 @@ from tda_lightning.gradients.capture.layouts import LayoutMemory
 from tda_lightning.gradients.capture.norms import NormsBehind
 from tda_lightning.gradients.capture.pausing import PauseSwitch
 from tda_lightning.gradients.capture.probe import backward_to_meetings
-from tda_lightning.gradients.capture.slots import Shrinking, Slot, slot_of
+from tda_lightning.gradients.capture.slots import ShrinkingOf, Slot, slot_of
 from tda_lightning.gradients.capture.walk_plan import WalkPlans
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk
 from tda_lightning.stores.recipe import SampleAxis
@@ -41,7 +41,7 @@ class Capture:
         recorded: The recorded parameters by their names.
         batch_dims: Axis of the samples in the layers whose names match a pattern, where it is not
             inferred rightly.
-        shrinking: Returns how the gradients of a parameter are shrunk.
+        shrinking: Returns how the gradients of a parameter are shrunk, and its block.
         followed: Names of parameters in front of batch norms whose running statistics follow them.
 
     Attributes:
@@ -53,7 +53,7 @@ class Capture:
         model: nn.Module,
         recorded: Mapping[str, nn.Parameter],
         batch_dims: Mapping[str, SampleAxis],
-        shrinking: Callable[[nn.Parameter], Shrinking],
+        shrinking: ShrinkingOf,
         followed: Collection[str] = (),
     ) -> None:
         self.switch = PauseSwitch(model)
@@ -111,6 +111,11 @@ class Capture:
         """The nodes of the last graph whose outputs depend on samples."""
         return set() if self._walk is None else self._walk.with_samples
 
+    @property
+    def is_reentrant(self) -> bool:
+        """Whether a part of the last graph is built and differentiated in the backward pass."""
+        return self._walk is not None and self._walk.is_reentrant
+
     def read_graph(self, loss: Tensor, n: int) -> None:
         """Find the meetings in the graph of the loss of ``n`` samples."""
         with self.switch.others_paused():
@@ -160,21 +165,28 @@ class Capture:
             self._stop()
 
     def extra_backward(
-        self, gradients: Sequence[tuple[GradientEdge, Tensor]], receive: Receiver
+        self, gradients: Sequence[tuple[GradientEdge, Tensor]], receive: Receiver, hold: Hold
     ) -> None:
         """Run an extra backward pass before the actual one, deliver its rows, retain the graph.
 
         Args:
             gradients: Edges in the graph at which it starts, each with a gradient.
-            receive: Called with the gradients of a parameter.
+            receive: As in :meth:`start_backward`.
+            hold: The same.
         """
         assert self._walk is not None
         assert self._delivery is not None
         delivery, walk = self._delivery, self._walk
         edges, grads = [edge for edge, _ in gradients], [grad for _, grad in gradients]
         meetings = {meeting.node: meeting for meeting in walk.meetings}
+        slots = dict(walk.alike)
 
         def deliver(node: Node, grads: tuple[Tensor | None, ...]) -> None:
+            slot, grad = slots.get(node), grads[0]
+            values = None if slot is None or grad is None else slot.rule.saved(node)
+            if values is not None and slot is not None and grad is not None:
+                hold(slot, (grad, *values))
+                return
             delivery.deliver(node, delivery.inputs(meetings[node]), grads, receive)
 
         with self.switch.others_paused():

@@ -6,7 +6,7 @@ decide about each of its nodes again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +36,7 @@ class GraphStructure:
         self._recorded = recorded
         self.numbers: dict[Node, int] = {root: 0}
         # For each node its kind, the tensor of a leaf, and for each input a number and an output.
-        self._entries: list[tuple[type, Any, tuple[tuple[int, int], ...]]] = []
+        self._entries: list[tuple[Any, Any, tuple[tuple[int, int], ...]]] = []
         nodes = [root]
         for node in nodes:
             links = []
@@ -54,12 +54,12 @@ class GraphStructure:
 
     def nodes_of(self, root: Node) -> list[Node] | None:
         """Return the nodes of another graph, or ``None`` if it has another structure."""
-        nodes = [root]
+        nodes: list[Node] = [root]
         add = nodes.append
         for node, (kind, leaf, links) in zip(nodes, self._entries, strict=False):
             if type(node) is not kind or (leaf is not None and not self._has_leaf(node, leaf)):
                 return None
-            functions = () if leaf is not None else node.next_functions
+            functions: Sequence[Edge] = () if leaf is not None else node.next_functions
             if len(functions) != len(links):
                 return None
             for (child, output), (number, same_output) in zip(functions, links, strict=True):

@@ -126,7 +126,7 @@ class SoftmaxLoss(LossNode):
         gradient: Tensor = self.node._saved_result.detach().exp()
         rows = gradient.movedim(self._axis, -1)
         size = max(1, _MAX_PROBABILITIES * len(rows) // max(rows.numel(), 1))
-        for part in rows.split(size) if rows.ndim > 1 else (rows,):
+        for part in torch.split(rows, size) if rows.ndim > 1 else (rows,):
             _subtract_drawn_(part, generator)
         return gradient
 

@@ -40,8 +40,9 @@ class LossFacts:
         Args:
             weight: Weight of each sample's loss in the loss of the batch.
         """
-        known = self.spread is not None and self.terms is not None
-        curvature = weight * self.spread / self.terms if known else None  # type: ignore[operator]
+        curvature: Tensor | None = None
+        if self.spread is not None and self.terms is not None:
+            curvature = weight * self.spread / self.terms
         return {
             "terms": self.terms,
             "curvature": curvature,

@@ -43,7 +43,7 @@ class Sketcher:
         dtype: torch.dtype,
     ) -> None:
         self._unscaled_blocks = block_maps
-        self._blocks = block_maps
+        self._blocks = list(block_maps)
         self._column_map = column_map
         self._device = device
         self.dtype = dtype
@@ -63,6 +63,15 @@ class Sketcher:
             strict=True,
         )
         self._blocks = [block.scaled(r, c) for block, r, c in parts]
+        self._column_map.scale([block.scale for block in self._blocks])
+        self._stacks = {}
+
+    def precondition_block(
+        self, number: int, rows: Float[Tensor, " rows"], columns: Float[Tensor, " columns"]
+    ) -> None:
+        """Multiply all further gradients of one block by these factors."""
+        factors = [factor.to(self._device, self.dtype) for factor in (rows, columns)]
+        self._blocks[number] = self._unscaled_blocks[number].scaled(*factors)
         self._column_map.scale([block.scale for block in self._blocks])
         self._stacks = {}
 

@@ -1,5 +1,9 @@
 """Preconditioning: coordinates in which an adaptive optimizer is plain gradient descent."""
 
+from tda_lightning.recording.preconditioning.gradient_coordinates import (
+    GradientCoordinates,
+    can_follow_gradients,
+)
 from tda_lightning.recording.preconditioning.joint_preconditioner import (
     JointPreconditioner,
     PartialPreconditioner,
@@ -12,10 +16,12 @@ from tda_lightning.recording.preconditioning.optimizer_preconditioner import (
 from tda_lightning.recording.preconditioning.second_moments import Gradients
 
 __all__ = [
+    "GradientCoordinates",
     "Gradients",
     "JointPreconditioner",
     "OptimizerPreconditioner",
     "PartialPreconditioner",
+    "can_follow_gradients",
     "has_preconditioner",
     "rank_one_factors",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tda_lightning.gradients.selection import ParameterSelection
@@ -64,3 +66,13 @@ class PartialPreconditioner(OptimizerPreconditioner):
     def read(self, gradients: Gradients) -> Preconditioner:
         """Return the coordinates of the next step, with the latest ones of other optimizers."""
         return self._joint.update(self._numbers, super().read(gradients))
+
+    def read_from(
+        self, rows: Float[Tensor, " rows"], columns: Float[Tensor, " columns"]
+    ) -> Preconditioner:
+        """Return the coordinates of all blocks, given those of this optimizer's."""
+        return self._joint.update(self._numbers, Preconditioner(rows.cpu(), columns.cpu()))
+
+    def blocks(self) -> list[tuple[Block, tuple[nn.Parameter, ...]]]:
+        """Return the blocks with parameters of this optimizer."""
+        return self._blocks

@@ -9,8 +9,10 @@ Learning rates that differ between parameters are treated the same way: :math:`P
 the largest rate.
 
 Early in training, the second moment depends strongly on the current gradient. For the first steps
-that gradient is therefore computed before the backward pass. Later the moment changes slowly, and
-is only refreshed from time to time.
+coordinates therefore follow from that gradient: each block's are read as soon as the backward pass
+has accumulated it (:mod:`.gradient_coordinates`). Where that is not possible, the gradient is
+computed before the backward pass. Later the moment changes slowly, and is only refreshed from time
+to time.
 
 Both factors are rounded before rows are multiplied by them. One that has barely changed then often
 has the same value, and stores compress it.
@@ -32,6 +34,7 @@ from tda_lightning.recording.preconditioning.second_moments import (
     Gradients,
     second_moments,
 )
+from tda_lightning.stores.recipe import Block
 from tda_lightning.stores.step import Preconditioner
 
 # The second moment of these first steps includes the gradient of the step itself.
@@ -65,6 +68,7 @@ class OptimizerPreconditioner:
         self._blocks = list(zip(selection.blocks, selection.parameters, strict=True))
         self._parameters = selection.all_parameters()
         self._rates: list[float] = []
+        self._group_of: dict[nn.Parameter, _Group] = {}
         self._refreshed = -1
         self._oldest: Tensor | None = None
 
@@ -87,20 +91,38 @@ class OptimizerPreconditioner:
         Args:
             gradients: Gradient of the next step if :meth:`needs_gradients`, else empty.
         """
+        self.begin()
+        rows, columns = self.factors(range(len(self._blocks)), gradients)
+        return Preconditioner(rows.cpu(), columns.cpu())
+
+    def begin(self) -> None:
+        """Note the age and the learning rates at which coordinates are read."""
         self._oldest = self._find_oldest()
         self._refreshed = self._age()
         self._rates = self._relative_rates()
-        groups = self._groups()
+        self._group_of = self._groups()
+
+    def factors(
+        self, blocks: Sequence[int], gradients: Gradients
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
+        """Return the coordinates of some blocks, on the device of their parameters.
+
+        Args:
+            blocks: Numbers of the blocks, among those with parameters of this optimizer.
+            gradients: As in :meth:`read`.
+        """
+        parts = [self._blocks[number] for number in blocks]
+        groups = {p: self._group_of[p] for _, parameters in parts for p in parameters}
         moments = second_moments(
             self._optimizer, {p: group for p, (group, _) in groups.items()}, gradients
         )
-        rows, columns = rank_one_factors(self._laid_out(moments))
+        rows, columns = rank_one_factors(_laid_out(parts, moments))
         rows, columns = round_to_bits(_power(rows, -0.25)), round_to_bits(_power(columns, -0.25))
         if {rate for _, rate in groups.values()} != {1.0}:
             rates = {p: torch.full_like(moment, groups[p][1]) for p, moment in moments.items()}
-            rate_rows, rate_columns = rank_one_factors(self._laid_out(rates))
+            rate_rows, rate_columns = rank_one_factors(_laid_out(parts, rates))
             rows, columns = rows * _power(rate_rows, 0.5), columns * _power(rate_columns, 0.5)
-        return Preconditioner(rows.cpu(), columns.cpu())
+        return rows, columns
 
     def state(self) -> dict[str, Any]:
         """Return the step and the learning rates of the last reading, in builtins."""
@@ -142,11 +164,11 @@ class OptimizerPreconditioner:
         }
         return {p: groups.get(p, ({}, 0.0)) for p in self._parameters}  # In no group: never moves.
 
-    def _laid_out(self, values: Mapping[nn.Parameter, Tensor]) -> list[Tensor]:
-        return [
-            lay_out(block, [values[parameter] for parameter in parameters])
-            for block, parameters in self._blocks
-        ]
+
+def _laid_out(
+    blocks: Sequence[tuple[Block, Sequence[nn.Parameter]]], values: Mapping[nn.Parameter, Tensor]
+) -> list[Tensor]:
+    return [lay_out(block, [values[p] for p in parameters]) for block, parameters in blocks]
 
 
 def rank_one_factors(

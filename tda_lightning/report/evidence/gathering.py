@@ -11,11 +11,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications import Mislabeled, Shortcut, find_mislabeled, find_shortcut
+from tda_lightning.applications import (
+    Duplicates,
+    Mislabeled,
+    Shortcut,
+    find_duplicates,
+    find_mislabeled,
+    find_shortcut,
+)
 from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.batches import batches_in_memory
+from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.report.evidence.queries import Answer, answers_to, samples_of
 from tda_lightning.report.evidence.removal import RemovalCurve
@@ -33,6 +41,8 @@ MAX_TRAJECTORIES = 24
 TRAJECTORY_SAMPLES = 3
 # Queries on which attributes are tested, the first wrong ones.
 MAX_TESTED = 200
+# More training samples are not compared pair by pair.
+MAX_COMPARED = 5_000
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class Evidence:
         agreement: Rank correlation of both methods for each query.
         influence: Self-influence of all training samples.
         suspects: Samples whose labels are likely wrong, if the loss is a cross-entropy.
+        duplicates: Training samples with nearly the same gradients; ``None`` if there are too many
+            samples to compare.
         trajectory: Contributions of the strongest samples over time, for the worst queries, in
             their order.
         data_order: Irregularities in the order of the data.
@@ -70,6 +82,7 @@ class Evidence:
     agreement: Float[Tensor, " n_query"] | None
     influence: SampleScores
     suspects: Mislabeled | None
+    duplicates: Duplicates | None
     trajectory: Trajectory
     data_order: DataOrder
     schedule: Schedule
@@ -112,10 +125,11 @@ def gather(
     progress: bool,
 ) -> Evidence:
     """Compute the evidence; the arguments are those of :func:`~tda_lightning.report.report`."""
+    warn_of_other_weights(model, store.final_fingerprint, remedy="", stacklevel=4)
     queries = batches_in_memory(queries)
     ids = store.train_ids().tolist()
     samples = training_set(train, ids, render, progress=progress)
-    rows = record_queries(model, queries, like=store, progress=progress)
+    rows = record_queries(model, queries, like=store, at="model", progress=progress)
     rows = rows.to(next(model.parameters()).device)
     answers, reason = answers_to(model, queries, outputs)
     _require_one_row_each(rows, answers)
@@ -135,6 +149,7 @@ def gather(
         agreement=None if other is None else rank_agreement(scores, other),
         influence=TracIn().self_influence(store, progress=progress),
         suspects=_suspects(store, progress),
+        duplicates=_duplicates(store, len(ids)),
         trajectory=_trajectory(store, rows, scores, order, method, progress),
         data_order=data_order(store),
         schedule=schedule(store, model, queries),
@@ -147,6 +162,10 @@ def gather(
 def _suspects(store: Store, progress: bool) -> Mislabeled | None:
     has_labels = store.facts[-1].loss == "cross-entropy"
     return find_mislabeled(store, progress=progress) if has_labels else None
+
+
+def _duplicates(store: Store, n_train: int) -> Duplicates | None:
+    return find_duplicates(store, progress=False) if n_train <= MAX_COMPARED else None
 
 
 def _shortcut(

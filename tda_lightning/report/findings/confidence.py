@@ -85,6 +85,8 @@ def _not_searched(evidence: Evidence) -> list[str]:
         )
     if not evidence.train.was_read:
         reasons.append("The training set is too large to be searched for copies here.")
+    elif evidence.duplicates is not None:
+        reasons.append("Copies with different labels are found only if they are exact.")
     if evidence.shortcut is None:
         reasons.append("No attribute was tested as a shortcut, such as a watermark or a source.")
     else:

@@ -1,28 +1,61 @@
-"""Copies in the training set."""
+"""Copies in the training set: samples with equal contents, or with nearly equal gradients."""
 
 from __future__ import annotations
 
 from tda_lightning.report.evidence.gathering import Evidence
-from tda_lightning.report.findings.finding import MAX_SHOWN, Finding
+from tda_lightning.report.findings.finding import MAX_SHOWN, Finding, Weight
+
+# The least share of the training set that is worth a look.
+_MANY = 0.01
 
 
-def copies(evidence: Evidence) -> Finding:
+def exact_copies(evidence: Evidence) -> Finding:
     """Compare the contents of the training samples."""
     train = evidence.train
     if not train.was_read:
         text = f"The training set has {len(train.ids):,} samples, too many to compare here."
-        return Finding("Copies were not searched", (text,), "unknown")
+        return Finding("Exact copies were not searched", (text,), "unknown")
     mixed = [group for group in train.copies if len({train.labels[i] for i in group}) > 1]
     if not train.copies:
-        text = "No two training samples have exactly equal contents. Near copies were not searched."
+        text = "No two training samples have exactly equal contents."
         return Finding("No exact copies", (text,), "fine")
     extra = sum(len(group) - 1 for group in train.copies)
-    sentences = [f"{extra:,} training samples repeat the contents of another one."]
+    repeats = "sample repeats" if extra == 1 else "samples repeat"
+    sentences = [f"{extra:,} training {repeats} the contents of another one."]
     if mixed:
+        groups = "group" if len(mixed) == 1 else "groups"
         sentences.append(
-            f"In {len(mixed):,} groups of copies the labels contradict each other, so at least one "
-            "label in each is wrong."
+            f"In {len(mixed):,} {groups} of copies the labels contradict each other, so at least "
+            "one label in each is wrong."
         )
     samples = [i for group in [*mixed, *train.copies] for i in group]
     shown = tuple(dict.fromkeys(samples))[:MAX_SHOWN]
     return Finding("Exact copies", tuple(sentences), "attention" if mixed else "fine", shown)
+
+
+def near_copies(evidence: Evidence) -> Finding:
+    """Report training samples with the same label and nearly the same gradients."""
+    found = evidence.duplicates
+    if found is None:
+        text = (
+            f"The training set has {len(evidence.train.ids):,} samples, too many to compare in "
+            "pairs here. `find_duplicates` does."
+        )
+        return Finding("Near copies were not searched", (text,), "unknown")
+    exact = {sample for group in evidence.train.copies for sample in group}
+    groups = [group for group in found.groups if not exact.issuperset(group.tolist())]
+    limit = f"the cosine of the gradients is at least {found.threshold:g}"
+    if not groups:
+        text = (
+            f"No two training samples with the same label act on the model alike: {limit} for none."
+        )
+        return Finding("No near copies", (text,), "fine")
+    extra = sum(len(group) - 1 for group in groups)
+    acts = "sample acts" if extra == 1 else "samples act"
+    sentences = (
+        f"{extra:,} training {acts} on the model like another one with the same label.",
+        f"Of each of these {len(groups):,} groups ({limit}), one sample may be enough.",
+    )
+    samples = [sample for group in groups for sample in group.tolist()]
+    weight: Weight = "attention" if extra >= _MANY * len(found.train_ids) else "fine"
+    return Finding("Near copies", sentences, weight, tuple(samples[:MAX_SHOWN]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tda_lightning.report.evidence.gathering import Evidence
-from tda_lightning.report.findings.copies import copies
+from tda_lightning.report.findings.copies import exact_copies, near_copies
 from tda_lightning.report.findings.data_order import order_of_data
 from tda_lightning.report.findings.errors import repeated_opponents, wrong_answers
 from tda_lightning.report.findings.finding import Finding
@@ -20,7 +20,8 @@ def find(evidence: Evidence) -> list[Finding]:
         suspicious_labels(evidence),
         shortcuts(evidence),
         repeated_opponents(evidence),
-        copies(evidence),
+        exact_copies(evidence),
+        near_copies(evidence),
         order_of_data(evidence),
     ]
     present = [finding for finding in findings if finding is not None]

@@ -54,6 +54,7 @@ def plot_self_influence(
         axes.hist(chosen, bins=edges.tolist(), color="tab:red", alpha=0.7, label="marked")
         axes.legend(frameon=False)
     axes.set_xscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="self-influence", ylabel="training samples")
     return axes
 
@@ -83,9 +84,12 @@ def plot_removal(
             )
     axes = _axes(axes)
     for name, values in changes.items():
-        style = "--" if name == "random" else "-"
-        axes.plot(list(removed), list(values), style, marker="o", markersize=4, label=name)
+        style, color = ("--", "0.5") if name == "random" else ("-", None)
+        axes.plot(
+            list(removed), list(values), style, color=color, marker="o", markersize=4, label=name
+        )
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="removed training samples", ylabel="change of the loss after retraining")
     axes.legend(frameon=False)
     return axes
@@ -118,6 +122,7 @@ def plot_lds(
     widths, bars = [means[name] for name in names], [errors[name] for name in names]
     axes.barh(names, widths, xerr=bars, color="tab:blue", alpha=0.7, height=0.6)
     axes.axvline(0, color="0.7", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="linear datamodeling score, mean over the queries")
     return axes
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 HELPED, HARMED = "tab:blue", "tab:red"
 MAX_QUERIES = 20
-_TEXT, _WIDTH = 160, 22
+# Characters of a text and of a line, and columns of a table row.
+_TEXT, _WIDTH, _ROWS = 160, 26, 8
 
 
 def plot_proponents(
@@ -80,7 +81,7 @@ def _side(
 ) -> None:
     for place, (sample, score) in zip(axes, ranking, strict=True):
         shown = render(train[sample])
-        _tile(place, shown, f"{_label(shown)}\n{score:+.3f}", color)
+        _tile(place, shown, f"{_label(shown)}\n{score:+.3g}", color)
 
 
 def _tile(axes: Axes, shown: Shown, title: str, color: str) -> None:
@@ -95,9 +96,19 @@ def _tile(axes: Axes, shown: Shown, title: str, color: str) -> None:
         array = pixels.squeeze(-1).numpy()
         axes.imshow(array, cmap="gray_r" if array.ndim == 2 else None)
         return
-    text = shown.text or shown.note or "\n".join(f"{n} {v}" for n, v in list(shown.row.items())[:5])
-    lines = textwrap.fill(shortened(text, _TEXT), _WIDTH, replace_whitespace=not shown.row)
-    axes.text(0.04, 0.96, lines, fontsize=5, va="top", transform=axes.transAxes, parse_math=False)
+    text = textwrap.fill(shortened(shown.text or shown.note, _TEXT), _WIDTH) or _rows(shown)
+    axes.text(0.04, 0.96, text, fontsize=5, va="top", transform=axes.transAxes, parse_math=False)
+
+
+def _rows(shown: Shown) -> str:
+    """Return the first columns of a table row, one a line."""
+    cells = [
+        f"{shortened(str(name), _WIDTH - 8)} {value:.3g}"
+        if isinstance(value, float)
+        else shortened(f"{name} {value}", _WIDTH)
+        for name, value in list(shown.row.items())[:_ROWS]
+    ]
+    return "\n".join(cells)
 
 
 def _label(shown: Shown) -> str:

@@ -8,8 +8,8 @@ from typing import Literal
 
 import h5py
 
-from tda_lightning.stores.damage import reading
 from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
+from tda_lightning.stores.integrity.damage import reading
 
 # A compressed dataset takes more memory than room in the file, but gzip gains no more than this.
 _MAX_COMPRESSION = 1100

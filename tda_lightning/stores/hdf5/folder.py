@@ -11,14 +11,14 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tda_lightning.stores.damage import StoreFileError, printable, reading
-from tda_lightning.stores.durable import atomic_write
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
 from tda_lightning.stores.hdf5.snapshot_files import indices_in, snapshot_file
-from tda_lightning.stores.manifest import MANIFEST_NAME, Manifest, write_manifest
+from tda_lightning.stores.integrity.damage import StoreFileError, printable, reading
+from tda_lightning.stores.integrity.durable import atomic_write
+from tda_lightning.stores.integrity.manifest import MANIFEST_NAME, Manifest, write_manifest
+from tda_lightning.stores.integrity.writer_lock import LOCK
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.recipe_checks import require_recipe
-from tda_lightning.stores.writer_lock import LOCK
 
 FORMAT = "tda_lightning"
 FORMAT_VERSION = 2

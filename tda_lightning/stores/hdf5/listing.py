@@ -7,10 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from tda_lightning.stores.damage import StoreFileError
 from tda_lightning.stores.hdf5 import Segment, folder
 from tda_lightning.stores.hdf5.segment_reader import Shard
-from tda_lightning.stores.manifest import Manifest, SegmentEntry, manifest_file, read_manifest
+from tda_lightning.stores.integrity.damage import StoreFileError
+from tda_lightning.stores.integrity.manifest import (
+    Manifest,
+    SegmentEntry,
+    manifest_file,
+    read_manifest,
+)
 
 
 def entry_of(segment: Segment) -> SegmentEntry:

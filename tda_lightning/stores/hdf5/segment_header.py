@@ -14,7 +14,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from tda_lightning.stores.damage import canonical_json, checksum_of_file
+from tda_lightning.stores.integrity.damage import canonical_json, checksum_of_file
 
 HEADER_BYTES = 512
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.stores.damage import StoreFileError
 from tda_lightning.stores.hdf5.file import open_hdf5, read_indices, reading_segment, require_plain
 from tda_lightning.stores.hdf5.folder import identity_of
 from tda_lightning.stores.hdf5.segment_checks import require_lengths, require_rising
@@ -32,6 +31,7 @@ from tda_lightning.stores.hdf5.segment_header import (
     require_identity,
     require_steps,
 )
+from tda_lightning.stores.integrity.damage import StoreFileError
 from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, Preconditioner, Step, StepFacts
 
 # Small enough to stay in a processor's cache between the disk and the first product.

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 
-from tda_lightning.stores.durable import make_durable
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder, write_segment
 from tda_lightning.stores.hdf5.background_write import BackgroundWrite
 from tda_lightning.stores.hdf5.buffer import StepBuffer
@@ -15,7 +14,8 @@ from tda_lightning.stores.hdf5.listing import entry_of, kept_entries
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
 from tda_lightning.stores.hdf5.segment_reader import Shard
 from tda_lightning.stores.hdf5.snapshot_files import drop_snapshots_after
-from tda_lightning.stores.manifest import append_entry, manifest_file, write_manifest
+from tda_lightning.stores.integrity.durable import make_durable
+from tda_lightning.stores.integrity.manifest import append_entry, manifest_file, write_manifest
 from tda_lightning.stores.row_formats import Storage
 from tda_lightning.stores.step import Step
 

@@ -10,9 +10,9 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-from tda_lightning.stores.damage import StoreFileError, checksum_of_file, reading
-from tda_lightning.stores.durable import atomic_write
-from tda_lightning.stores.manifest import Manifest, SnapshotEntry, append_entry
+from tda_lightning.stores.integrity.damage import StoreFileError, checksum_of_file, reading
+from tda_lightning.stores.integrity.durable import atomic_write
+from tda_lightning.stores.integrity.manifest import Manifest, SnapshotEntry, append_entry
 from tda_lightning.stores.store import Weights
 
 _NAME = re.compile(r"snapshot-(\d{8,})\.pt")

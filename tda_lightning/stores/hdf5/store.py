@@ -12,7 +12,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_not_negative, require_whole
-from tda_lightning.stores.durable import absolute_path
 from tda_lightning.stores.hdf5 import folder
 from tda_lightning.stores.hdf5.listing import first_manifest, read_shards
 from tda_lightning.stores.hdf5.merged_shards import MergedShards
@@ -25,18 +24,20 @@ from tda_lightning.stores.hdf5.snapshot_files import (
     require_snapshots,
     write_snapshot,
 )
-from tda_lightning.stores.manifest import (
+from tda_lightning.stores.integrity.durable import absolute_path
+from tda_lightning.stores.integrity.manifest import (
     EndEntry,
     Manifest,
     append_entry,
     manifest_file,
     write_manifest,
 )
+from tda_lightning.stores.integrity.writer_lock import WriterLock
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.row_formats import Storage, bytes_of
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
-from tda_lightning.stores.store import Weights, WritableStore, require_snapshot
-from tda_lightning.stores.writer_lock import WriterLock
+from tda_lightning.stores.store import Weights, require_snapshot
+from tda_lightning.stores.writable_store import WritableStore
 
 
 class HDF5Store(WritableStore):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tda_lightning.stores.damage import StoreFileError
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder
 from tda_lightning.stores.hdf5.listing import require_same
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
 from tda_lightning.stores.hdf5.snapshot_files import indices_in, read_snapshot, snapshot_file
-from tda_lightning.stores.manifest import (
+from tda_lightning.stores.integrity.damage import StoreFileError
+from tda_lightning.stores.integrity.manifest import (
     Manifest,
     SegmentEntry,
     SnapshotEntry,

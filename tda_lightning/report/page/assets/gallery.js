@@ -243,4 +243,3 @@ if (named.length > 1 && named.length <= 200) {
 
 showQueries();
 showRanking();
-drawCharts().then(() => gallery.chosen && showTrajectory(data.queries.indexOf(gallery.chosen)));

@@ -103,13 +103,24 @@ function showTrajectory(position) {
   }
 }
 
-async function drawCharts() {
+// Each chart is drawn when it comes near the view: drawing is most of the work of loading.
+function drawCharts(afterwards) {
   const block = byId("charts");
   if (!block || !window.Bokeh) return;
-  for (const [name, item] of Object.entries(JSON.parse(block.textContent))) {
-    await window.Bokeh.embed.embed_item(item, `chart-${name}`);
-  }
-  paintCharts();
+  const waiting = new Map(Object.entries(JSON.parse(block.textContent)).map(([name, item]) => [`chart-${name}`, item]));
+  const draw = async (id) => {
+    const item = waiting.get(id);
+    if (!item) return;
+    waiting.delete(id);
+    await window.Bokeh.embed.embed_item(item, id);
+    paintCharts();
+    afterwards();
+  };
+  const near = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting) draw(entry.target.id);
+  }, { rootMargin: "800px" });
+  for (const id of waiting.keys()) near.observe(byId(id));
+  window.addEventListener("beforeprint", () => Array.from(waiting.keys()).forEach(draw));
 }
 
 // Light and dark

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict
 from pathlib import Path
 
-from tda_lightning.stores.damage import StoreFileError
-from tda_lightning.stores.durable import NO_BLOCK, NO_FOLLOW
+from tda_lightning.stores.integrity.damage import StoreFileError
+from tda_lightning.stores.integrity.durable import NO_BLOCK, NO_FOLLOW
+from tda_lightning.stores.integrity.lock_owner import Owner, may_be_alive, read_owner
 
 LOCK = ".writer.lock"
 # The owner renews the file this often; without renewal for so long, it is taken for dead.
@@ -34,48 +33,6 @@ STALE_SECONDS = 60.0
 
 class RunInUseError(StoreFileError):
     """Another training writes to the run; the message names it."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The process that writes to a run.
-
-    Attributes:
-        host: Name of the machine.
-        machine: Identifies the machine since it booted, and the processes that can be seen; empty
-            if unknown.
-        process: Id of the process.
-        born: Identifies the process among those with the same id; empty if unknown.
-        run: Id of the run.
-        since: Time at which it began to write.
-        token: Identifies this one lock.
-    """
-
-    host: str
-    machine: str
-    process: int
-    born: str
-    run: str
-    since: str
-    token: str
-
-    @classmethod
-    def this_process(cls, run: str) -> Owner:
-        """Return this process as the owner of a run, with a new token."""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        process, host = os.getpid(), socket.gethostname()
-        born, token = _birth_of(process), uuid.uuid4().hex
-        return cls(host, _this_machine(), process, born, run, now, token)
-
-    def is_same_process(self, other: Owner) -> bool:
-        """Return whether two owners are the same process."""
-        return (self.host, self.machine, self.process, self.born) == (
-            *(other.host, other.machine, other.process, other.born),
-        )
-
-    def describe(self) -> str:
-        """Return a short description that identifies the process."""
-        return f"process {self.process} on host {self.host!r}, since {self.since}, run {self.run!r}"
 
 
 class WriterLock:
@@ -172,19 +129,6 @@ class WriterLock:
         weakref.finalize(self, _release, self._file, token, os.getpid())
 
 
-def read_owner(file: Path) -> Owner | None:
-    """Return the owner that a lock names, or ``None`` if there is no lock, or a damaged one."""
-    try:
-        descriptor = os.open(file, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
-    except OSError:
-        return None
-    with open(descriptor, "rb") as stream:
-        try:
-            return Owner(**json.loads(stream.read(2**12)))
-        except (OSError, ValueError, TypeError):
-            return None
-
-
 def _create(file: Path, owner: Owner) -> bool:
     """Write a lock; return whether there was none."""
     try:
@@ -225,7 +169,7 @@ def _require_free(file: Path, this: Owner) -> None:
         if owner is None:  # It has been created, but not yet written.
             time.sleep(0.05)
             continue
-        if owner.is_same_process(this) or not _may_be_alive(owner, this):
+        if owner.is_same_process(this) or not may_be_alive(owner, this):
             return
         is_renewed = _time_of(file) != first_time
         if is_renewed or (owner.machine and owner.machine == this.machine):
@@ -233,21 +177,6 @@ def _require_free(file: Path, this: Owner) -> None:
         if _age_of(file) > STALE_SECONDS:
             return
         time.sleep(0.2)
-
-
-def _may_be_alive(owner: Owner, this: Owner) -> bool:
-    """Return whether an owner may be alive; one on another machine always may."""
-    if not owner.machine or owner.machine != this.machine:
-        return True
-    if owner.born:
-        return _birth_of(owner.process) == owner.born
-    try:
-        os.kill(owner.process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _time_of(file: Path) -> int:
@@ -281,19 +210,3 @@ def _in_use(file: Path, owner: Owner) -> RunInUseError:
         f"`{file.parent}` is being written by another training: {owner.describe()}. Expected only "
         "one at a time. Wait until it ends, or record into another folder."
     )
-
-
-def _this_machine() -> str:
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    return "" if os.name == "nt" else socket.gethostname()
-
-
-def _birth_of(process: int) -> str:
-    """Return the start time of a living process; empty if it is dead or cannot be seen."""
-    with suppress(OSError):
-        # The name of the program, in brackets, may hold anything.
-        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-        return "" if fields[0] in "ZX" else fields[19]
-    return ""

@@ -101,8 +101,8 @@ def reading(
     ...     {}["format"]
     Traceback (most recent call last):
         ...
-    tda_lightning.stores.damage.StoreFileError: `run/recipe.json` is damaged; expected a recipe. \
-Reading it failed: KeyError: 'format'. Restore it from a copy.
+    tda_lightning.stores.integrity.damage.StoreFileError: `run/recipe.json` is damaged; expected a \
+recipe. Reading it failed: KeyError: 'format'. Restore it from a copy.
     """
     try:
         _require_regular(path)

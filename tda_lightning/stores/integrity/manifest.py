@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tda_lightning.stores.damage import checksum_of_document, reading
-from tda_lightning.stores.durable import NO_FOLLOW, atomic_write
+from tda_lightning.stores.integrity.damage import checksum_of_document, reading
+from tda_lightning.stores.integrity.durable import NO_FOLLOW, atomic_write
 
 MANIFEST_NAME = re.compile(r"manifest(-rank-\d+)?\.jsonl")
 _FORMAT = "tda_lightning manifest"

@@ -1,0 +1,2 @@
+"use strict";
+drawCharts(() => gallery.chosen && showTrajectory(data.queries.indexOf(gallery.chosen)));
