@@ -58,7 +58,7 @@ def batch_size(batch: Any, argument: str, ids: Sized | None = None) -> int:
     common = [n for n in parts[0] if all(n in lengths for lengths in parts[1:])]
     if not common and ids is None:
         raise ValueError(
-            f"The parts of `{argument}` differ in length, so the number of its samples is not clear: "
+            f"The parts of `{argument}` differ in length, so the number of samples is not clear: "
             f"got {describe(batch)}. Pass a `DataLoader` of such batches, whose sampler shows it."
         )
     n = common[0] if common else len(ids) if ids is not None else 0

@@ -200,6 +200,12 @@ class LayoutMemory(LayoutInference):
         }
         if nodes:
             self.irregular = self._tracer.rows(loss, result, nodes, self.n)
+            places = [(m.node, *place) for m in result.meetings for place in m.inputs]
+            if not self.irregular and not any(self._is_regular(*place) for place in places):
+                result.is_sampleless = True  # No shape shows samples, and neither does the loss.
+
+    def _is_regular(self, node: Node, position: int, edge: Edge) -> bool:
+        return self.layout(node, position, edge) not in (None, TRACED)
 
     def _undecided(self, result: Walk) -> Iterator[tuple[Meeting, int, Edge, Key]]:
         """Yield the inputs whose layouts no batch has shown; note the others' layouts."""
