@@ -85,11 +85,11 @@ def attribute(
     question = Question(_method_at(method, at), target, at, mode, progress)
     stores, models = _pairs(run, model)
     queries = batches_in_memory(queries) if len(stores) > 1 else queries
-    asked = [
+    per_run = [
         question.query_rows(store, own_model, queries)
         for store, own_model in zip(stores, models, strict=True)
     ]
-    first, rows = asked[0], [each.rows for each in asked]
+    first, rows = per_run[0], [query.rows for query in per_run]
     if isinstance(run, list | tuple):
         scores = question.method.attribute_ensemble(stores, rows, progress=progress)
     else:
@@ -160,12 +160,12 @@ def top_attributions(
     store = open_run(run)
     require_rank(k, len(store.train_ids()))
     require_whole("query_batch_size", query_batch_size, least=1)
-    asked = question.query_rows(store, model, queries)
+    query = question.query_rows(store, model, queries)
     top = top_scores(
-        store, asked.rows, question.method, k, query_batch_size=query_batch_size, progress=progress
+        store, query.rows, question.method, k, query_batch_size=query_batch_size, progress=progress
     )
     provenance = {**top.provenance, **question.describe([store], [model])}
-    return top.named(asked.ids, asked.tokens, provenance)
+    return top.named(query.ids, query.tokens, provenance)
 
 
 def trajectory(
@@ -205,10 +205,10 @@ def trajectory(
     question = Question(_method_at(method, at), target, at, mode, progress)
     store = open_run(run)
     selected = chosen_ids(store, train_ids)
-    asked = question.query_rows(store, model, queries)
-    result = contributions(store, asked.rows, selected, question.method, per=per, progress=progress)
+    query = question.query_rows(store, model, queries)
+    result = contributions(store, query.rows, selected, question.method, per=per, progress=progress)
     provenance = {**result.provenance, **question.describe([store], [model])}
-    return replace(result, query_ids=asked.ids, provenance=provenance)
+    return replace(result, query_ids=query.ids, provenance=provenance)
 
 
 @dataclass(frozen=True)

@@ -108,19 +108,19 @@ def attribute_by_gradients(
         batch_dims = store.recipe.batch_dims if batch_dims is None else batch_dims
     recipe = full_recipe(model, selection, reduction or "mean", batch_dims or {})
     gradients = FullGradients(model, selection, recipe, store)
-    asked = gradients.of_queries(queries, target, at, progress=progress)
+    query = gradients.of_queries(queries, target, at, progress=progress)
     with preserved_state(model, "eval"):
         objective = gradients.objective(
             curvature_data, damping, argument=argument, progress=progress
         )
-        solution = method.solve(objective, asked.rows, progress=progress)
+        solution = method.solve(objective, query.rows, progress=progress)
     train_ids, products = gradients.products(
         solution.directions, train_loader, sample_ids, progress=progress
     )
     return Scores(
         values=products / len(train_ids),
-        query_ids=asked.ids,
-        tokens=asked.tokens,
+        query_ids=query.ids,
+        tokens=query.tokens,
         train_ids=train_ids,
         method=repr(method),
         provenance={

@@ -32,7 +32,7 @@ def select_trained_layers(
         layers: Names of the modules to record; all by default.
         optimizers: All optimizers of the training.
         continued: Recipe of a run that this training continues, which may have been recorded by
-            an earlier version: its blocks, and what it left out, are adopted.
+            an earlier version: its blocks are adopted, and it leaves out the same parameters.
     """
     trained = {parameter for optimizer in optimizers for parameter in parameters_of(optimizer)}
     untrained = {p for p in model.parameters() if p.requires_grad and p not in trained}

@@ -19,7 +19,7 @@ _lock = threading.Lock()
 
 
 class PauseSwitch:
-    """Says whether a capture is paused, and pauses it together with the model's other captures.
+    """Holds whether a capture is paused, and pauses it together with the model's other captures.
 
     Args:
         model: The model whose layers the capture hooks.

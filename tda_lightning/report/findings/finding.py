@@ -28,7 +28,7 @@ class Finding:
 
     Attributes:
         title: A few words.
-        sentences: What was found, what it may mean, and what to do. The first one is also shown
+        sentences: The finding, its possible meaning, and the remedy. The first one is also shown
             below the title of the page, if the finding needs attention.
         weight: Whether it needs attention, is fine, or could not be examined.
         samples: Ids of the training samples that it is about, most important first.

@@ -85,4 +85,4 @@ def reading_segment(path: Path) -> AbstractContextManager[None]:
         "Restore it from a copy. Without one, record again, or use the steps before it, "
         "such as `run[:100]`"
     )
-    return reading(path, "a segment of a run as it was sealed", f"{remedy}.")
+    return reading(path, "an unchanged segment of a run", f"{remedy}.")

@@ -30,7 +30,7 @@ class FileReport:
     Attributes:
         name: Name of the file.
         state: ``"unverified"`` if it can be read, but an older version stored no checksum.
-        content: What it holds, or what is wrong.
+        content: A description of the content, or of the damage.
     """
 
     name: str

@@ -90,7 +90,7 @@ def reading(
 
     Args:
         path: The file that is read inside the context.
-        expected: What it should be, for the message.
+        expected: The expected content, for the message.
         remedy: What to do, for the message.
         kind: Class of the error.
 
