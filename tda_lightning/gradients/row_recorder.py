@@ -22,7 +22,6 @@ from tda_lightning.gradients.capture.slots import Shrinking
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
 from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
 from tda_lightning.gradients.row_pass import RowPass
-from tda_lightning.gradients.row_sum import RowSum
 from tda_lightning.gradients.selection import ParameterSelection, named_parameters, places
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher
@@ -162,9 +161,8 @@ class RowRecorder:
         loss_nodes = self._read_graph(loss)
         self._summary = LossSummary(loss_nodes, self._n, self._capture.switch.is_paused)
         self._rows.sum_blocks(self._sums)
-        is_once = not self._capture.is_reentrant
-        receivers = self._rows.receivers(self._capture.lost, coordinates, is_once)
-        self._capture.start_backward(*receivers)
+        is_once, lost = not self._capture.is_reentrant, self._capture.lost
+        self._capture.start_backward(*self._rows.receivers(lost, coordinates, is_once))
 
     def extra_backward(
         self, loss: Tensor, trained: Sequence[nn.Parameter], label_weight: float
@@ -230,7 +228,7 @@ class RowRecorder:
     def _record_curvature(self, loss: Tensor, loss_nodes: Sequence[LossNode]) -> None:
         weight = self.label_weight
         if weight == 0:
-            self._curvature_rows = RowSum(self._sketcher, 0).rows()
+            self._curvature_rows = self._sketcher.empty_rows(0)
             return
         with self._capture.switch.others_paused():
             gradients = self._sampled_gradients(loss, loss_nodes)
