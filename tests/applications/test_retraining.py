@@ -1,5 +1,13 @@
 """Retrainings equal trainings by hand; they continue, and run in several processes."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from subprocess import DEVNULL
+
+import numpy as np
 import pytest
 import retrained
 import torch
@@ -51,6 +59,78 @@ def test_an_interrupted_plan_continues_where_it_stopped(tmp_path):
     torch.testing.assert_close(results.values, retrain(plan, **FUNCTIONS).values)
     with pytest.raises(FileExistsError, match="another plan"):
         retrain(random_subsets(13, 3, seed=1), folder=tmp_path, **changed)
+
+
+def test_results_of_other_functions_are_not_mixed(tmp_path):
+    retrain(same_data(13, [0]), folder=tmp_path, **FUNCTIONS)
+    with pytest.raises(FileExistsError, match="with another `measure`"):
+        retrain(
+            same_data(13, [0]), folder=tmp_path, **{**FUNCTIONS, "measure": retrained.no_losses}
+        )
+
+
+def test_measurements_of_another_number_are_refused_at_once(tmp_path):
+    lengths = iter([3, 2])
+    changed = {**FUNCTIONS, "measure": lambda model: torch.zeros(next(lengths))}
+    with pytest.raises(ValueError, match="2 values after training 1, and 3"):
+        retrain(same_data(13, [0, 1, 2]), folder=tmp_path, **changed)
+
+
+def test_functions_that_other_processes_cannot_import_are_refused():
+    with pytest.raises(ValueError, match="cannot import `measure`, which is <function <lambda>"):
+        retrain(same_data(13, [0, 1]), processes=2, **{**FUNCTIONS, "measure": lambda model: model})
+
+
+def test_the_random_numbers_of_the_caller_stay_the_same():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    retrain(same_data(13, [0]), **FUNCTIONS)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.slow
+def test_a_failing_training_ends_the_others_and_keeps_their_results(tmp_path):
+    failing = {**FUNCTIONS, "measure": retrained.losses_unless_odd}
+    started = time.monotonic()
+    plan = same_data(13, seeds=[0, 2, 3, *range(100, 1000, 2)])
+    with pytest.raises(RuntimeError, match="Training 2 of the plan failed: ArithmeticError: odd"):
+        retrain(plan, folder=tmp_path, processes=2, **failing)
+    assert time.monotonic() - started < 120  # 450 trainings would take minutes
+    assert len(list(tmp_path.glob("0*.npy"))) >= 1
+
+
+@pytest.mark.slow
+def test_a_killed_retraining_leaves_no_processes_and_continues(tmp_path):
+    folder, support = tmp_path / "results", Path(retrained.__file__).parent
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import retrained\n"
+        "from tda_lightning.applications import retrain, same_data\n"
+        "if __name__ == '__main__':\n"
+        "    print(retrain(same_data(13, range(200)), model=retrained.new_model, "
+        "loader=retrained.train_loader, trainer=retrained.new_trainer, "
+        f"measure=retrained.query_losses, folder={str(folder)!r}, processes=2))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(support), *sys.path])}
+    process = subprocess.Popen([sys.executable, str(script)], env=environment, stderr=DEVNULL)
+    wait_until(lambda: len(list(folder.glob("0*.npy"))) >= 3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert len(children) >= 2
+    wait_until(lambda: not any(Path(f"/proc/{child}/cmdline").exists() for child in children))
+    finished = sorted(path.name for path in folder.glob("0*.npy"))
+    assert 3 <= len(finished) < 200
+    for path in folder.glob("0*.npy"):
+        assert len(np.load(path)) == 5
+
+
+def wait_until(condition, seconds=200):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not happened in time"
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

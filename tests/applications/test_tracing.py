@@ -213,6 +213,24 @@ def test_scores_of_the_last_layer_are_products_of_its_gradients(target):
     assert not model.net[1]._forward_hooks
 
 
+def test_scores_of_the_last_layer_along_a_run_are_means_over_its_snapshots():
+    store, model = MemoryStore(), Bigrams()
+    recorder = GradientRecorder(store, snapshots=4)
+    quiet_trainer(recorder, precision="64-true").fit(model, loader(passages(), 3))
+    settings = {"progress": False}
+    final = {name: value.clone() for name, value in model.state_dict().items()}
+    scores = last_layer_scores(model, loader(passages()), completion(1), run=store, **settings)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, final[name])
+    each = []
+    for snapshot in store.snapshots():
+        other = Bigrams()
+        other.load_state_dict(store.weights_at(snapshot))
+        each.append(last_layer_scores(other, loader(passages()), completion(1), **settings).values)
+    assert len(each) > 2
+    torch.testing.assert_close(scores.values, torch.stack(each).mean(dim=0))
+
+
 def test_scores_of_the_last_layer_need_a_layer_and_a_completion():
     model, (tokens, labels) = Bigrams(), completion(0)
     with pytest.raises(ValueError, match=r"expected a `Linear` of `Bigrams`: one of \['net.1'\]"):

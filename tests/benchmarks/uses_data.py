@@ -1,21 +1,8 @@
-"""Do the uses of a run pay? Pruning, selecting, unlearning, tracing, by retraining on real data.
+"""Prune, select, remove, find watermarks: parts of the benchmark `uses.py`, on digits."""
 
-    python tests/benchmarks/uses_data.py
-    python tests/benchmarks/uses_data.py --uses prune unlearn --seeds 2
-
-One table: for each use, ours beside random choice and the simplest heuristic, mean and standard
-deviation over seeds. Data come with scikit-learn and Python; nothing is downloaded. About ten
-minutes on one thread.
-"""
-
-import argparse
 import copy
-import logging
 import tempfile
-import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -24,16 +11,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Sampler, TensorDataset
-from uses_data_text import LanguageModel, corpus
 
 from tda_lightning import (
     GradientRecorder,
     GradientSimilarity,
     HDF5Store,
-    Identity,
     InfluenceFunction,
     Logit,
-    Scores,
     TracIn,
     Unrolled,
     attribute,
@@ -42,16 +26,11 @@ from tda_lightning import (
     self_influence,
 )
 from tda_lightning.applications import (
-    BM25,
-    FirstOrder,
     GraNd,
     LabelLoss,
-    SecondOrder,
-    UnrolledUpdate,
     coreset,
     prune,
     select,
-    unlearn,
 )
 from tda_lightning.metrics import mislabel_auc
 
@@ -221,44 +200,6 @@ def selecting(seed: int) -> Rows:
         yield name, mean_accuracy(x[half:][ids], y[half:][ids], test, seed, 100, 30)
 
 
-def unlearning(seed: int, optimizer: str) -> Rows:
-    """Unlearn 12 of 1,200 digits; the truth is the same training without them."""
-    x, y, *test = digits(seed)
-    data, batches = TensorDataset(x, y), batches_of(N_TRAIN, 10, seed)
-    torch.manual_seed(seed)
-    initial = Classifier(optimizer, width=32)
-    model = copy.deepcopy(initial)
-    run = fit(model, data, batches, projector=Identity(), curvature="fisher", snapshots=24)
-    forget = torch.randperm(N_TRAIN, generator=torch.Generator().manual_seed(seed))[:12]
-    rest = [[i for i in batch if i not in set(forget.tolist())] for batch in batches]
-    retrained = retrain(copy.deepcopy(initial), x, y, rest)
-    updates = {
-        "first order, rate .003": FirstOrder(0.003),
-        "second order (default)": SecondOrder(),
-        "unrolled": UnrolledUpdate(),
-    }
-    loaders = DataLoader(data, 100), DataLoader(TensorDataset(*test), 100)
-    for name, update in updates.items():
-        result = unlearn(
-            model,
-            run,
-            loaders[0],
-            forget,
-            update=update,
-            holdout=loaders[1],
-            retrained=retrained,
-            progress=False,
-        )
-        for kind in ("forget", "holdout"):
-            distances = result.distances[kind]
-            yield f"{name}: distance, {kind}, in %", 100 * distances["after"]
-        auc = result.membership_auc
-        yield f"{name}: membership AUC minus retrained", abs(auc["after"] - auc["retrained"])
-    for kind in ("forget", "holdout"):
-        yield f"nothing: distance, {kind}, in %", 100 * result.distances[kind]["before"]
-    yield "nothing: membership AUC minus retrained", abs(auc["before"] - auc["retrained"])
-
-
 def removing(seed: int) -> Rows:
     """Remove the top 5 % proponents of a prediction, and train again from the same weights."""
     x, y, test_x, test_y = digits(seed)
@@ -330,77 +271,9 @@ def watermark(seed: int) -> Rows:
         yield repr(method).split("(")[0], mislabel_auc(scores.values.mean(dim=0), marked)
 
 
-def reciprocal_rank(scores: Scores, answers: Sequence[int]) -> float:
-    """Return the mean reciprocal rank of the right passages; ties count half."""
-    at = torch.searchsorted(scores.train_ids, torch.tensor(answers))[:, None]
-    right = scores.values.gather(1, at)
-    above, equal = (scores.values > right).sum(dim=1), (scores.values == right).sum(dim=1)
-    return float((1 / (1 + above + (equal - 1) / 2)).mean())
-
-
-def facts(seed: int, epochs: int) -> Rows:
-    """Trace planted facts to their passages among 300."""
-    texts = corpus(seed)
-    torch.manual_seed(seed)
-    model = LanguageModel(len(texts.vocabulary))
-    batches = batches_of(len(texts.passages), epochs, seed, 16)
-    run = fit(model, texts.train, batches, curvature="fisher")
-    for kind, queries in texts.queries.items():
-        loader = DataLoader(queries, 1)
-        with torch.no_grad():
-            losses = [float(model.training_step(batch, 0)) for batch in loader]
-        yield f"{kind}: loss of the completion", sum(losses) / len(losses)
-        overlap = BM25().scores(texts.texts[kind], texts.passages)
-        yield f"{kind}: BM25", reciprocal_rank(overlap, texts.answers)
-        for method in (
-            GradientSimilarity(),
-            InfluenceFunction(),
-            Unrolled(),
-            TracIn(),
-        ):
-            scores = attribute(run, model, loader, method=method, progress=False)
-            name = repr(method).split("(")[0]
-            yield f"{kind}: {name}", reciprocal_rank(scores, texts.answers)
-            if isinstance(method, InfluenceFunction):
-                influence = self_influence(run, method=method, progress=False).values
-                relative = replace(scores, values=scores.values / influence.clamp_min(1e-12).sqrt())
-                yield f"{kind}: relative {name}", reciprocal_rank(relative, texts.answers)
-
-
 USES: dict[str, tuple[str, Callable[[int], Rows]]] = {
     "prune": ("digits pruned to 50 %, test accuracy in %", pruning),
     "select": ("10 % for a domain, test accuracy in %", selecting),
-    "unlearn-sgd": ("1 % of digits, SGD with momentum", lambda seed: unlearning(seed, "SGD")),
-    "unlearn-adamw": ("1 % of digits, AdamW", lambda seed: unlearning(seed, "AdamW")),
     "remove": ("flips in % after removing 5 %", removing),
     "watermark": ("AUC of marked samples", watermark),
-    "facts-early": ("facts, 6 epochs: mean reciprocal rank", lambda seed: facts(seed, 6)),
-    "facts-late": ("facts, 25 epochs: mean reciprocal rank", lambda seed: facts(seed, 25)),
 }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--uses", nargs="+", choices=USES, default=list(USES), metavar="USE")
-    parser.add_argument("--seeds", type=int, default=5)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    print("| use | choice | mean | std | seeds |\n|---|---|---|---|---|")
-    for use in options.uses:
-        title, measure = USES[use]
-        values: dict[str, list[float]] = defaultdict(list)
-        for seed in range(options.seeds):
-            for name, value in measure(seed):
-                values[name].append(value)
-        for name, numbers in values.items():
-            spread = float(torch.tensor(numbers).std(correction=1)) if len(numbers) > 1 else 0.0
-            mean = sum(numbers) / len(numbers)
-            print(f"| {title} | {name} | {mean:.3f} | {spread:.3f} | {len(numbers)} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
 """The functions of a retraining, importable by its processes."""
 
+import torch
 from lightning_models import Plain, loader, quiet_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,3 +25,9 @@ def query_losses(model: Plain) -> Tensor:
 
 def no_losses(model: Plain) -> float:
     return 0.0
+
+
+def losses_unless_odd(model: Plain) -> Tensor:
+    if torch.initial_seed() % 2:
+        raise ArithmeticError("odd")
+    return query_losses(model)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
-import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 from tda_lightning.applications.retraining.plan import Plan
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
+from tda_lightning.stores.durable import atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,56 +61,85 @@ class ResultFolder:
     Args:
         path: The folder; it is created.
         plan: The plan whose results it holds.
+        functions: The user's functions that train and measure, by name.
 
     Raises:
-        FileExistsError: If the folder holds the results of another plan.
+        FileExistsError: If the folder holds the results of another plan, or of other functions.
     """
 
-    def __init__(self, path: str | Path, plan: Plan) -> None:
+    def __init__(
+        self, path: str | Path, plan: Plan, functions: Mapping[str, Callable[..., Any]]
+    ) -> None:
         self.path, self._plan = Path(path), plan
         self.path.mkdir(parents=True, exist_ok=True)
         header = self.path / "plan.json"
-        expected = {"plan": plan.fingerprint(), "trainings": len(plan)}
+        expected = {
+            "plan": plan.fingerprint(),
+            "trainings": len(plan),
+            "functions": {name: _fingerprint(function) for name, function in functions.items()},
+        }
         if header.exists():
-            found = json.loads(header.read_text())
-            if found != expected:
-                raise FileExistsError(
-                    f"`{self.path}` holds {found['trainings']} trainings of another plan; expected "
-                    "the same plan, to continue it. Choose another folder, or delete this one."
-                )
+            self._require_same(json.loads(header.read_text()), expected)
         else:
-            _write(header, json.dumps(expected).encode())
+            with atomic_write(header) as temporary:
+                temporary.write_text(json.dumps(expected))
+
+    def _require_same(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        if found["plan"] != expected["plan"]:
+            raise FileExistsError(
+                f"`{self.path}` holds {found['trainings']} trainings of another plan; expected "
+                "the same plan, to continue it. Choose another folder, or delete this one."
+            )
+        changed = [
+            f"`{name}`"
+            for name, fingerprint in expected["functions"].items()
+            if found["functions"].get(name) != fingerprint
+        ]
+        if changed:
+            raise FileExistsError(
+                f"`{self.path}` holds trainings with another {' and '.join(changed)}; expected the "
+                "same code, so that all results are alike. Choose another folder, or delete this "
+                "one."
+            )
 
     def missing(self) -> list[int]:
         """Return the numbers of the trainings without a result."""
         return [number for number in range(len(self._plan)) if not self._file(number).exists()]
 
     def add(self, number: int, values: Float[Tensor, " n_values"]) -> None:
-        """Store the result of a training; a process that is killed leaves no half file."""
-        temporary = self._file(number).with_suffix(".partial.npy")
-        np.save(temporary, values.numpy())
-        os.replace(temporary, self._file(number))
-
-    def load(self) -> Retrainings:
-        """Return all results.
+        """Store the result of a training; a process that is killed leaves no half file.
 
         Raises:
-            ValueError: If trainings returned different numbers of values.
+            ValueError: If another training returned another number of values.
         """
-        rows = [torch.from_numpy(np.load(self._file(n))) for n in range(len(self._plan))]
-        lengths = sorted({len(row) for row in rows})
-        if len(lengths) > 1:
+        other = next(
+            (path for n in range(len(self._plan)) if (path := self._file(n)).exists()), None
+        )
+        if other is not None and (length := len(np.load(other))) != len(values):
             raise ValueError(
-                f"`measure` returned from {lengths[0]} to {lengths[-1]} values; expected the same "
-                "number after every training."
+                f"`measure` returned {len(values)} values after training {number}, and {length} "
+                "after another one; expected the same number after every training."
             )
+        with atomic_write(self._file(number)) as temporary, temporary.open("wb") as file:
+            np.save(file, values.numpy())
+
+    def load(self) -> Retrainings:
+        """Return all results."""
+        rows = [torch.from_numpy(np.load(self._file(n))) for n in range(len(self._plan))]
         return Retrainings(self._plan, torch.stack(rows))
 
     def _file(self, number: int) -> Path:
         return self.path / f"{number:06d}.npy"
 
 
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _fingerprint(function: Callable[..., Any]) -> str:
+    """Return the name of a function, with a hash of its source where there is one."""
+    while isinstance(function, partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    try:
+        source = inspect.getsource(named)
+    except (OSError, TypeError):
+        source = ""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return f"{named.__module__}.{named.__qualname__} {digest}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +24,10 @@ from torch.utils.data import (
 from tqdm import tqdm
 
 from tda_lightning.applications.retraining.plan import Plan
+from tda_lightning.applications.retraining.pool import require_importable, run_in_processes
 from tda_lightning.applications.retraining.results import ResultFolder, Retrainings
 from tda_lightning.arguments import describe, require_whole
+from tda_lightning.passes.model_state import preserved_rng
 
 _SAMPLERS = (RandomSampler, SequentialSampler)
 
@@ -37,7 +38,9 @@ class _Task:
     loader: Callable[[], DataLoader[Any]]
     trainer: Callable[[], Any]
     measure: Callable[[nn.Module], Tensor]
-    plan: Plan
+
+
+_Result = tuple[int, Tensor]
 
 
 def retrain(
@@ -65,8 +68,8 @@ def retrain(
         trainer: Returns a new Trainer.
         measure: Returns numbers for a trained model, such as one loss per query, shape
             ``(n_values,)``. The model is in evaluation mode.
-        folder: Folder for the results. A call with the same plan and folder continues after an
-            interruption. By default, results are only in memory.
+        folder: Folder for the results. A call with the same plan, functions and folder continues
+            after an interruption. By default, results are only in memory.
         processes: Number of trainings at the same time. With more than one, all functions must be
             importable: defined at the top of a file.
         progress: Show a progress bar with the remaining time.
@@ -75,14 +78,17 @@ def retrain(
         The measurements, shape ``(n_trainings, n_values)``.
 
     Raises:
-        FileExistsError: If the folder holds the results of another plan.
+        FileExistsError: If the folder holds the results of another plan or of other functions.
+        RuntimeError: If a training fails in one of several processes. Finished results are kept.
         ValueError: If the loader has a sampler of an unknown kind, its dataset has another length
             than the plan, or ``measure`` returns anything but numbers.
     """
     require_whole("processes", processes, least=1)
-    task = _Task(model, loader, trainer, measure, plan)
+    functions = {"model": model, "loader": loader, "trainer": trainer, "measure": measure}
+    if processes > 1:
+        require_importable(functions)
     with TemporaryDirectory() as temporary:
-        results = ResultFolder(temporary if folder is None else folder, plan)
+        results = ResultFolder(temporary if folder is None else folder, plan, functions)
         missing = results.missing()
         with tqdm(
             total=len(plan),
@@ -90,39 +96,33 @@ def retrain(
             desc="retraining",
             disable=not progress,
         ) as bar:
-            for number, values in _run(task, missing, processes):
+            for number, values in _run(_Task(**functions), plan, missing, processes):
                 results.add(number, values)
                 bar.update()
         return results.load()
 
 
-def _run(task: _Task, numbers: list[int], processes: int) -> Iterator[tuple[int, Tensor]]:
+def _run(task: _Task, plan: Plan, numbers: list[int], processes: int) -> Iterator[_Result]:
     """Yield the measurements of each training, in the order in which they finish."""
-    if processes == 1:
-        yield from ((number, _train(task, number)) for number in numbers)
+    if processes == 1 or len(numbers) < 2:
+        for number in numbers:
+            with preserved_rng():
+                values = _train(task, plan.weights[number], int(plan.seeds[number]))
+            yield number, values
         return
-    # Forked processes would share the parent's threads and its devices.
-    context = torch.multiprocessing.get_context("spawn")
-    threads = max(torch.get_num_threads() // processes, 1)
-    with ProcessPoolExecutor(
-        processes, context, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        waiting: dict[Future[Any], int] = {
-            pool.submit(_train_to_numpy, task, number): number for number in numbers
-        }
-        while waiting:
-            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield waiting.pop(future), torch.from_numpy(future.result())
+    calls = {n: (task, plan.weights[n].numpy(), int(plan.seeds[n])) for n in numbers}
+    for number, values in run_in_processes(_train_on_arrays, calls, processes):
+        yield number, torch.from_numpy(values)
 
 
-def _train_to_numpy(task: _Task, number: int) -> Any:
+def _train_on_arrays(task: _Task, weights: Any, seed: int) -> Any:
     # Tensors would be passed through shared memory, which can run out.
-    return _train(task, number).numpy()
+    return _train(task, torch.from_numpy(weights), seed).numpy()
 
 
-def _train(task: _Task, number: int) -> Float[Tensor, " n_values"]:
-    weights, seed = task.plan.weights[number], int(task.plan.seeds[number])
+def _train(
+    task: _Task, weights: Float[Tensor, " n_train"], seed: int
+) -> Float[Tensor, " n_values"]:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

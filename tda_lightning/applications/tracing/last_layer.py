@@ -5,10 +5,10 @@ With features :math:`h` and logits :math:`z` at the tokens of a passage :math:`i
 .. math:: s(q, i) = -\sum_{t, a} \Big\langle \frac{\partial L_i}{\partial z_t},
    \frac{\partial f_q}{\partial z_a} \Big\rangle \, \langle h_t, h_a \rangle
 
-It is TracIn of the last layer at the model's weights: Pruthi et al. (2020), "Estimating Training
-Data Influence by Tracing Gradient Descent", sec. 4. Few passages hold a rare word, so their share
-of the last layer's gradient is large at its row, and tiny everywhere else. A sketch of the whole
-model hides it; these products do not.
+It is TracIn of the last layer, at the model's weights or at snapshots of a run: Pruthi et al.
+(2020), "Estimating Training Data Influence by Tracing Gradient Descent", sec. 4. Few passages hold
+a rare word, so their share of the last layer's gradient is large at its row, and tiny everywhere
+else. A sketch of the whole model hides it; these products do not.
 """
 
 from __future__ import annotations
@@ -26,16 +26,29 @@ from torch.utils.data import DataLoader
 from tda_lightning.arguments import describe
 from tda_lightning.passes.batches import (
     batch_size,
+    batches_in_memory,
     identified,
     loss_of,
     require_loader,
     transfer,
     with_progress,
 )
-from tda_lightning.passes.model_state import fingerprint, preserved_state, require_model
+from tda_lightning.passes.model_state import (
+    fingerprint,
+    preserved_state,
+    require_model,
+    swapped_weights,
+)
 from tda_lightning.passes.targets import Logit, Loss, Target
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger, require_once
 from tda_lightning.results.scores import Scores
+from tda_lightning.stores.opening import Run, open_run
+from tda_lightning.stores.snapshots import (
+    MAX_SNAPSHOTS,
+    describe_snapshots,
+    own_snapshots,
+    spread,
+)
 
 
 def last_layer_scores(
@@ -43,6 +56,7 @@ def last_layer_scores(
     train_loader: DataLoader[Any],
     queries: Any,
     *,
+    run: Run | None = None,
     target: Target = Logit(shift=True),
     layer: str | None = None,
     sample_ids: IdSource | None = None,
@@ -51,13 +65,17 @@ def last_layer_scores(
     """Score passages by how much a step on each raises the logits of a completion.
 
     It also finds the source of facts in other words than those of the passage, which
-    :func:`trace_facts` misses. No recorded run is needed: the passages pass through the model once.
+    :func:`trace_facts` misses. No recorded run is needed, but one with snapshots is better: early
+    in a training, features of both wordings are more alike.
 
     Args:
-        model: The trained LightningModule, in the weights to query. It is left unchanged.
+        model: The trained LightningModule. It is left unchanged.
         train_loader: The passages, in any order. The loss of a batch must be a mean.
         queries: A batch of prompts with their completions, or a ``DataLoader`` of such batches.
             Label the completion, and all other tokens -100.
+        run: The recorded training with snapshots: its folder or a store; see
+            ``GradientRecorder(snapshots=...)``. Scores are means over at most ten of them. By
+            default they are those at the model's current weights.
         target: The quantity to raise; its sum over the tokens of a query counts. Logits of the
             completion point to it. Its loss also points to what the model predicts instead.
         layer: Name of the layer; by default the last ``Linear`` that is called.
@@ -69,34 +87,66 @@ def last_layer_scores(
         the gradients at the logits of one batch of passages, and of all completions.
 
     Raises:
-        ValueError: If the layer or the ids cannot be found, or no token of the queries counts.
+        FileNotFoundError: If there is no run at the path.
+        ValueError: If the layer or the ids cannot be found, no token of the queries counts, or the
+            run has no snapshots.
     """
     require_model(model)
     require_loader(train_loader, "train_loader")
+    query_batches = batches_in_memory(queries)
+    store = None if run is None else open_run(run)
+    snapshots = [] if store is None else spread(own_snapshots(store), MAX_SNAPSHOTS)
+    weights = [model.state_dict()] if store is None else map(store.weights_at, snapshots)
+    parts = []
     with _LastCall.watched(model, layer) as calls, preserved_state(model, "eval"):
-        query = _query_tokens(model, queries, target, calls, progress)
-        ids, columns = [], []
-        ledger = SampleLedger(sample_ids)
-        ledger.watch(train_loader, lambda: True)
-        try:
-            for number, batch in enumerate(with_progress(train_loader, "passages", progress)):
-                ids.append(ledger.name(batch, number))
-                n = batch_size(batch, "train_loader")
-                loss = n * loss_of(model, transfer(model, batch))
-                columns.append(query.scores(calls.tokens(loss, n)))
-        finally:
-            ledger.release()
+        for state in weights:
+            with swapped_weights(model, state):
+                query = _query_tokens(model, query_batches, target, calls)
+                parts.append(_scores_now(model, train_loader, query, calls, sample_ids, progress))
+    train_ids = parts[0][0]
+    if not all(torch.equal(ids, train_ids) for ids, _ in parts):
+        raise ValueError(
+            "`train_loader` does not draw the same samples in every pass; expected the same, one "
+            "pass for each snapshot. Pass a loader of all samples."
+        )
+    return Scores(
+        values=torch.stack([values for _, values in parts]).mean(dim=0),
+        query_ids=torch.arange(query.n),
+        train_ids=train_ids,
+        method=f"TracIn of `{calls.name}`",
+        provenance={
+            "model": type(model).__name__,
+            "weights": describe_snapshots(snapshots) if snapshots else fingerprint(model),
+            "mode": "eval",
+        },
+    )
+
+
+def _scores_now(
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    query: _Tokens,
+    calls: _LastCall,
+    sample_ids: IdSource | None,
+    progress: bool,
+) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
+    """Return the sorted ids of all passages, and their scores at the model's weights."""
+    ids, columns = [], []
+    ledger = SampleLedger(sample_ids)
+    ledger.watch(train_loader, lambda: True)
+    try:
+        for number, batch in enumerate(with_progress(train_loader, "passages", progress)):
+            ids.append(ledger.name(batch, number))
+            n = batch_size(batch, "train_loader")
+            loss = n * loss_of(model, transfer(model, batch))
+            columns.append(query.scores(calls.tokens(loss, n)))
+    finally:
+        ledger.release()
     if not ids:
         raise ValueError("`train_loader` is an empty loader; expected at least one batch.")
     train_ids, order = torch.cat(ids).sort()
     require_once(train_ids)
-    return Scores(
-        values=torch.cat(columns, dim=1)[:, order],
-        query_ids=torch.arange(query.n),
-        train_ids=train_ids,
-        method=f"TracIn of `{calls.name}`",
-        provenance={"model": type(model).__name__, "weights": fingerprint(model), "mode": "eval"},
-    )
+    return train_ids, torch.cat(columns, dim=1)[:, order]
 
 
 @dataclass(frozen=True)
@@ -178,12 +228,10 @@ class _LastCall:
         return _Tokens(features[counted], gradients[counted], owners[counted], n, self._bias)
 
 
-def _query_tokens(
-    model: nn.Module, queries: Any, target: Target, calls: _LastCall, progress: bool
-) -> _Tokens:
+def _query_tokens(model: nn.Module, queries: Any, target: Target, calls: _LastCall) -> _Tokens:
     """Return the tokens of all queries that count, with the gradients of the target."""
     parts, n_before = [], []
-    for _, batch in identified(queries, progress=progress):
+    for _, batch in identified(queries):
         n = batch_size(batch, "queries")
         value = _summed(model, transfer(model, batch), target, n)
         n_before.append(sum(part.n for part in parts))
