@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.applications import Mislabeled
 from tda_lightning.report.evidence.gathering import Evidence
 from tda_lightning.report.findings.finding import MAX_SHOWN, Finding
 
@@ -55,6 +56,16 @@ def _in_second_peak(logs: Float[Tensor, " n"]) -> int:
     return above if is_apart else 0
 
 
+def _number_of_suspects(suspects: Mislabeled) -> tuple[str, str]:
+    n_train = len(suspects.train_ids)
+    how = "They were found by their losses during the training and their self-influence."
+    if suspects.is_clear:
+        number = f"{suspects.estimated_number:,} of {n_train:,}"
+        return f"About {number} training labels are probably wrong.", how
+    first = f"{suspects.flagged_number:,} of {n_train:,} training labels are suspicious."
+    return first, f"{how} They form no clear group, so their number is a guess."
+
+
 def suspicious_labels(evidence: Evidence) -> Finding:
     """Estimate how many labels are wrong, or show the most unusual samples."""
     n_train = len(evidence.influence.values)
@@ -62,13 +73,9 @@ def suspicious_labels(evidence: Evidence) -> Finding:
     suspects = evidence.suspects
     if suspects is not None and suspects.flagged_number:
         worst = tuple(suspects.ids[:MAX_SHOWN].tolist())
-        if n_apart:
-            first = (
-                f"About {suspects.estimated_number:,} of {n_train:,} training labels are probably "
-                "wrong."
-            )
-            how = "They were found by their losses during the training and their self-influence."
-            return Finding("Suspicious labels", (first, how, _MEANING), "attention", worst)
+        if suspects.is_clear or n_apart:
+            sentences = (*_number_of_suspects(suspects), _MEANING)
+            return Finding("Suspicious labels", sentences, "attention", worst)
         first = (
             f"{suspects.flagged_number:,} of {n_train:,} training labels are suspicious, but they "
             "do not stand apart from the rest: their number is a guess."
