@@ -1,9 +1,10 @@
 """Training data attribution for PyTorch Lightning: which samples made the model do that."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 # Record
-from tda_lightning.callbacks import ContributionTracker, GradientRecorder, LossRecorder
 from tda_lightning.gradients.nodes import node_rule
 from tda_lightning.gradients.sketching.projectors import (
     CountSketch,
@@ -40,6 +41,19 @@ from tda_lightning.full_influence import (  # isort: skip
 from tda_lightning.passes.losses import sample_losses  # isort: skip
 from tda_lightning.passes.targets import LogProbability, Logit, Margin  # isort: skip
 from tda_lightning.results import Scores  # isort: skip
+
+if TYPE_CHECKING:
+    from tda_lightning.callbacks import ContributionTracker, GradientRecorder, LossRecorder
+else:
+
+    def __getattr__(name):
+        """Import the callbacks on first use: Lightning takes longer to import than all the rest."""
+        if name in {"ContributionTracker", "GradientRecorder", "LossRecorder"}:
+            return getattr(import_module("tda_lightning.callbacks"), name)
+        if name == "callbacks":
+            return import_module("tda_lightning.callbacks")
+        raise AttributeError(f"module `tda_lightning` has no attribute `{name}`")
+
 
 __version__ = version("tda_lightning")
 

@@ -1,6 +1,8 @@
 """The metadata of the package: ranges, versions of Python, extras."""
 
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,3 +44,21 @@ def test_the_readme_names_every_extra_that_users_choose():
 def test_the_package_is_typed_and_brings_its_licence():
     assert (ROOT / "tda_lightning/py.typed").exists()
     assert [(ROOT / name).exists() for name in PROJECT["license-files"]] == [True]
+
+
+@pytest.mark.slow
+def test_lightning_is_imported_when_a_callback_is_used():
+    """It takes ten times as long to import as this package, and the command line needs none."""
+    code = (
+        "import sys, tda_lightning, tda_lightning.cli\n"
+        "assert not {'pytorch_lightning', 'lightning'} & sys.modules.keys()\n"
+        "assert tda_lightning.GradientRecorder is tda_lightning.callbacks.GradientRecorder"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_names_of_the_package_are_refused():
+    import tda_lightning
+
+    with pytest.raises(AttributeError, match="no attribute `GradientRecoder`"):
+        tda_lightning.GradientRecoder  # noqa: B018
