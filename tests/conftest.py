@@ -28,6 +28,8 @@ IGNORED_WARNINGS = (
 
 
 def pytest_collection_modifyitems(items):
+    # Groups are long, and one process runs each: they start first, so none of them ends last.
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
     for item in items:
         for ignored in IGNORED_WARNINGS:
             item.add_marker(pytest.mark.filterwarnings(ignored))

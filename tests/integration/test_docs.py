@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("documented code")  # the README runs once
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Pages whose blocks take half a minute.
