@@ -144,6 +144,7 @@ import logging, resource, sys, warnings
 logging.disable(logging.CRITICAL)
 import torch
 torch.set_num_threads(1)
+import lean_lightning  # before Lightning
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from tda_lightning import GradientRecorder, HDF5Store
 callbacks = []

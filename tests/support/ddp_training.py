@@ -9,6 +9,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import lean_lightning  # noqa: F401, before Lightning
 import pytorch_lightning as pl
 import torch
 from lightning_models import IndexedVectors, Plain, mlp, quiet_trainer

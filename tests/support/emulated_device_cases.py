@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import emulated_device
+import lean_lightning  # noqa: F401, before Lightning
 import pytorch_lightning as pl
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
