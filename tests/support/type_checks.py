@@ -2,7 +2,7 @@
 
 jaxtyping's import hook decorates each function of the package with ``jaxtyping.jaxtyped``. That
 decorator checks the arguments of a call twice, binds them to the signature, and compiles its
-checks anew whenever a nested function is defined: more than half of the time of the tests. The
+checks again whenever a nested function is defined: more than half of the time of the tests. The
 decorator here makes the same checks once per call, and none of them again for a nested function.
 """
 
@@ -80,7 +80,7 @@ def compiled(function: Any, hints: dict[str, Any]) -> Callable[..., Any]:
 
 
 def checked_against(hints: dict[str, Any], function: Any) -> Callable[..., Any]:
-    """Check a function without compiling: for those that are defined anew in each call."""
+    """Check a function without compiling: for those that are defined again in each call."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
 
     def check(*args: Any, **kwargs: Any) -> Any:
