@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Four equal blocks, called in the way that `way` says."""
+    """Four equal blocks, called by a function `way`."""
 
     def __init__(self):
         super().__init__()

@@ -45,7 +45,9 @@ class BlockMap:
         left = None if self.left is None else rows[:, None] * self.left
         right = None if self.right is None else columns[:, None] * self.right
         scale = None
-        if left is None or right is None:
+        if self.columns == 1 and left is None:
+            scale = (rows * columns)[:, None]
+        elif left is None or right is None:
             row_scale = rows if left is None else rows.new_ones(left.shape[1])
             column_scale = columns if right is None else rows.new_ones(right.shape[1])
             scale = torch.outer(row_scale, column_scale)
