@@ -13,10 +13,10 @@ from tda_lightning.gradients.nodes.stacked import StackedFactors
 from tda_lightning.gradients.row_sum import RowSum
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 
-# Outputs of nodes that wait, in numbers: the arithmetic of larger ones takes longer than calling
-# it, and waiting holds memory.
-_MAX_OUTPUT = 2**16
-_MAX_WAITING = 2**21
+# Nodes that wait, by the numbers in their outputs and inputs, and all of them together: for larger
+# ones arithmetic takes longer than calling it, and waiting holds memory.
+_MAX_NUMBERS = 2**17
+_MAX_WAITING = 2**22
 
 # The gradient of a node's output, and the tensors that it saved.
 Values = tuple[Tensor, ...]
@@ -50,8 +50,8 @@ class HeldNodes:
             values: The gradient of its output, and the tensors that it saved.
         """
         grad = values[0]
-        size = grad.numel()
-        if size > _MAX_OUTPUT or size > self._room:
+        size = grad.numel() + values[1].numel()
+        if size > _MAX_NUMBERS or size > self._room:
             self._record_large(slot, values)
             return
         slots, waiting = self._groups.setdefault((slot.kind, grad.shape, grad.dtype), ([], []))
