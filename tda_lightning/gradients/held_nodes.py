@@ -28,6 +28,7 @@ class HeldNodes:
     Args:
         sketcher: Shrinks the gradients.
         rows: Rows to add them to.
+        n: Number of samples.
         record_large: Called with a large node; by default it is recorded at once.
     """
 
@@ -35,9 +36,10 @@ class HeldNodes:
         self,
         sketcher: Sketcher,
         rows: RowSum,
+        n: int,
         record_large: Callable[[Slot, Values], None] | None = None,
     ) -> None:
-        self._sketcher, self._rows = sketcher, rows
+        self._sketcher, self._rows, self._n = sketcher, rows, n
         self._record_large = record_large or self.record
         self._groups: dict[Any, tuple[list[Slot], list[Values]]] = {}
         self._room = _MAX_WAITING
@@ -72,7 +74,7 @@ class HeldNodes:
             self._record([slot], [values])
 
     def _record(self, slots: Sequence[Slot], values: Sequence[Values]) -> None:
-        rule, n = slots[0].rule, slots[0].n
+        rule, n = slots[0].rule, self._n
         stacked = [_stack(tensors) for tensors in zip(*values, strict=True)]
         numbers = zip(*[slot.blocks for slot in slots], strict=True)
         for (position, _, is_transposed), blocks in zip(slots[0].inputs, numbers, strict=True):
