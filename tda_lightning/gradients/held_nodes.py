@@ -13,10 +13,10 @@ from tda_lightning.gradients.nodes.stacked import StackedFactors
 from tda_lightning.gradients.row_sum import RowSum
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 
-# Outputs of nodes that wait, in numbers: the arithmetic of larger ones takes longer than calling
-# it, and waiting holds memory.
-_MAX_OUTPUT = 2**16
-_MAX_WAITING = 2**21
+# Nodes that wait, by the numbers in their outputs and inputs, and all of them together: for larger
+# ones arithmetic takes longer than calling it, and waiting holds memory.
+_MAX_NUMBERS = 2**17
+_MAX_WAITING = 2**22
 
 # The gradient of a node's output, and the tensors that it saved.
 Values = tuple[Tensor, ...]
@@ -28,6 +28,7 @@ class HeldNodes:
     Args:
         sketcher: Shrinks the gradients.
         rows: Rows to add them to.
+        n: Number of samples.
         record_large: Called with a large node; by default it is recorded at once.
     """
 
@@ -35,9 +36,10 @@ class HeldNodes:
         self,
         sketcher: Sketcher,
         rows: RowSum,
+        n: int,
         record_large: Callable[[Slot, Values], None] | None = None,
     ) -> None:
-        self._sketcher, self._rows = sketcher, rows
+        self._sketcher, self._rows, self._n = sketcher, rows, n
         self._record_large = record_large or self.record
         self._groups: dict[Any, tuple[list[Slot], list[Values]]] = {}
         self._room = _MAX_WAITING
@@ -50,8 +52,8 @@ class HeldNodes:
             values: The gradient of its output, and the tensors that it saved.
         """
         grad = values[0]
-        size = grad.numel()
-        if size > _MAX_OUTPUT or size > self._room:
+        size = grad.numel() + values[1].numel()
+        if size > _MAX_NUMBERS or size > self._room:
             self._record_large(slot, values)
             return
         slots, waiting = self._groups.setdefault((slot.kind, grad.shape, grad.dtype), ([], []))
@@ -72,7 +74,7 @@ class HeldNodes:
             self._record([slot], [values])
 
     def _record(self, slots: Sequence[Slot], values: Sequence[Values]) -> None:
-        rule, n = slots[0].rule, slots[0].n
+        rule, n = slots[0].rule, self._n
         stacked = [_stack(tensors) for tensors in zip(*values, strict=True)]
         numbers = zip(*[slot.blocks for slot in slots], strict=True)
         for (position, _, is_transposed), blocks in zip(slots[0].inputs, numbers, strict=True):

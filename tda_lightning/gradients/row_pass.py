@@ -34,7 +34,7 @@ class RowPass:
     def __init__(self, sketcher: Sketcher, places: Mapping[nn.Parameter, Place], n: int) -> None:
         self._sketcher, self._places, self._n = sketcher, places, n
         self._rows = RowSum(sketcher, n)
-        self._held = HeldNodes(sketcher, self._rows)
+        self._held = HeldNodes(sketcher, self._rows, n)
         self._waiting: WaitingGradients | None = None
         self.preconditioner: Preconditioner | None = None
 
@@ -63,7 +63,10 @@ class RowPass:
         )
         record = self._held.record
         self._held = HeldNodes(
-            self._sketcher, self._rows, lambda slot, values: waiting.hold(slot, values, record)
+            self._sketcher,
+            self._rows,
+            self._n,
+            lambda slot, values: waiting.hold(slot, values, record),
         )
         return waiting.receive, self._held.add
 

@@ -47,6 +47,8 @@ class ParameterSelection:
 
 def lay_out(block: Block, tensors: Sequence[Tensor]) -> Shaped[Tensor, "rows columns"]:
     """Lay out one tensor per parameter of a block, such as gradients, as the block's matrix."""
+    if len(tensors) == 1:
+        return tensors[0].reshape(block.rows, -1)
     if block.columns == 1:
         return torch.cat([tensor.flatten() for tensor in tensors])[:, None]
     first, *rest = tensors

@@ -1,7 +1,7 @@
 """WaitingGradients: record gradients in coordinates that follow from the gradient of the batch.
 
-A parameter's gradient of the whole batch is complete as soon as torch has accumulated it, which is
-right after the last node that contributes to it. Until then the gradients of its samples wait.
+A parameter's gradient of the whole batch is complete as soon as torch has accumulated it. That is
+right after the last node that contributes to it. Until then, the gradients of the samples wait.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def test_this_holds_for_every_adaptive_optimizer(monkeypatch, name):
 @pytest.mark.parametrize("projector", [SHRUNK, Identity()], ids=["shrunk", "whole"])
 @pytest.mark.parametrize("name", ["sequence", "conv", "tied weights"])
 def test_this_holds_for_large_nodes_that_wait_for_their_parameters(monkeypatch, name, projector):
-    monkeypatch.setattr(held_nodes, "_MAX_OUTPUT", 0)
+    monkeypatch.setattr(held_nodes, "_MAX_NUMBERS", 0)
     assert_same_as_computed_first(monkeypatch, name, projector=projector)
 
 

@@ -67,7 +67,7 @@ class Capture:
         }
         self._layouts = LayoutMemory(self._recorded, declared)
         self._norms = NormsBehind(self._recorded, followed)
-        self._plans = WalkPlans(self._layouts, lambda meeting, n: slot_of(meeting, n, shrinking))
+        self._plans = WalkPlans(self._layouts, lambda meeting: slot_of(meeting, shrinking))
         self._walk: Walk | None = None
         self._delivery: Delivery | None = None
         self._visited: dict[Node, tuple[Edge, ...]] = {}
@@ -217,6 +217,9 @@ class Capture:
 
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             if self._receive is not None and not self.switch.is_paused():
+                if self._clock is None:
+                    deliver(node, inputs, grads, self._receive)
+                    return
                 with self.time_added():
                     deliver(node, inputs, grads, self._receive)
 
@@ -243,9 +246,7 @@ class Capture:
     def _deliver_alone(self, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         """Deliver the gradients of a node that turns out to differ from others of its kind."""
         assert self._walk is not None
-        for meeting in self._walk.as_meetings():
-            if meeting.node is node:
-                self._prehook(meeting)(grads)
+        self._prehook(self._walk.meeting_of[node])(grads)
 
     @contextmanager
     def time_added(self) -> Iterator[None]:

@@ -49,8 +49,8 @@ class LayoutMemory(LayoutInference):
     Attributes:
         lost: Why the rows of a parameter cannot be told apart, by parameter.
         irregular: Whose rows the last batch has in nodes where their order is irregular.
-        by_shape: The nodes of the last graph whose shape told whether they have samples, each with
-            the position of an input, its edge, and the answer.
+        by_shape: The nodes of the last graph that shapes decide about: whether they have samples.
+            Each has the position of an input, its edge, and the answer.
     """
 
     lost: dict[nn.Parameter, str] = field(default_factory=dict)

@@ -25,23 +25,20 @@ class Slot:
         rule: Returns the gradients of such nodes.
         inputs: For each input its position, its parameter, and whether it is the transposed one.
         blocks: The number of the block of each of these parameters.
-        n: Number of samples.
         kind: Equal for nodes that can be recorded together, if their outputs have equal shapes.
     """
 
     rule: StackedRule
     inputs: tuple[tuple[int, nn.Parameter, bool], ...]
     blocks: tuple[int, ...]
-    n: int
     kind: Hashable
 
 
-def slot_of(meeting: Meeting, n: int, shrinking: ShrinkingOf) -> Slot | None:
+def slot_of(meeting: Meeting, shrinking: ShrinkingOf) -> Slot | None:
     """Return the slot of a meeting, ``None`` if it is recorded alone.
 
     Args:
         meeting: The meeting.
-        n: Number of samples.
         shrinking: Returns how the gradients of a parameter are shrunk, and its block.
     """
     rule = stacked_rule_for(meeting.node)
@@ -61,7 +58,7 @@ def slot_of(meeting: Meeting, n: int, shrinking: ShrinkingOf) -> Slot | None:
         inputs.append((position, parameter, is_transposed))
         blocks.append(block)
     shapes = tuple((position, tuple(p.shape), turned) for position, p, turned in inputs)
-    return Slot(rule, tuple(inputs), tuple(blocks), n, (rule, shapes, n))
+    return Slot(rule, tuple(inputs), tuple(blocks), (rule, shapes))
 
 
 def _parameter_of(edge: Edge) -> tuple[nn.Parameter | None, bool]:

@@ -17,10 +17,12 @@ from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Normalized, 
 
 # Structures of graphs that are remembered: a training may alternate between losses.
 _MAX_PLANS = 4
-# Shapes of a node for which its layouts are remembered.
-_MAX_SHAPES = 256
+# Sizes of batches for which the layouts of a node are remembered.
+_MAX_SIZES = 256
 
-SlotOf = Callable[[Meeting, int], Slot | None]
+SlotOf = Callable[[Meeting], Slot | None]
+# The number of samples, and the shape of a node's output.
+_Sizes = tuple[int, tuple[int, ...]]
 
 
 @dataclass(slots=True)
@@ -32,24 +34,24 @@ class _PlannedMeeting:
         inputs: Positions of its inputs, each with a number of a node and of its output.
         is_first: As in :class:`Meeting`.
         slot: Where it is recorded together with others, if it is.
-        layouts: The layouts of its inputs by the shape of its output.
+        layouts: The layouts of its inputs by the sizes of a batch.
     """
 
     number: int
     inputs: tuple[tuple[int, int, int], ...]
     is_first: bool
     slot: Slot | None
-    layouts: dict[tuple[int, ...], list[Layout | None]] = field(default_factory=dict)
+    layouts: dict[_Sizes, list[Layout | None]] = field(default_factory=dict)
 
     def places(self, nodes: Sequence[Node]) -> list[tuple[int, Edge]]:
         """Return the positions of the inputs with their edges in a graph."""
         return [(position, (nodes[child], output)) for position, child, output in self.inputs]
 
-    def meeting(self, nodes: Sequence[Node]) -> Meeting:
-        """Return the meeting in a graph."""
-        shape = tuple(nodes[self.number]._input_metadata[0].shape)
-        places = self.places(nodes)
-        return Meeting(nodes[self.number], places, self.is_first, self.layouts[shape])
+    def meeting(self, nodes: Sequence[Node], n: int) -> Meeting:
+        """Return the meeting in a graph of ``n`` samples."""
+        node = nodes[self.number]
+        layouts = self.layouts.get((n, tuple(node._input_metadata[0].shape)), [])
+        return Meeting(node, self.places(nodes), self.is_first, layouts)
 
 
 class _WalkPlan:
@@ -57,7 +59,7 @@ class _WalkPlan:
 
     def __init__(self, loss: Tensor, walk: Walk, layouts: LayoutMemory, slot_of: SlotOf) -> None:
         self._layouts = layouts
-        self.n, self._n_exceptions = layouts.n, layouts.n_exceptions
+        self._n_exceptions = layouts.n_exceptions
         self._structure = GraphStructure(loss.grad_fn, walk.inputs, layouts.recorded)
         numbers = self._structure.numbers
         self._meetings = [
@@ -65,7 +67,7 @@ class _WalkPlan:
                 numbers[meeting.node],
                 tuple((position, numbers[e[0]], e[1]) for position, e in meeting.inputs),
                 meeting.is_first,
-                None if meeting.node in walk.normalized else slot_of(meeting, layouts.n),
+                None if meeting.node in walk.normalized else slot_of(meeting),
             )
             for meeting in walk.single
         ]
@@ -84,10 +86,10 @@ class _WalkPlan:
 
     def walk(self, loss: Tensor, n: int) -> Walk | None:
         """Return the result of a walk over a graph, ``None`` if it may be another one."""
-        if n != self.n or self._layouts.n_exceptions != self._n_exceptions:
+        if self._layouts.n_exceptions != self._n_exceptions:
             return None
         nodes = self._structure.nodes_of(loss.grad_fn)
-        if nodes is None or not self._is_alike(nodes):
+        if nodes is None or not self._is_alike(nodes, n):
             return None
         result = Walk(
             with_samples=set(_items(nodes, self._with_samples)),
@@ -98,11 +100,11 @@ class _WalkPlan:
             links = tuple(_items(nodes, chain))
             result.normalized[links[-1]] = Normalized(nodes[norm], links, by_batch)
         self._layouts.resume(n, result.with_samples)
-        return result if self._add_meetings(result, nodes) else None
+        return result if self._add_meetings(result, nodes, n) else None
 
-    def _is_alike(self, nodes: Sequence[Node]) -> bool:
+    def _is_alike(self, nodes: Sequence[Node], n: int) -> bool:
         """Return whether the facts agree that the walk did not read from the structure."""
-        self._layouts.resume(self.n, set())
+        self._layouts.resume(n, set())
         return all(
             self._layouts.has_samples(nodes[number], position, (nodes[child], output)) == answer
             for number, position, child, output, answer in self._by_shape
@@ -111,26 +113,26 @@ class _WalkPlan:
             for norm, _, by_batch in self._normalized
         )
 
-    def _add_meetings(self, result: Walk, nodes: Sequence[Node]) -> bool:
+    def _add_meetings(self, result: Walk, nodes: Sequence[Node], n: int) -> bool:
         """Add all meetings, and return whether their layouts are known."""
         alike: list[_PlannedMeeting] = []
         for planned in self._meetings:
             node = nodes[planned.number]
-            shape = tuple(node._input_metadata[0].shape)
-            layouts = planned.layouts.get(shape)
+            sizes = n, tuple(node._input_metadata[0].shape)
+            layouts = planned.layouts.get(sizes)
             if layouts is None:
                 layouts = self._layouts.settled(node, planned.places(nodes))
                 if layouts is None:
                     return False
-                if len(planned.layouts) < _MAX_SHAPES:
-                    planned.layouts[shape] = layouts
+                if len(planned.layouts) < _MAX_SIZES:
+                    planned.layouts[sizes] = layouts
             if planned.slot is not None and all(map(_is_contiguous, layouts)):
                 result.alike.append((node, planned.slot))
                 alike.append(planned)
             else:
                 places = planned.places(nodes)
                 result.single.append(Meeting(node, places, planned.is_first, layouts))
-        result.as_meetings = lambda: [planned.meeting(nodes) for planned in alike]
+        result.as_meetings = lambda: [planned.meeting(nodes, n) for planned in alike]
         return True
 
 

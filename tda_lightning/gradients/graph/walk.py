@@ -91,6 +91,11 @@ class Walk:
         """All nodes in which parameters meet data."""
         return [*self.single, *self.as_meetings()]
 
+    @cached_property
+    def meeting_of(self) -> dict[Node, Meeting]:
+        """The meetings by their nodes."""
+        return {meeting.node: meeting for meeting in self.meetings}
+
     @property
     def has_batch_statistics(self) -> bool:
         """Whether some node normalizes samples by what they have in common."""

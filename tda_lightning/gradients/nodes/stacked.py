@@ -43,9 +43,9 @@ class StackedRule:
 
     Attributes:
         saved: Returns the tensors that a node has saved; ``None`` if it must be recorded alone.
-        gradient: From the position of an input, the stacked gradients of the outputs followed by
-            the saved tensors, and the number of samples, to the gradients of that input: factors,
-            or ``(k, n, d)``.
+        gradient: Returns the gradients of an input: factors, or ``(k, n, d)``. It takes the
+            position of the input, the stacked gradients of the outputs followed by the stacked
+            saved tensors, and the number of samples.
         weight: Position of the weight, without which a node saves nothing.
         is_product: Whether the gradients of the weight are factors.
     """

@@ -44,10 +44,13 @@ class BlockMap:
         """Return a map that first multiplies entry ``(i, j)`` by ``rows[i] * columns[j]``."""
         left = None if self.left is None else rows[:, None] * self.left
         right = None if self.right is None else columns[:, None] * self.right
-        row_scale = rows if left is None else rows.new_ones(left.shape[1])
-        column_scale = columns if right is None else rows.new_ones(right.shape[1])
-        is_merged = left is not None and right is not None
-        scale = None if is_merged else torch.outer(row_scale, column_scale)
+        scale = None
+        if self.columns == 1 and left is None:
+            scale = (rows * columns)[:, None]
+        elif left is None or right is None:
+            row_scale = rows if left is None else rows.new_ones(left.shape[1])
+            column_scale = columns if right is None else rows.new_ones(right.shape[1])
+            scale = torch.outer(row_scale, column_scale)
         return BlockMap(self.rows, self.columns, left, right, scale)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> BlockMap:

@@ -56,12 +56,9 @@ class Sketcher:
         """Multiply all further gradients by these factors before they are sketched."""
         rows = preconditioner.rows.to(self._device, self.dtype)
         columns = preconditioner.columns.to(self._device, self.dtype)
-        parts = zip(
-            self._unscaled_blocks,
-            torch.split(rows, [block.rows for block in self._unscaled_blocks]),
-            torch.split(columns, [block.columns for block in self._unscaled_blocks]),
-            strict=True,
-        )
+        row_parts = torch.split(rows, [block.rows for block in self._unscaled_blocks])
+        column_parts = torch.split(columns, [block.columns for block in self._unscaled_blocks])
+        parts = zip(self._unscaled_blocks, row_parts, column_parts, strict=True)
         self._blocks = [block.scaled(r, c) for block, r, c in parts]
         self._column_map.scale([block.scale for block in self._blocks])
         self._stacks = {}

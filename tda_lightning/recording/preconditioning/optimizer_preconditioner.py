@@ -20,7 +20,7 @@ has the same value, and stores compress it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ from tda_lightning.stores.step import Preconditioner
 _WARM_UP_STEPS = 20
 # Afterwards it is refreshed whenever the number of steps has grown by 1 / _REFRESH_DIVISOR.
 _REFRESH_DIVISOR = 20
+# Matrices with more numbers are not stacked.
+_MAX_STACKED_NUMBERS = 2**16
 # Significant binary digits of a factor: off by 3 % at most, far less than the product of both is.
 _BITS = 5
 
@@ -183,12 +185,29 @@ def rank_one_factors(
     tensor([[1., 2.],
             [3., 6.]])
     """
-    rows = [matrix.mean(dim=1) if matrix.shape[1] > 1 else matrix[:, 0] for matrix in matrices]
-    columns = [matrix.mean(dim=0) if matrix.shape[0] > 1 else matrix[0] for matrix in matrices]
-    joined = torch.cat(columns)
-    sizes = torch.tensor([len(part) for part in columns], device=joined.device)
-    means = torch.segment_reduce(joined, "mean", lengths=sizes)
-    return torch.cat(rows), joined / torch.where(means == 0, 1, means).repeat_interleave(sizes)
+    rows: list[Tensor] = list(matrices)
+    columns: list[Tensor] = list(matrices)
+    for numbers in _of_one_shape(matrices):
+        alike = [matrices[number] for number in numbers]
+        stack = alike[0][None] if len(alike) == 1 else torch.stack(alike)
+        means = stack.mean(dim=2) if stack.shape[2] > 1 else stack[:, :, 0]
+        column_means = stack.mean(dim=1) if stack.shape[1] > 1 else stack[:, 0]
+        totals = column_means.mean(dim=1, keepdim=True)
+        column_means = column_means / torch.where(totals == 0, 1, totals)
+        for number, row, column in zip(numbers, means, column_means, strict=True):
+            rows[number], columns[number] = row, column
+    return torch.cat(rows), torch.cat(columns)
+
+
+def _of_one_shape(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yield the numbers of matrices of one shape, those of large ones alone: stacks are copies."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, matrix in enumerate(matrices):
+        if matrix.numel() > _MAX_STACKED_NUMBERS:
+            yield [number]
+        else:
+            alike.setdefault(tuple(matrix.shape), []).append(number)
+    yield from alike.values()
 
 
 def round_to_bits(values: Float[Tensor, " n"], bits: int = _BITS) -> Float[Tensor, " n"]:
