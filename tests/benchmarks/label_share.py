@@ -7,9 +7,9 @@ Both ways record as many rows. Both are unbiased. The second costs that share of
 the first costs a whole one, for it must go back through the graph of the whole batch.
 
 One run per task is recorded with labels for all samples of all steps. Rows are then left out, in
-both ways and with several seeds, and the others scaled to make up for them. The table has the mean
-over queries of Spearman's correlation with real retraining of the same run without a tenth of the
-samples, as in `lds.py`, and its standard deviation over seeds.
+both ways and with several seeds, and the others scaled to make up for them. The truth is that of
+`lds.py`: retraining of the same run without a tenth of the samples. The table has the mean over
+queries of Spearman's correlation with it, and its standard deviation over seeds.
 """
 
 import argparse

@@ -7,10 +7,15 @@ projector, with several seeds. For each projector and storage, the table has the
 row, an error and a rank correlation. The error is that of inner products between two halves of the
 samples, relative to the product of the norms (root mean square). The rank correlation is that with
 the exact products.
+
+A second table has the same error of exact rows in other precisions of the network, against rows of
+the same weights in float64.
 """
 
 import argparse
+import copy
 import statistics
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from sklearn.datasets import load_digits
@@ -57,15 +62,41 @@ def trained_network() -> tuple[nn.Module, Tensor, Tensor]:
     return network, images, labels
 
 
-def rows_of(network: nn.Module, batch: tuple[Tensor, Tensor], projector: Projector) -> Tensor:
+def rows_of(
+    network: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    projector: Projector,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Return the sketched gradient of every sample's loss."""
-    recorder = RowRecorder(network, select_parameters(network), {}, projector, torch.float32)
+    recorder = RowRecorder(network, select_parameters(network), {}, projector, dtype)
     with recorder:
         recorder.start(len(batch[0]))
         loss = functional.cross_entropy(network(batch[0]), batch[1], reduction="sum")
         recorder.start_backward(loss)
         torch.autograd.grad(loss, list(network.parameters()))
         return recorder.end_backward().rows
+
+
+def print_precisions(network: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    """Print the error of exact rows in each precision."""
+    half = torch.bfloat16
+    cases: dict[str, tuple[torch.dtype, AbstractContextManager[object]]] = {
+        "float32": (torch.float32, nullcontext()),
+        "float16, autocast": (torch.float32, torch.autocast("cpu", torch.float16)),
+        "bfloat16, autocast": (torch.float32, torch.autocast("cpu", half)),
+        "bfloat16 weights": (half, nullcontext()),
+    }
+    images, labels = batch
+    for name, (dtype, context) in cases.items():
+        rounded = copy.deepcopy(network).to(dtype)
+        with context:
+            rows = rows_of(rounded, (images.to(dtype), labels), Identity()).double()
+        wide = (images.to(dtype).double(), labels)
+        exact = rows_of(rounded.double(), wide, Identity(), torch.float64)
+        first, second = exact.norm(dim=1).chunk(2)
+        error = (products(rows) - products(exact)) / (first[:, None] * second).flatten()
+        print(f"{name:20s} {float(error.square().mean().sqrt()):.1e}")
 
 
 def products(rows: Tensor) -> Tensor:
@@ -117,6 +148,7 @@ def main() -> None:
             error, ranks = (statistics.median(column) for column in zip(*judged, strict=True))
             size = BYTES[storage] * recorded[0].shape[1]
             print(f"{make(0)!s:58s} {storage:12s} {size:6d} {error:7.4f} {ranks:6.3f}")
+    print_precisions(network, batch)
 
 
 if __name__ == "__main__":
