@@ -116,6 +116,9 @@ def require_listed_files(path: Path, rank: int, ranks: int, manifest: Manifest |
         number = min(missing)
         file = path / folder.segment_name(number, rank, ranks)
         content = f" ({listed[number].describe()})" if number in listed else ""
+        if number not in listed:
+            later = folder.segment_name(min(n for n in numbers if n > number), rank, ranks)
+            content = f", although `{later}` is there"
         raise StoreFileError(
             f"`{file}` is missing{content}; expected all segments of the run. Restore it from a "
             "copy, or leave its steps out: `HDF5Store.open(path, missing='skip')`."
