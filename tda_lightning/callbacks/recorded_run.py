@@ -15,6 +15,11 @@ class RecordedRun(pl.Callback):
 
     _writer: RunWriter
 
+    def __repr__(self) -> str:
+        """Show where the run goes."""
+        path = getattr(getattr(self, "store", None), "path", None)
+        return f"{type(self).__name__}({str(path)!r})" if path else f"{type(self).__name__}()"
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Read the state of a run, which is continued when training starts."""
         self._writer.load_states([state_dict])

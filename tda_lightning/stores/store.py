@@ -133,6 +133,9 @@ class _Facts(Sequence[StepFacts]):
     def __len__(self) -> int:
         return len(self._store)
 
+    def __repr__(self) -> str:
+        return f"facts of {len(self)} steps, without their rows"
+
     def __iter__(self) -> Iterator[StepFacts]:
         return (self._store.facts_at(position) for position in range(len(self)))
 
@@ -204,8 +207,9 @@ def require_snapshot(snapshots: list[int], index: int) -> None:
         shown = ", ".join(map(str, snapshots[:5]))
         if len(snapshots) > 5:
             shown += f", ... {snapshots[-1]}"
+        expected = f"expected one of {shown}" if shown else "it has none at all"
         raise ValueError(
-            f"The run has no snapshot of the weights before step {index}; expected one of "
-            f"{shown or 'none at all'}. Record with `GradientRecorder(..., snapshots=[{index}])`, "
-            "or add checkpoints with `add_snapshots`."
+            f"The run has no snapshot of the weights before step {index}; {expected}. Record with "
+            f"`GradientRecorder(..., snapshots=[{index}])`, or add checkpoints with "
+            "`add_snapshots`."
         )

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tda_lightning import HDF5Store
-from tda_lightning.stores import manifest as manifests
 from tda_lightning.stores.contract import RECIPE, make_steps, same
 from tda_lightning.stores.hdf5.verification import verify_files
+from tda_lightning.stores.integrity import manifest as manifests
 from tda_lightning.stores.integrity.damage import StoreFileError
 from tda_lightning.stores.integrity.manifest import (
     EndEntry,

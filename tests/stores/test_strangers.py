@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zlib
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +16,7 @@ from tda_lightning import HDF5Store, Scores
 from tda_lightning.cli import main
 from tda_lightning.stores.contract import RECIPE, make_steps
 from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
-from tda_lightning.stores.integrity.damage import StoreFileError
+from tda_lightning.stores.integrity.damage import StoreFileError, checksum_of_document
 from tda_lightning.stores.integrity.writer_lock import LOCK
 
 SEGMENT = "segment-000000.h5"
@@ -217,3 +218,89 @@ def test_offsets_do_not_reach_beyond_the_rows(run, offset):
             file["steps/offset"][0] = 0
     with pytest.raises(StoreFileError, match=f"{SEGMENT}.*do not rise"):
         read_all(run)
+
+
+@pytest.fixture
+def sealed_run(tmp_path):
+    """A run of two segments and a snapshot, with checksums and a manifest."""
+    store = HDF5Store(tmp_path / "sealed")
+    store.begin(RECIPE)
+    for step in make_steps(2):
+        store.append(step)
+        store.seal()
+    store.keep_weights(2, {"weight": torch.ones(3)})
+    store.release()
+    return tmp_path / "sealed"
+
+
+@pytest.mark.parametrize("number", ["100000000000", "9" * 200], ids=["1e11", "200 digits"])
+def test_a_segment_of_an_absurd_number_costs_no_time(sealed_run, number, capsys):
+    shutil.copy(sealed_run / SEGMENT, sealed_run / f"segment-{number}.h5")
+    with pytest.raises(StoreFileError, match=r"segment-000002.h5` is missing"):
+        read_all(sealed_run)
+    assert main(["verify", str(sealed_run)]) == 1
+    assert "the first of" in capsys.readouterr().out
+
+
+def read_whole(run):
+    store = HDF5Store.open(run)
+    return list(store), store.weights_at(2)
+
+
+@pytest.mark.parametrize("name", [SEGMENT, "snapshot-00000002.pt", "manifest.jsonl", "recipe.json"])
+def test_a_sparse_file_of_any_size_is_not_read(sealed_run, name):
+    os.truncate(sealed_run / name, 2**37)
+    with pytest.raises(StoreFileError, match=rf"{name}.*137,438,953,472 bytes"):
+        read_whole(sealed_run)
+
+
+def add_line(run, **entry):
+    line = {**entry, "check": checksum_of_document(entry)}
+    with (run / "manifest.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"kind": "segment", "number": -5, "first": 0, "last": 1, "steps": 2, "xxh3": ""},
+        {"kind": "segment", "number": "\x1b[2J", "first": 0, "last": 1, "steps": 2, "xxh3": ""},
+        {"kind": "segment", "number": 7, "first": [], "last": 1, "steps": 2, "xxh3": ""},
+        {"kind": "snapshot", "index": 10**30, "size": 1, "xxh3": "x"},
+        {"kind": "snapshot", "index": True, "size": 1, "xxh3": "x"},
+        {"kind": "end", "weights": {"a": 1}},
+        {"kind": "comet"},
+    ],
+    ids=lambda entry: entry["kind"],
+)
+def test_entries_of_another_kind_are_one_error_of_the_manifest(sealed_run, entry, capsys):
+    add_line(sealed_run, **entry)
+    with pytest.raises(StoreFileError, match=r"manifest.jsonl` is damaged"):
+        HDF5Store.open(sealed_run)
+    assert main(["verify", str(sealed_run)]) == 1
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_listed_segment_of_an_absurd_number_costs_no_time(sealed_run):
+    entry = {"number": 10**11, "first": 9, "last": 9, "steps": 1, "xxh3": ""}
+    add_line(sealed_run, kind="segment", **entry)
+    with pytest.raises(StoreFileError, match=r"segment-000002.h5` is missing"):
+        HDF5Store.open(sealed_run)
+    assert main(["verify", str(sealed_run)]) == 1
+
+
+def test_a_backup_of_hard_links_stays_as_it_is(sealed_run, tmp_path):
+    shutil.copytree(sealed_run, tmp_path / "backup", copy_function=os.link)
+    HDF5Store.open(sealed_run).keep_weights(0, {"weight": torch.zeros(3)})
+    assert HDF5Store.open(tmp_path / "backup").snapshots() == [2]
+    assert HDF5Store.open(sealed_run).snapshots() == [0, 2]
+
+
+def test_a_manifest_that_links_to_another_file_is_not_written(sealed_run, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (sealed_run / "manifest.jsonl").unlink()
+    (sealed_run / "manifest.jsonl").symlink_to(tmp_path / "mine")
+    store = HDF5Store.open(sealed_run, missing="skip")
+    with pytest.raises(OSError, match=r"manifest.jsonl` is a link; expected the manifest itself"):
+        store.keep_weights(0, {})
+    assert (tmp_path / "mine").read_text() == "precious"

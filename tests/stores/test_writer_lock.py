@@ -197,3 +197,27 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
     WriterLock().acquire(tmp_path, "run")
     assert (tmp_path / "mine").read_text() == "precious"
     assert isinstance(RunInUseError(""), StoreFileError)
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000], ids=["empty", "deep"])
+def test_a_damaged_lock_from_the_future_is_not_waited_for(tmp_path, content):
+    (tmp_path / LOCK).write_text(content)
+    os.utime(tmp_path / LOCK, (time.time() + 1e8,) * 2)
+    WriterLock().acquire(tmp_path, "mine")
+    assert read_owner(tmp_path / LOCK).run == "mine"
+
+
+def test_a_dead_owner_is_found_dead_although_a_clock_was_set_back(tmp_path, monkeypatch):
+    there = replace(Owner.this_process("theirs"), host="there", machine="another", process=1)
+    write_lock(tmp_path, there)
+    os.utime(tmp_path / LOCK, (time.time() + 1e8,) * 2)
+    monkeypatch.setattr(writer_lock, "STALE_SECONDS", 0.3)
+    WriterLock().acquire(tmp_path, "mine")
+    assert read_owner(tmp_path / LOCK).run == "mine"
+
+
+def test_a_folder_in_place_of_the_lock_is_one_error(tmp_path):
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(StoreFileError, match=r"lock` cannot be replaced: .*Delete it"):
+        WriterLock().acquire(tmp_path, "mine")
+    assert [file.name for file in tmp_path.iterdir()] == [LOCK]

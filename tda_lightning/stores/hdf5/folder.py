@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,15 @@ def identity_of(file: Path, run: str, ranks: int) -> SegmentIdentity:
     return SegmentIdentity(run, int(number), int(rank or 0), ranks)
 
 
-def next_number(files: Sequence[Path]) -> int:
-    """Return the number of the segment after these, some of which may have been lost."""
-    return max(map(number_of, files), default=-1) + 1
+def first_gap(numbers: Set[int]) -> range:
+    """Return the first numbers from 0 that are missing before others; empty if none is.
+
+    >>> first_gap({0, 1, 5, 9})
+    range(2, 5)
+    """
+    # A stranger may number a file as he likes, so the gap must not be spelled out.
+    start = next(number for number in itertools.count() if number not in numbers)
+    return range(start, min((number for number in numbers if number > start), default=start))
 
 
 def _parts_of(file: Path) -> tuple[str, str | None]:
@@ -219,6 +226,16 @@ def _manifests(path: Path) -> list[Path]:
 def is_run(path: Path) -> bool:
     """Return whether a folder holds a run."""
     return (path / RECIPE).is_file()
+
+
+def require_recipe_file(path: Path) -> None:
+    """Check that a run that is being written still has its recipe.
+
+    Raises:
+        StoreFileError: If it has been deleted: the run could not be read any more.
+    """
+    if not is_run(path):
+        raise StoreFileError(f"`{path / RECIPE}` is gone; expected the recipe of this run")
 
 
 def is_empty(path: Path) -> bool:

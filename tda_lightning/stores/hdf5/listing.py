@@ -43,12 +43,12 @@ def read_shards(
     if missing == "skip":
         files = [folder.segments_of(path, rank, ranks) for rank in range(ranks)]
         return [Shard(rank_files, run, ranks) for rank_files in files]
-    now = _manifest_bytes(path, ranks)
+    now = _manifest_stamps(path, ranks)
     while True:
         try:
             return [_read_shard(path, run, rank, ranks) for rank in range(ranks)]
         except StoreFileError:  # noqa: PERF203
-            before, now = now, _manifest_bytes(path, ranks)
+            before, now = now, _manifest_stamps(path, ranks)
             if now == before:  # Else a training has been resumed meanwhile.
                 raise
 
@@ -95,9 +95,11 @@ def _read_shard(path: Path, run: str, rank: int, ranks: int) -> Shard:
     return shard
 
 
-def _manifest_bytes(path: Path, ranks: int) -> list[bytes]:
+def _manifest_stamps(path: Path, ranks: int) -> list[tuple[int, int, int] | None]:
+    """Return what changes if a manifest is replaced or grows."""
     files = [manifest_file(path, rank, ranks) for rank in range(ranks)]
-    return [file.read_bytes() if file.is_file() else b"" for file in files]
+    stats = [file.stat() if file.is_file() else None for file in files]
+    return [s and (s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
 
 
 def require_listed_files(path: Path, rank: int, ranks: int, manifest: Manifest | None) -> None:
@@ -109,9 +111,14 @@ def require_listed_files(path: Path, rank: int, ranks: int, manifest: Manifest |
     files = folder.segments_of(path, rank, ranks)
     numbers = set(map(folder.number_of, files))
     listed = manifest.segments if manifest is not None else {}
-    for number in sorted({*listed, *range(max(numbers, default=-1))} - numbers):
+    missing = [*(set(listed) - numbers), *folder.first_gap(numbers)[:1]]
+    if missing:
+        number = min(missing)
         file = path / folder.segment_name(number, rank, ranks)
         content = f" ({listed[number].describe()})" if number in listed else ""
+        if number not in listed:
+            later = folder.segment_name(min(n for n in numbers if n > number), rank, ranks)
+            content = f", although `{later}` is there"
         raise StoreFileError(
             f"`{file}` is missing{content}; expected all segments of the run. Restore it from a "
             "copy, or leave its steps out: `HDF5Store.open(path, missing='skip')`."

@@ -31,7 +31,7 @@ from tda_lightning.stores.hdf5.segment_header import (
     require_identity,
     require_steps,
 )
-from tda_lightning.stores.integrity.damage import StoreFileError
+from tda_lightning.stores.integrity.damage import StoreFileError, require_stored_bytes
 from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, Preconditioner, Step, StepFacts
 
 # Small enough to stay in a processor's cache between the disk and the first product.
@@ -83,6 +83,7 @@ class Segment:
         """
         with reading_segment(self.path):
             self.require_unchanged()
+            require_stored_bytes(self.path)
             if self.header is not None:
                 require_checksum(self.path, self.header)
             with open_hdf5(self.path) as file:

@@ -116,6 +116,7 @@ class SegmentSink:
         file = self._path / folder.segment_name(number, rank, ranks)
         try:
             self._permit()
+            folder.require_recipe_file(self._path)
             write_segment(file, steps, self._storage, identity, self._permit)
         except OSError:
             raise

@@ -10,7 +10,12 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-from tda_lightning.stores.integrity.damage import StoreFileError, checksum_of_file, reading
+from tda_lightning.stores.integrity.damage import (
+    StoreFileError,
+    checksum_of_file,
+    reading,
+    require_stored_bytes,
+)
 from tda_lightning.stores.integrity.durable import atomic_write
 from tda_lightning.stores.integrity.manifest import Manifest, SnapshotEntry, append_entry
 from tda_lightning.stores.store import Weights
@@ -93,7 +98,10 @@ def read_snapshot(path: Path, index: int, entry: SnapshotEntry | None) -> dict[s
 
 
 def _require_checksum(file: Path, entry: SnapshotEntry | None) -> None:
+    require_stored_bytes(file)
     if entry is not None and entry.xxh3:
+        if (size := file.stat().st_size) != entry.size:
+            raise ValueError(f"it has {size:,} bytes, not {entry.size:,} as in the manifest")
         if checksum_of_file(file) != entry.xxh3:
             raise ValueError("its checksum is not that in the manifest")
         return

@@ -79,17 +79,20 @@ def _verify_segments(
     path: Path, run: str, rank: int, ranks: int, listed: Mapping[int, SegmentEntry]
 ) -> Iterator[FileReport]:
     files = {folder.number_of(file): file for file in folder.segments_of(path, rank, ranks)}
-    last = None
-    for number in range(max({-1, *files, *listed}) + 1):
+    last, expected = None, 0
+    for number in sorted({*files, *listed}):
+        if gap := number - expected:
+            content = "a segment" if gap == 1 else f"the first of {gap:,} segments"
+            name = folder.segment_name(expected, rank, ranks)
+            yield FileReport(name, "missing", f"{content} before other ones")
         if number in files:
             identity = SegmentIdentity(run, number, rank, ranks)
             report, last = _verify_segment(files[number], identity, last, listed)
             yield report
         else:
-            content = (
-                listed[number].describe() if number in listed else "a segment before other ones"
-            )
+            content = listed[number].describe()
             yield FileReport(folder.segment_name(number, rank, ranks), "missing", content)
+        expected = number + 1
 
 
 def _verify_segment(

@@ -18,6 +18,10 @@ import xxhash
 # Small enough to stay in a cache between reading and summing, and in memory that is reused.
 _CHUNK_BYTES = 2**16
 
+# Zeros take no room in a sparse copy, but a run does not consist of zeros.
+_MAX_SPARSE_BYTES = 2**30
+_MAX_SPARSENESS = 1000
+
 
 def checksum_of(content: bytes | np.ndarray) -> int:
     """Return the XXH3 checksum, 64 bits, of bytes, or of the memory of a contiguous array."""
@@ -30,6 +34,18 @@ def checksum_of_parts(parts: Iterable[memoryview]) -> int:
     for part in parts:
         state.update(part)
     return state.intdigest()
+
+
+def require_stored_bytes(path: Path) -> None:
+    """Check that a large file is not almost empty: a sparse one may claim any size.
+
+    Raises:
+        ValueError: If it is.
+    """
+    status = path.stat()
+    stored = 512 * getattr(status, "st_blocks", 0)  # Zero where the file system does not count.
+    if stored and status.st_size > max(_MAX_SPARSE_BYTES, _MAX_SPARSENESS * stored):
+        raise ValueError(f"it claims {status.st_size:,} bytes and stores {stored:,}")
 
 
 def read_into(content: memoryview, file: FileIO) -> bool:

@@ -62,11 +62,12 @@ def read_owner(file: Path) -> Owner | None:
         descriptor = os.open(file, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
     except OSError:
         return None
-    with open(descriptor, "rb") as stream:
-        try:
-            return Owner(**json.loads(stream.read(2**12)))
-        except (OSError, ValueError, TypeError):
-            return None
+    try:
+        return Owner(**json.loads(os.read(descriptor, 2**12)))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def may_be_alive(owner: Owner, this: Owner) -> bool:

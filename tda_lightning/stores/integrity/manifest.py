@@ -20,6 +20,8 @@ from tda_lightning.stores.integrity.durable import NO_FOLLOW, atomic_write
 
 MANIFEST_NAME = re.compile(r"manifest(-rank-\d+)?\.jsonl")
 _FORMAT = "tda_lightning manifest"
+# About a million segments; a sparse file may claim any size.
+_MAX_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ _KINDS: Mapping[str, type[Entry]] = {
     "snapshot": SnapshotEntry,
     "end": EndEntry,
 }
+# The other fields are whole numbers from 0.
+_TEXTS = {"xxh3", "weights"}
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def append_entry(file: Path, entry: Entry) -> None:
     Raises:
         OSError: If it cannot be written; the manifest is as before.
     """
+    _own(file)
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | NO_FOLLOW)
     try:
         size, line = os.fstat(descriptor).st_size, _line_of(entry).encode()
@@ -154,6 +159,19 @@ def append_entry(file: Path, entry: Entry) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _own(file: Path) -> None:
+    """Replace a manifest by a copy if it is a link: the file has another name elsewhere."""
+    # Backups are made with hard links, and a stranger's folder may link to a file of the user.
+    if file.is_symlink():
+        raise OSError(f"`{file}` is a link; expected the manifest itself. Restore it from a copy.")
+    if not file.exists():
+        raise FileNotFoundError(f"`{file}` is gone; expected the manifest of this run")
+    if os.stat(file).st_nlink > 1:
+        content = file.read_bytes()
+        with atomic_write(file) as partial:
+            partial.write_bytes(content)
 
 
 def read_manifest(file: Path, run: str) -> Manifest | None:
@@ -172,6 +190,8 @@ def read_manifest(file: Path, run: str) -> Manifest | None:
         "Restore it from a copy, or read the run without: `HDF5Store.open(path, missing='skip')`."
     )
     with reading(file, "the manifest of a run", remedy):
+        if (size := file.stat().st_size) > _MAX_BYTES:
+            raise ValueError(f"it has {size:,} bytes; expected at most {_MAX_BYTES:,}")
         # A killed process may leave the beginning of a line at the end.
         head, *lines = file.read_text().split("\n")[:-1] or [""]
         first = _document_of(head)
@@ -182,7 +202,17 @@ def read_manifest(file: Path, run: str) -> Manifest | None:
 
 def _entry_of(line: str) -> Entry:
     fields = _document_of(line)
-    return _KINDS[fields.pop("kind")](**fields)
+    kind = fields.pop("kind")
+    for name, value in fields.items():
+        is_text = name in _TEXTS
+        if not isinstance(value, str) if is_text else not _is_count(value):
+            expected = "a text" if is_text else "a whole number"
+            raise ValueError(f"`{name}` of a {kind!r} is {str(value)[:60]!r}; expected {expected}")
+    return _KINDS[kind](**fields)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _line_of(entry: Entry) -> str:

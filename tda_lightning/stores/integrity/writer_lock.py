@@ -146,7 +146,14 @@ def _replace(file: Path, owner: Owner) -> None:
     # If two processes find the same dead owner, the later one wins; `require` raises in the other.
     partial = file.with_name(f"{LOCK}-{owner.token}.partial")
     _create(partial, owner)
-    partial.replace(file)
+    try:
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreFileError(
+            f"`{file}` cannot be replaced: {error.strerror or error}. Expected the lock of a "
+            "training, or nothing. Delete it."
+        ) from error
 
 
 def _release(file: Path, token: str, process: int) -> None:
@@ -164,9 +171,12 @@ def _require_free(file: Path, this: Owner) -> None:
     Raises:
         RunInUseError: If it is alive.
     """
-    first_time = _time_of(file)
+    first_time, started = _time_of(file), time.monotonic()
     while (owner := read_owner(file)) is not None or _age_of(file) < 1.0:
+        waited = time.monotonic() - started
         if owner is None:  # It has been created, but not yet written.
+            if waited > 1.0:
+                return
             time.sleep(0.05)
             continue
         if owner.is_same_process(this) or not may_be_alive(owner, this):
@@ -174,7 +184,8 @@ def _require_free(file: Path, this: Owner) -> None:
         is_renewed = _time_of(file) != first_time
         if is_renewed or (owner.machine and owner.machine == this.machine):
             raise _in_use(file, owner)
-        if _age_of(file) > STALE_SECONDS:
+        # A lock may be from the future, if a clock has been set back since.
+        if max(_age_of(file), waited) > STALE_SECONDS:
             return
         time.sleep(0.2)
 
