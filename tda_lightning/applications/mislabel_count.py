@@ -3,7 +3,7 @@ r"""Estimate how many labels are wrong, from the losses of a training.
 Let :math:`\ell_e` be a sample's mean loss over its first :math:`e` visits. Otsu's threshold splits
 :math:`\ell_e^{3/4}` into two groups; its separation is the share of the variance between them (Otsu
 1979, "A Threshold Selection Method from Gray-Level Histograms"). The decisive part of the training
-is the :math:`e` with the largest separation, or all of it if that is not clear.
+is the :math:`e` with the largest separation, from 5, or all of it if that is not clear.
 
 The number of wrong labels is the size of the upper group there, but at most the number of samples
 whose label had less than half of the probability on average. The power is between a mean, which
@@ -23,6 +23,8 @@ from tda_lightning.applications.loss_history import LossHistory
 
 LEAST_SEPARATION = 0.68
 _POWER = 0.75
+# The losses of very few visits fall into two groups by chance.
+_LEAST_VISITS = 5
 # Ends of the decisive part that are tried, at most.
 _MAX_ENDS = 40
 
@@ -50,7 +52,7 @@ def decisive_part(history: LossHistory) -> LossHistory:
     All visits are returned if no separation is clear.
     """
     n_visits = history.max_visits()
-    ends = torch.linspace(min(2, n_visits), n_visits, _MAX_ENDS).round().long().unique()
+    ends = torch.linspace(min(_LEAST_VISITS, n_visits), n_visits, _MAX_ENDS).round().long().unique()
     parts = [history.first(end) for end in ends.tolist()]
     # A loss that is not finite separates nothing.
     means = [part.mean().values.nan_to_num(nan=0.0, posinf=0.0) for part in parts]

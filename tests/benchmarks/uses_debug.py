@@ -20,9 +20,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from uses_neighbors import neighbors
 from uses_tasks import ALL, TASKS, Classifier, Noisy, Task, accuracy, recorded, split, train
 
-from tda_lightning import TracIn, attribute, self_influence
-from tda_lightning.applications import explain_errors, find_mislabeled, find_shortcut
+from tda_lightning import LossRecorder, TracIn, attribute, self_influence
+from tda_lightning.applications import (
+    explain_errors,
+    find_mislabeled,
+    find_shortcut,
+    loss_history,
+)
 from tda_lightning.metrics import kept_without_proponents, mislabel_auc
+from tda_lightning.stores import MemoryStore
 
 Rows = Iterator[tuple[str, float]]
 N_QUERIES, REMOVED = 6, 0.05
@@ -72,6 +78,21 @@ def recovery(task: Task, noisy: Noisy, seed: int) -> Rows:
     for name, (labels, kept) in subsets.items():
         data = TensorDataset(noisy.inputs[kept], labels[kept])
         yield f"{task.name}, accuracy | {name}", accuracy(train(task, data, seed), noisy.test)
+
+
+def counts(seed: int) -> Rows:
+    """Count the wrong labels that trainings of four times the length memorize."""
+    for task in ALL:
+        for share in (0.05, 0.1, 0.2, 0.3):
+            noisy, store = split(task, seed, share), MemoryStore()
+            data = TensorDataset(noisy.inputs, noisy.given)
+            train(replace(task, epochs=4 * task.epochs), data, seed, LossRecorder(store))
+            found = find_mislabeled(store, progress=False)
+            means = loss_history(store).mean().values
+            where = f"{task.name}, {share:.0%} wrong"
+            yield f"{where}, number / true |", found.estimated_number / int(noisy.wrong.sum())
+            yield f"{where}, AUC | decisive visits", mislabel_auc(-found.label_scores, noisy.wrong)
+            yield f"{where}, AUC | all visits", mislabel_auc(means, noisy.wrong)
 
 
 def folds(seed: int) -> Rows:
@@ -209,6 +230,7 @@ def shortcuts(seed: int) -> Rows:
 
 USES: dict[str, Callable[[int], Rows]] = {
     "mislabels": mislabels,
+    "counts": counts,
     "folds": folds,
     "neighbors": neighbors,
     "errors": errors,
