@@ -5,8 +5,8 @@ Let :math:`\ell_e` be a sample's mean loss over its first :math:`e` visits. Otsu
 1979, "A Threshold Selection Method from Gray-Level Histograms"). The decisive part of the training
 is the :math:`e` with the largest separation, from 5, or all of it if that is not clear.
 
-The number of wrong labels is the size of the upper group there, but at most the number of samples
-whose label had less than half of the probability on average. The power is between a mean, which
+The number of wrong labels is the size of the upper group there. At most those samples count whose
+label had less than half of the probability on average. The power is between a mean, which
 misses some, and a square root, which adds hard samples.
 """
 

@@ -1,8 +1,8 @@
 r"""Find mislabelled training samples, and estimate how many there are.
 
 **Score.** The mean loss of a sample over its first visits. A wrong label resists the training for
-some time, even if it is memorized in the end, so the course of the training tells more than its
-last weights (Pleiss et al. 2020, "Identifying Mislabeled Data Using the Area Under the Margin
+some time, even if it is memorized in the end. So the last weights show less than the course of the
+training (Pleiss et al. 2020, "Identifying Mislabeled Data Using the Area Under the Margin
 Ranking"; Arazo et al. 2019, "Unsupervised Label Noise Modeling and Loss Correction"). Right labels
 are learned first (Liu et al. 2020, "Early-Learning Regularization Prevents Memorization of Noisy
 Labels"). So the visits up to the best separation of two groups count.
