@@ -16,7 +16,7 @@ variability and correctness: Swayamdipta et al. (2020), "Dataset Cartography".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +65,22 @@ class LossHistory(ShownInNotebooks):
     train_ids: Int[Tensor, " n_train"]
     loss: str
     provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def max_visits(self) -> int:
+        """Return the largest number of visits of a sample."""
+        return int(self._number_of_visit().max()) + 1 if len(self.sample_ids) else 0
+
+    def first(self, visits: int) -> LossHistory:
+        """Return the history of the first ``visits`` visits of each sample."""
+        is_early = self._number_of_visit() < visits
+        return replace(
+            self,
+            sample_ids=self.sample_ids[is_early],
+            steps=self.steps[is_early],
+            epochs=self.epochs[is_early],
+            losses=self.losses[is_early],
+            margins=None if self.margins is None else self.margins[is_early],
+        )
 
     def mean(self) -> SampleScores:
         """Return each sample's mean loss over its visits: high for hard and mislabelled samples.
@@ -173,6 +189,11 @@ class LossHistory(ShownInNotebooks):
 
     def _rows(self) -> Int[Tensor, " n_visits"]:
         return torch.searchsorted(self.train_ids, self.sample_ids)
+
+    def _number_of_visit(self) -> Int[Tensor, " n_visits"]:
+        """Return how many visits of the same sample come before each visit."""
+        starts = torch.searchsorted(self.sample_ids, self.sample_ids)
+        return torch.arange(len(self.sample_ids)) - starts
 
     def _is_last(self) -> Tensor:
         is_last = torch.ones(len(self.sample_ids), dtype=torch.bool)

@@ -1,15 +1,13 @@
 r"""Find mislabelled training samples, and estimate how many there are.
 
-**Score.** The mean loss of a sample over all of its visits. A wrong label resists the training for
-some time, even if it is memorized in the end, so the whole course of the training tells more than
-its last weights (Pleiss et al. 2020, "Identifying Mislabeled Data Using the Area Under the Margin
-Ranking"; Arazo et al. 2019, "Unsupervised Label Noise Modeling and Loss Correction").
+**Score.** The mean loss of a sample over its first visits. A wrong label resists the training for
+some time, even if it is memorized in the end. So the last weights show less than the course of the
+training (Pleiss et al. 2020, "Identifying Mislabeled Data Using the Area Under the Margin
+Ranking"; Arazo et al. 2019, "Unsupervised Label Noise Modeling and Loss Correction"). Right labels
+are learned first (Liu et al. 2020, "Early-Learning Regularization Prevents Memorization of Noisy
+Labels"). So the visits up to the best separation of two groups count.
 
-**Number.** Two conditions, and the smaller number: samples above the threshold that separates
-:math:`\ell^{3/4}` best into two groups (Otsu 1979, "A Threshold Selection Method from Gray-Level
-Histograms"), and samples whose label had less than half of the probability in the second half of
-their visits. The power is between a mean, which misses some, and a square root, which adds hard
-samples.
+**Number.** See :mod:`tda_lightning.applications.mislabel_count`.
 
 **Other witnesses** are shown beside the score, since they can find what the loss cannot: the
 self-influence (Koh & Liang 2017, sec. 5.4; Pruthi et al. 2020, sec. 4.1), the predicted loss of a
@@ -20,8 +18,6 @@ sample that is left out, and the opposition to trusted queries,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import log
 from typing import Any
 
 import torch
@@ -36,6 +32,12 @@ from tda_lightning.applications.loss_history import (
     holds_losses,
     loss_history,
 )
+from tda_lightning.applications.mislabel_count import (
+    LEAST_SEPARATION,
+    Count,
+    decisive_part,
+    estimate_number,
+)
 from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
 from tda_lightning.applications.predictions import Labels, Outputs, predict
 from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
@@ -43,8 +45,6 @@ from tda_lightning.passes.targets import labels_of, outputs_of
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
 
-_POWER = 0.75
-_LEAST_SEPARATION = 0.68
 # Few samples fall into two groups by chance.
 _FEW = 50
 
@@ -88,13 +88,14 @@ def find_mislabeled(
     store = open_run(run)
     _require_complete(model, loader, trusted)
     history = loss_history(store) if holds_losses(store) else None
-    witnesses = _witnesses(store, history, progress)
+    decisive = None if history is None else decisive_part(history)
+    witnesses = _witnesses(store, history, decisive, progress)
     if trusted is not None:
         assert model is not None
         scores = attribute(store, model, trusted, method=method, progress=progress)
         witnesses["opposition"] = _opposition(scores.values.double())
     suspicion = next(iter(witnesses.values()))
-    count = _estimated_number(suspicion, history)
+    count = estimate_number(suspicion, history, decisive)
     labelled = None
     if model is not None and loader is not None:
         named = predict(model, loader, "loader", outputs, labels, progress)
@@ -105,7 +106,7 @@ def find_mislabeled(
         label_scores=_label_scores(suspicion, history),
         witnesses=witnesses,
         estimated_number=count.number,
-        is_clear=_can_count(store, history) and count.separation >= _LEAST_SEPARATION,
+        is_clear=_can_count(store, history) and count.separation >= LEAST_SEPARATION,
         flagged_number=count.number if number is None else min(number, len(suspicion)),
         labelled=labelled,
         notes=tuple(_notes(store, history, suspicion, count)),
@@ -121,13 +122,13 @@ def _require_complete(model: Any, loader: Any, trusted: Any) -> None:
 
 
 def _witnesses(
-    store: Store, history: LossHistory | None, progress: bool
+    store: Store, history: LossHistory | None, decisive: LossHistory | None, progress: bool
 ) -> dict[str, Float[Tensor, " n_train"]]:
     """Return the suspicion of each sample by each witness; the first decides."""
     witnesses: dict[str, Tensor] = {}
     has_rows = store.recipe.projector.get("name") != "none"
-    if history is not None:
-        witnesses["loss"] = history.mean().values.nan_to_num(nan=-torch.inf)
+    if decisive is not None:
+        witnesses["loss"] = decisive.mean().values.nan_to_num(nan=-torch.inf)
     if has_rows:
         witnesses["self_influence"] = self_influence(store, progress=progress).values.double()
     if has_rows and history is not None:
@@ -167,54 +168,6 @@ def _label_scores(
     return 1 - torch.searchsorted(ordered, suspicion, right=True).double() / len(suspicion)
 
 
-@dataclass(frozen=True)
-class _Count:
-    """How many labels are wrong.
-
-    Attributes:
-        number: The estimate.
-        separated: Size of the upper of two groups of suspicions.
-        separation: Share of the variance between these groups.
-    """
-
-    number: int
-    separated: int
-    separation: float
-
-
-def _estimated_number(suspicion: Float[Tensor, " n_train"], history: LossHistory | None) -> _Count:
-    separated, separation = best_split(suspicion.clamp_min(0).pow(_POWER))
-    number = separated
-    if history is not None and history.loss == "cross-entropy":
-        number = min(number, int((history.confidence().values < 0.5).sum()))
-        if separation < _LEAST_SEPARATION:  # Of two groups there is no sign.
-            number = min(number, int((history.last().values > log(2)).sum()))
-    return _Count(number, separated, separation)
-
-
-def best_split(values: Float[Tensor, " n"]) -> tuple[int, float]:
-    """Split values into two groups with the largest share of the variance between them (Otsu).
-
-    Returns:
-        The size of the upper group, and that share, from 0 to 1. No values are in the upper group
-        if all are equal.
-
-    >>> import torch
-    >>> best_split(torch.tensor([0.0, 0.0, 1.0, 0.0]))
-    (1, 1.0)
-    """
-    ordered, n = values.double().sort(descending=True).values, len(values)
-    variance = float(ordered.var(unbiased=False)) if n > 1 else 0.0
-    if variance < 1e-30:
-        return 0, 0.0
-    above = torch.arange(1, n, dtype=torch.float64)
-    sums = ordered.cumsum(0)
-    gap = sums[:-1] / above - (sums[-1] - sums[:-1]) / (n - above)
-    between = above * (n - above) / n**2 * gap.square()
-    best = int(between.argmax())
-    return best + 1, float(between[best]) / variance
-
-
 def _can_count(store: Store, history: LossHistory | None) -> bool:
     """Return whether the estimated number was tested for such data."""
     is_tested = history is not None and history.loss == "cross-entropy"
@@ -227,7 +180,7 @@ def _has_several_terms(store: Store) -> bool:
 
 
 def _notes(
-    store: Store, history: LossHistory | None, suspicion: Float[Tensor, " n"], count: _Count
+    store: Store, history: LossHistory | None, suspicion: Float[Tensor, " n"], count: Count
 ) -> Iterator[str]:
     yield from _notes_on_losses(store, history)
     n = len(suspicion)
@@ -238,16 +191,16 @@ def _notes(
             "All samples have the same score, as with a single class: no wrong label could have "
             "been found."
         )
-    elif count.separation < _LEAST_SEPARATION:
+    elif count.separation < LEAST_SEPARATION:
         yield (
             f"The scores do not fall into two groups (separation {count.separation:.2f}; with a "
-            f"tenth of the labels flipped it was above {_LEAST_SEPARATION}): the flagged samples "
+            f"tenth of the labels flipped it was above {LEAST_SEPARATION}): the flagged samples "
             "may simply be hard, or the training too short."
         )
-    if count.number < count.separated / 2:
+    if count.decisive_visits < count.visits:
         yield (
-            f"{count.separated:,} samples stand out, but most of them were learned early. If they "
-            f"were memorized, the number of wrong labels is up to {count.separated:,}."
+            f"Losses of the first {count.decisive_visits} of {count.visits} visits of each sample "
+            "count, since they separate best: later, wrong labels may have been memorized."
         )
     never = len(store.train_ids()) - len(store.visited_ids())
     if never:

@@ -124,8 +124,9 @@ def find_shortcut(
             is subtracted, which removes what both have in common. Without it, the class and the
             content of the slice outweigh a weak shortcut.
         method: The attribution method.
-        target: The quantity to explain; by default the logit of the class that is predicted on the
-            slice, also for the reference, whatever is predicted there.
+        target: The quantity to explain; by default the logit of the predicted class. With a
+            reference, it is the mean logit of the classes that are predicted on the slice, in
+            proportion: the reference may be predicted as something else.
         outputs: Function of (module, batch) that returns the logits, for the default target.
         n_permutations: Number of random permutations.
         seed: Seed of the permutations.
@@ -146,14 +147,18 @@ def find_shortcut(
             "training sample."
         )
 
-    def mean_scores(queries: Any, of: Target) -> tuple[Float64[Tensor, " n_train"], int, str]:
-        scores = attribute(store, model, queries, method=method, target=of, progress=progress)
+    if target is None and reference is None:
+        target = _PredictedLogit(outputs)
+    elif target is None:
+        target = _LogitOfClasses(outputs, _predicted_shares(model, slice_, outputs))
+
+    def mean_scores(queries: Any) -> tuple[Float64[Tensor, " n_train"], int, str]:
+        scores = attribute(store, model, queries, method=method, target=target, progress=progress)
         return scores.values.double().mean(dim=0), len(scores.values), scores.method
 
-    values, n_slice, name = mean_scores(slice_, target or _PredictedLogit(outputs))
+    values, n_slice, name = mean_scores(slice_)
     if reference is not None:
-        common = target or _LogitOfClasses(outputs, _predicted_shares(model, slice_, outputs))
-        values = values - mean_scores(reference, common)[0]
+        values = values - mean_scores(reference)[0]
     strata = torch.zeros(n_train, dtype=torch.int64) if classes is None else classes
     chance = torch.Generator().manual_seed(seed)
     effects = [

@@ -1,14 +1,17 @@
 """Wrong labels are found, counted, and described in the columns that cleanlab uses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from recorded_digits import recorded_digits
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 from tda_lightning import GradientRecorder, LossRecorder
-from tda_lightning.applications import find_mislabeled
-from tda_lightning.applications.mislabels import best_split
+from tda_lightning.applications import find_mislabeled, loss_history
+from tda_lightning.applications.mislabel_count import best_split, decisive_part
 from tda_lightning.metrics import mislabel_auc
 from tda_lightning.stores import MemoryStore
 
@@ -34,14 +37,38 @@ def test_the_run_alone_finds_and_counts_wrong_labels():
     assert "witnesses: loss, self_influence, left_out_loss" in repr(found)
 
 
-def test_label_scores_are_geometric_means_of_the_labels_probability(suspects):
-    digits = recorded_digits()
-    probabilities = {int(i): [] for i in suspects.train_ids}
-    for facts in digits.store.facts:
-        for sample, c in zip(facts.sample_ids.tolist(), facts.curvature.double(), strict=True):
-            probabilities[sample].append(c / (1 + c))
-    expected = [torch.stack(p).log().mean().exp() for p in probabilities.values()]
-    torch.testing.assert_close(suspects.label_scores, torch.stack(expected))
+def test_label_scores_are_geometric_means_over_the_decisive_visits(suspects):
+    history = loss_history(recorded_digits().store)
+    p = {int(i): [] for i in suspects.train_ids}
+    for sample, loss in zip(history.sample_ids.tolist(), history.losses, strict=True):
+        p[sample].append(-loss)
+    logs = torch.stack([torch.stack(values) for values in p.values()])
+
+    def separation(end):
+        return best_split((-logs[:, :end].mean(dim=1)).pow(0.75))[1]
+
+    best = max(range(5, logs.shape[1] + 1), key=separation)
+    best = best if separation(best) >= 0.68 else logs.shape[1]
+    assert decisive_part(history).max_visits() == best
+    torch.testing.assert_close(suspects.label_scores, logs[:, :best].mean(dim=1).exp())
+
+
+def test_memorized_labels_are_counted_by_the_visits_before():
+    """Losses of right labels fall at once, those of wrong ones at the fifth of eleven visits."""
+    store, noise = MemoryStore(), torch.Generator().manual_seed(0)
+    trained = MemoryStore()
+    quiet_trainer(LossRecorder(trained), max_epochs=11).fit(
+        Plain(mlp()), DataLoader(vectors(n=101), 101)
+    )
+    store.begin(trained.recipe)
+    for step in trained:
+        late = torch.where(step.sample_ids < 13, 3.0 if step.epoch < 5 else 0.0, 0.1)
+        losses = late + 0.1 * torch.rand(101, generator=noise)
+        store.append(replace(step, losses=losses))
+    found = find_mislabeled(store, progress=False)
+    assert sorted(found.ids.tolist()) == list(range(13))
+    assert found.is_clear
+    assert "first 5 of 11 visits" in repr(found)
 
 
 def test_the_frame_has_cleanlabs_columns_and_every_sample(suspects):

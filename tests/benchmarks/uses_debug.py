@@ -20,9 +20,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from uses_neighbors import neighbors
 from uses_tasks import ALL, TASKS, Classifier, Noisy, Task, accuracy, recorded, split, train
 
-from tda_lightning import TracIn, attribute, self_influence
-from tda_lightning.applications import explain_errors, find_mislabeled, find_shortcut
+from tda_lightning import LossRecorder, TracIn, attribute, self_influence
+from tda_lightning.applications import (
+    explain_errors,
+    find_mislabeled,
+    find_shortcut,
+    loss_history,
+)
 from tda_lightning.metrics import kept_without_proponents, mislabel_auc
+from tda_lightning.stores import MemoryStore
 
 Rows = Iterator[tuple[str, float]]
 N_QUERIES, REMOVED = 6, 0.05
@@ -72,6 +78,21 @@ def recovery(task: Task, noisy: Noisy, seed: int) -> Rows:
     for name, (labels, kept) in subsets.items():
         data = TensorDataset(noisy.inputs[kept], labels[kept])
         yield f"{task.name}, accuracy | {name}", accuracy(train(task, data, seed), noisy.test)
+
+
+def counts(seed: int) -> Rows:
+    """Count the wrong labels that trainings of four times the length memorize."""
+    for task in ALL:
+        for share in (0.05, 0.1, 0.2, 0.3):
+            noisy, store = split(task, seed, share), MemoryStore()
+            data = TensorDataset(noisy.inputs, noisy.given)
+            train(replace(task, epochs=4 * task.epochs), data, seed, LossRecorder(store))
+            found = find_mislabeled(store, progress=False)
+            means = loss_history(store).mean().values
+            where = f"{task.name}, {share:.0%} wrong"
+            yield f"{where}, number / true |", found.estimated_number / int(noisy.wrong.sum())
+            yield f"{where}, AUC | decisive visits", mislabel_auc(-found.label_scores, noisy.wrong)
+            yield f"{where}, AUC | all visits", mislabel_auc(means, noisy.wrong)
 
 
 def folds(seed: int) -> Rows:
@@ -133,7 +154,8 @@ def removals(seed: int) -> Rows:
         logits = model(x)
     gap = logits.topk(2, dim=1).values.diff(dim=1).abs()[:, 0]
     right = (logits.argmax(dim=1) == y).nonzero()[:, 0]
-    queries = right[gap[right].argsort()[: 5 * N_QUERIES : 5]]  # Some are closer calls than others.
+    # The closest calls flip whatever is removed.
+    queries = right[gap[right].argsort()[20 : 20 * (N_QUERIES + 1) : 20]]
     chosen = [x[queries], y[queries]]
     n, chance = len(data), torch.Generator().manual_seed(seed)
     same = (noisy.true[None] == y[queries][:, None]).float()
@@ -143,7 +165,6 @@ def removals(seed: int) -> Rows:
         "TracIn": attribute(store, model, chosen, method=TracIn(), progress=False).values,
         "nearest inputs of its class": same * 1e3 - distance,
         "random of its class": same + torch.rand(len(queries), n, generator=chance) / 2,
-        "random": torch.rand(len(queries), n, generator=chance),
     }
     for name, scores in rankings.items():
         flips = []
@@ -209,6 +230,7 @@ def shortcuts(seed: int) -> Rows:
 
 USES: dict[str, Callable[[int], Rows]] = {
     "mislabels": mislabels,
+    "counts": counts,
     "folds": folds,
     "neighbors": neighbors,
     "errors": errors,

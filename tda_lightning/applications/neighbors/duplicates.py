@@ -200,8 +200,8 @@ def _groups(
     n = len(directions.train_ids)
     group_of, nearest = torch.arange(n), torch.zeros(n)
     for start, cosines in directions.cosines():
-        own = torch.arange(len(cosines))
-        cosines[own, start + own] = -1.0  # A sample is no copy of itself.
+        rows = torch.arange(len(cosines))
+        cosines[rows, start + rows] = -1.0  # A sample is no copy of itself.
         nearest[start : start + len(cosines)] = cosines.amax(dim=1)
         is_copy = cosines >= threshold
         for row in is_copy.any(dim=1).nonzero()[:, 0].tolist():
@@ -223,8 +223,8 @@ def _notes(store: Store, directions: Directions, is_by_features: bool) -> Iterat
         )
     if is_by_features:
         yield (
-            f"Samples were compared by {directions.origin}: different samples that the model does "
-            "not tell apart are in a group, too."
+            f"Samples were compared by {directions.origin}: different samples with the same "
+            "features are in a group, too."
         )
     else:
         yield (

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FENCE = 3.0
-# Quartiles of fewer samples say little.
+# Quartiles of fewer samples are unreliable.
 _FEW = 50
 
 
@@ -135,8 +135,8 @@ def _distances(
     if k < 1:
         return distances, nearest
     for start, cosines in directions.cosines():
-        own = torch.arange(len(cosines))
-        cosines[own, start + own] = -torch.inf
+        rows = torch.arange(len(cosines))
+        cosines[rows, start + rows] = -torch.inf
         cosines[:, ~is_known] = -torch.inf
         top = cosines.topk(k, dim=1)
         part = slice(start, start + len(cosines))

@@ -20,12 +20,10 @@ class Terms(NamedTuple):
     Attributes:
         trace: Trace of the Hessian with respect to the outputs.
         square: Squared gradient there, for the given label.
-        loss: Value.
     """
 
     trace: Tensor
     square: Tensor
-    loss: Tensor
 
 
 class Predictions(NamedTuple):
@@ -91,8 +89,12 @@ class LossNode(ABC):
             weights: Weight of each term in the loss, not zero.
         """
         residuals = (self._weighted_residuals(grad) / weights).clamp(0, 1)
-        losses = -torch.log1p(-residuals.clamp_max(1 - torch.finfo(residuals.dtype).eps))
-        return Terms(residuals * (1 - residuals), residuals.square(), losses)
+        return Terms(residuals * (1 - residuals), residuals.square())
+
+    def losses(self, square: Tensor) -> Tensor:
+        """Return the value of each term, given its squared gradient."""
+        residuals = square.sqrt().clamp_max(1 - torch.finfo(square.dtype).eps)
+        return -torch.log1p(-residuals)
 
     def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions | None:
         """Return how well each label was predicted, if labels are classes.
@@ -221,13 +223,13 @@ class SquaredLoss(ReducedLoss):
         return signs * self._hessian(outputs).sqrt()
 
     def summarize(self, grad: Tensor, weights: Tensor) -> Terms:
-        """Return the second derivative of each term, its squared first derivative, and itself."""
+        """Return the second derivative of each term, and its squared first derivative."""
         hessian = self._hessian(self.node._saved_self.detach()).expand_as(grad)
-        slopes = grad / weights
-        return Terms(hessian, slopes.square(), self._losses(slopes))
+        return Terms(hessian, (grad / weights).square())
 
-    def _losses(self, slopes: Tensor) -> Tensor:
-        return slopes.square() / 4
+    def losses(self, square: Tensor) -> Tensor:
+        """Return the squared residual of each term."""
+        return square / 4
 
     def _hessian(self, outputs: Tensor) -> Tensor:
         return torch.full_like(outputs, 2.0)
@@ -250,7 +252,8 @@ class HuberLoss(SquaredLoss):
         inside: Tensor = self._distance() < self._width
         return inside.to(outputs) * self._slope / self._width
 
-    def _losses(self, slopes: Tensor) -> Tensor:
+    def losses(self, square: Tensor) -> Tensor:
+        """Return the value of each term, from its residual."""
         # The slope is linear up to the width, and constant beyond it.
         inside = self._distance().clamp_max(self._width)
         return self._slope * (self._distance() - inside + inside.square() / (2 * self._width))

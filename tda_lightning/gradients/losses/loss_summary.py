@@ -93,16 +93,16 @@ class LossSummary:
         if weights.numel() % self._n:
             return
         divisors = torch.where(weights == 0, 1, weights)
-        trace, square, loss = node.summarize(outputs_grad, divisors)
+        trace, square = node.summarize(outputs_grad, divisors)
         # Only then is a label one of few classes: a look at all of a vocabulary takes time.
         is_one_term = weights.numel() == self._n
         predictions = node.predictions(value_grad, outputs_grad, divisors) if is_one_term else None
         self._predictions.append(predictions)
-        loss = loss if predictions is None else predictions.loss
+        loss = node.losses(square) if predictions is None else predictions.loss
         squares = weights.square()
         parts = [weights, squares, weights * trace, squares * square, weights * loss]
         # A sample's terms are contiguous, even if the sample axis has been flattened.
-        sums = [part.reshape(self._n, -1).sum(dim=1) for part in parts]
+        sums = [p.reshape(self._n) if is_one_term else _sums(p, self._n) for p in parts]
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
 
     def facts(self) -> LossFacts:
@@ -126,3 +126,7 @@ class LossSummary:
             errors=errors,
             margins=margins,
         )
+
+
+def _sums(terms: Tensor, n: int) -> Float[Tensor, " n"]:
+    return terms.reshape(n, -1).sum(dim=1)

@@ -1,0 +1,106 @@
+r"""Estimate how many labels are wrong, from the losses of a training.
+
+Let :math:`\ell_e` be a sample's mean loss over its first :math:`e` visits. Otsu's threshold splits
+:math:`\ell_e^{3/4}` into two groups; its separation is the share of the variance between them (Otsu
+1979, "A Threshold Selection Method from Gray-Level Histograms"). The decisive part of the training
+is the :math:`e` with the largest separation, from 5, or all of it if that is not clear.
+
+The number of wrong labels is the size of the upper group there. At most those samples count whose
+label had less than half of the probability on average. The power is between a mean, which
+misses some, and a square root, which adds hard samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tda_lightning.applications.loss_history import LossHistory
+
+LEAST_SEPARATION = 0.68
+_POWER = 0.75
+# The losses of very few visits fall into two groups by chance.
+_LEAST_VISITS = 5
+# Ends of the decisive part that are tried, at most.
+_MAX_ENDS = 40
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many labels are wrong.
+
+    Attributes:
+        number: The estimate.
+        separation: Share of the variance of the suspicions between two groups.
+        decisive_visits: Number of first visits of each sample that count.
+        visits: Number of visits of each sample, at most.
+    """
+
+    number: int
+    separation: float
+    decisive_visits: int
+    visits: int
+
+
+def decisive_part(history: LossHistory) -> LossHistory:
+    """Return the first visits of all samples, up to the best separation of their mean losses.
+
+    All visits are returned if no separation is clear.
+    """
+    n_visits = history.max_visits()
+    ends = torch.linspace(min(_LEAST_VISITS, n_visits), n_visits, _MAX_ENDS).round().long().unique()
+    parts = [history.first(end) for end in ends.tolist()]
+    # A loss that is not finite separates nothing.
+    means = [part.mean().values.nan_to_num(nan=0.0, posinf=0.0) for part in parts]
+    separations = [best_split(mean.clamp_min(0).pow(_POWER))[1] for mean in means]
+    best = max(range(len(parts)), key=lambda at: (separations[at], at))
+    return parts[best] if separations[best] >= LEAST_SEPARATION else history
+
+
+def estimate_number(
+    suspicion: Float[Tensor, " n_train"],
+    history: LossHistory | None,
+    decisive: LossHistory | None,
+) -> Count:
+    """Estimate the number of wrong labels.
+
+    Args:
+        suspicion: Suspicion of each sample.
+        history: The losses of all visits, if they are known.
+        decisive: Those that the suspicions are the means of.
+    """
+    number, separation = best_split(suspicion.clamp_min(0).pow(_POWER))
+    if history is None or decisive is None:
+        return Count(number, separation, 0, 0)
+    if history.loss == "cross-entropy":
+        number = min(number, int((decisive.confidence().values < 0.5).sum()))
+        if separation < LEAST_SEPARATION:  # Of two groups there is no sign.
+            number = min(number, int((history.last().values > log(2)).sum()))
+    return Count(number, separation, decisive.max_visits(), history.max_visits())
+
+
+def best_split(values: Float[Tensor, " n"]) -> tuple[int, float]:
+    """Split values into two groups with the largest share of the variance between them (Otsu).
+
+    Returns:
+        The size of the upper group, and that share, from 0 to 1. No values are in the upper group
+        if all are equal.
+
+    >>> import torch
+    >>> best_split(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    (1, 1.0)
+    """
+    ordered, n = values.double().sort(descending=True).values, len(values)
+    variance = float(ordered.var(unbiased=False)) if n > 1 else 0.0
+    if variance < 1e-30:
+        return 0, 0.0
+    above = torch.arange(1, n, dtype=torch.float64)
+    sums = ordered.cumsum(0)
+    gap = sums[:-1] / above - (sums[-1] - sums[:-1]) / (n - above)
+    between = above * (n - above) / n**2 * gap.square()
+    best = int(between.argmax())
+    return best + 1, float(between[best]) / variance
