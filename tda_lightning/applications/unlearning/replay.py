@@ -1,7 +1,7 @@
 r"""Unlearn by a replay: repeat the end of the training with and without the forgotten samples.
 
-Let :math:`\theta_s` be the weights of a snapshot, :math:`\Delta_s` an estimate of the displacement
-that the forgotten samples had caused until then, and :math:`R` and :math:`R_{-F}` the rest of the
+Let :math:`\theta_s` be the weights of a snapshot. :math:`\Delta_s` estimates the displacement that
+the forgotten samples had caused until then. :math:`R` and :math:`R_{-F}` are the rest of the
 training with and without them. The update is
 
 .. math:: \theta + R_{-F}(\theta_s + \Delta_s) - R(\theta_s)
