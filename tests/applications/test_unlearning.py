@@ -194,7 +194,7 @@ def test_a_replay_needs_every_step_snapshots_and_one_optimizer():
     model.optimizer = lambda p: [torch.optim.SGD([q], lr=0.1) for q in p]
     with pytest.raises(ValueError, match="expected one optimizer"):
         unlearn(model, store, loader(data), FORGET, **settings)
-    with pytest.raises(ValueError, match="`share` is 0.0"):
+    with pytest.raises(ValueError, match=r"`share` is 0\.0"):
         Replay(0.0)
 
 
