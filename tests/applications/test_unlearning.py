@@ -194,6 +194,9 @@ def test_a_replay_needs_every_step_snapshots_and_one_optimizer():
     model.optimizer = lambda p: [torch.optim.SGD([q], lr=0.1) for q in p]
     with pytest.raises(ValueError, match="expected one optimizer"):
         unlearn(model, store, loader(data), FORGET, **settings)
+    model.optimizer = lambda p: torch.optim.SGD([{"params": [q]} for q in p], lr=0.1)
+    with pytest.raises(ValueError, match=r"4 parameter groups, and step \d+ of the run holds 1"):
+        unlearn(model, store, loader(data), FORGET, **settings)
     with pytest.raises(ValueError, match=r"`share` is 0\.0"):
         Replay(0.0)
 

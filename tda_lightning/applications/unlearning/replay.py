@@ -107,6 +107,7 @@ def _replayed(
     with _training(model, weights):
         _move_(parameters, displacement)
         optimizer = _optimizer_of(model)
+        _require_groups(optimizer, steps[0])
         torch.manual_seed(0)  # Dropout and augmentation are the same in both replays.
         for step in with_progress(steps, "replay", task.progress, unit="step"):
             ids = step.sample_ids[~torch.isin(step.sample_ids, forget_ids)]
@@ -152,6 +153,15 @@ def _optimizer_of(model: Any) -> Optimizer:
             "`SecondOrder()`."
         )
     return configured
+
+
+def _require_groups(optimizer: Optimizer, step: StepFacts) -> None:
+    if len(optimizer.param_groups) != len(step.groups):
+        raise ValueError(
+            f"`configure_optimizers` returned {len(optimizer.param_groups)} parameter groups, and "
+            f"step {step.index} of the run holds {len(step.groups)}; expected those of the "
+            "training. Pass the module as it was trained, or use `SecondOrder()`."
+        )
 
 
 def _is_only(configured: Sequence[Any]) -> bool:
