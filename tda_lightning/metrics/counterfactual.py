@@ -1,8 +1,8 @@
 r"""Counterfactuals: what happens to a query if its proponents are removed and the model retrained?
 
 :func:`kept_without_proponents` gives the subsets to retrain on; the metrics compare the results.
-Leave-one-out correlation: Koh & Liang (2017), sec. 4.1. Removal curve: Park et al. (2023), "TRAK",
-sec. 5. Brittleness: Ilyas et al. (2022), "Datamodels", sec. 4.1.
+Leave-one-out correlation: Koh & Liang (2017), sec. 4.1, here of ranks. Removal curve: Park et al.
+(2023), "TRAK", sec. 5. Brittleness: Ilyas et al. (2022), "Datamodels", sec. 4.1.
 """
 
 from __future__ import annotations

@@ -131,6 +131,21 @@ def scheduled(parameters):
     return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
+def retrained_without(store, network, optimizer, data):
+    """Return the same training without the forgotten samples, by hand."""
+    again = Model(network.double(), optimizer=optimizer)
+    fresh = again.configure_optimizers()
+    fresh = fresh["optimizer"] if isinstance(fresh, dict) else fresh[0][0]
+    for step in store:
+        ids = [i for i in step.sample_ids.tolist() if i not in FORGET]
+        fresh.param_groups[0]["lr"] = 0.2 * 0.5**step.epoch if optimizer is scheduled else 0.01
+        fresh.zero_grad()
+        x, y = data[ids]
+        nn.functional.cross_entropy(again(x), y).backward()
+        fresh.step()
+    return again
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [scheduled, lambda p: {"optimizer": torch.optim.AdamW(p, lr=0.01)}],
@@ -142,34 +157,29 @@ def test_a_replay_of_the_whole_training_is_exact_retraining(optimizer):
     before = copy.deepcopy(model.state_dict())
     gradient = model.net[0].weight.grad
     result = unlearn(model, store, loader(data), FORGET, update=Replay(1.0), progress=False)
-    again = Model(net().double(), optimizer=optimizer)
-    fresh = again.configure_optimizers()
-    fresh = fresh["optimizer"] if isinstance(fresh, dict) else fresh[0][0]
-    for step in store:
-        ids = [i for i in step.sample_ids.tolist() if i not in FORGET]
-        fresh.param_groups[0]["lr"] = 0.2 * 0.5**step.epoch if optimizer is scheduled else 0.01
-        fresh.zero_grad()
-        x, y = data[ids]
-        nn.functional.cross_entropy(again(x), y).backward()
-        fresh.step()
-    for name, value in again.state_dict().items():
+    for name, value in retrained_without(store, net(), optimizer, data).state_dict().items():
         torch.testing.assert_close(result.state_dict[name], value)
         assert torch.equal(model.state_dict()[name], before[name])
     assert model.net[0].weight.grad is gradient
 
 
-def test_a_replay_of_the_end_is_closer_than_the_update_that_it_begins_with():
-    data = classes(23)
-    model, store = trained(data, net(), sgd, epochs=15, snapshots=3)
-    result = {}
-    rest = TensorDataset(*data[[i for i in range(23) if i not in FORGET]])
-    other, _ = trained(rest, net(), sgd, epochs=17)
-    for update in (SecondOrder(), Replay(0.5), Replay(0.5, before=FirstOrder(1e-9))):
-        result[update] = unlearn(
-            model, store, loader(data), FORGET, update=update, retrained=other, progress=False
-        ).distances["forget"]
-    second, replay, late = (distances["after"] for distances in result.values())
-    assert replay < second < late < result[SecondOrder()]["before"]
+def linear():
+    torch.manual_seed(3)
+    return nn.Linear(5, 3)
+
+
+def test_a_replay_of_the_end_moves_a_convex_model_toward_the_retrained_one():
+    data = classes()
+    model, store = trained(data, linear(), scheduled, epochs=6, snapshots=1)
+    other = retrained_without(store, linear(), scheduled, data)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    goal = torch.cat([(after - before).detach().flatten() for before, after in pairs])
+    gaps = [goal.norm()]
+    for share in (0.3, 0.7):
+        update = Replay(share, before=FirstOrder(1e-12))
+        result = unlearn(model, store, loader(data), FORGET, update=update, progress=False)
+        gaps.append((moved(model, result) - goal).norm())
+    assert gaps[0] > gaps[1] > gaps[2]
 
 
 def test_a_replay_needs_every_step_snapshots_and_one_optimizer():
@@ -181,11 +191,14 @@ def test_a_replay_needs_every_step_snapshots_and_one_optimizer():
     with pytest.raises(ValueError, match="one of every 2 steps"):
         unlearn(model, store, loader(data), FORGET, **settings)
     model, store = trained(data, net(), sgd, snapshots=2)
-    model.optimizer = lambda p: [torch.optim.SGD(p, lr=0.1), torch.optim.SGD(p, lr=0.1)]
+    model.optimizer = lambda p: [torch.optim.SGD([q], lr=0.1) for q in p]
     with pytest.raises(ValueError, match="expected one optimizer"):
         unlearn(model, store, loader(data), FORGET, **settings)
-    with pytest.raises(ValueError, match="`share` is 0"):
-        Replay(0)
+    model.optimizer = lambda p: torch.optim.SGD([{"params": [q]} for q in p], lr=0.1)
+    with pytest.raises(ValueError, match=r"4 parameter groups, and step \d+ of the run holds 1"):
+        unlearn(model, store, loader(data), FORGET, **settings)
+    with pytest.raises(ValueError, match=r"`share` is 0\.0"):
+        Replay(0.0)
 
 
 @pytest.mark.parametrize("snapshots", [0, 3])

@@ -1,4 +1,4 @@
-"""A language model of Python's documentation with planted facts, for `uses_data.py`.
+"""A language model of Python's documentation with planted facts, for `uses_facts.py`.
 
 Facts about invented names are planted in passages of the documentation, one passage each. For every
 fact there are two decoys that name the same subject and state no fact: some word overlap is

@@ -1,5 +1,6 @@
 """Trace planted facts: a part of the benchmark `uses.py`."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -13,13 +14,17 @@ from tda_lightning import (
     GradientSimilarity,
     HDF5Store,
     InfluenceFunction,
+    Logit,
     Scores,
     TracIn,
     Unrolled,
     attribute,
+    attribute_by_gradients,
     self_influence,
 )
 from tda_lightning.applications import BM25, last_layer_scores
+from tda_lightning.full_influence import FullInfluenceFunction
+from tda_lightning.passes.targets import Loss
 
 BATCH_SIZE, SNAPSHOTS = 16, 19
 Rows = Iterator[tuple[str, float]]
@@ -105,6 +110,26 @@ def words(seed: int, epochs: int) -> Rows:
         yield from by_last_layer(run, model, texts, kind)
 
 
+def full_gradients(seed: int, epochs: int) -> Rows:
+    """Trace the facts by influence functions of full gradients, of the last layer and of all."""
+    texts = corpus(seed)
+    model = trained(texts, seed, epochs)
+    passages, targets = DataLoader(texts.train, 30), (Logit(shift=True), Loss())
+    for layers, target in itertools.product((["head"], None), targets):
+        method = FullInfluenceFunction(layers=layers)
+        for kind, queries in texts.queries.items():
+            scores = attribute_by_gradients(
+                model,
+                passages,
+                DataLoader(queries, len(queries)),
+                method=method,
+                target=target,
+                progress=False,
+            )
+            name = f"{'all' if layers is None else 'last'}, {type(target).__name__}"
+            yield f"{kind}: {name}", reciprocal_rank(scores, texts.answers)
+
+
 def retrained(seed: int, epochs: int, others: int = 10) -> Rows:
     """Train again without each passage with a fact, and without some others: what is there?"""
     texts = corpus(seed)
@@ -128,5 +153,6 @@ USES: dict[str, tuple[str, Callable[[int], Rows]]] = {
     "facts-late": ("facts, 25 epochs: mean reciprocal rank", lambda seed: facts(seed, 25)),
     "words-early": ("facts by the last layer, 6 epochs", lambda seed: words(seed, 6)),
     "words-late": ("facts by the last layer, 25 epochs", lambda seed: words(seed, 25)),
+    "facts-full": ("facts by full gradients, 6 epochs", lambda seed: full_gradients(seed, 6)),
     "facts-retrained": ("facts, 6 epochs: retraining", lambda seed: retrained(seed, 6)),
 }

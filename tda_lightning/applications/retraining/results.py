@@ -84,16 +84,16 @@ class ResultFolder:
             with atomic_write(header) as temporary:
                 temporary.write_text(json.dumps(expected))
 
-    def _require_same(self, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-        if found["plan"] != expected["plan"]:
+    def _require_same(self, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        if stored["plan"] != expected["plan"]:
             raise FileExistsError(
-                f"`{self.path}` holds {found['trainings']} trainings of another plan; expected "
+                f"`{self.path}` holds {stored['trainings']} trainings of another plan; expected "
                 "the same plan, to continue it. Choose another folder, or delete this one."
             )
         changed = [
             f"`{name}`"
             for name, fingerprint in expected["functions"].items()
-            if found["functions"].get(name) != fingerprint
+            if stored["functions"].get(name) != fingerprint
         ]
         if changed:
             raise FileExistsError(

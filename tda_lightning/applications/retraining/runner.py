@@ -84,7 +84,13 @@ def retrain(
             than the plan, or ``measure`` returns anything but numbers.
     """
     require_whole("processes", processes, least=1)
-    functions = {"model": model, "loader": loader, "trainer": trainer, "measure": measure}
+    functions: dict[str, Callable[..., Any]] = {
+        "model": model,
+        "loader": loader,
+        "trainer": trainer,
+        "measure": measure,
+    }
+    task = _Task(model, loader, trainer, measure)
     if processes > 1:
         require_importable(functions)
     with TemporaryDirectory() as temporary:
@@ -96,7 +102,7 @@ def retrain(
             desc="retraining",
             disable=not progress,
         ) as bar:
-            for number, values in _run(_Task(**functions), plan, missing, processes):
+            for number, values in _run(task, plan, missing, processes):
                 results.add(number, values)
                 bar.update()
         return results.load()

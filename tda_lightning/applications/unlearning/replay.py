@@ -1,7 +1,7 @@
 r"""Unlearn by a replay: repeat the end of the training with and without the forgotten samples.
 
-Let :math:`\theta_s` be the weights of a snapshot, :math:`\Delta_s` an estimate of the displacement
-that the forgotten samples had caused until then, and :math:`R` and :math:`R_{-F}` the rest of the
+Let :math:`\theta_s` be the weights of a snapshot. :math:`\Delta_s` estimates the displacement that
+the forgotten samples had caused until then. :math:`R` and :math:`R_{-F}` are the rest of the
 training with and without them. The update is
 
 .. math:: \theta + R_{-F}(\theta_s + \Delta_s) - R(\theta_s)
@@ -107,6 +107,7 @@ def _replayed(
     with _training(model, weights):
         _move_(parameters, displacement)
         optimizer = _optimizer_of(model)
+        _require_groups(optimizer, steps[0])
         torch.manual_seed(0)  # Dropout and augmentation are the same in both replays.
         for step in with_progress(steps, "replay", task.progress, unit="step"):
             ids = step.sample_ids[~torch.isin(step.sample_ids, forget_ids)]
@@ -152,6 +153,15 @@ def _optimizer_of(model: Any) -> Optimizer:
             "`SecondOrder()`."
         )
     return configured
+
+
+def _require_groups(optimizer: Optimizer, step: StepFacts) -> None:
+    if len(optimizer.param_groups) != len(step.groups):
+        raise ValueError(
+            f"`configure_optimizers` returned {len(optimizer.param_groups)} parameter groups, and "
+            f"step {step.index} of the run holds {len(step.groups)}; expected those of the "
+            "training. Pass the module as it was trained, or use `SecondOrder()`."
+        )
 
 
 def _is_only(configured: Sequence[Any]) -> bool:
