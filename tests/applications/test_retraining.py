@@ -77,7 +77,7 @@ def test_measurements_of_another_number_are_refused_at_once(tmp_path):
 
 
 def test_functions_that_other_processes_cannot_import_are_refused():
-    with pytest.raises(ValueError, match="cannot import `measure`, which is <function .*<lambda>"):
+    with pytest.raises(ValueError, match=r"cannot import `measure`, which is <function .*<lambda>"):
         retrain(same_data(13, [0, 1]), processes=2, **{**FUNCTIONS, "measure": lambda model: model})
 
 
