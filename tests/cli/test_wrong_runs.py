@@ -11,7 +11,7 @@ from torch import nn
 from tda_lightning import GradientRecorder
 from tda_lightning.cli.main import commands, main
 
-# Words after the run; what they write is in the working directory.
+# Words after the run; files are written into the working directory.
 COMMANDS = {
     "info": [],
     "audit": [],
