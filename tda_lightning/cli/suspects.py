@@ -77,16 +77,23 @@ def _answer(run: Path, result: Mislabeled, limit: int) -> Answer:
         for sample, score in zip(result.ids.tolist(), result.scores.tolist(), strict=True)
     ]
     n_train = len(result.train_ids)
-    head = (
-        f"{run}: about {result.estimated_number:,} of {n_train:,} labels are wrong; "
-        f"{len(flagged):,} flagged, by {', '.join(result.witnesses)}"
+    number = (
+        f"about {result.estimated_number:,} of {n_train:,} labels are wrong"
+        if result.is_clear
+        else f"no clear group of wrong labels among {n_train:,}"
     )
+    head = f"{run}: {number}; {len(flagged):,} flagged, by {', '.join(result.witnesses)}"
     rows = [[_cell(value) for value in entry.values()] for entry in flagged[:limit]]
     table = aligned([list(flagged[0]), *rows]) if flagged else []
     more = [f"  ... and {len(flagged) - limit:,} more: see `-k`"] if len(flagged) > limit else []
     notes = [f"  note: {note}" for note in result.notes]
-    facts = {"run": str(run), "estimated_number": result.estimated_number}
-    content = {**facts, "flagged": flagged, "notes": list(result.notes)}
+    content = {
+        "run": str(run),
+        "estimated_number": result.estimated_number,
+        "is_clear": result.is_clear,
+        "flagged": flagged,
+        "notes": list(result.notes),
+    }
     return Answer([head, *table, *more, *notes], content)
 
 

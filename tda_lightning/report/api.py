@@ -191,7 +191,7 @@ def _lead(findings: Sequence[Finding]) -> str:
     """Return the sentences below the title: the urgent findings in short."""
     urgent = [finding for finding in findings if finding.weight == "attention"]
     if not urgent:
-        return "Nothing urgent was found. “How sure” says why this could be a false all-clear."
+        return "Nothing urgent was found. See “How sure” for reasons to doubt it."
     shown = [finding.sentences[0] for finding in urgent[:MAX_HEADLINES] if finding.sentences]
     more = len(urgent) - len(shown)
     further = [f"{more} more {'things deserve' if more > 1 else 'thing deserves'} a look."]

@@ -51,7 +51,7 @@ class ShownInNotebooks:
 
 
 def _frame_table(caption: str, frame: pd.DataFrame) -> str:
-    is_numbered = frame.index.names == [None]  # An index without a name says nothing.
+    is_numbered = frame.index.names == [None]  # An index without a name is left out.
     flat = frame if is_numbered else frame.reset_index()
     shown = flat.iloc[:MAX_ROWS, :MAX_COLUMNS]
     rows = [[_text(value) for value in row] for row in shown.itertuples(index=False, name=None)]

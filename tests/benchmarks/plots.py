@@ -144,7 +144,7 @@ def losses(model: nn.Module, data: TensorDataset) -> Tensor:
 def retrained(plan: Plan, train: TensorDataset, test: TensorDataset) -> Tensor:
     """Return the losses of the test set after each training of a plan, in a bare loop."""
     return torch.stack(
-        [losses(trained_on(train[kept.nonzero()[:, 0]]), test) for kept in plan.kept]
+        [losses(trained_on(train[chosen.nonzero()[:, 0]]), test) for chosen in plan.kept]
     )
 
 
@@ -166,9 +166,9 @@ def removal(scores: dict[str, Scores], train: TensorDataset, test: TensorDataset
     orders = {name: s.values.mean(dim=0).argsort(descending=True) for name, s in scores.items()}
     orders["random"] = chance
     groups = [order[:size] for order in orders.values() for size in SIZES]
-    found = retrained(leave_out(400, [[], *groups]), train, test)
+    measured = retrained(leave_out(400, [[], *groups]), train, test)
     changes = {
-        name: removal_curve(found[1 + 3 * place :][: len(SIZES)], found[0]).tolist()
+        name: removal_curve(measured[1 + 3 * place :][: len(SIZES)], measured[0]).tolist()
         for place, name in enumerate(orders)
     }
     return RemovalCurve(SIZES, changes)

@@ -1,6 +1,7 @@
 """`attribute` and `self-influence`: models and queries by import path, or by configuration."""
 
 import json
+import sys
 import textwrap
 
 import pytest
@@ -170,11 +171,25 @@ def test_mislabeled_shows_labels_of_the_training_data(here, capsys):
     assert "opposition" in lines[0]
 
 
+def test_a_report_without_charts_names_the_extra(here, tmp_path, monkeypatch, capsys):
+    for package in ("bokeh", "matplotlib"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("tda_lightning.report.api.has_bokeh", lambda: False)
+    words = ["--config", "config.yaml", "--checkpoint", "model.ckpt"]
+    assert main(["report", "run.tda", *words, "--out", str(tmp_path / "page.html")]) == 1
+    error = capsys.readouterr().err
+    assert "tda_lightning[report]" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_report_writes_a_page(here, tmp_path, capsys):
     out = tmp_path / "page.html"
     words = ["--config", "config.yaml", "--checkpoint", "model.ckpt", "--out", str(out)]
-    assert main(["report", "run.tda", *words, "--title", "A <b>title</b>"]) == 0
-    assert "page.html" in capsys.readouterr().out
+    names = ["--class-names", "cat, dog,emu", "--json"]
+    assert main(["report", "run.tda", *words, "--title", "A <b>title</b>", *names]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == {"run": "run.tda", "out": str(out), "bytes": out.stat().st_size}
     page = out.read_text()
     assert "A &lt;b&gt;title" in page
     assert "A <b>title" not in page

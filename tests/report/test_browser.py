@@ -117,7 +117,7 @@ def test_a_wrong_answer_leads_to_its_query_and_to_the_samples_behind_it(page):
     query = page.evaluate("document.querySelector('.cases li').dataset.query")
     samples = page.evaluate("document.querySelector('.cases li').dataset.samples").split()
     page.choose("#query-filter", "right")
-    page.click(".cases li .ask")
+    page.click(".cases li .wrong-query")
     assert page.text("#query-detail h3") == f"Query {query}: answered wrong"
     names = "[...document.querySelectorAll('.cases li:first-child .tile')].map(n => n.ariaLabel)"
     assert [name.split()[2].rstrip(",") for name in page.evaluate(names)] == samples

@@ -23,7 +23,7 @@ _OPTIONS = [
     "--force-prefers-reduced-motion",
     "--remote-debugging-pipe",
 ]
-# Seconds within which a browser answers, and a page shows what it should.
+# Seconds to wait for an answer of the browser, or for a condition in a page.
 _PATIENCE = 60
 
 

@@ -185,18 +185,13 @@ def _shortcut(
     singles = samples_of(queries, (wrong or known)[:MAX_TESTED])
     classes = [train.labels.get(sample) for sample in train.ids]
     are_classes = all(isinstance(label, int) for label in classes)
-
-    def predicted_logit(module: nn.Module, batch: Any) -> Tensor:
-        highest: Tensor = outputs(module, batch).max(dim=-1).values
-        return highest
-
     return find_shortcut(
         store,
         model,
         DataLoader(singles, batch_size=None),  # type: ignore[arg-type]
         attributes,
         classes=torch.tensor(classes) if are_classes else None,
-        target=predicted_logit,
+        outputs=outputs,
         progress=False,
     )
 

@@ -35,16 +35,16 @@ def exact_copies(evidence: Evidence) -> Finding:
 
 def near_copies(evidence: Evidence) -> Finding:
     """Report training samples with the same label and nearly the same gradients."""
-    found = evidence.duplicates
-    if found is None:
+    duplicates = evidence.duplicates
+    if duplicates is None:
         text = (
             f"The training set has {len(evidence.train.ids):,} samples, too many to compare in "
             "pairs here. `find_duplicates` does."
         )
         return Finding("Near copies were not searched", (text,), "unknown")
     exact = {sample for group in evidence.train.copies for sample in group}
-    groups = [group for group in found.groups if not exact.issuperset(group.tolist())]
-    limit = f"the cosine of the gradients is at least {found.threshold:g}"
+    groups = [group for group in duplicates.groups if not exact.issuperset(group.tolist())]
+    limit = f"the cosine of the gradients is at least {duplicates.threshold:g}"
     if not groups:
         text = (
             f"No two training samples with the same label act on the model alike: {limit} for none."
@@ -57,5 +57,5 @@ def near_copies(evidence: Evidence) -> Finding:
         f"Of each of these {len(groups):,} groups ({limit}), one sample may be enough.",
     )
     samples = [sample for group in groups for sample in group.tolist()]
-    weight: Weight = "attention" if extra >= _MANY * len(found.train_ids) else "fine"
+    weight: Weight = "attention" if extra >= _MANY * len(duplicates.train_ids) else "fine"
     return Finding("Near copies", sentences, weight, tuple(samples[:MAX_SHOWN]))

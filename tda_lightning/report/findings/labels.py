@@ -23,8 +23,9 @@ _MEANING = (
 def number_set_apart(values: Float[Tensor, " n_train"]) -> int:
     """Return how many self-influences are set apart from the rest, on a logarithmic axis.
 
-    These are the values above Tukey's outer fence (the upper quartile plus three times the distance
-    of the quartiles), or those of a second peak of the smoothed histogram, if there is one.
+    These are the values above Tukey's outer fence, or those of a second peak of the smoothed
+    histogram, if there is one. The fence is the upper quartile plus three times the distance of the
+    quartiles.
 
     Args:
         values: Self-influence of each training sample, shape ``(n_train,)``.

@@ -13,15 +13,15 @@ _MAX_EFFECTS = 5
 
 def shortcuts(evidence: Evidence) -> Finding:
     """Report the attributes of training samples that drive the wrong answers, or all answers."""
-    found = evidence.shortcut
-    if found is None:
+    shortcut = evidence.shortcut
+    if shortcut is None:
         return Finding("Shortcuts were not searched", (_reason(evidence),), "unknown")
     behind = "wrong answers" if evidence.wrong else "answers"
-    effects = [_sentence(effect) for effect in found.effects[:_MAX_EFFECTS]]
-    strongest = found.effects[0]
+    effects = [_sentence(effect) for effect in shortcut.effects[:_MAX_EFFECTS]]
+    strongest = shortcut.effects[0]
     if strongest.p_value > _SIGNIFICANT:
-        first = f"None of the {len(found.effects)} attributes drives the {behind} significantly."
-        if len(found.effects) == 1:
+        first = f"None of the {len(shortcut.effects)} attributes drives the {behind} significantly."
+        if len(shortcut.effects) == 1:
             first = f"The attribute “{strongest.attribute}” does not drive the {behind}."
         return Finding("No shortcut was found", (first, *effects), "fine")
     first = f"The attribute “{strongest.attribute}” of training samples drives the {behind}."
@@ -30,7 +30,7 @@ def shortcuts(evidence: Evidence) -> Finding:
         "Effects are in standard deviations of chance:"
     )
     members = set(evidence.members_of(strongest.attribute))
-    strong = [sample for sample in found.ids.tolist() if sample in members]
+    strong = [sample for sample in shortcut.ids.tolist() if sample in members]
     return Finding("A shortcut", (first, how, *effects), "attention", tuple(strong[:MAX_SHOWN]))
 
 

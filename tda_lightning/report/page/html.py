@@ -61,8 +61,8 @@ def shortened(text: str, limit: int) -> str:
     >>> shortened("abcdefgh", 3)
     'abc… (5 more characters)'
     """
-    kept = visible(text[:limit])
-    return kept if len(text) <= limit else f"{kept}… ({len(text) - limit:,} more characters)"
+    start = visible(text[:limit])
+    return start if len(text) <= limit else f"{start}… ({len(text) - limit:,} more characters)"
 
 
 def json_block(identifier: str, value: Any) -> Html:

@@ -12,8 +12,8 @@ def queries_section() -> Html:
     intro = element(
         "p",
         {"class": "intro"},
-        "Choose a query to see the training samples that helped the model answer it right (blue), "
-        "and those that pushed it away from the right answer (red).",
+        "Choose a query. Blue training samples helped the model answer it right; red ones pushed "
+        "it away from the right answer.",
     )
     controls = element(
         "div",

@@ -36,7 +36,7 @@ function fillCase(item) {
     : make("span", {}, `Query ${query.id}`);
   const image = picture(query, "");
   const text = image ? null : make("span", { class: "excerpt" }, user(summary(query).slice(0, 160)));
-  const button = make("button", { type: "button", class: "ask", onclick: () => goToQuery(query) },
+  const button = make("button", { type: "button", class: "wrong-query", onclick: () => goToQuery(query) },
     image, make("span", { class: "outcome" }, make("span", { class: "number" }, `Query ${query.id}`), outcome, text));
   item.append(button, make("div", { class: `behind${image ? "" : " texts"}` }, ...ids.map(sampleTile)));
 }
