@@ -38,7 +38,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 def test_a_missing_folder_is_named_and_the_temporary_file_is_not(tmp_path):
     with (
-        pytest.raises(FileNotFoundError, match="There is no folder `.*nowhere` for `file.txt`;"),
+        pytest.raises(FileNotFoundError, match=r"There is no folder `.*nowhere` for `file\.txt`;"),
         atomic_write(tmp_path / "nowhere/file.txt"),
     ):
         pass
