@@ -19,7 +19,7 @@ from torch import Tensor
 from tda_lightning.applications.retraining.plan import Plan
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
-from tda_lightning.stores.durable import atomic_write
+from tda_lightning.stores.integrity.durable import atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd
