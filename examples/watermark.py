@@ -119,7 +119,7 @@ def main() -> None:
         "much ink": ink > ink.median(),
         "first half of the data": torch.arange(N_TRAIN) < N_TRAIN // 2,
     }
-    found = find_shortcut(
+    shortcut = find_shortcut(
         "watermark.tda",
         model,
         queries,
@@ -128,7 +128,7 @@ def main() -> None:
         reference=(fooled, threes),  # the same digits without a stamp
         progress=False,
     )
-    print(found)
+    print(shortcut)
 
     print()
     print_accuracy("Trained without stamps", train(clean, train_labels), test_images, test_labels)

@@ -22,8 +22,8 @@ def test_the_tested_version_of_a_dependency_is_in_the_declared_range(requirement
 
 
 def test_the_pattern_of_the_script_for_bounds_finds_every_lower_bound():
-    found = dict(re.findall(r'"([A-Za-z0-9_-]+)>=([0-9.]+)', TEXT))
-    assert {f">={found[each.name]}" for each in DEPENDENCIES} == {
+    bounds = dict(re.findall(r'"([A-Za-z0-9_-]+)>=([0-9.]+)', TEXT))
+    assert {f">={bounds[each.name]}" for each in DEPENDENCIES} == {
         str(each.specifier) for each in DEPENDENCIES
     }
     assert "grep -oE '\"[A-Za-z0-9_-]+>=[0-9.]+'" in (ROOT / ".ci/bounds").read_text()

@@ -80,7 +80,7 @@ def select(
     store = open_run(run)
     source = store if pool is None else pool
     chosen = method if pool is None else _for_pool(method, store)
-    require_rank(n, len(source.train_ids()))
+    require_rank(n, len(source.train_ids()), "n")
     scores = attribute(
         source, model, targets, method=chosen, target=target, at=at, progress=progress
     )

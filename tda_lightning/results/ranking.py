@@ -121,14 +121,20 @@ def describe_pairs(ids: Tensor, values: Tensor) -> str:
     return ", ".join(f"{sample_id} ({value:+.3g})" for sample_id, value in pairs)
 
 
-def require_rank(k: int, n_train: int) -> int:
+def require_rank(k: int, n_train: int, name: str = "k") -> int:
     """Return ``k`` if it is a valid number of training samples to rank.
+
+    Args:
+        k: The number.
+        n_train: Number of training samples.
+        name: Name of the user's argument, for the error message.
 
     Raises:
         ValueError: If it is not a whole number from 1 to ``n_train``.
     """
     if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= n_train:
         raise ValueError(
-            f"`k` is {k!r}; expected a number from 1 to {n_train}, the number of training samples."
+            f"`{name}` is {k!r}; expected a number from 1 to {n_train}, the number of training "
+            "samples."
         )
     return k

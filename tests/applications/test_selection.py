@@ -65,7 +65,7 @@ def test_a_pool_that_holds_the_targets_themselves_yields_them_first(trained, met
 
 
 def test_impossible_selections_are_refused(trained):
-    with pytest.raises(ValueError, match="expected a number from 1 to 13"):
+    with pytest.raises(ValueError, match="`n` is 14; expected a number from 1 to 13"):
         select(*trained, TARGETS, n=14, progress=False)
     with pytest.raises(ValueError, match="`redundancy` is -1"):
         select(*trained, TARGETS, n=3, redundancy=-1.0, progress=False)

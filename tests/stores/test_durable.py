@@ -36,6 +36,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file.txt", "old")]
 
 
+def test_a_missing_folder_is_named_and_the_temporary_file_is_not(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match=r"There is no folder `.*nowhere` for `file\.txt`;"),
+        atomic_write(tmp_path / "nowhere/file.txt"),
+    ):
+        pass
+
+
 def test_the_content_is_synced_before_the_rename_and_the_folder_after(tmp_path, monkeypatch):
     synced = []
 

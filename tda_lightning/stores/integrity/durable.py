@@ -29,7 +29,15 @@ def atomic_write(path: Path, permit: Callable[[], None] = lambda: None) -> Itera
     Args:
         path: Final name of the file; an existing file is replaced.
         permit: Raises if the file must not be renamed any more; called right before.
+
+    Raises:
+        FileNotFoundError: If the folder of the file does not exist.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder `{path.parent}` for `{path.name}`; expected an existing one. "
+            "Create it, or correct the path."
+        )
     partial = path.with_name(f".{path.name}.partial")
     try:
         create(partial)
