@@ -138,10 +138,12 @@ class StepBuilder:
             return None
         gradients: Gradients = {}
         if preconditioner.needs_gradients():
+            trained = [p for p in preconditioner.parameters() if p.requires_grad]
+            if not trained:  # This pass is for another optimizer, which the user has toggled.
+                return None
             if self._is_pass_enough(preconditioner):
                 self._are_coordinates_new = True
                 return GradientCoordinates(preconditioner, self._share * self._loss_scale)
-            trained = [p for p in preconditioner.parameters() if p.requires_grad]
             gradients = gradients_of(loss / self._share, trained, self._rows)
             if (scale := self._loss_scale) != 1 or self._distributed.count > 1:
                 gradients = {p: self._distributed.mean(g) / scale for p, g in gradients.items()}

@@ -160,9 +160,10 @@ def test_every_pass_through_one_graph_has_rows_of_sampled_labels():
         assert bool((norms > 0).all())
 
 
+@pytest.mark.parametrize("kind", [Gan, GanThatToggles])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_each_of_two_optimizers_has_its_coordinates(optimizer):
-    class Both(Gan):
+def test_each_of_two_optimizers_has_its_coordinates(optimizer, kind):
+    class Both(kind):
         def configure_optimizers(self):
             return [
                 torch.optim.Adam(self.generator.parameters(), lr=0.01),

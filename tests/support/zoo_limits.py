@@ -8,13 +8,6 @@ REFUSED: dict[str, str] = {
     "reformer": "reversible layers run a backward pass of their own, twice",
 }
 
-# Where experts are multiplied in one kernel: in single precision, and in training.
-_LOOKED_UP = "the biases of experts are looked up per token, in the order of the experts"
-REFUSED_GROUPED: dict[str, str] = {"gpt-oss": _LOOKED_UP}
-
-# In training only.
-REFUSED_TRAINING: dict[str, str] = {**REFUSED_GROUPED}
-
 # Some parameters are left out, in the comparison of rows too.
 LEFT_OUT: dict[str, str] = {
     "instance-norm": "a bias that the norm subtracts again",

@@ -8,7 +8,7 @@ A few models run by default; the others are slow together. To try one by name, w
 import pytest
 import torch
 from zoo_cases import quiet
-from zoo_limits import LEFT_OUT, REFUSED, REFUSED_GROUPED, REFUSED_TRAINING
+from zoo_limits import LEFT_OUT, REFUSED
 from zoo_models import ZOO
 from zoo_precision import computing_in
 from zoo_rows import N, compare, gradients_of, reference
@@ -39,10 +39,10 @@ def case_named(name):
 
 
 def test_the_limits_name_models():
-    assert {*FAST, *REFUSED, *REFUSED_TRAINING, *LEFT_OUT} <= set(ZOO)
+    assert {*FAST, *REFUSED, *LEFT_OUT} <= set(ZOO)
 
 
-@every_model({**REFUSED, **REFUSED_GROUPED})
+@every_model(REFUSED)
 def test_each_row_is_the_gradient_of_its_sample(name):
     assert_rows_are_gradients(name, torch.float32)
 
@@ -80,7 +80,7 @@ def test_the_references_sum_to_the_gradient(name):
 
 
 @pytest.mark.parametrize("sampled", [0, 0.25], ids=["rows", "sampled labels"])
-@every_model({**REFUSED, **REFUSED_TRAINING})
+@every_model(REFUSED)
 def test_a_resumed_training_answers(name, sampled, tmp_path):
     case = case_named(name)
     if sampled and not case.has_likelihood:

@@ -102,8 +102,11 @@ class Delivery:
             return
         rule, n = rule_for(node), self._n
         self._norms.note(node, inputs, grads, n)
+        vjps: dict[int, Tensor] = {}
         for position, edge, layout in inputs:
-            call = NodeCall(node, grads, position, output_shape(edge), layout, n)
+            call = NodeCall(node, grads, position, output_shape(edge), layout, n, vjps=vjps)
+            if rule.is_generic:
+                call.alike = {o: output_shape(e) for o, e, where in inputs if where == layout}
             through = self._norms.contribution(call, edge)
             contribution = rule.contribution(call) if through is None else through
             for gradient in to_parameters(edge, contribution, self._recorded):

@@ -157,8 +157,10 @@ def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int) -> T
         agrees = (is_certain & (numbers == number)) | shows_nothing
         owners += number[:, 0] * (2 * grid.half) ** digit
         is_single = is_single & agrees.all(dim=1)
-    is_single &= owners < n
-    rows = IrregularRows(torch.where(is_single, owners, 0), n)
+    # A row that rounding has blurred most likely belongs to the sample with the nearest factor.
+    is_possible = has_gradient & (owners >= 0) & (owners < n)
+    is_single &= is_possible
+    rows = IrregularRows(torch.where(is_possible, owners, 0), n)
     return Trace(rows, by_row[is_single].sum() / by_row.sum(), has_gradient)
 
 

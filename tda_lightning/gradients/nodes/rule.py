@@ -6,8 +6,8 @@ A rule is one function from a :class:`NodeCall` to a :class:`Contribution`. Add 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class NodeCall:
         shape: Shape of that input.
         layout: Where the samples lie in the first output.
         n: Number of samples.
+        alike: Shapes of the inputs with the same layout, by their positions.
+        vjps: Their gradients, once :func:`per_sample_vjp` has computed those of all.
     """
 
     node: Any
@@ -43,6 +45,8 @@ class NodeCall:
     shape: tuple[int, ...]
     layout: SampleLayout | IrregularRows
     n: int
+    alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    vjps: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def grad(self) -> Tensor:
@@ -111,6 +115,11 @@ class NodeRule:
     contribution: Rule
     axes: Axes
 
+    @property
+    def is_generic(self) -> bool:
+        """Whether the node itself is called, once per sample."""
+        return self.contribution is per_sample_vjp
+
 
 _RULES: dict[str, NodeRule] = {}
 
@@ -151,17 +160,23 @@ def per_sample_vjp(call: NodeCall) -> Float[Tensor, "n ..."]:
             "uncompiled. Compile the model or one of its modules: "
             "`self.net = torch.compile(self.net)`."
         )
+    if call.position in call.vjps:
+        return call.vjps.pop(call.position)
     function = getattr(call.node, "apply", call.node)
     outputs = [_all_but_one_zero(call, grad) for grad in call.grads]
-    results = []
+    # A call computes the gradients of all inputs.
+    shapes = {**call.alike, call.position: call.shape}
+    results: dict[int, list[Tensor]] = {position: [] for position in shapes}
     for sample in range(call.n):
         input_grads = function(*(grad and grad(sample) for grad in outputs))
-        value = input_grads[call.position] if isinstance(input_grads, tuple) else input_grads
-        if value is None:
-            value = call.grad.new_zeros(call.shape)
-        # Autograd itself sums over the axes along which an input was broadcast.
-        results.append(value if value.shape == call.shape else value.sum_to_size(call.shape))
-    return torch.stack(results)
+        for position, shape in shapes.items():
+            value = input_grads[position] if isinstance(input_grads, tuple) else input_grads
+            if value is None:
+                value = call.grad.new_zeros(shape)
+            # Autograd itself sums over the axes along which an input was broadcast.
+            results[position].append(value if value.shape == shape else value.sum_to_size(shape))
+    call.vjps.update((position, torch.stack(values)) for position, values in results.items())
+    return call.vjps.pop(call.position)
 
 
 def _all_but_one_zero(call: NodeCall, grad: Tensor | None) -> Callable[[int], Tensor] | None:
