@@ -243,9 +243,10 @@ class _TakenStep:
         ids = torch.cat([batch.sample_ids for batch in self._batches])
         weights = [torch.full((len(b.sample_ids),), b.weight) for b in self._batches]
         names = {batch.facts.name for batch in self._batches}
+        known: dict[str, Any] = {name: facts.get(name) for name in OPTIONAL_FACTS}
         return Step(
             **self._label,
-            **{name: facts.get(name) for name in OPTIONAL_FACTS},
+            **known,
             sample_ids=ids,
             weights=torch.cat(weights),
             sketch=torch.zeros(len(ids), 1),

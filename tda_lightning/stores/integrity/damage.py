@@ -25,7 +25,8 @@ _MAX_SPARSENESS = 1000
 
 def checksum_of(content: bytes | np.ndarray) -> int:
     """Return the XXH3 checksum, 64 bits, of bytes, or of the memory of a contiguous array."""
-    return xxhash.xxh3_64_intdigest(content)
+    data: Any = content  # The annotation of the library does not include arrays.
+    return xxhash.xxh3_64_intdigest(data)
 
 
 def checksum_of_parts(parts: Iterable[memoryview]) -> int:
