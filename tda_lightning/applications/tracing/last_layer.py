@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import describe
+from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.batches import (
-    batch_size,
     batches_in_memory,
     identified,
     loss_of,
@@ -230,7 +230,8 @@ class _LastCall:
 
 def _query_tokens(model: nn.Module, queries: Any, target: Target, calls: _LastCall) -> _Tokens:
     """Return the tokens of all queries that count, with the gradients of the target."""
-    parts, n_before = [], []
+    parts: list[_Tokens] = []
+    n_before: list[int] = []
     for _, batch in identified(queries):
         n = batch_size(batch, "queries")
         value = _summed(model, transfer(model, batch), target, n)

@@ -115,7 +115,7 @@ def _replayed(
                 for group, recorded in zip(optimizer.param_groups, step.groups, strict=True):
                     group["lr"] = recorded.lr
                 optimizer.zero_grad()
-                loss_of(model, transfer(model, task.batch_of(ids))).backward()
+                torch.autograd.backward(loss_of(model, transfer(model, task.batch_of(ids))))
                 optimizer.step()
         return torch.cat([parameter.detach().flatten() for parameter in parameters]).clone()
 
@@ -136,7 +136,7 @@ def _training(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
 def _move_(parameters: Sequence[nn.Parameter], displacement: Float[Tensor, " d"]) -> None:
     parts = torch.split(displacement, [parameter.numel() for parameter in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
-        parameter += part.view_as(parameter).to(parameter)
+        parameter.add_(part.view_as(parameter).to(parameter))
 
 
 def _optimizer_of(model: Any) -> Optimizer:
