@@ -106,7 +106,7 @@ class Contributions:
     @classmethod
     def load(cls, path: str | Path) -> Contributions:
         """Read contributions written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS))
+        return cls(**load_arrays(path, _FIELDS, ("times", "query_ids", "train_ids")))
 
     def _repr_html_(self) -> str:
         """Show the shape, and the sums over all periods, in notebooks."""

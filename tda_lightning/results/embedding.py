@@ -56,7 +56,7 @@ class Embedding:
     @classmethod
     def load(cls, path: str | Path) -> Embedding:
         """Read an embedding written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS))
+        return cls(**load_arrays(path, _FIELDS, ("train_ids",)))
 
     def __repr__(self) -> str:
         """Show the shape and the method."""

@@ -51,14 +51,19 @@ def _require_no_table(path: str | Path) -> None:
 
 
 def load_arrays(
-    path: str | Path, names: tuple[str, ...], *, optional: tuple[str, ...] = ()
+    path: str | Path,
+    names: tuple[str, ...],
+    axes: tuple[str, ...],
+    *,
+    optional: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Read the fields of a result that :func:`save_arrays` wrote.
 
     Args:
         path: Path of the file.
-        names: Names of the fields.
-        optional: Names of fields that a file may lack.
+        names: Names of the fields, the one with the values first.
+        axes: Names of the fields that label the first axes of the values.
+        optional: Names of fields that a file may lack; they label the first axis, too.
 
     Raises:
         FileNotFoundError: If there is no file.
@@ -80,6 +85,9 @@ def load_arrays(
         )
     with _reading_result(file):
         fields = {name: _as_field(arrays[name]) for name in names}
+        extra = [(name, 0) for name in optional if name in fields]
+        for name, axis in [*((name, axis) for axis, name in enumerate(axes)), *extra]:
+            _require_length(names[0], arrays[names[0]], name, arrays[name], axis)
         provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
     return {**fields, "method": str(arrays["method"]), "provenance": provenance}
 
@@ -108,6 +116,14 @@ def _require_stored(archive: np.lib.npyio.NpzFile) -> None:
                 f"`{entry.filename}` claims {entry.file_size:,} bytes and stores "
                 f"{entry.compress_size:,}"
             )
+
+
+def _require_length(
+    name: str, values: NDArray[Any], label: str, labels: NDArray[Any], axis: int
+) -> None:
+    """Check that labels are as many as the values have entries along an axis."""
+    if axis >= values.ndim or labels.shape != values.shape[axis : axis + 1]:
+        raise ValueError(f"`{name}` has shape {values.shape}, and `{label}` {labels.shape}")
 
 
 def _as_array(field: Tensor | str) -> NDArray[Any]:

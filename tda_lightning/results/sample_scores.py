@@ -84,7 +84,7 @@ class SampleScores:
     @classmethod
     def load(cls, path: str | Path) -> SampleScores:
         """Read scores written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS))
+        return cls(**load_arrays(path, _FIELDS, ("train_ids",)))
 
     def _repr_html_(self) -> str:
         """Show the highest and the lowest scores, in notebooks."""

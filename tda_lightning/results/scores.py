@@ -243,7 +243,7 @@ class Scores:
     @classmethod
     def load(cls, path: str | Path) -> Scores:
         """Read scores written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS, optional=("tokens",)))
+        return cls(**load_arrays(path, _FIELDS, _FIELDS[1:], optional=("tokens",)))
 
     def _repr_html_(self) -> str:
         """Show the proponents and opponents of each query, in notebooks."""

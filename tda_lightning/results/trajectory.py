@@ -111,7 +111,7 @@ class Trajectory(ShownInNotebooks):
     @classmethod
     def load(cls, path: str | Path) -> Trajectory:
         """Read a trajectory written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS))
+        return cls(**load_arrays(path, _FIELDS, ("query_ids", "train_ids", "times")))
 
     def __repr__(self) -> str:
         """Show the shape and the method."""

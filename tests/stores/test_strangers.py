@@ -304,3 +304,17 @@ def test_a_manifest_that_links_to_another_file_is_not_written(sealed_run, tmp_pa
     with pytest.raises(OSError, match=r"manifest.jsonl` is a link; expected the manifest itself"):
         store.keep_weights(0, {})
     assert (tmp_path / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("ranks", [2, 10_000])
+def test_segments_of_another_number_of_processes_are_not_left_out_in_silence(run, ranks):
+    edit_recipe(run, ranks=ranks)
+    with pytest.raises(StoreFileError, match=rf"{SEGMENT}` is no segment of a run of"):
+        HDF5Store.open(run)
+
+
+def test_scores_of_inconsistent_shapes_are_not_loaded(tmp_path):
+    ids = {"query_ids": np.arange(2), "train_ids": np.arange(1)}
+    np.savez(tmp_path / "scores.npz", values=np.zeros((2, 3)), method="TracIn()", **ids)
+    with pytest.raises(ValueError, match=r"`values` has shape \(2, 3\), and `train_ids` \(1,\)"):
+        Scores.load(tmp_path / "scores.npz")

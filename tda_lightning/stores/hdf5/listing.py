@@ -43,6 +43,7 @@ def read_shards(
     if missing == "skip":
         files = [folder.segments_of(path, rank, ranks) for rank in range(ranks)]
         return [Shard(rank_files, run, ranks) for rank_files in files]
+    _require_ranks(path, ranks)
     now = _manifest_stamps(path, ranks)
     while True:
         try:
@@ -93,6 +94,22 @@ def _read_shard(path: Path, run: str, rank: int, ranks: int) -> Shard:
     shard = Shard(folder.segments_of(path, rank, ranks), run, ranks)
     require_listed(shard.segments, manifest, file)
     return shard
+
+
+def _require_ranks(path: Path, ranks: int) -> None:
+    """Check that every segment is one of the processes that the recipe names.
+
+    Raises:
+        StoreFileError: If one is not: it would be left out.
+    """
+    for file in folder.all_segments(path):
+        identity = folder.identity_of(file, "", ranks)
+        name = folder.segment_name(identity.number, identity.rank, ranks)
+        if file.name != name or identity.rank >= ranks:
+            raise StoreFileError(
+                f"`{file}` is no segment of a run of {ranks:,} processes, the number in "
+                f"`{folder.RECIPE}`. Restore the files of one run from a copy."
+            )
 
 
 def _manifest_stamps(path: Path, ranks: int) -> list[tuple[int, int, int] | None]:
