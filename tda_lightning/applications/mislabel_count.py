@@ -52,8 +52,8 @@ def decisive_part(history: LossHistory) -> LossHistory:
     All visits are returned if no separation is clear.
     """
     n_visits = history.max_visits()
-    ends = torch.linspace(min(_LEAST_VISITS, n_visits), n_visits, _MAX_ENDS).round().long().unique()
-    parts = [history.first(end) for end in ends.tolist()]
+    ends = torch.linspace(min(_LEAST_VISITS, n_visits), n_visits, _MAX_ENDS).round().long()
+    parts = [history.first(end) for end in sorted(set(ends.tolist()))]
     # A loss that is not finite separates nothing.
     means = [part.mean().values.nan_to_num(nan=0.0, posinf=0.0) for part in parts]
     separations = [best_split(mean.clamp_min(0).pow(_POWER))[1] for mean in means]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -106,13 +107,14 @@ class TakenStep:
         is_finite = isfinite(scale)
         # Curvature scales with the loss, and its rows with the square root.
         roots = [factor**0.5 for factor in factors]
+        facts: dict[str, Any] = {name: columns.get(name) for name in OPTIONAL_FACTS}
         return Step(
             **vars(self._label),
             sample_ids=torch.cat([batch.sample_ids for batch in batches]),
             weights=torch.cat(weights),
             sketch=_scaled(sketch, sizes, factors) if is_finite else sketch,
             audit=self._audit,
-            **{name: columns.get(name) for name in OPTIONAL_FACTS},
+            **facts,
             curvature_rows=self._scaled_curvature_rows(columns.get("curvature_rows"), roots),
             preconditioner=self._preconditioner,
             loss=_common_name([batch.recorded.loss.name for batch in batches]),
