@@ -53,12 +53,12 @@ class DeviceView(Store):
             finite = _without_non_finite(step, bad, position)
             self._leave_out(step, bad)
             step = finite
-        moved: dict[str, Any] = {name: self._move(getattr(step, name)) for name in OPTIONAL_FACTS}
+        facts: dict[str, Any] = {n: self._move(getattr(step, n)) for n in OPTIONAL_FACTS}
         return replace(
             step,
             weights=step.weights.to(self._device, self._dtype),
             sketch=step.sketch.to(self._device, self._dtype),
-            **moved,
+            **facts,
             curvature_rows=self._move(step.curvature_rows),
         )
 

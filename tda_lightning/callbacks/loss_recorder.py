@@ -239,14 +239,14 @@ class _TakenStep:
 
     def finish(self) -> Step:
         """Wait for the facts, and return the step."""
-        facts = dict(zip(self._names, self._copy.read(), strict=True))
+        known = dict(zip(self._names, self._copy.read(), strict=True))
+        facts: dict[str, Any] = {name: known.get(name) for name in OPTIONAL_FACTS}
         ids = torch.cat([batch.sample_ids for batch in self._batches])
         weights = [torch.full((len(b.sample_ids),), b.weight) for b in self._batches]
         names = {batch.facts.name for batch in self._batches}
-        known: dict[str, Any] = {name: facts.get(name) for name in OPTIONAL_FACTS}
         return Step(
             **self._label,
-            **known,
+            **facts,
             sample_ids=ids,
             weights=torch.cat(weights),
             sketch=torch.zeros(len(ids), 1),

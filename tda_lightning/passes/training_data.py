@@ -118,8 +118,8 @@ def _step(
 ) -> Step:
     n = len(sample_ids)
     weight = 1 / n if run.recipe.reduction == "mean" else 1.0
-    of_visits = batch_rows.loss.of_visits(weight)
-    known: dict[str, Any] = {name: _on_cpu(fact) for name, fact in of_visits.items()}
+    known = batch_rows.loss.of_visits(weight)
+    loss_facts: dict[str, Any] = {name: _on_cpu(fact) for name, fact in known.items()}
     return Step(
         index=number,
         epoch=0,
@@ -128,7 +128,7 @@ def _step(
         sample_ids=sample_ids,
         weights=torch.full((n,), weight),
         sketch=batch_rows.rows.cpu(),
-        **known,
+        **loss_facts,
         curvature_rows=_on_cpu(batch_rows.curvature_rows),
         preconditioner=preconditioner if number == 0 else None,
         loss=batch_rows.loss.name,
