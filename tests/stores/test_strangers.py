@@ -284,7 +284,7 @@ def test_entries_of_another_kind_are_one_error_of_the_manifest(sealed_run, entry
 def test_a_listed_segment_of_an_absurd_number_costs_no_time(sealed_run):
     entry = {"number": 10**11, "first": 9, "last": 9, "steps": 1, "xxh3": ""}
     add_line(sealed_run, kind="segment", **entry)
-    with pytest.raises(StoreFileError, match=r"segment-000002.h5` is missing"):
+    with pytest.raises(StoreFileError, match=r"segment-100000000000.h5` is missing"):
         HDF5Store.open(sealed_run)
     assert main(["verify", str(sealed_run)]) == 1
 
@@ -318,3 +318,10 @@ def test_scores_of_inconsistent_shapes_are_not_loaded(tmp_path):
     np.savez(tmp_path / "scores.npz", values=np.zeros((2, 3)), method="TracIn()", **ids)
     with pytest.raises(ValueError, match=r"`values` has shape \(2, 3\), and `train_ids` \(1,\)"):
         Scores.load(tmp_path / "scores.npz")
+
+
+def test_an_unknown_number_format_is_refused(run):
+    with h5py.File(run / SEGMENT, "r+", locking=False) as file:
+        file["visits"].attrs["storage"] = "bogus"
+    with pytest.raises(StoreFileError, match=rf"{SEGMENT}` is damaged.*'storage' is 'bogus'"):
+        read_all(run)

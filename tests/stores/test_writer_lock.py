@@ -203,7 +203,8 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
 def test_a_damaged_lock_from_the_future_is_not_waited_for(tmp_path, content):
     (tmp_path / LOCK).write_text(content)
     os.utime(tmp_path / LOCK, (time.time() + 1e8,) * 2)
-    WriterLock().acquire(tmp_path, "mine")
+    taken = WriterLock()
+    taken.acquire(tmp_path, "mine")
     assert read_owner(tmp_path / LOCK).run == "mine"
 
 
@@ -212,7 +213,8 @@ def test_a_dead_owner_is_found_dead_although_a_clock_was_set_back(tmp_path, monk
     write_lock(tmp_path, there)
     os.utime(tmp_path / LOCK, (time.time() + 1e8,) * 2)
     monkeypatch.setattr(writer_lock, "STALE_SECONDS", 0.3)
-    WriterLock().acquire(tmp_path, "mine")
+    taken = WriterLock()
+    taken.acquire(tmp_path, "mine")
     assert read_owner(tmp_path / LOCK).run == "mine"
 
 

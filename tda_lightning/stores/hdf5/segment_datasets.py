@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import h5py
 import numpy as np
@@ -85,11 +86,13 @@ class StoredRows:
         cls, path: Path, group: h5py.Group, stamp: Stamp, checksums: Sequence[int] | None = None
     ) -> StoredRows:
         """Return the rows of a group in a file with the given stamp and checksums."""
-        dataset = group["sketch"]
+        dataset, storage = group["sketch"], group.attrs["storage"]
+        if storage not in get_args(Storage):
+            raise ValueError(f"'storage' is {str(storage)[:60]!r}; expected a known number format")
         return cls(
             path=path,
             name=dataset.name,
-            storage=group.attrs["storage"],
+            storage=storage,
             dtype=dataset.dtype,
             width=dataset.shape[1],
             offset=dataset.id.get_offset(),

@@ -7,9 +7,10 @@ import os
 import socket
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from tda_lightning.stores.integrity.durable import NO_BLOCK, NO_FOLLOW
 
@@ -63,11 +64,21 @@ def read_owner(file: Path) -> Owner | None:
     except OSError:
         return None
     try:
-        return Owner(**json.loads(os.read(descriptor, 2**12)))
-    except (OSError, ValueError, TypeError, RecursionError):
+        content = json.loads(os.read(descriptor, 2**12))
+    except (OSError, ValueError, RecursionError):
         return None
     finally:
         os.close(descriptor)
+    return Owner(**content) if _is_owner(content) else None
+
+
+def _is_owner(content: Any) -> bool:
+    """Return whether the content of a lock has the fields of an owner, of the right types."""
+    if not isinstance(content, dict) or set(content) != {field.name for field in fields(Owner)}:
+        return False
+    return all(
+        isinstance(value, int if name == "process" else str) for name, value in content.items()
+    )
 
 
 def may_be_alive(owner: Owner, this: Owner) -> bool:
