@@ -36,7 +36,7 @@ class ShownInNotebooks:
 
     def _repr_html_(self) -> str:
         """Show the head of the text, the first rows of the table, and the notes."""
-        head, *lines = repr(self).splitlines()
+        head, *lines = repr(self).split("\n")
         try:
             frame = self._shown_first()
         except (ModuleNotFoundError, ValueError):  # No pandas, or nothing that fits a table.
