@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from itertools import islice
 
-import torch
 from torch import Tensor
 
 from tda_lightning.gradients.capture.probe import PROVEN
-from tda_lightning.gradients.capture.probe_starts import starts_of
+from tda_lightning.gradients.capture.probe_starts import Cuts, starts_of
 from tda_lightning.gradients.capture.tracing import Trace, trace
 from tda_lightning.gradients.graph.irregular_rows import IrregularRows
 from tda_lightning.gradients.graph.walk import Edge, Node, Walk, leaves
@@ -43,12 +42,9 @@ class Tracer:
             nodes: The nodes in question.
             n: Number of samples.
         """
-        if not nodes:
-            return {}
         best: dict[Node, Trace] = {}
-        most, first = -1, self.start or 0
-        last = _MAX_STARTS if self.start is None else first + 1
-        for number, start in enumerate(islice(starts_of(loss, result, n), first, last), first):
+        most = -1
+        for number, start in self._starts(loss, result, n) if nodes else ():
             traces = trace(*start, result, nodes, n)
             n_proven = sum(is_proven(each) for each in traces.values())
             if n_proven > most:
@@ -57,6 +53,11 @@ class Tracer:
                 self.start = number
                 break
         return best
+
+    def _starts(self, loss: Tensor, result: Walk, n: int) -> Iterator[tuple[int, tuple[Cuts, int]]]:
+        """Yield the first places with their numbers; the one that was right before comes first."""
+        places = list(enumerate(islice(starts_of(loss, result, n), _MAX_STARTS)))
+        return iter(sorted(places, key=lambda place: place[0] != self.start))
 
     def rows(
         self, loss: Tensor, result: Walk, nodes: Mapping[Node, Edge], n: int
@@ -72,12 +73,14 @@ class Tracer:
         Raises:
             ValueError: If rows belong to several samples, unlike in earlier batches.
         """
-        start = next(islice(starts_of(loss, result, n), self.start or 0, None), None)
-        traces = {} if start is None else trace(*start, result, nodes.keys(), n)
-        shares = torch.stack([each.share for each in traces.values()]) if traces else torch.ones(0)
-        for node, share in zip(traces, shares.tolist(), strict=True):
-            if share <= PROVEN:
-                raise ValueError(self._shared(nodes[node], share, n))
+        traces: dict[Node, Trace] = {}
+        for _, start in self._starts(loss, result, n):
+            traces = trace(*start, result, nodes.keys(), n)
+            if traces and not any(map(is_disproven, traces.values())):
+                break
+        for node, each in traces.items():
+            if is_disproven(each):
+                raise ValueError(self._shared(nodes[node], float(each.share), n))
         return {node: each.rows for node, each in traces.items()}
 
     def _shared(self, edge: Edge, share: float, n: int) -> str:
@@ -92,3 +95,8 @@ class Tracer:
 def is_proven(traced: Trace | None) -> bool:
     """Return whether nearly all of the gradient is in rows of single samples."""
     return traced is not None and float(traced.share) > PROVEN
+
+
+def is_disproven(traced: Trace) -> bool:
+    """Return whether a gradient arrived in rows of several samples."""
+    return float(traced.share) <= PROVEN

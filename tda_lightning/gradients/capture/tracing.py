@@ -54,11 +54,13 @@ class _Grid:
         half: Half the number of factors.
         steps: Factors per power of two.
         tolerance: Largest distance of a single sample's factor from its number.
+        negligible: Share of a row's squared gradient below which rounding hides the factor.
     """
 
     half: int
     steps: int
     tolerance: float
+    negligible: float
 
     def digits(self, n: int) -> int:
         """Return the number of passes that ``n`` samples need."""
@@ -80,15 +82,16 @@ class _Grid:
         return number.long() + self.half, is_single
 
 
-_FINE = _Grid(512, 16, 0.005)
+_FINE = _Grid(512, 16, 0.005, 1e-6)
 # Gradients in half precision have two digits, and float16 has few powers of two.
-_COARSE = {torch.float16: _Grid(8, 2, 0.15), torch.bfloat16: _Grid(64, 2, 0.15)}
+_COARSE = {
+    torch.float16: _Grid(8, 2, 0.15, 0.05),
+    torch.bfloat16: _Grid(64, 2, 0.15, 0.05),
+}
 
 
 # The columns of a row in as many groups: by chance, the factor of one may look like a sample's.
 _GROUPS = 3
-# Share of a row's squared gradient below which a group shows nothing.
-_NEGLIGIBLE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int) -> T
     by_row = plain.sum(dim=1)
     owners = torch.zeros_like(by_row, dtype=torch.int64)
     is_single = has_gradient = by_row > 0
-    shows_nothing = plain <= _NEGLIGIBLE * by_row[:, None]
+    shows_nothing = plain <= grid.negligible * by_row[:, None]
     largest = plain.argmax(dim=1, keepdim=True)
     for digit, squares in enumerate(scaled):
         numbers, is_certain = grid.numbers(squares, plain)
