@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jaxtyping
 import pytest
 import torch
 import type_checks
@@ -80,7 +79,6 @@ WRONG = {
     "two shapes in the package": lambda: damped_root(ones(3, 5), 1.0),
     "an argument in the package": lambda: tda_lightning.Kronecker(width="4"),
 }
-ERRORS = (jaxtyping.TypeCheckError, type_checks.CallError)
 
 
 @pytest.mark.parametrize("name", CORRECT)
@@ -90,7 +88,7 @@ def test_correct_values_pass(name):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_values_raise_an_error(name):
-    with pytest.raises(ERRORS):
+    with pytest.raises(TypeError):
         WRONG[name]()
 
 
@@ -99,5 +97,5 @@ def test_checks_can_be_disabled():
         assert product(ones(3, 5), ones(5, 7), 5).shape == (3, 5)
         assert spelled(3) == 3
         assert nested("3")(3, 5) == "3"
-    with pytest.raises(ERRORS):
+    with pytest.raises(TypeError):
         spelled(3)

@@ -15,12 +15,11 @@ from dataclasses import is_dataclass
 from typing import Any
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from beartype.door import die_if_unbearable
-from beartype.roar import BeartypeCallHintViolation as CallError
 
-__all__ = ["CallError", "install", "jaxtyped"]
 original_jaxtyped = jaxtyping.jaxtyped
+RAISING_TYPE_ERRORS = BeartypeConf(violation_type=TypeError)  # as jaxtyping does
 
 
 def install() -> None:
@@ -76,7 +75,7 @@ def compiled(function: Any, hints: dict[str, Any]) -> Callable[..., Any]:
     )
     copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, hints
     copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
-    return beartype(copy)
+    return beartype(conf=RAISING_TYPE_ERRORS)(copy)
 
 
 def checked_against(hints: dict[str, Any], function: Any) -> Callable[..., Any]:
@@ -85,9 +84,9 @@ def checked_against(hints: dict[str, Any], function: Any) -> Callable[..., Any]:
 
     def check(*args: Any, **kwargs: Any) -> Any:
         for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-            die_if_unbearable(value, hints.get(name, object))
+            die_if_unbearable(value, hints.get(name, object), conf=RAISING_TYPE_ERRORS)
         result = function(*args, **kwargs)
-        die_if_unbearable(result, hints.get("return", object))
+        die_if_unbearable(result, hints.get("return", object), conf=RAISING_TYPE_ERRORS)
         return result
 
     return check
