@@ -227,10 +227,3 @@ def _vjp(edge: Edge, parameters: list[nn.Parameter], gradients: Tensor) -> list[
         for gradient in gradients
     ]
     return [torch.stack(values) for values in zip(*per_sample, strict=True)]
-
-
-def select(contribution: Contribution, samples: Tensor) -> Contribution:
-    """Return the gradients of some of the samples."""
-    if isinstance(contribution, Tensor):
-        return contribution[samples]
-    return contribution.select(samples)

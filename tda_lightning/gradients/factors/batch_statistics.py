@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.gradients.factors.gradient_factors import NOTHING, Correction, Operand, projected
@@ -65,10 +65,6 @@ class BatchStatistics(Correction):
         if self.is_transposed:
             return self._project(right, left, dtype, known).mT
         return self._project(left, right, dtype, known)
-
-    def select(self, samples: Int[Tensor, " m"]) -> BatchStatistics:
-        """Return the matrices of some of the samples; the statistics stay those of the batch."""
-        return replace(self, shifts=self.shifts[samples], scales=self.scales[samples])
 
     def transposed(self) -> BatchStatistics:
         """Return the transposed matrices."""

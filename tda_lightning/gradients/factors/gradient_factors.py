@@ -66,13 +66,6 @@ class GradientFactors:
         known = {id(self.inputs): inputs, id(self.grad_outputs): grads}
         return products.sub_(self.correction.project(left, right, dtype, known))
 
-    def select(self, samples: Int[Tensor, " m"]) -> GradientFactors:
-        """Return the factors of some of the samples."""
-        correction = None if self.correction is None else self.correction.select(samples)
-        return GradientFactors(
-            self.inputs.select(samples), self.grad_outputs.select(samples), correction
-        )
-
     def transposed(self) -> GradientFactors:
         """Return the factors of the transposed gradients."""
         correction = None if self.correction is None else self.correction.transposed()
@@ -98,10 +91,6 @@ class Correction(ABC):
             dtype: Number format of the result.
             known: Operands that are projected already, by their ``id``.
         """
-
-    @abstractmethod
-    def select(self, samples: Int[Tensor, " m"]) -> Correction:
-        """Return the matrices of some of the samples."""
 
     @abstractmethod
     def transposed(self) -> Correction:
@@ -144,10 +133,6 @@ class Operand(ABC):
     def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
         """Multiply from the right, in the number format of ``matrix``."""
 
-    @abstractmethod
-    def select(self, samples: Int[Tensor, " m"]) -> Operand:
-        """Return the operand of some of the samples."""
-
 
 @dataclass(slots=True)
 class Dense(Operand):
@@ -184,10 +169,6 @@ class Dense(Operand):
         rows = self.rows
         return (rows if rows.dtype is matrix.dtype else rows.to(matrix.dtype)).mm(matrix)
 
-    def select(self, samples: Int[Tensor, " m"]) -> Operand:
-        """Return the operand of some of the samples."""
-        return Dense(self._by_sample(self.rows)[samples].flatten(0, 1), len(samples))
-
     def _by_sample(self, rows: Tensor) -> Tensor:
         return rows.view(self.count, -1, rows.shape[1])
 
@@ -220,10 +201,6 @@ class ByChannel(Operand):
         """Multiply the channels by a matrix."""
         return (matrix.mT @ self.values.to(matrix.dtype)).mT
 
-    def select(self, samples: Int[Tensor, " m"]) -> Operand:
-        """Return the operand of some of the samples."""
-        return ByChannel(self.values[samples])
-
 
 @dataclass(frozen=True)
 class OneHot(Operand):
@@ -254,7 +231,3 @@ class OneHot(Operand):
     def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
         """Look up rows of ``matrix``."""
         return matrix[self.indices]
-
-    def select(self, samples: Int[Tensor, " m"]) -> Operand:
-        """Return the operand of some of the samples."""
-        return OneHot(self.indices[samples], self.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.gradients.factors.gradient_factors import Operand
@@ -46,10 +46,6 @@ class GroupedDense(Operand):
         parts = matrix.reshape(self.groups, d // self.groups, -1)
         return torch.einsum("nsgd,gdw->ngsw", values, parts).flatten(1, 2)
 
-    def select(self, samples: Int[Tensor, " m"]) -> Operand:
-        """Return the operand of some of the samples."""
-        return GroupedDense(self.values[samples], self.groups)
-
 
 @dataclass(frozen=True)
 class Regrouped(Operand):
@@ -80,12 +76,6 @@ class Regrouped(Operand):
     def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
         """Multiply from the right, and join each sample's entries."""
         return self._join(self.operand.project(matrix))
-
-    def select(self, samples: Int[Tensor, " m"]) -> Operand:
-        """Return the operand of some of the samples."""
-        within = torch.arange(self.parts, device=samples.device)
-        entries = (samples[:, None] * self.parts + within).flatten()
-        return Regrouped(self.operand.select(entries), self.parts)
 
     def _join(self, values: Tensor) -> Tensor:
         return values.reshape(self.n, -1, values.shape[2])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -67,10 +67,6 @@ class Patches(Operand):
             maps = maps.narrow(2 + axis, 0, count)
         by_group: Tensor = maps.reshape(self.n, self.groups, matrix.shape[1], -1)
         return by_group.mT.flatten(1, 2)
-
-    def select(self, samples: Int[Tensor, " m"]) -> Operand:
-        """Return the operand of some of the samples."""
-        return replace(self, images=self.images[samples])
 
 
 _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
