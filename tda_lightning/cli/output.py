@@ -60,9 +60,9 @@ def show(answer: Answer, as_json: bool) -> None:
 def folded(line: str, width: int) -> str:
     """Break a line that is wider than a terminal; what follows stands below its second column.
 
-    >>> print(folded("  name  one, two, three, four", 20))
-      name  one, two,
-            three, four
+    >>> print(folded("  name  one, two, three, four", 24))
+      name  one, two, three,
+            four
     """
     first = re.match(r"\s*\S+(\s\S+)*?(\s{2,}|:\s|$)", line)
     indent = first.end() if first and first.end() <= width // 3 else 4

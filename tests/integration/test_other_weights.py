@@ -111,7 +111,7 @@ OTHER_DOORS = {
         model, vectors()[:3], like=run, progress=False
     ),
     "a summary": lambda run, model: attribute_summary(
-        *(run, model, loader(vectors(), shuffle=False)), outputs=_logits, progress=False
+        run, model, loader(vectors(), shuffle=False), progress=False
     ),
     "unlearning": lambda run, model: unlearn(
         model, run, loader(vectors(), shuffle=False), [3], progress=False

@@ -110,7 +110,8 @@ def test_the_same_text_twice_is_a_copy(tmp_path):
     model, data = TextClassifier(), Copies(TEXTS)
     data.labels[3] = 1 - data.labels[0] if data.labels[0] < 2 else 0
     queries = loader(data, shuffle=False)
-    report(tmp_path / "run.tda", model, queries, train=data, out=path, progress=False)
+    with pytest.warns(UserWarning, match="are not those at the end of the recorded training"):
+        report(tmp_path / "run.tda", model, queries, train=data, out=path, progress=False)
     text = " ".join(Parsed(path).texts)
     assert "1 training sample repeats the contents of another one." in text
     assert "In 1 group of copies the labels contradict each other" in text

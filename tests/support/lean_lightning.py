@@ -17,5 +17,6 @@ def version(name: str) -> str:
     return version_of(name)
 
 
-importlib.metadata.version = version
-sys.modules.update(dict.fromkeys(UNUSED))  # importing them raises an `ImportError`
+if "pytest" not in sys.modules:  # which imports every module, to find doctests
+    importlib.metadata.version = version
+    sys.modules.update(dict.fromkeys(UNUSED))  # importing them raises an `ImportError`
