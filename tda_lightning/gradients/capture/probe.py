@@ -101,7 +101,8 @@ def probe(
             best = {node: _better(found, evidence.get(node)) for node, found in best.items()}
         elif not best or certainty(evidence) > certainty(best):
             best = evidence
-        is_proven = all(found.is_empty or found.proves(n) for found in best.values())
+        # From a certain start, nothing less than all of a gradient is a proof.
+        is_proven = all(found.is_empty or found.share > PROVEN for found in best.values())
         if n_certain == _MAX_CERTAIN or (n_certain and is_proven):
             break
     return best | shown
