@@ -15,7 +15,7 @@ from tda_lightning.passes.queries import record_queries
 from tda_lightning.stores import MemoryStore
 
 N = 13
-REPEATS = 25  # of each sample in a batch: so many draws of its label in one step
+REPEATS = 25  # of each sample in a batch, and so draws of its label in one step
 
 
 def double_vectors():

@@ -1,6 +1,6 @@
 """Quanda: recorded runs as its explainers, its metrics beside ours, and one of its benchmarks.
 
-It needs an environment of its own, since quanda needs NumPy 1: see ``docs/contributing.md``.
+It needs a separate environment, since quanda needs NumPy 1: see ``docs/contributing.md``.
 """
 
 import copy

@@ -56,8 +56,14 @@ class Tracer:
 
     def _starts(self, loss: Tensor, result: Walk, n: int) -> Iterator[tuple[int, tuple[Cuts, int]]]:
         """Yield the first places with their numbers; the one that was right before comes first."""
-        places = list(enumerate(islice(starts_of(loss, result, n), _MAX_STARTS)))
-        return iter(sorted(places, key=lambda place: place[0] != self.start))
+        known = self.start
+        if known is not None:
+            place = next(islice(starts_of(loss, result, n), known, None), None)
+            if place is not None:
+                yield known, place
+        for number, place in enumerate(islice(starts_of(loss, result, n), _MAX_STARTS)):
+            if number != known:
+                yield number, place
 
     def rows(
         self, loss: Tensor, result: Walk, nodes: Mapping[Node, Edge], n: int
@@ -74,13 +80,14 @@ class Tracer:
             ValueError: If rows belong to several samples, unlike in earlier batches.
         """
         traces: dict[Node, Trace] = {}
+        shared: list[Node] = []
         for _, start in self._starts(loss, result, n):
             traces = trace(*start, result, nodes.keys(), n)
-            if traces and not any(map(is_disproven, traces.values())):
+            shared = [node for node, each in traces.items() if is_disproven(each)]
+            if traces and not shared:
                 break
-        for node, each in traces.items():
-            if is_disproven(each):
-                raise ValueError(self._shared(nodes[node], float(each.share), n))
+        for node in shared:
+            raise ValueError(self._shared(nodes[node], float(traces[node].share), n))
         return {node: each.rows for node, each in traces.items()}
 
     def _shared(self, edge: Edge, share: float, n: int) -> str:

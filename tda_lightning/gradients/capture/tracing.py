@@ -1,4 +1,4 @@
-"""Trace whose row it is: send back a gradient in which each sample has a size of its own.
+"""Trace whose row it is: send back a gradient of another size for each sample.
 
 A backward pass is linear. If the gradient of each sample's outputs is multiplied by a factor, then
 a row that depends on one sample alone is multiplied by that sample's factor. So two backward

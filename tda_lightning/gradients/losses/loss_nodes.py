@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional
 
-# Vocabularies are large: labels are drawn for so many probabilities at a time.
+# Vocabularies are large: labels are drawn for at most this many probabilities at a time.
 _MAX_PROBABILITIES = 2**22
 
 
