@@ -27,7 +27,7 @@ from tda_lightning.metrics import (
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import MemoryStore
 
-pytest.importorskip("quanda")
+pytest.importorskip("quanda", reason="it needs NumPy 1: run `.ci/quanda`")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:::(?!tda_lightning)"),  # quanda and what it imports
