@@ -40,7 +40,8 @@ class HeldNodes:
         record_large: Callable[[Slot, Values], None] | None = None,
     ) -> None:
         self._sketcher, self._rows, self._n = sketcher, rows, n
-        self._record_large = record_large or self.record
+        # No bound method of this object: a cycle would hold the rows until it is collected.
+        self._record_large = record_large
         self._groups: dict[Any, tuple[list[Slot], list[Values]]] = {}
         self._room = _MAX_WAITING
 
@@ -54,7 +55,7 @@ class HeldNodes:
         grad = values[0]
         size = grad.numel() + values[1].numel()
         if size > _MAX_NUMBERS or size > self._room:
-            self._record_large(slot, values)
+            (self._record_large or self.record)(slot, values)
             return
         slots, waiting = self._groups.setdefault((slot.kind, grad.shape, grad.dtype), ([], []))
         slots.append(slot)

@@ -1,7 +1,9 @@
-"""StepBuffer: steps waiting to be written, with their rows in reused memory.
+"""StepBuffer: steps waiting to be written, with their tensors in reused memory.
 
 Fresh memory is expensive: the operating system provides and clears it page by page. A store that
-held every step's own tensors until they are written would pay this cost in every step.
+held every step's own tensors until they are written would pay this cost in every step. Even small
+tensors that stay, such as the ids of samples, would keep the large ones between them from being
+returned: a training of 600 steps grew by 160 MB instead of 40.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor
 
 from tda_lightning.stores.row_formats import Storage, storage_for
-from tda_lightning.stores.step import Step
+from tda_lightning.stores.step import OPTIONAL_FACTS, Step
+
+_COLUMNS = ("sample_ids", "weights", *OPTIONAL_FACTS)
 
 
 class StepBuffer:
-    """Steps whose rows are stored contiguously in one tensor.
+    """Steps whose rows are stored contiguously in one tensor, and so are their other columns.
 
     Args:
         size: Capacity in bytes of rows.
@@ -28,6 +32,7 @@ class StepBuffer:
         self._size = size
         self._storage = storage
         self._rows: Tensor | None = None
+        self._columns: dict[str, Tensor] = {}
         self._used = 0
         self.steps: list[Step] = []
 
@@ -42,15 +47,20 @@ class StepBuffer:
         return is_compatible and self._used + len(step.sketch) <= len(self._rows)
 
     def add(self, step: Step) -> None:
-        """Add a step; its rows are copied."""
-        n = len(step.sketch)
+        """Add a step; its rows and the facts of its visits are copied."""
         if not self.steps:
             self._allocate(step.sketch)
         assert self._rows is not None
-        buffered = self._rows[self._used : self._used + n]
-        buffered.copy_(step.sketch)
-        self._used += n
-        self.steps.append(replace(step, sketch=buffered))
+        place = slice(self._used, self._used + len(step.sketch))
+        columns = {name: getattr(step, name) for name in _COLUMNS}
+        facts = {
+            name: self._column(name, values)[place].copy_(values)
+            for name, values in columns.items()
+            if values is not None
+        }
+        sketch = self._rows[place].copy_(step.sketch)
+        self._used = place.stop
+        self.steps.append(replace(step, sketch=sketch, **facts))
 
     def is_full(self) -> bool:
         """Return whether at least 90 % of the capacity is used."""
@@ -60,6 +70,14 @@ class StepBuffer:
         """Remove the steps and retain the memory."""
         self.steps = []
         self._used = 0
+
+    def _column(self, name: str, values: Tensor) -> Tensor:
+        """Return the memory of a column, as long as the rows."""
+        assert self._rows is not None
+        column = self._columns.get(name)
+        if column is None or len(column) != len(self._rows) or column.dtype != values.dtype:
+            column = self._columns[name] = torch.empty(len(self._rows), dtype=values.dtype)
+        return column
 
     def _dtype_of(self, rows: Tensor) -> torch.dtype:
         is_rounded = storage_for(self._storage, rows.dtype) == "bfloat16"
