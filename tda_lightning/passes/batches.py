@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tda_lightning.arguments import describe
-from tda_lightning.gradients.batch_rows import BatchRows
+from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.selection import select_like
 from tda_lightning.gradients.sketching.projectors import projector_from_dict

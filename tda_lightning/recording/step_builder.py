@@ -25,7 +25,6 @@ from tda_lightning.recording.audits import (
     negligible_blocks,
 )
 from tda_lightning.recording.distributed import DistributedContext
-from tda_lightning.recording.hyperparameters import HyperparameterReader
 from tda_lightning.recording.optimizer_gradients import (
     GradientScale,
     ValueClipping,
@@ -35,6 +34,7 @@ from tda_lightning.recording.optimizer_gradients import (
     second_pass_errors,
     watched_parameters,
 )
+from tda_lightning.recording.optimizers import HyperparameterReader
 from tda_lightning.recording.preconditioning import (
     GradientCoordinates,
     Gradients,

@@ -19,19 +19,22 @@ from tda_lightning.gradients.capture.inference import (
     Kind,
     Layout,
     LayoutInference,
-    a_parameter,
+    RoutedRows,
 )
 from tda_lightning.gradients.capture.probe import PROVEN, Evidence, certainty, probe
 from tda_lightning.gradients.capture.tracer import Tracer, is_proven
 from tda_lightning.gradients.capture.tracing import Trace
-from tda_lightning.gradients.graph.irregular_rows import IrregularRows
-from tda_lightning.gradients.graph.routing import RoutedRows
-from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
+from tda_lightning.gradients.graph.sample_layout import (
+    IrregularRows,
+    SampleLayout,
+    possible_layouts,
+)
 from tda_lightning.gradients.graph.walk import (
     Edge,
     Meeting,
     Node,
     Walk,
+    a_parameter,
     leaves,
     walk,
 )

@@ -289,3 +289,11 @@ def leaves(edge: Edge) -> list[nn.Parameter]:
                 seen.add(child)
                 waiting.append(child)
     return list(found)
+
+
+def a_parameter(edge: Edge) -> Any:
+    """Return one of the parameters that a parameter-only tensor is made of."""
+    node = edge[0]
+    while node.next_functions:
+        node = next(child for child, _ in node.next_functions if child is not None)
+    return node.variable

@@ -21,8 +21,7 @@ from tda_lightning.gradients.losses.graph import (
 from tda_lightning.gradients.losses.label_schedule import EVERY_STEP, LabelSchedule
 from tda_lightning.gradients.losses.loss_nodes import LossNode
 from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
-from tda_lightning.gradients.losses.mixing import mixes_samples
-from tda_lightning.gradients.losses.reduction import Reduction, reduction_of
+from tda_lightning.gradients.losses.reduction import Reduction, mixes_samples, reduction_of
 
 __all__ = [
     "EVERY_STEP",
