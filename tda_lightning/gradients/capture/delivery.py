@@ -13,17 +13,9 @@ from torch import Tensor
 
 from tda_lightning.gradients.capture.inference import UNKNOWN
 from tda_lightning.gradients.capture.layouts import LayoutMemory
-from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, to_parameters
+from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, leaves, to_parameters
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
-from tda_lightning.gradients.graph.walk import (
-    Edge,
-    Meeting,
-    Node,
-    Normalized,
-    Walk,
-    leaves,
-    output_shape,
-)
+from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Normalized, Walk, output_shape
 from tda_lightning.gradients.nodes import Contribution, NodeCall, rule_for
 from tda_lightning.gradients.nodes.normalized import (
     NormBackward,

@@ -15,15 +15,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tda_lightning.gradients.capture.parameter_paths import a_parameter
 from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
-from tda_lightning.gradients.graph.walk import (
-    LOOKUPS,
-    TAKES_DATA,
-    Edge,
-    Node,
-    a_parameter,
-    output_shape,
-)
+from tda_lightning.gradients.graph.walk import LOOKUPS, TAKES_DATA, Edge, Node, output_shape
 from tda_lightning.gradients.nodes.rule import rule_for, saved_value
 from tda_lightning.stores.recipe import SampleAxis
 

@@ -21,6 +21,7 @@ from tda_lightning.gradients.capture.inference import (
     LayoutInference,
     RoutedRows,
 )
+from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
 from tda_lightning.gradients.capture.probe import PROVEN, Evidence, certainty, probe
 from tda_lightning.gradients.capture.tracer import Tracer, is_proven
 from tda_lightning.gradients.capture.tracing import Trace
@@ -29,15 +30,7 @@ from tda_lightning.gradients.graph.sample_layout import (
     SampleLayout,
     possible_layouts,
 )
-from tda_lightning.gradients.graph.walk import (
-    Edge,
-    Meeting,
-    Node,
-    Walk,
-    a_parameter,
-    leaves,
-    walk,
-)
+from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, walk
 
 # Walks of one batch until all layouts are decided; each moves a meeting nearer to the loss.
 _MAX_WALKS = 8
