@@ -32,8 +32,8 @@ from tda_lightning.callbacks.recording_callback import RecordedRun, RecordingCal
 from tda_lightning.callbacks.run_location import Existing, RunLocation
 from tda_lightning.callbacks.run_writer import RunWriter
 from tda_lightning.gradients.losses import LabelSchedule, Reduction
+from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
 from tda_lightning.recording.optimizer_recorder import RecordingSettings
 from tda_lightning.recording.optimizers import select_trained_layers

@@ -18,7 +18,7 @@ from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.checks import require_one_loader
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, watch_loaders
 from tda_lightning.callbacks.run_writer import RunWriter
-from tda_lightning.gradients.losses.graph import find_losses_and_penalties
+from tda_lightning.gradients.losses.loss_graph import find_losses_and_penalties
 from tda_lightning.gradients.losses.loss_nodes import SquarePower
 from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger

@@ -10,7 +10,11 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import ASGD, SGD, Optimizer
 
-from tda_lightning.gradients.selection import CHOSEN_REASONS, ParameterSelection, select_parameters
+from tda_lightning.gradients.parameter_selection import (
+    CHOSEN_REASONS,
+    ParameterSelection,
+    select_parameters,
+)
 from tda_lightning.recording.preconditioning import PartialPreconditioner
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import ParameterGroup

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.audits import (
     MAX_LOST_SHARE,
     AuditStart,

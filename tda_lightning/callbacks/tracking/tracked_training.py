@@ -14,8 +14,8 @@ from pytorch_lightning.utilities import rank_zero_warn
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, distributed_context
 from tda_lightning.callbacks.tracking.probe import Probe
 from tda_lightning.gradients.capture.delivery import NO_EFFECT
+from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity, KroneckerCountSketch, Projector
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.recording.contribution_recorder import ContributionRecorder

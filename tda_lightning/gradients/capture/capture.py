@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from tda_lightning.gradients.capture.delivery import Delivery, NormsBehind, Receiver
-from tda_lightning.gradients.capture.layouts import LayoutMemory
+from tda_lightning.gradients.capture.layout_memory import LayoutMemory
 from tda_lightning.gradients.capture.pausing import PauseSwitch
 from tda_lightning.gradients.capture.probe import backward_to_meetings
 from tda_lightning.gradients.capture.walk_plan import WalkPlans

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients.capture.inference import UNKNOWN
-from tda_lightning.gradients.capture.layouts import LayoutMemory
+from tda_lightning.gradients.capture.layout_inference import UNKNOWN
+from tda_lightning.gradients.capture.layout_memory import LayoutMemory
 from tda_lightning.gradients.capture.parameter_paths import ParameterGradient, leaves, to_parameters
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Normalized, Walk, output_shape

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tda_lightning.gradients.capture.inference import Layout
-from tda_lightning.gradients.capture.layouts import LayoutMemory
+from tda_lightning.gradients.capture.layout_inference import Layout
+from tda_lightning.gradients.capture.layout_memory import LayoutMemory
 from tda_lightning.gradients.graph.sample_layout import SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Normalized, Walk
 from tda_lightning.gradients.nodes.stacked import Slot

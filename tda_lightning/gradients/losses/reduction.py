@@ -9,7 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients.losses.graph import find_losses_and_penalties, nodes_near, term_weights
+from tda_lightning.gradients.losses.loss_graph import (
+    find_losses_and_penalties,
+    nodes_near,
+    term_weights,
+)
 from tda_lightning.gradients.losses.loss_nodes import LossNode, SquarePower
 
 Reduction = Literal["mean", "sum"]

@@ -197,7 +197,12 @@ _GENERIC = NodeRule(per_sample_vjp, every_axis)
 
 
 def saved_value(node: Any, name: str) -> Any:
-    """Return a value that a node saved, without consuming it."""
+    """Return a value that a node saved in the forward pass, without consuming it.
+
+    A non-reentrant checkpoint recomputes its part of the forward pass when the first saved tensor
+    is read, and lets each tensor be read only once. The node itself still has to read it, so this
+    puts the tensor back.
+    """
     raw = getattr(node, f"_raw_saved_{name}", None)
     unpack_hook = getattr(raw, "unpack_hook", None)
     value = getattr(node, f"_saved_{name}")

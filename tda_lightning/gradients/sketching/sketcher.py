@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tda_lightning.gradients.nodes import Contribution
 from tda_lightning.gradients.nodes.stacked import StackedFactors
-from tda_lightning.gradients.selection import ParameterSelection, Place, lay_out
+from tda_lightning.gradients.parameter_selection import ParameterSelection, Place, lay_out
 from tda_lightning.gradients.sketching.block_maps import (
     BlockMap,
     BlockPart,

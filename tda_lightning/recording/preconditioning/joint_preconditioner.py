@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_pass import Coordinates
-from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.preconditioning.optimizer_preconditioner import OptimizerPreconditioner
 from tda_lightning.recording.preconditioning.second_moments import Gradients
 from tda_lightning.stores.recipe import Block

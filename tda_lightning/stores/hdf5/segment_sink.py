@@ -24,7 +24,10 @@ from tda_lightning.stores.step import Step
 
 
 class StepBuffer:
-    """Steps whose rows are stored contiguously in one tensor.
+    """Steps waiting to be written, whose rows are stored contiguously in one reused tensor.
+
+    Fresh memory is expensive: the operating system provides and clears it page by page. A store
+    that held every step's own tensors until they are written would pay this cost in every step.
 
     Args:
         size: Capacity in bytes of rows.

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tda_lightning.gradients.capture.inference import (
+from tda_lightning.gradients.capture.layout_inference import (
     TRACED,
     UNKNOWN,
     Key,
