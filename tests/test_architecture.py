@@ -95,7 +95,7 @@ def test_imports_point_down_and_never_across(place):
         ("passes/queries.py", "from tda_lightning.attribution import TracIn"),
         (
             "attribution/tracin.py",
-            "from tda_lightning.gradients.selection import select_parameters",
+            "from tda_lightning.gradients.parameter_selection import select_parameters",
         ),
         ("recording/timing.py", "import tda_lightning.arguments"),
         ("features/similarity.py", "from tda_lightning.passes.queries import record_queries"),

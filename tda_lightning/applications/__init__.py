@@ -38,9 +38,9 @@ from tda_lightning.applications.retraining import (
     retrain,
     same_data,
 )
-from tda_lightning.applications.selection import select
-from tda_lightning.applications.selections import Selection
+from tda_lightning.applications.selection import Selection
 from tda_lightning.applications.shortcuts import Shortcut, find_shortcut
+from tda_lightning.applications.targeted_selection import select
 from tda_lightning.applications.tracing import (
     BM25,
     Candidates,

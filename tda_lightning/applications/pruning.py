@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.applications.importance import EL2N, Importance
-from tda_lightning.applications.selections import Labels, Selection, count_of, groups_of, quotas
+from tda_lightning.applications.selection import Labels, Selection, count_of, groups_of, quotas
 from tda_lightning.attribution.attributor import Totals
 from tda_lightning.attribution.linalg import unit_rows
 from tda_lightning.attribution.visits import unweighted

@@ -1,129 +1,128 @@
-r"""Selecting data for a target: the samples that lower the loss of some target data most.
-
-Scores are those of an attribution method, reduced over the target's samples: Xia et al. (2024),
-"LESS: Selecting Influential Data for Targeted Instruction Tuning"; Engstrom et al. (2024), "DsDm:
-Model-Aware Dataset Selection with Datamodels". The default is LESS's: the maximum of the cosines of
-gradients. In the benchmark, means of influence functions selected few classes, and were no better
-than random samples (``docs/uses/select.md``). With a redundancy of :math:`\rho`, samples are
-selected one by one, and the next one maximizes
-
-.. math:: \frac{s_i}{\max_j |s_j|} - \rho \max_{j \in S} \cos(\bar g_i, \bar g_j)
-"""
+"""Selection: some training samples with weights, the result of pruning and of selecting data."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from tda_lightning.api import attribute
-from tda_lightning.applications.pruning import mean_rows
-from tda_lightning.applications.selections import Selection
-from tda_lightning.arguments import require_choice, require_not_negative
-from tda_lightning.attribution import Attributor, GradientSimilarity, InfluenceFunction
-from tda_lightning.attribution.dynamics.optimizer import Extent
-from tda_lightning.attribution.influence import DAMPING_FACTOR
-from tda_lightning.attribution.linalg import unit_rows
-from tda_lightning.passes.targets import Loss, Target
-from tda_lightning.results.ranking import require_rank
-from tda_lightning.results.scores import Scores
-from tda_lightning.stores import Store
-from tda_lightning.stores.opening import Run, open_run
-from tda_lightning.stores.snapshots import Moment
+from tda_lightning.results.html_tables import ShownInNotebooks
+from tda_lightning.results.optional import needs
 
-Reduce = Literal["mean", "max"]
+if TYPE_CHECKING:
+    import pandas as pd
 
 
-def select(
-    run: Run,
-    model: nn.Module,
-    targets: Any,
-    *,
-    n: int,
-    pool: Store | None = None,
-    method: Attributor = GradientSimilarity(),
-    reduce: Reduce = "max",
-    redundancy: float = 0.0,
-    target: Target = Loss(),
-    at: Moment = "now",
-    progress: bool = True,
-) -> Selection:
-    """Select the samples that lower the loss of target data most.
+@dataclass(frozen=True)
+class Selection(ShownInNotebooks):
+    """Some training samples, the most important first.
+
+    ``Subset(dataset, selection.ids)`` is the selected data. With weights that differ, draw from it
+    by ``WeightedRandomSampler(selection.weights, len(selection.ids))``.
+
+    Attributes:
+        ids: Ids of the selected samples: indices into the dataset below any ``Subset``; shape
+            ``(n,)``.
+        weights: Weight of each selected sample, 1 on average; shape ``(n,)``.
+        scores: The score by which each was selected, shape ``(n,)``.
+        n_train: Number of samples to select from.
+        method: How the samples were selected.
+    """
+
+    ids: Int[Tensor, " n"]
+    weights: Float[Tensor, " n"]
+    scores: Float[Tensor, " n"]
+    n_train: int
+    method: str
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with the weight and the score of each sample, indexed by its id."""
+        with needs("pandas"):
+            import pandas as pd
+
+        index = pd.Index(self.ids.numpy(), name="train")
+        columns = {"weight": self.weights.numpy(), "score": self.scores.numpy()}
+        return pd.DataFrame(columns, index=index)
+
+    def __len__(self) -> int:
+        """Return the number of selected samples."""
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        """Show the share that was selected, and the first ids with their scores."""
+        pairs = zip(self.ids[:5].tolist(), self.scores[:5].tolist(), strict=True)
+        first = ", ".join(f"{sample_id} ({score:.3g})" for sample_id, score in pairs)
+        more = ", ..." if len(self.ids) > 5 else ""
+        lines = [
+            f"Selection of {len(self.ids):,} of {self.n_train:,} samples by {self.method}",
+            f"  first: {first}{more}",
+        ]
+        if len(self.weights) and float(self.weights.min()) != float(self.weights.max()):
+            low, high = float(self.weights.min()), float(self.weights.max())
+            lines.append(f"  weights from {low:.3g} to {high:.3g}")
+        return "\n".join(lines)
+
+
+Labels = Sequence[int] | Int[np.ndarray, " n_all"] | Int[Tensor, " n_all"]
+
+
+def groups_of(
+    ids: Int[Tensor, " n"], balance: Labels | None
+) -> Iterator[tuple[Int[Tensor, " m"], int]]:
+    """Yield the positions of each group of samples, with a number for the group.
 
     Args:
-        run: The recorded training: its folder or a store.
-        model: The trained LightningModule.
-        targets: A batch of the target data, or a ``DataLoader`` of such batches.
-        n: Number of samples to select.
-        pool: Other data to select from, recorded by ``record(model, loader, like=run)``. By default
-            the samples of the run.
-        method: The attribution method.
-        reduce: How to combine the scores of all target samples. The maximum selects for each of
-            them, so that none is left out; the mean selects for those with the largest effects.
-        redundancy: Weight of the similarity to the samples selected so far; 0 ignores it.
-        target: See :func:`~tda_lightning.attribute`.
-        at: See :func:`~tda_lightning.attribute`.
-        progress: Show progress bars.
-
-    Returns:
-        The selected samples, the best first, all with weight 1.
+        ids: Ids of the samples.
+        balance: The label of the sample with id ``i`` is ``balance[i]``; ``None`` for one group.
 
     Raises:
-        FileNotFoundError: If there is no run at the path.
-        ValueError: If an argument is invalid, or the model or the data do not match the run.
+        ValueError: If a sample has no label.
     """
-    require_choice("reduce", reduce, Reduce)
-    require_not_negative("redundancy", redundancy)
-    store = open_run(run)
-    source = store if pool is None else pool
-    chosen = method if pool is None else _for_pool(method, store)
-    require_rank(n, len(source.train_ids()), "n")
-    scores = attribute(
-        source, model, targets, method=chosen, target=target, at=at, progress=progress
-    )
-    values = reduced(scores, reduce)
-    positions = (
-        values.topk(n).indices if redundancy == 0 else _spread(source, values, n, redundancy)
-    )
-    return Selection(
-        ids=scores.train_ids[positions],
-        weights=torch.ones(n),
-        scores=values[positions],
-        n_train=len(values),
-        method=f"{reduce} over {len(scores.values)} targets of {method!r}",
-    )
+    if balance is None:
+        yield torch.arange(len(ids)), 0
+        return
+    labels = torch.as_tensor(balance)
+    if labels.ndim != 1 or len(labels) <= int(ids.max()) or labels.is_floating_point():
+        raise ValueError(
+            f"`balance` has the shape {tuple(labels.shape)}; expected one whole number for every "
+            f"id up to {int(ids.max())}, since `balance[i]` is the class of sample `i`. Pass the "
+            "labels of the whole dataset."
+        )
+    classes = labels[ids]
+    for label in torch.unique(classes).tolist():
+        yield (classes == label).nonzero()[:, 0], label
 
 
-def reduced(scores: Scores, reduce: Reduce) -> Float[Tensor, " n_train"]:
-    """Combine the scores of all queries."""
-    return scores.values.mean(dim=0) if reduce == "mean" else scores.values.amax(dim=0)
+def quotas(sizes: Sequence[int], n: int) -> list[int]:
+    """Divide ``n`` over groups in proportion to their sizes, by largest remainders.
+
+    >>> quotas([5, 3, 3], 4)
+    [2, 1, 1]
+    """
+    total = sum(sizes)
+    shares = [size * n / total for size in sizes]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(sizes)), key=lambda at: counts[at] - shares[at])
+    for at in by_remainder[: n - sum(counts)]:
+        counts[at] += 1
+    return counts
 
 
-def _for_pool(method: Attributor, run: Store) -> Attributor:
-    """Return the method for data that was not trained on: curvature and damping from the run."""
-    if not isinstance(method, InfluenceFunction):
-        return method
-    damping = method.damping
-    if damping is None:
-        damping = DAMPING_FACTOR / Extent.of(run).total_lr
-    return replace(method, curvature_from=method.curvature_from or run, damping=damping)
+def count_of(keep: float, n_train: int) -> int:
+    """Return the number of samples in a share of them.
 
-
-def _spread(
-    source: Store, values: Float[Tensor, " n_train"], n: int, redundancy: float
-) -> Int[Tensor, " n"]:
-    """Return the greedy choice that penalizes similarity to the samples chosen so far."""
-    _, rows = mean_rows(source)
-    units = unit_rows(rows).to(values)
-    gains = values / values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)
-    nearest = torch.zeros_like(gains)
-    chosen: list[int] = []
-    for _ in range(n):
-        utility = gains - redundancy * nearest
-        utility[chosen] = -torch.inf
-        chosen.append(int(utility.argmax()))
-        nearest = torch.maximum(nearest, units @ units[chosen[-1]])
-    return torch.tensor(chosen)
+    Raises:
+        ValueError: If the share is not between 0 and 1, or holds no sample.
+    """
+    valid = isinstance(keep, float | int) and not isinstance(keep, bool) and 0 < keep <= 1
+    if not valid or round(keep * n_train) < 1:
+        raise ValueError(
+            f"`keep` is {keep!r}; expected a share of the {n_train:,} samples, above 0 and up to "
+            "1, with at least one sample."
+        )
+    return round(keep * n_train)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.callbacks.cost_estimate import describe_cost, stride_within
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.messages import inform, note
 from tda_lightning.callbacks.run_writer import RunWriter
 from tda_lightning.recording.timing import BatchTiming, Stopwatch, measure

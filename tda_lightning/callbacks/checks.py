@@ -10,12 +10,11 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, training_loaders
 from tda_lightning.callbacks.messages import note
-from tda_lightning.callbacks.method_watchers import training_loaders
 from tda_lightning.gradients.capture.delivery import NO_EFFECT
 from tda_lightning.gradients.losses import Reduction, mixes_samples
-from tda_lightning.recording.hyperparameters import require_one_rate
+from tda_lightning.recording.optimizers import require_one_rate
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores.recipe import LeftOut, Recipe
 

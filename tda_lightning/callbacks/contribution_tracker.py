@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.arguments import TRACKER, require_sensible
 from tda_lightning.callbacks.checks import require_one_loader, require_supported
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.messages import inform
 from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.tracking.probe import Probe, read_probe

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
-from tda_lightning.callbacks.method_watchers import training_loaders
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, training_loaders
 from tda_lightning.gradients.losses import LabelSchedule
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from tda_lightning.arguments import require_choice
 from tda_lightning.callbacks.gradient_recorder import GradientRecorder
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.messages import inform
 from tda_lightning.callbacks.run_location import Existing
 

@@ -22,22 +22,21 @@ from tda_lightning.callbacks.checks import (
     warn_of,
 )
 from tda_lightning.callbacks.cost_estimate import describe_snapshots
-from tda_lightning.callbacks.lightning_types import (
+from tda_lightning.callbacks.lightning_trainer import (
     LightningModule,
     Trainer,
     distributed_context,
     loss_scale_of,
 )
-from tda_lightning.callbacks.recorded_run import RecordedRun
-from tda_lightning.callbacks.recording_callback import RecordingCallback
+from tda_lightning.callbacks.recording_callback import RecordedRun, RecordingCallback
 from tda_lightning.callbacks.run_location import Existing, RunLocation
 from tda_lightning.callbacks.run_writer import RunWriter
 from tda_lightning.gradients.losses import LabelSchedule, Reduction
+from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
-from tda_lightning.recording.optimizer_layers import select_trained_layers
 from tda_lightning.recording.optimizer_recorder import RecordingSettings
+from tda_lightning.recording.optimizers import select_trained_layers
 from tda_lightning.recording.preconditioning import has_preconditioner
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.training_recorder import TrainingRecorder

@@ -16,15 +16,13 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.checks import require_one_loader
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
-from tda_lightning.callbacks.method_watchers import watch_loaders
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, watch_loaders
 from tda_lightning.callbacks.run_writer import RunWriter
-from tda_lightning.gradients.losses.graph import find_losses_and_penalties
+from tda_lightning.gradients.losses.loss_graph import find_losses_and_penalties
 from tda_lightning.gradients.losses.loss_nodes import SquarePower
 from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
-from tda_lightning.recording.host_copy import HostCopy
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
-from tda_lightning.recording.taken_step import joined
+from tda_lightning.recording.taken_step import HostCopy, joined
 from tda_lightning.stores import HDF5Store, WritableStore
 from tda_lightning.stores.id_ranges import ranges_of
 from tda_lightning.stores.recipe import Recipe

@@ -12,8 +12,14 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer, loss_scale_of
-from tda_lightning.callbacks.method_watchers import watch_clipping, watch_loaders
+from tda_lightning.callbacks.lightning_trainer import (
+    LightningModule,
+    Trainer,
+    loss_scale_of,
+    watch_clipping,
+    watch_loaders,
+)
+from tda_lightning.callbacks.run_writer import RunWriter
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.recording.training_recorder import TrainingRecorder
 
@@ -122,3 +128,33 @@ class RecordingCallback(pl.Callback):
     def _save(self) -> None:
         """Make everything recorded so far safe."""
         raise NotImplementedError
+
+
+class RecordedRun(pl.Callback):
+    """Reads the states of runs from checkpoints, and shows that a run is being written."""
+
+    _writer: RunWriter
+
+    def __repr__(self) -> str:
+        """Show where the run goes."""
+        path = getattr(getattr(self, "store", None), "path", None)
+        return f"{type(self).__name__}({str(path)!r})" if path else f"{type(self).__name__}()"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Read the state of a run, which is continued when training starts."""
+        self._writer.load_states([state_dict])
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Read the states of all runs in the checkpoint; the one in the store is continued."""
+        self._writer.load_states(checkpoint.get("callbacks", {}).values())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the fingerprint of the weights, to compare with those of later queries."""
+        if trainer.is_global_zero:
+            self._writer.save_fingerprint(pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Show other trainings that this one is alive."""
+        self._writer.renew()

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from tda_lightning.callbacks.lightning_types import Trainer
+from tda_lightning.callbacks.lightning_trainer import Trainer
 from tda_lightning.stores import HDF5Store, MemoryStore, WritableStore
 
 Existing = Literal["refuse", "replace", "number"]

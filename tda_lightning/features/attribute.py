@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import require_kind
-from tda_lightning.features.attributor import LayerFeatureAttributor
 from tda_lightning.features.extraction import query_features, train_features
+from tda_lightning.features.layer_features import LayerFeatureAttributor
 from tda_lightning.features.representer import RepresenterPoint, Representers
 from tda_lightning.features.similarity import FeatureSimilarity
 from tda_lightning.passes.model_state import fingerprint

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_not_negative
 from tda_lightning.attribution.linalg import damped_root
-from tda_lightning.features.attributor import (
+from tda_lightning.features.layer_features import (
     LayerFeatureAttributor,
+    LayerFeatures,
     head_of,
     require_same_layer,
 )
-from tda_lightning.features.layer_features import LayerFeatures
 from tda_lightning.features.losses import (
     HeadLoss,
     Output,

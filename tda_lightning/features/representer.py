@@ -23,12 +23,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.arguments import require_choice, require_positive
-from tda_lightning.features.attributor import (
+from tda_lightning.features.layer_features import (
     LayerFeatureAttributor,
+    LayerFeatures,
     head_of,
     require_same_layer,
 )
-from tda_lightning.features.layer_features import LayerFeatures
 from tda_lightning.features.losses import (
     HeadLoss,
     Output,

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_choice
 from tda_lightning.attribution.linalg import unit_rows
-from tda_lightning.features.attributor import (
+from tda_lightning.features.layer_features import (
     LayerFeatureAttributor,
+    LayerFeatures,
     require_layer_features,
     require_same_layer,
 )
-from tda_lightning.features.layer_features import LayerFeatures
 from tda_lightning.results.scores import Scores
 
 Measure = Literal["cosine", "dot", "euclidean"]

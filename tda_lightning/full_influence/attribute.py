@@ -14,7 +14,7 @@ from tda_lightning.attribution.dynamics.optimizer import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
 from tda_lightning.full_influence.influence import FullInfluenceFunction
-from tda_lightning.gradients.selection import select_parameters
+from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.passes.batches import require_loader
 from tda_lightning.passes.model_state import (
     fingerprint,

@@ -23,7 +23,7 @@ from tda_lightning.full_influence.objective import (
     columns_of,
     parameters_of,
 )
-from tda_lightning.gradients.selection import ParameterSelection, row_dtype
+from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity
 from tda_lightning.passes.batches import batches_in_memory, with_progress
 from tda_lightning.passes.queries import (

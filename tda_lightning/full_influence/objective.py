@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.gradients.selection import ParameterSelection, lay_out
+from tda_lightning.gradients.parameter_selection import ParameterSelection, lay_out
 from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.batches import transfer, with_progress
 from tda_lightning.passes.model_state import swapped_weights

@@ -15,17 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from tda_lightning.gradients.batch_rows import BatchRows
 from tda_lightning.gradients.capture.capture import Capture
-from tda_lightning.gradients.capture.compiled import is_compiled, uncompiled
-from tda_lightning.gradients.capture.slots import Shrinking
+from tda_lightning.gradients.capture.pausing import is_compiled, uncompiled
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
-from tda_lightning.gradients.parameter_sketches import inverse_squares, sketch_parameters
-from tda_lightning.gradients.row_pass import RowPass
-from tda_lightning.gradients.selection import ParameterSelection, named_parameters, places
+from tda_lightning.gradients.nodes.stacked import Shrinking
+from tda_lightning.gradients.parameter_selection import ParameterSelection, named_parameters, places
+from tda_lightning.gradients.row_pass import BatchRows, Coordinates, RowPass
 from tda_lightning.gradients.sketching.projectors import Projector
-from tda_lightning.gradients.sketching.sketcher import Sketcher
-from tda_lightning.gradients.waiting_gradients import Coordinates
+from tda_lightning.gradients.sketching.sketcher import Sketcher, inverse_squares, sketch_parameters
 from tda_lightning.stores.recipe import SampleAxis
 from tda_lightning.stores.step import Preconditioner
 

@@ -8,8 +8,7 @@ from tda_lightning.metrics.counterfactual import (
     removal_curve,
 )
 from tda_lightning.metrics.detection import class_detection, group_detection
-from tda_lightning.metrics.interval import Estimate, datamodeling_interval
-from tda_lightning.metrics.lds import linear_datamodeling_score
+from tda_lightning.metrics.lds import Estimate, datamodeling_interval, linear_datamodeling_score
 from tda_lightning.metrics.mislabel import mislabel_auc, mislabel_precision, mislabel_recall
 from tda_lightning.metrics.retrieval import (
     mean_reciprocal_rank,

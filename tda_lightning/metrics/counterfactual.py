@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from tda_lightning.metrics.agreement import rank_correlation
 from tda_lightning.metrics.checks import describe, require_numbers
-from tda_lightning.metrics.ranks import rank_correlation
 from tda_lightning.results.ranking import require_rank
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tda_lightning.arguments import describe
-from tda_lightning.gradients.batch_rows import BatchRows
+from tda_lightning.gradients.parameter_selection import select_like
+from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import select_like
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model

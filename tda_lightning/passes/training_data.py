@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import require_choice, require_kind
-from tda_lightning.gradients.batch_rows import BatchRows
+from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.passes.batches import (
     record_batch,
     recording,

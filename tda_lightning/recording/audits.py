@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
+from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.stores.recipe import Block, LeftOut
 from tda_lightning.stores.step import Audit
 

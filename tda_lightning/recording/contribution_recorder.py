@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.recording.contribution_table import ContributionTable
 from tda_lightning.recording.optimizer_recorder import RecordingSettings

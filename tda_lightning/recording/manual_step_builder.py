@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.optimizer_gradients import (
     ValueClipping,

@@ -10,11 +10,11 @@ from typing import Literal
 from torch.optim import Optimizer
 
 from tda_lightning.gradients.losses import EVERY_STEP, LabelSchedule
+from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.manual_step_builder import ManualStepBuilder
-from tda_lightning.recording.optimizer_layers import parameters_of
+from tda_lightning.recording.optimizers import parameters_of
 from tda_lightning.recording.preconditioning import JointPreconditioner, PartialPreconditioner
 from tda_lightning.recording.step_builder import StepBuilder
 from tda_lightning.stores.recipe import LeftOut

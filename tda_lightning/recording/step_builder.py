@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import ParameterSelection
 from tda_lightning.recording.audits import (
     MAX_LOST_SHARE,
     AuditStart,
@@ -25,7 +25,6 @@ from tda_lightning.recording.audits import (
     negligible_blocks,
 )
 from tda_lightning.recording.distributed import DistributedContext
-from tda_lightning.recording.hyperparameters import HyperparameterReader
 from tda_lightning.recording.optimizer_gradients import (
     GradientScale,
     ValueClipping,
@@ -35,6 +34,7 @@ from tda_lightning.recording.optimizer_gradients import (
     second_pass_errors,
     watched_parameters,
 )
+from tda_lightning.recording.optimizers import HyperparameterReader
 from tda_lightning.recording.preconditioning import (
     GradientCoordinates,
     Gradients,

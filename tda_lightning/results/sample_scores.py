@@ -14,7 +14,7 @@ from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.npz import load_arrays, save_arrays
 from tda_lightning.results.optional import needs
 from tda_lightning.results.ranking import SampleRanking, describe_pairs, require_rank
-from tda_lightning.results.selection import positions_of
+from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.results.tables import write_columns
 
 if TYPE_CHECKING:

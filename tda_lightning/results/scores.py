@@ -21,8 +21,8 @@ from tda_lightning.results.joining import joined_provenance, require_same_ids
 from tda_lightning.results.npz import load_arrays, save_arrays
 from tda_lightning.results.optional import needs
 from tda_lightning.results.ranking import Ranking, SampleRanking, describe_pairs, require_rank
+from tda_lightning.results.sample_groups import positions_of, sum_over_groups
 from tda_lightning.results.sample_scores import SampleScores
-from tda_lightning.results.selection import positions_of, sum_over_groups
 from tda_lightning.results.tables import (
     Columns,
     data_frame,

@@ -36,7 +36,7 @@ from tda_lightning import (
     Unrolled,
     attribute,
 )
-from tda_lightning.metrics.ranks import rank_correlation
+from tda_lightning.metrics.agreement import rank_correlation
 from tda_lightning.recording.preconditioning import optimizer_preconditioner
 from tda_lightning.stores import MemoryStore
 

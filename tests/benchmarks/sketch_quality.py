@@ -29,8 +29,8 @@ from tda_lightning import (
     Kronecker,
     KroneckerCountSketch,
 )
+from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import select_parameters
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.stores.row_formats import Storage, decode, encode
 

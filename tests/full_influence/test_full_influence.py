@@ -30,7 +30,7 @@ from tda_lightning.full_influence import (
     Woodbury,
 )
 from tda_lightning.full_influence.objective import columns_of, parameters_of
-from tda_lightning.gradients.selection import select_parameters
+from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.queries import query_rows
 from tda_lightning.stores import MemoryStore

@@ -9,7 +9,7 @@ from unchecked_calls import require_error
 from tda_lightning import FullInfluenceFunction, GradientRecorder, Identity, attribute_by_gradients
 from tda_lightning.full_influence import GaussNewton, Woodbury
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
-from tda_lightning.gradients.selection import select_parameters
+from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.stores import MemoryStore
 

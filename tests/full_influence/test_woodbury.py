@@ -21,7 +21,7 @@ from tda_lightning.attribution import SampledLabels
 from tda_lightning.full_influence import EKFAC, ConjugateGradient, GaussNewton, Hessian, Woodbury
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
 from tda_lightning.full_influence.woodbury import LowRankCurvature
-from tda_lightning.gradients.selection import select_parameters
+from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.stores import MemoryStore
 

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from tda_lightning import GradientRecorder, Identity, Kronecker, record_queries
 from tda_lightning.gradients.nodes.normalized import NormBackward
+from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import select_parameters
 from tda_lightning.passes.queries import query_rows
 from tda_lightning.stores import MemoryStore
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from tda_lightning import Identity, KroneckerCountSketch
+from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import select_parameters
 
 N, T, D = 11, 13, 7
 FORMATS = ["bf16-mixed", "16-mixed", "bf16-true"]

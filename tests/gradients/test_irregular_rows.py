@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from tda_lightning import GradientRecorder, Identity, TracIn, attribute
-from tda_lightning.gradients.graph.irregular_rows import IrregularRows
+from tda_lightning.gradients.graph.sample_layout import IrregularRows
 from tda_lightning.stores import MemoryStore
 
 D, CLASSES = 7, 3

@@ -9,9 +9,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tda_lightning import KroneckerCountSketch
-from tda_lightning.gradients.capture import layouts
+from tda_lightning.gradients.capture import layout_memory
+from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import select_parameters
 
 N, T, D = 5, 3, 7
 
@@ -164,8 +164,8 @@ def test_rows_in_float32_are_single_gradients(width, length):
 def test_graphs_of_the_same_structure_are_walked_once(monkeypatch):
     model = Blocks().double()
     walks = []
-    walk = layouts.walk
-    monkeypatch.setattr(layouts, "walk", lambda *args: walks.append(1) or walk(*args))
+    walk = layout_memory.walk
+    monkeypatch.setattr(layout_memory, "walk", lambda *args: walks.append(1) or walk(*args))
     with recorder_of(model) as recorder:
         first = recorded_rows(recorder, model, *batch())
         n_walks = len(walks)

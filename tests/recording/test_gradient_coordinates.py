@@ -7,7 +7,7 @@ from networks import NETS, data_of
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, Identity, KroneckerCountSketch
-from tda_lightning.gradients import held_nodes
+from tda_lightning.gradients import row_sum
 from tda_lightning.recording import step_builder
 from tda_lightning.stores import MemoryStore
 
@@ -87,7 +87,7 @@ def test_this_holds_for_every_adaptive_optimizer(monkeypatch, name):
 @pytest.mark.parametrize("projector", [SHRUNK, Identity()], ids=["shrunk", "whole"])
 @pytest.mark.parametrize("name", ["sequence", "conv", "tied weights"])
 def test_this_holds_for_large_nodes_that_wait_for_their_parameters(monkeypatch, name, projector):
-    monkeypatch.setattr(held_nodes, "_MAX_NUMBERS", 0)
+    monkeypatch.setattr(row_sum, "_MAX_NUMBERS", 0)
     assert_same_as_computed_first(monkeypatch, name, projector=projector)
 
 

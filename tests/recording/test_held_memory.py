@@ -11,7 +11,7 @@ from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from torch import Tensor, nn
 
 from tda_lightning import GradientRecorder, HDF5Store
-from tda_lightning.stores.hdf5.buffer import StepBuffer
+from tda_lightning.stores.hdf5.segment_sink import StepBuffer
 from tda_lightning.stores.step import ParameterGroup, Step
 
 

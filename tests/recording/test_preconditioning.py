@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, HDF5Store, Identity, TracIn, attribute
-from tda_lightning.gradients.selection import lay_out, select_parameters
+from tda_lightning.gradients.parameter_selection import lay_out, select_parameters
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.recording.preconditioning.optimizer_preconditioner import (
     rank_one_factors,

@@ -29,7 +29,7 @@ from tda_lightning.applications.unlearning.weight_updates import (
     WeightUpdate,
 )
 from tda_lightning.arguments import require_kind
-from tda_lightning.gradients.selection import select_like
+from tda_lightning.gradients.parameter_selection import select_like
 from tda_lightning.metrics.mislabel import mislabel_auc
 from tda_lightning.passes.model_state import require_model, swapped_weights, warn_of_other_weights
 from tda_lightning.passes.targets import Target, outputs_of

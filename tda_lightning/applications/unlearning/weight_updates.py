@@ -48,7 +48,7 @@ from tda_lightning.full_influence.full_gradients import FullGradients, full_reci
 from tda_lightning.full_influence.influence import FullInfluenceFunction
 from tda_lightning.full_influence.solvers import Solver
 from tda_lightning.full_influence.woodbury import Woodbury
-from tda_lightning.gradients.selection import ParameterSelection
+from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.stores import Store
 

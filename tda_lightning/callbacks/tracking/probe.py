@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.batches import record_batch

@@ -11,17 +11,17 @@ import torch
 from jaxtyping import Int
 from pytorch_lightning.utilities import rank_zero_warn
 
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer, distributed_context
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, distributed_context
 from tda_lightning.callbacks.tracking.probe import Probe
 from tda_lightning.gradients.capture.delivery import NO_EFFECT
+from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity, KroneckerCountSketch, Projector
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.recording.contribution_recorder import ContributionRecorder
 from tda_lightning.recording.contribution_table import ContributionTable, Period
-from tda_lightning.recording.optimizer_layers import select_trained_layers
 from tda_lightning.recording.optimizer_recorder import RecordingSettings
+from tda_lightning.recording.optimizers import select_trained_layers
 from tda_lightning.recording.preconditioning import has_preconditioner
 from tda_lightning.results.contributions import Contributions
 from tda_lightning.stores.recipe import LeftOut, SampleAxis

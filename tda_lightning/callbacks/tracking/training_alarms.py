@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytorch_lightning as pl
 
 from tda_lightning.callbacks.gradient_recorder import GradientRecorder
-from tda_lightning.callbacks.lightning_types import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.messages import LOGGER
 from tda_lightning.results.alarms import Alarms, find_alarms
 

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from tda_lightning.gradients.capture.delivery import Delivery, Receiver
-from tda_lightning.gradients.capture.layouts import LayoutMemory
-from tda_lightning.gradients.capture.norms import NormsBehind
+from tda_lightning.gradients.capture.delivery import Delivery, NormsBehind, Receiver
+from tda_lightning.gradients.capture.layout_memory import LayoutMemory
 from tda_lightning.gradients.capture.pausing import PauseSwitch
 from tda_lightning.gradients.capture.probe import backward_to_meetings
-from tda_lightning.gradients.capture.slots import ShrinkingOf, Slot, slot_of
 from tda_lightning.gradients.capture.walk_plan import WalkPlans
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk
+from tda_lightning.gradients.nodes.stacked import ShrinkingOf, Slot, slot_of
 from tda_lightning.stores.recipe import SampleAxis
 
 # Called with a slot, and with the gradient of a node's output followed by what the node has saved.

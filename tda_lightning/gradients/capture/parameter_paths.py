@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from tda_lightning.gradients.graph.walk import Edge, leaves, output_shape
+from tda_lightning.gradients.graph.walk import Edge, output_shape
 from tda_lightning.gradients.nodes.rule import Contribution
 
 # Gradients of all samples that are computed at once, in numbers.
@@ -227,3 +227,29 @@ def _vjp(edge: Edge, parameters: list[nn.Parameter], gradients: Tensor) -> list[
         for gradient in gradients
     ]
     return [torch.stack(values) for values in zip(*per_sample, strict=True)]
+
+
+def leaves(edge: Edge) -> list[nn.Parameter]:
+    """Return the parameters that a parameter-only tensor is made of."""
+    found: dict[nn.Parameter, None] = {}
+    waiting, seen = [edge[0]], {edge[0]}
+    while waiting:
+        node = waiting.pop()
+        if not node.next_functions:
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                found[variable] = None
+            continue
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                waiting.append(child)
+    return list(found)
+
+
+def a_parameter(edge: Edge) -> Any:
+    """Return one of the parameters that a parameter-only tensor is made of."""
+    node = edge[0]
+    while node.next_functions:
+        node = next(child for child, _ in node.next_functions if child is not None)
+    return node.variable

@@ -7,11 +7,12 @@ from itertools import islice
 
 from torch import Tensor
 
+from tda_lightning.gradients.capture.parameter_paths import leaves
 from tda_lightning.gradients.capture.probe import PROVEN
 from tda_lightning.gradients.capture.probe_starts import Cuts, starts_of
 from tda_lightning.gradients.capture.tracing import Trace, trace
-from tda_lightning.gradients.graph.irregular_rows import IrregularRows
-from tda_lightning.gradients.graph.walk import Edge, Node, Walk, leaves
+from tda_lightning.gradients.graph.sample_layout import IrregularRows
+from tda_lightning.gradients.graph.walk import Edge, Node, Walk
 
 # Places at which a trace may start, from the loss on.
 _MAX_STARTS = 4

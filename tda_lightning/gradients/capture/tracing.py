@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from tda_lightning.gradients.capture.probe_starts import Cuts
-from tda_lightning.gradients.graph.irregular_rows import IrregularRows
-from tda_lightning.gradients.graph.sample_layout import SampleLayout
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
 from tda_lightning.gradients.graph.walk import BATCH_NORMS, Node, Walk, output_shape
 
 

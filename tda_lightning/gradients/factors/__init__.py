@@ -9,6 +9,7 @@ is written once for all layer types.
 """
 
 from tda_lightning.gradients.factors.batch_statistics import BatchStatistics
+from tda_lightning.gradients.factors.convolutions import GroupedDense, Patches, Regrouped
 from tda_lightning.gradients.factors.gradient_factors import (
     ByChannel,
     Dense,
@@ -17,8 +18,6 @@ from tda_lightning.gradients.factors.gradient_factors import (
     Operand,
     outer,
 )
-from tda_lightning.gradients.factors.grouped import GroupedDense, Regrouped
-from tda_lightning.gradients.factors.patches import Patches
 
 __all__ = [
     "BatchStatistics",

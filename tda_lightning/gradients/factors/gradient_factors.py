@@ -231,3 +231,10 @@ class OneHot(Operand):
     def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
         """Look up rows of ``matrix``."""
         return matrix[self.indices]
+
+
+def coarser(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """Return the number format with the larger rounding error."""
+    if first is second:
+        return first
+    return max(first, second, key=lambda dtype: torch.finfo(dtype).eps)

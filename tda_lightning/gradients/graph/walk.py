@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
@@ -271,21 +271,3 @@ def output_shape(edge: Edge) -> tuple[int, ...]:
     if variable is not None:
         return tuple(variable.shape)
     return tuple(node._input_metadata[number].shape)
-
-
-def leaves(edge: Edge) -> list[nn.Parameter]:
-    """Return the parameters that a parameter-only tensor is made of."""
-    found: dict[nn.Parameter, None] = {}
-    waiting, seen = [edge[0]], {edge[0]}
-    while waiting:
-        node = waiting.pop()
-        if not node.next_functions:
-            variable = getattr(node, "variable", None)
-            if variable is not None:
-                found[variable] = None
-            continue
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                waiting.append(child)
-    return list(found)

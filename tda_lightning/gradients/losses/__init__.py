@@ -12,17 +12,16 @@ Anything linear in a log-softmax counts as cross-entropy. The forward pass needs
 global random state is unchanged, and the graph is retained.
 """
 
-from tda_lightning.gradients.losses.graph import (
+from tda_lightning.gradients.losses.label_schedule import EVERY_STEP, LabelSchedule
+from tda_lightning.gradients.losses.loss_graph import (
     find_losses,
     find_losses_and_penalties,
     sampled_gradients,
     term_weights,
 )
-from tda_lightning.gradients.losses.label_schedule import EVERY_STEP, LabelSchedule
 from tda_lightning.gradients.losses.loss_nodes import LossNode
 from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
-from tda_lightning.gradients.losses.mixing import mixes_samples
-from tda_lightning.gradients.losses.reduction import Reduction, reduction_of
+from tda_lightning.gradients.losses.reduction import Reduction, mixes_samples, reduction_of
 
 __all__ = [
     "EVERY_STEP",

@@ -1,12 +1,10 @@
 """Preconditioning: coordinates in which an adaptive optimizer is plain gradient descent."""
 
-from tda_lightning.recording.preconditioning.gradient_coordinates import (
-    GradientCoordinates,
-    can_follow_gradients,
-)
 from tda_lightning.recording.preconditioning.joint_preconditioner import (
+    GradientCoordinates,
     JointPreconditioner,
     PartialPreconditioner,
+    can_follow_gradients,
 )
 from tda_lightning.recording.preconditioning.optimizer_preconditioner import (
     OptimizerPreconditioner,

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from tda_lightning.gradients.selection import ParameterSelection, lay_out
+from tda_lightning.gradients.parameter_selection import ParameterSelection, lay_out
 from tda_lightning.recording.preconditioning.second_moments import (
     ADAPTIVE,
     Gradients,

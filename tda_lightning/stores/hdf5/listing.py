@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tda_lightning.stores.hdf5 import Segment, folder
-from tda_lightning.stores.hdf5.segment_reader import Shard
+from tda_lightning.stores.hdf5.shards import Shard
 from tda_lightning.stores.integrity.damage import StoreFileError
 from tda_lightning.stores.integrity.manifest import (
     Manifest,

@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.stores.hdf5.file import open_hdf5
-from tda_lightning.stores.hdf5.segment_checks import require_lengths, require_offsets
+from tda_lightning.stores.hdf5.segment_file import open_hdf5, require_lengths, require_offsets
 from tda_lightning.stores.integrity.damage import StoreFileError, checksum_of, read_into
 from tda_lightning.stores.row_formats import Storage, decode, raw_bytes
 from tda_lightning.stores.step import (

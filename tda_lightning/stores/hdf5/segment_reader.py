@@ -1,11 +1,10 @@
-"""Read steps from segments: of one file, and of one process.
+"""Read steps from a segment.
 
-The facts of all steps of a segment are read at once, their rows block by block.
+The facts of all its steps are read at once, their rows block by block.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +14,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.stores.hdf5.file import open_hdf5, read_indices, reading_segment, require_plain
-from tda_lightning.stores.hdf5.folder import identity_of
-from tda_lightning.stores.hdf5.segment_checks import require_lengths, require_rising
 from tda_lightning.stores.hdf5.segment_datasets import (
     StepColumns,
     read_visits,
     require_unchanged,
     stamp_of,
+)
+from tda_lightning.stores.hdf5.segment_file import (
+    open_hdf5,
+    read_indices,
+    reading_segment,
+    require_lengths,
+    require_plain,
 )
 from tda_lightning.stores.hdf5.segment_header import (
     SegmentIdentity,
@@ -31,8 +34,8 @@ from tda_lightning.stores.hdf5.segment_header import (
     require_identity,
     require_steps,
 )
-from tda_lightning.stores.integrity.damage import StoreFileError, require_stored_bytes
-from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, Preconditioner, Step, StepFacts
+from tda_lightning.stores.integrity.damage import require_stored_bytes
+from tda_lightning.stores.step import OPTIONAL_FACTS, Step, StepFacts
 
 # Small enough to stay in a processor's cache between the disk and the first product.
 _BLOCK_BYTES = 2**20
@@ -53,7 +56,6 @@ class Segment:
             self.header = read_header(path)
             with open_hdf5(path) as file:
                 self.indices = read_indices(file)
-            require_rising(self.indices)
             if not self.indices:
                 raise ValueError("it holds no step")
             if self.header is not None:
@@ -213,87 +215,3 @@ def _is_known(values: np.ndarray, offset: Sequence[int]) -> list[bool]:
 
 def _if_any(rows: Tensor) -> Tensor | None:
     return rows if len(rows) else None
-
-
-class Shard:
-    """Steps in the segments of one process; reading keeps one segment open.
-
-    Args:
-        files: The segments, in order.
-        run: Id of the run that they belong to.
-        ranks: Number of processes of that run.
-    """
-
-    def __init__(self, files: Sequence[Path] = (), run: str = "", ranks: int = 1) -> None:
-        self._segments: list[Segment] = []
-        self._starts: list[int] = []
-        self._open: tuple[int, OpenSegment] | None = None
-        for file in files:
-            segment = Segment(file, identity_of(file, run, ranks))
-            self._require_order(segment)
-            self.add(segment)
-
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return self._starts[-1] + len(self._segments[-1]) if self._segments else 0
-
-    @property
-    def segments(self) -> Sequence[Segment]:
-        """The segments, in order."""
-        return self._segments
-
-    @property
-    def files(self) -> list[Path]:
-        """The files of the segments, in order."""
-        return [segment.path for segment in self._segments]
-
-    @property
-    def indices(self) -> list[int]:
-        """Index of every step: the number of optimizer steps taken before it."""
-        return [index for segment in self._segments for index in segment.indices]
-
-    def add(self, segment: Segment) -> None:
-        """Append a sealed segment."""
-        self._starts.append(len(self))
-        self._segments.append(segment)
-
-    def read(self, position: int) -> Step:
-        """Return the step at a position; read its block unless it is cached."""
-        segment, offset = self._locate(position)
-        return segment.step_at(offset)
-
-    def facts_at(self, position: int) -> StepFacts:
-        """Return the step at a position without its rows."""
-        segment, offset = self._locate(position)
-        return segment.facts_at(offset)
-
-    def preconditioner(self, position: int) -> Preconditioner | None:
-        """Return the coordinates of a step, without reading any sketch."""
-        for start, segment in zip(reversed(self._starts), reversed(self._segments), strict=True):
-            preconditioner = segment.steps.preconditioner(position - start)
-            if preconditioner is not None:
-                return preconditioner
-        return None
-
-    def audits(self) -> list[Audit]:
-        """Return all audits, in order, without reading any sketch."""
-        return [audit for segment in self._segments for audit in segment.steps.audits.values()]
-
-    def _require_order(self, segment: Segment) -> None:
-        if not self._segments or not self._segments[-1].indices or not segment.indices:
-            return
-        last, first = self._segments[-1].indices[-1], segment.indices[0]
-        if first <= last:
-            raise StoreFileError(
-                f"`{segment.path}` begins with step {first}, but `{self._segments[-1].path.name}` "
-                f"before it ends with step {last}; expected later steps. One of them was swapped, "
-                "copied or written by another training. Restore the files from a copy."
-            )
-
-    def _locate(self, position: int) -> tuple[OpenSegment, int]:
-        """Return the open segment of a step, and the step's position in it."""
-        number = bisect.bisect_right(self._starts, position) - 1
-        current = self._open
-        if current is None or current[0] != number:
-            current = self._open = (number, OpenSegment(self._segments[number]))
-        return current[1], position - self._starts[number]

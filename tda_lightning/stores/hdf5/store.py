@@ -14,10 +14,9 @@ from torch import Tensor
 from tda_lightning.arguments import require_choice, require_not_negative, require_whole
 from tda_lightning.stores.hdf5 import folder
 from tda_lightning.stores.hdf5.listing import first_manifest, read_shards
-from tda_lightning.stores.hdf5.merged_shards import MergedShards
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
-from tda_lightning.stores.hdf5.segment_reader import Shard
 from tda_lightning.stores.hdf5.segment_sink import SegmentSink, cut
+from tda_lightning.stores.hdf5.shards import MergedShards, Shard
 from tda_lightning.stores.hdf5.snapshot_files import (
     indices_in,
     read_snapshot,

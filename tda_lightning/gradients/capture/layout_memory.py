@@ -12,29 +12,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tda_lightning.gradients.capture.inference import (
+from tda_lightning.gradients.capture.layout_inference import (
     TRACED,
     UNKNOWN,
     Key,
     Kind,
     Layout,
     LayoutInference,
-    a_parameter,
+    RoutedRows,
 )
+from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
 from tda_lightning.gradients.capture.probe import PROVEN, Evidence, certainty, probe
 from tda_lightning.gradients.capture.tracer import Tracer, is_proven
 from tda_lightning.gradients.capture.tracing import Trace
-from tda_lightning.gradients.graph.irregular_rows import IrregularRows
-from tda_lightning.gradients.graph.routing import RoutedRows
-from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
-from tda_lightning.gradients.graph.walk import (
-    Edge,
-    Meeting,
-    Node,
-    Walk,
-    leaves,
-    walk,
+from tda_lightning.gradients.graph.sample_layout import (
+    IrregularRows,
+    SampleLayout,
+    possible_layouts,
 )
+from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, walk
 
 # Walks of one batch until all layouts are decided; each moves a meeting nearer to the loss.
 _MAX_WALKS = 8

@@ -1,17 +1,107 @@
-"""HyperparameterReader: read an optimizer's hyper-parameters right before its step."""
+"""What the optimizers train: each recorded layer has one, with hyper-parameters at each step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import nn
 from torch.nn import Parameter
 from torch.optim import ASGD, SGD, Optimizer
 
-from tda_lightning.gradients.selection import ParameterSelection
+from tda_lightning.gradients.parameter_selection import (
+    CHOSEN_REASONS,
+    ParameterSelection,
+    select_parameters,
+)
 from tda_lightning.recording.preconditioning import PartialPreconditioner
+from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import ParameterGroup
+
+
+def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
+    """Yield all parameters of an optimizer."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def select_trained_layers(
+    model: nn.Module,
+    layers: Sequence[str] | None,
+    optimizers: Sequence[Optimizer],
+    continued: Recipe | None = None,
+) -> ParameterSelection:
+    """Select the parameters of ``model`` that some optimizer trains.
+
+    Args:
+        model: Any module.
+        layers: Names of the modules to record; all by default.
+        optimizers: All optimizers of the training.
+        continued: Recipe of a run that this training continues, which may have been recorded by
+            an earlier version: its blocks are adopted, and it leaves out the same parameters.
+    """
+    trained = {parameter for optimizer in optimizers for parameter in parameters_of(optimizer)}
+    untrained = {p for p in model.parameters() if p.requires_grad and p not in trained}
+    selection = select_parameters(model, layers, untrained)
+    adopted = None if continued is None else _adopted(model, selection, untrained, continued)
+    return adopted or selection
+
+
+def _adopted(
+    model: nn.Module,
+    selection: ParameterSelection,
+    untrained: Collection[nn.Parameter],
+    continued: Recipe,
+) -> ParameterSelection | None:
+    """Return the selection of a continued run, if it differs only in ways that versions do."""
+    names = {name for block in continued.blocks for name in block.parameters}
+    left_out = [entry for entry in continued.left_out if entry.name not in continued.block_names]
+    # What an earlier version could not record stays unrecorded.
+    unsupported = {entry.name for entry in left_out if entry.reason not in CHOSEN_REASONS}
+    selected = {name: block for block in selection.blocks for name in block.parameters}
+    is_same = names <= set(selected) and all(
+        name in names or unsupported & {name, *block.modules} for name, block in selected.items()
+    )
+    if not is_same:
+        return None
+    like = select_parameters(model, sorted(names), untrained, continued.blocks)
+    return replace(like, left_out=tuple(left_out))
+
+
+def split_by_optimizer(
+    selection: ParameterSelection, optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[tuple[nn.Parameter, ...], ...]]:
+    """Yield, for each optimizer, the parameters of each block; none for blocks it does not train.
+
+    Raises:
+        ValueError: If a block is trained in part, or by several optimizers.
+    """
+    block_owners = []
+    for block, parameters in zip(selection.blocks, selection.parameters, strict=True):
+        owners = _owners(parameters, optimizers)
+        if len(owners) != 1 or owners[0][1] != len(block.parameters):
+            raise ValueError(
+                f"The parameters of the {block.layer} `{block.name}` are trained by several "
+                "optimizers, or only in part; expected one optimizer that trains all of them. "
+                "Pass all of them to one optimizer, freeze the others with "
+                f"`requires_grad_(False)`, or leave it out with `layers=['!{block.name}']`."
+            )
+        block_owners.append(owners[0][0])
+    for optimizer in optimizers:
+        pairs = zip(block_owners, selection.parameters, strict=True)
+        yield tuple(parameters if owner is optimizer else () for owner, parameters in pairs)
+
+
+def _owners(
+    parameters: Sequence[Parameter], optimizers: Sequence[Optimizer]
+) -> list[tuple[Optimizer, int]]:
+    """Return the optimizers that train some of the parameters, with the number of these."""
+    counts = [
+        (optimizer, len(set(parameters) & set(parameters_of(optimizer))))
+        for optimizer in optimizers
+    ]
+    return [(optimizer, count) for optimizer, count in counts if count]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Select training samples by their ids, and sum scores over groups."""
+"""Look samples up by their ids, and sum their scores over groups."""
 
 from __future__ import annotations
 

@@ -1,8 +1,13 @@
-"""Open HDF5 files, without HDF5's own locks and with errors that name the file."""
+"""The HDF5 file of a segment: open it without HDF5's own locks, and check that its parts fit.
+
+Errors name the file.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -65,13 +70,14 @@ def read_indices(file: h5py.File) -> list[int]:
     """Return the indices of the steps of a segment of which nothing has been checked yet.
 
     Raises:
-        ValueError: If the file does not hold them.
+        ValueError: If the file does not hold them, or they do not rise.
     """
     for path in ("steps", "steps/index"):
         if not isinstance(file.get(path, getlink=True), h5py.HardLink):
             raise ValueError(f"{path!r} is a link to another place, which is not followed")
     require_stored("steps/index", file["steps/index"].id)
     indices: list[int] = file["steps/index"][:].tolist()
+    require_rising(indices)
     return indices
 
 
@@ -86,3 +92,48 @@ def reading_segment(path: Path) -> AbstractContextManager[None]:
         "such as `run[:100]`"
     )
     return reading(path, "an unchanged segment of a run", f"{remedy}.")
+
+
+def require_rising(indices: Sequence[int]) -> None:
+    """Check that steps come in order.
+
+    >>> require_rising([4, 2])
+    Traceback (most recent call last):
+        ...
+    ValueError: Step 2 comes after step 4; expected rising indices from 0.
+    """
+    if indices and indices[0] < 0:
+        raise ValueError(f"The first step is {indices[0]}; expected rising indices from 0.")
+    for before, after in pairwise(indices):
+        if after <= before:
+            raise ValueError(
+                f"Step {after} comes after step {before}; expected rising indices from 0."
+            )
+
+
+def require_offsets(offset: Sequence[int], n_steps: int, n_rows: int) -> None:
+    """Check that offsets divide rows among steps.
+
+    >>> require_offsets([0, 5, 3], 2, 3)
+    Traceback (most recent call last):
+        ...
+    ValueError: The offsets of 2 steps in 3 rows do not rise from 0 to 3.
+    """
+    is_rising = all(before <= after for before, after in pairwise(offset))
+    if len(offset) != n_steps + 1 or offset[0] != 0 or offset[-1] != n_rows or not is_rising:
+        raise ValueError(
+            f"The offsets of {n_steps} steps in {n_rows} rows do not rise from 0 to {n_rows}."
+        )
+
+
+def require_lengths(expected: int, **columns: Sized) -> None:
+    """Check that every column has the expected number of entries.
+
+    >>> require_lengths(3, weight=[1.0, 2.0])
+    Traceback (most recent call last):
+        ...
+    ValueError: `weight` has 2 entries; expected 3.
+    """
+    for name, column in columns.items():
+        if len(column) != expected:
+            raise ValueError(f"`{name}` has {len(column)} entries; expected {expected}.")

@@ -1,0 +1,174 @@
+"""Shards: the segments of one process, and those of all processes together."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tda_lightning.stores.hdf5.folder import identity_of
+from tda_lightning.stores.hdf5.segment_reader import OpenSegment, Segment
+from tda_lightning.stores.integrity.damage import StoreFileError
+from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, Preconditioner, Step, StepFacts
+
+
+class Shard:
+    """Steps in the segments of one process; reading keeps one segment open.
+
+    Args:
+        files: The segments, in order.
+        run: Id of the run that they belong to.
+        ranks: Number of processes of that run.
+    """
+
+    def __init__(self, files: Sequence[Path] = (), run: str = "", ranks: int = 1) -> None:
+        self._segments: list[Segment] = []
+        self._starts: list[int] = []
+        self._open: tuple[int, OpenSegment] | None = None
+        for file in files:
+            segment = Segment(file, identity_of(file, run, ranks))
+            self._require_order(segment)
+            self.add(segment)
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return self._starts[-1] + len(self._segments[-1]) if self._segments else 0
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """The segments, in order."""
+        return self._segments
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the segments, in order."""
+        return [segment.path for segment in self._segments]
+
+    @property
+    def indices(self) -> list[int]:
+        """Index of every step: the number of optimizer steps taken before it."""
+        return [index for segment in self._segments for index in segment.indices]
+
+    def add(self, segment: Segment) -> None:
+        """Append a sealed segment."""
+        self._starts.append(len(self))
+        self._segments.append(segment)
+
+    def read(self, position: int) -> Step:
+        """Return the step at a position; read its block unless it is cached."""
+        segment, offset = self._locate(position)
+        return segment.step_at(offset)
+
+    def facts_at(self, position: int) -> StepFacts:
+        """Return the step at a position without its rows."""
+        segment, offset = self._locate(position)
+        return segment.facts_at(offset)
+
+    def preconditioner(self, position: int) -> Preconditioner | None:
+        """Return the coordinates of a step, without reading any sketch."""
+        for start, segment in zip(reversed(self._starts), reversed(self._segments), strict=True):
+            preconditioner = segment.steps.preconditioner(position - start)
+            if preconditioner is not None:
+                return preconditioner
+        return None
+
+    def audits(self) -> list[Audit]:
+        """Return all audits, in order, without reading any sketch."""
+        return [audit for segment in self._segments for audit in segment.steps.audits.values()]
+
+    def _require_order(self, segment: Segment) -> None:
+        if not self._segments or not self._segments[-1].indices or not segment.indices:
+            return
+        last, first = self._segments[-1].indices[-1], segment.indices[0]
+        if first <= last:
+            raise StoreFileError(
+                f"`{segment.path}` begins with step {first}, but `{self._segments[-1].path.name}` "
+                f"before it ends with step {last}; expected later steps. One of them was swapped, "
+                "copied or written by another training. Restore the files from a copy."
+            )
+
+    def _locate(self, position: int) -> tuple[OpenSegment, int]:
+        """Return the open segment of a step, and the step's position in it."""
+        number = bisect.bisect_right(self._starts, position) - 1
+        current = self._open
+        if current is None or current[0] != number:
+            current = self._open = (number, OpenSegment(self._segments[number]))
+        return current[1], position - self._starts[number]
+
+
+class MergedShards:
+    """The steps that every process has sealed; parts with equal index form one step.
+
+    If a process or a disk loses its part of a step, the whole step is left out.
+
+    Args:
+        shards: The shards of all processes, at least one.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        lookups = [{index: n for n, index in enumerate(shard.indices)} for shard in shards]
+        indices = sorted(set.intersection(*(set(lookup) for lookup in lookups)))
+        # For every merged step, its position in each shard.
+        self._positions = [[lookup[index] for lookup in lookups] for index in indices]
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._positions)
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """The segments of all processes."""
+        return [segment for shard in self._shards for segment in shard.segments]
+
+    def read(self, position: int) -> Step:
+        """Return the step at a position, with the visits of all processes."""
+        parts = [shard.read(local) for shard, local in self._parts(position)]
+        return Step.of(
+            _merge(parts),
+            sketch=torch.cat([part.sketch for part in parts]),
+            curvature_rows=_cat_if_complete([part.curvature_rows for part in parts]),
+        )
+
+    def facts_at(self, position: int) -> StepFacts:
+        """Return a step without its rows, with the visits of all processes."""
+        return _merge([shard.facts_at(local) for shard, local in self._parts(position)])
+
+    def preconditioner(self, position: int) -> Preconditioner | None:
+        """Return the coordinates of a step, which are the same in all processes."""
+        shard, local = self._parts(position)[0]
+        return shard.preconditioner(local)
+
+    def audits(self) -> list[Audit]:
+        """Return all audits, which are the same in all processes."""
+        return self._shards[0].audits()
+
+    def _parts(self, position: int) -> list[tuple[Shard, int]]:
+        return list(zip(self._shards, self._positions[position], strict=True))
+
+
+def _merge(parts: Sequence[StepFacts]) -> StepFacts:
+    first = parts[0]
+    return StepFacts(
+        index=first.index,
+        epoch=first.epoch,
+        optimizer=first.optimizer,
+        groups=first.groups,
+        sample_ids=torch.cat([part.sample_ids for part in parts]),
+        weights=torch.cat([part.weights for part in parts]),
+        audit=first.audit,
+        **{
+            name: _cat_if_complete([getattr(part, name) for part in parts])
+            for name in OPTIONAL_FACTS
+        },
+        preconditioner=first.preconditioner,
+        loss=first.loss,
+    )
+
+
+def _cat_if_complete(parts: Sequence[Tensor | None]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if len(tensors) == len(parts) else None
