@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from tda_lightning.stores.opening import open_store
 from tda_lightning.stores.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,27 @@ class DataOrder:
     repeated: dict[int, Int[Tensor, ...]]
     replayed: tuple[int, ...]
     same_order: dict[int, int]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with a row per irregularity (needs ``pandas``).
+
+        Its columns are ``kind``, ``epoch``, ``train_id``, ``step`` and ``earlier_epoch``;
+        those that do not apply to a kind are missing.
+        """
+        import pandas as pd
+
+        rows: list[dict[str, object]] = [
+            {"kind": "never seen", "train_id": sample} for sample in self.never.tolist()
+        ]
+        for epoch, ids in self.repeated.items():
+            repeated = {"kind": "seen again in one epoch", "epoch": epoch}
+            rows += [{**repeated, "train_id": sample} for sample in ids.tolist()]
+        rows += [{"kind": "step replayed", "step": step} for step in self.replayed]
+        for epoch, earlier in self.same_order.items():
+            rows.append({"kind": "same order", "epoch": epoch, "earlier_epoch": earlier})
+        numbers = ["epoch", "train_id", "step", "earlier_epoch"]
+        frame = pd.DataFrame(rows, columns=["kind", *numbers])
+        return frame.astype(dict.fromkeys(numbers, "Int64"))
 
     def __repr__(self) -> str:
         """Show one line per kind of irregularity."""

@@ -216,3 +216,18 @@ def test_it_prints_a_line_per_kind_of_irregularity():
         "  steps replayed            none",
         "  epochs in the same order  1: 2 as 0",
     ]
+
+
+def test_its_frame_has_a_row_per_irregularity():
+    order = DataOrder(torch.tensor([3, 5]), {1: torch.tensor([7])}, (11,), {2: 0})
+    frame = order.to_pandas()
+    assert frame["kind"].value_counts().to_dict() == {
+        "never seen": 2,
+        "seen again in one epoch": 1,
+        "step replayed": 1,
+        "same order": 1,
+    }
+    expected = {"epoch": [1, 2], "train_id": [3, 5, 7], "step": [11], "earlier_epoch": [0]}
+    assert {name: frame[name].dropna().tolist() for name in expected} == expected
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert len(DataOrder(nothing, {}, (), {}).to_pandas()) == 0
