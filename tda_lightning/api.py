@@ -13,10 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.arguments import name_of, require_choice, require_kind, require_whole
+from tda_lightning.arguments import (
+    call_like,
+    name_of,
+    require_choice,
+    require_kind,
+    require_whole,
+)
 from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Unrolled
 from tda_lightning.attribution.top_scores import top_scores
-from tda_lightning.attribution.tracin import TracInCP
+from tda_lightning.attribution.tracin import TracInCP, method_at
 from tda_lightning.attribution.trajectory import chosen_ids, contributions
 from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import Mode, fingerprint, warn_of_other_weights
@@ -82,7 +88,7 @@ def attribute(
         FileNotFoundError: If there is no run at the path.
         ValueError: If the run is empty, or if the model or the queries do not match it.
     """
-    question = Question(_method_at(method, at), target, at, mode, progress)
+    question = Question(method_at(method, at), target, at, mode, progress)
     stores, models = _pairs(run, model)
     queries = batches_in_memory(queries) if len(stores) > 1 else queries
     per_run = [
@@ -98,6 +104,7 @@ def attribute(
     return replace(scores, query_ids=first.ids, tokens=first.tokens, provenance=provenance)
 
 
+@call_like("`self_influence(run, method=TracIn())`, without a model: the run has all it needs")
 def self_influence(
     run: Run, *, method: SelfAttributor = TracIn(), progress: bool = True
 ) -> SampleScores:
@@ -156,7 +163,7 @@ def top_attributions(
         FileNotFoundError: If there is no run at the path.
         ValueError: If the run is empty, or if the model or the queries do not match it.
     """
-    question = Question(_method_at(method, at), target, at, mode, progress)
+    question = Question(method_at(method, at), target, at, mode, progress)
     store = open_run(run)
     require_rank(k, len(store.train_ids()))
     require_whole("query_batch_size", query_batch_size, least=1)
@@ -202,7 +209,7 @@ def trajectory(
         ValueError: If the run is empty, if the model or the queries do not match it, or if a
             sample is not in the training set.
     """
-    question = Question(_method_at(method, at), target, at, mode, progress)
+    question = Question(method_at(method, at), target, at, mode, progress)
     store = open_run(run)
     selected = chosen_ids(store, train_ids)
     query = question.query_rows(store, model, queries)
@@ -270,24 +277,6 @@ class Question:
             weights = [describe_weights(store, self.at) for store in stores]
         names = ", ".join(weights if self.at in ("now", "model") else dict.fromkeys(weights))
         return {"target": name_of(self.target), "weights": names, "mode": self.mode}
-
-
-def _method_at(method: Attributor, at: Moment) -> Attributor:
-    """Return the method to use: at snapshots, TracIn becomes TracInCP.
-
-    Raises:
-        ValueError: If the method does not read a run.
-    """
-    if not isinstance(method, Attributor):
-        raise ValueError(
-            f"`method` is {method!r}; expected one that reads a run, such as `Unrolled()`. "
-            "Pass `FullInfluenceFunction` to `attribute_by_gradients`; pass `FeatureSimilarity`, "
-            "`RepresenterPoint` and `LocalJacobianExpansion` to `attribute_by_features`."
-        )
-    if not isinstance(method, TracIn):
-        return method
-    chosen = method.with_chosen_queries()
-    return TracInCP(chosen) if at == "snapshots" else chosen
 
 
 def _pairs(run: Any, model: Any) -> tuple[list[Store], list[nn.Module]]:

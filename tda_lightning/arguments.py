@@ -6,12 +6,17 @@ A misspelt option must not select another branch, and a number out of range must
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import wraps
+from inspect import signature
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any, ParamSpec, TypeVar, get_args
 
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def require_choice(name: str, value: object, literal: Any) -> None:
@@ -98,8 +103,52 @@ def require_kind(name: str, value: object, kind: type, examples: str) -> None:
         ...
     ValueError: `method` is 'tracin'; expected an object such as `TracIn()`.
     """
+    require_object(name, value)
     if not isinstance(value, kind):
         raise ValueError(f"`{name}` is {value!r}; expected an object such as {examples}.")
+
+
+def require_object(name: str, value: object) -> None:
+    """Check that an argument is not a class, as in ``method=TracIn``.
+
+    >>> require_object("method", dict)
+    Traceback (most recent call last):
+        ...
+    ValueError: `method` is the class `dict`; expected an object of it. Call it: `dict()`.
+    """
+    if isinstance(value, type):
+        raise ValueError(
+            f"`{name}` is the class `{value.__name__}`; expected an object of it. Call it: "
+            f"`{value.__name__}()`."
+        )
+
+
+def call_like(example: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function: if its arguments do not fit, the error shows how it is called.
+
+    >>> @call_like("`double(3)`")
+    ... def double(number: int) -> int:
+    ...     return 2 * number
+    >>> double(3, 5)
+    Traceback (most recent call last):
+        ...
+    TypeError: `double`: too many positional arguments. Call it like `double(3)`.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                signature(function).bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(
+                    f"`{function.__qualname__}`: {error}. Call it like {example}."
+                ) from None
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def is_selected(names: Iterable[str], patterns: Sequence[str]) -> bool:

@@ -1,7 +1,12 @@
 """Errors for wrong arguments of `attribute`, of the other query functions, and of stores."""
 
 import pytest
+import torch
+from lightning_models import Plain, mlp
 from unchecked_calls import require_error
+
+from tda_lightning import Scores, self_influence
+from tda_lightning.stores import MemoryStore
 
 CALLS = """
 from tda_lightning import attribution
@@ -9,6 +14,11 @@ from tda_lightning import attribution
 saved = "weights.pt"  # in an empty folder
 torch.save(model.state_dict(), saved)
 scores = Scores(torch.eye(3), torch.arange(3), torch.arange(3), "")
+written = HDF5Store("opened.tda")
+written.begin(store.recipe)
+written.append(store[0])
+written.seal()
+unopened = HDF5Store("opened.tda")
 calls = {
     "an empty batch": lambda: attribute(store, model, data[:0]),
     "a mask of samples": lambda: trajectory(store, model, queries, store.train_ids() < 3),
@@ -21,6 +31,14 @@ calls = {
         store, model, queries, method=FullInfluenceFunction()
     ),
     "a class": lambda: attribute(store, model, queries, method=TracIn),
+    "a class for self-influence": lambda: self_influence(store, method=TracIn),
+    "a class for features": lambda: attribute_by_features(
+        model, batches, queries, method=FeatureSimilarity
+    ),
+    "a class for gradients": lambda: attribute_by_gradients(
+        model, batches, queries, method=FullInfluenceFunction
+    ),
+    "a store that was not opened": lambda: self_influence(unopened),
     "a method of runs for gradients": lambda: attribute_by_gradients(
         model, batches, queries, method=InfluenceFunction()
     ),
@@ -91,7 +109,11 @@ EXPECTED = {
     "a ranking of queries as ids": "a ranking for 3 queries; expected one list of ids. Pass those",
     "words as groups": "`train_labels` are not numbers: ",
     "a method of full gradients": "expected one that reads a run, such as `Unrolled()`.",
-    "a class": "`method` is <class 'tda_lightning.attribution.tracin.TracIn'>; expected one",
+    "a class": "`method` is the class `TracIn`; expected an object of it. Call it: `TracIn()`",
+    "a class for self-influence": "`method` is the class `TracIn`; expected an object of it.",
+    "a class for features": "`method` is the class `FeatureSimilarity`; expected an object of it",
+    "a class for gradients": "`method` is the class `FullInfluenceFunction`; expected an object",
+    "a store that was not opened": "Read it with `HDF5Store.open('opened.tda')`.",
     "a method of runs for gradients": (
         "expected a `FullInfluenceFunction`. Pass methods that read a run to `attribute`"
     ),
@@ -153,3 +175,11 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_wrong_arguments_raise_errors_that_name_them(name):
     require_error(CALLS, name, EXPECTED[name])
+
+
+def test_too_many_arguments_raise_an_error_that_shows_the_call():
+    with pytest.raises(TypeError, match=r"Call it like `self_influence\(run, method=TracIn\(\)\)`"):
+        self_influence(MemoryStore(), Plain(mlp()))
+    scores = Scores(torch.eye(3), torch.arange(3), torch.arange(3), "")
+    with pytest.raises(TypeError, match=r"Call it like `Scores.mean\(\[first, second\]\)`"):
+        Scores.mean(scores, scores)

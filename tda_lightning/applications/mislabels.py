@@ -202,7 +202,7 @@ def _notes(
             f"Losses of the first {count.decisive_visits} of {count.visits} visits of each sample "
             "count, since they separate best: later, wrong labels may have been memorized."
         )
-    never = len(store.train_ids()) - len(store.visited_ids())
+    never = store.n_train - len(store.visited_ids())
     if never:
         yield f"{never:,} samples were never drawn; their labels were not examined."
     yield (

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from tda_lightning.arguments import require_object
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.unrolled import Unrolled
 from tda_lightning.results.embedding import Embedding
@@ -46,6 +47,7 @@ def embed(
         FileNotFoundError: If there is no run at the path.
         ValueError: If the method is not linear in the query, or if the run has no steps.
     """
+    require_object("method", method)
     if not isinstance(method, Attributor) or not method.is_linear():
         raise ValueError(
             f"`{method!r}` is not linear in the query; expected a method that is, such as "

@@ -106,7 +106,7 @@ class InfluenceFunction(SelfAttributor):
         """Yield each step with the same direction: inverse curvature times the query's gradient."""
         extent = Extent.of(run)
         solution = torch.cholesky_solve(queries.mT, self._root(run, extent, queries)).mT
-        direction = extent.weight / len(run.train_ids()) * solution
+        direction = extent.weight / run.n_train * solution
         for step in self._visits(run, queries):
             yield step, direction
 
@@ -122,7 +122,7 @@ class InfluenceFunction(SelfAttributor):
             # With root L and row g: g^T (L L^T)^{-1} g is the squared norm of L^{-1} g.
             whitened = torch.linalg.solve_triangular(root, step.sketch.mT, upper=False)  # (k, n)
             scores = whitened.square().sum(dim=0)
-            yield step, extent.weight / len(run.train_ids()) * scores
+            yield step, extent.weight / run.n_train * scores
 
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]

@@ -24,11 +24,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.arguments import require_object
 from tda_lightning.attribution.attributor import Attributor, SelfAttributor
 from tda_lightning.attribution.dynamics.optimizer import require_training
 from tda_lightning.attribution.linalg import squared_norms
 from tda_lightning.stores import Store
-from tda_lightning.stores.snapshots import nearest_parts
+from tda_lightning.stores.snapshots import Moment, nearest_parts
 from tda_lightning.stores.step import Step
 
 
@@ -133,3 +134,22 @@ class TracInCP(Attributor):
     def __repr__(self) -> str:
         """Return the representation of the TracIn method."""
         return repr(self.method)
+
+
+def method_at(method: Attributor, at: Moment) -> Attributor:
+    """Return the method to use: at snapshots, TracIn becomes TracInCP.
+
+    Raises:
+        ValueError: If the method does not read a run.
+    """
+    require_object("method", method)
+    if not isinstance(method, Attributor):
+        raise ValueError(
+            f"`method` is {method!r}; expected one that reads a run, such as `Unrolled()`. "
+            "Pass `FullInfluenceFunction` to `attribute_by_gradients`; pass `FeatureSimilarity`, "
+            "`RepresenterPoint` and `LocalJacobianExpansion` to `attribute_by_features`."
+        )
+    if not isinstance(method, TracIn):
+        return method
+    chosen = method.with_chosen_queries()
+    return TracInCP(chosen) if at == "snapshots" else chosen

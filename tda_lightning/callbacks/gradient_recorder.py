@@ -240,7 +240,8 @@ class GradientRecorder(RecordedRun, RecordingCallback):
             self._recipe = self._budgets.choose_stride(
                 trainer, pl_module, self._recorder, loss, self._recipe
             )
-            self._first_batch.start_backward(self._recorder, loss, loss_scale_of(trainer))
+            with self._ledger.checking_number():
+                self._first_batch.start_backward(self._recorder, loss, loss_scale_of(trainer))
 
     def _settle_reduction(
         self, trainer: Trainer, recorder: TrainingRecorder, recipe: Recipe, loss: Tensor
@@ -266,29 +267,6 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._writer.has_failed and trainer.world_size == 1:
             self._close()
-
-    @property
-    def state_key(self) -> str:
-        """Name of this recorder in a checkpoint: that of its run, wherever its store is."""
-        run = self._writer.run_id
-        if run is not None:
-            return self._generate_state_key(run=run)
-        return self._generate_state_key(store=self._location.name)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the run for a checkpoint, in builtins."""
-        if self._recorder is not None:
-            self._recorder.finish_steps()
-        recorder = {} if self._recorder is None else {"lanes": self._recorder.state()}
-        return {**state, **recorder} if (state := self._writer.state()) else {}
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Seal all steps that the checkpoint's weights include, before it is written."""
-        if self._recorder is not None:
-            self._recorder.finish_steps()
-            self._writer.seal_together(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seal the run and remove everything that was installed."""

@@ -53,6 +53,12 @@ class RunLocation:
         """The store before training begins."""
         return MemoryStore() if self._requested is None else self._requested
 
+    def is_same_as(self, other: RunLocation) -> bool:
+        """Return whether both record into the same store."""
+        ours, theirs = self._requested, other._requested
+        path = getattr(ours, "path", None)
+        return ours is theirs or (path is not None and path == getattr(theirs, "path", None))
+
     def choose(self, trainer: Trainer, begun: Set[str]) -> WritableStore:
         """Return the store of the training that starts; all processes must call it.
 

@@ -145,7 +145,7 @@ def _facts(store: HDF5Store) -> dict[str, Any]:
         "every_n_steps": recipe.every_n_steps,
         "epochs": first and last and [first.epoch, last.epoch],
         "samples_drawn": len(store.visited_ids()),
-        "samples": len(store.train_ids()),
+        "samples": store.n_train,
         "optimizer": first and first.optimizer,
         "learning_rates": first and last and [first.lr, last.lr],
         "dimension": recipe.dimension,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import require_kind
+from tda_lightning.arguments import require_kind, require_object
 from tda_lightning.features.extraction import query_features, train_features
 from tda_lightning.features.layer_features import LayerFeatureAttributor
 from tda_lightning.features.representer import RepresenterPoint, Representers
@@ -48,6 +48,7 @@ def attribute_by_features(
         ValueError: If the layer or the ids cannot be found, the data do not fit the model, or the
             features are not finite.
     """
+    require_object("method", method)
     if not isinstance(method, LayerFeatureAttributor):
         raise ValueError(
             f"`method` is {method!r}; expected one that reads layer features, such as "

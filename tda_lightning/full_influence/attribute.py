@@ -9,7 +9,13 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import is_selected, name_of, require_choice, require_kind
+from tda_lightning.arguments import (
+    is_selected,
+    name_of,
+    require_choice,
+    require_kind,
+    require_object,
+)
 from tda_lightning.attribution.dynamics.optimizer import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
@@ -144,6 +150,7 @@ def _warn_of_skipped_layers(model: nn.Module, method: FullInfluenceFunction) -> 
 
 
 def _require_method(method: object) -> None:
+    require_object("method", method)
     if not isinstance(method, FullInfluenceFunction):
         raise ValueError(
             f"`method` is {method!r}; expected a `FullInfluenceFunction`. Pass methods that read a "

@@ -119,7 +119,8 @@ def check_conserved(
         f"The recorded rows of the {block.layer} `{block.name}` do not sum to its gradient: in "
         f"the first step the sum is {float(relative[worst]):.0%} off. Expected that its gradient "
         "comes from the samples alone; a penalty on it, a gradient hook or the output of a custom "
-        f"function may change it. Leave it out with `layers=['!{block.name}']`."
+        "function may change it. Replace a penalty by `weight_decay=` of the optimizer, or leave "
+        f"the layer out with `layers=['!{block.name}']`."
     )
     if warn is None:
         raise ValueError(message)

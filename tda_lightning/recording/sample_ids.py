@@ -8,8 +8,10 @@ original sampler is restored at the end.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from tda_lightning.gradients.capture.capture import SamplelessError
 
 IdSource = str | Callable[[Any], Any]
 
@@ -85,6 +89,7 @@ class SampleLedger:
         self._loader: object = None
         # Index of the last batch in its epoch; `None` when training resumes in the middle of one.
         self._last_batch: int | None = -1
+        self._n_given: int | None = None  # Number of ids that `source` last returned.
 
     @property
     def train_ids(self) -> Int[np.ndarray, " n_train"] | None:
@@ -122,7 +127,11 @@ class SampleLedger:
             batch_index: Its index in the epoch; the draws of dropped batches before it are skipped.
         """
         if self._source is not None:
-            return _as_ids(_look_up(batch, self._source))
+            ids = _as_ids(_look_up(batch, self._source))
+            if len(ids) != self._n_given:
+                self._n_given = len(ids)
+                _warn_of_one_id(len(ids), batch)
+            return ids
         if self._sampler is None:
             raise RuntimeError(f"No training loader was watched before the first batch. {_REMEDY}")
         if self._last_batch is None:
@@ -134,6 +143,24 @@ class SampleLedger:
         drawn = self._sampler.claim()
         ids = drawn if self._ids is None else self._ids[drawn]
         return torch.as_tensor(ids, dtype=torch.int64)
+
+    @contextmanager
+    def checking_number(self) -> Iterator[None]:
+        """Blame ``sample_ids`` if the loss inside the context has no rows for as many samples.
+
+        Raises:
+            ValueError: If so.
+        """
+        try:
+            yield
+        except SamplelessError as error:
+            if self._source is None:
+                raise
+            raise ValueError(
+                f"`sample_ids` returned {self._n_given} ids for a batch, but no operation of the "
+                f"loss has a row for each of {self._n_given} samples; expected one id per sample. "
+                "Return as many ids as the batch has samples."
+            ) from error
 
     def start_training(self, steps: int) -> None:
         """Prepare for batch 0, or for any batch if training is resumed in the middle of an epoch.
@@ -226,6 +253,20 @@ def _look_up(batch: Any, source: IdSource) -> Any:
         f"`sample_ids={source!r}` is no key of the batch, which has {keys}. Pass a key that holds "
         "each sample's id, or a function from the batch to ids."
     )
+
+
+def _warn_of_one_id(n_ids: int, batch: Any) -> None:
+    """Warn of a single id for a batch that seems to hold several samples."""
+    items = list(batch.values()) if isinstance(batch, Mapping) else batch
+    tensors = items if isinstance(items, list | tuple) else [items]
+    sizes = {len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim}
+    if n_ids == 1 and len(sizes) == 1 and (size := sizes.pop()) > 1:
+        warnings.warn(
+            f"`sample_ids` returned one id for a batch whose tensors have {size} rows, which are "
+            "recorded as one sample. Expected one id per sample: return them all, unless the rows "
+            "belong to one sample.",
+            stacklevel=2,
+        )
 
 
 def _as_ids(values: Any) -> Int[Tensor, " n"]:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.arguments import call_like
 from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.joining import joined_provenance, require_same_ids
 from tda_lightning.results.npz import load_arrays, save_arrays
@@ -142,6 +143,7 @@ class Scores:
         return Ranking(self.train_ids[top.indices], top.values, self.query_ids)
 
     @classmethod
+    @call_like("`Scores.mean([first, second])`")
     def mean(cls, scores: Sequence[Scores]) -> Scores:
         """Average the scores of several runs, or of several methods.
 
@@ -153,6 +155,7 @@ class Scores:
         return replace(first, values=values, **joined_provenance(scores, "mean"))
 
     @classmethod
+    @call_like("`Scores.concatenate([first, second])`")
     def concatenate(cls, scores: Sequence[Scores]) -> Scores:
         """Concatenate the scores of different queries.
 

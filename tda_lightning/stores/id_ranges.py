@@ -21,6 +21,15 @@ def ranges_of(ids: Int[np.ndarray, " n"]) -> tuple[tuple[int, int], ...]:
     return tuple((int(ids[a]), int(ids[b - 1]) + 1) for a, b in zip(starts, stops, strict=True))
 
 
+def count_of(ranges: Iterable[tuple[int, int]]) -> int:
+    """Return the number of ids in half-open ranges.
+
+    >>> count_of([(0, 3), (7, 8)])
+    4
+    """
+    return sum(b - a for a, b in ranges)
+
+
 def ids_of(ranges: Iterable[tuple[int, int]]) -> Int[Tensor, " n"]:
     """Expand half-open ranges into ids.
 

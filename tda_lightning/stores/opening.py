@@ -66,11 +66,27 @@ def open_run(run: Run) -> Store:
     """
     store = open_store(run, "run")
     if len(store) == 0:
+        _require_opened(store)
         raise ValueError(
             f"The run {_describe(run)} has no step yet; expected at least one. If training is "
             "still running, wait for its first segment; otherwise train again."
         )
     return store
+
+
+def _require_opened(store: Store) -> None:
+    """Check that an empty store is not one to write into, of a folder that holds a run.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not isinstance(store, HDF5Store) or store.run_id is None:
+        return
+    if len(HDF5Store.open(store.path)):
+        raise ValueError(
+            f"`HDF5Store({store.name!r})` is a store to record into, and was not opened; expected "
+            f"the recorded run. Read it with `HDF5Store.open({store.name!r})`."
+        )
 
 
 def _describe(run: Run) -> str:

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.arguments import is_selected, unmatched
+from tda_lightning.stores.id_ranges import count_of
 from tda_lightning.stores.recipe_checks import block_differences
 
 SampleAxis = int | Literal["flattened"]
@@ -71,7 +72,7 @@ class LeftOut:
         return f"not recorded: {self.layer} `{self.name}` ({self.size:,} parameters): {self.reason}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     """How the sketches of a run were made.
 
@@ -132,6 +133,27 @@ class Recipe:
     def torch_dtype(self) -> torch.dtype:
         """Number format of the rows as a torch dtype."""
         return torch.float64 if self.dtype == "float64" else torch.float32
+
+    def __repr__(self) -> str:
+        """Show the settings, one per line; layers by their names and shapes only."""
+        shown = [f"{block.name} ({block.rows} x {block.columns})" for block in self.blocks[:5]]
+        name, *arguments = (f"{key}={value}" for key, value in self.projector.items())
+        known = self.train_ids is not None
+        stride = "every step" if self.every_n_steps == 1 else f"one step in {self.every_n_steps:,}"
+        lines = {
+            "layers": f"{len(self.blocks)}: {', '.join(shown)}{', ...' * (len(self.blocks) > 5)}",
+            "left out": f"{len(self.left_out)}",
+            "rows": f"{self.dimension:,} columns, {self.dtype}",
+            "projector": f"{name.removeprefix('name=')}({', '.join(arguments)})",
+            "coordinates": "optimizer" if self.preconditioner == "optimizer" else "gradients",
+            "sampled labels": "yes" if self.curvature == "fisher" else "no",
+            "loss": f"{self.reduction} over samples",
+            "recorded": stride if self.is_training else "passes",
+            "processes": f"{self.ranks:,}",
+            "training samples": f"{count_of(self.train_ids or ()):,}" if known else "unknown",
+        }
+        body = "\n".join(f"  {label:<18}{value}" for label, value in lines.items())
+        return f"Recipe of a `{self.model}`\n{body}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as nested builtins, ready for JSON."""

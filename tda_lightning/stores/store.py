@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
@@ -10,11 +11,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.stores.id_ranges import ids_of
+from tda_lightning.stores.id_ranges import count_of, ids_of
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 
 Weights = Mapping[str, Tensor]
+# The scores of unvisited samples are zero, and take memory and time nevertheless.
+MAX_UNVISITED = 2**24
 
 
 class Store(Sequence[Step], ABC):
@@ -54,11 +57,33 @@ class Store(Sequence[Step], ABC):
         """The steps without their rows, as a lazy sequence."""
         return _Facts(self)
 
+    @property
+    def n_train(self) -> int:
+        """Number of training samples, including unvisited ones if known."""
+        ranges = self.recipe.train_ids
+        return len(self.visited_ids()) if ranges is None else count_of(ranges)
+
     def train_ids(self) -> Int[Tensor, " n_train"]:
-        """Return the sorted ids of all training samples, including unvisited ones if known."""
-        if self.recipe.train_ids is not None:
-            return ids_of(self.recipe.train_ids)
-        return self.visited_ids()
+        """Return the sorted ids of all training samples, including unvisited ones if known.
+
+        If more than 2**24 samples were never visited, it returns the visited ones, and warns.
+        """
+        ranges = self.recipe.train_ids
+        if ranges is not None and count_of(ranges) <= MAX_UNVISITED:
+            return ids_of(ranges)
+        visited = self.visited_ids()
+        if ranges is None:
+            return visited
+        n_unvisited = count_of(ranges) - len(visited)
+        if n_unvisited <= MAX_UNVISITED:
+            return ids_of(ranges)
+        warnings.warn(
+            f"This run visited {len(visited):,} of {count_of(ranges):,} training samples; expected "
+            f"at most {MAX_UNVISITED:,} without a visit. The {n_unvisited:,} others are left out: "
+            "their scores are all zero.",
+            stacklevel=2,
+        )
+        return visited
 
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the sorted ids of the samples with at least one visit."""

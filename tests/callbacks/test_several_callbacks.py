@@ -29,6 +29,15 @@ def train(*callbacks, net, optimizer, **settings):
     quiet_trainer(*callbacks, **settings).fit(model, loader(vectors()))
 
 
+@pytest.mark.parametrize("has_run", [True, False])
+def test_two_recorders_of_one_store_are_refused_before_training(has_run, tmp_path):
+    if has_run:
+        train(GradientRecorder(tmp_path / "run"), net=mlp, optimizer=torch.optim.SGD)
+    both = [GradientRecorder(tmp_path / "run"), GradientRecorder(HDF5Store(tmp_path / "run"))]
+    with pytest.raises(ValueError, match=r"Two `GradientRecorder` .* the same store, `.*run`"):
+        train(*both, net=mlp, optimizer=torch.optim.SGD)
+
+
 @pytest.mark.parametrize("curvature", ["none", "fisher"])
 @pytest.mark.parametrize("net", NETS)
 def test_two_recorders_record_the_same_as_one_alone(net, curvature, tmp_path):

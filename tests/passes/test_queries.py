@@ -158,7 +158,7 @@ def test_a_training_step_without_a_loss_is_refused(result):
         ((torch.ones(3, 5), torch.zeros(3).long()), r"shape \(3, 5\).*shapes cannot be multiplied"),
         (torch.ones(3, 7), r"got a tensor of shape \(3, 7\)"),
         ((torch.ones(3, 7), torch.zeros(2).long()), r"\(3, 7\).*\(2,\)"),
-        ((torch.ones(7), torch.tensor(0)), "no operation has a row for each of the 7 samples"),
+        ((torch.ones(7), torch.tensor(0)), r"each of the 7 samples.*add the axis .* `x\[None\]`"),
         ("what?", "holds no tensor"),
         ({"x": torch.tensor(1.0)}, "holds no tensor with samples"),
     ],

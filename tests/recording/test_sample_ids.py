@@ -159,7 +159,7 @@ def test_iterable_datasets_work_with_ids_from_the_batch():
         (lambda batch: batch[0], "expected one integer per sample"),
         (
             lambda batch: [1, 2],
-            "In a batch of 2 samples, no operation has a row for each.*pass `sample_ids=`",
+            "`sample_ids` returned 2 ids for a batch, but .* Return as many ids as the batch has",
         ),
     ],
     ids=["no such key", "not ids", "too few"],
@@ -167,6 +167,11 @@ def test_iterable_datasets_work_with_ids_from_the_batch():
 def test_wrong_ids_raise(source, message):
     with pytest.raises(ValueError, match=message):
         record(loader(IndexedVectors()), sample_ids=source)
+
+
+def test_one_id_for_several_rows_is_warned_of():
+    with pytest.warns(UserWarning, match="one id for a batch whose tensors have 5 rows"):
+        record(loader(IndexedVectors()), sample_ids=lambda batch: [1])
 
 
 def test_record_names_the_missing_argument_as_the_recorder_does():

@@ -437,3 +437,12 @@ def test_the_default_storage_takes_two_bytes_for_float32_and_eight_for_float64(t
     store = HDF5Store(tmp_path / "run")
     assert (store.bytes_of(torch.float32), store.bytes_of(torch.float64)) == (2, 8)
     assert HDF5Store(tmp_path / "run", storage="bfloat16").bytes_of(torch.float64) == 2
+
+
+def test_a_printed_recipe_is_short_and_names_the_settings():
+    lines = repr(replace(RECIPE, blocks=RECIPE.blocks * 20, ranks=3)).splitlines()
+    assert len(lines) == 11
+    assert max(map(len, lines)) < 200
+    assert lines[0] == f"Recipe of a `{RECIPE.model}`"
+    assert any("processes" in line and line.endswith("3") for line in lines)
+    assert any("training samples" in line and line.endswith("9") for line in lines)

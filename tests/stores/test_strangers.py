@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tda_lightning import HDF5Store, Scores
+from tda_lightning import HDF5Store, Scores, self_influence
 from tda_lightning.cli import main
 from tda_lightning.stores.contract import RECIPE, make_steps
 from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
@@ -153,6 +153,30 @@ def test_deep_json_is_one_error(run, content):
     (run / "recipe.json").write_text(content)
     with pytest.raises(StoreFileError, match=r"recipe\.json` is damaged.*RecursionError"):
         HDF5Store.open(run)
+
+
+def test_a_training_set_of_any_size_costs_no_more_than_the_visits(run):
+    edit_recipe(run, train_ids=[[0, 10**9]])
+    store = HDF5Store.open(run)
+    visited = store.visited_ids()
+    assert store.n_train == 10**9
+    with pytest.warns(UserWarning, match=r"visited \d+ of 1,000,000,000 training samples"):
+        assert store.train_ids().equal(visited)
+    with pytest.warns(UserWarning, match="are left out: their scores are all zero"):
+        assert self_influence(store, progress=False).train_ids.equal(visited)
+
+
+def test_a_large_training_set_is_whole_if_most_of_it_was_visited(run, monkeypatch):
+    monkeypatch.setattr("tda_lightning.stores.store.MAX_UNVISITED", 3)
+    visited = HDF5Store.open(run).visited_ids()
+    last = int(visited.max()) + 1
+    edit_recipe(run, train_ids=[[0, last]])
+    n_unvisited = last - len(visited)
+    monkeypatch.setattr("tda_lightning.stores.store.MAX_UNVISITED", n_unvisited)
+    assert len(HDF5Store.open(run).train_ids()) == last
+    monkeypatch.setattr("tda_lightning.stores.store.MAX_UNVISITED", n_unvisited - 1)
+    with pytest.warns(UserWarning, match="left out"):
+        assert HDF5Store.open(run).train_ids().equal(visited)
 
 
 def test_a_huge_recipe_is_not_read(run):

@@ -32,6 +32,10 @@ Hold = Callable[[Slot, tuple[Tensor, ...]], None]
 _Hook = Callable[[tuple[Tensor | None, ...]], None]
 
 
+class SamplelessError(ValueError):
+    """A loss whose graph has no rows of samples."""
+
+
 class Capture:
     """Delivers per-sample gradients of parameters while a backward pass runs.
 
@@ -122,10 +126,11 @@ class Capture:
         self._norms.start(self._walk)
         self._delivery = Delivery(self._recorded, self._layouts, self._norms, self._walk, n)
         if self._walk.is_sampleless:
-            raise ValueError(
+            raise SamplelessError(
                 f"In a batch of {n} samples, no operation has a row for each of the {n} samples; "
                 "expected the samples along an axis of the tensors that parameters meet. If each "
-                "item of the dataset is a batch, pass `sample_ids=` to identify the samples in it."
+                "item of the dataset is a batch, pass `sample_ids=` to identify the samples in it. "
+                "If the batch is a single sample, add the axis of samples: `x[None]`."
             )
 
     def start_backward(self, receive: Receiver, hold: Hold) -> None:
