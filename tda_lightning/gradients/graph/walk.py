@@ -243,7 +243,7 @@ TAKES_DATA = frozenset(
 )  # fmt: skip
 
 # Operations that take data as their first input, or no data.
-_NORMS = (*BATCH_NORMS, "NativeLayerNormBackward0", "NativeGroupNormBackward0", "FusedRmsNormBackward0")
+_NORMS = frozenset(name for name in TAKES_DATA if "Norm" in name)
 
 # Operations that take data in another way than as a differentiable input.
 LOOKUPS = frozenset(
