@@ -126,6 +126,35 @@ class Images(OfSets):
         return self.body(vectors[:, None]).amax(dim=2)
 
 
+class Scaled(OfSets):
+    """Scales the data themselves, and counts the first vector of each sample twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.eps = nn.Parameter(torch.rand(D)), nn.Parameter(torch.rand(()))
+        self.double()
+
+    def hidden(self, vectors, owners):
+        hidden = self.body((1 + self.eps) * vectors * self.scale)
+        firsts = torch.stack([(owners == owner).nonzero()[0, 0] for owner in owners.unique()])
+        return hidden + torch.zeros_like(hidden).index_add(0, firsts, hidden[firsts])
+
+
+class Attending(OfSets):
+    """Attends within each sample; adding to all scores of a vector has no effect but rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.source, self.target = nn.Parameter(torch.rand(5)), nn.Parameter(torch.rand(5, 1))
+        self.double()
+
+    def hidden(self, vectors, owners):
+        hidden = self.body(vectors)
+        scores = hidden @ self.source + hidden @ self.target
+        weights = scores.masked_fill(owners != owners[:, None], -torch.inf).softmax(dim=1)
+        return weights @ hidden
+
+
 class Normed(OfSets):
     """Has a batch norm over the vectors of all samples."""
 
@@ -140,6 +169,8 @@ MODELS = {
     "words": Tokens,
     "crops": Images,
     "a batch norm": Normed,
+    "scaled data": Scaled,
+    "attention": Attending,
 }
 
 

@@ -73,6 +73,11 @@ def reused(m, x):
     return functional.linear(hidden, m.weight).tanh() @ m.weight + hidden
 
 
+def batch_normed(weight, scale=None):
+    """Standardize each row of a weight, as its channels would be."""
+    return functional.batch_norm(weight[None], None, None, weight=scale, training=True)[0]
+
+
 PATHS = {
     "bare": (lambda m, x: x @ m.weight + m.bias, {"weight": (D, 5), "bias": (5,)}),
     "transposed": (lambda m, x: x @ m.weight.mT, {"weight": (5, D)}),
@@ -99,6 +104,18 @@ PATHS = {
     "reshaped otherwise": (lambda m, x: x @ m.weight.reshape(D, 5), {"weight": (5, D)}),
     "cast": (lambda m, x: (x.float() @ m.weight.float()).double(), {"weight": (D, 5)}),
     "standardized": (lambda m, x: x @ Normalized()(m.weight), {"weight": (D, 5)}),
+    "standardized by a batch norm": (
+        lambda m, x: functional.linear(x, batch_normed(m.weight)),
+        {"weight": (5, D)},
+    ),
+    "standardized by a batch norm, and scaled": (
+        lambda m, x: functional.linear(x, batch_normed(m.weight, m.scale)),
+        {"weight": (5, D), "scale": (5,)},
+    ),
+    "standardized by a layer norm": (
+        lambda m, x: functional.linear(x, functional.layer_norm(m.weight, (D,))),
+        {"weight": (5, D)},
+    ),
     "exponentiated": (lambda m, x: x @ m.weight.exp(), {"weight": (D, 5)}),
     "merged low-rank": (
         lambda m, x: functional.linear(x, m.weight + 0.5 * (m.up @ m.down)),

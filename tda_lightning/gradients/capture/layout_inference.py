@@ -97,6 +97,10 @@ Layout = SampleLayout | RoutedRows | TracedRows
 UNKNOWN: Any = object()
 
 
+# Operations that repeat a parameter along the rows of another tensor: of data, or of a constant.
+_SPREADING = frozenset(f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div"))
+
+
 @dataclass
 class LayoutInference:
     """Infers layouts.
@@ -126,6 +130,8 @@ class LayoutInference:
 
     def _takes_data(self, node: Node) -> bool:
         name = type(node).__name__
+        if name in _SPREADING and output_shape((node, 0))[0] > 1:
+            return True
         is_later = any(child in self._with_samples for child, _ in node.next_functions)
         return is_later or name in TAKES_DATA or name in LOOKUPS
 

@@ -237,7 +237,8 @@ class LayoutMemory(LayoutInference):
             self._decided[key] = None
         else:
             self._empty_probes[key] = self._empty_probes.get(key, 0) + 1
-            if self._empty_probes[key] >= _MAX_EMPTY_PROBES:
+            is_safe = inferred is not TRACED or meeting.takes_data  # It may repeat a constant.
+            if self._empty_probes[key] >= _MAX_EMPTY_PROBES and is_safe:
                 self._decided[key] = inferred
             return False
         return self._decided[key] is None and meeting.is_first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 from itertools import islice
+from math import prod
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from tda_lightning.gradients.capture.probe import PROVEN
 from tda_lightning.gradients.capture.probe_starts import Cuts, starts_of
 from tda_lightning.gradients.capture.tracing import Trace, trace
 from tda_lightning.gradients.graph.sample_layout import IrregularRows
-from tda_lightning.gradients.graph.walk import Edge, Node, Walk
+from tda_lightning.gradients.graph.walk import Edge, Node, Walk, output_shape
 
 # Places at which a trace may start, from the loss on.
 _MAX_STARTS = 4
@@ -46,7 +47,7 @@ class Tracer:
         best: dict[Node, Trace] = {}
         most = -1
         for number, start in self._starts(loss, result, n) if nodes else ():
-            traces = trace(*start, result, nodes, n)
+            traces = _confirmed(trace(*start, result, nodes, n), start, result, n)
             n_proven = sum(is_proven(each) for each in traces.values())
             if n_proven > most:
                 best, most = traces, n_proven
@@ -98,6 +99,28 @@ class Tracer:
             f"`{name}` belongs to several samples at once; expected rows of single samples, as in "
             f"earlier batches. Leave it out with `layers=['!{name}']`."
         )
+
+
+# Rows of fewer numbers may look like those of a single sample by chance.
+_MIN_COLUMNS = 3
+
+
+def _confirmed(
+    traces: dict[Node, Trace], start: tuple[Cuts, int], result: Walk, n: int
+) -> dict[Node, Trace]:
+    """Trace short rows again with other gradients, and leave out those of other samples then."""
+    short = {
+        node
+        for node, each in traces.items()
+        if is_proven(each) and prod(output_shape((node, 0))[1:]) < _MIN_COLUMNS
+    }
+    again = trace(*start, result, short, n, seed=1) if short else {}
+    differing = {
+        node
+        for node, each in again.items()
+        if not (is_proven(each) and traces[node].agrees(each.rows.of_rows))
+    }
+    return {node: each for node, each in traces.items() if node not in differing}
 
 
 def is_proven(traced: Trace | None) -> bool:

@@ -10,7 +10,7 @@ goes on behind it with another gradient for the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -99,12 +99,13 @@ class _Start:
 
     edge: GradientEdge
     layout: SampleLayout | IrregularRows
+    seed: int
 
     def gradient(self, factors: Callable[[Tensor], Tensor] | None, n: int) -> Tensor:
         """Return a random gradient, multiplied by the factors of the rows' owners."""
         about = self.edge.node._input_metadata[self.edge.output_nr]
         # A generator apart: the training's random numbers stay as they are.
-        generator = torch.Generator(about.device).manual_seed(0)
+        generator = torch.Generator(about.device).manual_seed(self.seed)
         shape, axis = tuple(about.shape), self.layout.axis
         values = torch.randn(shape, generator=generator, device=about.device)
         if factors is not None:
@@ -113,7 +114,9 @@ class _Start:
         return values.to(about.dtype)
 
 
-def trace(cuts: Cuts, choice: int, result: Walk, wanted: Set[Node], n: int) -> dict[Node, Trace]:
+def trace(
+    cuts: Cuts, choice: int, result: Walk, wanted: Set[Node], n: int, seed: int = 0
+) -> dict[Node, Trace]:
     """Return whose rows arrive in some nodes; nodes that no gradient reaches are missing.
 
     Args:
@@ -122,8 +125,9 @@ def trace(cuts: Cuts, choice: int, result: Walk, wanted: Set[Node], n: int) -> d
         result: A walk over the graph, which is retained.
         wanted: The nodes.
         n: Number of samples.
+        seed: Seed of the random gradients.
     """
-    starts = [_Start(edge, layouts[min(choice, len(layouts) - 1)]) for edge, layouts in cuts]
+    starts = [_Start(edge, layouts[min(choice, len(layouts) - 1)], seed) for edge, layouts in cuts]
     formats = {node._input_metadata[0].dtype for node in wanted}
     grid = next((grid for dtype, grid in _COARSE.items() if dtype in formats), _FINE)
     traces: dict[Node, Trace] = {}
@@ -132,22 +136,41 @@ def trace(cuts: Cuts, choice: int, result: Walk, wanted: Set[Node], n: int) -> d
         plain = section.squares(starts, None, n)
         factors = [partial(grid.factors, digit=digit) for digit in range(grid.digits(n))]
         scaled = [section.squares(starts, each, n) for each in factors]
+        floors = _floors(plain)
         new = {
-            node: _trace_of(squares, [each[node] for each in scaled], grid, n)
+            node: _trace_of(squares, [each[node] for each in scaled], grid, n, floors[node])
             for node, squares in plain.items()
             if node not in traces
         }
         traces |= new
         starts = [
-            _Start(GradientEdge(*node.next_functions[0]), new[node].rows)
+            _Start(GradientEdge(*node.next_functions[0]), new[node].rows, seed)
             for node in section.norms
             if node in new and node.next_functions[0][0] in result.with_samples
         ]
     return {node: each for node, each in traces.items() if node in wanted}
 
 
-def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int) -> Trace:
-    """Read the owners of rows off the squared gradients ``(rows, groups)`` of some passes."""
+# Rounding errors of gradients that cancel, relative to the largest gradient of a pass.
+_MAX_ROUNDING = 1e-5
+
+
+def _floors(plain: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
+    """Return the squared gradient below which a row may hold rounding errors alone."""
+    rows = [squares.sum(dim=1) for squares in plain.values() if len(squares)]
+    largest = torch.cat(rows).max() if rows else torch.zeros(())
+    return {
+        node: largest * min(16 * torch.finfo(node._input_metadata[0].dtype).eps, _MAX_ROUNDING) ** 2
+        for node in plain
+    }
+
+
+def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int, floor: Tensor) -> Trace:
+    """Read the owners of rows off the squared gradients ``(rows, groups)`` of some passes.
+
+    Rows below the floor may hold rounding errors, as where a softmax cancels what is added to all
+    its inputs. They disprove nothing.
+    """
     by_row = plain.sum(dim=1)
     owners = torch.zeros_like(by_row, dtype=torch.int64)
     is_single = has_gradient = by_row > 0
@@ -161,7 +184,9 @@ def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int) -> T
         is_single = is_single & agrees.all(dim=1)
     # A row that rounding has blurred most likely belongs to the sample with the nearest factor.
     is_possible = has_gradient & (owners >= 0) & (owners < n)
-    is_single &= is_possible
+    is_single = is_single & is_possible | (by_row <= floor)
+    is_clear = by_row > floor
+    has_gradient = torch.where(is_clear.any(), is_clear, has_gradient)
     rows = IrregularRows(torch.where(is_possible, owners, 0), n)
     return Trace(rows, by_row[is_single].sum() / by_row.sum(), has_gradient)
 

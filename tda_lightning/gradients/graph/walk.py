@@ -242,6 +242,9 @@ TAKES_DATA = frozenset(
     )
 )  # fmt: skip
 
+# Operations that take data as their first input, or no data.
+_NORMS = frozenset(name for name in TAKES_DATA if "Norm" in name)
+
 # Operations that take data in another way than as a differentiable input.
 LOOKUPS = frozenset(
     f"{name}Backward0"
@@ -255,11 +258,15 @@ LOOKUPS = frozenset(
 def _may_hold_data(node: Node, functions: tuple[Edge, ...], parameter_only: set[Node]) -> bool:
     """Return whether data can have entered an operation whose differentiable inputs have none.
 
-    A square or a norm of a parameter is parameter-only, whatever its shape looks like.
+    A square or a norm of a parameter is parameter-only, whatever its shape looks like. So is a
+    weight that a norm has standardized, although such a norm may have no scale and no shift.
     """
+    name = type(node).__name__
+    if name in _NORMS:
+        return functions[0][0] not in parameter_only
     return (
         any(child not in parameter_only for child, _ in functions)
-        or type(node).__name__ in LOOKUPS
+        or name in LOOKUPS
         or isinstance(node, BackwardCFunction)
     )
 
