@@ -141,8 +141,7 @@ class SampleLedger:
             self._sampler.claim()
         self._last_batch = batch_index
         drawn = self._sampler.claim()
-        ids = drawn if self._ids is None else self._ids[drawn]
-        return torch.as_tensor(ids, dtype=torch.int64)
+        return torch.as_tensor(drawn if self._ids is None else self._ids[drawn], dtype=torch.int64)
 
     @contextmanager
     def checking_number(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class StepBuffer:
         assert self._rows is not None
         place = slice(self._used, self._used + len(step.sketch))
         columns = {name: getattr(step, name) for name in _COLUMNS}
-        facts = {
+        facts: dict[str, Any] = {
             name: self._column(name, values)[place].copy_(values)
             for name, values in columns.items()
             if values is not None
