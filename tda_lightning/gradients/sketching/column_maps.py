@@ -39,8 +39,12 @@ class ColumnMap(ABC):
         """Return the map on another device, or in another number format."""
 
     @abstractmethod
-    def add_(self, rows: Float[Tensor, "n k"], stacks: Sequence[Stack]) -> None:
-        """Add the values of some blocks to ``rows``, in place."""
+    def rows_of(self, stacks: Sequence[Stack]) -> Float[Tensor, "n k"]:
+        """Return rows with the values of at least one block."""
+
+    def _zeros(self, stacks: Sequence[Stack]) -> Float[Tensor, "n k"]:
+        values = stacks[0][1]
+        return values.new_zeros(values.shape[1], self.dimension)
 
     def _scaled(self, block: int, values: Tensor) -> Tensor:
         scale = None if self._scales is None else self._scales[block]
@@ -61,10 +65,12 @@ class SideBySide(ColumnMap):
         """Return the map itself: it holds no tensors."""
         return self
 
-    def add_(self, rows: Float[Tensor, "n k"], stacks: Sequence[Stack]) -> None:
-        """Add the blocks' values to their columns."""
+    def rows_of(self, stacks: Sequence[Stack]) -> Float[Tensor, "n k"]:
+        """Return rows with the blocks' values in their columns."""
+        rows = self._zeros(stacks)
         for block, block_values in _unstacked(stacks):
             rows[:, self._slices[block]] += self._scaled(block, block_values)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -108,30 +114,30 @@ class Hashed(ColumnMap):
         super().scale(scales)
         self._factors = None
 
-    def add_(self, rows: Float[Tensor, "n k"], stacks: Sequence[Stack]) -> None:
-        """Add the blocks' values, with their signs, to their hashed columns."""
+    def rows_of(self, stacks: Sequence[Stack]) -> Float[Tensor, "n k"]:
+        """Return the sum of the blocks' values, with their signs, in their hashed columns."""
         blocks = tuple(numbers for numbers, _ in stacks)
         if len(blocks) == len(blocks[0]) == 1:
             block, values = blocks[0][0], stacks[0][1][0]
             scaled = values * self._scaled(block, self._signs[block])
-            rows.index_add_(1, self._buckets[block], scaled)
-            return
+            return self._zeros(stacks).index_add_(1, self._buckets[block], scaled)
         table = self._table
         if table is None or table.blocks != blocks:
             table = self._table = self._joined(blocks)
             self._factors = None
         # One pass over memory: sums of sorted entries, which lie there with the samples last.
-        is_sorting_fast = rows.device.type == "cpu" and rows.dtype == torch.float32
-        is_sorting_fast &= len(rows) > 1
+        values = stacks[0][1]
+        n = values.shape[1]
+        is_sorting_fast = values.device.type == "cpu" and values.dtype == torch.float32 and n > 1
         factors = self._factors_of(table, is_sorting_fast)
         if is_sorting_fast:
-            entries = torch.cat([values.mT.reshape(-1, len(rows)) for _, values in stacks])
-            rows += torch.embedding_bag(
-                entries, table.order, table.starts, mode=0, per_sample_weights=factors
-            )[0].mT
-        else:
-            parts = [values.transpose(0, 1).reshape(len(rows), -1) for _, values in stacks]
-            rows.index_add_(1, table.buckets, torch.cat(parts, dim=1).mul_(factors))
+            sums = torch.embedding_bag(
+                _entries(stacks), table.order, table.starts, mode=0, per_sample_weights=factors
+            )
+            return sums[0].mT.contiguous()
+        parts = [values.transpose(0, 1).reshape(n, -1) for _, values in stacks]
+        entries = torch.cat(parts, dim=1).mul_(factors)
+        return self._zeros(stacks).index_add_(1, table.buckets, entries)
 
     def _factors_of(self, table: _Table, is_sorted: bool) -> Tensor:
         """Return the signs of all entries, times their factors, in the order of their use."""
@@ -161,10 +167,26 @@ class Multiplied(ColumnMap):
         """Return the map on another device, or in another number format."""
         return Multiplied([matrix.to(device, dtype) for matrix in self._matrices])
 
-    def add_(self, rows: Float[Tensor, "n k"], stacks: Sequence[Stack]) -> None:
-        """Add the blocks' values, multiplied by their matrices."""
+    def rows_of(self, stacks: Sequence[Stack]) -> Float[Tensor, "n k"]:
+        """Return the sum of the blocks' values, multiplied by their matrices."""
+        rows = self._zeros(stacks)
         for block, block_values in _unstacked(stacks):
             rows.addmm_(self._scaled(block, block_values), self._matrices[block])
+        return rows
+
+
+def _entries(stacks: Sequence[Stack]) -> Float[Tensor, "m n"]:
+    """Return the entries of all blocks, samples last."""
+    n = stacks[0][1].shape[1]
+    sizes = [len(values) * values.shape[2] for _, values in stacks]
+    entries = stacks[0][1].new_empty(sum(sizes), n)
+    for (_, values), part in zip(stacks, torch.split(entries, sizes), strict=True):
+        # A copy is far faster than a concatenation of transposed views: of matrices most of all.
+        if len(values) == 1:
+            part.copy_(values[0].mT)
+        else:
+            part.view(len(values), -1, n).copy_(values.mT)
+    return entries
 
 
 def _unstacked(stacks: Sequence[Stack]) -> Iterator[tuple[int, Tensor]]:

@@ -138,10 +138,7 @@ class Sketcher:
             stacks: Numbers of blocks, with their shrunk gradients, each ``(blocks, n, m)``.
             n: Number of rows.
         """
-        rows = self.empty_rows(n)
-        if stacks:
-            self._column_map.add_(rows, stacks)
-        return rows
+        return self._column_map.rows_of(stacks) if stacks else self.empty_rows(n)
 
     def sketch_matrix(
         self, block: int, matrix: Float[Tensor, "rows columns"]
