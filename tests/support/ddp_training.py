@@ -1,4 +1,7 @@
-"""A DDP training with settings from the command line; each process runs this script."""
+"""DDP trainings with settings from the command line, one after another.
+
+Each process runs this script, and so imports torch once for all of them.
+"""
 
 import json
 import logging
@@ -73,6 +76,7 @@ class ExitAt(pl.Callback):
 
 def train(folder, devices, settings):
     """Train on global batches of four, split among the processes."""
+    folder.mkdir(exist_ok=True)
     n, batch = 12 - settings.get("ragged", 0), 4 // devices
     data = IndexedVectors(n)
     if devices == 1:
@@ -102,7 +106,7 @@ def train(folder, devices, settings):
         callbacks.append(ExitAt(1, settings["dies"]))
     checkpoints = CheckpointLog(folder / "run")
     pl.seed_everything(3, verbose=False)
-    optimizer = OPTIMIZERS[settings["optimizer"]]
+    optimizer = OPTIMIZERS[settings.get("optimizer", "SGD")]
     model = Gan() if settings.get("gan") else Plain(mlp(), optimizer=optimizer)
     trainer = quiet_trainer(
         *callbacks,
@@ -132,7 +136,8 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+    for name, settings in json.loads(sys.argv[2]).items():
+        train(Path(sys.argv[1]) / name, 2, settings)
     # Threads of gloo that are alive when Python exits sometimes crash the process.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -23,8 +23,8 @@ from tda_lightning.gradients.capture.layout_inference import (
 )
 from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
 from tda_lightning.gradients.capture.probe import PROVEN, Evidence, certainty, probe
+from tda_lightning.gradients.capture.row_owners import Trace
 from tda_lightning.gradients.capture.tracer import Tracer, is_proven
-from tda_lightning.gradients.capture.tracing import Trace
 from tda_lightning.gradients.graph.sample_layout import (
     IrregularRows,
     SampleLayout,

@@ -11,7 +11,7 @@ from torch import Tensor
 from tda_lightning.gradients.capture.parameter_paths import leaves
 from tda_lightning.gradients.capture.probe import PROVEN
 from tda_lightning.gradients.capture.probe_starts import Cuts, starts_of
-from tda_lightning.gradients.capture.tracing import Trace, trace
+from tda_lightning.gradients.capture.row_owners import Trace, trace
 from tda_lightning.gradients.graph.sample_layout import IrregularRows
 from tda_lightning.gradients.graph.walk import Edge, Node, Walk, output_shape
 
