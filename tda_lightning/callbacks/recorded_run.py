@@ -27,7 +27,8 @@ class RecordedRun(pl.Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that no other recorder of the trainer has the same store."""
         super().setup(trainer, pl_module, stage)
-        others = [each for each in trainer.callbacks if isinstance(each, RecordedRun)]
+        callbacks = getattr(trainer, "callbacks", [])
+        others = [each for each in callbacks if isinstance(each, RecordedRun)]
         if any(each is not self and each._location.is_same_as(self._location) for each in others):
             raise ValueError(
                 f"Two `{type(self).__name__}` of one trainer record into the same store, "
