@@ -127,11 +127,11 @@ class SampleLedger:
             batch_index: Its index in the epoch; the draws of dropped batches before it are skipped.
         """
         if self._source is not None:
-            ids = _as_ids(_look_up(batch, self._source))
-            if len(ids) != self._n_given:
-                self._n_given = len(ids)
-                _warn_of_one_id(len(ids), batch)
-            return ids
+            given = _as_ids(_look_up(batch, self._source))
+            if len(given) != self._n_given:
+                self._n_given = len(given)
+                _warn_of_one_id(len(given), batch)
+            return given
         if self._sampler is None:
             raise RuntimeError(f"No training loader was watched before the first batch. {_REMEDY}")
         if self._last_batch is None:

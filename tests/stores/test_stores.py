@@ -1,5 +1,6 @@
 """Stores: the public contract, and HDF5 folders under crashes, threads and several processes."""
 
+import errno
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from tda_lightning.stores.hdf5 import OpenSegment, Segment, segment_reader
 from tda_lightning.stores.hdf5.segment_datasets import StoredRows, stamp_of
 from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
 from tda_lightning.stores.integrity import durable
+from tda_lightning.stores.integrity.damage import StoreFileError
 
 
 class TestMemoryStore(StoreContract):
@@ -331,6 +333,38 @@ def test_an_existing_run_is_replaced_only_on_request(tmp_path):
         train()
     assert all(map(same, HDF5Store.open(tmp_path / "run"), first))
     assert len(train(existing="replace")) == len(first)
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._segment-000000.h5", ".nfs0000001"])
+def test_files_of_the_system_do_not_prevent_a_replacement(tmp_path, name):
+    filled(HDF5Store(tmp_path / "run"), make_steps(3)).release()
+    (tmp_path / "run" / name).write_text("x")
+    store = HDF5Store(tmp_path / "run")
+    store.clear()
+    assert len(filled(store, make_steps(2))) == 2
+    assert (tmp_path / "run" / name).read_text() == "x"
+
+
+def test_a_run_beside_other_files_is_not_deleted(tmp_path):
+    filled(HDF5Store(tmp_path / "run"), make_steps(3)).release()
+    (tmp_path / "run" / "notes.txt").write_text("x")
+    with pytest.raises(FileExistsError, match=r"something else, such as `notes\.txt`.*nothing was"):
+        HDF5Store(tmp_path / "run").clear()
+    assert len(HDF5Store.open(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.ESTALE])
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch, number):
+    filled(HDF5Store(tmp_path / "run"), make_steps(3)).release()
+
+    def fail(path, *args, **kwargs):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(
+        StoreFileError, match=rf"recipe.json` cannot be read: {os.strerror(number)}"
+    ):
+        HDF5Store.open(tmp_path / "run")
 
 
 def test_float64_rows_are_stored_as_float64(tmp_path):

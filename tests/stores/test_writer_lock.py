@@ -1,11 +1,13 @@
 """Only one training at a time writes to a run; the lock of a dead process blocks nobody."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
@@ -59,6 +61,50 @@ def test_a_living_process_keeps_others_away(tmp_path, sleeper):
         with pytest.raises(RunInUseError, match=rf"process {sleeper.pid} on host .*'their-run'"):
             attempt(HDF5Store(tmp_path / "run"))
     assert len(HDF5Store.open(tmp_path / "run")) == 4
+
+
+def test_another_thread_cannot_take_the_lock_while_its_holder_runs(tmp_path):
+    """Two trainings in two threads, as of a search over hyper-parameters, with one path."""
+    with ThreadPoolExecutor(1) as pool:
+        first = run_of(tmp_path / "run")  # Held by the main thread.
+        taken = pool.submit(HDF5Store(tmp_path / "run").resume, 4)
+        with pytest.raises(RunInUseError, match="is being written by another training"):
+            taken.result()
+        first.append(replace(make_steps(1)[0], index=50))
+        first.seal()
+        first.release()
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(run_of, tmp_path / "other").result()
+    HDF5Store(tmp_path / "other").resume(4)  # The thread that held it has ended.
+    assert ended.run_id
+    assert [step.index for step in HDF5Store.open(tmp_path / "run")][-1] == 50
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_a_fork_of_the_writer_writes_nothing_and_waits_for_nothing(tmp_path):
+    store = run_of(tmp_path / "run")
+    store.append(replace(make_steps(1)[0], index=50))
+    child = os.fork()
+    if child == 0:
+        try:
+            store.seal()
+        except RunInUseError as error:
+            store.release()
+            os._exit(42 if "is a fork of process" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+    store.seal()
+    assert len(HDF5Store.open(tmp_path / "run")) == 5
+
+
+def test_a_failure_to_write_the_lock_names_the_folder(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StoreFileError, match=r"run` cannot be written: Input/output error"):
+        HDF5Store(tmp_path / "run").begin(RECIPE)
 
 
 def test_a_training_refuses_to_begin_beside_another(tmp_path, sleeper):

@@ -7,15 +7,15 @@ import json
 import re
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Set
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Mapping, Set
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
 from tda_lightning.stores.hdf5.snapshot_files import indices_in, snapshot_file
-from tda_lightning.stores.integrity.damage import StoreFileError, printable, reading
-from tda_lightning.stores.integrity.durable import atomic_write
+from tda_lightning.stores.integrity.damage import StoreFileError, printable, readable, reading
+from tda_lightning.stores.integrity.durable import atomic_write, writing_to
 from tda_lightning.stores.integrity.manifest import MANIFEST_NAME, Manifest, write_manifest
 from tda_lightning.stores.integrity.writer_lock import LOCK
 from tda_lightning.stores.recipe import Recipe
@@ -25,6 +25,8 @@ FORMAT = "tda_lightning"
 FORMAT_VERSION = 2
 RECIPE = "recipe.json"
 PARTIAL = ".*.partial"
+# Files that desktops and network file systems create by themselves.
+_OF_THE_SYSTEM = (".DS_Store", "._*", ".nfs*", ".fuse_hidden*", "Thumbs.db", "desktop.ini")
 _MAX_RECIPE_BYTES = 2**26
 _SEGMENT = re.compile(r"segment-(\d{6,})(?:-rank-(\d+))?\.h5")
 
@@ -88,7 +90,7 @@ def prepare(path: Path) -> None:
     """
     if path.exists() and not is_empty(path):
         raise FileExistsError(_occupied_message(path))
-    with _writing_to(path):
+    with writing_to(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -102,26 +104,11 @@ def write_recipe(path: Path, run: str, recipe: Recipe) -> None:
 
     Raises:
         FileExistsError: If the folder is not empty.
-        StoreFileError: If the folder cannot be written.
     """
     require_recipe(recipe.to_dict())  # What is written must be readable.
     if not is_empty(path):
         raise FileExistsError(_occupied_message(path))
-    with _writing_to(path):
-        _write_document(path, run, recipe)
-
-
-@contextmanager
-def _writing_to(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except StoreFileError:
-        raise
-    except OSError as error:
-        raise StoreFileError(
-            f"`{path}` cannot be written: {error.strerror or error}. Expected a folder that can be "
-            "created, on a disk with space. Choose another path, or make space."
-        ) from error
+    _write_document(path, run, recipe)
 
 
 def amend_recipe(path: Path, recipe: Recipe) -> None:
@@ -183,13 +170,23 @@ def read_run_id(path: Path) -> str | None:
 
 
 def require_clearable(path: Path) -> None:
-    """Check that a path holds nothing or a run.
+    """Check that a path holds nothing, or a run and nothing else.
 
     Raises:
         FileExistsError: If it holds something else; the message names the content.
     """
-    if path.exists() and not is_run(path) and not is_empty(path):
+    if not path.exists() or is_empty(path):
+        return
+    if not is_run(path):
         raise FileExistsError(_occupied_message(path))
+    run = set(files_of(path))
+    others = [file.name for file in path.iterdir() if file not in run and not _is_nothing(file)]
+    if others:
+        raise FileExistsError(
+            f"`{path}` holds a run and something else, such as `{printable(min(others))}`; "
+            "expected only a run to delete. Move the other files, or choose another path; nothing "
+            "was changed there."
+        )
 
 
 def delete_run(path: Path) -> None:
@@ -225,7 +222,8 @@ def _manifests(path: Path) -> list[Path]:
 
 def is_run(path: Path) -> bool:
     """Return whether a folder holds a run."""
-    return (path / RECIPE).is_file()
+    with readable(path / RECIPE):
+        return (path / RECIPE).is_file()
 
 
 def require_recipe_file(path: Path) -> None:
@@ -239,10 +237,12 @@ def require_recipe_file(path: Path) -> None:
 
 
 def is_empty(path: Path) -> bool:
-    """Return whether a folder holds nothing but what a killed process may leave."""
-    return path.is_dir() and all(
-        entry.match(PARTIAL) or entry.name == LOCK for entry in path.iterdir()
-    )
+    """Return whether a folder holds nothing but what a killed process or the system may leave."""
+    return path.is_dir() and all(map(_is_nothing, path.iterdir()))
+
+
+def _is_nothing(file: Path) -> bool:
+    return file.name == LOCK or any(map(file.match, (PARTIAL, *_OF_THE_SYSTEM)))
 
 
 def _read_document(path: Path) -> dict[str, Any]:

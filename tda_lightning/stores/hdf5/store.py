@@ -23,7 +23,7 @@ from tda_lightning.stores.hdf5.snapshot_files import (
     require_snapshots,
     write_snapshot,
 )
-from tda_lightning.stores.integrity.durable import absolute_path
+from tda_lightning.stores.integrity.durable import absolute_path, writing_to
 from tda_lightning.stores.integrity.manifest import (
     EndEntry,
     Manifest,
@@ -178,13 +178,9 @@ class HDF5Store(WritableStore):
         """Start a new run in an empty or new folder."""
         folder.prepare(self.path)
         run = folder.new_run_id()
-        self._lock.acquire(self.path, run)
-        try:
+        with writing_to(self.path), self._lock.acquired(self.path, run):
             folder.write_recipe(self.path, run, recipe)
             write_manifest(self._manifest_file, Manifest(run))
-        except BaseException:
-            self._lock.release()
-            raise
         self._recipe, self._run = recipe, run
         self._shard, self._merged = Shard(), None
         self._sink.start_at(self.path, self._identity(0), self._shard)
@@ -265,6 +261,7 @@ class HDF5Store(WritableStore):
 
     def seal(self) -> None:
         """Write the buffered steps to a new segment and wait until it is on disk."""
+        self._lock.renew()
         self._sink.seal()
 
     def refresh(self) -> None:

@@ -5,7 +5,9 @@ The checksums are XXH3, which is several times faster than reading the bytes.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
@@ -99,6 +101,25 @@ class StoreFileError(OSError):
     """A file of a run that cannot be used; the message names it."""
 
 
+# Errors of the system that say nothing about the content of a file.
+_NOT_OF_CONTENT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO}
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn the system's errors of opening a file into one that names it.
+
+    Raises:
+        StoreFileError: If the file cannot be read, though it may be whole.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_OF_CONTENT:
+            raise
+        raise StoreFileError(_cannot_be_read(path, error)) from error
+
+
 @contextmanager
 def reading(
     path: Path, expected: str, remedy: str, kind: type[Exception] = StoreFileError
@@ -127,10 +148,20 @@ recipe. Reading it failed: KeyError: 'format'. Restore it from a copy.
     except StoreFileError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NOT_OF_CONTENT:
+            raise kind(_cannot_be_read(path, error)) from error
         raise kind(
             f"`{printable(str(path))}` {_state_of(path)}; expected {expected}. Reading it failed: "
             f"{_in_short(error)}. {remedy}"
         ) from error
+
+
+def _cannot_be_read(path: Path, error: OSError) -> str:
+    return (
+        f"`{printable(str(path))}` cannot be read: {os.strerror(error.errno or 0)}. Expected a "
+        "file that this process may open. Check its permissions, its disk, and the limit of open "
+        "files."
+    )
 
 
 def _require_regular(path: Path) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tda_lightning.stores.integrity.damage import StoreFileError
+
 # Windows lacks these.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 NO_BLOCK = getattr(os, "O_NONBLOCK", 0)
@@ -64,3 +66,21 @@ def make_durable(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn errors of the system inside the context into one that names the folder.
+
+    Raises:
+        StoreFileError: If the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # It has our message already.
+            raise
+        raise StoreFileError(
+            f"`{path}` cannot be written: {error.strerror or error}. Expected a folder that can be "
+            "created, on a disk with space. Choose another path, or make space."
+        ) from error

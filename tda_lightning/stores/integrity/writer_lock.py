@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import uuid
 import weakref
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from tda_lightning.stores.integrity.damage import StoreFileError
 from tda_lightning.stores.integrity.durable import NO_BLOCK, NO_FOLLOW
@@ -35,10 +37,15 @@ class RunInUseError(StoreFileError):
     """Another training writes to the run; the message names it."""
 
 
+# The threads of this process that hold locks, by token.
+_threads: WeakValueDictionary[str, threading.Thread] = WeakValueDictionary()
+
+
 class WriterLock:
     """The right to write to the run in a folder."""
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._file = Path(LOCK)
         self._token = ""
         self._is_owner = False
@@ -50,7 +57,7 @@ class WriterLock:
         return bool(self._token)
 
     def acquire(self, folder: Path, run: str) -> None:
-        """Become the owner. Earlier owners in this process, and dead ones, lose the lock.
+        """Become the owner. Earlier owners in this thread, and dead ones, lose the lock.
 
         Args:
             folder: The folder of the run.
@@ -60,11 +67,26 @@ class WriterLock:
             RunInUseError: If another training writes to the run.
         """
         self._file, owner = folder / LOCK, Owner.this_process(run)
+        _threads[owner.token] = threading.current_thread()  # Before others can see the file.
         if not _create(self._file, owner):
             _require_free(self._file, owner)
             _replace(self._file, owner)
         self._hold(owner.token)
         self.require()
+
+    @contextmanager
+    def acquired(self, folder: Path, run: str) -> Iterator[None]:
+        """Become the owner, and stay it unless the context raises.
+
+        Raises:
+            RunInUseError: If another training writes to the run.
+        """
+        self.acquire(folder, run)
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
 
     @contextmanager
     def held(self, folder: Path, run: str) -> Iterator[None]:
@@ -86,7 +108,7 @@ class WriterLock:
         """Write beside the present owner: another process of the same training."""
         self._file = folder / LOCK
         owner = read_owner(self._file)
-        self._token = owner.token if owner else ""
+        self._token, self._process = owner.token if owner else "", os.getpid()
 
     def require(self) -> None:
         """Check that this training still has the lock, and renew it.
@@ -94,6 +116,7 @@ class WriterLock:
         Raises:
             RunInUseError: If another one has taken it.
         """
+        self._require_process()
         owner = read_owner(self._file)
         if self._token and owner is not None and owner.token != self._token:
             raise _in_use(self._file, owner)
@@ -113,7 +136,12 @@ class WriterLock:
             self._renewed = time.monotonic()
 
     def renew(self) -> None:
-        """Show that the owner is alive; costs nothing if called often."""
+        """Show that the owner is alive; costs nothing if called often.
+
+        Raises:
+            RunInUseError: If another training has taken the lock, or in a fork of the owner.
+        """
+        self._require_process()
         if self._token and time.monotonic() - self._renewed > RENEWAL_SECONDS:
             self.require()
 
@@ -123,8 +151,16 @@ class WriterLock:
             _release(self._file, self._token, os.getpid())
         self._token, self._is_owner = "", False
 
+    def _require_process(self) -> None:
+        if self._token and self._process != os.getpid():
+            raise RunInUseError(
+                f"This process is a fork of process {self._process}, which writes to "
+                f"`{self._file.parent}`; expected only that one. Record there, or into another "
+                "folder."
+            )
+
     def _hold(self, token: str) -> None:
-        self._token, self._is_owner = token, True
+        self._token, self._is_owner, self._process = token, True, os.getpid()
         # A store that nobody closes gives the lock back when it is collected, or at exit.
         weakref.finalize(self, _release, self._file, token, os.getpid())
 
@@ -179,6 +215,8 @@ def _require_free(file: Path, this: Owner) -> None:
                 return
             time.sleep(0.05)
             continue
+        if owner.is_same_process(this) and _is_in_another_thread(owner):
+            raise _in_use(file, owner)
         if owner.is_same_process(this) or not may_be_alive(owner, this):
             return
         is_renewed = _time_of(file) != first_time
@@ -188,6 +226,12 @@ def _require_free(file: Path, this: Owner) -> None:
         if max(_age_of(file), waited) > STALE_SECONDS:
             return
         time.sleep(0.2)
+
+
+def _is_in_another_thread(owner: Owner) -> bool:
+    """Return whether another thread of this process holds a lock, and is still running."""
+    thread = _threads.get(owner.token)
+    return thread is not None and thread is not threading.current_thread() and thread.is_alive()
 
 
 def _time_of(file: Path) -> int:
