@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tda_lightning.arguments import require_kind
 from tda_lightning.attribution.attributor import SelfAttributor
+from tda_lightning.attribution.dynamics.averaged_labels import steps_backward
 from tda_lightning.attribution.dynamics.curvature import BestAvailable, Curvature
 from tda_lightning.attribution.dynamics.optimizer import (
     Dynamics,
@@ -49,7 +50,8 @@ class Unrolled(SelfAttributor):
     """Differentiation of the whole training, in one pass from the last step to the first.
 
     A slice of a run counts as a training that ended with it. In a run that was recorded with a
-    stride, each recorded step represents as many equal ones.
+    stride, each recorded step represents as many equal ones. Where labels were sampled at a share
+    of the steps, their rows are averaged over some later steps, until there are at least 256.
 
     Attributes:
         curvature: How to build the curvature of each step.
@@ -105,7 +107,7 @@ class Unrolled(SelfAttributor):
         """Yield each step with ``take(...)``, summed over the steps that it represents."""
         warn_of_approximations(run)
         state = _StateAdjoint(queries.mT)
-        for step in reversed(run):
+        for step in steps_backward(run):
             dynamics = Dynamics.of(step)
             rows, scales = self.curvature.scaled_rows(step)
             hessian = LimitedCurvature(rows, scales, dynamics.overshoot_lr, self.propagator)

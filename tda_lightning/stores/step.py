@@ -99,6 +99,10 @@ class Preconditioner:
     columns: Float[Tensor, " all_columns"]
 
 
+# If labels are sampled at all, then in all of these first steps, whatever their share later:
+# curvature changes fastest there, and short runs consist of them.
+FIRST_LABELLED_STEPS = 20
+
 # The facts of visits that may be unknown.
 OPTIONAL_FACTS = ("terms", "curvature", "losses", "errors", "margins")
 

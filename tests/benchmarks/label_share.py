@@ -29,7 +29,7 @@ from torch import Generator, Tensor
 
 from tda_lightning import InfluenceFunction, Source, Unrolled
 from tda_lightning.gradients.losses import LabelSchedule
-from tda_lightning.gradients.losses.label_schedule import N_COMPLETE
+from tda_lightning.stores.step import FIRST_LABELLED_STEPS
 from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.step import Step
 
@@ -54,7 +54,7 @@ def share_of_steps(share: float) -> Way:
     schedule = LabelSchedule(share)
 
     def way(rows: Tensor, number: int, seed: int) -> Tensor:
-        later = 10_000 * seed if number >= N_COMPLETE else 0
+        later = 10_000 * seed if number >= FIRST_LABELLED_STEPS else 0
         weight = schedule.weight(number + later)
         return rows * weight**0.5 if weight else rows[:0]
 

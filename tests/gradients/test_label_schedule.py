@@ -3,7 +3,7 @@
 import pytest
 
 from tda_lightning.gradients.losses import LabelSchedule
-from tda_lightning.gradients.losses.label_schedule import N_COMPLETE
+from tda_lightning.stores.step import FIRST_LABELLED_STEPS
 
 SHARES = [0.03, 0.25, 0.3, 0.4, 0.7, 0.99, 1.0]
 
@@ -11,7 +11,7 @@ SHARES = [0.03, 0.25, 0.3, 0.4, 0.7, 0.99, 1.0]
 def weights(share, count):
     """Return the weights of the steps after those that are all drawn."""
     schedule = LabelSchedule(share)
-    return [schedule.weight(N_COMPLETE + number) for number in range(count)]
+    return [schedule.weight(FIRST_LABELLED_STEPS + number) for number in range(count)]
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -22,7 +22,9 @@ def test_a_step_has_weight_one_on_average(share):
 
 @pytest.mark.parametrize("share", SHARES)
 def test_the_first_steps_are_all_drawn(share):
-    assert [LabelSchedule(share).weight(number) for number in range(N_COMPLETE)] == [1] * N_COMPLETE
+    assert [LabelSchedule(share).weight(number) for number in range(FIRST_LABELLED_STEPS)] == [
+        1
+    ] * FIRST_LABELLED_STEPS
 
 
 def test_draws_are_spread_evenly():

@@ -17,8 +17,7 @@ import math
 from dataclasses import dataclass
 from random import Random
 
-# Curvature changes fastest in the first steps, and short runs consist of them.
-N_COMPLETE = 20
+from tda_lightning.stores.step import FIRST_LABELLED_STEPS
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class LabelSchedule:
     """Draws the steps at which labels are sampled.
 
     Attributes:
-        share: Share of the steps after the first :data:`N_COMPLETE`, which are all drawn.
+        share: Share of the steps after the first :data:`FIRST_LABELLED_STEPS`, which are all drawn.
     """
 
     share: float
@@ -40,10 +39,10 @@ class LabelSchedule:
         >>> [LabelSchedule(0.25).weight(number) for number in range(19, 28)]
         [1.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 4.0]
         """
-        if number < N_COMPLETE:
+        if number < FIRST_LABELLED_STEPS:
             return 1.0
         p = self.share
-        block, place = divmod(number - N_COMPLETE, max(1, round(1 / p)))
+        block, place = divmod(number - FIRST_LABELLED_STEPS, max(1, round(1 / p)))
         start = Random(block).random()
         is_drawn = math.floor(start + (place + 1) * p) > math.floor(start + place * p)
         return is_drawn / p
@@ -54,7 +53,7 @@ class LabelSchedule:
         Args:
             steps: Number of recorded steps, which may be infinite.
         """
-        complete = N_COMPLETE / max(steps, N_COMPLETE)
+        complete = FIRST_LABELLED_STEPS / max(steps, FIRST_LABELLED_STEPS)
         return complete + (1 - complete) * self.share
 
 
