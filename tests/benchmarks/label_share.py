@@ -29,9 +29,8 @@ from torch import Generator, Tensor
 
 from tda_lightning import InfluenceFunction, Source, Unrolled
 from tda_lightning.gradients.losses import LabelSchedule
-from tda_lightning.stores.step import FIRST_LABELLED_STEPS
 from tda_lightning.stores import MemoryStore
-from tda_lightning.stores.step import Step
+from tda_lightning.stores.step import FIRST_LABELLED_STEPS, Step
 
 METHODS = (Unrolled(), InfluenceFunction(), Source())
 # The rows of a step, its number, and a seed, to the rows that are left.
