@@ -4,7 +4,14 @@ No other package distinguishes operations.
 """
 
 # Rules are registered when their modules are imported.
-from tda_lightning.gradients.nodes import convolution, elementwise, linear, lookup, norms
+from tda_lightning.gradients.nodes import (
+    convolution,
+    elementwise,
+    linear,
+    lookup,
+    norms,
+    recurrent,
+)
 from tda_lightning.gradients.nodes.rule import (
     Contribution,
     NodeCall,
@@ -23,5 +30,6 @@ __all__ = [
     "lookup",
     "node_rule",
     "norms",
+    "recurrent",
     "rule_for",
 ]

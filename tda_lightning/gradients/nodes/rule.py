@@ -35,6 +35,7 @@ class NodeCall:
         n: Number of samples.
         alike: Shapes of the inputs with the same layout, by their positions.
         vjps: Their gradients, once :func:`per_sample_vjp` has computed those of all.
+        shared: What the calls for the inputs of one node have in common; see :meth:`cached`.
     """
 
     node: Any
@@ -45,6 +46,13 @@ class NodeCall:
     n: int
     alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     vjps: dict[int, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+    def cached(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Return a tensor that is computed once for all inputs of a node."""
+        if name not in self.shared:
+            self.shared[name] = compute()
+        return self.shared[name]
 
     @property
     def grad(self) -> Tensor:
