@@ -5,9 +5,9 @@ The run is cut into segments. Within a segment, curvature :math:`\bar H_\ell`, r
 averages. The :math:`K_\ell` steps of a segment then become a power and a geometric series of one
 propagator :math:`\varphi_\ell = \varphi(\bar \eta_\ell \bar H_\ell)`,
 
-.. math:: s(q, i) = \sum_\ell \Big\langle \big( \textstyle\prod_{\ell' > \ell}
+.. math:: s(q, i) = \sum_\ell \big\langle \big( \textstyle\prod_{\ell' > \ell}
    \varphi_{\ell'}^{K_{\ell'}} \big) g_q, \; \bar \eta_\ell \big( \textstyle\sum_{j < K_\ell}
-   \varphi_\ell^{\,j} \big) \, \bar g_{i, \ell} \Big\rangle
+   \varphi_\ell^{\,j} \big) \, \bar g_{i, \ell} \big\rangle
 
 Bae et al. (2024), "Training Data Attribution via Approximate Unrolled Differentiation", section 3.
 With :math:`\varphi(x) = e^{-x}`, the powers are their matrix exponentials

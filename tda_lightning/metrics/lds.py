@@ -1,9 +1,9 @@
 r"""Linear datamodeling score: do scores predict the losses after retraining without some samples?
 
-For each query :math:`q`, over subsets :math:`S_1, \dots, S_m` of the training data,
+For each query :math:`q`, over subsets :math:`S_1, \ldots, S_m` of the training data,
 
-.. math:: \mathrm{LDS}(q) = \rho \Big( \big(-L_q(\theta_{S_j})\big)_{j}, \;
-   \big( \textstyle\sum_{i \in S_j} s(q, i) \big)_{j} \Big)
+.. math:: \mathrm{LDS}(q) = \rho \big( \big(-L_q(\theta_{S_j})\big)_{j}, \;
+   \big( \textstyle\sum_{i \in S_j} s(q, i) \big)_{j} \big)
 
 with Spearman's rank correlation :math:`\rho` and the loss :math:`L_q(\theta_{S_j})` of the query
 after retraining on :math:`S_j`. Park et al. (2023), "TRAK: Attributing Model Behavior at Scale",

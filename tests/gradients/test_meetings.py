@@ -206,6 +206,12 @@ def test_checkpointed_layers_are_recorded(use_reentrant, depth):
     assert_rows_are_gradients(net, data_of((D,)), reference=uncheckpointed)
 
 
+def test_checkpoints_are_refused_where_torch_does_not_show_hooks(monkeypatch):
+    monkeypatch.setattr("tda_lightning.gradients.nodes.rule._SHOWS_HOOKS", False)
+    with pytest.raises(ValueError, match=r"checkpoints .*torch 2\.10 on"):
+        assert_rows_are_gradients(Checkpointed(False, 2).double(), data_of((D,)))
+
+
 def test_rows_under_autocast_are_gradients_up_to_rounding():
     net = Sequences(prompted, prompt=(3, D), norm=lambda: nn.LayerNorm(D))
     x, y = data_of((T, D)).tensors

@@ -148,7 +148,9 @@ def test_a_pipe_in_place_of_the_recipe_is_no_run(run):
         HDF5Store.open(run)
 
 
-@pytest.mark.parametrize("content", ["[" * 10**6 + "]" * 10**6, '{"a":' * 5000 + "1" + "}" * 5000])
+@pytest.mark.parametrize(
+    "content", ["[" * 10**6 + "]" * 10**6, '{"a":' * 10**5 + "1" + "}" * 10**5]
+)
 def test_deep_json_is_one_error(run, content):
     (run / "recipe.json").write_text(content)
     with pytest.raises(StoreFileError, match=r"recipe\.json` is damaged.*RecursionError"):

@@ -2,8 +2,8 @@ r"""Trace words to passages through the last layer, exactly.
 
 With features :math:`h` and logits :math:`z` at the tokens of a passage :math:`i` and of a query,
 
-.. math:: s(q, i) = -\sum_{t, a} \Big\langle \frac{\partial L_i}{\partial z_t},
-   \frac{\partial f_q}{\partial z_a} \Big\rangle \, \langle h_t, h_a \rangle
+.. math:: s(q, i) = -\sum_{t, a} \big\langle \frac{\partial L_i}{\partial z_t},
+   \frac{\partial f_q}{\partial z_a} \big\rangle \, \langle h_t, h_a \rangle
 
 It is TracIn of the last layer, at the model's weights or at snapshots of a run: Pruthi et al.
 (2020), "Estimating Training Data Influence by Tracing Gradient Descent", sec. 4. Few passages hold

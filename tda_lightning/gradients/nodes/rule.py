@@ -20,6 +20,7 @@ from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLay
 # Per-sample gradients of a parameter-only tensor: factors of the tensor as a matrix (its first axis
 # by all others), or the gradients themselves, shape ``(n, *shape)``.
 Contribution = GradientFactors | Tensor
+_SHOWS_HOOKS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 
 
 @dataclass(slots=True)
@@ -209,14 +210,46 @@ def saved_value(node: Any, name: str) -> Any:
 
     A non-reentrant checkpoint recomputes its part of the forward pass when the first saved tensor
     is read, and lets each tensor be read only once. The node itself still has to read it, so this
-    puts the tensor back.
+    puts the tensor back. That needs the hook of the checkpoint, which torch shows since 2.10.
+
+    Raises:
+        ValueError: If a checkpoint saved it, and this version of torch does not show hooks.
     """
     raw = getattr(node, f"_raw_saved_{name}", None)
     unpack_hook = getattr(raw, "unpack_hook", None)
     value = getattr(node, f"_saved_{name}")
+    if raw is not None and not _SHOWS_HOOKS:
+        _require_second_reading(node, name)
     if raw is not None and unpack_hook is not None and hasattr(raw.data, "handles"):
         _put_back(unpack_hook, raw.data, value)
     return value
+
+
+def saved_without_hook(node: Any, name: str) -> Tensor | None:
+    """Return a tensor that a node saved, or ``None`` if a hook unpacks it.
+
+    Raises:
+        ValueError: As in :func:`saved_value`.
+    """
+    if _SHOWS_HOOKS and getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
+        return None
+    value: Tensor = getattr(node, f"_saved_{name}")
+    if not _SHOWS_HOOKS:
+        _require_second_reading(node, name)
+    return value
+
+
+def _require_second_reading(node: Any, name: str) -> None:
+    from torch.utils.checkpoint import CheckpointError
+
+    try:
+        getattr(node, f"_saved_{name}")
+    except CheckpointError as error:
+        raise ValueError(
+            "A model with activation checkpoints (`use_reentrant=False`) can be recorded from "
+            "torch 2.10 on, where the tensors of a checkpoint can be read twice; this is torch "
+            f"{torch.__version__}. Update torch, or train without checkpoints."
+        ) from error
 
 
 def _put_back(unpack_hook: Any, holder: Any, value: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tda_lightning.gradients.factors.gradient_factors import coarser
 from tda_lightning.gradients.graph.walk import Edge, Meeting
+from tda_lightning.gradients.nodes.rule import saved_without_hook
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,19 @@ def _sum_per_sample(values: Tensor, n: int) -> Float[Tensor, "k n d"]:
     return by_sample[:, :, 0] if by_sample.shape[2] == 1 else by_sample.sum(dim=2)
 
 
+def _none_or_tuple(value: Tensor | None) -> tuple[Tensor] | None:
+    # A checkpoint lets a tensor be read once only: its nodes are recorded alone.
+    return None if value is None else (value,)
+
+
 def _addmm_saved(node: Any) -> tuple[Tensor, ...] | None:
-    # A checkpoint lets a tensor be read once only.
-    if node._raw_saved_mat1.unpack_hook is not None:
+    if not node._saved_alpha == 1 == node._saved_beta:
         return None
-    return (node._saved_mat1,) if node._saved_alpha == 1 == node._saved_beta else None
+    return _none_or_tuple(saved_without_hook(node, "mat1"))
 
 
 def _mm_saved(node: Any) -> tuple[Tensor, ...] | None:
-    return None if node._raw_saved_self.unpack_hook is not None else (node._saved_self,)
+    return _none_or_tuple(saved_without_hook(node, "self"))
 
 
 def _product(position: int, values: Sequence[Tensor], n: int) -> StackedFactors | Tensor:
@@ -93,9 +98,8 @@ def _mm_product(position: int, values: Sequence[Tensor], n: int) -> StackedFacto
 
 
 def _layer_norm_saved(node: Any) -> tuple[Tensor, ...] | None:
-    if node._raw_saved_input.unpack_hook is not None:
-        return None
-    return node._saved_input, node._saved_result1, node._saved_result2
+    inputs = saved_without_hook(node, "input")
+    return None if inputs is None else (inputs, node._saved_result1, node._saved_result2)
 
 
 def _layer_norm(position: int, values: Sequence[Tensor], n: int) -> StackedFactors | Tensor:
