@@ -100,13 +100,13 @@ def new_run_id() -> str:
 
 
 def write_recipe(path: Path, run: str, recipe: Recipe) -> None:
-    """Begin a run in an empty folder.
+    """Begin a run in a folder without one.
 
     Raises:
-        FileExistsError: If the folder is not empty.
+        FileExistsError: If the folder holds a run.
     """
     require_recipe(recipe.to_dict())  # What is written must be readable.
-    if not is_empty(path):
+    if is_run(path):
         raise FileExistsError(_occupied_message(path))
     _write_document(path, run, recipe)
 
@@ -170,23 +170,13 @@ def read_run_id(path: Path) -> str | None:
 
 
 def require_clearable(path: Path) -> None:
-    """Check that a path holds nothing, or a run and nothing else.
+    """Check that a path holds nothing or a run.
 
     Raises:
         FileExistsError: If it holds something else; the message names the content.
     """
-    if not path.exists() or is_empty(path):
-        return
-    if not is_run(path):
+    if path.exists() and not is_run(path) and not is_empty(path):
         raise FileExistsError(_occupied_message(path))
-    run = set(files_of(path))
-    others = [file.name for file in path.iterdir() if file not in run and not _is_nothing(file)]
-    if others:
-        raise FileExistsError(
-            f"`{path}` holds a run and something else, such as `{printable(min(others))}`; "
-            "expected only a run to delete. Move the other files, or choose another path; nothing "
-            "was changed there."
-        )
 
 
 def delete_run(path: Path) -> None:

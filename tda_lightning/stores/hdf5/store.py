@@ -90,6 +90,7 @@ class HDF5Store(WritableStore):
         self._storage = storage
         self._recipe: Recipe | None = None
         self._run = ""  # id of the run that is read or written
+        self._is_cleared = False
         # A training goes on even if its run has lost a segment.
         self._missing: Literal["refuse", "skip"] = "skip"
         self._rank, self._ranks = 0, 1
@@ -176,7 +177,8 @@ class HDF5Store(WritableStore):
 
     def begin(self, recipe: Recipe) -> None:
         """Start a new run in an empty or new folder."""
-        folder.prepare(self.path)
+        if not self._is_cleared:  # After it, the user's other files may be left.
+            folder.prepare(self.path)
         run = folder.new_run_id()
         with writing_to(self.path), self._lock.acquired(self.path, run):
             folder.write_recipe(self.path, run, recipe)
@@ -212,6 +214,7 @@ class HDF5Store(WritableStore):
             with self._lock.held(self.path, self._run):
                 folder.delete_run(self.path)
             self._lock.release()
+            self._is_cleared = True
         self._recipe, self._run = None, ""
         self._sink.discard()
         self._shard, self._merged = Shard(), None
