@@ -103,6 +103,7 @@ def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(cuda_devices(model)))
+        stack.enter_context(_preserved_parameters(model))
         for context in (_preserved_modes, _preserved_buffers, preserved_metrics, _muted_logging):
             stack.enter_context(context(model))
         model.train(mode == "train")
@@ -176,6 +177,19 @@ def _preserved_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _preserved_parameters(model: nn.Module) -> Iterator[None]:
+    """Undo changes in place: a training step may move an average of the weights."""
+    copies = [(each, each._version, each.detach().clone()) for each in model.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, version, saved in copies:
+                if parameter._version != version:
+                    parameter.copy_(saved)
 
 
 @contextmanager

@@ -54,6 +54,23 @@ def prompted(m, x):
     return m.norm(torch.cat([m.prompt.expand(len(x), -1, -1), x], dim=1))
 
 
+class Recomputed(torch.autograd.Function):
+    """Calls a module again in the backward pass, as the adjoint method does for equations."""
+
+    @staticmethod
+    def forward(ctx, module, x, *parameters):
+        ctx.module = module
+        ctx.save_for_backward(x, *parameters)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return None, *torch.autograd.grad(ctx.module(x), [x, *parameters], grad)
+
+
 MEETINGS = {
     "an expanded class token": (
         lambda m, x: torch.cat([m.token.expand(len(x), -1, -1), x], dim=1),
@@ -151,6 +168,14 @@ MEETINGS = {
     "a layer of the mean of the batch": (
         lambda m, x: x + m.center(x.mean(dim=0, keepdim=True).detach()),
         {"center": lambda: nn.Linear(D, D)},
+    ),
+    "a function that calls a module again": (
+        lambda m, x: Recomputed.apply(m.inner, x, *m.inner.parameters()),
+        {"inner": lambda: nn.Linear(D, D)},
+    ),
+    "a time that all samples share, mostly without effect": (
+        lambda m, x: sum(w * (x + m.time(torch.full((1, 1), w).double())) for w in (0, 1, 0, 0)),
+        {"time": lambda: nn.Linear(1, D)},
     ),
     "a state space": (
         lambda m, x: (x.cumsum(dim=1)[..., None] * m.decay.sigmoid()).sum(dim=-1),

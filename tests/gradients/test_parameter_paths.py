@@ -52,6 +52,22 @@ class Half(torch.autograd.Function):
         return grad @ weight.mT, x.mT @ grad / 2
 
 
+class Affine(torch.autograd.Function):
+    """Scale and shift, among arguments that are no tensors or need no gradient."""
+
+    @staticmethod
+    def forward(ctx, factor, x, constant, scale, shift):
+        ctx.factor = factor
+        ctx.save_for_backward(x, constant, scale)
+        return factor * x * constant * scale + shift
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, constant, scale = ctx.saved_tensors
+        slope = ctx.factor * constant * grad
+        return None, slope * scale, None, (slope * x).sum(dim=0), grad.sum(dim=0)
+
+
 def experts(m, x):
     gates = (x[:, :3] @ m.gate).softmax(dim=-1)
     return sum(gates[:, e, None] * (x @ m.stack[e]) for e in range(3))
@@ -142,6 +158,10 @@ PATHS = {
         {"codes": (D, 2), "decoder": (2, 5)},
     ),
     "a custom function": (lambda m, x: Half.apply(x, m.weight), {"weight": (D, 5)}),
+    "a custom function with a constant and a number": (
+        lambda m, x: Affine.apply(2, x[:, :5].square(), torch.arange(5), m.scale, m.shift),
+        {"scale": (5,), "shift": (5,)},
+    ),
     "a custom function of a cast": (
         lambda m, x: Half.apply(x, m.weight.exp().mT),
         {"weight": (5, D)},

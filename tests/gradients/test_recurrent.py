@@ -3,13 +3,13 @@
 import copy
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from lightning_models import loader, quiet_trainer
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-import pytorch_lightning as pl
 from tda_lightning import GradientRecorder, Identity
 from tda_lightning.gradients.nodes import rule
 from tda_lightning.stores import MemoryStore
@@ -56,7 +56,8 @@ class Recurrent(pl.LightningModule):
             state = tuple(each.expand(1, len(inputs), H).contiguous() for each in self.start)
         outputs, last = self.layer(inputs if self.is_first else inputs.transpose(0, 1), state)
         outputs = outputs if self.is_first else outputs.transpose(0, 1)
-        return functional.cross_entropy(self.head(self.read(outputs, last)), labels, reduction="none")
+        logits = self.head(self.read(outputs, last))
+        return functional.cross_entropy(logits, labels, reduction="none")
 
     def training_step(self, batch, batch_idx):
         return self.losses(*batch).mean()

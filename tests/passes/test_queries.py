@@ -96,6 +96,32 @@ def test_recording_queries_preserves_the_state_of_the_model(mode):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+class WithAverage(Plain):
+    """Follows an average of the weights in its training step, and scales a trained weight."""
+
+    def __init__(self):
+        super().__init__(mlp())
+        self.average = mlp().requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            for average, weight in zip(
+                self.average.parameters(), self.net.parameters(), strict=True
+            ):
+                average.lerp_(weight, 0.1)
+            self.net[0].weight.mul_(0.9)
+            targets = self.average(batch[0])
+        return nn.functional.mse_loss(self.net(batch[0]), targets)
+
+
+def test_weights_that_the_training_step_changes_are_restored_after_queries():
+    model = WithAverage()
+    store, _ = record(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    record_queries(model, vectors()[:5], like=store)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. Linear `net.0.bias`.*no effect")
 def test_the_mode_of_the_model_changes_the_rows():
     model = StatefulModel()

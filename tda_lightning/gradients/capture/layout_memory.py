@@ -56,6 +56,7 @@ class LayoutMemory(LayoutInference):
     by_shape: list[tuple[Node, int, Edge, bool]] = field(default_factory=list)
     _do_samples_mix: bool = False
     _empty_probes: dict[Key, int] = field(default_factory=dict)
+    _unreached: dict[Key, Any] = field(default_factory=dict)
     # The last shape, batch size and layout of a kind of meeting: most batches look the same.
     _last: dict[Kind, tuple[tuple[int, ...], int, Layout | None]] = field(default_factory=dict)
 
@@ -183,7 +184,16 @@ class LayoutMemory(LayoutInference):
         for meeting, position, edge, key in open_inputs:
             found = evidence.get(meeting.node), traces.get(meeting.node)
             is_changed |= self._judge(meeting, position, edge, key, *found)
+        self._trust_unreached()
         return is_changed
+
+    def _trust_unreached(self) -> None:
+        """Trust the inferred layouts of kinds that no gradient has reached in several batches."""
+        for key, inferred in self._unreached.items():
+            count = self._empty_probes[key] = self._empty_probes.get(key, 0) + 1
+            if count >= _MAX_EMPTY_PROBES and inferred is not UNKNOWN:
+                self._decided.setdefault(key, inferred)
+        self._unreached.clear()
 
     def _trace(self, loss: Tensor, result: Walk) -> None:
         """Find the samples of all rows in no regular order."""
@@ -236,10 +246,8 @@ class LayoutMemory(LayoutInference):
         elif traced is not None and inferred is TRACED:  # Rows of several samples arrived.
             self._decided[key] = None
         else:
-            self._empty_probes[key] = self._empty_probes.get(key, 0) + 1
             is_safe = inferred is not TRACED or meeting.takes_data  # It may repeat a constant.
-            if self._empty_probes[key] >= _MAX_EMPTY_PROBES and is_safe:
-                self._decided[key] = inferred
+            self._unreached[key] = inferred if is_safe else UNKNOWN
             return False
         return self._decided[key] is None and meeting.is_first
 

@@ -71,7 +71,8 @@ class Walk:
         alike: Others, to be recorded together with those of the same kind, each with its slot.
         as_meetings: Returns those others as meetings.
         with_samples: All nodes whose outputs depend on samples and on recorded parameters.
-        checkpoints: Functions written in Python, which may run modules in the backward pass.
+        checkpoints: Functions written in Python, which may run modules in the backward pass, and
+            whose arguments are no parameters.
         is_sampleless: Whether the loss depends on recorded parameters, but no node has samples.
         normalized: Nodes whose output goes into a batch norm, and nowhere else.
         inputs: The inputs of all nodes, as long as the structure of the graph is not remembered.
@@ -177,7 +178,7 @@ def _classify(
         elif edge[0] in with_samples:
             is_later = True
     if type(node) not in _ORDINARY:
-        is_later = _note(node, functions, result) or is_later
+        is_later = _note(node, functions, not inputs, result) or is_later
     if not inputs:
         if is_later:
             with_samples.add(node)
@@ -194,7 +195,7 @@ def _classify(
 _ORDINARY: set[type] = set()
 
 
-def _note(node: Node, functions: tuple[Edge, ...], result: Walk) -> bool:
+def _note(node: Node, functions: tuple[Edge, ...], may_check: bool, result: Walk) -> bool:
     """Note what is special about a node; return whether samples enter it unseen."""
     name = type(node).__name__
     if name in BATCH_NORMS and functions[0][0] is not None:
@@ -202,7 +203,7 @@ def _note(node: Node, functions: tuple[Edge, ...], result: Walk) -> bool:
         by_batch = bool(getattr(node, "_saved_training", True))
         result.normalized[chain[-1]] = Normalized(node, chain, by_batch)
     if isinstance(node, BackwardCFunction):
-        result.checkpoints.append(node)
+        result.checkpoints += [node] if may_check else []
     elif name not in BATCH_NORMS:
         _ORDINARY.add(type(node))
     return name == "CheckpointFunctionBackward"

@@ -6,8 +6,8 @@ With the outputs :math:`h_t` known, all gates follow from one product,
    \qquad c_t = f_t c_{t-1} + i_t g_t, \qquad h_t = o_t \tanh c_t
 
 and one pass back through time gives the gradient of each :math:`z_t`. It is one factor of the
-gradients of :math:`W`, :math:`V` and :math:`b`. Calling the kernel once per sample took thirty times
-a plain step for 64 samples of 50 steps.
+gradients of :math:`W`, :math:`V` and :math:`b`. Calling the kernel once per sample took thirty
+times a plain step, for 64 samples of 50 steps.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ _WEIGHTS, _BIASES = (1, 2), (3, 4)
 
 @node_rule("MkldnnRnnLayerBackward0", axes=lambda output, parameter, position: (1,))
 def _fused_layer(call: NodeCall) -> Contribution:
-    is_weight = call.position in _WEIGHTS or (
-        call.position in _BIASES and call.saved("has_biases")
-    )
+    is_weight = call.position in _WEIGHTS or (call.position in _BIASES and call.saved("has_biases"))
     if call.saved("mode") != _LSTM or call.layout.axis != 1 or not is_weight:
         return per_sample_vjp(call)
     layer = _Layer(call)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from tda_lightning.gradients.factors import Dense, GradientFactors
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
@@ -169,21 +171,32 @@ def per_sample_vjp(call: NodeCall) -> Float[Tensor, "n ..."]:
         )
     if call.position in call.vjps:
         return call.vjps.pop(call.position)
-    function = getattr(call.node, "apply", call.node)
     outputs = [_all_but_one_zero(call, grad) for grad in call.grads]
     # A call computes the gradients of all inputs.
     shapes = {**call.alike, call.position: call.shape}
     results: dict[int, list[Tensor]] = {position: [] for position in shapes}
     for sample in range(call.n):
-        input_grads = function(*(grad and grad(sample) for grad in outputs))
+        input_grads = _input_gradients(call.node, [grad and grad(sample) for grad in outputs])
         for position, shape in shapes.items():
-            value = input_grads[position] if isinstance(input_grads, tuple) else input_grads
+            value = input_grads[position]
             if value is None:
                 value = call.grad.new_zeros(shape)
             # Autograd itself sums over the axes along which an input was broadcast.
             results[position].append(value if value.shape == shape else value.sum_to_size(shape))
     call.vjps.update((position, torch.stack(values)) for position, values in results.items())
     return call.vjps.pop(call.position)
+
+
+def _input_gradients(node: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Call a node, and return a gradient for each of its inputs in the graph."""
+    if not isinstance(node, BackwardCFunction):
+        results = node(*grads)
+        return results if isinstance(results, tuple) else (results,)
+    results = node.apply(*grads)  # type: ignore[no-untyped-call]
+    # A function in Python has a gradient per argument, but only tensors are inputs in the graph.
+    values = results if isinstance(results, tuple) else (results,)
+    needed = iter(compress(values, node.needs_input_grad))
+    return [None if child is None else next(needed) for child, _ in node.next_functions]
 
 
 def _all_but_one_zero(call: NodeCall, grad: Tensor | None) -> Callable[[int], Tensor] | None:
