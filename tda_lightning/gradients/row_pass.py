@@ -9,6 +9,7 @@ wait.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from tda_lightning.gradients.capture.parameter_paths import ParameterGradient
 from tda_lightning.gradients.losses.loss_summary import LossFacts
 from tda_lightning.gradients.nodes.stacked import Slot
 from tda_lightning.gradients.parameter_selection import Place
+from tda_lightning.gradients.repeated_gradients import RepeatedGradients
 from tda_lightning.gradients.row_sum import HeldNodes, RowSum, Values
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 from tda_lightning.stores.step import Preconditioner
@@ -35,17 +37,25 @@ class RowPass:
         sketcher: Shrinks and hashes gradients.
         places: Where each parameter lies.
         n: Number of samples.
+        counts: How often each parameter occurred in the last pass; changed in place.
 
     Attributes:
         sums: As in :class:`RowSum`.
         preconditioner: The coordinates that the rows have brought about, once they are finished.
     """
 
-    def __init__(self, sketcher: Sketcher, places: Mapping[nn.Parameter, Place], n: int) -> None:
-        self._sketcher, self._places, self._n = sketcher, places, n
+    def __init__(
+        self,
+        sketcher: Sketcher,
+        places: Mapping[nn.Parameter, Place],
+        n: int,
+        counts: Counter[nn.Parameter],
+    ) -> None:
+        self._sketcher, self._places, self._n, self._counts = sketcher, places, n, counts
         self._rows = RowSum(sketcher, n)
         self._held = HeldNodes(sketcher, self._rows, n)
         self._waiting: WaitingGradients | None = None
+        self._repeated: RepeatedGradients | None = None
         self.preconditioner: Preconditioner | None = None
 
     def sum_blocks(self, sums: Float[Tensor, "blocks k1"] | None) -> None:
@@ -67,7 +77,8 @@ class RowPass:
         """
         receive = receiver(self._rows, self._sketcher, self._places, lost)
         if coordinates is None:
-            return receive, self._held.add
+            self._repeated = RepeatedGradients(receive, self._counts)
+            return self._repeated.receive, self._held.add
         waiting = self._waiting = WaitingGradients(
             coordinates, self._sketcher, self._places, receive, is_accumulated_once
         )
@@ -78,7 +89,8 @@ class RowPass:
             self._n,
             lambda slot, values: waiting.hold(slot, values, record),
         )
-        return waiting.receive, self._held.add
+        self._repeated = RepeatedGradients(waiting.receive, self._counts)
+        return self._repeated.receive, self._held.add
 
     def rows(self) -> Float[Tensor, "n k"]:
         """Return the rows, with all gradients that still wait."""
@@ -96,6 +108,8 @@ class RowPass:
             self._waiting.remove_hooks()
 
     def _record_all(self) -> None:
+        if self._repeated is not None:
+            self._repeated.finish()
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
             self.preconditioner = waiting.finish()

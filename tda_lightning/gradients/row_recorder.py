@@ -5,6 +5,7 @@ Training and queries use this code with the same recipe, so their rows are compa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
@@ -49,6 +50,7 @@ class RowRecorder:
     Attributes:
         label_weight: Factor of the curvature in the rows of sampled labels. With 0, there are none.
         preconditioner: The coordinates of the rows, if they are not raw.
+        excluded: Numbers of the blocks that were known from the start not to be recordable.
     """
 
     def __init__(
@@ -78,10 +80,14 @@ class RowRecorder:
         self.preconditioner: Preconditioner | None = None
         self._curvature_rows: Tensor | None = None
         numbers = {block.name: number for number, block in enumerate(selection.blocks)}
-        self._excluded = {numbers[name] for name in lost if name in numbers}
+        self.excluded = {numbers[name] for name in lost if name in numbers}
         self._n = 0
-        self._rows = RowPass(self._sketcher, self._places, 0)
+        self._counts: Counter[nn.Parameter] = Counter()
+        self._rows = self._new_pass()
         self._sums: Tensor | None = None
+
+    def _new_pass(self) -> RowPass:
+        return RowPass(self._sketcher, self._places, self._n, self._counts)
 
     def paused(self) -> AbstractContextManager[None]:
         """Pause all recorders of the model, for an extra pass that is not to be recorded."""
@@ -112,11 +118,6 @@ class RowRecorder:
         """Whether labels are sampled in the next backward pass."""
         return self._labels == "sampled" and self.label_weight != 0
 
-    @property
-    def excluded(self) -> set[int]:
-        """Numbers of the blocks that were known from the start not to be recordable."""
-        return self._excluded
-
     def __enter__(self) -> RowRecorder:
         """Attach to the model; hooks are attached to the graph of each batch."""
         self._capture.__enter__()
@@ -144,7 +145,7 @@ class RowRecorder:
     def continue_batch(self) -> None:
         """Prepare for another backward pass of the same batch, through the same graph or not."""
         self._rows.remove_hooks()  # Of a pass that was not finished.
-        self._rows = RowPass(self._sketcher, self._places, self._n)
+        self._rows = self._new_pass()
         self._summary, self._curvature_rows = LossSummary((), self._n), None
 
     def start_backward(self, loss: Tensor, coordinates: Coordinates | None = None) -> None:
@@ -174,7 +175,7 @@ class RowRecorder:
         self.label_weight = label_weight
         random_state = self._generator.get_state()
         self._read_graph(loss)
-        rows = RowPass(self._sketcher, self._places, self._n)
+        rows = self._new_pass()
         self._capture.timed_backward(loss, trained, *rows.receivers(self._capture.lost))
         with self._capture.time_added():
             rows.rows().cpu()
@@ -229,7 +230,7 @@ class RowRecorder:
             return
         with self._capture.switch.others_paused():
             gradients = self._sampled_gradients(loss, loss_nodes)
-        rows = RowPass(self._sketcher, self._places, self._n)
+        rows = self._new_pass()
         self._capture.extra_backward(gradients, *rows.receivers(self._capture.lost))
         self._curvature_rows = rows.rows() if weight == 1 else rows.rows() * weight**0.5
 
