@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,27 @@ def test_files_are_short():
 def test_the_public_names_exist():
     assert all(hasattr(tda_lightning, name) for name in tda_lightning.__all__)
     assert (PACKAGE / "py.typed").exists()
+
+
+def pictures() -> list[tuple[int, list[str]]]:
+    """Return the files of each picture in `contributing.md`, and their number in its text."""
+    text = (PACKAGE.parent / "docs" / "contributing.md").read_text()
+    found = []
+    for count, picture in re.findall(
+        r"crosses (?:these )?(\d+) files.*?```text\n(.*?)```", text, re.S
+    ):
+        folder, files = "", []
+        for line in picture.splitlines():
+            head, names = line[:28].strip(), line[28:].split("(")[0]
+            folder = head or folder
+            place = folder.removeprefix("tda_lightning/")
+            files += [f"{place}{name.strip()}.py" for name in names.split("->")]
+        found.append((int(count), files))
+    return found
+
+
+def test_the_pictures_of_a_step_and_of_a_query_show_files_that_exist():
+    assert len(pictures()) == 2
+    for count, files in pictures():
+        assert len(set(files)) == len(files) == count
+        assert not [file for file in files if not (PACKAGE / file).exists()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tda_lightning.recording.distributed import DistributedContext
+from tda_lightning.recording.settings import DistributedContext
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -14,11 +14,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.pausing import is_compiled, uncompiled
-from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, sampled_gradients
+from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, label_gradients
 from tda_lightning.gradients.nodes.stacked import Shrinking
 from tda_lightning.gradients.parameter_selection import ParameterSelection, named_parameters, places
 from tda_lightning.gradients.row_pass import BatchRows, Coordinates, RowPass
@@ -120,7 +119,7 @@ class RowRecorder:
 
     def __enter__(self) -> RowRecorder:
         """Attach to the model; hooks are attached to the graph of each batch."""
-        self._capture.__enter__()
+        self._capture.attach()
         return self
 
     def __exit__(
@@ -131,7 +130,7 @@ class RowRecorder:
     ) -> None:
         """Remove the hooks."""
         self._rows.remove_hooks()
-        self._capture.__exit__()
+        self._capture.detach()
         self._eager.close()
 
     def start(self, n: int) -> None:
@@ -229,28 +228,10 @@ class RowRecorder:
             self._curvature_rows = self._sketcher.empty_rows(0)
             return
         with self._capture.switch.others_paused():
-            gradients = self._sampled_gradients(loss, loss_nodes)
+            gradients = label_gradients(self._model, loss, loss_nodes, self._generator)
         rows = self._new_pass()
         self._capture.extra_backward(gradients, *rows.receivers(self._capture.lost))
         self._curvature_rows = rows.rows() if weight == 1 else rows.rows() * weight**0.5
-
-    def _sampled_gradients(
-        self, loss: Tensor, loss_nodes: Sequence[LossNode]
-    ) -> list[tuple[GradientEdge, Tensor]]:
-        sample = getattr(self._model, "sampled_output_gradients", None)
-        if sample is not None:
-            pairs = sample(loss, self._generator)
-            return [(get_gradient_edge(outputs), grad) for outputs, grad in pairs]
-
-        gradients = sampled_gradients(loss, loss_nodes, self._generator)
-        if not gradients:
-            raise ValueError(
-                f"Labels cannot be sampled for the loss of `{type(self._model).__name__}."
-                "training_step`: expected cross-entropy, binary cross-entropy, squared error, "
-                "Huber's loss, or a method `sampled_output_gradients(loss, generator)` of the "
-                "model. Write that method, or record with `curvature='none'`."
-            )
-        return gradients
 
     def sketch_gradient(self) -> Float[Tensor, "blocks k"]:
         """Sketch the current ``.grad`` of the parameters, block by block."""

@@ -15,7 +15,7 @@ from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.recording.contribution_table import ContributionTable
-from tda_lightning.recording.optimizer_recorder import RecordingSettings
+from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores.step import Preconditioner, Step
 

@@ -8,7 +8,6 @@ uses the contents of ``.grad``, whichever backward passes added to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +17,6 @@ from torch.optim import Optimizer
 
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.optimizer_gradients import (
     ValueClipping,
     clipped_norm,
@@ -28,9 +26,9 @@ from tda_lightning.recording.optimizer_gradients import (
     parameters_by_size,
 )
 from tda_lightning.recording.preconditioning import PartialPreconditioner
+from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.step_builder import StepBuilder
 from tda_lightning.recording.taken_step import TakenStep
-from tda_lightning.stores.recipe import LeftOut
 
 # The identity of a gradient tensor, and the number of in-place changes to it.
 _GradientVersion = tuple[int, int] | None
@@ -46,11 +44,8 @@ class ManualStepBuilder(StepBuilder):
         is_due: Returns whether its next step is to be recorded.
         rows: Records the rows of a pass.
         selection: All recorded layers, with the sources that this optimizer trains.
-        reduction: How a loss combines the samples of a batch.
         preconditioner: The optimizer's preconditioner, or ``None`` for raw rows.
-        audit_every: As in :class:`StepBuilder`.
-        distributed: The other processes of this training.
-        leave_out: As in :class:`StepBuilder`.
+        settings: Settings that all optimizers share.
         label_weight: As in :class:`StepBuilder`.
     """
 
@@ -60,17 +55,11 @@ class ManualStepBuilder(StepBuilder):
         is_due: Callable[[], bool],
         rows: RowRecorder,
         selection: ParameterSelection,
-        reduction: Literal["mean", "sum"],
         preconditioner: PartialPreconditioner | None,
-        audit_every: int,
-        distributed: DistributedContext,
-        leave_out: Callable[[Sequence[LeftOut]], None],
+        settings: RecordingSettings,
         label_weight: Callable[[], float],
     ) -> None:
-        super().__init__(
-            *(rows, selection, reduction, preconditioner, audit_every, distributed, leave_out),
-            label_weight,
-        )
+        super().__init__(rows, selection, preconditioner, settings, label_weight)
         self._parameters = parameters_by_size(optimizer)
         self._is_due = is_due
         self._batch: tuple[int, Int[Tensor, " n"]] | None = None

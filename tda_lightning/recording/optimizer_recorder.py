@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.losses import EVERY_STEP, LabelSchedule
 from tda_lightning.gradients.parameter_selection import ParameterSelection
-from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.manual_step_builder import ManualStepBuilder
 from tda_lightning.recording.optimizers import parameters_of
 from tda_lightning.recording.preconditioning import JointPreconditioner, PartialPreconditioner
+from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.step_builder import StepBuilder
-from tda_lightning.stores.recipe import LeftOut
 
 # Clipping by value that leaves a gradient's cosine above this counts as scaling.
 _MIN_COSINE = 0.99
-
-
-@dataclass(frozen=True)
-class RecordingSettings:
-    """Settings that the recorders of all optimizers share.
-
-    Attributes:
-        optimization: Whether Lightning or the user's ``training_step`` takes the steps.
-        rows: Creates the row recorder of some parameters.
-        reduction: How the training loss combines the samples of a batch.
-        preconditioner: Whether rows are in the optimizer's coordinates.
-        audit: Audit every n-th recorded step of each optimizer.
-        distributed: The other processes of this training.
-        warn: Called with the text of a warning.
-        leave_out: Called with the parameters that turn out not to be recordable.
-        labels: The steps at which labels are sampled, if rows for sampled labels are recorded.
-    """
-
-    optimization: Literal["automatic", "manual"]
-    rows: Callable[[ParameterSelection], RowRecorder]
-    reduction: Literal["mean", "sum"]
-    preconditioner: Literal["optimizer", "none"]
-    audit: int
-    distributed: DistributedContext
-    warn: Callable[[str], None]
-    leave_out: Callable[[Sequence[LeftOut]], None]
-    labels: LabelSchedule = EVERY_STEP
 
 
 class OptimizerRecorder:
@@ -86,16 +53,7 @@ class OptimizerRecorder:
         is_manual = settings.optimization == "manual"
         self.rows = settings.rows(selection)
         builder = partial(ManualStepBuilder, optimizer, self.is_due) if is_manual else StepBuilder
-        self.builder = builder(
-            self.rows,
-            selection,
-            settings.reduction,
-            preconditioner,
-            settings.audit,
-            settings.distributed,
-            settings.leave_out,
-            self._label_weight,
-        )
+        self.builder = builder(self.rows, selection, preconditioner, settings, self._label_weight)
 
     def is_due(self) -> bool:
         """Return whether the next step is to be recorded."""

@@ -5,8 +5,8 @@ The rows of micro-batches wait here for the optimizer step that uses their gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -24,7 +24,6 @@ from tda_lightning.recording.audits import (
     lost_parameters,
     negligible_blocks,
 )
-from tda_lightning.recording.distributed import DistributedContext
 from tda_lightning.recording.optimizer_gradients import (
     GradientScale,
     ValueClipping,
@@ -41,8 +40,8 @@ from tda_lightning.recording.preconditioning import (
     PartialPreconditioner,
     can_follow_gradients,
 )
+from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.taken_step import BatchVisits, StepLabel, TakenStep
-from tda_lightning.stores.recipe import LeftOut
 from tda_lightning.stores.step import Preconditioner
 
 # Every batch of every step has a different seed for its sampled labels.
@@ -55,39 +54,36 @@ class StepBuilder:
     Args:
         rows: Records the rows of a batch.
         selection: All recorded layers, with the sources that this optimizer trains.
-        reduction: How the training loss combines the samples of a batch.
         preconditioner: The optimizer's preconditioner, or ``None`` for raw rows.
-        audit_every: Audit every n-th recorded step, from the first on; 0 for the first only.
-        distributed: The other processes of this training.
-        leave_out: Called with the parameters that turn out not to be recordable.
+        settings: Settings that all optimizers share.
         label_weight: Returns the weight of the next step's sampled labels.
+
+    Attributes:
+        reduction: How the training loss combines the samples of a batch.
     """
 
     def __init__(
         self,
         rows: RowRecorder,
         selection: ParameterSelection,
-        reduction: Literal["mean", "sum"],
         preconditioner: PartialPreconditioner | None,
-        audit_every: int,
-        distributed: DistributedContext = DistributedContext(),
-        leave_out: Callable[[Sequence[LeftOut]], None] = lambda entries: None,
-        label_weight: Callable[[], float] = lambda: 1.0,
+        settings: RecordingSettings,
+        label_weight: Callable[[], float],
     ) -> None:
         self._rows = rows
         self._selection = selection
-        self._leave_out = leave_out
+        self._leave_out = settings.leave_out
         self._label_weight = label_weight
         self._lost = set(rows.excluded)
-        self.reduction = reduction
+        self.reduction = settings.reduction
         self._preconditioner = preconditioner
         self._hyperparameters = HyperparameterReader.of(selection, preconditioner)
         # The preconditioner that begins with the next step, until a step holds it.
         self._new_preconditioner: Preconditioner | None = None
         # Whether the current backward pass brings them about.
         self._are_coordinates_new = False
-        self._audit_every = audit_every
-        self._distributed = distributed
+        self._audit_every = settings.audit
+        self._distributed = settings.distributed
         self._n_recorded_steps = 0
         self._warn: Callable[[str], None] | None = None  # Only in a run that was accepted earlier.
         self._current_batch: tuple[Int[Tensor, " n"], float] | None = None

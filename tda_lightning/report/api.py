@@ -17,7 +17,7 @@ from tda_lightning.report.charts.charts import Chart, charts, has_bokeh
 from tda_lightning.report.charts.drawing import bokeh_source, draw_bokeh, draw_svg
 from tda_lightning.report.evidence.gathering import Evidence, gather
 from tda_lightning.report.evidence.removal import RemovalCurve
-from tda_lightning.report.findings.find import find
+from tda_lightning.report.findings import find
 from tda_lightning.report.findings.finding import Finding
 from tda_lightning.report.page.assembly import Page, assemble, asset
 from tda_lightning.report.page.html import Html, json_block, shortened

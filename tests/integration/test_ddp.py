@@ -27,18 +27,22 @@ COMPARED = {
     # The discriminator's pass does not reach the generator, so DDP must find unused parameters.
     "GAN": {"gan": True, "strategy": "ddp_find_unused_parameters_true"},
 }
-SHARED = {
-    **COMPARED,
-    "plain": {"record": False},
-    "loose": {"max_overhead": 1e6},
-    "tight": {"max_overhead": 1e-6},
-    "sampled labels": {"curvature": "fisher"},
-    "padded": {"ragged": 1},
-    "saved": {"checkpoint": 2, "snapshots": 2, "store": "SlowStore", "optimizer": "AdamW"},
-}
+SHARED = [
+    *COMPARED.items(),
+    ("plain", {"record": False}),
+    ("loose", {"max_overhead": 1e6}),
+    ("tight", {"max_overhead": 1e-6}),
+    ("sampled labels", {"curvature": "fisher"}),
+    ("padded", {"ragged": 1}),
+    ("saved", {"checkpoint": 2, "snapshots": 2, "store": "SlowStore", "optimizer": "AdamW"}),
+    ("in memory", {"store": "MemoryStore", "refused": True}),
+    ("existing", {}),
+    ("existing", {"refused": True}),
+    ("existing", {"existing": "replace", "trainer": {"max_epochs": 1}}),
+]
 
 
-def train(folder, *, fails=False, **trainings):
+def train(folder, *trainings, fails=False):
     """Train by two processes, in a folder for each name, with these settings."""
     command = [sys.executable, "ddp_training.py", str(folder), json.dumps(trainings)]
     environment = {key: value for key, value in os.environ.items() if key != "PL_GLOBAL_SEED"}
@@ -46,7 +50,6 @@ def train(folder, *, fails=False, **trainings):
         command, cwd=SUPPORT, env=environment, capture_output=True, text=True, timeout=240
     )
     assert (result.returncode != 0) == fails, result.stderr[-3000:]
-    return result.stderr
 
 
 def result_of(folder):
@@ -57,7 +60,7 @@ def result_of(folder):
 def trained(tmp_path_factory):
     """Return the folder of trainings that the same two processes have made, one by one."""
     folder = tmp_path_factory.mktemp("trained")
-    train(folder, **SHARED)
+    train(folder, *SHARED)
     return folder
 
 
@@ -117,7 +120,7 @@ def test_recording_by_two_processes_leaves_weights_bit_identical(trained):
 
 def test_recording_by_two_spawned_processes_leaves_weights_bit_identical(tmp_path):
     spawned = {"strategy": "ddp_spawn"}
-    train(tmp_path, plain={**spawned, "record": False}, recorded=spawned)
+    train(tmp_path, ("plain", {**spawned, "record": False}), ("recorded", spawned))
     assert result_of(tmp_path / "plain")["weights"] == result_of(tmp_path / "recorded")["weights"]
 
 
@@ -129,12 +132,13 @@ def test_padding_duplicates_are_separate_visits(trained):
 
 def test_a_killed_process_leaves_a_readable_store_that_can_be_resumed(tmp_path):
     killed = {"trainer": {"max_epochs": 4}, "checkpoint": 4, "dies": 7}
-    train(tmp_path, fails=True, parts=killed)
+    train(tmp_path, ("parts", killed), fails=True)
     store = HDF5Store.open(tmp_path / "parts" / "run")
     assert len(store) >= 4
     assert [step.index for step in store] == list(range(len(store)))
     path = str(tmp_path / "parts" / "step=4.ckpt")
-    train(tmp_path, parts={"trainer": {"max_epochs": 4, "max_steps": 6}, "resume": path})
+    shorter = {"max_epochs": 4, "max_steps": 6}
+    train(tmp_path, ("parts", {"trainer": shorter, "resume": path}))
     store = HDF5Store.open(tmp_path / "parts" / "run")
     assert [step.index for step in store] == list(range(6))
 
@@ -172,7 +176,7 @@ def test_steps_without_the_part_of_one_process_are_left_out(tmp_path, trained):
     assert [step.index for step in rest] == [0, 1, 4, 5]
     lost_parts[0].unlink()
     path, longer = str(folder / "step=4.ckpt"), {"max_epochs": 3}
-    train(tmp_path, copy={"optimizer": "AdamW", "trainer": longer, "resume": path})
+    train(tmp_path, ("copy", {"optimizer": "AdamW", "trainer": longer, "resume": path}))
     warnings = result_of(folder)["warnings"]
     assert any(
         "the store lacks 4 steps that were recorded before this ch" in text for text in warnings
@@ -184,13 +188,17 @@ def test_steps_without_the_part_of_one_process_are_left_out(tmp_path, trained):
     assert all(len(step.sample_ids) == 4 for step in store)
 
 
-def test_a_store_that_processes_cannot_share_raises_in_all(tmp_path):
-    error = train(tmp_path, fails=True, run={"store": "MemoryStore"})
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_store_that_processes_cannot_share_raises_in_all(trained, rank):
+    error = (trained / "in memory" / f"error-{rank}").read_text()
     assert "A `MemoryStore` cannot be written by 2 processes" in error
 
 
-def test_an_existing_run_raises_in_all_processes(tmp_path, train_alone):
-    train_alone(tmp_path / "first")
-    assert "already holds a recorded run" in train(tmp_path, fails=True, first={})
-    train(tmp_path, first={"existing": "replace", "trainer": {"max_epochs": 1}})
-    assert len(HDF5Store.open(tmp_path / "first" / "run")) == 3
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_existing_run_raises_in_all_processes(trained, rank):
+    error = (trained / "existing" / f"error-{rank}").read_text()
+    assert "already holds a recorded run" in error
+
+
+def test_two_processes_replace_an_existing_run(trained):
+    assert len(HDF5Store.open(trained / "existing" / "run")) == 3

@@ -132,12 +132,23 @@ def train(folder, devices, settings):
         (folder / "result.json").write_text(json.dumps(result))
 
 
+def train_or_refuse(folder, settings):
+    """Train by two processes; each writes the error that it raises, if one is expected."""
+    if not settings.pop("refused", False):
+        train(folder, 2, settings)
+        return
+    try:
+        train(folder, 2, settings)
+    except (ValueError, FileExistsError) as error:
+        (folder / f"error-{os.environ['LOCAL_RANK']}").write_text(str(error))
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    for name, settings in json.loads(sys.argv[2]).items():
-        train(Path(sys.argv[1]) / name, 2, settings)
+    for name, settings in json.loads(sys.argv[2]):
+        train_or_refuse(Path(sys.argv[1]) / name, settings)
     # Threads of gloo that are alive when Python exits sometimes crash the process.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

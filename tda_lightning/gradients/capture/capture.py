@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -84,17 +83,11 @@ class Capture:
         """Reset ``seconds``, and add up the time of deliveries in it; ``None`` stops that."""
         self._clock, self.seconds = clock, 0.0
 
-    def __enter__(self) -> Capture:
+    def attach(self) -> None:
         """Find the model's other captures. Hooks are attached to a graph, before its backward."""
         self.switch.attach()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
+    def detach(self) -> None:
         """Remove every hook."""
         self.switch.detach()
         self.end_backward()

@@ -16,6 +16,7 @@ from tda_lightning.gradients.losses.label_schedule import EVERY_STEP, LabelSched
 from tda_lightning.gradients.losses.loss_graph import (
     find_losses,
     find_losses_and_penalties,
+    label_gradients,
     sampled_gradients,
     term_weights,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Reduction",
     "find_losses",
     "find_losses_and_penalties",
+    "label_gradients",
     "mixes_samples",
     "reduction_of",
     "sampled_gradients",

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
-from torch.autograd.graph import GradientEdge
+from torch import Generator, Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tda_lightning.gradients.losses.loss_nodes import (
     BernoulliLogitsLoss,
@@ -127,3 +127,31 @@ def sampled_gradients(
             for node, weight in zip(nodes, weights, strict=True)
             if weight is not None
         ]
+
+
+def label_gradients(
+    model: nn.Module, loss: Tensor, nodes: Sequence[LossNode], generator: Generator
+) -> list[tuple[GradientEdge, Tensor]]:
+    """Return the gradients of a loss of any model, as :func:`sampled_gradients` do.
+
+    Args:
+        model: The model; its method ``sampled_output_gradients(loss, generator)`` takes precedence.
+        loss: The loss of a batch, with its graph.
+        nodes: Its loss functions.
+        generator: Generator of the samples.
+
+    Raises:
+        ValueError: If labels cannot be sampled for the loss.
+    """
+    sample = getattr(model, "sampled_output_gradients", None)
+    if sample is not None:
+        return [(get_gradient_edge(outputs), grad) for outputs, grad in sample(loss, generator)]
+    gradients = sampled_gradients(loss, nodes, generator)
+    if not gradients:
+        raise ValueError(
+            f"Labels cannot be sampled for the loss of `{type(model).__name__}."
+            "training_step`: expected cross-entropy, binary cross-entropy, squared error, "
+            "Huber's loss, or a method `sampled_output_gradients(loss, generator)` of the "
+            "model. Write that method, or record with `curvature='none'`."
+        )
+    return gradients

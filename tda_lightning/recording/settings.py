@@ -1,0 +1,64 @@
+"""What the recorders of all optimizers share: their settings, and the processes that train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from tda_lightning.gradients.losses import EVERY_STEP, LabelSchedule
+from tda_lightning.gradients.parameter_selection import ParameterSelection
+from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.stores.recipe import LeftOut
+
+
+def _single_process_sum(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class DistributedContext:
+    """The processes that train together; each sees its part of every batch.
+
+    Attributes:
+        rank: Rank of this process.
+        count: Number of processes; the gradient is the mean over them.
+        add: Sums a tensor over all processes; all of them must call it.
+    """
+
+    rank: int = 0
+    count: int = 1
+    add: Callable[[Tensor], Tensor] = _single_process_sum
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean over all processes; all of them must call it."""
+        return tensor if self.count == 1 else self.add(tensor) / self.count
+
+
+@dataclass(frozen=True)
+class RecordingSettings:
+    """Settings that the recorders of all optimizers share.
+
+    Attributes:
+        optimization: Whether Lightning or the user's ``training_step`` takes the steps.
+        rows: Creates the row recorder of some parameters.
+        reduction: How the training loss combines the samples of a batch.
+        preconditioner: Whether rows are in the optimizer's coordinates.
+        audit: Audit every n-th recorded step of each optimizer.
+        distributed: The other processes of this training.
+        warn: Called with the text of a warning.
+        leave_out: Called with the parameters that turn out not to be recordable.
+        labels: The steps at which labels are sampled, if rows for sampled labels are recorded.
+    """
+
+    optimization: Literal["automatic", "manual"]
+    rows: Callable[[ParameterSelection], RowRecorder]
+    reduction: Literal["mean", "sum"]
+    preconditioner: Literal["optimizer", "none"]
+    audit: int
+    distributed: DistributedContext
+    warn: Callable[[str], None]
+    leave_out: Callable[[Sequence[LeftOut]], None]
+    labels: LabelSchedule = EVERY_STEP
