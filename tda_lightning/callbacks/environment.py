@@ -45,6 +45,7 @@ class EnvironmentRecorder(GradientRecorder):
     """A recorder that gives way to one in the script, and whose errors do not end the training."""
 
     _is_off = False
+    _gives_way = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop if the script has a recorder; otherwise watch the training loader."""

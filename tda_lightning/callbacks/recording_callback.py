@@ -137,6 +137,7 @@ class RecordedRun(pl.Callback):
     _writer: RunWriter
     _location: RunLocation
     _recorder: TrainingRecorder | None
+    _gives_way = False  # Whether it stops where another recorder is in the trainer.
 
     def __repr__(self) -> str:
         """Show where the run goes."""
@@ -147,8 +148,9 @@ class RecordedRun(pl.Callback):
         """Check that no other recorder of the trainer has the same store."""
         super().setup(trainer, pl_module, stage)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [each for each in callbacks if isinstance(each, RecordedRun)]
-        if any(each is not self and each._location.is_same_as(self._location) for each in others):
+        recorders = [each for each in callbacks if isinstance(each, RecordedRun)]
+        others = [each for each in recorders if each is not self and not each._gives_way]
+        if any(other._location.is_same_as(self._location) for other in others):
             raise ValueError(
                 f"Two `{type(self).__name__}` of one trainer record into the same store, "
                 f"`{self._location.name}`; expected a store for each. Give each another path, or "

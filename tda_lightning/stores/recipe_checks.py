@@ -134,7 +134,7 @@ def require_recipe(data: Any) -> None:
             raise ValueError(f"`{name}` is {_in_short(data[name])}; expected {expected}")
     unknown = sorted(map(str, set(data) - set(_CHECKS)))
     if unknown:
-        raise ValueError(f"`{unknown[0]}` is unknown; expected the fields of this version")
+        raise ValueError(f"`{unknown[0]}` is unknown; a newer version may have written it")
     _require_columns(data)
 
 

@@ -201,6 +201,12 @@ def test_an_environment_variable_turns_recording_on(tmp_path, monkeypatch):
     assert len(HDF5Store.open(tmp_path / "run")) == 6
 
 
+def test_a_recorder_in_the_script_may_have_the_store_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("TDA_LIGHTNING_STORE", str(tmp_path / "run"))
+    quiet_trainer(GradientRecorder(tmp_path / "run")).fit(Plain(mlp()), loader(IndexedVectors()))
+    assert len(HDF5Store.open(tmp_path / "run")) == 6
+
+
 CONFIG = """
 trainer:
   max_epochs: 2

@@ -102,7 +102,10 @@ class StoreFileError(OSError):
 
 
 # Errors of the system that say nothing about the content of a file.
-_NOT_OF_CONTENT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO}
+_NOT_OF_CONTENT = {
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO),
+    errno.ENAMETOOLONG,
+}
 
 
 @contextmanager
