@@ -33,6 +33,7 @@ from tda_lightning.applications.pruning import coreset, prune
 from tda_lightning.applications.retraining import (
     Plan,
     Retrainings,
+    check_removal,
     leave_out,
     random_subsets,
     retrain,
@@ -101,6 +102,7 @@ __all__ = [
     "WorstGroupLoss",
     "attribute_summary",
     "candidates_of",
+    "check_removal",
     "coreset",
     "explain_errors",
     "find_alarms",

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from tda_lightning.applications.retraining.removal import RemovalCurve
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import needs
 
@@ -43,6 +44,7 @@ class Mislabeled(ShownInNotebooks):
         flagged_number: Number of flagged samples.
         labelled: Given and predicted labels, if a model and a loader were passed.
         notes: What limits the answer, in sentences.
+        removal: What changes after retraining without the flagged samples, if that was asked for.
     """
 
     train_ids: Int64[Tensor, " n_train"]
@@ -53,6 +55,7 @@ class Mislabeled(ShownInNotebooks):
     flagged_number: int
     labelled: Labelled | None
     notes: tuple[str, ...]
+    removal: RemovalCurve | None = None
 
     @property
     def ids(self) -> Int64[Tensor, " n_flagged"]:
@@ -112,6 +115,12 @@ class Mislabeled(ShownInNotebooks):
             f"  worst, with label score: {', '.join(worst) or 'none'}",
             f"  witnesses: {names}; all agree on {unanimous:,} of {self.flagged_number:,} flagged",
         ]
+        if self.removal is not None:
+            flagged, random = (values[-1] for values in self.removal.changes.values())
+            lines.append(
+                f"  retrained without them: the measured mean changes by {flagged:+.3g}, without "
+                f"as many random samples by {random:+.3g}"
+            )
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def _order(self) -> Int64[Tensor, " n_train"]:

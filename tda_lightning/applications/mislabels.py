@@ -18,10 +18,11 @@ sample that is left out, and the opposition to trusted queries,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -40,6 +41,8 @@ from tda_lightning.applications.mislabel_count import (
 )
 from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
 from tda_lightning.applications.predictions import Labels, Outputs, predict
+from tda_lightning.applications.retraining import Retrain, check_removal
+from tda_lightning.applications.unlearning.sample_passes import dataset_ids
 from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
 from tda_lightning.passes.targets import labels_of, outputs_of
 from tda_lightning.stores import Store
@@ -59,6 +62,7 @@ def find_mislabeled(
     number: int | None = None,
     outputs: Outputs = outputs_of,
     labels: Labels = labels_of,
+    retrain: Retrain | None = None,
     progress: bool = True,
 ) -> Mislabeled:
     """Rank training samples by how suspicious their labels are, and flag the likely wrong ones.
@@ -76,6 +80,9 @@ def find_mislabeled(
         number: Number of samples to flag; by default it is estimated.
         outputs: Function of (module, batch) that returns the logits.
         labels: Function of the batch that returns the labels.
+        retrain: Retrains without the flagged samples, and without random ones, to check the answer:
+            ``partial(retrain, model=..., loader=..., trainer=..., measure=...)``. It takes up to 21
+            trainings; see :func:`check_removal`.
         progress: Show progress bars.
 
     Returns:
@@ -101,7 +108,7 @@ def find_mislabeled(
         named = predict(model, loader, "loader", outputs, labels, progress)
         rows = named.of(store.train_ids(), "loader")
         labelled = Labelled(rows.labels, rows.predicted())
-    return Mislabeled(
+    mislabeled = Mislabeled(
         train_ids=store.train_ids(),
         label_scores=_label_scores(suspicion, history),
         witnesses=witnesses,
@@ -111,6 +118,13 @@ def find_mislabeled(
         labelled=labelled,
         notes=tuple(_notes(store, history, suspicion, count)),
     )
+    if retrain is None or mislabeled.flagged_number == 0:
+        return mislabeled
+    all_ids = _ids_of_data(store, loader)
+    order = all_ids.argsort()
+    positions = order[torch.searchsorted(all_ids[order], mislabeled.ids)]
+    removal = check_removal(positions, len(all_ids), retrain, name="flagged")
+    return replace(mislabeled, removal=removal)
 
 
 def _require_complete(model: Any, loader: Any, trusted: Any) -> None:
@@ -119,6 +133,20 @@ def _require_complete(model: Any, loader: Any, trusted: Any) -> None:
         raise ValueError(
             f"`{name}` is passed without `model`; expected both. Pass the trained model, too."
         )
+
+
+def _ids_of_data(store: Store, loader: DataLoader[Any] | None) -> Int64[Tensor, " n"]:
+    """Return the id of the sample at each position of the training data."""
+    if loader is not None:
+        return dataset_ids(loader, "loader")
+    ids = store.train_ids()
+    if int(ids[-1]) != len(ids) - 1:
+        raise ValueError(
+            "`retrain` is passed, but the ids of the run are no positions in the training data: "
+            "they lie below a `Subset`, or some samples were never drawn. Pass `loader` and "
+            "`model`, too."
+        )
+    return ids
 
 
 def _witnesses(

@@ -10,13 +10,13 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from tda_lightning.applications.retraining.removal import RemovalCurve
 from tda_lightning.arguments import require_kind, require_whole
 from tda_lightning.attribution import Attributor, InfluenceFunction, Unrolled
 from tda_lightning.passes.targets import outputs_of
 from tda_lightning.report.charts.charts import Chart, charts, has_bokeh
 from tda_lightning.report.charts.drawing import bokeh_source, draw_bokeh, draw_svg
 from tda_lightning.report.evidence.gathering import Evidence, gather
-from tda_lightning.report.evidence.removal import RemovalCurve
 from tda_lightning.report.findings import find
 from tda_lightning.report.findings.finding import Finding
 from tda_lightning.report.page.assembly import Page, assemble, asset

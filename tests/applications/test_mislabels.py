@@ -1,16 +1,17 @@
 """Wrong labels are found, counted, and described in the columns that cleanlab uses."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
-from recorded_digits import recorded_digits
+from recorded_digits import DigitsModel, recorded_digits
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import GradientRecorder, LossRecorder
-from tda_lightning.applications import find_mislabeled, loss_history
+from tda_lightning.applications import Retrainings, find_mislabeled, loss_history, retrain
 from tda_lightning.applications.mislabel_count import best_split, decisive_part
 from tda_lightning.metrics import mislabel_auc
 from tda_lightning.stores import MemoryStore
@@ -177,3 +178,44 @@ def test_what_cannot_be_found_or_counted_is_stated(n, targets, loss, note):
     assert not found.is_clear
     assert "no clear group" in repr(found)
     assert note in repr(found)
+
+
+def test_retraining_without_flagged_labels_helps_more_than_without_random_ones():
+    digits = recorded_digits()
+    images, labels = (torch.stack(list(column)) for column in zip(*digits.train, strict=True))
+    train, store = TensorDataset(images, labels), MemoryStore()
+    trainer = quiet_trainer(LossRecorder(store), max_epochs=12)
+    trainer.fit(DigitsModel(), DataLoader(train, 47, shuffle=True))
+
+    def test_losses(model):
+        x, y = digits.queries(200)
+        return functional.cross_entropy(model.net(x), y, reduction="none")
+
+    ground_truth = partial(
+        retrain,
+        model=DigitsModel,
+        loader=lambda: DataLoader(train, 47, shuffle=True),
+        trainer=lambda: quiet_trainer(max_epochs=12),
+        measure=test_losses,
+        progress=False,
+    )
+    mislabeled = find_mislabeled(store, retrain=ground_truth, progress=False)
+    flagged, random = (values[-1] for values in mislabeled.removal.changes.values())
+    assert flagged < min(0, random)
+    assert f"measured mean changes by {flagged:+.3g}" in repr(mislabeled)
+
+
+def test_samples_below_a_subset_are_removed_at_their_positions():
+    digits, plans = recorded_digits(), []
+
+    def record_plan(plan):
+        plans.append(plan)
+        return Retrainings(plan, torch.zeros(len(plan), 2))
+
+    mislabeled = find_mislabeled(
+        digits.store, digits.model, digits.loader(), retrain=record_plan, progress=False
+    )
+    removed = (plans[0].weights[3] == 0).nonzero()[:, 0]
+    assert {digits.train.indices[i] for i in removed} == set(mislabeled.ids.tolist())
+    with pytest.raises(ValueError, match="no positions in the training data"):
+        find_mislabeled(digits.store, retrain=record_plan, progress=False)

@@ -14,7 +14,14 @@ import torch
 from lightning_models import loader, vectors
 from torch.utils.data import Subset, WeightedRandomSampler
 
-from tda_lightning.applications import Plan, leave_out, random_subsets, retrain, same_data
+from tda_lightning.applications import (
+    Plan,
+    check_removal,
+    leave_out,
+    random_subsets,
+    retrain,
+    same_data,
+)
 from tda_lightning.applications.retraining.runner import part_of
 
 FUNCTIONS = {
@@ -171,3 +178,30 @@ def test_subsets_are_random_and_of_one_size():
 def test_plans_that_cannot_be_run_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_check_by_removal_compares_with_random_samples_of_each_seed():
+    plans = []
+
+    def run(plan):
+        plans.append(plan)
+        return retrain(plan, **FUNCTIONS)
+
+    ids = torch.tensor([11, 2, 7, 5, 0])
+    curve = check_removal(ids, 13, run, name="ours", n_seeds=2)
+    assert list(curve.removed) == [2, 3, 5]
+    changes = {"ours": torch.zeros(3).double(), "random": torch.zeros(3).double()}
+    for seed in range(2):
+        full = by_hand(list(range(13)), seed).mean()
+        order = torch.randperm(13, generator=torch.Generator().manual_seed(seed))
+        for name, ranking in (("ours", ids), ("random", order)):
+            for position, size in enumerate(curve.removed):
+                kept = [i for i in range(13) if i not in ranking[:size].tolist()]
+                changes[name][position] += (by_hand(kept, seed).mean() - full) / 2
+    for name, expected in changes.items():
+        torch.testing.assert_close(torch.tensor(curve.changes[name]).double(), expected)
+    assert repr(curve).startswith(
+        "RemovalCurve: change after retraining without ours, random\n  2:"
+    )
+    with pytest.raises(ValueError, match="names no sample"):
+        check_removal(ids[:0], 13, run, name="ours")

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
+from tda_lightning.applications.retraining.removal import RANDOM, RemovalCurve
 from tda_lightning.report.evidence.gathering import Evidence
-from tda_lightning.report.evidence.removal import RANDOM, RemovalCurve
 from tda_lightning.results import Trajectory
 
 Role = Literal["helped", "harmed", "plain", "muted"]

@@ -19,6 +19,7 @@ from tda_lightning.applications import (
     find_mislabeled,
     find_shortcut,
 )
+from tda_lightning.applications.retraining.removal import RemovalCurve
 from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
@@ -26,7 +27,6 @@ from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.report.evidence.queries import Answer, answers_to, samples_of
-from tda_lightning.report.evidence.removal import RemovalCurve
 from tda_lightning.report.evidence.schedule import Schedule, schedule
 from tda_lightning.report.evidence.training_set import TrainingSet, training_set
 from tda_lightning.report.samples.shown import Label, Shown

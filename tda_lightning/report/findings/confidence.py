@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tda_lightning.applications.retraining.removal import RANDOM, RemovalCurve
 from tda_lightning.report.evidence.gathering import Evidence
-from tda_lightning.report.evidence.removal import RANDOM, RemovalCurve
 
 # The least share of the gradient that counts as complete, and the least rank correlation of two
 # methods that counts as agreement.
