@@ -151,7 +151,7 @@ def test_the_public_names_exist():
 def pictures() -> list[tuple[int, list[str]]]:
     """Return the files of each picture in `contributing.md`, and their number in its text."""
     text = (PACKAGE.parent / "docs" / "contributing.md").read_text()
-    found = []
+    result = []
     for count, picture in re.findall(
         r"crosses (?:these )?(\d+) files.*?```text\n(.*?)```", text, re.S
     ):
@@ -161,8 +161,8 @@ def pictures() -> list[tuple[int, list[str]]]:
             folder = head or folder
             place = folder.removeprefix("tda_lightning/")
             files += [f"{place}{name.strip()}.py" for name in names.split("->")]
-        found.append((int(count), files))
-    return found
+        result.append((int(count), files))
+    return result
 
 
 def test_the_pictures_of_a_step_and_of_a_query_show_files_that_exist():

@@ -1,6 +1,6 @@
 r"""Find shortcuts: which attribute of the training samples drives the predictions on a slice?
 
-A score says how far each training sample pushed the slice towards its predictions. The effect of an
+A score is how far each training sample pushed the slice towards its predictions. The effect of an
 attribute is the mean score of the samples that have it, minus the mean score of the others. It is
 computed within each class, so that the class itself is no shortcut. Its p-value comes from random
 permutations of the attribute within the classes (Fisher 1935; Good 2005, "Permutation, Parametric,

@@ -165,7 +165,7 @@ class RecordedRun(pl.Callback):
             return self._generate_state_key(run=run)
         return self._generate_state_key(store=self._location.name)
 
-    # Not `state_dict`: Lightning then refuses two recorders of a store in words of its own.
+    # Not `state_dict`: Lightning would refuse two recorders of a store, with an unclear message.
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:

@@ -25,6 +25,7 @@ from tda_lightning import self_influence as self_influence_of
 from tda_lightning.attribution import Attributor, SelfAttributor
 from tda_lightning.cli.loading import as_loader, load_model, load_queries
 from tda_lightning.cli.options import (
+    count_option,
     json_option,
     model_options,
     query_options,
@@ -61,13 +62,7 @@ TARGETS: dict[str, Target] = {
 @query_options
 @click.option("--method", type=click.Choice(list(METHODS)), default="unrolled", show_default=True)
 @click.option("--target", type=click.Choice(list(TARGETS)), default="loss", show_default=True)
-@click.option(
-    "-k",
-    default=5,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Proponents, and opponents, of each query.",
-)
+@count_option(5)
 @click.option(
     "--show",
     "show_",

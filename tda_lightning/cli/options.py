@@ -48,6 +48,17 @@ scores_option = click.option(
 )
 
 
+def count_option(default: int) -> Callable[[Command], Command]:
+    """Return the option for the number of proponents, and of opponents, of each query."""
+    return click.option(
+        "-k",
+        default=default,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Proponents, and opponents, of each query.",
+    )
+
+
 def model_options(command: Command) -> Command:
     """Add the options that describe a trained model."""
     for option in reversed(

@@ -12,6 +12,7 @@ from tda_lightning.cli.answers import METHODS
 from tda_lightning.cli.loading import as_loader, load_model, load_queries
 from tda_lightning.cli.options import (
     OutputFile,
+    count_option,
     json_option,
     model_options,
     query_options,
@@ -31,13 +32,7 @@ from tda_lightning.cli.output import Answer, show, show_progress
     "data of the configuration.",
 )
 @click.option("--method", type=click.Choice(list(METHODS)), default="unrolled", show_default=True)
-@click.option(
-    "-k",
-    default=8,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Proponents, and opponents, of each query.",
-)
+@count_option(8)
 @click.option(
     "--out", default="report.html", show_default=True, type=OutputFile(), help="File to write."
 )

@@ -43,7 +43,7 @@ class RowRecorder:
         projector: Sketches the gradients.
         dtype: Number format of the rows.
         labels: With ``"sampled"``, rows for labels drawn by the model are recorded too.
-        lost: Names of blocks whose rows are zero, since they cannot be told apart.
+        lost: Names of blocks whose rows are zero, since they cannot be separated.
         followed: Names of parameters in front of batch norms whose running statistics follow them.
 
     Attributes:

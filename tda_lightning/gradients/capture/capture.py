@@ -1,7 +1,7 @@
 """Capture: hook the nodes in which parameters meet data, and deliver each sample's gradients.
 
 The graph of the loss is walked once, before its backward pass. When that pass reaches a meeting,
-the node still holds what it saved, and is handed the gradient of its output: all that the
+the node still holds its saved tensors, and is handed the gradient of its output: all that the
 per-sample gradients of its parameters need. Nothing is attached to modules.
 """
 
@@ -94,7 +94,7 @@ class Capture:
 
     @property
     def lost(self) -> Mapping[nn.Parameter, str]:
-        """Why the rows of a parameter cannot be told apart, by parameter."""
+        """Why the rows of a parameter cannot be separated, by parameter."""
         return self._layouts.lost
 
     @property

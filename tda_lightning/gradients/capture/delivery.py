@@ -134,7 +134,7 @@ class Delivery:
         self._walk, self._n = walk, n
 
     def inputs(self, meeting: Meeting) -> list[Input]:
-        """Return the parameter-only inputs of a meeting whose rows can be told apart."""
+        """Return the parameter-only inputs of a meeting whose rows can be separated."""
         known: Sequence[Any] = meeting.layouts or [UNKNOWN] * len(meeting.inputs)
         inputs = []
         for (position, edge), layout in zip(meeting.inputs, known, strict=True):

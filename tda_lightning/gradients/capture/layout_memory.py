@@ -1,7 +1,7 @@
 """LayoutMemory: where the samples lie in each node in which a parameter meets data.
 
-A layout is inferred from shapes when a kind of meeting is seen for the first time, then proved in
-that batch, and remembered for all later batches. Rows in no regular order are traced in each batch.
+A layout is inferred from shapes when a kind of meeting occurs first. It is proved in that batch,
+and remembered for all later ones. Rows in no regular order are traced in each batch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LayoutMemory(LayoutInference):
     """Infers, proves and remembers layouts.
 
     Attributes:
-        lost: Why the rows of a parameter cannot be told apart, by parameter.
+        lost: Why the rows of a parameter cannot be separated, by parameter.
         irregular: Whose rows the last batch has in nodes where their order is irregular.
         by_shape: The nodes of the last graph that shapes decide about: whether they have samples.
             Each has the position of an input, its edge, and the answer.

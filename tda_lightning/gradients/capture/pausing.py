@@ -1,7 +1,7 @@
 """PauseSwitch: hide one capture's extra passes through a model from that model's other captures.
 
 The switches of one model find each other; those of other models are not affected, so several
-threads can record and query models of their own. The state is not kept per thread: on a GPU,
+threads can record and query separate models. The state is not kept per thread: on a GPU,
 backward passes run in threads of torch. It belongs to a capture, and ends with it.
 
 The graph of a compiled model is one opaque node, so compilation pauses in recorded batches.

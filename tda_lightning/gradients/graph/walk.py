@@ -2,7 +2,7 @@
 
 A tensor made of parameters alone (a parameter, its transpose, a cast, a weight-norm product) is
 *parameter-only*. A node *meets* data if one of its inputs is parameter-only and its output has a
-row per sample. There the gradient of each sample can still be told from the others'.
+row per sample. There the gradient of each sample is still separate from the others'.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Walk:
 
     @property
     def has_batch_statistics(self) -> bool:
-        """Whether some node normalizes samples by what they have in common."""
+        """Whether some node normalizes samples by statistics of the batch."""
         return any("BatchNorm" in type(node).__name__ for node in self.with_samples)
 
     @property

@@ -25,8 +25,8 @@ def open_hdf5(path: Path, mode: Literal["r", "w"] = "r") -> h5py.File:
     """Open an HDF5 file, unlocked.
 
     A process that is forked while a segment is being written, such as a loader's worker, would
-    inherit its lock and keep it, so that nobody could read the segment. No lock is needed: a
-    segment is written under a temporary name, and never changes under its final name.
+    inherit and keep its lock. Then nobody could read the segment. No lock is needed: a segment is
+    written under a temporary name, and never changes under its final name.
     """
     # The user block is for our header; see `segment_header`.
     block = HEADER_BYTES if mode == "w" else None

@@ -117,7 +117,7 @@ def read_header(path: Path) -> SegmentHeader | None:
 
 
 def require_identity(header: SegmentHeader, expected: SegmentIdentity) -> None:
-    """Check that a segment is the one that its name and its folder say.
+    """Check that a segment is the one that its name and its folder announce.
 
     Raises:
         ValueError: If it is another one; the message names the difference.

@@ -101,7 +101,7 @@ class StoreFileError(OSError):
     """A file of a run that cannot be used; the message names it."""
 
 
-# Errors of the system that say nothing about the content of a file.
+# Errors of the system that do not depend on the content of a file.
 _NOT_OF_CONTENT = {
     *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO),
     errno.ENAMETOOLONG,
