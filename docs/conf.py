@@ -44,7 +44,7 @@ def keep_figures_whole(app, doctree):
     """Never break a line within figures such as ".82 / .64" in a table."""
     for entry in doctree.findall(nodes.entry):
         for text in list(entry.findall(nodes.Text)):
-            if re.fullmatch(r"[\d.,/±+() -]*", text):
+            if re.fullmatch(r"[\d.,/±+() -]*", text) and re.search(r"\d", text):
                 text.parent.replace(text, nodes.Text(text.replace(" ", "\N{NO-BREAK SPACE}")))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -26,7 +27,9 @@ def import_object(path: str) -> Any:
         raise click.UsageError(f"`{place}` cannot be imported: {in_short(error)}.") from error
     for part in name.split("."):
         if not hasattr(value, part):
-            raise click.UsageError(f"`{place}` has no `{name}`.")
+            close = difflib.get_close_matches(part, dir(value), n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise click.UsageError(f"`{place}` has no `{name}`.{hint}")
         value = getattr(value, part)
     return value
 

@@ -63,6 +63,10 @@ def report(
     """
     from tda_lightning.report import report as write_report
 
+    if train is None and config is None:
+        raise click.UsageError(
+            "Name the dataset of the training: `--train module:name`, or `--config config.yaml`."
+        )
     loaded = load_model(model, config, checkpoint, trust_checkpoint)
     batch = as_loader(load_queries(queries, config, split))
     dataset = _dataset_of(load_queries(train, config, "train"))

@@ -183,6 +183,12 @@ def test_a_report_without_charts_names_the_extra(here, tmp_path, monkeypatch, ca
     assert not (tmp_path / "page.html").exists()
 
 
+def test_a_report_without_the_training_data_names_the_option(here, capsys):
+    words = ["--model", "project:Model", "--checkpoint", "model.ckpt"]
+    assert main(["report", "run.tda", *words, "--queries", "project:queries"]) == 2
+    assert "`--train module:name`" in capsys.readouterr().err
+
+
 def test_report_writes_a_page(here, tmp_path, capsys):
     out = tmp_path / "page.html"
     words = ["--config", "config.yaml", "--checkpoint", "model.ckpt", "--out", str(out)]
@@ -203,7 +209,7 @@ def test_report_writes_a_page(here, tmp_path, capsys):
         (["--model", "project"], "expected `module:name`"),
         (["--model", "nowhere:Model"], "cannot be imported: ModuleNotFoundError"),
         (["--model", "nowhere.py:Model"], "there is no such file"),
-        (["--model", "project:Modell"], "`project` has no `Modell`"),
+        (["--model", "project:Modell"], "`project` has no `Modell`. Did you mean `Model`?"),
         (["--model", "project:queries"], "is a list; expected a model"),
         (["--model", "project:number"], "is a int; expected a model"),
         (["--model", "project:Model", "--checkpoint", "project.py"], "cannot be loaded"),
