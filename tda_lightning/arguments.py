@@ -103,7 +103,11 @@ def require_kind(name: str, value: object, kind: type, examples: str) -> None:
         ...
     ValueError: `method` is 'tracin'; expected an object such as `TracIn()`.
     """
-    require_object(name, value)
+    if isinstance(value, type):
+        raise ValueError(
+            f"`{name}` is the class `{value.__name__}`; expected an object such as {examples}. "
+            f"Call the class: `{value.__name__}()`."
+        )
     if not isinstance(value, kind):
         raise ValueError(f"`{name}` is {value!r}; expected an object such as {examples}.")
 

@@ -110,7 +110,7 @@ EXPECTED = {
     "words as groups": "`train_labels` are not numbers: ",
     "a method of full gradients": "expected one that reads a run, such as `Unrolled()`.",
     "a class": "`method` is the class `TracIn`; expected an object of it. Call it: `TracIn()`",
-    "a class for self-influence": "`method` is the class `TracIn`; expected an object of it.",
+    "a class for self-influence": "`method` is the class `TracIn`; expected an object such as",
     "a class for features": "`method` is the class `FeatureSimilarity`; expected an object of it",
     "a class for gradients": "`method` is the class `FullInfluenceFunction`; expected an object",
     "a store that was not opened": "Read it with `HDF5Store.open('opened.tda')`.",

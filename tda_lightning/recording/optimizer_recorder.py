@@ -28,6 +28,7 @@ class OptimizerRecorder:
 
     Attributes:
         steps_taken: Number of steps that the optimizer has taken.
+        is_announced: Whether the trainer has announced the next step.
         every_n_steps: Record every n-th of them.
         rows: Records the rows of a batch.
         builder: Builds the steps.
@@ -42,11 +43,14 @@ class OptimizerRecorder:
     ) -> None:
         self.optimizer = optimizer
         self.steps_taken = 0
+        self.is_announced = False
         self.every_n_steps = 1
         self._warn = settings.warn
         self._labels = settings.labels
-        self._n_trained = self._count_trained()
-        self._has_warned_of_clipping = False
+        # The recorder keeps the parameters alive, so no other object can get their ids.
+        self._trained = self._trained_ids()
+        self._known = set(self._trained)
+        self._has_warned_of_clipping = self._has_warned_of_lost_step = False
         preconditioner = None
         if settings.preconditioner == "optimizer":
             preconditioner = PartialPreconditioner(optimizer, selection, joint)
@@ -63,13 +67,16 @@ class OptimizerRecorder:
         return self._labels.weight(self.steps_taken // self.every_n_steps)
 
     def warn_of_unrecorded_parameters(self) -> None:
-        """Warn once if more parameters are trained now than when recording began."""
-        before, self._n_trained = self._n_trained, self._count_trained()
-        if self._n_trained > before:
+        """Warn once of each parameter that was not trained when recording began."""
+        trained = self._trained_ids()
+        if trained == self._trained:
+            return
+        self._trained, new = trained, set(trained) - self._known
+        self._known |= new
+        if new:
             self._warn(
-                f"GradientRecorder: {self._n_trained - before} parameters of the "
-                f"{type(self.optimizer).__name__} are not recorded, since they were not trained "
-                "when recording began."
+                f"GradientRecorder: {len(new)} parameters of the {type(self.optimizer).__name__} "
+                "are not recorded, since they were not trained when recording began."
             )
 
     def before_clipping(self, index: int, bound: float) -> None:
@@ -87,5 +94,19 @@ class OptimizerRecorder:
             "rows, set `gradient_clip_algorithm='norm'`."
         )
 
-    def _count_trained(self) -> int:
-        return sum(parameter.requires_grad for parameter in parameters_of(self.optimizer))
+    def warn_of_lost_step(self) -> None:
+        """Discard the rows of a step that was not announced; warn once."""
+        self.builder.drop_batch()
+        self.builder.forget_gradients()
+        if self._has_warned_of_lost_step:
+            return
+        self._has_warned_of_lost_step = True
+        self._warn(
+            f"GradientRecorder: the {type(self.optimizer).__name__} took a step without "
+            "`on_before_optimizer_step`; expected Lightning to call that hook before every step. "
+            "Such steps are not recorded. Call `optimizer.step(closure)` with the closure in "
+            "`optimizer_step`, and do not fit the model with a second trainer meanwhile."
+        )
+
+    def _trained_ids(self) -> list[int]:
+        return [id(p) for p in parameters_of(self.optimizer) if p.requires_grad]

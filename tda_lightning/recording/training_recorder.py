@@ -202,6 +202,7 @@ class TrainingRecorder:
                 recorder.warn_of_unrecorded_parameters()
                 recorder.builder.before_step(index, epoch, optimizer)
                 recorder.steps_taken += 1
+                recorder.is_announced = True
 
     def before_clipping(self, index: int, optimizer: Optimizer, bound: float) -> None:
         """Account for clipping by value that is about to change an optimizer's gradients."""
@@ -250,6 +251,9 @@ class TrainingRecorder:
     def _after_step(self, recorder: OptimizerRecorder) -> Callable[..., None]:
         # A post hook: it does not fire for steps that the loss scale or the model skips.
         def hook(*_: object) -> None:
+            is_announced, recorder.is_announced = recorder.is_announced, False
+            if not is_announced and self.settings.optimization == "automatic":
+                recorder.warn_of_lost_step()
             taken = recorder.builder.after_step()
             if taken is not None:
                 self.finish_steps()

@@ -77,7 +77,7 @@ EXPECTED = {
     "ids": "`sample_ids` is 3; expected a key of the batch, or a function of it",
     "axes": "`batch_dims` is 'flattened'; expected axes by names of modules",
     "unknown axes": "`batch_dims` is {'head': 'flat'}; expected axes by names of modules",
-    "projector": "expected an object such as `KroneckerCountSketch()` or `Identity()`.",
+    "projector": "expected an object such as `KroneckerCountSketch()` or `Identity()`. Call the",
     "no projector": "`projector` is None; expected an object such as `KroneckerCountSketch()`",
     "store": "`store` is 3; expected the path of a folder to record into, or an `HDF5Store(",
     "tracked reduction": f"`reduction` is 'avg'; {ONE_OF} 'mean', 'sum'.",

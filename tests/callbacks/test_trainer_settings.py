@@ -3,6 +3,7 @@
 from itertools import chain
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from lightning_models import IndexedVectors, Plain, TrainingLog, loader, mlp, quiet_trainer
 from loss_scale import Scripted, ScriptedScaler
@@ -267,3 +268,42 @@ def test_layers_that_are_unfrozen_later_warn():
     names = ["net.2.weight", "net.2.bias", "net.3.weight", "net.3.bias"]
     assert [block.name for block in store.recipe.blocks] == names
     assert len(store) == 6
+
+
+def test_a_layer_that_is_replaced_later_is_warned_of():
+    class Replaces(Plain):
+        def on_train_epoch_end(self):
+            if self.current_epoch == 0:
+                self.net[3] = torch.nn.Linear(11, 3)
+                (group,) = self.trainer.optimizers[0].param_groups
+                group["params"][-2:] = self.net[3].parameters()
+
+    with pytest.warns(UserWarning, match="2 parameters of the SGD are not recorded"):
+        record(model=Replaces(mlp()))
+
+
+def test_a_layer_that_is_frozen_for_a_while_is_recorded_again():
+    class Freezes(Plain):
+        def on_train_epoch_start(self):
+            self.net[0].requires_grad_(self.current_epoch != 1)
+
+    store, _ = record(model=Freezes(mlp()), max_epochs=3)
+    is_zero = [bool((step.sketch[:, :77] == 0).all()) for step in store]
+    assert is_zero == [False] * 3 + [True] * 3 + [False] * 3
+
+
+def test_steps_that_another_trainer_takes_the_hooks_of_are_warned_of():
+    """Lightning sends the events of a model's steps to the trainer that it was last given."""
+
+    class FitsAgain(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            if trainer.current_epoch == 0:
+                quiet_trainer(max_epochs=1).fit(module, loader(IndexedVectors()))
+
+    class Silent(Plain):
+        def training_step(self, batch, batch_idx):
+            return self.loss(self.net(batch[0]), batch[1])
+
+    with pytest.warns(UserWarning, match="the SGD took a step without `on_before_optimizer_step`"):
+        store, _ = record(FitsAgain(), model=Silent(mlp()))
+    assert len(store) == BATCHES
