@@ -198,9 +198,12 @@ class LayoutMemory(LayoutDecisions):
         if traced is not None and is_proven(traced):
             self._decide_by_trace(meeting, position, edge, key, traced)
             return False
-        if evidence is not None and not evidence.is_empty:
+        is_rounding = traced is not None and bool(traced.share.isnan())
+        if evidence is not None and not evidence.is_empty and not is_rounding:
             self._decided[key] = self._shown(meeting, inferred, evidence)
-        elif traced is not None and inferred is TRACED:  # Rows of several samples arrived.
+        elif (
+            traced is not None and inferred is TRACED and not is_rounding
+        ):
             self._decided[key] = None
         else:
             is_safe = inferred is not TRACED or meeting.takes_data  # It may repeat a constant.

@@ -32,7 +32,7 @@ class Trace:
     Attributes:
         rows: The sample of each row; the first one for rows without a gradient.
         share: The share of the squared gradient in rows that depend on one sample alone; NaN if
-            no gradient arrived.
+            no gradient arrived, or none but rounding errors.
         has_gradient: The rows with a gradient.
     """
 
@@ -185,11 +185,11 @@ def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int, floo
         is_single = is_single & agrees.all(dim=1)
     # A row that rounding has blurred most likely belongs to the sample with the nearest factor.
     is_possible = has_gradient & (owners >= 0) & (owners < n)
-    is_single = is_single & is_possible | (by_row <= floor)
+    is_single &= is_possible
     is_clear = by_row > floor
-    has_gradient = torch.where(is_clear.any(), is_clear, has_gradient)
     rows = IrregularRows(torch.where(is_possible, owners, 0), n)
-    return Trace(rows, by_row[is_single].sum() / by_row.sum(), has_gradient)
+    share = by_row[is_single & is_clear].sum() / by_row[is_clear].sum()
+    return Trace(rows, share, torch.where(is_clear.any(), is_clear, has_gradient))
 
 
 @dataclass
