@@ -201,9 +201,7 @@ class LayoutMemory(LayoutDecisions):
         is_rounding = traced is not None and bool(traced.share.isnan())
         if evidence is not None and not evidence.is_empty and not is_rounding:
             self._decided[key] = self._shown(meeting, inferred, evidence)
-        elif (
-            traced is not None and inferred is TRACED and not is_rounding
-        ):
+        elif traced is not None and inferred is TRACED and not is_rounding:
             self._decided[key] = None
         else:
             is_safe = inferred is not TRACED or meeting.takes_data  # It may repeat a constant.
