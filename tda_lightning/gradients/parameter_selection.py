@@ -22,6 +22,7 @@ from tda_lightning.stores.recipe import Block, LeftOut, Recipe
 # must give the same ones.
 _NOT_CHOSEN, _NOT_TRAINED = "not among `layers`", "its parameters are in no optimizer"
 CHOSEN_REASONS = (_NOT_CHOSEN, _NOT_TRAINED)
+_COMPLEX = "its numbers are complex, and rows are real"
 # Prefixes that wrappers add to the names of the wrapped modules.
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -233,7 +234,9 @@ def _reason_left_out(
     """Return the reason why a parameter is not recorded, or the empty string."""
     if layers is not None and not is_selected((module_name, name), layers):
         return _NOT_CHOSEN
-    return _NOT_TRAINED if parameter in untrained else ""
+    if parameter in untrained:
+        return _NOT_TRAINED
+    return _COMPLEX if parameter.is_complex() else ""
 
 
 def _require_matches(layers: Sequence[str] | None, owners: _Owners) -> None:

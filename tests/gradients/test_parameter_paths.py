@@ -94,6 +94,15 @@ def batch_normed(weight, scale=None):
     return functional.batch_norm(weight[None], None, None, weight=scale, training=True)[0]
 
 
+def reflected(m, x):
+    """Reflect the inputs, by a product that starts with a constant matrix."""
+    identity = torch.eye(15, dtype=x.dtype)  # As many rows as 5 samples of 3, or 3 of 5.
+    matrix = identity
+    for vector in m.vectors:
+        matrix = matrix @ (identity - 2 * torch.outer(vector, vector))
+    return x.repeat(1, 3)[:, :15] @ matrix
+
+
 PATHS = {
     "bare": (lambda m, x: x @ m.weight + m.bias, {"weight": (D, 5), "bias": (5,)}),
     "transposed": (lambda m, x: x @ m.weight.mT, {"weight": (5, D)}),
@@ -145,6 +154,7 @@ PATHS = {
         lambda m, x: x @ (m.weight * m.scale),
         {"weight": (D, 5), "scale": (5,)},
     ),
+    "reflections": (reflected, {"vectors": (2, 15)}),
     "concatenated": (
         lambda m, x: x @ torch.cat([m.first, m.second]),
         {"first": (3, 5), "second": (4, 5)},
@@ -174,6 +184,8 @@ PATHS = {
 def test_rows_through_functions_of_parameters_are_gradients(name, batch_size):
     function, shapes = PATHS[name]
     net = Net(function, **shapes).double()
+    if name == "reflections":
+        net.head = nn.Linear(15, 3).requires_grad_(False).double()
     if name == "stacked":
         net.head, net.head_bias = nn.Linear(2, 3).double(), None
     tolerance = 1e-5 if name == "cast" else 1e-10

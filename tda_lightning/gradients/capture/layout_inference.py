@@ -16,8 +16,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.gradients.capture.parameter_paths import a_parameter
+from tda_lightning.gradients.capture.probe import PROVEN, Evidence
 from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
-from tda_lightning.gradients.graph.walk import LOOKUPS, TAKES_DATA, Edge, Node, output_shape
+from tda_lightning.gradients.graph.walk import (
+    LOOKUPS,
+    TAKES_DATA,
+    Edge,
+    Meeting,
+    Node,
+    output_shape,
+)
 from tda_lightning.gradients.nodes.rule import rule_for, saved_value
 from tda_lightning.stores.recipe import SampleAxis
 
@@ -81,10 +89,10 @@ def _row_index(node: Any) -> tuple[Tensor | None, int]:
     return None, 0
 
 
-# The parameter, the kind of node, the position of the input, and what its shape has to do with n.
+# The kind of a meeting, and what its shape has to do with n.
 Key = tuple[Any, ...]
-# The same without the shape.
-Kind = tuple[Any, type, int]
+# The parameter, the kind of node, the position of the input, and the operation that has made it.
+Kind = tuple[Any, type, int, type]
 
 
 class TracedRows:
@@ -155,9 +163,22 @@ class LayoutInference:
     def _key(self, node: Node, position: int, edge: Edge) -> Key:
         shape, n = output_shape((node, 0)), self.n
         fits = tuple((size == n, size % n == 0) for size in shape[:3])
-        return (a_parameter(edge), type(node).__name__, position, len(shape), fits, n == 1)
+        return (*kind_of(node, position, edge), len(shape), fits, n == 1)
 
     def _possible_routes(self, node: Node) -> Iterator[RoutedRows]:
         found = picked_rows(node, self._with_samples) if node in self._with_samples else None
         if found is not None:
             yield from map(RoutedRows, possible_layouts((found[1],), self.n, (0,)))
+
+    def _routed(self, meeting: Meeting, evidence: Evidence) -> RoutedRows | None:
+        """Return the origin of rows in irregular order, if the evidence confirms it."""
+        for rows in self._possible_routes(meeting.node):
+            owners = rows.owners(meeting.node, self.n, self._with_samples)
+            if owners is not None and evidence.share_of(owners) > PROVEN:
+                return rows
+        return None
+
+
+def kind_of(node: Node, position: int, edge: Edge) -> Kind:
+    """Return the kind of a meeting: the same one in batch after batch."""
+    return a_parameter(edge), type(node), position, type(edge[0])

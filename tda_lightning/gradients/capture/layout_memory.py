@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
+from tda_lightning.gradients.capture.decisions import LayoutDecisions
 from tda_lightning.gradients.capture.layout_inference import (
     TRACED,
     UNKNOWN,
     Key,
-    Kind,
     Layout,
-    LayoutInference,
     RoutedRows,
 )
 from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
@@ -33,13 +31,11 @@ from tda_lightning.gradients.graph.sample_layout import (
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, walk
 
 # Walks of one batch until all layouts are decided; each moves a meeting nearer to the loss.
-_MAX_WALKS = 8
-# Batches in which no gradient arrives at a meeting before its inferred layout is trusted.
-_MAX_EMPTY_PROBES = 3
+_MAX_WALKS = 32
 
 
 @dataclass
-class LayoutMemory(LayoutInference):
+class LayoutMemory(LayoutDecisions):
     """Infers, proves and remembers layouts.
 
     Attributes:
@@ -51,14 +47,10 @@ class LayoutMemory(LayoutInference):
 
     lost: dict[nn.Parameter, str] = field(default_factory=dict)
     irregular: dict[Node, IrregularRows] = field(default_factory=dict)
-    _traced: set[Kind] = field(default_factory=set)
-    _decided: dict[Key, Layout | None] = field(default_factory=dict)
     by_shape: list[tuple[Node, int, Edge, bool]] = field(default_factory=list)
     _do_samples_mix: bool = False
-    _empty_probes: dict[Key, int] = field(default_factory=dict)
-    _unreached: dict[Key, Any] = field(default_factory=dict)
-    # The last shape, batch size and layout of a kind of meeting: most batches look the same.
-    _last: dict[Kind, tuple[tuple[int, ...], int, Layout | None]] = field(default_factory=dict)
+    _is_trusting: bool = False
+    _has_doubts: bool = False
 
     def __post_init__(self) -> None:
         """Prepare to trace rows."""
@@ -67,16 +59,26 @@ class LayoutMemory(LayoutInference):
     def walk(self, loss: Tensor, n: int) -> Walk:
         """Return the meetings in a loss's graph, with layouts that are proved for new ones."""
         self.n, self.irregular = n, {}
+        earlier = self._copied()
+        self._is_trusting = self._has_doubts = False
+        result = self._settled_walk(loss)
+        if self._has_doubts and self._do_samples_mix:  # Without trust, nothing is proved either.
+            self._restore(*earlier)
+            self._is_trusting = True
+            result = self._settled_walk(loss)
+        if n > 1 and not result.is_reentrant:
+            self._trace(loss, result)
+        return result
+
+    def _settled_walk(self, loss: Tensor) -> Walk:
+        """Walk until all layouts are decided."""
         for _ in range(_MAX_WALKS):
             self._with_samples, self.by_shape = set(), []
             result = walk(loss.grad_fn, self.recorded, self._has_samples)
             self._with_samples = result.with_samples
             # A reentrant checkpoint does not allow the extra backward pass of a proof.
-            if n == 1 or result.is_reentrant:
-                return result
-            if not self._decide(loss, result):
+            if self.n == 1 or result.is_reentrant or not self._decide(loss, result):
                 break
-        self._trace(loss, result)
         return result
 
     def rows_of(self, node: Node, layout: Layout | None) -> SampleLayout | IrregularRows | None:
@@ -90,38 +92,6 @@ class LayoutMemory(LayoutInference):
     def continue_walk(self, root: Node, visited: dict[Node, tuple[Edge, ...]]) -> Walk:
         """Return the meetings in a part of the graph that is built during the backward pass."""
         return walk(root, self.recorded, self._has_samples, visited)
-
-    def layout(self, node: Node, position: int, edge: Edge) -> Layout | None:
-        """Return the layout at one input of a node, ``None`` if there is none."""
-        layout: Layout | None = self._last_layout(node, position, edge)
-        if layout is not UNKNOWN:
-            return layout
-        if self._is_traced(node, position, edge):
-            return TRACED
-        key = self._key(node, position, edge)
-        if key not in self._decided:
-            return self._inferred(node, position, edge)
-        shape = node._input_metadata[0].shape
-        layout = self._decided[key]
-        if isinstance(layout, SampleLayout) and not layout.fits(shape, self.n):
-            layout = self._inferred(node, position, edge)
-            if layout is TRACED:
-                self._set_traced(node, position, edge)
-                return layout
-        self._last[a_parameter(edge), type(node), position] = (shape, self.n, layout)
-        return layout
-
-    def _set_traced(self, node: Node, position: int, edge: Edge) -> None:
-        kind = (a_parameter(edge), type(node), position)
-        self._traced.add(kind)
-        self._last.pop(kind, None)
-
-    def _last_layout(self, node: Node, position: int, edge: Edge) -> Any:
-        """Return the layout in the last batch, ``UNKNOWN`` if shapes have changed since."""
-        last = self._last.get((a_parameter(edge), type(node), position))
-        if last is None or last[1] != self.n or last[0] != node._input_metadata[0].shape:
-            return UNKNOWN
-        return last[2]
 
     def resume(self, n: int, with_samples: set[Node]) -> None:
         """Continue with a graph that needs no walk.
@@ -157,12 +127,6 @@ class LayoutMemory(LayoutInference):
         self.by_shape.append((node, position, edge, answer))
         return answer
 
-    def _is_traced(self, node: Node, position: int, edge: Edge) -> bool:
-        """Return whether the rows of a kind of meeting have been in no regular order."""
-        return bool(self._traced) and (
-            self.n > 1 and (a_parameter(edge), type(node), position) in self._traced
-        )
-
     def _decide(self, loss: Tensor, result: Walk) -> bool:
         """Prove the layouts that are not decided yet; return whether the graph looks different."""
         open_inputs = list(self._undecided(result))
@@ -179,21 +143,17 @@ class LayoutMemory(LayoutInference):
         start = self._tracer.start
         evidence = probe(loss, result, rest, self.n, start)
         are_independent = start is not None or certainty(evidence) >= PROVEN
+        self._is_trusting |= result.has_batch_statistics
         self._do_samples_mix = result.has_batch_statistics or not are_independent
         is_changed = False
         for meeting, position, edge, key in open_inputs:
             found = evidence.get(meeting.node), traces.get(meeting.node)
             is_changed |= self._judge(meeting, position, edge, key, *found)
         self._trust_unreached()
+        if is_changed and self._has_doubts and not self._is_trusting:  # The others may be right.
+            firsts = {key for meeting, _, _, key in open_inputs if meeting.is_first}
+            self._forget({key for _, _, _, key in open_inputs} - firsts)
         return is_changed
-
-    def _trust_unreached(self) -> None:
-        """Trust the inferred layouts of kinds that no gradient has reached in several batches."""
-        for key, inferred in self._unreached.items():
-            count = self._empty_probes[key] = self._empty_probes.get(key, 0) + 1
-            if count >= _MAX_EMPTY_PROBES and inferred is not UNKNOWN:
-                self._decided.setdefault(key, inferred)
-        self._unreached.clear()
 
     def _trace(self, loss: Tensor, result: Walk) -> None:
         """Find the samples of all rows in no regular order."""
@@ -241,9 +201,10 @@ class LayoutMemory(LayoutInference):
         if traced is not None and is_proven(traced):
             self._decide_by_trace(meeting, position, edge, key, traced)
             return False
-        if evidence is not None and not evidence.is_empty:
+        is_rounding = traced is not None and bool(traced.share.isnan())
+        if evidence is not None and not evidence.is_empty and not is_rounding:
             self._decided[key] = self._shown(meeting, inferred, evidence)
-        elif traced is not None and inferred is TRACED:  # Rows of several samples arrived.
+        elif traced is not None and inferred is TRACED and not is_rounding:
             self._decided[key] = None
         else:
             is_safe = inferred is not TRACED or meeting.takes_data  # It may repeat a constant.
@@ -281,16 +242,15 @@ class LayoutMemory(LayoutInference):
         return self._routed(meeting, evidence) or proven or self._trusted(meeting, inferred)
 
     def _trusted(self, meeting: Meeting, inferred: Layout | None) -> Layout | None:
-        """Return the inferred layout where samples mix, so that little can be proved."""
-        return inferred if meeting.takes_data and self._do_samples_mix else None
+        """Return the inferred layout where samples mix, so that little can be proved.
 
-    def _routed(self, meeting: Meeting, evidence: Evidence) -> RoutedRows | None:
-        """Return the origin of rows in irregular order, if the evidence confirms it."""
-        for rows in self._possible_routes(meeting.node):
-            owners = rows.owners(meeting.node, self.n, self._with_samples)
-            if owners is not None and evidence.share_of(owners) > PROVEN:
-                return rows
-        return None
+        The other operand may also be a constant, and the result parameter-only. That is tried
+        first: it is right if later meetings are proved.
+        """
+        if not (meeting.takes_data and self._do_samples_mix):
+            return None
+        self._has_doubts = True
+        return inferred if self._is_trusting else None
 
     def lose(self, edge: Edge, reason: str) -> None:
         """Note why the parameters of a parameter-only tensor are not recorded."""

@@ -31,18 +31,18 @@ class Trace:
     Attributes:
         rows: The sample of each row; the first one for rows without a gradient.
         share: The share of the squared gradient in rows that depend on one sample alone; NaN if
-            no gradient arrived.
-        has_gradient: The rows with a gradient.
+            no gradient arrived, or none but rounding errors.
+        is_certain: The rows that depend on one sample alone.
     """
 
     rows: IrregularRows
     share: Float[Tensor, ""]
-    has_gradient: Bool[Tensor, " rows"]
+    is_certain: Bool[Tensor, " rows"]
 
     def agrees(self, owners: Int[Tensor, " rows"]) -> bool:
-        """Return whether each row with a gradient belongs to the given sample."""
+        """Return whether each certain row belongs to the given sample."""
         traced = self.rows.of_rows
-        return torch.equal(owners.to(traced.device)[self.has_gradient], traced[self.has_gradient])
+        return torch.equal(owners.to(traced.device)[self.is_certain], traced[self.is_certain])
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,20 @@ _COARSE = {
 }
 
 
+# Share of the gradient in rows of single samples behind which a trace goes on.
+_MIN_SHARE = 0.5
 # The columns of a row in as many groups: by chance, the factor of one may look like a sample's.
 _GROUPS = 3
 
 
 @dataclass(frozen=True)
 class _Start:
-    """An edge at which a pass starts, and where the samples lie there."""
+    """An edge at which a pass starts, where the samples lie there, and which rows are known."""
 
     edge: GradientEdge
     layout: SampleLayout | IrregularRows
     seed: int
+    is_known: Bool[Tensor, " rows"] | None = None
 
     def gradient(self, factors: Callable[[Tensor], Tensor] | None, n: int) -> Tensor:
         """Return a random gradient, multiplied by the factors of the rows' owners."""
@@ -108,9 +111,12 @@ class _Start:
         generator = torch.Generator(about.device).manual_seed(self.seed)
         shape, axis = tuple(about.shape), self.layout.axis
         values = torch.randn(shape, generator=generator, device=about.device)
+        ones = [1] * (len(shape) - axis - 1)
+        if self.is_known is not None:
+            values = values * self.is_known.reshape(-1, *ones)
         if factors is not None:
             owners = self.layout.owners(shape[axis], n).to(about.device)
-            values = values * factors(owners).reshape(-1, *[1] * (len(shape) - axis - 1))
+            values = values * factors(owners).reshape(-1, *ones)
         return values.to(about.dtype)
 
 
@@ -144,9 +150,11 @@ def trace(
         }
         traces |= new
         starts = [
-            _Start(GradientEdge(*node.next_functions[0]), new[node].rows, seed)
-            for node in section.norms
-            if node in new and node.next_functions[0][0] in result.with_samples
+            _Start(GradientEdge(*node.next_functions[0]), rows.rows, seed, rows.is_certain)
+            for node, rows in ((node, new.get(node)) for node in section.norms)
+            if rows is not None
+            and float(rows.share) > _MIN_SHARE
+            and node.next_functions[0][0] in result.with_samples
         ]
     return {node: each for node, each in traces.items() if node in wanted}
 
@@ -184,11 +192,10 @@ def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int, floo
         is_single = is_single & agrees.all(dim=1)
     # A row that rounding has blurred most likely belongs to the sample with the nearest factor.
     is_possible = has_gradient & (owners >= 0) & (owners < n)
-    is_single = is_single & is_possible | (by_row <= floor)
-    is_clear = by_row > floor
-    has_gradient = torch.where(is_clear.any(), is_clear, has_gradient)
+    is_single &= is_possible
     rows = IrregularRows(torch.where(is_possible, owners, 0), n)
-    return Trace(rows, by_row[is_single].sum() / by_row.sum(), has_gradient)
+    share = by_row[is_single].sum() / by_row[is_single | (by_row > floor)].sum()
+    return Trace(rows, share, is_single)
 
 
 @dataclass
