@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from tda_lightning.gradients.capture.decisions import LayoutDecisions
 from tda_lightning.gradients.capture.layout_inference import (
     TRACED,
     UNKNOWN,
     Key,
     Layout,
+    LayoutDecisions,
     RoutedRows,
 )
 from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
