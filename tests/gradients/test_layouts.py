@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from lightning_models import Plain, TrainingLog, mlp, quiet_trainer, vectors
 from networks import data_of
 from replayed import MeanOfLosses, assert_rows_are_gradients
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from tda_lightning import GradientRecorder, Identity
+from tda_lightning.stores import MemoryStore
 
 T, D = 6, 7
 
@@ -149,3 +154,23 @@ TABLES = {
 def test_tables_that_all_samples_share_are_recorded(name, batch_size):
     combine, shape = TABLES[name]
     assert_rows_are_gradients(Table(combine, *shape).double(), data_of((T, D)), batch_size)
+
+
+def test_a_sample_keeps_a_row_that_is_almost_zero():
+    """A layer norm of one active unit cancels that unit's gradient up to its `eps`."""
+    x = torch.stack([10 * vectors()[0][0], 0.1 * vectors()[1][0]])
+    y = torch.tensor([0, 2])
+    model = Plain(mlp())
+    with torch.no_grad():
+        model.net[0].bias.fill_(-3.0)[5] = 3.0  # The only unit that the second sample activates.
+    log, store = TrainingLog(), MemoryStore()
+    data = DataLoader(TensorDataset(x, y), batch_size=2)
+    quiet_trainer(GradientRecorder(store, projector=Identity()), log, max_epochs=1).fit(model, data)
+    model.load_state_dict(log.weights[0])
+    weight = model.net[0].weight
+    for sample in range(2):
+        loss = functional.cross_entropy(model.net(x[sample][None]), y[sample][None]) / 2
+        (expected,) = torch.autograd.grad(loss, weight)
+        row = store[0].sketch[sample, : weight.numel()]
+        torch.testing.assert_close(row, expected.flatten(), rtol=0.05, atol=1e-9)
+    assert 0 < store[0].sketch[1, : weight.numel()].norm() < 1e-4
