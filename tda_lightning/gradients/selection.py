@@ -22,7 +22,7 @@ from tda_lightning.stores.recipe import Block, LeftOut, Recipe
 # must give the same ones.
 _NOT_CHOSEN, _NOT_TRAINED = "not among `layers`", "its parameters are in no optimizer"
 CHOSEN_REASONS = (_NOT_CHOSEN, _NOT_TRAINED)
-_COMPLEX = "its numbers are complex, and rows are real"
+COMPLEX_REASON = "its numbers are complex, and rows are real"
 # Prefixes that wrappers add to the names of the wrapped modules.
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -236,7 +236,7 @@ def _reason_left_out(
         return _NOT_CHOSEN
     if parameter in untrained:
         return _NOT_TRAINED
-    return _COMPLEX if parameter.is_complex() else ""
+    return COMPLEX_REASON if parameter.is_complex() else ""
 
 
 def _require_matches(layers: Sequence[str] | None, owners: _Owners) -> None:
@@ -259,5 +259,6 @@ def _require_any(chosen: Mapping[nn.Parameter, str], left_out: Collection[LeftOu
 
 def row_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of a model's rows: float64 if all trained parameters are, else float32."""
-    is_double = all(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
+    formats = {p.dtype for p in model.parameters() if p.requires_grad}
+    is_double = formats <= {torch.float64, torch.complex128}
     return torch.float64 if is_double else torch.float32
