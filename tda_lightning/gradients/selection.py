@@ -142,7 +142,8 @@ def select_parameters(
             continue
         entry = left_out.get((module_name, reason))
         size = parameter.numel() + (0 if entry is None else entry.size)
-        left_out[module_name, reason] = LeftOut(module_name, type(module).__name__, size, reason)
+        kind = type(module).__name__
+        left_out[module_name, reason] = LeftOut(module_name or name, kind, size, reason)
     _require_any(chosen, left_out.values())
     blocks = _adopted(like, chosen, owners) or tuple(
         _block(parameter, name, model, owners) for parameter, name in chosen.items()

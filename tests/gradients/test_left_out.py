@@ -132,8 +132,10 @@ def test_small_complex_parameters_are_left_out_by_name():
 
 @pytest.mark.filterwarnings(IGNORED)
 def test_large_complex_parameters_are_refused_with_the_remedy():
+    model = Plain(Filtered(30.0).double())
+    nn.init.normal_(model.net.head.weight, std=30.0)
     with pytest.raises(ValueError, match=r"complex parameters of `net`.*`torch.view_as_complex"):
-        train(MemoryStore(), Plain(Filtered(30.0).double()))
+        train(MemoryStore(), model)
 
 
 def test_complex_views_of_real_parameters_are_recorded():
