@@ -22,7 +22,7 @@ from tda_lightning.stores.recipe import Block, LeftOut, Recipe
 # must give the same ones.
 _NOT_CHOSEN, _NOT_TRAINED = "not among `layers`", "its parameters are in no optimizer"
 CHOSEN_REASONS = (_NOT_CHOSEN, _NOT_TRAINED)
-_COMPLEX = "its numbers are complex, and rows are real"
+COMPLEX_REASON = "its numbers are complex, and rows are real"
 # Prefixes that wrappers add to the names of the wrapped modules.
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -142,7 +142,8 @@ def select_parameters(
             continue
         entry = left_out.get((module_name, reason))
         size = parameter.numel() + (0 if entry is None else entry.size)
-        left_out[module_name, reason] = LeftOut(module_name, type(module).__name__, size, reason)
+        kind = type(module).__name__
+        left_out[module_name, reason] = LeftOut(module_name or name, kind, size, reason)
     _require_any(chosen, left_out.values())
     blocks = _adopted(like, chosen, owners) or tuple(
         _block(parameter, name, model, owners) for parameter, name in chosen.items()
@@ -236,7 +237,7 @@ def _reason_left_out(
         return _NOT_CHOSEN
     if parameter in untrained:
         return _NOT_TRAINED
-    return _COMPLEX if parameter.is_complex() else ""
+    return COMPLEX_REASON if parameter.is_complex() else ""
 
 
 def _require_matches(layers: Sequence[str] | None, owners: _Owners) -> None:
@@ -259,5 +260,6 @@ def _require_any(chosen: Mapping[nn.Parameter, str], left_out: Collection[LeftOu
 
 def row_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of a model's rows: float64 if all trained parameters are, else float32."""
-    is_double = all(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
+    formats = {p.dtype for p in model.parameters() if p.requires_grad}
+    is_double = formats <= {torch.float64, torch.complex128}
     return torch.float64 if is_double else torch.float32

@@ -257,7 +257,7 @@ class RowRecorder:
         """Return the squared gradient norm of the trained parameters that are not recorded."""
         recorded = set(self.recorded_parameters())
         grads = [p.grad for p in trained if p not in recorded]
-        squares = [grad.double().square().sum() for grad in grads if grad is not None]
+        squares = [grad.abs().double().square().sum() for grad in grads if grad is not None]
         return torch.stack(squares).sum() if squares else torch.zeros(())
 
     def sum_blocks(self) -> None:

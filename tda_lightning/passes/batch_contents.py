@@ -38,7 +38,8 @@ def _parts(value: Any) -> Iterable[Any]:
 def batch_size(batch: Any, argument: str, ids: Sized | None = None) -> int:
     """Return the number of samples in a batch.
 
-    It is the length of the batch's parts: of a tensor, of a list, or of the tensors in a list.
+    It is the length of the batch's parts: of a tensor, of a list, or of the tensors in a list. A
+    batch may also be a list of samples.
 
     Args:
         batch: A batch as the training loader yields it.
@@ -48,6 +49,8 @@ def batch_size(batch: Any, argument: str, ids: Sized | None = None) -> int:
     Raises:
         ValueError: If it holds no tensor with an axis of samples, or if the number is not clear.
     """
+    if _is_list_of_samples(batch):
+        return len(batch)
     parts = [lengths for lengths in map(_lengths, _top(batch)) if lengths]
     if not parts:
         raise ValueError(
@@ -65,6 +68,14 @@ def batch_size(batch: Any, argument: str, ids: Sized | None = None) -> int:
     if n == 0:
         raise ValueError(f"`{argument}` is an empty batch; expected at least one sample.")
     return n
+
+
+def _is_list_of_samples(batch: Any) -> bool:
+    """Return whether each entry is a tuple such as an image and the dictionary of its objects."""
+    if not isinstance(batch, list) or not all(isinstance(sample, tuple) for sample in batch):
+        return False
+    kinds = {tuple(map(type, sample)) for sample in batch}
+    return len(kinds) == 1 and len(set(kinds.pop())) > 1
 
 
 def _top(batch: Any) -> Iterable[Any]:

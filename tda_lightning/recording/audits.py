@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from tda_lightning.gradients.parameter_selection import ParameterSelection
+from tda_lightning.gradients.parameter_selection import COMPLEX_REASON, ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.stores.recipe import Block, LeftOut
 from tda_lightning.stores.step import Audit
@@ -167,6 +167,31 @@ def lost_parameters(
     return entries
 
 
+def check_complex(selection: ParameterSelection, trained: Sequence[Parameter]) -> None:
+    """Check how much of a step's squared gradient belongs to complex parameters.
+
+    Args:
+        selection: All blocks, and what is left out.
+        trained: All parameters that the step updates, with their gradients.
+
+    Raises:
+        ValueError: If it is too much to leave out.
+    """
+    names = [entry.name for entry in selection.left_out if entry.reason == COMPLEX_REASON]
+    if not names:
+        return
+    total = _square(trained)
+    share = _square([p for p in trained if p.is_complex()]) / total if total else 0.0
+    if share > MAX_LOST_SHARE:
+        raise ValueError(
+            f"{share:.0%} of the first step's squared gradient belongs to complex parameters of "
+            f"{', '.join(f'`{name}`' for name in names)}, which cannot be recorded; expected at "
+            f"most {MAX_LOST_SHARE:.0%}. Train a real parameter with an axis of length 2, and use "
+            "`torch.view_as_complex(parameter)` in its place, or accept what is left with "
+            f"`layers={[f'!{name}' for name in names]}`."
+        )
+
+
 def negligible_blocks(parameters: Sequence[Sequence[Parameter]]) -> set[int]:
     """Return the vectors whose gradient is below what rounding leaves of the whole one.
 
@@ -181,5 +206,5 @@ def negligible_blocks(parameters: Sequence[Sequence[Parameter]]) -> set[int]:
 
 
 def _square(parameters: Sequence[Parameter]) -> float:
-    squares = [p.grad.double().square().sum() for p in parameters if p.grad is not None]
+    squares = [p.grad.abs().double().square().sum() for p in parameters if p.grad is not None]
     return float(torch.stack(squares).sum()) if squares else 0.0

@@ -84,7 +84,8 @@ def parameters_by_size(optimizer: Optimizer) -> list[Parameter]:
 def gradient_norm(parameter: Parameter) -> Tensor:
     """Return the norm of a parameter's gradient, in double precision."""
     assert parameter.grad is not None
-    norm: Tensor = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+    grad = parameter.grad.abs() if parameter.is_complex() else parameter.grad
+    norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64)
     return norm
 
 

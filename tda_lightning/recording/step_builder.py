@@ -19,6 +19,7 @@ from tda_lightning.recording.audits import (
     MAX_LOST_SHARE,
     AuditStart,
     begin_audit,
+    check_complex,
     check_conserved,
     finish_audit,
     lost_parameters,
@@ -242,6 +243,7 @@ class StepBuilder:
         sums = self._distributed.add(self._block_sums() * applied)
         start = begin_audit(self._rows, sums[:, :-1], self._parameters_by_size)
         if self._n_recorded_steps == 0:
+            check_complex(self._selection, self._parameters_by_size)
             skipped = negligible_blocks(self._selection.parameters) | self._lost
             check_conserved(self._selection.blocks, start, sums[:, -1], skipped, self._warn)
         return start

@@ -7,6 +7,7 @@ import torch
 from lightning_models import AppliedGradientsLog, Plain, loader, quiet_trainer
 from networks import data_of
 from pytorch_lightning.callbacks import ModelCheckpoint
+from replayed import assert_rows_are_gradients
 from torch import nn
 
 from tda_lightning import GradientRecorder, HDF5Store, Identity, TracIn, attribute
@@ -101,6 +102,44 @@ def test_queries_have_no_gradient_where_training_has_none():
     expected = TracIn().attribute(store, rows).values
     torch.testing.assert_close(scores.values, expected)
     assert scores.provenance["recorded"] == "24 of 48 parameters"
+
+
+class Filtered(nn.Module):
+    """Multiplies frequencies by complex numbers, which are a parameter or a view of a real one."""
+
+    def __init__(self, strength, is_view=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.strength, self.is_view = nn.Linear(D, 3), strength, is_view
+        numbers = torch.randn(4, 2, dtype=torch.float64)
+        self.filter = nn.Parameter(numbers if is_view else torch.view_as_complex(numbers))
+
+    def forward(self, x):
+        weights = torch.view_as_complex(self.filter) if self.is_view else self.filter
+        filtered = torch.fft.irfft(torch.fft.rfft(x) * weights, n=D)
+        return self.head(x + self.strength * filtered)
+
+
+def test_small_complex_parameters_are_left_out_by_name():
+    store, log = MemoryStore(), AppliedGradientsLog()
+    with pytest.warns(UserWarning, match=r"`net` \(4 parameters\): its numbers are complex"):
+        train(store, Plain(Filtered(1e-2).double()), log)
+    assert [block.name for block in store.recipe.blocks] == ["net.head.weight", "net.head.bias"]
+    for step, gradients in zip(store, log.gradients, strict=True):
+        flat = torch.cat([gradients[f"net.head.{kind}"].flatten() for kind in ("weight", "bias")])
+        torch.testing.assert_close(step.sketch.sum(dim=0), flat)
+
+
+@pytest.mark.filterwarnings(IGNORED)
+def test_large_complex_parameters_are_refused_with_the_remedy():
+    model = Plain(Filtered(30.0).double())
+    nn.init.normal_(model.net.head.weight, std=30.0)
+    with pytest.raises(ValueError, match=r"complex parameters of `net`.*`torch.view_as_complex"):
+        train(MemoryStore(), model)
+
+
+def test_complex_views_of_real_parameters_are_recorded():
+    assert_rows_are_gradients(Filtered(1.0, is_view=True).double(), data_of((D,)))
 
 
 def test_above_a_tenth_of_the_gradient_the_training_is_refused_with_the_remedy():

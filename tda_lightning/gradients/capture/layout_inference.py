@@ -9,7 +9,7 @@ are in no regular order, and their owners follow from the index.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -253,8 +253,8 @@ class LayoutDecisions(LayoutInference):
         self._decided, self._traced = decided, traced
         self._last.clear()
 
-    def _forget(self, keys: Iterable[Key]) -> None:
-        """Forget the decisions that some meetings have no known layout."""
+    def _forget(self, keys: Iterable[Key], firsts: Set[Key]) -> None:
+        """Forget decisions, except that some of the first meetings in a graph are none."""
         for key in keys:
-            if self._decided.get(key, UNKNOWN) is None:
-                del self._decided[key]
+            if key not in firsts or self._decided.get(key) is not None:
+                self._decided.pop(key, None)

@@ -150,9 +150,10 @@ class LayoutMemory(LayoutDecisions):
             found = evidence.get(meeting.node), traces.get(meeting.node)
             is_changed |= self._judge(meeting, position, edge, key, *found)
         self._trust_unreached()
-        if is_changed and self._has_doubts and not self._is_trusting:  # The others may be right.
+        if is_changed and self._do_samples_mix and not self._is_trusting:
+            # Samples may seem to mix since some meetings were none: judge the others again.
             firsts = {key for meeting, _, _, key in open_inputs if meeting.is_first}
-            self._forget({key for _, _, _, key in open_inputs} - firsts)
+            self._forget({key for _, _, _, key in open_inputs}, firsts)
         return is_changed
 
     def _trace(self, loss: Tensor, result: Walk) -> None:

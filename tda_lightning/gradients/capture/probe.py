@@ -187,7 +187,7 @@ def _strongest_samples(starts: Sequence[_Start], n: int) -> list[int]:
     total = torch.zeros(n, dtype=torch.float64)
     for _, grad, layout in starts:
         other = [axis for axis in range(grad.ndim) if axis != layout.axis]
-        squares = grad.detach().double().square()
+        squares = grad.detach().abs().double().square()
         total += layout.totals(squares.sum(dim=other) if other else squares, n).cpu()
     total[0] = -1 if n > 2 else total[0]
     return total.topk(min(2, n)).indices.tolist()
@@ -208,7 +208,7 @@ def _arriving(
         grad = grads[0]
         if grad is None:
             return
-        squares = grad.detach().double().square()
+        squares = grad.detach().abs().double().square()
         weights[node] = {
             axis: squares.sum(dim=[a for a in range(grad.ndim) if a != axis])
             if grad.ndim > 1

@@ -248,7 +248,7 @@ class _Section:
 
         def keep(node: Node, grad: Tensor | None) -> None:
             if grad is not None and grad.ndim:
-                values = grad.detach().double().square()
+                values = grad.detach().abs().double().square()
                 rows = values.flatten(1) if values.ndim > 1 else values[:, None]
                 squares[node] = torch.stack(
                     [rows[:, number::_GROUPS].sum(dim=1) for number in range(_GROUPS)], dim=1

@@ -12,7 +12,7 @@ from itertools import compress
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
@@ -150,11 +150,17 @@ def node_rule(*names: str, axes: Axes = every_axis) -> Callable[[Rule], Rule]:
 
 
 def rule_for(node: Any) -> NodeRule:
-    """Return the rule registered for a node's kind, or the generic one."""
-    return _RULES.get(type(node).__name__, _GENERIC)
+    """Return the rule registered for a node's kind, or the generic one.
+
+    Rules are for real numbers; the generic one is right for complex ones too.
+    """
+    rule = _RULES.get(type(node).__name__, _GENERIC)
+    if rule is not _GENERIC and node._input_metadata[0].dtype.is_complex:
+        return NodeRule(per_sample_vjp, rule.axes)
+    return rule
 
 
-def per_sample_vjp(call: NodeCall) -> Float[Tensor, "n ..."]:
+def per_sample_vjp(call: NodeCall) -> Inexact[Tensor, "n ..."]:
     """Call the node once per sample, with the gradients of all other samples set to zero.
 
     A node is linear in its outputs' gradients, so this is right for any operation, and slow.
