@@ -16,6 +16,7 @@ import xxhash
 from tda_lightning import HDF5Store, Scores, add_snapshots
 from tda_lightning.cli import main
 from tda_lightning.stores.contract import RECIPE, make_steps
+from tda_lightning.stores.hdf5 import segment_datasets
 from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
 from tda_lightning.stores.hdf5.verification import verify_files
 from tda_lightning.stores.integrity.damage import StoreFileError
@@ -511,3 +512,19 @@ def test_segments_of_older_versions_hold_no_losses(run):
     facts = HDF5Store.open(run)[0]
     assert facts.terms is not None
     assert (facts.losses, facts.errors, facts.margins) == (None, None, None)
+
+
+def test_a_block_is_verified_when_it_is_read_first(run, monkeypatch):
+    sums = []
+    original = segment_datasets.checksum_of
+    monkeypatch.setattr(
+        segment_datasets, "checksum_of", lambda rows: sums.append(len(rows)) or original(rows)
+    )
+    store = HDF5Store.open(run)
+    first = [step.sketch for step in store]
+    n_verified = len(sums)
+    assert n_verified > 0
+    assert all(map(torch.equal, first, [step.sketch for step in store]))
+    assert len(sums) == n_verified
+    assert len(list(HDF5Store.open(run))) == len(first)
+    assert len(sums) == 2 * n_verified

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import get_args
@@ -69,6 +69,8 @@ class StoredRows:
             such as in a file that a user has compressed.
         stamp: Stamp of the file when the dataset was inspected.
         checksums: Checksum of the encoded rows of each block; earlier segments have none.
+        verified: Numbers of the blocks whose checksum was right when they were read first. Later
+            reads only check the stamp.
     """
 
     path: Path
@@ -79,6 +81,7 @@ class StoredRows:
     offset: int | None
     stamp: Stamp
     checksums: Sequence[int] | None
+    verified: set[int] = field(default_factory=set, compare=False)
 
     @classmethod
     def of(
@@ -121,8 +124,10 @@ class StoredRows:
         # Without rows, such as without sampled labels, nothing is read.
         encoded = self._read_encoded(span) if span.stop > span.start else self._empty(0)
         # A block of 1 MB is still in the processor's cache, where summing is fastest.
-        if self.checksums is not None and checksum_of(encoded) != self.checksums[block]:
-            raise ValueError(f"the checksum of rows {span.start} to {span.stop} is another one")
+        if self.checksums is not None and block not in self.verified:
+            if checksum_of(encoded) != self.checksums[block]:
+                raise ValueError(f"the checksum of rows {span.start} to {span.stop} is another one")
+            self.verified.add(block)
         return decode(encoded, scales, self.storage)
 
     def _read_encoded(self, span: slice) -> np.ndarray:
