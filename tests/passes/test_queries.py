@@ -9,6 +9,7 @@ from torch.utils.data import Subset
 from torchmetrics.classification import MulticlassAccuracy
 
 from tda_lightning import GradientRecorder, HDF5Store, Identity, Unrolled, attribute
+from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.stores import MemoryStore
 
@@ -325,3 +326,13 @@ def test_training_step_may_have_any_argument_names(model_class):
     model = model_class(mlp())
     store, _ = record(model)
     assert attribute(store, model, vectors()[:3], progress=False).values.abs().max() > 0
+
+
+def test_a_batch_that_is_a_list_of_samples_has_as_many_as_entries():
+    def sample(n_boxes):
+        return torch.zeros(5, 7), {"boxes": torch.zeros(n_boxes, 4)}
+
+    assert batch_size([sample(1), sample(2), sample(3)], "queries") == 3
+    assert batch_size([torch.zeros(5, 7), torch.zeros(5)], "queries") == 5
+    images, targets = zip(sample(1), sample(2), sample(3), strict=True)
+    assert batch_size([list(images), list(targets)], "queries") == 3

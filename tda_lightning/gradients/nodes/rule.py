@@ -195,12 +195,12 @@ def per_sample_vjp(call: NodeCall) -> Inexact[Tensor, "n ..."]:
 
 def _input_gradients(node: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """Call a node, and return a gradient for each of its inputs in the graph."""
-    if not isinstance(node, BackwardCFunction):
-        results = node(*grads)
-        return results if isinstance(results, tuple) else (results,)
-    results = node.apply(*grads)  # type: ignore[no-untyped-call]
-    # A function in Python has a gradient per argument, but only tensors are inputs in the graph.
+    is_in_python = isinstance(node, BackwardCFunction)
+    results = getattr(node, "apply", node)(*grads)
     values = results if isinstance(results, tuple) else (results,)
+    if not is_in_python:
+        return values
+    # A function in Python has a gradient per argument, but only tensors are inputs in the graph.
     needed = iter(compress(values, node.needs_input_grad))
     return [None if child is None else next(needed) for child, _ in node.next_functions]
 
