@@ -73,6 +73,7 @@ def test_the_readme_runs(after_readme):
     assert (folder / "scores.npz").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # dattri imports it
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=pytest.mark.slow if page in LONG_PAGES else ()) for page in PAGES],
