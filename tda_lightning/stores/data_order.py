@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,10 @@ class DataOrder:
         numbers = ["epoch", "train_id", "step", "earlier_epoch"]
         frame = pd.DataFrame(rows, columns=["kind", *numbers])
         return frame.astype(dict.fromkeys(numbers, "Int64"))
+
+    def _repr_html_(self) -> str:
+        """Show one line per kind of irregularity in notebooks."""
+        return f"<pre>{escape(repr(self))}</pre>"
 
     def __repr__(self) -> str:
         """Show one line per kind of irregularity."""

@@ -36,10 +36,9 @@ def steps_backward(run: Store) -> Iterator[Step]:
             yield step
             continue
         is_share |= len(rows) == 0
-        if len(rows):
+        if is_share and len(rows):
             window.append(rows)
             while sum(map(len, window)) - len(window[0]) >= _N_ROWS:
                 window.popleft()
-        if len(rows) and is_share and len(window) > 1:
             step = replace(step, curvature_rows=torch.cat(list(window)) / len(window) ** 0.5)
         yield step
