@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from tda_lightning import Identity, KroneckerCountSketch
+from tda_lightning.gradients.capture.row_owners import Trace
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
 from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.gradients.row_recorder import RowRecorder
 
@@ -105,3 +107,13 @@ def test_the_precision_of_the_activations_adds_far_less_error_than_the_sketch(pr
         return (difference / (wide.norm(dim=1)[:, None] * wide.norm(dim=1))).norm() / N
 
     assert error(rows) < error(sketched) / 5
+
+
+def test_few_blurred_rows_do_not_overrule_the_order_of_samples_in_half_precision():
+    traced = torch.tensor([0, 0, 1, 1, 2, 0])  # The last row is the third sample's.
+    squares = torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0, 0.1])
+    rows, certain = IrregularRows(traced, 3), torch.ones(6, dtype=torch.bool)
+    owners = SampleLayout(0, 1, None).owners(6, 3)
+    assert Trace(rows, torch.tensor(1.0), certain, squares, blurred=0.02).agrees(owners)
+    assert not Trace(rows, torch.tensor(1.0), certain, squares, blurred=0.0).agrees(owners)
+    assert not Trace(rows, torch.tensor(1.0), certain, squares + 1, blurred=0.02).agrees(owners)

@@ -33,16 +33,22 @@ class Trace:
         share: The share of the squared gradient in rows that depend on one sample alone; NaN if
             no gradient arrived, or none but rounding errors.
         is_certain: The rows that depend on one sample alone.
+        squares: The squared gradient of each row.
+        blurred: The share of the squared gradient that rounding may give to other samples.
     """
 
     rows: IrregularRows
     share: Float[Tensor, ""]
     is_certain: Bool[Tensor, " rows"]
+    squares: Float[Tensor, " rows"]
+    blurred: float
 
     def agrees(self, owners: Int[Tensor, " rows"]) -> bool:
-        """Return whether each certain row belongs to the given sample."""
+        """Return whether the certain rows belong to the given samples, except for rounding."""
         traced = self.rows.of_rows
-        return torch.equal(owners.to(traced.device)[self.is_certain], traced[self.is_certain])
+        certain = torch.where(self.is_certain, self.squares, 0)
+        differing = certain[owners.to(traced.device) != traced].sum()
+        return float(differing) <= self.blurred * float(certain.sum())
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,14 @@ class _Grid:
         steps: Factors per power of two.
         tolerance: Largest distance of a single sample's factor from its number.
         negligible: Share of a row's squared gradient below which rounding hides the factor.
+        blurred: As in :class:`Trace`.
     """
 
     half: int
     steps: int
     tolerance: float
     negligible: float
+    blurred: float
 
     def digits(self, n: int) -> int:
         """Return the number of passes that ``n`` samples need."""
@@ -81,11 +89,11 @@ class _Grid:
         return number.long() + self.half, is_single
 
 
-_FINE = _Grid(512, 16, 0.005, 1e-6)
+_FINE = _Grid(512, 16, 0.005, 1e-6, 0.0)
 # Gradients in half precision have two digits, and float16 has few powers of two.
 _COARSE = {
-    torch.float16: _Grid(8, 2, 0.15, 0.05),
-    torch.bfloat16: _Grid(64, 2, 0.15, 0.05),
+    torch.float16: _Grid(8, 2, 0.15, 0.05, 0.02),
+    torch.bfloat16: _Grid(64, 2, 0.15, 0.05, 0.02),
 }
 
 
@@ -195,7 +203,7 @@ def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int, floo
     is_single &= is_possible
     rows = IrregularRows(torch.where(is_possible, owners, 0), n)
     share = by_row[is_single].sum() / by_row[is_single | (by_row > floor)].sum()
-    return Trace(rows, share, is_single)
+    return Trace(rows, share, is_single, by_row, grid.blurred)
 
 
 @dataclass

@@ -125,9 +125,9 @@ def _confirmed(
 
 def is_proven(traced: Trace | None) -> bool:
     """Return whether nearly all of the gradient is in rows of single samples."""
-    return traced is not None and float(traced.share) > PROVEN
+    return traced is not None and float(traced.share) > PROVEN - traced.blurred
 
 
 def is_disproven(traced: Trace) -> bool:
     """Return whether a gradient arrived in rows of several samples."""
-    return float(traced.share) <= PROVEN
+    return float(traced.share) <= PROVEN - traced.blurred
