@@ -279,7 +279,13 @@ def _as_ids(values: Any) -> Int[Tensor, " n"]:
             f"`sample_ids` returned {shape} of {ids.dtype}; expected one integer per sample of the "
             "batch. Number your samples, and return those numbers."
         )
-    return ids.to(torch.int64)
+    signed = ids.to(torch.int64)
+    if ids.dtype == torch.uint64 and bool((signed < 0).any()):
+        raise ValueError(
+            "`sample_ids` returned ids of 2**63 and more; expected smaller ones, which fit a "
+            "signed integer. Number your samples, and return those numbers."
+        )
+    return signed
 
 
 def _tensor_of(values: Any) -> Tensor:

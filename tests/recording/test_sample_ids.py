@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from lightning_models import IndexedVectors, Plain, TrainingLog, loader, mlp, quiet_trainer, vectors
@@ -158,11 +159,15 @@ def test_iterable_datasets_work_with_ids_from_the_batch():
         ("nothing", "no key of the batch, which has a list"),
         (lambda batch: batch[0], "expected one integer per sample"),
         (
+            lambda batch: np.arange(len(batch[0]), dtype=np.uint64) + np.uint64(2**63),
+            r"ids of 2\*\*63 and more",
+        ),
+        (
             lambda batch: [1, 2],
             "`sample_ids` returned 2 ids for a batch, but .* Return as many ids as the batch has",
         ),
     ],
-    ids=["no such key", "not ids", "too few"],
+    ids=["no such key", "not ids", "unsigned ids that do not fit", "too few"],
 )
 def test_wrong_ids_raise(source, message):
     with pytest.raises(ValueError, match=message):
