@@ -106,9 +106,10 @@ def test_json_holds_what_the_text_shows(run):
 
 def test_audit_fails_if_less_is_explained_than_wanted(run, capsys):
     share = run_json("audit", run)[0]["gradient"]["mean"]
-    assert 0.01 < share < 0.99
-    assert main(["audit", str(run), "--least", str(share - 0.01)]) == 0
-    assert main(["audit", str(run), "--least", str(share + 0.01)]) == 1
+    assert 0 < share < 1
+    margin = min(share, 1 - share) / 2
+    assert main(["audit", str(run), "--least", str(share - margin)]) == 0
+    assert main(["audit", str(run), "--least", str(share + margin)]) == 1
     assert "steps audited" in capsys.readouterr().out
 
 
