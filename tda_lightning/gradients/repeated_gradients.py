@@ -7,7 +7,6 @@ time step took six times a plain step, for a GRU and 50 steps.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,17 +30,18 @@ class RepeatedGradients:
         counts: How often each parameter occurred in the last pass; changed in place.
     """
 
-    def __init__(self, receive: Receiver, counts: Counter[nn.Parameter]) -> None:
+    def __init__(self, receive: Receiver, counts: dict[nn.Parameter, int]) -> None:
         self._receive = receive
         self._last = counts
-        self._counts: Counter[nn.Parameter] = Counter()
+        self._counts: dict[nn.Parameter, int] = {}
         self._groups: dict[Any, list[ParameterGradient]] = {}
         self._room = _MAX_WAITING
 
     def receive(self, gradient: ParameterGradient) -> None:
         """Record the gradients of a parameter: later, if it is likely to occur again."""
-        self._counts[gradient.parameter] += 1
-        kind = _kind(gradient) if self._last[gradient.parameter] > 1 else None
+        parameter, counts = gradient.parameter, self._counts
+        counts[parameter] = counts.get(parameter, 0) + 1
+        kind = _kind(gradient) if self._last.get(parameter, 0) > 1 else None
         if kind is None:
             self._receive(gradient)
             return

@@ -9,7 +9,6 @@ wait.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +48,7 @@ class RowPass:
         sketcher: Sketcher,
         places: Mapping[nn.Parameter, Place],
         n: int,
-        counts: Counter[nn.Parameter],
+        counts: dict[nn.Parameter, int],
     ) -> None:
         self._sketcher, self._places, self._n, self._counts = sketcher, places, n, counts
         self._rows = RowSum(sketcher, n)

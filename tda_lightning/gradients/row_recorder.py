@@ -5,7 +5,6 @@ Training and queries use this code with the same recipe, so their rows are compa
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
@@ -81,7 +80,7 @@ class RowRecorder:
         numbers = {block.name: number for number, block in enumerate(selection.blocks)}
         self.excluded = {numbers[name] for name in lost if name in numbers}
         self._n = 0
-        self._counts: Counter[nn.Parameter] = Counter()
+        self._counts: dict[nn.Parameter, int] = {}
         self._rows = self._new_pass()
         self._sums: Tensor | None = None
 

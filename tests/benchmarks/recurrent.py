@@ -10,7 +10,6 @@ ratio of medians of processor time, after the first ten steps.
 import argparse
 import logging
 import tempfile
-import time
 import warnings
 from itertools import pairwise, product
 from pathlib import Path
@@ -18,6 +17,7 @@ from statistics import median
 
 import pytorch_lightning as pl
 import torch
+from irregular_rows import QUIET, StepLog
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,8 +26,6 @@ from tda_lightning import GradientRecorder
 
 WARM_UP, STEPS = 10, 30
 WIDTH, CLASSES = 16, 5
-QUIET = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
-QUIET |= {"enable_progress_bar": False, "enable_model_summary": False}
 LAYERS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
 # Number of samples and of time steps, and the width of the state.
 SIZES = ((16, 20, 64), (64, 50, 64), (64, 50, 256))
@@ -45,14 +43,6 @@ class Recurrent(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-2)
-
-
-class StepLog(pl.Callback):
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_train_batch_start(self, *arguments: object) -> None:
-        self.times.append(time.process_time())
 
 
 def durations(kind: str, size: tuple[int, int, int], is_recorded: bool) -> list[float]:

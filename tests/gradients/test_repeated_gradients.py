@@ -1,7 +1,5 @@
 """Parameters that meet data in several nodes of a graph: recurrent cells and shared layers."""
 
-from collections import Counter
-
 import pytest
 import torch
 from lightning_models import loader, quiet_trainer
@@ -118,7 +116,7 @@ def test_joined_gradients_have_the_same_rows_in_the_coordinates_of_adam(monkeypa
 
 def test_gradients_of_a_parameter_are_received_once_from_the_second_pass_on():
     weight, bias = nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3))
-    received, counts = [], Counter()
+    received, counts = [], {}
     repeated = RepeatedGradients(received.append, counts)
     expected = torch.zeros(N, 3, 2)
     for n_steps in (0, 5, 5):

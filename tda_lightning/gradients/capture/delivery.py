@@ -180,11 +180,10 @@ class Delivery:
             return
         rule, n = rule_for(node), self._n
         self._norms.note(node, inputs, grads, n)
-        vjps: dict[int, Tensor] = {}
-        shared: dict[str, Tensor] = {}
+        shared: dict[str | int, Tensor] = {}
         for position, edge, layout in inputs:
             shape = output_shape(edge)
-            call = NodeCall(node, grads, position, shape, layout, n, vjps=vjps, shared=shared)
+            call = NodeCall(node, grads, position, shape, layout, n, shared=shared)
             if rule.is_generic:
                 call.alike = {o: output_shape(e) for o, e, where in inputs if where == layout}
             through = self._norms.contribution(call, edge)

@@ -12,8 +12,7 @@ times a plain step, for 64 samples of 50 steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -32,7 +31,9 @@ def _fused_layer(call: NodeCall) -> Contribution:
     if call.saved("mode") != _LSTM or call.layout.axis != 1 or not is_weight:
         return per_sample_vjp(call)
     layer = _Layer(call)
-    grads = call.cached("gates", layer.gate_gradients)
+    if "gates" not in call.shared:
+        call.shared["gates"] = layer.gate_gradients()
+    grads = call.shared["gates"]
     if call.position in _BIASES:
         return call.samples_first(grads).flatten(1, -2).sum(dim=1)
     inputs = layer.inputs if call.position == 1 else layer.outputs_before
@@ -40,9 +41,7 @@ def _fused_layer(call: NodeCall) -> Contribution:
 
 
 class _Layer:
-    """One direction of one layer, with the time in the order in which it is processed.
-
-    All tensors begin with time and batch, ``(t, m, ...)``.
+    """One direction of one layer; all tensors begin with time and batch, ``(t, m, ...)``.
 
     Args:
         call: The node.
@@ -50,16 +49,22 @@ class _Layer:
 
     def __init__(self, call: NodeCall) -> None:
         self._call = call
-        self.inputs = self._saved("input")
-        first = self._saved("hx_")[None]
-        outputs = self._saved("result0")
-        is_reverse = call.saved("reverse")
-        self._flip: Callable[[Tensor], Tensor] = (
-            partial(torch.flip, dims=(0,)) if is_reverse else lambda values: values
-        )
-        # In the order of the inputs: the step before is the next one in a reversed layer.
-        parts = [outputs[1:], first] if is_reverse else [first, outputs[:-1]]
-        self.outputs_before = torch.cat(parts)
+        self._is_reverse = call.saved("reverse")
+
+    @cached_property
+    def inputs(self) -> Float[Tensor, "t m d"]:
+        """The inputs."""
+        return self._saved("input")
+
+    @cached_property
+    def outputs_before(self) -> Float[Tensor, "t m h"]:
+        """The outputs of the step before, which is the next one in a reversed layer."""
+        first, outputs = self._saved("hx_")[None], self._saved("result0")
+        return torch.cat([outputs[1:], first] if self._is_reverse else [first, outputs[:-1]])
+
+    def _flip(self, values: Tensor) -> Tensor:
+        """Turn a tensor in the order of the inputs into the order of processing, or back."""
+        return values.flip(0) if self._is_reverse else values
 
     def _saved(self, name: str) -> Tensor:
         values: Tensor = self._call.saved(name)

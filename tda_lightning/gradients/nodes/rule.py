@@ -37,8 +37,8 @@ class NodeCall:
         layout: Where the samples lie in the first output.
         n: Number of samples.
         alike: Shapes of the inputs with the same layout, by their positions.
-        vjps: Their gradients, once :func:`per_sample_vjp` has computed those of all.
-        shared: What the calls for the inputs of one node have in common; see :meth:`cached`.
+        shared: What the calls for the inputs of one node have in common: tensors of a rule, by
+            name, and the gradients of :func:`per_sample_vjp`, by position.
     """
 
     node: Any
@@ -48,14 +48,7 @@ class NodeCall:
     layout: SampleLayout | IrregularRows
     n: int
     alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    vjps: dict[int, Tensor] = field(default_factory=dict)
-    shared: dict[str, Tensor] = field(default_factory=dict)
-
-    def cached(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """Return a tensor that is computed once for all inputs of a node."""
-        if name not in self.shared:
-            self.shared[name] = compute()
-        return self.shared[name]
+    shared: dict[str | int, Tensor] = field(default_factory=dict)
 
     @property
     def grad(self) -> Tensor:
@@ -175,8 +168,8 @@ def per_sample_vjp(call: NodeCall) -> Inexact[Tensor, "n ..."]:
             "uncompiled. Compile the model or one of its modules: "
             "`self.net = torch.compile(self.net)`."
         )
-    if call.position in call.vjps:
-        return call.vjps.pop(call.position)
+    if call.position in call.shared:
+        return call.shared.pop(call.position)
     outputs = [_all_but_one_zero(call, grad) for grad in call.grads]
     # A call computes the gradients of all inputs.
     shapes = {**call.alike, call.position: call.shape}
@@ -189,8 +182,8 @@ def per_sample_vjp(call: NodeCall) -> Inexact[Tensor, "n ..."]:
                 value = call.grad.new_zeros(shape)
             # Autograd itself sums over the axes along which an input was broadcast.
             results[position].append(value if value.shape == shape else value.sum_to_size(shape))
-    call.vjps.update((position, torch.stack(values)) for position, values in results.items())
-    return call.vjps.pop(call.position)
+    call.shared.update((position, torch.stack(values)) for position, values in results.items())
+    return call.shared.pop(call.position)
 
 
 def _input_gradients(node: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
