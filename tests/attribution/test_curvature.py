@@ -53,12 +53,40 @@ def test_weighting_by_the_loss_gives_the_hessian_of_one_output():
     torch.testing.assert_close(matrix(LossWeighted(), STEP), gauss_newton(STEP))
 
 
-def test_loss_weights_are_clamped_to_the_limit():
-    scale = STEP.curvature.clamp(max=1.0)
-    assert scale.min() < 1
-    assert STEP.curvature.max() > 1
+SEVERAL = {
+    "curvature": torch.tensor([0.3, 2.0, 5.0]).double(),
+    "trace_ratio": torch.tensor([0.5, 3.0, 7.0]).double(),
+}
+
+
+def trace_matched(step):
+    """Return the empirical Fisher, and the same with each visit scaled to its trace."""
+    return fisher(step), fisher(step, step.trace_ratio)
+
+
+def test_weighting_by_a_loss_of_several_outputs_is_a_geometric_mean():
+    step = replace(WITH_TERMS, **SEVERAL)
+    of_batch, of_visits = trace_matched(step)
+    alpha = of_visits.trace() / of_batch.trace()
+    scales = (alpha * step.trace_ratio * step.terms).sqrt()
+    torch.testing.assert_close(matrix(LossWeighted(), step), fisher(step, scales))
+
+
+def test_weighting_by_the_loss_never_exceeds_the_trace_of_its_hessian():
+    step = replace(STEP, **SEVERAL)
+    trace = trace_matched(step)[1].trace()
+    assert 0.5 * trace < matrix(LossWeighted(), step).trace() <= trace
+    alike = replace(step, trace_ratio=torch.full((3,), 3.0).double())
+    torch.testing.assert_close(matrix(LossWeighted(), alike), 3 * fisher(step))
+
+
+def test_the_weighted_curvature_scales_like_the_loss():
+    """Outputs in another unit scale a squared error and its Hessian by the same factor."""
+    step, square = replace(WITH_TERMS, **SEVERAL), 100.0
+    ratios = {name: values / square for name, values in SEVERAL.items()}
+    scaled = replace(step, sketch=square * step.sketch, **ratios)
     torch.testing.assert_close(
-        matrix(LossWeighted(1.0), WITH_TERMS), fisher(STEP, scale * WITH_TERMS.terms)
+        matrix(LossWeighted(), scaled), square * matrix(LossWeighted(), step)
     )
 
 
@@ -76,7 +104,7 @@ def test_the_best_available_curvature_uses_sampled_labels_if_recorded():
 
 
 BARE = replace(WITH_TERMS, curvature_rows=None)
-FROM_VISITS = [EmpiricalFisher(), EmpiricalFisher("independent"), LossWeighted(), LossWeighted(1.0)]
+FROM_VISITS = [EmpiricalFisher(), EmpiricalFisher("independent"), LossWeighted()]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +136,7 @@ def test_visits_of_weight_zero_have_no_curvature():
     ids=repr,
 )
 def test_a_missing_recording_raises_with_its_name(kind, missing):
-    bare = replace(STEP, curvature=None, curvature_rows=None)
+    bare = replace(STEP, trace_ratio=None, curvature_rows=None)
     with pytest.raises(ValueError, match=f"Expected {missing} in every step.*pass `curvature="):
         kind.factor(bare)
 
@@ -122,7 +150,13 @@ def batches_of(sizes, reduction):
         if reduction == "mean":
             weights /= len(ids)
         rows = gradients[ids] * weights[:, None]
-        facts = {"sample_ids": ids, "weights": weights, "sketch": rows, "curvature": None}
+        facts = {
+            "sample_ids": ids,
+            "weights": weights,
+            "sketch": rows,
+            "curvature": None,
+            "trace_ratio": None,
+        }
         steps.append(replace(STEP, **facts))
     return steps
 

@@ -128,6 +128,7 @@ def _steps(
             weights=mean_weights,
             sketch=rows,
             curvature=1 / (2 * residuals.square()),
+            trace_ratio=1 / (2 * residuals.square()),
             curvature_rows=(2 * loss_weights).sqrt()[:, None] * x,
         )
         opt.step()

@@ -6,9 +6,10 @@ the matrix nor its eigenvectors need more memory than the batch requires:
 .. math:: H_t = C_t^\top C_t
 
 The empirical Fisher sums the outer products of the visits' rows, :math:`\sum_i r_i r_i^\top / w_i`.
-It needs nothing else, but is too small where the model fits its data well. Rows from labels
-drawn from the model's own predictions give the Gauss-Newton matrix without bias; see Kunstner et
-al. (2019), "Limitations of the Empirical Fisher Approximation for Natural Gradient Descent".
+It needs nothing else, but is too small where the model fits its data well, and too large where a
+label is wrong; see Kunstner et al. (2019), "Limitations of the Empirical Fisher Approximation for
+Natural Gradient Descent". Weights from the loss correct most of that, at no cost. Rows from labels
+drawn from the model's own predictions give the Gauss-Newton matrix without bias.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_choice, require_kind, require_limit
+from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.stores.step import Step
 
 _T = TypeVar("_T")
 Terms = Literal["ignored", "independent"]
+# Numbers of terms are computed in single precision.
+_ROUNDING = 1e-3
 
 
 class Curvature(ABC):
@@ -97,27 +100,35 @@ class EmpiricalFisher(_VisitCurvature):
 
 @dataclass(frozen=True)
 class LossWeighted(_VisitCurvature):
-    """The empirical Fisher, with each visit scaled to the curvature of its loss.
+    r"""The empirical Fisher, with each visit weighted by the curvature of its loss.
 
-    Exact for losses of one output. For the softmax of several, the factor is p / (1 - p).
+    Let a visit have weight :math:`w`, row :math:`r` and :math:`T` loss terms. Let :math:`c` be the
+    trace of its loss's Hessian at the model's outputs, over the squared gradient there. Then
+    :math:`c T r r^\top / w` has the trace that labels drawn from the model would give on average.
+    For losses of one output or two classes, it is the Gauss-Newton matrix itself.
 
-    Attributes:
-        limit: Largest factor. With 1, the curvature nowhere exceeds the empirical Fisher.
+    Otherwise one direction stands for several. There, the geometric mean with the empirical Fisher
+    agrees better with retraining: :math:`\sqrt{\alpha c T} \, r r^\top / w`. The factor
+    :math:`\alpha` scales the Fisher of the step to the trace of all :math:`c r r^\top / w`, so
+    that the unit of the loss does not matter.
     """
 
-    limit: float = math.inf
-
-    def __post_init__(self) -> None:
-        """Validate `limit`."""
-        require_limit("limit", self.limit)
-
     def scales(self, step: Step) -> Float[Tensor, " n"]:
-        """Return sqrt(curvature * terms / weight) of each visit, with the curvature limited."""
-        loss_curvature = _require_recorded(
-            step.curvature, step, "loss curvatures", "EmpiricalFisher()"
-        )
-        terms = torch.ones_like(loss_curvature) if step.terms is None else step.terms
-        return _root_over_weight(loss_curvature.clamp(max=self.limit) * terms, step)
+        """Return the root of the factor of each visit's outer product."""
+        c = _require_recorded(step.trace_ratio, step, "loss curvatures", "EmpiricalFisher()")
+        T = torch.ones_like(c) if step.terms is None else step.terms
+        if _is_gauss_newton(c, T, step):
+            return _root_over_weight(c, step)
+        squares = step.sketch.square().sum(dim=1) * _root_over_weight(torch.ones_like(c), step) ** 2
+        alpha = (c * squares).sum() / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
+        return _root_over_weight((alpha * c * T).sqrt(), step)
+
+
+def _is_gauss_newton(c: Float[Tensor, " n"], T: Float[Tensor, " n"], step: Step) -> bool:
+    """Return whether every visit has one term, of one output or two classes."""
+    # These have no other curvature than that of the label; the recorder stores it twice.
+    is_one_output = step.curvature is not None and torch.equal(c, step.curvature)
+    return is_one_output and bool(((T - 1).abs() < _ROUNDING).all())
 
 
 @dataclass(frozen=True)
