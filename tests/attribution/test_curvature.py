@@ -13,6 +13,7 @@ from tda_lightning.attribution.dynamics.curvature import (
     LossWeighted,
     Mixed,
     SampledLabels,
+    SampledOrWeighted,
     applied_curvature,
     objective_curvature,
 )
@@ -91,19 +92,34 @@ def test_the_weighted_curvature_scales_like_the_loss():
 
 
 def test_mixed_curvature_is_the_mean_of_its_parts():
-    mean = (gauss_newton(STEP) + fisher(STEP)) / 2
-    torch.testing.assert_close(matrix(Mixed(), STEP), mean)
-    third = Mixed((SampledLabels(), SampledLabels(), EmpiricalFisher()))
-    torch.testing.assert_close(matrix(third, STEP), (2 * gauss_newton(STEP) + fisher(STEP)) / 3)
+    mixed = Mixed((SampledLabels(), SampledLabels(), EmpiricalFisher()))
+    torch.testing.assert_close(matrix(mixed, STEP), (2 * gauss_newton(STEP) + fisher(STEP)) / 3)
 
 
-def test_the_best_available_curvature_uses_sampled_labels_if_recorded():
-    bare = replace(STEP, curvature_rows=None)
-    torch.testing.assert_close(matrix(BestAvailable(), STEP), matrix(Mixed(), STEP))
-    torch.testing.assert_close(matrix(BestAvailable(), bare), fisher(STEP))
+OF_SEVERAL = replace(WITH_TERMS, **SEVERAL)
+BARE = replace(OF_SEVERAL, curvature_rows=None)
+UNWEIGHTED = replace(BARE, trace_ratio=None)
 
 
-BARE = replace(WITH_TERMS, curvature_rows=None)
+@pytest.mark.parametrize("kind", [BestAvailable(), SampledOrWeighted()], ids=repr)
+def test_without_samples_the_defaults_use_weighted_visits(kind):
+    torch.testing.assert_close(matrix(kind, BARE), matrix(LossWeighted(), BARE))
+    torch.testing.assert_close(matrix(kind, UNWEIGHTED), fisher(UNWEIGHTED))
+
+
+def test_with_samples_the_defaults_use_them():
+    sampled, weighted = matrix(SampledLabels(), OF_SEVERAL), matrix(LossWeighted(), OF_SEVERAL)
+    torch.testing.assert_close(matrix(SampledOrWeighted(), OF_SEVERAL), sampled)
+    torch.testing.assert_close(matrix(BestAvailable(), OF_SEVERAL), (sampled + weighted) / 2)
+
+
+@pytest.mark.parametrize("kind", [BestAvailable(), SampledOrWeighted()], ids=repr)
+def test_samples_are_not_used_where_the_gauss_newton_matrix_is_known(kind):
+    wrong = replace(STEP, curvature_rows=3 * STEP.curvature_rows)
+    torch.testing.assert_close(matrix(kind, wrong), gauss_newton(STEP))
+    assert kind.scaled_rows(wrong)[0] is wrong.sketch
+
+
 FROM_VISITS = [EmpiricalFisher(), EmpiricalFisher("independent"), LossWeighted()]
 
 
@@ -117,7 +133,8 @@ def test_scaled_rows_are_the_factor(kind):
 
 @pytest.mark.parametrize("kind", [*FROM_VISITS, BestAvailable()], ids=repr)
 def test_curvature_from_the_visits_rows_does_not_copy_them(kind):
-    assert kind.scaled_rows(BARE)[0] is BARE.sketch
+    for step in (BARE, STEP):
+        assert kind.scaled_rows(replace(step, curvature_rows=None))[0] is step.sketch
 
 
 def test_visits_of_weight_zero_have_no_curvature():
@@ -136,7 +153,7 @@ def test_visits_of_weight_zero_have_no_curvature():
     ids=repr,
 )
 def test_a_missing_recording_raises_with_its_name(kind, missing):
-    bare = replace(STEP, trace_ratio=None, curvature_rows=None)
+    bare = replace(STEP, terms=None, trace_ratio=None, curvature_rows=None)
     with pytest.raises(ValueError, match=f"Expected {missing} in every step.*pass `curvature="):
         kind.factor(bare)
 
@@ -156,6 +173,7 @@ def batches_of(sizes, reduction):
             "sketch": rows,
             "curvature": None,
             "trace_ratio": None,
+            "terms": None,
         }
         steps.append(replace(STEP, **facts))
     return steps

@@ -116,19 +116,24 @@ class LossWeighted(_VisitCurvature):
     def scales(self, step: Step) -> Float[Tensor, " n"]:
         """Return the root of the factor of each visit's outer product."""
         c = _require_recorded(step.trace_ratio, step, "loss curvatures", "EmpiricalFisher()")
-        T = torch.ones_like(c) if step.terms is None else step.terms
-        if _is_gauss_newton(c, T, step):
+        T = _require_recorded(step.terms, step, "numbers of loss terms", "EmpiricalFisher()")
+        if _is_gauss_newton(step):
             return _root_over_weight(c, step)
         squares = step.sketch.square().sum(dim=1) * _root_over_weight(torch.ones_like(c), step) ** 2
         alpha = (c * squares).sum() / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
         return _root_over_weight((alpha * c * T).sqrt(), step)
 
 
-def _is_gauss_newton(c: Float[Tensor, " n"], T: Float[Tensor, " n"], step: Step) -> bool:
-    """Return whether every visit has one term, of one output or two classes."""
-    # These have no other curvature than that of the label; the recorder stores it twice.
-    is_one_output = step.curvature is not None and torch.equal(c, step.curvature)
-    return is_one_output and bool(((T - 1).abs() < _ROUNDING).all())
+def _is_gauss_newton(step: Step) -> bool:
+    """Return whether weights from the loss give a step's Gauss-Newton matrix itself.
+
+    They do if every visit has one loss term, of one output or of two classes.
+    """
+    if step.trace_ratio is None or step.curvature is None or step.terms is None:
+        return False
+    # Then there is no other curvature than that of the label; the recorder stores it twice.
+    is_one_output = torch.equal(step.trace_ratio, step.curvature)
+    return is_one_output and bool(((step.terms - 1).abs() < _ROUNDING).all())
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,7 @@ class Mixed(Curvature):
         parts: The kinds to average.
     """
 
-    parts: Sequence[Curvature] = (SampledLabels(), EmpiricalFisher())
+    parts: Sequence[Curvature] = (SampledLabels(), LossWeighted())
 
     def __post_init__(self) -> None:
         """Validate `parts`."""
@@ -175,25 +180,12 @@ class Mixed(Curvature):
         return torch.cat([part.factor(step) for part in self.parts]) / math.sqrt(len(self.parts))
 
 
-@dataclass(frozen=True)
-class SampledOrEmpirical(Curvature):
-    """Sampled labels if a step has them, otherwise the empirical Fisher.
+class _BestKind(Curvature):
+    """The best of the kinds that a step allows."""
 
-    The default of methods that average curvature over many steps.
-    """
-
-    def factor(self, step: Step) -> Float[Tensor, "m k"]:
-        """Return the best factor that the step allows."""
-        return (EmpiricalFisher() if step.curvature_rows is None else SampledLabels()).factor(step)
-
-
-@dataclass(frozen=True)
-class BestAvailable(Curvature):
-    """The mean of sampled labels and empirical Fisher if a step has both, otherwise the latter.
-
-    The default of methods that use the curvature of every single step: the mean has less noise than
-    either kind.
-    """
+    @abstractmethod
+    def _kind(self, step: Step) -> Curvature:
+        """Return the kind to use for the step."""
 
     def factor(self, step: Step) -> Float[Tensor, "m k"]:
         """Return the best factor that the step allows."""
@@ -203,8 +195,39 @@ class BestAvailable(Curvature):
         """Return the scaled rows of the best kind that the step allows."""
         return self._kind(step).scaled_rows(step)
 
+
+@dataclass(frozen=True)
+class SampledOrWeighted(_BestKind):
+    """Sampled labels if a step has them, otherwise its visits, weighted by the loss if possible.
+
+    The default of methods that average curvature over many steps. Where weights from the loss give
+    the Gauss-Newton matrix itself, sampled labels are not used.
+    """
+
     def _kind(self, step: Step) -> Curvature:
-        return EmpiricalFisher() if step.curvature_rows is None else Mixed()
+        return SampledLabels() if _gains_by_labels(step) else _best_of_visits(step)
+
+
+@dataclass(frozen=True)
+class BestAvailable(_BestKind):
+    """The mean of sampled labels and weighted visits if a step has both, otherwise the latter.
+
+    The default of methods that use the curvature of every single step: the mean has less noise than
+    either kind. Where weights from the loss give the Gauss-Newton matrix itself, sampled labels are
+    not used. In runs of older versions, visits are not weighted.
+    """
+
+    def _kind(self, step: Step) -> Curvature:
+        of_visits = _best_of_visits(step)
+        return Mixed((SampledLabels(), of_visits)) if _gains_by_labels(step) else of_visits
+
+
+def _best_of_visits(step: Step) -> _VisitCurvature:
+    return EmpiricalFisher() if step.trace_ratio is None else LossWeighted()
+
+
+def _gains_by_labels(step: Step) -> bool:
+    return step.curvature_rows is not None and not _is_gauss_newton(step)
 
 
 def applied_curvature(steps: Sequence[Step], kind: Curvature) -> Float[Tensor, "k k"]:
