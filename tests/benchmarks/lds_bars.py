@@ -75,13 +75,23 @@ def sampled_influence(task: Task, weights: Weights) -> Scored:
     queries = rows_of(losses, weights, *data.queries.tensors)
     inputs = data.train.tensors[0].repeat_interleave(LABEL_DRAWS, dim=0)
     with torch.no_grad():
-        chances = functional_call(task.network().eval(), weights, (inputs,)).softmax(dim=-1)
+        outputs = functional_call(task.network().eval(), weights, (inputs,))
     torch.manual_seed(0)
-    labels = chances.flatten(0, -2).multinomial(1).reshape(chances.shape[:-1])
+    labels = _sampled_labels(outputs) if task.has_classes else _sampled_numbers(outputs)
     # The gradient is that of a mean over places; the curvature is the mean of those of the places.
     places = labels[0].numel()
     curvature = rows_of(losses, weights, inputs, labels) * places**0.5
     yield from over_dampings(queries, train, curvature)
+
+
+def _sampled_labels(logits: Tensor) -> Tensor:
+    chances = logits.softmax(dim=-1)
+    return chances.flatten(0, -2).multinomial(1).reshape(chances.shape[:-1])
+
+
+def _sampled_numbers(means: Tensor) -> Tensor:
+    """Sample from the normal distribution whose negative log-likelihood is the squared error."""
+    return means + 0.5**0.5 * torch.randn_like(means)
 
 
 def trak(task: Task, models: Weights) -> Scored:

@@ -93,7 +93,7 @@ def of_the_library(run: Run, recording: str) -> list[Entry]:
         from_run(run, recording, InfluenceFunction(), [InfluenceFunction(rows="last visit")]),
         from_run(run, recording, InfluenceFunction(), at="snapshots"),
         mean_of_both(run, recording),
-        *([from_run(run, recording, TRAK())] if run.has_one_label else []),
+        *([from_run(run, recording, TRAK())] if run.has_one_class else []),
     ]
 
 
@@ -167,7 +167,7 @@ def by_whole_gradients(run: Run) -> list[Entry]:
 
 
 def without_gradients(run: Run, space: str, points: Callable[[Tensor], Tensor]) -> list[Entry]:
-    """Return the baselines that compare the points of a space."""
+    """Return the baselines that compare points of a space; Shapley values need classes."""
     data = run.task.data()
     train, queries = points(data.train.tensors[0]), points(data.queries.tensors[0])
     labels = (data.train.tensors[1], data.queries.tensors[1])
@@ -177,10 +177,9 @@ def without_gradients(run: Run, space: str, points: Callable[[Tensor], Tensor]) 
         names = [f"{number} neighbours" for number in NEIGHBOURS]
         return zip(names, shapley(NEIGHBOURS), strict=True)
 
-    return [
-        Entry(f"kNN-Shapley of {space}", lambda: shapley([5])[0], grid),
-        Entry(f"cosine of {space}", partial(cosine, train, queries)),
-    ]
+    by_neighbours = Entry(f"kNN-Shapley of {space}", lambda: shapley([5])[0], grid)
+    by_cosine = Entry(f"cosine of {space}", partial(cosine, train, queries))
+    return [by_neighbours, by_cosine] if run.task.has_classes else [by_cosine]
 
 
 def bars(run: Run, retrainer: Retrainer) -> list[Entry]:
@@ -190,8 +189,9 @@ def bars(run: Run, retrainer: Retrainer) -> list[Entry]:
     def of_several_models() -> Iterable[tuple[str, Tensor]]:
         return trak(task, retrainer.others(MODELS_OF_TRAK))
 
+    of_models = Entry(f"TRAK of {MODELS_OF_TRAK} models, exact rows", None, of_several_models)
     return [
         Entry("influence, exact rows", None, partial(influence, task, run.final)),
         Entry("influence, sampled labels", None, partial(sampled_influence, task, run.final)),
-        Entry(f"TRAK of {MODELS_OF_TRAK} models, exact rows", None, of_several_models),
+        *([of_models] if task.has_classes else []),
     ]

@@ -61,9 +61,14 @@ class Run:
 
     @property
     def has_one_label(self) -> bool:
-        """Whether each sample has one label, as TRAK requires."""
+        """Whether each sample has one label."""
         terms = self.store[0].terms
         return terms is not None and float(terms.max()) == 1
+
+    @property
+    def has_one_class(self) -> bool:
+        """Whether each sample has one label, a class, as TRAK requires."""
+        return self.has_one_label and self.task.has_classes
 
     @property
     def mebibytes(self) -> float:

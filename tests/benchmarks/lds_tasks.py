@@ -79,6 +79,11 @@ class Task:
         return LambdaLR(optimizer, lambda step: (1 + math.cos(half_turn * step)) / 2)
 
     @property
+    def has_classes(self) -> bool:
+        """Whether targets are classes, not numbers."""
+        return not self.data().train.tensors[1].is_floating_point()
+
+    @property
     def steps(self) -> int:
         """Number of steps of a training."""
         return self.epochs * math.ceil(len(self.data().train) / self.batch_size)
