@@ -59,15 +59,7 @@ def lay_out(block: Block, tensors: Sequence[Tensor]) -> Shaped[Tensor, "rows col
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies in the matrix of its block.
-
-    Attributes:
-        block: Number of the block.
-        row: First row.
-        column: First column.
-        rows: Number of rows.
-        columns: Number of columns.
-    """
+    """Where a parameter lies in the matrix of a block: its first row and column, and its size."""
 
     block: int
     row: int

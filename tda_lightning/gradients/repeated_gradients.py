@@ -25,9 +25,7 @@ _MAX_WAITING = 2**22
 class RepeatedGradients:
     """Holds the gradients of parameters that occurred several times in the last backward pass.
 
-    Args:
-        receive: Records the gradients of a parameter.
-        counts: How often each parameter occurred in the last pass; changed in place.
+    ``counts`` is how often each parameter occurred in the last pass; it is changed in place.
     """
 
     def __init__(self, receive: Receiver, counts: dict[nn.Parameter, int]) -> None:

@@ -23,15 +23,10 @@ _MAX_WAITING_NUMBERS = 2**22
 
 
 class RowSum:
-    """Adds the shrunk gradients of one parameter after another to rows.
+    """Adds the shrunk gradients of one parameter after another to ``n`` rows.
 
-    Args:
-        sketcher: Hashes them into the columns of a row.
-        n: Number of rows.
-
-    Attributes:
-        sums: Where set, the sum of the rows over all samples is added to it, block by block, and in
-            a last column a bound of its rounding error.
+    Where ``sums`` is set, the sum of the rows over all samples is added to it, block by block, and
+    in a last column a bound of its rounding error.
     """
 
     def __init__(self, sketcher: Sketcher, n: int) -> None:
@@ -46,13 +41,7 @@ class RowSum:
         self._format = torch.float64
 
     def add(self, block: int, values: Shrunk, stored: torch.dtype = torch.float64) -> None:
-        """Add the shrunk gradients of a block.
-
-        Args:
-            block: Number of the block.
-            values: Its shrunk gradients.
-            stored: Number format that they were computed from.
-        """
+        """Add the shrunk gradients of a block; ``stored`` is the format they were computed from."""
         if isinstance(values, Factored):
             self._format = coarser(stored, self._format)
             self._factored.setdefault(values.shapes, []).append((block, values))
@@ -64,13 +53,7 @@ class RowSum:
     def add_stack(
         self, blocks: tuple[int, ...], values: Float[Tensor, "blocks n m"], stored: torch.dtype
     ) -> None:
-        """Add the shrunk gradients of several blocks of the same shape.
-
-        Args:
-            blocks: Numbers of the blocks.
-            values: Their shrunk gradients.
-            stored: Number format that they were computed from.
-        """
+        """Add the shrunk gradients of several blocks of the same shape."""
         self._format = coarser(stored, self._format)
         self._stacks.append((blocks, values))
         self._waiting += values.numel()
@@ -117,11 +100,8 @@ def rounding_of(stored: torch.dtype, summed: torch.dtype) -> float:
     """Return the rounding error of a sum of rows, relative to the root of their squares' sum.
 
     Torch may round the contributions of parts of a batch before it adds them up, each with an error
-    of half the format's precision. These errors are independent.
-
-    Args:
-        stored: Number format of the factors of the rows.
-        summed: Number format of the sums, which add up the rounding errors of many terms.
+    of half the precision in which they are ``stored``. These errors are independent. The sums add
+    up the rounding errors of many terms.
     """
     return torch.finfo(stored).eps / 2 + 64 * torch.finfo(summed).eps
 
@@ -138,11 +118,7 @@ Values = tuple[Tensor, ...]
 class HeldNodes:
     """Records nodes of one kind and shape together.
 
-    Args:
-        sketcher: Shrinks the gradients.
-        rows: Rows to add them to.
-        n: Number of samples.
-        record_large: Called with a large node; by default it is recorded at once.
+    ``record_large`` is called with a large node; by default it is recorded at once.
     """
 
     def __init__(
@@ -159,12 +135,7 @@ class HeldNodes:
         self._room = _MAX_WAITING
 
     def add(self, slot: Slot, values: Values) -> None:
-        """Record a node later, if it is small.
-
-        Args:
-            slot: Its slot.
-            values: The gradient of its output, and the tensors that it saved.
-        """
+        """Record a node later, if it is small."""
         grad = values[0]
         size = grad.numel() + values[1].numel()
         if size > _MAX_NUMBERS or size > self._room:

@@ -238,12 +238,7 @@ def backward_to_meetings(
 ) -> None:
     """Run a backward pass that computes no parameter's gradient, and retain the graph.
 
-    Args:
-        outputs: Edges at which it starts.
-        gradients: Their gradients.
-        result: A walk over the graph.
-        meetings: The meetings to observe.
-        receive: Called with a node and the gradients of its outputs.
+    ``receive`` is called with the node of each meeting and the gradients of its outputs.
     """
     handles = [
         meeting.node.register_prehook(lambda grads, node=meeting.node: receive(node, grads))

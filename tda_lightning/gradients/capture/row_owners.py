@@ -210,10 +210,7 @@ def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int, floo
 class _Section:
     """The part of a graph between some edges and the next batch norms.
 
-    Attributes:
-        inner: The nodes to observe within it.
-        norms: The batch norms at its end.
-        firsts: Meetings behind which there are no samples.
+    ``inner`` are the nodes to observe within it. Behind ``firsts`` there are no samples.
     """
 
     inner: list[Node] = field(default_factory=list)
@@ -245,13 +242,7 @@ class _Section:
     def squares(
         self, starts: Sequence[_Start], factors: Callable[[Tensor], Tensor] | None, n: int
     ) -> dict[Node, Float[Tensor, "rows groups"]]:
-        """Return the squared gradient of each row that arrives in a node, per group of columns.
-
-        Args:
-            starts: The edges at which the pass starts.
-            factors: The factors of owners; none by default.
-            n: Number of samples.
-        """
+        """Return the squared gradient of each row that arrives in a node, per group of columns."""
         squares: dict[Node, Tensor] = {}
 
         def keep(node: Node, grad: Tensor | None) -> None:
