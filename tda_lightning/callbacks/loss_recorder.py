@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -16,12 +15,13 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.checks import require_one_loader
-from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, watch_loaders
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
+from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.run_writer import RunWriter
 from tda_lightning.gradients.losses.loss_graph import find_losses_and_penalties
 from tda_lightning.gradients.losses.loss_nodes import SquarePower
 from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
-from tda_lightning.recording.sample_ids import IdSource, SampleLedger
+from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.taken_step import HostCopy, joined
 from tda_lightning.stores import HDF5Store, WritableStore
 from tda_lightning.stores.id_ranges import ranges_of
@@ -31,7 +31,7 @@ from tda_lightning.stores.step import OPTIONAL_FACTS, ParameterGroup, Step
 _CHECKED = ("store", "sample_ids", "reduction", "existing")
 
 
-class LossRecorder(pl.Callback):
+class LossRecorder(RecordingCallback):
     """Record the id and the loss of every visit, without gradients.
 
     It costs little and needs no knowledge of the model. Read the result with
@@ -60,26 +60,16 @@ class LossRecorder(pl.Callback):
     ) -> None:
         require_sensible(locals(), {name: RECORDER[name] for name in _CHECKED})
         self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
-        self.sample_ids = sample_ids
+        super().__init__(sample_ids)
         self.reduction = reduction
         self.existing = existing
-        self._ledger = SampleLedger(sample_ids)
         self._writer = RunWriter(self.store, existing)
-        self._undo: list[Callable[[], None]] = []
         self._is_attached = False
         self._ids: Int[Tensor, " n"] | None = None
         self._summary: LossSummary | None = None
         self._batches: list[_Batch] = []
         self._label: dict[str, Any] | None = None
         self._taken: _TakenStep | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watch the sampler of the training loader."""
-        if stage == "fit":
-            stop = watch_loaders(
-                trainer, lambda loader: self._ledger.watch(loader, lambda: trainer.training)
-            )
-            self._undo = [stop, self._ledger.release]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin or continue the run."""
@@ -111,10 +101,6 @@ class LossRecorder(pl.Callback):
         self._writer.begin(trainer, recipe)
         self._ledger.start_training(trainer.global_step)
         self._is_attached = True
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Expect the first batch of a new pass over the data."""
-        self._ledger.start_epoch()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -194,23 +180,11 @@ class LossRecorder(pl.Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seal the run."""
-        self._close()
+        super().on_train_end(trainer, pl_module)
         self._writer.finish(trainer)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Seal the run if training fails or is interrupted."""
-        self._close()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Clean up if training never began."""
-        self._close()
-
     def _close(self) -> None:
-        undo, self._undo = self._undo, []
-        for action in undo:
-            action()
+        super()._close()
         if self._is_attached:
             self._is_attached = False
             self._batches, self._ids, self._summary = [], None, None

@@ -29,10 +29,6 @@ class RecordingCallback(pl.Callback):
     """Passes Lightning's events on to a recorder, from the first batch to the last.
 
     A subclass creates the recorder in ``on_train_start`` and calls :meth:`_attach`.
-
-    Args:
-        sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
-            default ids are inferred from the sampler.
     """
 
     def __init__(self, sample_ids: IdSource | None) -> None:

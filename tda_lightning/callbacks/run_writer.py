@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, from_first_process
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.model_state import fingerprint
 from tda_lightning.stores import WritableStore
@@ -23,14 +23,9 @@ from tda_lightning.stores.step import Preconditioner, Step
 
 
 class RunWriter:
-    """Writes the steps of one training into a store.
+    """Writes the steps of one training into a store, until ``has_failed``.
 
-    Args:
-        store: The store to write into.
-        existing: What to do with a run in the store that the training does not continue.
-
-    Attributes:
-        has_failed: Whether writing has failed; nothing is written from then on.
+    ``existing`` decides about a run in the store that the training does not continue.
     """
 
     def __init__(self, store: WritableStore, existing: Literal["refuse", "replace"]) -> None:
@@ -60,14 +55,7 @@ class RunWriter:
         step = trainer.global_step
         if trainer.world_size > 1:
             self._store.join(trainer.global_rank, trainer.world_size)
-        outcome: BaseException | bool = False
-        if trainer.is_global_zero:
-            outcome = _caught(lambda: self._begin_or_continue(recipe, step))
-        # All processes must fail together; otherwise they would wait for each other forever.
-        outcome = trainer.strategy.broadcast(outcome)
-        if isinstance(outcome, BaseException):
-            raise outcome
-        is_continued = outcome
+        is_continued = from_first_process(trainer, lambda: self._begin_or_continue(recipe, step))
         if not trainer.is_global_zero:
             self._store.resume(step)
             self._count = len(self._store)
@@ -131,10 +119,7 @@ class RunWriter:
     ) -> None:
         """Write the weights before the next step, if a snapshot is due.
 
-        Args:
-            trainer: The trainer.
-            model: The model.
-            chosen: The stride of the snapshots (0 for none), or the indices of their steps.
+        The user has ``chosen`` a stride (0 for none), or the indices of steps.
         """
         index = trainer.global_step
         if isinstance(chosen, int):
@@ -181,11 +166,7 @@ class RunWriter:
         return {} if self._run_id is None else {"run": self._run_id, "steps": self._count}
 
     def load_states(self, states: Iterable[Any]) -> None:
-        """Read the states of runs, one of which :meth:`begin` may continue.
-
-        Args:
-            states: States of any callbacks; those of other callbacks are ignored.
-        """
+        """Read the states of runs, one of which :meth:`begin` may continue."""
         for state in states:
             if isinstance(state, Mapping) and {"run", "steps"} <= set(state):
                 self._states.append(state)
@@ -289,10 +270,3 @@ def _is_from_signal_handler(error: BaseException) -> bool:
 def _code_of(handler: Any) -> Any:
     """Return the code of a function, a method or a callable object."""
     return getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None)
-
-
-def _caught(work: Callable[[], bool]) -> BaseException | bool:
-    try:
-        return work()
-    except Exception as error:
-        return error
