@@ -106,11 +106,7 @@ def _eta(run: Store, step: Step) -> float:
 
 @dataclass(frozen=True)
 class TracInCP(Attributor):
-    """TracIn with each step's query gradients taken at the nearest snapshot.
-
-    Attributes:
-        method: The TracIn method, with its choice of layers.
-    """
+    """TracIn with each step's query gradients taken at the nearest snapshot."""
 
     method: TracIn
 
