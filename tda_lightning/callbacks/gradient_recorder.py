@@ -41,8 +41,7 @@ from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
-from tda_lightning.stores.id_ranges import ranges_of
-from tda_lightning.stores.recipe import LeftOut, Recipe
+from tda_lightning.stores.recipe import LeftOut, Recipe, ranges_of
 
 
 class GradientRecorder(RecordedRun, RecordingCallback):

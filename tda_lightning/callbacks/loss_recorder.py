@@ -24,8 +24,7 @@ from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.taken_step import HostCopy, joined
 from tda_lightning.stores import HDF5Store, WritableStore
-from tda_lightning.stores.id_ranges import ranges_of
-from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.recipe import Recipe, ranges_of
 from tda_lightning.stores.step import OPTIONAL_FACTS, ParameterGroup, Step
 
 _CHECKED = ("store", "sample_ids", "reduction", "existing")

@@ -23,8 +23,7 @@ from tda_lightning.gradients.capture.parameter_paths import ParameterGradient
 from tda_lightning.gradients.losses.loss_summary import LossFacts
 from tda_lightning.gradients.nodes.stacked import Slot
 from tda_lightning.gradients.parameter_selection import Place
-from tda_lightning.gradients.repeated_gradients import RepeatedGradients
-from tda_lightning.gradients.row_sum import HeldNodes, RowSum, Values
+from tda_lightning.gradients.row_sum import HeldNodes, RepeatedGradients, RowSum, Values
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 from tda_lightning.stores.step import Preconditioner
 

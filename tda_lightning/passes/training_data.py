@@ -27,8 +27,7 @@ from tda_lightning.passes.batches import (
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.stores import MemoryStore, Store, WritableStore, open_store_at
-from tda_lightning.stores.id_ranges import ranges_of
-from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.recipe import Recipe, ranges_of
 from tda_lightning.stores.step import Preconditioner, Step, StepFacts
 
 Labels = Literal["given", "sampled"]

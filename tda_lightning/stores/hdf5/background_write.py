@@ -15,9 +15,6 @@ class BackgroundWrite(Generic[Result]):
     Creating it before its thread starts lets the store hold it first. A signal handler may raise
     while a thread starts. The store would then start a second write of the same file, and the two
     would overwrite each other.
-
-    Args:
-        write: Writes the segment, and returns the object that reads it.
     """
 
     def __init__(self, write: Callable[[], Result]) -> None:

@@ -16,13 +16,7 @@ from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, Preconditioner, Ste
 
 
 class Shard:
-    """Steps in the segments of one process; reading keeps one segment open.
-
-    Args:
-        files: The segments, in order.
-        run: Id of the run that they belong to.
-        ranks: Number of processes of that run.
-    """
+    """Steps in the segments of one process; reading keeps one segment open."""
 
     def __init__(self, files: Sequence[Path] = (), run: str = "", ranks: int = 1) -> None:
         self._segments: list[Segment] = []
@@ -103,9 +97,6 @@ class MergedShards:
     """The steps that every process has sealed; parts with equal index form one step.
 
     If a process or a disk loses its part of a step, the whole step is left out.
-
-    Args:
-        shards: The shards of all processes, at least one.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
