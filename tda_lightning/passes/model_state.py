@@ -21,11 +21,7 @@ Mode = Literal["eval", "train"]
 
 
 def require_model(model: Any) -> None:
-    """Check that an object is a module with a ``training_step``.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Check that an object is a module with a ``training_step``."""
     if not isinstance(model, nn.Module) or not hasattr(model, "training_step"):
         description = repr(model) if isinstance(model, type) else f"a `{type(model).__name__}`"
         raise ValueError(
@@ -35,11 +31,7 @@ def require_model(model: Any) -> None:
 
 
 def require_finite_weights(model: nn.Module) -> None:
-    """Check that no weight of a model is NaN or infinite.
-
-    Raises:
-        ValueError: If one is; the message names the first.
-    """
+    """Check that no weight of a model is NaN or infinite."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(
@@ -74,11 +66,8 @@ def warn_of_other_weights(
 ) -> None:
     """Warn once if a model does not have the weights at the end of the recorded training.
 
-    Args:
-        model: The model that queries are about.
-        expected: Fingerprint of the weights after the training; ``None`` if unknown.
-        remedy: What to do besides loading the last checkpoint.
-        stacklevel: Number of callers up to the user's code, as in :func:`warnings.warn`.
+    ``expected`` is their fingerprint, ``None`` if unknown. ``remedy`` is what else to do than
+    loading the last checkpoint.
     """
     require_model(model)
     if expected is None or (actual := fingerprint(model)) == expected:
@@ -95,12 +84,7 @@ def warn_of_other_weights(
 
 @contextmanager
 def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put the model into ``mode`` with logging muted, and restore its state afterwards.
-
-    Args:
-        model: A LightningModule, or any module.
-        mode: Mode of layers such as dropout and batch norm.
-    """
+    """Put the model into ``mode`` with logging muted, and restore its state afterwards."""
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(cuda_devices(model)))
         stack.enter_context(_preserved_parameters(model))
@@ -118,10 +102,6 @@ def cuda_devices(model: nn.Module) -> list[torch.device]:
 @contextmanager
 def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Load other weights and buffers into the model, and restore the original ones afterwards.
-
-    Args:
-        model: Any module.
-        weights: Tensors by their names in its ``state_dict``, on any device.
 
     Raises:
         ValueError: If names or shapes differ from those of the model.
@@ -155,11 +135,7 @@ def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def preserved_rng(devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Restore the random states of torch, NumPy and Python afterwards.
-
-    Args:
-        devices: GPUs whose random states to restore as well.
-    """
+    """Restore the random states of torch, of some GPUs, of NumPy and of Python afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
