@@ -18,13 +18,13 @@ from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.checks import require_one_loader
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, watch_loaders
 from tda_lightning.callbacks.run_writer import RunWriter
+from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
 from tda_lightning.gradients.losses.loss_graph import find_losses_and_penalties
 from tda_lightning.gradients.losses.loss_nodes import SquarePower
 from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.recording.taken_step import HostCopy, joined
 from tda_lightning.stores import HDF5Store, WritableStore
-from tda_lightning.stores.id_ranges import ranges_of
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import OPTIONAL_FACTS, ParameterGroup, Step
 
@@ -90,7 +90,6 @@ class LossRecorder(pl.Callback):
             )
         if self.sample_ids is None:
             require_one_loader(trainer)
-        train_ids = self._ledger.train_ids
         recipe = Recipe(
             blocks=(),
             left_out=(),
@@ -104,7 +103,7 @@ class LossRecorder(pl.Callback):
             curvature="none",
             ranks=trainer.world_size,
             every_n_steps=1,
-            train_ids=None if train_ids is None else ranges_of(train_ids),
+            train_ids=known_ids(trainer, self._ledger, self._writer.continued_recipe(trainer)),
             model=type(pl_module).__name__,
             versions={name: version(name) for name in ("tda_lightning", "torch")},
         )
@@ -113,8 +112,11 @@ class LossRecorder(pl.Callback):
         self._is_attached = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Expect the first batch of a new pass over the data."""
+        """Expect the first batch of a new pass, perhaps over other data than before."""
         self._ledger.start_epoch()
+        recipe = with_new_ids(trainer, self._ledger, self.store.recipe)
+        if recipe is not self.store.recipe:
+            self._writer.amend(recipe)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -188,8 +188,8 @@ def _preserved_attributes(model: nn.Module) -> Iterator[None]:
     finally:
         for each, original in zip(attributes, originals, strict=True):
             each.update(original)
-        for each, content in zip(lists, contents, strict=True):
-            each[:] = content
+        for values, content in zip(lists, contents, strict=True):
+            values[:] = content
 
 
 @contextmanager
@@ -205,13 +205,16 @@ def _preserved_modes(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _preserved_parameters(model: nn.Module) -> Iterator[None]:
     """Undo changes in place: a training step may move an average of the weights."""
-    copies = [(each, each._version, each.detach().clone()) for each in model.parameters()]
+    # Changes through `.data` do not show in `_version`, so the numbers are compared.
+    copies = [(each, each.data, each.detach().clone()) for each in model.parameters()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, version, saved in copies:
-                if parameter._version != version:
+        for parameter, data, saved in copies:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+            if not torch.equal(parameter, saved):
+                with torch.no_grad():
                     parameter.copy_(saved)
 
 

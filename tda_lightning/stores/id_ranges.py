@@ -21,6 +21,19 @@ def ranges_of(ids: Int[np.ndarray, " n"]) -> tuple[tuple[int, int], ...]:
     return tuple((int(ids[a]), int(ids[b - 1]) + 1) for a, b in zip(starts, stops, strict=True))
 
 
+def merged(
+    ranges: tuple[tuple[int, int], ...] | None, ids: Int[np.ndarray, " n"] | None
+) -> tuple[tuple[int, int], ...] | None:
+    """Return the ranges with more ids in them, or ``None`` if either are unknown.
+
+    >>> merged(((0, 3), (7, 8)), np.array([2, 3, 9]))
+    ((0, 4), (7, 8), (9, 10))
+    """
+    if ranges is None or ids is None:
+        return None
+    return ranges_of(np.union1d(ids_of(ranges).numpy(), ids))
+
+
 def count_of(ranges: Iterable[tuple[int, int]]) -> int:
     """Return the number of ids in half-open ranges.
 
