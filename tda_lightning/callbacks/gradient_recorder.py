@@ -31,6 +31,7 @@ from tda_lightning.callbacks.lightning_trainer import (
 from tda_lightning.callbacks.recording_callback import RecordedRun, RecordingCallback
 from tda_lightning.callbacks.run_location import Existing, RunLocation
 from tda_lightning.callbacks.run_writer import RunWriter
+from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
 from tda_lightning.gradients.losses import LabelSchedule, Reduction
 from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.row_recorder import RowRecorder
@@ -41,7 +42,7 @@ from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
-from tda_lightning.stores.recipe import LeftOut, Recipe, ranges_of
+from tda_lightning.stores.recipe import LeftOut, Recipe
 
 
 class GradientRecorder(RecordedRun, RecordingCallback):
@@ -199,7 +200,6 @@ class GradientRecorder(RecordedRun, RecordingCallback):
     def _create_recipe(
         self, trainer: Trainer, model: LightningModule, recorder: TrainingRecorder
     ) -> Recipe:
-        train_ids = self._ledger.train_ids
         return Recipe(
             blocks=recorder.selection.blocks,
             left_out=recorder.selection.left_out,
@@ -213,10 +213,19 @@ class GradientRecorder(RecordedRun, RecordingCallback):
             curvature=self.curvature,
             ranks=trainer.world_size,
             every_n_steps=self.every_n_steps,
-            train_ids=None if train_ids is None else ranges_of(train_ids),
+            train_ids=known_ids(trainer, self._ledger, self._writer.continued_recipe(trainer)),
             model=type(model).__name__,
             versions={name: version(name) for name in ("tda_lightning", "torch")},
         )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expect the first batch of a new pass, perhaps over other data than before."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self._recorder is not None:
+            recipe = with_new_ids(trainer, self._ledger, self.store.recipe)
+            if recipe is not self.store.recipe:
+                self._recipe = recipe
+                self._writer.amend(recipe)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

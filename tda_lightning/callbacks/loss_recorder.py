@@ -18,13 +18,14 @@ from tda_lightning.callbacks.checks import require_one_loader
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.run_writer import RunWriter
+from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
 from tda_lightning.gradients.losses.loss_graph import find_losses_and_penalties
 from tda_lightning.gradients.losses.loss_nodes import SquarePower
 from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.taken_step import HostCopy, joined
 from tda_lightning.stores import HDF5Store, WritableStore
-from tda_lightning.stores.recipe import Recipe, ranges_of
+from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import OPTIONAL_FACTS, ParameterGroup, Step
 
 _CHECKED = ("store", "sample_ids", "reduction", "existing")
@@ -79,7 +80,6 @@ class LossRecorder(RecordingCallback):
             )
         if self.sample_ids is None:
             require_one_loader(trainer)
-        train_ids = self._ledger.train_ids
         recipe = Recipe(
             blocks=(),
             left_out=(),
@@ -93,13 +93,20 @@ class LossRecorder(RecordingCallback):
             curvature="none",
             ranks=trainer.world_size,
             every_n_steps=1,
-            train_ids=None if train_ids is None else ranges_of(train_ids),
+            train_ids=known_ids(trainer, self._ledger, self._writer.continued_recipe(trainer)),
             model=type(pl_module).__name__,
             versions={name: version(name) for name in ("tda_lightning", "torch")},
         )
         self._writer.begin(trainer, recipe)
         self._ledger.start_training(trainer.global_step)
         self._is_attached = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expect the first batch of a new pass, perhaps over other data than before."""
+        super().on_train_epoch_start(trainer, pl_module)
+        recipe = with_new_ids(trainer, self._ledger, self.store.recipe)
+        if recipe is not self.store.recipe:
+            self._writer.amend(recipe)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

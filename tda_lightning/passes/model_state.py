@@ -88,7 +88,14 @@ def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(cuda_devices(model)))
         stack.enter_context(_preserved_parameters(model))
-        for context in (_preserved_modes, _preserved_buffers, preserved_metrics, _muted_logging):
+        for context in (
+            _preserved_attributes,
+            _preserved_modes,
+            _preserved_buffers,
+            preserved_metrics,
+            _muted_logging,
+            _trainer_in_training,
+        ):
             stack.enter_context(context(model))
         model.train(mode == "train")
         yield
@@ -146,6 +153,22 @@ def preserved_rng(devices: Sequence[torch.device] = ()) -> Iterator[None]:
 
 
 @contextmanager
+def _preserved_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore counters and other attributes, and lists that a step appends its outputs to."""
+    attributes = [vars(module) for module in model.modules()]
+    originals = [dict(each) for each in attributes]
+    lists = [value for each in originals for value in each.values() if type(value) is list]
+    contents = [list(each) for each in lists]
+    try:
+        yield
+    finally:
+        for each, original in zip(attributes, originals, strict=True):
+            each.update(original)
+        for values, content in zip(lists, contents, strict=True):
+            values[:] = content
+
+
+@contextmanager
 def _preserved_modes(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -158,13 +181,16 @@ def _preserved_modes(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _preserved_parameters(model: nn.Module) -> Iterator[None]:
     """Undo changes in place: a training step may move an average of the weights."""
-    copies = [(each, each._version, each.detach().clone()) for each in model.parameters()]
+    # Changes through `.data` do not show in `_version`, so the numbers are compared.
+    copies = [(each, each.data, each.detach().clone()) for each in model.parameters()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, version, saved in copies:
-                if parameter._version != version:
+        for parameter, data, saved in copies:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+            if not torch.equal(parameter, saved):
+                with torch.no_grad():
                     parameter.copy_(saved)
 
 
@@ -219,6 +245,20 @@ def _muted_logging(model: nn.Module) -> Iterator[None]:
         for name in names:
             del vars(model)[name]
         vars(model).update(overridden)
+
+
+@contextmanager
+def _trainer_in_training(model: nn.Module) -> Iterator[None]:
+    """Let the model's trainer report that it trains; a step may return no loss otherwise."""
+    trainer: Any = getattr(model, "_trainer", None)
+    if not hasattr(getattr(trainer, "state", None), "stage"):
+        yield
+        return
+    stage, trainer.training = trainer.state.stage, True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 def _ignore_log(*args: object, **kwargs: object) -> None:
