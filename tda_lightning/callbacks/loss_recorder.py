@@ -16,22 +16,23 @@ from torch.optim import Optimizer
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.checks import require_one_loader
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
+from tda_lightning.callbacks.recorded_run import RecordedRun
 from tda_lightning.callbacks.recording_callback import RecordingCallback
-from tda_lightning.callbacks.run_writer import RunWriter
+from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
 from tda_lightning.gradients.losses.loss_graph import find_losses_and_penalties
 from tda_lightning.gradients.losses.loss_nodes import SquarePower
 from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.taken_step import HostCopy, joined
-from tda_lightning.stores import HDF5Store, WritableStore
+from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import OPTIONAL_FACTS, ParameterGroup, Step
 
 _CHECKED = ("store", "sample_ids", "reduction", "existing")
 
 
-class LossRecorder(RecordingCallback):
+class LossRecorder(RecordedRun, RecordingCallback):
     """Record the id and the loss of every visit, without gradients.
 
     It costs little and needs no knowledge of the model. Read the result with
@@ -39,31 +40,32 @@ class LossRecorder(RecordingCallback):
     training is unchanged. Attribution needs :class:`GradientRecorder`.
 
     Args:
-        store: Folder to record into, or a store.
+        store: Folder to record into, or a store; by default ``run.tda`` in ``trainer.log_dir``.
         sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
             default ids are indices into the dataset, inferred from the sampler.
         reduction: How the training loss combines its samples.
-        existing: What to do if ``store`` holds a run that this training does not continue.
+        existing: What to do if ``store`` holds a run that this training does not continue, as in
+            :class:`GradientRecorder`.
 
     Raises:
         ValueError: If an argument is invalid; or before the first batch, if optimization is manual.
         FileExistsError: Before the first batch, if ``store`` holds a run or something else.
     """
 
+    _name = "LossRecorder"
+
     def __init__(
         self,
-        store: str | Path | WritableStore,
+        store: str | Path | WritableStore | None = None,
         *,
         sample_ids: IdSource | None = None,
         reduction: Literal["mean", "sum"] = "mean",
-        existing: Literal["refuse", "replace"] = "refuse",
+        existing: Existing | None = None,
     ) -> None:
         require_sensible(locals(), {name: RECORDER[name] for name in _CHECKED})
-        self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
-        super().__init__(sample_ids)
+        RecordedRun.__init__(self, store, existing)
+        RecordingCallback.__init__(self, sample_ids)
         self.reduction = reduction
-        self.existing = existing
-        self._writer = RunWriter(self.store, existing)
         self._is_attached = False
         self._ids: Int[Tensor, " n"] | None = None
         self._summary: LossSummary | None = None
@@ -80,6 +82,7 @@ class LossRecorder(RecordingCallback):
             )
         if self.sample_ids is None:
             require_one_loader(trainer)
+        self._choose_store(trainer)
         recipe = Recipe(
             blocks=(),
             left_out=(),
@@ -162,27 +165,9 @@ class LossRecorder(RecordingCallback):
         if taken is not None:
             self._writer.append(taken.finish())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the run for a checkpoint, in builtins."""
+    def _finish_steps(self) -> dict[str, Any] | None:
         self._write()
-        return self._writer.state()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Read the state of a run, which is continued when training starts."""
-        self._writer.load_states([state_dict])
-
-    @property
-    def state_key(self) -> str:
-        """Name of this recorder in a checkpoint; recorders are distinguished by their stores."""
-        return self._generate_state_key(store=getattr(self.store, "name", ""))
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Seal all steps that the checkpoint's weights include, before it is written."""
-        if self._is_attached:
-            self._write()
-            self._writer.seal_together(trainer)
+        return {} if self._is_attached else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seal the run."""
@@ -195,7 +180,7 @@ class LossRecorder(RecordingCallback):
             self._is_attached = False
             self._batches, self._ids, self._summary = [], None, None
             self._write()
-            self._writer.seal()
+            self._writer.close()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, from_first_process
+from tda_lightning.callbacks.signal_handlers import is_from_signal_handler
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.model_state import fingerprint
 from tda_lightning.stores import WritableStore
@@ -25,11 +24,15 @@ from tda_lightning.stores.step import Preconditioner, Step
 class RunWriter:
     """Writes the steps of one training into a store, until ``has_failed``.
 
-    ``existing`` decides about a run in the store that the training does not continue.
+    ``existing`` decides about a run in the store that the training does not continue. Warnings name
+    the ``owner``, a callback.
     """
 
-    def __init__(self, store: WritableStore, existing: Literal["refuse", "replace"]) -> None:
+    def __init__(
+        self, store: WritableStore, existing: Literal["refuse", "replace"], owner: str
+    ) -> None:
         self._store = store
+        self._owner = owner
         self._existing = existing
         self._run_id: str | None = None
         self._stored: str | None = None  # Id of the run in the store before training.
@@ -188,7 +191,7 @@ class RunWriter:
         self._store.begin(recipe)
         if step:
             rank_zero_warn(
-                f"GradientRecorder: the {step:,} steps before this checkpoint are not in the "
+                f"{self._owner}: the {step:,} steps before this checkpoint are not in the "
                 "store; recording only the steps after it."
             )
         return False
@@ -205,7 +208,7 @@ class RunWriter:
     def _continue(self, recipe: Recipe, step: int) -> None:
         if not self._states and self._run_id is None:
             rank_zero_warn(
-                "GradientRecorder: the checkpoint does not name a recorded run; continuing the one "
+                f"{self._owner}: the checkpoint does not name a recorded run; continuing the one "
                 f"in the store at step {step:,}. Check that it is the run of this training."
             )
         self._store.recipe.require_continued_by(recipe)
@@ -220,7 +223,7 @@ class RunWriter:
             missing = int(trainer.strategy.reduce(count, reduce_op="max"))
         if missing:
             rank_zero_warn(
-                f"GradientRecorder: the store lacks {missing:,} steps that were recorded before "
+                f"{self._owner}: the store lacks {missing:,} steps that were recorded before "
                 "this checkpoint; continuing without them."
             )
 
@@ -230,7 +233,7 @@ class RunWriter:
             return
         self._has_warned_of_non_finite = True
         warnings.warn(
-            f"GradientRecorder: the gradient of sample {int(step.sample_ids[bad[0]])} at step "
+            f"{self._owner}: the gradient of sample {int(step.sample_ids[bad[0]])} at step "
             f"{step.index} is not finite; expected finite numbers. It is stored as it is. Answers "
             "leave such visits out, or refuse the run from there on if the training diverged. "
             "Look at the sample, or at the loss. Later ones are not named.",
@@ -250,23 +253,11 @@ class RunWriter:
         except ValueError:
             raise
         except Exception as error:  # A store may raise anything; it must not end the training.
-            if _is_from_signal_handler(error):
+            if is_from_signal_handler(error):
                 raise
             self.has_failed = True
             rank_zero_warn(
-                f"GradientRecorder: the store cannot be written any more ({error}). Training goes "
+                f"{self._owner}: the store cannot be written any more ({error}). Training goes "
                 "on; recording has stopped, and all sealed steps stay readable."
             )
         return not self.has_failed
-
-
-def _is_from_signal_handler(error: BaseException) -> bool:
-    """Return whether an exception comes from a signal handler, which may interrupt any line."""
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    codes = {_code_of(handler) for handler in handlers if callable(handler)} - {None}
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
-def _code_of(handler: Any) -> Any:
-    """Return the code of a function, a method or a callable object."""
-    return getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None)

@@ -57,7 +57,8 @@ def open_run(run: Run) -> Store:
     """
     store = open_store(run, "run")
     if len(store) == 0:
-        _require_opened(store)
+        if store is run:  # A store opened here may be empty, and no longer so a moment later.
+            _require_opened(store)
         raise ValueError(
             f"The run {_describe(run)} has no step yet; expected at least one. If training is "
             "still running, wait for its first segment; otherwise train again."

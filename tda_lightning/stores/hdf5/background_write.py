@@ -23,7 +23,7 @@ class BackgroundWrite(Generic[Result]):
         self._results: list[Result] = []
         self._error: BaseException | None = None
         # Not a daemon thread: the process waits for it before it exits.
-        self._thread = Thread(target=self._run_once, name="tda_lightning", daemon=False)
+        self._thread = Thread(target=self._run, name="tda_lightning", daemon=False)
 
     def start(self) -> None:
         """Start writing."""
@@ -35,14 +35,16 @@ class BackgroundWrite(Generic[Result]):
         Raises:
             OSError: If writing failed.
         """
-        self._run_once()
-        if self._error is not None:
-            raise self._error
-        return self._results[0]
-
-    def _run_once(self) -> None:
         with self._lock:
-            if not self._results and self._error is None:
+            if self._error is not None:
+                raise self._error
+            if not self._results:  # An interrupted call leaves the work to the next one.
+                self._results.append(self._write())
+            return self._results[0]
+
+    def _run(self) -> None:
+        with self._lock:
+            if not self._results:
                 try:
                     self._results.append(self._write())
                 except BaseException as error:
