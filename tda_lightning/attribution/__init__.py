@@ -8,7 +8,7 @@ from tda_lightning.attribution.dynamics.curvature import (
     LossWeighted,
     Mixed,
     SampledLabels,
-    SampledOrEmpirical,
+    SampledOrWeighted,
 )
 from tda_lightning.attribution.dynamics.propagator import Exponential, Linear, Propagator
 from tda_lightning.attribution.embedding import embed
@@ -36,7 +36,7 @@ __all__ = [
     "Mixed",
     "Propagator",
     "SampledLabels",
-    "SampledOrEmpirical",
+    "SampledOrWeighted",
     "SelfAttributor",
     "Source",
     "TracIn",

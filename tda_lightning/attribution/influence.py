@@ -30,7 +30,7 @@ from tda_lightning.attribution.attributor import SelfAttributor
 from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.attribution.dynamics.curvature import (
     Curvature,
-    SampledOrEmpirical,
+    SampledOrWeighted,
     objective_curvature,
 )
 from tda_lightning.attribution.dynamics.optimizer import (
@@ -67,7 +67,7 @@ class InfluenceFunction(SelfAttributor):
         rows_from: Another recording from which to take the training rows.
     """
 
-    curvature: Curvature = SampledOrEmpirical()
+    curvature: Curvature = SampledOrWeighted()
     damping: float | None = None
     curvature_over: Steps = "run"
     rows: Visits = "all visits"

@@ -104,7 +104,7 @@ class Preconditioner:
 FIRST_LABELLED_STEPS = 20
 
 # The facts of visits that may be unknown.
-OPTIONAL_FACTS = ("terms", "curvature", "losses", "errors", "margins")
+OPTIONAL_FACTS = ("terms", "curvature", "trace_ratio", "losses", "errors", "margins")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,10 @@ class StepFacts:
         curvature: Factor that scales ``row row^T / weight * terms`` to the curvature of the
             visit's loss, if known; shape ``(n,)``. It is p / (1 - p) for cross-entropy with label
             probability p, and 1 / (2 r^2) for squared error with residual r.
+        trace_ratio: The same factor with all classes: trace of the Hessian of the visit's loss with
+            respect to the outputs, over the squared norm of the gradient there, if known; shape
+            ``(n,)``. It is (1 - |p|^2) / |p - e|^2 for cross-entropy with probabilities p and a
+            label of unit vector e. For losses of one output, it equals `curvature`.
         losses: Loss of each visit before the step, the mean of its terms, if known; shape ``(n,)``.
             It is NaN if none of its terms has a weight.
         errors: Norm of the predicted probabilities minus the label, if the loss is a cross-entropy
@@ -143,6 +147,7 @@ class StepFacts:
     audit: Audit | None = None
     terms: Float[Tensor, " n"] | None = None
     curvature: Float[Tensor, " n"] | None = None
+    trace_ratio: Float[Tensor, " n"] | None = None
     losses: Float[Tensor, " n"] | None = None
     errors: Float[Tensor, " n"] | None = None
     margins: Float[Tensor, " n"] | None = None

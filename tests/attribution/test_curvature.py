@@ -13,6 +13,7 @@ from tda_lightning.attribution.dynamics.curvature import (
     LossWeighted,
     Mixed,
     SampledLabels,
+    SampledOrWeighted,
     applied_curvature,
     objective_curvature,
 )
@@ -53,30 +54,73 @@ def test_weighting_by_the_loss_gives_the_hessian_of_one_output():
     torch.testing.assert_close(matrix(LossWeighted(), STEP), gauss_newton(STEP))
 
 
-def test_loss_weights_are_clamped_to_the_limit():
-    scale = STEP.curvature.clamp(max=1.0)
-    assert scale.min() < 1
-    assert STEP.curvature.max() > 1
+SEVERAL = {
+    "curvature": torch.tensor([0.3, 2.0, 5.0]).double(),
+    "trace_ratio": torch.tensor([0.5, 3.0, 7.0]).double(),
+}
+
+
+def trace_matched(step):
+    """Return the empirical Fisher, and the same with each visit scaled to its trace."""
+    return fisher(step), fisher(step, step.trace_ratio)
+
+
+def test_weighting_by_a_loss_of_several_outputs_is_a_geometric_mean():
+    step = replace(WITH_TERMS, **SEVERAL)
+    of_batch, of_visits = trace_matched(step)
+    alpha = of_visits.trace() / of_batch.trace()
+    scales = (alpha * step.trace_ratio * step.terms).sqrt()
+    torch.testing.assert_close(matrix(LossWeighted(), step), fisher(step, scales))
+
+
+def test_weighting_by_the_loss_never_exceeds_the_trace_of_its_hessian():
+    step = replace(STEP, **SEVERAL)
+    trace = trace_matched(step)[1].trace()
+    assert 0.5 * trace < matrix(LossWeighted(), step).trace() <= trace
+    alike = replace(step, trace_ratio=torch.full((3,), 3.0).double())
+    torch.testing.assert_close(matrix(LossWeighted(), alike), 3 * fisher(step))
+
+
+def test_the_weighted_curvature_scales_like_the_loss():
+    """Outputs in another unit scale a squared error and its Hessian by the same factor."""
+    step, square = replace(WITH_TERMS, **SEVERAL), 100.0
+    ratios = {name: values / square for name, values in SEVERAL.items()}
+    scaled = replace(step, sketch=square * step.sketch, **ratios)
     torch.testing.assert_close(
-        matrix(LossWeighted(1.0), WITH_TERMS), fisher(STEP, scale * WITH_TERMS.terms)
+        matrix(LossWeighted(), scaled), square * matrix(LossWeighted(), step)
     )
 
 
 def test_mixed_curvature_is_the_mean_of_its_parts():
-    mean = (gauss_newton(STEP) + fisher(STEP)) / 2
-    torch.testing.assert_close(matrix(Mixed(), STEP), mean)
-    third = Mixed((SampledLabels(), SampledLabels(), EmpiricalFisher()))
-    torch.testing.assert_close(matrix(third, STEP), (2 * gauss_newton(STEP) + fisher(STEP)) / 3)
+    mixed = Mixed((SampledLabels(), SampledLabels(), EmpiricalFisher()))
+    torch.testing.assert_close(matrix(mixed, STEP), (2 * gauss_newton(STEP) + fisher(STEP)) / 3)
 
 
-def test_the_best_available_curvature_uses_sampled_labels_if_recorded():
-    bare = replace(STEP, curvature_rows=None)
-    torch.testing.assert_close(matrix(BestAvailable(), STEP), matrix(Mixed(), STEP))
-    torch.testing.assert_close(matrix(BestAvailable(), bare), fisher(STEP))
+OF_SEVERAL = replace(WITH_TERMS, **SEVERAL)
+BARE = replace(OF_SEVERAL, curvature_rows=None)
+UNWEIGHTED = replace(BARE, trace_ratio=None)
 
 
-BARE = replace(WITH_TERMS, curvature_rows=None)
-FROM_VISITS = [EmpiricalFisher(), EmpiricalFisher("independent"), LossWeighted(), LossWeighted(1.0)]
+@pytest.mark.parametrize("kind", [BestAvailable(), SampledOrWeighted()], ids=repr)
+def test_without_samples_the_defaults_use_weighted_visits(kind):
+    torch.testing.assert_close(matrix(kind, BARE), matrix(LossWeighted(), BARE))
+    torch.testing.assert_close(matrix(kind, UNWEIGHTED), fisher(UNWEIGHTED))
+
+
+def test_with_samples_the_defaults_use_them():
+    sampled, weighted = matrix(SampledLabels(), OF_SEVERAL), matrix(LossWeighted(), OF_SEVERAL)
+    torch.testing.assert_close(matrix(SampledOrWeighted(), OF_SEVERAL), sampled)
+    torch.testing.assert_close(matrix(BestAvailable(), OF_SEVERAL), (sampled + weighted) / 2)
+
+
+@pytest.mark.parametrize("kind", [BestAvailable(), SampledOrWeighted()], ids=repr)
+def test_samples_are_not_used_where_the_gauss_newton_matrix_is_known(kind):
+    wrong = replace(STEP, curvature_rows=3 * STEP.curvature_rows)
+    torch.testing.assert_close(matrix(kind, wrong), gauss_newton(STEP))
+    assert kind.scaled_rows(wrong)[0] is wrong.sketch
+
+
+FROM_VISITS = [EmpiricalFisher(), EmpiricalFisher("independent"), LossWeighted()]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +133,8 @@ def test_scaled_rows_are_the_factor(kind):
 
 @pytest.mark.parametrize("kind", [*FROM_VISITS, BestAvailable()], ids=repr)
 def test_curvature_from_the_visits_rows_does_not_copy_them(kind):
-    assert kind.scaled_rows(BARE)[0] is BARE.sketch
+    for step in (BARE, STEP):
+        assert kind.scaled_rows(replace(step, curvature_rows=None))[0] is step.sketch
 
 
 def test_visits_of_weight_zero_have_no_curvature():
@@ -108,7 +153,7 @@ def test_visits_of_weight_zero_have_no_curvature():
     ids=repr,
 )
 def test_a_missing_recording_raises_with_its_name(kind, missing):
-    bare = replace(STEP, curvature=None, curvature_rows=None)
+    bare = replace(STEP, terms=None, trace_ratio=None, curvature_rows=None)
     with pytest.raises(ValueError, match=f"Expected {missing} in every step.*pass `curvature="):
         kind.factor(bare)
 
@@ -122,7 +167,14 @@ def batches_of(sizes, reduction):
         if reduction == "mean":
             weights /= len(ids)
         rows = gradients[ids] * weights[:, None]
-        facts = {"sample_ids": ids, "weights": weights, "sketch": rows, "curvature": None}
+        facts = {
+            "sample_ids": ids,
+            "weights": weights,
+            "sketch": rows,
+            "curvature": None,
+            "trace_ratio": None,
+            "terms": None,
+        }
         steps.append(replace(STEP, **facts))
     return steps
 

@@ -15,6 +15,7 @@ from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, Identity, Unrolled, attribute
+from tda_lightning.attribution import BestAvailable
 from tda_lightning.attribution.dynamics.optimizer import Dynamics, Extent
 from tda_lightning.gradients.parameter_selection import lay_out, select_parameters
 from tda_lightning.passes.queries import record_queries
@@ -125,7 +126,7 @@ def test_without_decay_on_vectors_scores_are_close_to_those_of_a_decay_by_group(
     expected = torch.zeros_like(values)
     for step in reversed(run):
         expected[:, step.sample_ids] += step.lr * u @ step.sketch.mT
-        factor = step.sketch / step.weights.sqrt()[:, None]
+        factor = BestAvailable().factor(step)
         eigenvalues, eigenvectors = torch.linalg.eigh(factor @ factor.mT)
         ratios = -torch.expm1(-step.lr * eigenvalues) / eigenvalues
         inner = (eigenvectors * ratios) @ eigenvectors.mT

@@ -73,7 +73,7 @@ def test_the_series_is_accurate_for_curvature_below_rounding():
     for step in plain:
         tiny = (1e-6 * step.curvature_rows).float()
         single = {"weights": step.weights.float(), "sketch": step.sketch.float()}
-        run.append(replace(step, curvature_rows=tiny, curvature=None, **single))
+        run.append(replace(step, curvature_rows=tiny, curvature=None, trace_ratio=None, **single))
     values = scores(Source(1, SampledLabels()), run, ls.queries().float())
     rate = sum(step.lr for step in run) / STEPS
     expected = torch.zeros(ls.N_QUERY, ls.N_TRAIN)

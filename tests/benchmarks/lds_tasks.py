@@ -15,10 +15,10 @@ from functools import cache, partial
 import pytorch_lightning as pl
 import torch
 from lds_networks import Network, convolutional, normalized, perceptron, transformer
-from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot, pad
-from torch.optim import SGD, AdamW, Optimizer
+from torch.nn.functional import cross_entropy, mse_loss, one_hot, pad
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -91,7 +91,9 @@ class Task:
 
 
 def sample_losses(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return each sample's loss: the mean over its predictions."""
+    """Return each sample's loss, the mean over its predictions: squared error or cross-entropy."""
+    if targets.is_floating_point():
+        return mse_loss(outputs, targets, reduction="none").mean(dim=1)
     losses = cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
     return losses.unflatten(0, (len(targets), -1)).mean(dim=1)
 
@@ -105,7 +107,10 @@ class Learner(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch
-        return cross_entropy(self.network(inputs).flatten(0, -2), targets.flatten())
+        outputs = self.network(inputs)
+        if targets.is_floating_point():
+            return mse_loss(outputs, targets)
+        return cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = self.task.optimizer(self.parameters())
@@ -162,6 +167,20 @@ def breast_cancer() -> Data:
     raw = torch.tensor(dataset.data)
     standardized = (raw - raw.mean(dim=0)) / raw.std(dim=0)
     return labelled(standardized.float(), torch.tensor(dataset.target), n_train=400, n_query=100)
+
+
+@cache
+def diabetes() -> Data:
+    """Return standardized measurements and progressions of a disease, in random order."""
+    dataset = load_diabetes(scaled=False)
+    raw = torch.tensor(dataset.data), torch.tensor(dataset.target)[:, None]
+    inputs, targets = (((v - v.mean(dim=0)) / v.std(dim=0)).float() for v in raw)
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    train, queries = order[:340], order[340:440]
+    return Data(
+        TensorDataset(inputs[train], targets[train]),
+        TensorDataset(inputs[queries], targets[queries]),
+    )
 
 
 @cache
@@ -232,6 +251,17 @@ ALL = (
         partial(SGD, lr=0.03, momentum=0.9),
         is_cosine=False,
         batch_size=40,
+        epochs=20,
+        raw_points=one_point,
+    ),
+    Task(
+        "diabetes",
+        "diabetes MLP, regression, Adam",
+        diabetes,
+        partial(perceptron, 10, (32,), 1),
+        partial(Adam, lr=3e-3),
+        is_cosine=False,
+        batch_size=20,
         epochs=20,
         raw_points=one_point,
     ),

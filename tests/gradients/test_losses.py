@@ -6,7 +6,13 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tda_lightning.gradients.losses import LossSummary, find_losses, sampled_gradients, term_weights
+from tda_lightning.gradients.losses import (
+    LossSummary,
+    find_losses,
+    loss_nodes,
+    sampled_gradients,
+    term_weights,
+)
 
 N, C, T = 5, 3, 7
 
@@ -238,6 +244,45 @@ def test_spread_of_squared_error_is_one_over_twice_the_squared_residual():
     facts = facts_of(functional.mse_loss(outputs, torch.zeros(N, 1).double()), outputs)
     torch.testing.assert_close(facts.spread / N, 1 / (2 * leaf.detach()[:, 0] ** 2))
     assert facts.name == "squared error"
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "two losses"])
+def test_the_full_spread_is_the_trace_of_the_hessian_over_the_squared_gradient(name):
+    shape, loss_of = LOSSES[name]
+    leaf = draw(*shape).requires_grad_()
+    outputs = leaf * 1.0
+    facts = facts_of(loss_of(outputs), outputs)
+    size = leaf.numel()
+    hessian = torch.autograd.functional.hessian(loss_of, leaf.detach()).reshape(size, size)
+    traces = hessian.diagonal().reshape(N, -1).sum(dim=1)
+    squares = leaf.grad.reshape(N, -1).square().sum(dim=1)
+    expected = torch.where(squares > 0, traces / squares, 0)
+    torch.testing.assert_close(facts.full_spread, expected)
+
+
+def test_the_full_spread_of_a_large_vocabulary_is_exact_for_hard_labels(monkeypatch):
+    leaf = (3 * draw(N, T, C)).requires_grad_()
+    labels = classes(N, T).flatten()
+    outputs = leaf * 1.0
+    of_small = facts_of(functional.cross_entropy(outputs.reshape(-1, C), labels), outputs)
+    monkeypatch.setattr(loss_nodes, "_MAX_PROBABILITIES", 1)
+    of_large = facts_of(functional.cross_entropy(outputs.reshape(-1, C), labels), outputs)
+    torch.testing.assert_close(of_large.full_spread, of_small.full_spread)
+
+
+@pytest.mark.parametrize("name", ["two classes", "binary cross-entropy", "one output"])
+def test_with_one_output_or_two_classes_both_spreads_are_the_same_numbers(name):
+    labels = (probabilities(N) > 0.5).long()
+    loss_of = {
+        "two classes": lambda o: functional.cross_entropy(o, labels),
+        "binary cross-entropy": lambda o: functional.binary_cross_entropy_with_logits(
+            o[:, 0], labels.double()
+        ),
+        "one output": lambda o: functional.mse_loss(o[:, 0], labels.double()),
+    }[name]
+    outputs = draw(N, 2).requires_grad_() * 1.0
+    facts = facts_of(loss_of(outputs), outputs)
+    assert torch.equal(facts.spread, facts.full_spread)
 
 
 @pytest.mark.parametrize("flattened", [False, True], ids=["sample axis", "flattened"])

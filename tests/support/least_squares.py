@@ -127,7 +127,9 @@ def _steps(
             sample_ids=ids,
             weights=mean_weights,
             sketch=rows,
+            terms=torch.ones_like(residuals),
             curvature=1 / (2 * residuals.square()),
+            trace_ratio=1 / (2 * residuals.square()),
             curvature_rows=(2 * loss_weights).sqrt()[:, None] * x,
         )
         opt.step()

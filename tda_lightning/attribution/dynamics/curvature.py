@@ -6,9 +6,10 @@ the matrix nor its eigenvectors need more memory than the batch requires:
 .. math:: H_t = C_t^\top C_t
 
 The empirical Fisher sums the outer products of the visits' rows, :math:`\sum_i r_i r_i^\top / w_i`.
-It needs nothing else, but is too small where the model fits its data well. Rows from labels
-drawn from the model's own predictions give the Gauss-Newton matrix without bias; see Kunstner et
-al. (2019), "Limitations of the Empirical Fisher Approximation for Natural Gradient Descent".
+It needs nothing else, but is too small where the model fits its data well, and too large where a
+label is wrong; see Kunstner et al. (2019), "Limitations of the Empirical Fisher Approximation for
+Natural Gradient Descent". Weights from the loss correct most of that, at no cost. Rows from labels
+drawn from the model's own predictions give the Gauss-Newton matrix without bias.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_choice, require_kind, require_limit
+from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.stores.step import Step
 
 _T = TypeVar("_T")
 Terms = Literal["ignored", "independent"]
+# Numbers of terms are computed in single precision.
+_ROUNDING = 1e-3
 
 
 class Curvature(ABC):
@@ -97,27 +100,40 @@ class EmpiricalFisher(_VisitCurvature):
 
 @dataclass(frozen=True)
 class LossWeighted(_VisitCurvature):
-    """The empirical Fisher, with each visit scaled to the curvature of its loss.
+    r"""The empirical Fisher, with each visit weighted by the curvature of its loss.
 
-    Exact for losses of one output. For the softmax of several, the factor is p / (1 - p).
+    Let a visit have weight :math:`w`, row :math:`r` and :math:`T` loss terms. Let :math:`c` be the
+    trace of its loss's Hessian at the model's outputs, over the squared gradient there. Then
+    :math:`c T r r^\top / w` has the trace that labels drawn from the model would give on average.
+    For losses of one output or two classes, it is the Gauss-Newton matrix itself.
 
-    Attributes:
-        limit: Largest factor. With 1, the curvature nowhere exceeds the empirical Fisher.
+    Otherwise one direction stands for several. There, the geometric mean with the empirical Fisher
+    agrees better with retraining: :math:`\sqrt{\alpha c T} \, r r^\top / w`. The factor
+    :math:`\alpha` scales the Fisher of the step to the trace of all :math:`c r r^\top / w`, so
+    that the unit of the loss does not matter.
     """
 
-    limit: float = math.inf
-
-    def __post_init__(self) -> None:
-        """Validate `limit`."""
-        require_limit("limit", self.limit)
-
     def scales(self, step: Step) -> Float[Tensor, " n"]:
-        """Return sqrt(curvature * terms / weight) of each visit, with the curvature limited."""
-        loss_curvature = _require_recorded(
-            step.curvature, step, "loss curvatures", "EmpiricalFisher()"
-        )
-        terms = torch.ones_like(loss_curvature) if step.terms is None else step.terms
-        return _root_over_weight(loss_curvature.clamp(max=self.limit) * terms, step)
+        """Return the root of the factor of each visit's outer product."""
+        c = _require_recorded(step.trace_ratio, step, "loss curvatures", "EmpiricalFisher()")
+        T = _require_recorded(step.terms, step, "numbers of loss terms", "EmpiricalFisher()")
+        if _is_gauss_newton(step):
+            return _root_over_weight(c, step)
+        squares = step.sketch.square().sum(dim=1) * _root_over_weight(torch.ones_like(c), step) ** 2
+        alpha = (c * squares).sum() / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
+        return _root_over_weight((alpha * c * T).sqrt(), step)
+
+
+def _is_gauss_newton(step: Step) -> bool:
+    """Return whether weights from the loss give a step's Gauss-Newton matrix itself.
+
+    They do if every visit has one loss term, of one output or of two classes.
+    """
+    if step.trace_ratio is None or step.curvature is None or step.terms is None:
+        return False
+    # Then there is no other curvature than that of the label; the recorder stores it twice.
+    is_one_output = torch.equal(step.trace_ratio, step.curvature)
+    return is_one_output and bool(((step.terms - 1).abs() < _ROUNDING).all())
 
 
 @dataclass(frozen=True)
@@ -148,7 +164,7 @@ class Mixed(Curvature):
         parts: The kinds to average.
     """
 
-    parts: Sequence[Curvature] = (SampledLabels(), EmpiricalFisher())
+    parts: Sequence[Curvature] = (SampledLabels(), LossWeighted())
 
     def __post_init__(self) -> None:
         """Validate `parts`."""
@@ -164,25 +180,12 @@ class Mixed(Curvature):
         return torch.cat([part.factor(step) for part in self.parts]) / math.sqrt(len(self.parts))
 
 
-@dataclass(frozen=True)
-class SampledOrEmpirical(Curvature):
-    """Sampled labels if a step has them, otherwise the empirical Fisher.
+class _BestKind(Curvature):
+    """The best of the kinds that a step allows."""
 
-    The default of methods that average curvature over many steps.
-    """
-
-    def factor(self, step: Step) -> Float[Tensor, "m k"]:
-        """Return the best factor that the step allows."""
-        return (EmpiricalFisher() if step.curvature_rows is None else SampledLabels()).factor(step)
-
-
-@dataclass(frozen=True)
-class BestAvailable(Curvature):
-    """The mean of sampled labels and empirical Fisher if a step has both, otherwise the latter.
-
-    The default of methods that use the curvature of every single step: the mean has less noise than
-    either kind.
-    """
+    @abstractmethod
+    def _kind(self, step: Step) -> Curvature:
+        """Return the kind to use for the step."""
 
     def factor(self, step: Step) -> Float[Tensor, "m k"]:
         """Return the best factor that the step allows."""
@@ -192,8 +195,39 @@ class BestAvailable(Curvature):
         """Return the scaled rows of the best kind that the step allows."""
         return self._kind(step).scaled_rows(step)
 
+
+@dataclass(frozen=True)
+class SampledOrWeighted(_BestKind):
+    """Sampled labels if a step has them, otherwise its visits, weighted by the loss if possible.
+
+    The default of methods that average curvature over many steps. Where weights from the loss give
+    the Gauss-Newton matrix itself, sampled labels are not used.
+    """
+
     def _kind(self, step: Step) -> Curvature:
-        return EmpiricalFisher() if step.curvature_rows is None else Mixed()
+        return SampledLabels() if _gains_by_labels(step) else _best_of_visits(step)
+
+
+@dataclass(frozen=True)
+class BestAvailable(_BestKind):
+    """The mean of sampled labels and weighted visits if a step has both, otherwise the latter.
+
+    The default of methods that use the curvature of every single step: the mean has less noise than
+    either kind. Where weights from the loss give the Gauss-Newton matrix itself, sampled labels are
+    not used. In runs of older versions, visits are not weighted.
+    """
+
+    def _kind(self, step: Step) -> Curvature:
+        of_visits = _best_of_visits(step)
+        return Mixed((SampledLabels(), of_visits)) if _gains_by_labels(step) else of_visits
+
+
+def _best_of_visits(step: Step) -> _VisitCurvature:
+    return EmpiricalFisher() if step.trace_ratio is None else LossWeighted()
+
+
+def _gains_by_labels(step: Step) -> bool:
+    return step.curvature_rows is not None and not _is_gauss_newton(step)
 
 
 def applied_curvature(steps: Sequence[Step], kind: Curvature) -> Float[Tensor, "k k"]:

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional
 
-# Vocabularies are large: labels are drawn for at most this many probabilities at a time.
+# Vocabularies are large: at most this many probabilities are computed again at a time.
 _MAX_PROBABILITIES = 2**22
 
 
@@ -18,12 +18,21 @@ class Terms(NamedTuple):
     """Facts of each term, unweighted.
 
     Attributes:
-        trace: Trace of the Hessian with respect to the outputs.
+        trace: Second derivative with respect to the output of the label.
         square: Squared gradient there, for the given label.
+        full_trace: Trace of the Hessian with respect to all outputs.
+        full_square: Squared norm of the gradient there, for the given label.
     """
 
     trace: Tensor
     square: Tensor
+    full_trace: Tensor
+    full_square: Tensor
+
+    @classmethod
+    def of_one_output(cls, trace: Tensor, square: Tensor) -> Terms:
+        """Return the facts of terms with one output each."""
+        return cls(trace, square, trace, square)
 
 
 class Predictions(NamedTuple):
@@ -89,7 +98,7 @@ class LossNode(ABC):
             weights: Weight of each term in the loss, not zero.
         """
         residuals = (self._weighted_residuals(grad) / weights).clamp(0, 1)
-        return Terms(residuals * (1 - residuals), residuals.square())
+        return Terms.of_one_output(residuals * (1 - residuals), residuals.square())
 
     def losses(self, square: Tensor) -> Tensor:
         """Return the value of each term, given its squared gradient."""
@@ -132,6 +141,16 @@ class SoftmaxLoss(LossNode):
             _subtract_drawn_(part, generator)
         return gradient
 
+    def summarize(self, grad: Tensor, weights: Tensor) -> Terms:
+        """Return facts of each term, for its label alone and for all classes."""
+        of_label = super().summarize(grad, weights)
+        if grad.shape[self._axis] == 2:
+            return of_label  # The gradients of both classes are opposite.
+        norms = torch.linalg.vector_norm(grad, dim=self._axis, keepdim=True)
+        full_square = (norms / weights).square()
+        full_trace = self._full_trace(of_label, full_square)
+        return of_label._replace(full_trace=full_trace, full_square=full_square)
+
     def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
         """Return the loss, the norm of the error over all classes, and the margin."""
         axis, log_probabilities = self._axis, self.node._saved_result.detach()
@@ -145,6 +164,14 @@ class SoftmaxLoss(LossNode):
             torch.linalg.vector_norm(grad / weights, dim=axis, keepdim=True),
             log_probabilities.gather(axis, labels) - others.amax(dim=axis, keepdim=True),
         )
+
+    def _full_trace(self, of_label: Terms, full_square: Tensor) -> Tensor:
+        """Return the sum over classes of p * (1 - p)."""
+        log_p: Tensor = self.node._saved_result.detach()
+        if log_p.numel() <= _MAX_PROBABILITIES:
+            return -(log_p.exp() * log_p.expm1()).sum(dim=self._axis, keepdim=True)
+        # Without copies of all probabilities, from |p - e|^2: exact for a label of one class, e.
+        return (2 * of_label.square.sqrt() - full_square).clamp_min(0)
 
     def _weighted_residuals(self, grad: Tensor) -> Tensor:
         # A norm needs no copy of the gradient, which is large for large vocabularies.
@@ -225,7 +252,7 @@ class SquaredLoss(ReducedLoss):
     def summarize(self, grad: Tensor, weights: Tensor) -> Terms:
         """Return the second derivative of each term, and its squared first derivative."""
         hessian = self._hessian(self.node._saved_self.detach()).expand_as(grad)
-        return Terms(hessian, (grad / weights).square())
+        return Terms.of_one_output(hessian, (grad / weights).square())
 
     def losses(self, square: Tensor) -> Tensor:
         """Return the squared residual of each term."""

@@ -20,8 +20,9 @@ class LossFacts:
     Attributes:
         name: Name of the loss, empty if it is not supported.
         terms: Number of loss terms that each sample's loss is the mean of.
-        spread: Trace of each sample's Hessian with respect to the outputs, divided by its squared
-            gradient there. Both are weighted as in the loss of the batch.
+        spread: Second derivative of each sample's loss with respect to the outputs of its labels,
+            divided by its squared gradient there. Both are weighted as in the loss of the batch.
+        full_spread: Trace of each sample's Hessian with respect to all outputs, likewise.
         losses: Mean of each sample's terms. It is NaN if none of them has a weight.
         errors: Norm of the difference between predicted probabilities and label.
         margins: Logit of the label minus the highest other logit.
@@ -30,6 +31,7 @@ class LossFacts:
     name: str = ""
     terms: Float[Tensor, " n"] | None = None
     spread: Float[Tensor, " n"] | None = None
+    full_spread: Float[Tensor, " n"] | None = None
     losses: Float[Tensor, " n"] | None = None
     errors: Float[Tensor, " n"] | None = None
     margins: Float[Tensor, " n"] | None = None
@@ -40,12 +42,14 @@ class LossFacts:
         Args:
             weight: Weight of each sample's loss in the loss of the batch.
         """
-        curvature: Tensor | None = None
-        if self.spread is not None and self.terms is not None:
-            curvature = weight * self.spread / self.terms
+        curvature, trace_ratio = (
+            None if spread is None or self.terms is None else weight * spread / self.terms
+            for spread in (self.spread, self.full_spread)
+        )
         return {
             "terms": self.terms,
             "curvature": curvature,
+            "trace_ratio": trace_ratio,
             "losses": self.losses,
             "errors": self.errors,
             "margins": self.margins,
@@ -67,7 +71,7 @@ class LossSummary:
         self._is_paused = is_paused
         self._n = n
         self._names = sorted({node.name for node in nodes})
-        # Sums over terms of a sample: weights, their squares, traces, squared gradients, losses.
+        # Sums over terms of a sample: weights, their squares, losses, traces, squared gradients.
         self._sums: list[Tensor] = []
         self._predictions: list[Predictions | None] = []
         for node in nodes:
@@ -93,14 +97,15 @@ class LossSummary:
         if weights.numel() % self._n:
             return
         divisors = torch.where(weights == 0, 1, weights)
-        trace, square = node.summarize(outputs_grad, divisors)
+        terms = node.summarize(outputs_grad, divisors)
         # Only then is a label one of few classes: a look at all of a vocabulary takes time.
         is_one_term = weights.numel() == self._n
         predictions = node.predictions(value_grad, outputs_grad, divisors) if is_one_term else None
         self._predictions.append(predictions)
-        loss = node.losses(square) if predictions is None else predictions.loss
+        loss = node.losses(terms.square) if predictions is None else predictions.loss
         squares = weights.square()
-        parts = [weights, squares, weights * trace, squares * square, weights * loss]
+        parts = [weights, squares, weights * loss, weights * terms.trace, squares * terms.square]
+        parts += [weights * terms.full_trace, squares * terms.full_square]
         # A sample's terms are contiguous, even if the sample axis has been flattened.
         sums = [p.reshape(self._n) if is_one_term else _sums(p, self._n) for p in parts]
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
@@ -110,7 +115,7 @@ class LossSummary:
         name = " and ".join(self._names)
         if not self._sums:
             return LossFacts(name)
-        total, squares, trace, square, loss = self._sums
+        total, squares, loss, trace, square, full_trace, full_square = self._sums
         is_counted = total != 0
         # Labels that two loss functions share have two predictions.
         predictions = self._predictions[0] if len(self._predictions) == 1 else None
@@ -122,6 +127,7 @@ class LossSummary:
             name,
             terms=torch.where(squares > 0, total.square() / squares, 1),
             spread=torch.where(square > 0, trace / square, 0),
+            full_spread=torch.where(full_square > 0, full_trace / full_square, 0),
             losses=torch.where(is_counted, loss / total, torch.nan),
             errors=errors,
             margins=margins,

@@ -213,7 +213,7 @@ def read_visits(group: h5py.Group) -> dict[str, np.ndarray]:
 
 
 # Segments of older versions lack these columns; NaN means unknown.
-_NEW_FACTS = {"losses", "errors", "margins"}
+_NEW_FACTS = {"trace_ratio", "losses", "errors", "margins"}
 # Segments of older versions lack these columns; zero means unknown.
 _NEW_GROUP_FIELDS = {"share", "decoupled", "descent", "owner"}
 
