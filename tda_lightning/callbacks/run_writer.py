@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +15,6 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, from_first_process
-from tda_lightning.callbacks.signal_handlers import is_from_signal_handler
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.model_state import fingerprint
 from tda_lightning.stores import WritableStore
@@ -253,7 +254,7 @@ class RunWriter:
         except ValueError:
             raise
         except Exception as error:  # A store may raise anything; it must not end the training.
-            if is_from_signal_handler(error):
+            if _is_from_signal_handler(error):
                 raise
             self.has_failed = True
             rank_zero_warn(
@@ -261,3 +262,15 @@ class RunWriter:
                 "on; recording has stopped, and all sealed steps stay readable."
             )
         return not self.has_failed
+
+
+def _is_from_signal_handler(error: BaseException) -> bool:
+    """Return whether an exception comes from a signal handler, which may interrupt any line."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {_code_of(handler) for handler in handlers if callable(handler)} - {None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _code_of(handler: Any) -> Any:
+    """Return the code of a function, a method or a callable object."""
+    return getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None)
