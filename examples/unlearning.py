@@ -66,6 +66,7 @@ def draw(plan: RewindPlan, snapshots: list[int]) -> None:
     axes.barh(0, plan.n_steps - start, left=start, height=0.5, color="tab:blue")
     axes.scatter(plan.first_steps, [1] * len(plan.ids), color="tab:red", label="withdrawn samples")
     axes.scatter(snapshots, [1.4] * len(snapshots), color="black", marker="v", label="snapshots")
+    axes.set_xlim(-3, plan.n_steps + 3)
     axes.set_ylim(-0.5, 1.7)
     axes.set_yticks([1, 0], ["recorded", "to repeat"])
     axes.set_xlabel("step")

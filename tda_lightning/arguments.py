@@ -22,14 +22,6 @@ R = TypeVar("R")
 def require_choice(name: str, value: object, literal: Any) -> None:
     """Check that an argument is a value of its ``Literal`` type.
 
-    Args:
-        name: Name of the argument.
-        value: Value of the argument.
-        literal: The type, such as ``Literal["step", "epoch"]``.
-
-    Raises:
-        ValueError: If it is not; the message lists the values.
-
     >>> from typing import Literal
     >>> require_choice("per", "batch", Literal["step", "epoch"])
     Traceback (most recent call last):
@@ -91,12 +83,6 @@ def require_not_negative(name: str, value: object) -> None:
 
 def require_kind(name: str, value: object, kind: type, examples: str) -> None:
     """Check that an argument is an instance of a class, and not the class.
-
-    Args:
-        name: Name of the argument.
-        value: Value of the argument.
-        kind: The class.
-        examples: Valid values, written as code.
 
     >>> require_kind("method", "tracin", int, "`TracIn()`")
     Traceback (most recent call last):

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from tda_lightning.api import attribute
 from tda_lightning.applications.predictions import Labels, Outputs, predict
 from tda_lightning.attribution import Attributor, TracIn
+from tda_lightning.passes.batches import select_samples
 from tda_lightning.passes.targets import labels_of, outputs_of
 from tda_lightning.recording.sample_ids import root_ids
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.ranking import Ranking
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.opening import Run, open_run
@@ -61,9 +62,7 @@ class Errors(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with a row per error and rank."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         index = pd.MultiIndex.from_product([self.ids.tolist(), range(self.k)])
         index.names = ["sample", "rank"]
         repeated = {"given_label": self.given, "predicted_label": self.predicted}
@@ -135,7 +134,8 @@ def explain_errors(
             "other data, or query samples of your choice with `attribute`."
         )
     ids = predictions.ids[is_wrong]
-    queries = samples_of(loader, ids)
+    places = {int(root): place for place, root in enumerate(root_ids(loader.dataset))}  # type: ignore[arg-type]
+    queries = select_samples(loader, [places[sample] for sample in ids.tolist()])
     return Errors(
         ids,
         predictions.labels[is_wrong],
@@ -144,11 +144,3 @@ def explain_errors(
         min(k, len(store.train_ids())),
         len(is_wrong),
     )
-
-
-def samples_of(loader: DataLoader[Any], ids: Int64[Tensor, " n"]) -> DataLoader[Any]:
-    """Return a loader of the samples with some ids, in their order."""
-    places = {int(root): place for place, root in enumerate(root_ids(loader.dataset))}  # type: ignore[arg-type]
-    subset = Subset(loader.dataset, [places[sample] for sample in ids.tolist()])
-    size = loader.batch_size or 50
-    return DataLoader(subset, batch_size=size, collate_fn=loader.collate_fn)

@@ -21,7 +21,7 @@ from tda_lightning.attribution import Attributor, Unrolled
 from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import identified_rows
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.opening import Run, open_run
 
@@ -54,9 +54,7 @@ class GroupInfluence(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with query groups as rows and training groups as columns."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         index = pd.Index(list(self.query_groups), name="query_group")
         columns = pd.Index(list(self.train_groups), name="train_group")
         return pd.DataFrame(self.values.numpy(), index=index, columns=columns)

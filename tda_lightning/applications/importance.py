@@ -143,11 +143,7 @@ class Forgetting(Importance):
 
 @dataclass(frozen=True)
 class SelfInfluence(Importance):
-    """Effect of each sample on its own loss.
-
-    Attributes:
-        method: The attribution method.
-    """
+    """Effect of each sample on its own loss, by an attribution method."""
 
     method: SelfAttributor = field(default_factory=TracIn)
 
@@ -162,11 +158,7 @@ class SelfInfluence(Importance):
 
 @dataclass(frozen=True)
 class Lowest(Importance):
-    """The reverse of another importance: the easiest samples score highest.
-
-    Attributes:
-        importance: The importance to reverse.
-    """
+    """The reverse of another importance: the easiest samples score highest."""
 
     importance: Importance
 
@@ -181,11 +173,7 @@ class Lowest(Importance):
 
 
 def _of_one_label(step: StepFacts, values: Float[Tensor, " n"] | None) -> Float[Tensor, " n"]:
-    """Return these errors or margins of a step's visits.
-
-    Raises:
-        ValueError: If the run does not hold them.
-    """
+    """Return these errors or margins of a step's visits, if the run holds them."""
     if values is None:
         raise ValueError(
             f"Step {step.index} holds no margins and errors of labels: its loss is "

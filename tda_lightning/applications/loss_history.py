@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tda_lightning.attribution.attributor import provenance_of
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
@@ -167,9 +167,7 @@ class LossHistory(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with one row per visit."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         columns = {"sample": self.sample_ids, "step": self.steps, "epoch": self.epochs}
         frame = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
         frame = frame.assign(loss=self.losses.numpy())
@@ -251,11 +249,7 @@ def holds_losses(run: Store) -> bool:
 
 
 def visit_losses(facts: StepFacts) -> Float[Tensor, " n"]:
-    """Return the loss of each visit of a step, in double precision.
-
-    Raises:
-        ValueError: If the step does not hold them.
-    """
+    """Return the loss of each visit of a step, in double precision, if the step holds them."""
     if (reason := _reason_without_losses(facts)) is not None:
         raise ValueError(
             f"The losses of step {facts.index} are unknown: {reason}; expected a cross-entropy or "

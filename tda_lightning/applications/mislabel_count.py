@@ -66,12 +66,10 @@ def estimate_number(
     history: LossHistory | None,
     decisive: LossHistory | None,
 ) -> Count:
-    """Estimate the number of wrong labels.
+    """Estimate the number of wrong labels from the suspicion of each sample.
 
-    Args:
-        suspicion: Suspicion of each sample.
-        history: The losses of all visits, if they are known.
-        decisive: Those that the suspicions are the means of.
+    ``history`` holds the losses of all visits, if they are known; ``decisive`` holds those that the
+    suspicions are the means of.
     """
     number, separation = best_split(suspicion.clamp_min(0).pow(_POWER))
     if history is None or decisive is None:

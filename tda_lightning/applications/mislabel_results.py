@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tda_lightning.applications.retraining.removal import RemovalCurve
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Given and predicted label of each training sample.
-
-    Attributes:
-        given: Labels in the training data, shape ``(n_train,)``.
-        predicted: Most probable labels under the final model, shape ``(n_train,)``.
-    """
+    """Given and predicted label of each training sample, the latter under the final model."""
 
     given: Int[Tensor, " n_train"]
     predicted: Int[Tensor, " n_train"]
@@ -83,9 +78,7 @@ class Mislabeled(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame of all samples with cleanlab's columns and the witnesses."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         columns: dict[str, Tensor] = {
             "is_label_issue": self.is_flagged(),
             "label_score": self.label_scores,

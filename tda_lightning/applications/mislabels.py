@@ -43,7 +43,9 @@ from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
 from tda_lightning.applications.predictions import Labels, Outputs, predict
 from tda_lightning.applications.retraining import Retrain, check_removal
 from tda_lightning.applications.unlearning.sample_passes import dataset_ids
+from tda_lightning.arguments import require_kind
 from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
+from tda_lightning.attribution.attributor import SelfAttributor
 from tda_lightning.passes.targets import labels_of, outputs_of
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
@@ -59,6 +61,7 @@ def find_mislabeled(
     *,
     trusted: Any = None,
     method: Attributor = TracIn(),
+    left_out: SelfAttributor = InfluenceFunction(),
     number: int | None = None,
     outputs: Outputs = outputs_of,
     labels: Labels = labels_of,
@@ -77,6 +80,7 @@ def find_mislabeled(
         trusted: Data with correct labels: a batch, or a ``DataLoader`` of batches. Training samples
             that oppose them are suspicious. Requires ``model``.
         method: How opponents of the trusted data are found.
+        left_out: How the loss of a sample that is left out is predicted.
         number: Number of samples to flag; by default it is estimated.
         outputs: Function of (module, batch) that returns the logits.
         labels: Function of the batch that returns the labels.
@@ -96,7 +100,8 @@ def find_mislabeled(
     _require_complete(model, loader, trusted)
     history = loss_history(store) if holds_losses(store) else None
     decisive = None if history is None else decisive_part(history)
-    witnesses = _witnesses(store, history, decisive, progress)
+    require_kind("left_out", left_out, SelfAttributor, "`InfluenceFunction()`")
+    witnesses = _witnesses(store, history, decisive, left_out, progress)
     if trusted is not None:
         assert model is not None
         scores = attribute(store, model, trusted, method=method, progress=progress)
@@ -150,7 +155,11 @@ def _ids_of_data(store: Store, loader: DataLoader[Any] | None) -> Int64[Tensor, 
 
 
 def _witnesses(
-    store: Store, history: LossHistory | None, decisive: LossHistory | None, progress: bool
+    store: Store,
+    history: LossHistory | None,
+    decisive: LossHistory | None,
+    left_out: SelfAttributor,
+    progress: bool,
 ) -> dict[str, Float[Tensor, " n_train"]]:
     """Return the suspicion of each sample by each witness; the first decides."""
     witnesses: dict[str, Tensor] = {}
@@ -160,9 +169,9 @@ def _witnesses(
     if has_rows:
         witnesses["self_influence"] = self_influence(store, progress=progress).values.double()
     if has_rows and history is not None:
-        own = self_influence(store, method=InfluenceFunction(), progress=progress)
+        effects = self_influence(store, method=left_out, progress=progress)
         last = history.last().values.nan_to_num(nan=-torch.inf)
-        witnesses["left_out_loss"] = last + own.values.double()
+        witnesses["left_out_loss"] = last + effects.values.double()
     if not witnesses:
         raise ValueError(
             "The run holds neither losses of single labels nor rows; expected one of them. Record "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import describe
-from tda_lightning.passes.batches import require_loader, transfer, with_progress
+from tda_lightning.passes.batches import named_batches, require_loader, transfer
 from tda_lightning.passes.model_state import preserved_state, require_model
 from tda_lightning.recording.sample_ids import SampleLedger
 
@@ -67,30 +67,20 @@ def predict(
 ) -> Predictions:
     """Return the predictions of a classifier in evaluation mode; its state is restored.
 
-    Args:
-        model: The LightningModule.
-        loader: The data, in any order.
-        argument: Name of the user's argument that holds the loader, for error messages.
-        outputs: Function of (module, batch) that returns logits, shape ``(n, classes)``.
-        labels: Function of the batch that returns the labels, shape ``(n,)``.
-        progress: Show a progress bar.
+    ``outputs`` returns logits, shape ``(n, classes)``, and ``labels`` one label per sample.
 
     Raises:
         ValueError: If the logits or the labels have another shape.
     """
     require_model(model)
     require_loader(loader, argument)
-    ledger, parts = SampleLedger(None), []
-    ledger.watch(loader, lambda: True)
-    try:
-        with preserved_state(model, "eval"), torch.no_grad():
-            for number, batch in enumerate(with_progress(loader, "predictions", progress)):
-                ids, given = ledger.name(batch, number), labels(batch)
-                logits = outputs(model, transfer(model, batch))
-                _require_classes(logits, given)
-                parts.append((ids, logits.double().softmax(dim=1).cpu(), given.cpu().long()))
-    finally:
-        ledger.release()
+    parts = []
+    named = named_batches(SampleLedger(None), loader, "predictions", progress)
+    with named as batches, preserved_state(model, "eval"), torch.no_grad():
+        for ids, batch in batches:
+            given, logits = labels(batch), outputs(model, transfer(model, batch))
+            _require_classes(logits, given)
+            parts.append((ids, logits.double().softmax(dim=1).cpu(), given.cpu().long()))
     if not parts:
         raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
     ids, probabilities, given = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -98,19 +88,10 @@ def predict(
 
 
 def given_labels(loader: DataLoader[Any], labels: Labels) -> tuple[Int64[Tensor, " n"], Tensor]:
-    """Return the ids and the labels of the samples of a loader, in one pass over it.
-
-    Args:
-        loader: The data, in any order.
-        labels: Function of the batch that returns the labels, with the samples first.
-    """
+    """Return the ids and the labels of the samples of a loader, in one pass over it."""
     require_loader(loader, "loader")
-    ledger = SampleLedger(None)
-    ledger.watch(loader, lambda: True)
-    try:
-        parts = [(ledger.name(batch, n), labels(batch).cpu()) for n, batch in enumerate(loader)]
-    finally:
-        ledger.release()
+    with named_batches(SampleLedger(None), loader, "labels", progress=False) as batches:
+        parts = [(ids, labels(batch).cpu()) for ids, batch in batches]
     ids, given = (torch.cat(column) for column in zip(*parts, strict=True))
     return ids, given
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,9 +42,7 @@ class Selection(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with the weight and the score of each sample, indexed by its id."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         index = pd.Index(self.ids.numpy(), name="train")
         columns = {"weight": self.weights.numpy(), "score": self.scores.numpy()}
         return pd.DataFrame(columns, index=index)
@@ -76,12 +74,7 @@ def groups_of(
 ) -> Iterator[tuple[Int[Tensor, " m"], int]]:
     """Yield the positions of each group of samples, with a number for the group.
 
-    Args:
-        ids: Ids of the samples.
-        balance: The label of the sample with id ``i`` is ``balance[i]``; ``None`` for one group.
-
-    Raises:
-        ValueError: If a sample has no label.
+    The label of the sample with id ``i`` is ``balance[i]``; with ``None``, there is one group.
     """
     if balance is None:
         yield torch.arange(len(ids)), 0
@@ -114,11 +107,7 @@ def quotas(sizes: Sequence[int], n: int) -> list[int]:
 
 
 def count_of(keep: float, n_train: int) -> int:
-    """Return the number of samples in a share of them.
-
-    Raises:
-        ValueError: If the share is not between 0 and 1, or holds no sample.
-    """
+    """Return the number of samples in a share of them, if it is valid."""
     valid = isinstance(keep, float | int) and not isinstance(keep, bool) and 0 < keep <= 1
     if not valid or round(keep * n_train) < 1:
         raise ValueError(

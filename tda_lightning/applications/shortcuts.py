@@ -26,7 +26,7 @@ from tda_lightning.passes.batches import identified, transfer
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.targets import Target, outputs_of
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores.opening import Run, open_run
 
@@ -75,9 +75,7 @@ class Shortcut(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with a row per attribute."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         rows = [vars(effect) for effect in self.effects]
         columns = ["attribute", "effect", "p_value", "n_samples"]
         return pd.DataFrame(rows, columns=columns).set_index("attribute")

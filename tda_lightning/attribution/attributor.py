@@ -119,10 +119,11 @@ class Attributor(ABC):
         self.require(run)
         totals = Totals(run.train_ids(), len(queries), queries)
         view = DeviceView(run, queries)
-        pairs = self.visit_scores(view, queries)
-        for step, scores in _with_progress(pairs, len(run), progress, f"{type(self).__name__}"):
+        pairs: Iterable[Any] = self.visit_scores(view, queries)
+        name = type(self).__name__
+        for step, scores in progress_bar(pairs, name, "step", shown=progress, total=len(run)):
             totals.add_(step.sample_ids, scores)
-        totals.require_finite(view, repr(self))
+        require_finite_totals(totals.values, view, repr(self))
         return Scores(
             values=self.combine(totals.values, totals.visits).mT.contiguous().cpu(),
             query_ids=torch.arange(len(queries)),
@@ -168,10 +169,10 @@ class SelfAttributor(Attributor):
         totals = Totals(run.train_ids(), 1, like)
         name = f"{type(self).__name__}, self-influence"
         view = DeviceView(run, like)
-        pairs = self.own_scores(view)
-        for step, scores in _with_progress(pairs, len(run), progress, name):
+        pairs: Iterable[Any] = self.own_scores(view)
+        for step, scores in progress_bar(pairs, name, "step", shown=progress, total=len(run)):
             totals.add_(step.sample_ids, scores[:, None])
-        totals.require_finite(view, repr(self))
+        require_finite_totals(totals.values, view, repr(self))
         return SampleScores(
             values=self.combine(totals.values, totals.visits)[:, 0],
             train_ids=totals.train_ids,
@@ -181,12 +182,9 @@ class SelfAttributor(Attributor):
 
 
 class Totals:
-    """Sums over visits, one row per training sample.
+    """Sums over visits, one row of some width per training sample; the ids are sorted.
 
-    Args:
-        train_ids: Ids of the training samples, sorted.
-        width: Length of a row.
-        like: A tensor with the device and number format of the sums.
+    They have the device and number format of ``like``.
     """
 
     def __init__(self, train_ids: Int[Tensor, " n_train"], width: int, like: Tensor) -> None:
@@ -213,29 +211,11 @@ class Totals:
         self.values.index_add_(0, positions, values)
         self.visits.index_add_(0, positions, self.visits.new_ones(len(positions), 1))
 
-    def require_finite(self, run: Store, method: str) -> None:
-        """Check that all sums are finite: rankings would put NaN first.
-
-        Args:
-            run: The recorded training, read again if some sums are not finite.
-            method: The method, for the error message.
-
-        Raises:
-            ValueError: If they are not, although the rows are.
-        """
-        require_finite_totals(self.values, run, method)
-
 
 def require_finite_totals(values: Tensor, run: Store, method: str) -> None:
-    """Check that sums over visits are finite.
+    """Check that a method's sums over visits are finite: rankings would put NaN first.
 
-    Args:
-        values: The sums.
-        run: The recorded training, read again if some sums are not finite.
-        method: The method, for the error message.
-
-    Raises:
-        ValueError: If they are not. The message names the visit with the largest row.
+    If they are not, the run is read again to name the visit with the largest row.
     """
     # A sum is finite only if its terms are, and takes a fraction of the time.
     if values.sum().isfinite() or (is_finite := values.isfinite()).all():
@@ -278,7 +258,3 @@ def _recorded_share(recipe: Recipe) -> str:
     recorded = sum(block.size for block in recipe.recorded_blocks)
     total = recorded + sum(entry.size for entry in recipe.left_out)
     return f"{recorded:,} of {total:,} parameters"
-
-
-def _with_progress(items: Iterable[Any], total: int, progress: bool, name: str) -> Iterator[Any]:
-    return iter(progress_bar(items, name, "step", shown=progress, total=total))

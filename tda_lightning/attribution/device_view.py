@@ -18,13 +18,9 @@ from tda_lightning.stores.step import OPTIONAL_FACTS, Preconditioner, Step, Step
 
 
 class DeviceView(Store):
-    """A view of a run whose rows are moved to a device and number format; ids stay on the CPU.
+    """A view of a run whose rows have the device and format of a tensor; ids stay on the CPU.
 
     Visits whose rows are not finite are left out, with one warning.
-
-    Args:
-        run: The run to view.
-        like: A tensor with the device and number format of the rows.
     """
 
     def __init__(self, run: Store, like: Tensor) -> None:
@@ -98,11 +94,7 @@ class DeviceView(Store):
 
 
 def _without_non_finite(step: Step, bad: Int[Tensor, " m"], position: int) -> Step:
-    """Return a step without some visits.
-
-    Raises:
-        ValueError: If the training diverged there.
-    """
+    """Return a step without some visits; an error if the training diverged there."""
     if _has_diverged(step, len(bad)):
         earlier = f"use the steps before it, `run[:{position}]`, with the weights of that time"
         raise ValueError(

@@ -17,7 +17,8 @@ on every measured task. Weight decay is also curvature, and is added.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -72,7 +73,7 @@ class InfluenceFunction(SelfAttributor):
     rows: Visits = "all visits"
     curvature_from: Store | None = None
     rows_from: Store | None = None
-    _factor: Tensor | None = field(default=None, repr=False, compare=False)
+    _factor: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
@@ -112,7 +113,9 @@ class InfluenceFunction(SelfAttributor):
 
     def precomputed(self, run: Store, like: Tensor) -> InfluenceFunction:
         """Return a method that stores the factorized curvature."""
-        return replace(self, _factor=self._root(run, Extent.of(run), like))
+        method = copy(self)
+        object.__setattr__(method, "_factor", self._root(run, Extent.of(run), like))
+        return method
 
     def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
         """Yield each step with the effect of each visit's sample on that visit's loss."""
@@ -133,7 +136,7 @@ class InfluenceFunction(SelfAttributor):
     def _root(self, run: Store, extent: Extent, like: Tensor) -> Float[Tensor, "k k"]:
         """Return the Cholesky factor of the damped curvature."""
         if self._factor is not None:
-            return self._factor
+            return self._factor.to(like)
         recording = run if self.curvature_from is None else DeviceView(self.curvature_from, like)
         steps = recording if self.curvature_over == "run" else last_epoch(recording)
         hessian = objective_curvature(steps, self.curvature)

@@ -19,7 +19,8 @@ makes a segment of one step equal to an unrolled step. Momentum is modelled as a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -61,7 +62,9 @@ class Source(Attributor):
     segments: int | None = None
     curvature: Curvature = BestAvailable()
     propagator: Propagator = Exponential()
-    _averaged: tuple[_Segment, ...] | None = field(default=None, repr=False, compare=False)
+    _averaged: tuple[_Segment, ...] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         """Validate the arguments."""
@@ -94,7 +97,9 @@ class Source(Attributor):
         """Return a method that stores the averaged segments, if there are at most eight."""
         if len(_split(run, self.segments)) > _MAX_PRECOMPUTED_SEGMENTS:
             return self
-        return replace(self, _averaged=tuple(self._segments_backward(run)))
+        method = copy(self)
+        object.__setattr__(method, "_averaged", tuple(self._segments_backward(run)))
+        return method
 
     def _segments_backward(self, run: Store) -> Iterator[_Segment]:
         """Yield the averaged segments, from the last to the first."""

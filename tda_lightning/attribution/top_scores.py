@@ -24,20 +24,12 @@ def top_scores(
     query_batch_size: int = 256,
     progress: bool = True,
 ) -> TopScores:
-    """Score the queries in batches and keep the extremes of each batch.
+    """Score the queries in batches and keep the ``k`` extremes of each batch.
 
     The visits of a sample are spread over the run, so a query needs all of its scores before any
     can be dropped. Therefore each batch of queries is one pass over the run. Work that does not
-    depend on the queries, such as a factorization, is done once.
-
-    Args:
-        run: The recorded training.
-        queries: Gradient sketches of the queries' losses, shape ``(n_query, k)``.
-        method: The attribution method.
-        k: Number of proponents, and of opponents, per query.
-        query_batch_size: Number of queries per pass. Memory: two matrices of
-            ``(query_batch_size, n_train)`` numbers.
-        progress: Show a progress bar.
+    depend on the queries, such as a factorization, is done once. Memory: two matrices of
+    ``(query_batch_size, n_train)`` numbers.
     """
     require_whole("query_batch_size", query_batch_size, least=1)
     method.require(run)

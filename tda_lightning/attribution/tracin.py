@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -48,11 +49,13 @@ class TracIn(SelfAttributor):
     """
 
     layers: Sequence[str] | None = None
-    _has_chosen_queries: bool = field(default=False, repr=False, compare=False)
+    _has_chosen_queries: bool = field(default=False, init=False, repr=False, compare=False)
 
     def with_chosen_queries(self) -> TracIn:
         """Return the method for queries that have the gradients of ``layers`` only."""
-        return replace(self, _has_chosen_queries=self.layers is not None)
+        method = copy(self)
+        object.__setattr__(method, "_has_chosen_queries", self.layers is not None)
+        return method
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
@@ -106,11 +109,7 @@ def _eta(run: Store, step: Step) -> float:
 
 @dataclass(frozen=True)
 class TracInCP(Attributor):
-    """TracIn with each step's query gradients taken at the nearest snapshot.
-
-    Attributes:
-        method: The TracIn method, with its choice of layers.
-    """
+    """TracIn with each step's query gradients taken at the nearest snapshot."""
 
     method: TracIn
 

@@ -42,16 +42,7 @@ def contributions(
 ) -> Trajectory:
     """Compute the contributions of selected samples to each query's score, over the training.
 
-    Args:
-        run: The recorded training.
-        queries: Gradient sketches of the queries' losses, shape ``(n_query, k)``.
-        train_ids: Ids of the selected training samples.
-        method: The attribution method.
-        per: Whether to return the contribution of every step, or their sums per epoch.
-        progress: Show a progress bar.
-
-    Raises:
-        ValueError: If one of the samples is not in the training set.
+    ``per`` is the period of each sum: a step or an epoch.
     """
     require_choice("per", per, Period)
     method.require(run)

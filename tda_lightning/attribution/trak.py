@@ -14,6 +14,7 @@ about the loss, so :math:`\phi_q` is its gradient. Over several trainings, the p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -43,7 +44,7 @@ class TRAK(Attributor):
     """
 
     damping: float = 1.0
-    _factor: Tensor | None = field(default=None, repr=False, compare=False)
+    _factor: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Validate `damping`."""
@@ -65,7 +66,9 @@ class TRAK(Attributor):
 
     def precomputed(self, run: Store, like: Tensor) -> TRAK:
         """Return a method that stores the factorized second moments of the features."""
-        return replace(self, _factor=self._root(run))
+        method = copy(self)
+        object.__setattr__(method, "_factor", self._root(run))
+        return method
 
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]

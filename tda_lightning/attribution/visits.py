@@ -32,12 +32,7 @@ def last_visits(run: Store) -> Iterator[Step]:
 
 
 def last_gradients(run: Store, train_ids: Int[Tensor, " n_train"]) -> Float[Tensor, "n_train k"]:
-    """Return each training sample's gradient at its last visit; zero if it was never drawn.
-
-    Args:
-        run: The recorded training.
-        train_ids: Ids of the training samples, sorted.
-    """
+    """Return each training sample's gradient at its last visit; zero if it was never drawn."""
     gradients = torch.zeros(0)
     for step in map(unweighted, last_visits(run)):
         if not len(gradients):

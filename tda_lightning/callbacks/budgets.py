@@ -68,19 +68,15 @@ class Budgets:
         continued = self._writer.continued_recipe(trainer)
         if continued is not None:  # A continued run keeps its stride.
             return replace(recipe, every_n_steps=continued.every_n_steps)
-        recipe = self._within_disk(trainer, recipe)
+        if self._max_gb is not None:
+            stride = stride_within(trainer, recipe, self._sampled, self._store, self._max_gb)
+            recipe = replace(recipe, every_n_steps=stride)
         if self._max_overhead is not None:
             self._undecided = recipe
         return recipe
 
     def describe(self, trainer: Trainer, recipe: Recipe, notes: Iterable[str] = ()) -> None:
-        """Log one paragraph on the run, once its stride is chosen.
-
-        Args:
-            trainer: The trainer.
-            recipe: The recipe of the run.
-            notes: Further sentences, for this call or for a later one.
-        """
+        """Log one paragraph on the run, once its stride is chosen: ``notes`` wait until then."""
         self._notes = (*self._notes, *notes)
         if self._undecided is not None:
             return
@@ -104,11 +100,7 @@ class Budgets:
         loss: Tensor,
         recipe: Recipe,
     ) -> Recipe:
-        """Choose the stride before the backward pass of the first recorded loss.
-
-        Returns:
-            The recipe, with this stride if it was chosen.
-        """
+        """Return the recipe, with the stride if it is chosen now: at the first recorded loss."""
         limit, started = self._max_overhead, self._forward
         if self._undecided is None or limit is None or started is None:
             return recipe
@@ -126,14 +118,6 @@ class Budgets:
         self.describe(trainer, recipe, [f"Recording adds no more than {100 * limit:g} % of time."])
         recorder.record_every(stride)
         return recipe
-
-    def _within_disk(self, trainer: Trainer, recipe: Recipe) -> Recipe:
-        if self._max_gb is None:
-            return recipe
-        stride = stride_within(
-            trainer, recipe, self._sampled, self._store, self._max_gb, trainer.world_size
-        )
-        return replace(recipe, every_n_steps=stride)
 
 
 def _timing_of(

@@ -29,11 +29,6 @@ def require_supported(
 ) -> None:
     """Check that rows can be recorded faithfully under the settings of this training.
 
-    Args:
-        trainer: The trainer.
-        module: The model.
-        preconditioner: Whether rows will be in the optimizer's coordinates.
-
     Raises:
         ValueError: If not. The message names the setting, what was expected, and the remedy.
     """
@@ -60,15 +55,8 @@ def settled_reduction(
 ) -> Recipe:
     """Infer how the first loss combines its samples; warn if that cannot be recorded as such.
 
-    Args:
-        trainer: The trainer.
-        recorder: The recorder, in its first batch; it uses the inferred reduction from now on.
-        loss: The loss of the batch, before its backward pass.
-        given: The user's argument.
-        recipe: The recipe of the run.
-
-    Returns:
-        The recipe, with the inferred reduction if the user has given none.
+    The recorder uses the inferred reduction from now on, unless the user has given one. The result
+    is the recipe with it.
     """
     _warn_of_mixed_samples(loss)
     inferred = recorder.reduction_of(loss, 1 / trainer.accumulate_grad_batches)
@@ -111,11 +99,7 @@ def warn_of(entries: Sequence[LeftOut]) -> None:
 
 
 def require_one_loader(trainer: Trainer) -> None:
-    """Check that batches come from one loader, so that an index identifies a sample.
-
-    Raises:
-        ValueError: If they come from several.
-    """
+    """Check that batches come from one loader, so that an index identifies a sample."""
     count = len(training_loaders(trainer))
     if count > 1:
         raise ValueError(

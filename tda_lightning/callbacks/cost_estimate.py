@@ -21,11 +21,7 @@ _VISIT_BYTES = 28
 def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float, store: WritableStore) -> str:
     """Return a sentence on the place of the run, its parameters and the expected size on disk.
 
-    Args:
-        trainer: The trainer.
-        recipe: The recipe of the run.
-        sampled: Share of the steps with sampled labels, 0 for none.
-        store: The store of the run.
+    ``sampled`` is the share of the steps with sampled labels, 0 for none.
     """
     recorded = sum(block.size for block in recipe.blocks)
     total = recorded + sum(entry.size for entry in recipe.left_out)
@@ -52,13 +48,7 @@ def _place_of(store: WritableStore) -> str:
 def describe_snapshots(
     trainer: Trainer, model: LightningModule, chosen: int | Sequence[int]
 ) -> Iterator[str]:
-    """Yield a sentence on the expected size of the snapshots, if there are any.
-
-    Args:
-        trainer: The trainer.
-        model: The model.
-        chosen: The stride of the snapshots (0 for none), or the indices of their steps.
-    """
+    """Yield a sentence on the expected size of the chosen snapshots, if there are any."""
     if not chosen:
         return
     steps = _expected_steps(trainer)
@@ -72,27 +62,14 @@ def describe_snapshots(
 
 
 def stride_within(
-    trainer: Trainer,
-    recipe: Recipe,
-    sampled: float,
-    store: WritableStore,
-    max_gb: float,
-    ranks: int,
+    trainer: Trainer, recipe: Recipe, sampled: float, store: WritableStore, max_gb: float
 ) -> int:
-    """Return the smallest stride with which a run stays within a size.
-
-    Args:
-        trainer: The trainer.
-        recipe: The recipe of the run, with the smallest stride that is wanted.
-        sampled: Share of the steps with sampled labels, 0 for none.
-        store: The store of the run.
-        max_gb: Largest size on disk, in units of 10^9 bytes.
-        ranks: Number of processes, each of which sees its part of the data.
+    """Return the smallest stride, from the recipe's on, with which a run takes at most ``max_gb``.
 
     Raises:
         ValueError: If the length of the training is unknown.
     """
-    visits, limit = _expected_visits(trainer, recipe) * ranks, max_gb * 1e9
+    visits, limit = _expected_visits(trainer, recipe) * trainer.world_size, max_gb * 1e9
     if not math.isfinite(visits):
         raise ValueError(
             "`max_gb` cannot be kept, since the number of samples that training will see is "

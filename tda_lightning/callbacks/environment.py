@@ -20,6 +20,7 @@ from tda_lightning.arguments import require_choice
 from tda_lightning.callbacks.gradient_recorder import GradientRecorder
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.messages import inform
+from tda_lightning.callbacks.recorded_run import RecordedRun
 from tda_lightning.callbacks.run_location import Existing
 
 VARIABLE = "TDA_LIGHTNING_STORE"
@@ -50,12 +51,15 @@ class EnvironmentRecorder(GradientRecorder):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop if the script has a recorder; otherwise watch the training loader."""
         callbacks = getattr(trainer, "callbacks", [])
-        recorders = [c for c in callbacks if isinstance(c, GradientRecorder)]
-        self._is_off = any(not isinstance(c, EnvironmentRecorder) for c in recorders)
+        recorders = [c for c in callbacks if isinstance(c, RecordedRun) and not c._gives_way]
+        self._is_off = any(isinstance(c, GradientRecorder) or self._is_beside(c) for c in recorders)
         if self._is_off and stage == "fit":
             inform(f"GradientRecorder: the script records by itself; `{VARIABLE}` has no effect.")
         if not self._is_off:
             super().setup(trainer, pl_module, stage)
+
+    def _is_beside(self, other: RecordedRun) -> bool:
+        return self._location.is_same_as(other._location)
 
     def _watch(self, trainer: Trainer, loader: object) -> None:
         """Infer sample ids from a training loader."""

@@ -28,9 +28,10 @@ from tda_lightning.callbacks.lightning_trainer import (
     distributed_context,
     loss_scale_of,
 )
-from tda_lightning.callbacks.recording_callback import RecordedRun, RecordingCallback
-from tda_lightning.callbacks.run_location import Existing, RunLocation
-from tda_lightning.callbacks.run_writer import RunWriter
+from tda_lightning.callbacks.recorded_run import RecordedRun
+from tda_lightning.callbacks.recording_callback import RecordingCallback
+from tda_lightning.callbacks.run_location import Existing
+from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
 from tda_lightning.gradients.losses import LabelSchedule, Reduction
 from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.row_recorder import RowRecorder
@@ -41,7 +42,6 @@ from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
-from tda_lightning.stores.id_ranges import ranges_of
 from tda_lightning.stores.recipe import LeftOut, Recipe
 
 
@@ -89,6 +89,8 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         FileExistsError: Before the first batch, if ``store`` holds a run or something else.
     """
 
+    _name = "GradientRecorder"
+
     def __init__(
         self,
         store: str | Path | WritableStore | None = None,
@@ -109,9 +111,8 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         existing: Existing | None = None,
     ) -> None:
         require_sensible(locals(), RECORDER)
-        super().__init__(sample_ids)
-        self._location = RunLocation(store, existing)
-        self.store = self._location.initial
+        RecordedRun.__init__(self, store, existing)
+        RecordingCallback.__init__(self, sample_ids)
         self.projector = projector
         self.layers = layers
         self.every_n_steps = every_n_steps
@@ -124,10 +125,8 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         self.snapshots = snapshots
         self.reduction = reduction
         self.batch_dims = dict(batch_dims or {})
-        self.existing = self._location.existing
         self._sampled = curvature_share if curvature == "fisher" else 0.0
-        self._writer = RunWriter(self.store, "replace" if existing == "replace" else "refuse")
-        self._budgets = Budgets(max_gb, max_overhead, self._sampled, self.store, self._writer)
+        self._budgets = self._new_budgets()
         self._first_batch = FirstBatch()
         self._recipe: Recipe | None = None  # Only during training.
 
@@ -136,7 +135,8 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         require_supported(trainer, pl_module, self.preconditioner)
         if self.sample_ids is None:
             require_one_loader(trainer)
-        self._move_to(self._location.choose(trainer, self._writer.begun_runs()))
+        self._choose_store(trainer)
+        self._budgets = self._new_budgets()
         recorder = self._create_recorder(trainer, pl_module)
         recipe = self._create_recipe(trainer, pl_module, recorder)
         recipe = self._budgets.begin(trainer, pl_module, recipe)
@@ -152,14 +152,9 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         self._attach(trainer, recorder, recipe.every_n_steps)
         self._first_batch = FirstBatch()
 
-    def _move_to(self, store: WritableStore) -> None:
-        """Record into a store; one at the same path as before stays in use."""
-        path, other = getattr(self.store, "path", None), getattr(store, "path", None)
-        if store is self.store or (path is not None and path == other):
-            return
-        self.store = store
-        self._writer.move_to(store)
-        self._budgets = Budgets(self.max_gb, self.max_overhead, self._sampled, store, self._writer)
+    def _new_budgets(self) -> Budgets:
+        limits = (self.max_gb, self.max_overhead)
+        return Budgets(*limits, self._sampled, self.store, self._writer)
 
     def _create_recorder(self, trainer: Trainer, model: LightningModule) -> TrainingRecorder:
         continued = self._writer.continued_recipe(trainer)
@@ -200,13 +195,12 @@ class GradientRecorder(RecordedRun, RecordingCallback):
     def _create_recipe(
         self, trainer: Trainer, model: LightningModule, recorder: TrainingRecorder
     ) -> Recipe:
-        train_ids = self._ledger.train_ids
         return Recipe(
             blocks=recorder.selection.blocks,
             left_out=recorder.selection.left_out,
             projector=recorder.projector.to_dict(),
-            dimension=recorder.dimension,
-            widths=recorder.widths,
+            dimension=recorder.rows.dimension,
+            widths=recorder.rows.widths,
             dtype="float64" if row_dtype(model) == torch.float64 else "float32",
             reduction=recorder.settings.reduction,
             batch_dims=self.batch_dims,
@@ -214,10 +208,19 @@ class GradientRecorder(RecordedRun, RecordingCallback):
             curvature=self.curvature,
             ranks=trainer.world_size,
             every_n_steps=self.every_n_steps,
-            train_ids=None if train_ids is None else ranges_of(train_ids),
+            train_ids=known_ids(trainer, self._ledger, self._writer.continued_recipe(trainer)),
             model=type(model).__name__,
             versions={name: version(name) for name in ("tda_lightning", "torch")},
         )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expect the first batch of a new pass, perhaps over other data than before."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self._recorder is not None:
+            recipe = with_new_ids(trainer, self._ledger, self.store.recipe)
+            if recipe is not self.store.recipe:
+                self._recipe = recipe
+                self._writer.amend(recipe)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -272,6 +275,12 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         """Seal the run and remove everything that was installed."""
         super().on_train_end(trainer, pl_module)
         self._writer.finish(trainer)
+
+    def _finish_steps(self) -> dict[str, Any] | None:
+        if self._recorder is None:
+            return None
+        self._recorder.finish_steps()
+        return {"lanes": self._recorder.state()}
 
     def _save(self) -> None:
         self._writer.close()

@@ -8,7 +8,7 @@ differ. Watchers are called when the trainer loads data or clips gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 else:
     LightningModule = Trainer = Any
 
+T = TypeVar("T")
+
 __all__ = [
     "LightningModule",
     "Trainer",
     "distributed_context",
+    "from_first_process",
     "loss_scale_of",
     "training_loaders",
     "watch_clipping",
@@ -43,6 +46,23 @@ def distributed_context(trainer: Trainer) -> DistributedContext:
     if trainer.world_size == 1:
         return DistributedContext()
     return DistributedContext(trainer.global_rank, trainer.world_size, add)
+
+
+def from_first_process(trainer: Trainer, work: Callable[[], T]) -> T:
+    """Let the first process do some work, and return its result in all of them.
+
+    All processes fail together; otherwise they would wait for each other forever.
+    """
+    outcome: tuple[T | None, Exception | None] = None, None
+    if trainer.is_global_zero:
+        try:
+            outcome = work(), None
+        except Exception as failure:
+            outcome = None, failure
+    result, error = trainer.strategy.broadcast(outcome)
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
 def loss_scale_of(trainer: Trainer) -> float:
@@ -105,11 +125,7 @@ class _WatchedProcess:
 
 
 def watch_loaders(trainer: Trainer, watch: _LoaderWatcher) -> Callable[[], None]:
-    """Call ``watch`` with every training loader that the trainer is about to iterate.
-
-    Returns:
-        A function that unregisters the watcher; the last one restores the trainer's strategy.
-    """
+    """Call ``watch`` with every training loader that the trainer is about to iterate."""
     return watch_method(trainer.strategy, "process_dataloader", _WatchedProcess, trainer, watch)
 
 
@@ -152,12 +168,7 @@ class _WatchedClipping:
 def watch_clipping(trainer: Trainer, watch: _ClippingWatcher) -> Callable[[], None]:
     """Call ``watch`` before every clipping by value, by Lightning or by the user.
 
-    Args:
-        trainer: The trainer.
-        watch: Called with the index of the step, its optimizer and the bound.
-
-    Returns:
-        A function that unregisters the watcher; the last one restores the plugin's method.
+    It is given the index of the step, its optimizer and the bound.
     """
     return watch_method(
         trainer.precision_plugin, "clip_gradients", _WatchedClipping, trainer, watch

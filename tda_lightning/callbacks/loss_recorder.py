@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -16,22 +15,24 @@ from torch.optim import Optimizer
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.checks import require_one_loader
-from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, watch_loaders
-from tda_lightning.callbacks.run_writer import RunWriter
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
+from tda_lightning.callbacks.recorded_run import RecordedRun
+from tda_lightning.callbacks.recording_callback import RecordingCallback
+from tda_lightning.callbacks.run_location import Existing
+from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
 from tda_lightning.gradients.losses.loss_graph import find_losses_and_penalties
 from tda_lightning.gradients.losses.loss_nodes import SquarePower
 from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
-from tda_lightning.recording.sample_ids import IdSource, SampleLedger
+from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.taken_step import HostCopy, joined
-from tda_lightning.stores import HDF5Store, WritableStore
-from tda_lightning.stores.id_ranges import ranges_of
+from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import OPTIONAL_FACTS, ParameterGroup, Step
 
 _CHECKED = ("store", "sample_ids", "reduction", "existing")
 
 
-class LossRecorder(pl.Callback):
+class LossRecorder(RecordedRun, RecordingCallback):
     """Record the id and the loss of every visit, without gradients.
 
     It costs little and needs no knowledge of the model. Read the result with
@@ -39,47 +40,38 @@ class LossRecorder(pl.Callback):
     training is unchanged. Attribution needs :class:`GradientRecorder`.
 
     Args:
-        store: Folder to record into, or a store.
+        store: Folder to record into, or a store; by default ``run.tda`` in ``trainer.log_dir``.
         sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
             default ids are indices into the dataset, inferred from the sampler.
         reduction: How the training loss combines its samples.
-        existing: What to do if ``store`` holds a run that this training does not continue.
+        existing: What to do if ``store`` holds a run that this training does not continue, as in
+            :class:`GradientRecorder`.
 
     Raises:
         ValueError: If an argument is invalid; or before the first batch, if optimization is manual.
         FileExistsError: Before the first batch, if ``store`` holds a run or something else.
     """
 
+    _name = "LossRecorder"
+
     def __init__(
         self,
-        store: str | Path | WritableStore,
+        store: str | Path | WritableStore | None = None,
         *,
         sample_ids: IdSource | None = None,
         reduction: Literal["mean", "sum"] = "mean",
-        existing: Literal["refuse", "replace"] = "refuse",
+        existing: Existing | None = None,
     ) -> None:
         require_sensible(locals(), {name: RECORDER[name] for name in _CHECKED})
-        self.store = store if isinstance(store, WritableStore) else HDF5Store(store)
-        self.sample_ids = sample_ids
+        RecordedRun.__init__(self, store, existing)
+        RecordingCallback.__init__(self, sample_ids)
         self.reduction = reduction
-        self.existing = existing
-        self._ledger = SampleLedger(sample_ids)
-        self._writer = RunWriter(self.store, existing)
-        self._undo: list[Callable[[], None]] = []
         self._is_attached = False
         self._ids: Int[Tensor, " n"] | None = None
         self._summary: LossSummary | None = None
         self._batches: list[_Batch] = []
         self._label: dict[str, Any] | None = None
         self._taken: _TakenStep | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watch the sampler of the training loader."""
-        if stage == "fit":
-            stop = watch_loaders(
-                trainer, lambda loader: self._ledger.watch(loader, lambda: trainer.training)
-            )
-            self._undo = [stop, self._ledger.release]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin or continue the run."""
@@ -90,7 +82,7 @@ class LossRecorder(pl.Callback):
             )
         if self.sample_ids is None:
             require_one_loader(trainer)
-        train_ids = self._ledger.train_ids
+        self._choose_store(trainer)
         recipe = Recipe(
             blocks=(),
             left_out=(),
@@ -104,7 +96,7 @@ class LossRecorder(pl.Callback):
             curvature="none",
             ranks=trainer.world_size,
             every_n_steps=1,
-            train_ids=None if train_ids is None else ranges_of(train_ids),
+            train_ids=known_ids(trainer, self._ledger, self._writer.continued_recipe(trainer)),
             model=type(pl_module).__name__,
             versions={name: version(name) for name in ("tda_lightning", "torch")},
         )
@@ -113,8 +105,11 @@ class LossRecorder(pl.Callback):
         self._is_attached = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Expect the first batch of a new pass over the data."""
-        self._ledger.start_epoch()
+        """Expect the first batch of a new pass, perhaps over other data than before."""
+        super().on_train_epoch_start(trainer, pl_module)
+        recipe = with_new_ids(trainer, self._ledger, self.store.recipe)
+        if recipe is not self.store.recipe:
+            self._writer.amend(recipe)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -170,52 +165,22 @@ class LossRecorder(pl.Callback):
         if taken is not None:
             self._writer.append(taken.finish())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the run for a checkpoint, in builtins."""
+    def _finish_steps(self) -> dict[str, Any] | None:
         self._write()
-        return self._writer.state()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Read the state of a run, which is continued when training starts."""
-        self._writer.load_states([state_dict])
-
-    @property
-    def state_key(self) -> str:
-        """Name of this recorder in a checkpoint; recorders are distinguished by their stores."""
-        return self._generate_state_key(store=getattr(self.store, "name", ""))
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Seal all steps that the checkpoint's weights include, before it is written."""
-        if self._is_attached:
-            self._write()
-            self._writer.seal_together(trainer)
+        return {} if self._is_attached else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seal the run."""
-        self._close()
+        super().on_train_end(trainer, pl_module)
         self._writer.finish(trainer)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Seal the run if training fails or is interrupted."""
-        self._close()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Clean up if training never began."""
-        self._close()
-
     def _close(self) -> None:
-        undo, self._undo = self._undo, []
-        for action in undo:
-            action()
+        super()._close()
         if self._is_attached:
             self._is_attached = False
             self._batches, self._ids, self._summary = [], None, None
             self._write()
-            self._writer.seal()
+            self._writer.close()
 
 
 @dataclass(frozen=True)

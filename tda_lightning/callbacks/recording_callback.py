@@ -19,8 +19,6 @@ from tda_lightning.callbacks.lightning_trainer import (
     watch_clipping,
     watch_loaders,
 )
-from tda_lightning.callbacks.run_location import RunLocation
-from tda_lightning.callbacks.run_writer import RunWriter
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.recording.training_recorder import TrainingRecorder
 
@@ -29,10 +27,6 @@ class RecordingCallback(pl.Callback):
     """Passes Lightning's events on to a recorder, from the first batch to the last.
 
     A subclass creates the recorder in ``on_train_start`` and calls :meth:`_attach`.
-
-    Args:
-        sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
-            default ids are inferred from the sampler.
     """
 
     def __init__(self, sample_ids: IdSource | None) -> None:
@@ -129,71 +123,3 @@ class RecordingCallback(pl.Callback):
     def _save(self) -> None:
         """Make everything recorded so far safe."""
         raise NotImplementedError
-
-
-class RecordedRun(pl.Callback):
-    """Reads the states of runs from checkpoints, and shows that a run is being written."""
-
-    _writer: RunWriter
-    _location: RunLocation
-    _recorder: TrainingRecorder | None
-    _gives_way = False  # Whether it stops where another recorder is in the trainer.
-
-    def __repr__(self) -> str:
-        """Show where the run goes."""
-        path = getattr(getattr(self, "store", None), "path", None)
-        return f"{type(self).__name__}({str(path)!r})" if path else f"{type(self).__name__}()"
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that no other recorder of the trainer has the same store."""
-        super().setup(trainer, pl_module, stage)
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        recorders = [each for each in callbacks if isinstance(each, RecordedRun)]
-        others = [each for each in recorders if each is not self and not each._gives_way]
-        if any(other._location.is_same_as(self._location) for other in others):
-            raise ValueError(
-                f"Two `{type(self).__name__}` of one trainer record into the same store, "
-                f"`{self._location.name}`; expected a store for each. Give each another path, or "
-                "remove one of them from `callbacks`."
-            )
-
-    @property
-    def state_key(self) -> str:
-        """Name of this recorder in a checkpoint: that of its run, wherever its store is."""
-        run = self._writer.run_id
-        if run is not None:
-            return self._generate_state_key(run=run)
-        return self._generate_state_key(store=self._location.name)
-
-    # Not `state_dict`: Lightning would refuse two recorders of a store, with an unclear message.
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add the state of the run to a checkpoint; seal all steps that its weights include."""
-        recorder = {}
-        if self._recorder is not None:
-            self._recorder.finish_steps()
-            recorder = {"lanes": self._recorder.state()}
-        if state := self._writer.state():
-            checkpoint.setdefault("callbacks", {})[self.state_key] = {**state, **recorder}
-        if self._recorder is not None:
-            self._writer.seal_together(trainer)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Read the state of a run, which is continued when training starts."""
-        self._writer.load_states([state_dict])
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Read the states of all runs in the checkpoint; the one in the store is continued."""
-        self._writer.load_states(checkpoint.get("callbacks", {}).values())
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the fingerprint of the weights, to compare with those of later queries."""
-        if trainer.is_global_zero:
-            self._writer.save_fingerprint(pl_module)
-
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Show other trainings that this one is alive."""
-        self._writer.renew()

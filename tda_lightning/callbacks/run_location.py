@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from tda_lightning.callbacks.lightning_trainer import Trainer
+from tda_lightning.callbacks.lightning_trainer import Trainer, from_first_process
 from tda_lightning.stores import HDF5Store, MemoryStore, WritableStore
 
 Existing = Literal["refuse", "replace", "number"]
@@ -62,9 +62,7 @@ class RunLocation:
     def choose(self, trainer: Trainer, begun: Set[str]) -> WritableStore:
         """Return the store of the training that starts; all processes must call it.
 
-        Args:
-            trainer: The trainer.
-            begun: Ids of runs, one of which the training continues if it is found.
+        If one of the runs with the ids ``begun`` is found, the training continues it.
         """
         if getattr(trainer, "fast_dev_run", False):
             return self._temporary_store(trainer)
@@ -74,14 +72,9 @@ class RunLocation:
         if self.existing != "number":
             return store
         assert isinstance(store, HDF5Store)
-        outcome: OSError | str = ""
-        if trainer.is_global_zero:
-            outcome = _numbered_path(store.path, begun if trainer.global_step else set())
-        # All processes must fail together; otherwise they would wait for each other forever.
-        outcome = trainer.strategy.broadcast(outcome)
-        if isinstance(outcome, OSError):
-            raise outcome
-        return store if Path(outcome) == store.path else store.at(outcome)
+        first, run_ids = store.path, begun if trainer.global_step else set()
+        path = from_first_process(trainer, lambda: _find(first, run_ids) or _reserve(first))
+        return store if path == first else store.at(path)
 
     def _temporary_store(self, trainer: Trainer) -> WritableStore:
         """Return a store that leaves nothing on disk."""
@@ -106,17 +99,10 @@ def _log_folder(trainer: Trainer) -> Path:
     return Path(folder)
 
 
-def _numbered_path(path: Path, run_ids: Set[str]) -> OSError | str:
-    """Return the path of a run with one of some ids, else a free one; or the error of making it."""
-    try:
-        continued = _find(path, run_ids) if run_ids else None
-        return str(continued or _reserve(path))
-    except OSError as error:
-        return error
-
-
 def _find(path: Path, run_ids: Set[str]) -> Path | None:
     """Return the path of a run by its id, or ``None`` if it is not there."""
+    if not run_ids:
+        return None
     others = path.parent.glob(f"{glob.escape(path.stem)}-*{glob.escape(path.suffix)}")
     return next((each for each in (path, *others) if _run_id(each) in run_ids), None)
 

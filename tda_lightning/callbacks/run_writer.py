@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, from_first_process
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.model_state import fingerprint
 from tda_lightning.stores import WritableStore
@@ -23,18 +23,17 @@ from tda_lightning.stores.step import Preconditioner, Step
 
 
 class RunWriter:
-    """Writes the steps of one training into a store.
+    """Writes the steps of one training into a store, until ``has_failed``.
 
-    Args:
-        store: The store to write into.
-        existing: What to do with a run in the store that the training does not continue.
-
-    Attributes:
-        has_failed: Whether writing has failed; nothing is written from then on.
+    ``existing`` decides about a run in the store that the training does not continue. Warnings name
+    the ``owner``, a callback.
     """
 
-    def __init__(self, store: WritableStore, existing: Literal["refuse", "replace"]) -> None:
+    def __init__(
+        self, store: WritableStore, existing: Literal["refuse", "replace"], owner: str
+    ) -> None:
         self._store = store
+        self._owner = owner
         self._existing = existing
         self._run_id: str | None = None
         self._stored: str | None = None  # Id of the run in the store before training.
@@ -60,14 +59,7 @@ class RunWriter:
         step = trainer.global_step
         if trainer.world_size > 1:
             self._store.join(trainer.global_rank, trainer.world_size)
-        outcome: BaseException | bool = False
-        if trainer.is_global_zero:
-            outcome = _caught(lambda: self._begin_or_continue(recipe, step))
-        # All processes must fail together; otherwise they would wait for each other forever.
-        outcome = trainer.strategy.broadcast(outcome)
-        if isinstance(outcome, BaseException):
-            raise outcome
-        is_continued = outcome
+        is_continued = from_first_process(trainer, lambda: self._begin_or_continue(recipe, step))
         if not trainer.is_global_zero:
             self._store.resume(step)
             self._count = len(self._store)
@@ -131,10 +123,7 @@ class RunWriter:
     ) -> None:
         """Write the weights before the next step, if a snapshot is due.
 
-        Args:
-            trainer: The trainer.
-            model: The model.
-            chosen: The stride of the snapshots (0 for none), or the indices of their steps.
+        The user has ``chosen`` a stride (0 for none), or the indices of steps.
         """
         index = trainer.global_step
         if isinstance(chosen, int):
@@ -181,11 +170,7 @@ class RunWriter:
         return {} if self._run_id is None else {"run": self._run_id, "steps": self._count}
 
     def load_states(self, states: Iterable[Any]) -> None:
-        """Read the states of runs, one of which :meth:`begin` may continue.
-
-        Args:
-            states: States of any callbacks; those of other callbacks are ignored.
-        """
+        """Read the states of runs, one of which :meth:`begin` may continue."""
         for state in states:
             if isinstance(state, Mapping) and {"run", "steps"} <= set(state):
                 self._states.append(state)
@@ -207,7 +192,7 @@ class RunWriter:
         self._store.begin(recipe)
         if step:
             rank_zero_warn(
-                f"GradientRecorder: the {step:,} steps before this checkpoint are not in the "
+                f"{self._owner}: the {step:,} steps before this checkpoint are not in the "
                 "store; recording only the steps after it."
             )
         return False
@@ -224,7 +209,7 @@ class RunWriter:
     def _continue(self, recipe: Recipe, step: int) -> None:
         if not self._states and self._run_id is None:
             rank_zero_warn(
-                "GradientRecorder: the checkpoint does not name a recorded run; continuing the one "
+                f"{self._owner}: the checkpoint does not name a recorded run; continuing the one "
                 f"in the store at step {step:,}. Check that it is the run of this training."
             )
         self._store.recipe.require_continued_by(recipe)
@@ -239,7 +224,7 @@ class RunWriter:
             missing = int(trainer.strategy.reduce(count, reduce_op="max"))
         if missing:
             rank_zero_warn(
-                f"GradientRecorder: the store lacks {missing:,} steps that were recorded before "
+                f"{self._owner}: the store lacks {missing:,} steps that were recorded before "
                 "this checkpoint; continuing without them."
             )
 
@@ -249,7 +234,7 @@ class RunWriter:
             return
         self._has_warned_of_non_finite = True
         warnings.warn(
-            f"GradientRecorder: the gradient of sample {int(step.sample_ids[bad[0]])} at step "
+            f"{self._owner}: the gradient of sample {int(step.sample_ids[bad[0]])} at step "
             f"{step.index} is not finite; expected finite numbers. It is stored as it is. Answers "
             "leave such visits out, or refuse the run from there on if the training diverged. "
             "Look at the sample, or at the loss. Later ones are not named.",
@@ -273,7 +258,7 @@ class RunWriter:
                 raise
             self.has_failed = True
             rank_zero_warn(
-                f"GradientRecorder: the store cannot be written any more ({error}). Training goes "
+                f"{self._owner}: the store cannot be written any more ({error}). Training goes "
                 "on; recording has stopped, and all sealed steps stay readable."
             )
         return not self.has_failed
@@ -289,10 +274,3 @@ def _is_from_signal_handler(error: BaseException) -> bool:
 def _code_of(handler: Any) -> Any:
     """Return the code of a function, a method or a callable object."""
     return getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None)
-
-
-def _caught(work: Callable[[], bool]) -> BaseException | bool:
-    try:
-        return work()
-    except Exception as error:
-        return error

@@ -18,10 +18,7 @@ Section = Literal["model", "data"]
 def build_section(config: Path, section: Section, named: Any) -> Any:
     """Return the model or the data that a configuration describes.
 
-    Args:
-        config: A YAML file as LightningCLI reads and saves it.
-        section: The section of the file.
-        named: The class to build, if the section has no ``class_path``.
+    ``named`` is the class to build, if the section has no ``class_path``.
 
     Raises:
         click.UsageError: If the section is missing, or if it cannot be built.

@@ -34,13 +34,7 @@ SPLITS = {
 def load_model(
     model: str | None, config: Path | None, checkpoint: Path | None, trust_checkpoint: bool
 ) -> nn.Module:
-    """Return the trained model.
-
-    Args:
-        model: Import path of the model; required unless the configuration has a ``class_path``.
-        config: A LightningCLI configuration.
-        checkpoint: A checkpoint, or a saved ``state_dict``.
-        trust_checkpoint: Whether to load objects of any class from the checkpoint.
+    """Return the trained model: named by an import path, or by the class in a configuration.
 
     Raises:
         click.UsageError: If the options do not name a trained model.
@@ -67,12 +61,7 @@ def load_model(
 
 
 def load_queries(queries: str | None, config: Path | None, split: str) -> Any:
-    """Return a batch or a loader of queries.
-
-    Args:
-        queries: Import path of the queries, or of a LightningDataModule.
-        config: A LightningCLI configuration, whose data is the default.
-        split: The split of a LightningDataModule.
+    """Return a batch or a loader of queries: named by an import path, or in a configuration.
 
     Raises:
         click.UsageError: If the options do not name queries.

@@ -37,11 +37,7 @@ for command in (info, audit, data, verify, attribute, self_influence, mislabeled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code.
-
-    Args:
-        arguments: The words after the program's name; those of the process by default.
-    """
+    """Run a command and return its exit code; the arguments are those of the process by default."""
     try:
         commands.main(
             None if arguments is None else list(arguments),

@@ -19,11 +19,7 @@ class OutputFile(click.Path):
         super().__init__(path_type=Path, dir_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Return the path.
-
-        Raises:
-            click.UsageError: If its folder does not exist.
-        """
+        """Return the path, if its folder exists."""
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if not path.parent.is_dir():
             self.fail(f"there is no folder `{path.parent}`. Create it, or correct the path.")
@@ -59,54 +55,49 @@ def count_option(default: int) -> Callable[[Command], Command]:
     )
 
 
-def model_options(command: Command) -> Command:
-    """Add the options that describe a trained model."""
-    for option in reversed(
-        (
-            click.option(
-                "--model",
-                metavar="MODULE:NAME",
-                help="The LightningModule: a class, an object, or a function that returns one.",
-            ),
-            click.option(
-                "--config",
-                type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                help="A LightningCLI configuration with `model` and `data`.",
-            ),
-            click.option(
-                "--checkpoint",
-                type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                help="A checkpoint with the trained weights.",
-            ),
-            click.option(
-                "--trust-checkpoint",
-                is_flag=True,
-                help="Load objects of any class from the checkpoint; this can run code.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+def _together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
-def query_options(command: Command) -> Command:
-    """Add the options that describe queries."""
-    for option in reversed(
-        (
-            click.option(
-                "--queries",
-                metavar="MODULE:NAME",
-                help="A batch, a DataLoader, a LightningDataModule, or a function that returns "
-                "one of these. By default, the data of the configuration.",
-            ),
-            click.option(
-                "--split",
-                type=click.Choice(["test", "val", "train", "predict"]),
-                default="test",
-                show_default=True,
-                help="Which data of a LightningDataModule.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+model_options = _together(
+    click.option(
+        "--model",
+        metavar="MODULE:NAME",
+        help="The LightningModule: a class, an object, or a function that returns one.",
+    ),
+    click.option(
+        "--config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A LightningCLI configuration with `model` and `data`.",
+    ),
+    click.option(
+        "--checkpoint",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A checkpoint with the trained weights.",
+    ),
+    click.option(
+        "--trust-checkpoint",
+        is_flag=True,
+        help="Load objects of any class from the checkpoint; this can run code.",
+    ),
+)
+query_options = _together(
+    click.option(
+        "--queries",
+        metavar="MODULE:NAME",
+        help="A batch, a DataLoader, a LightningDataModule, or a function that returns "
+        "one of these. By default, the data of the configuration.",
+    ),
+    click.option(
+        "--split",
+        type=click.Choice(["test", "val", "train", "predict"]),
+        default="test",
+        show_default=True,
+        help="Which data of a LightningDataModule.",
+    ),
+)

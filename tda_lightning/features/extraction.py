@@ -21,10 +21,10 @@ from tda_lightning.passes.batch_contents import batch_size, find_tensors
 from tda_lightning.passes.batches import (
     identified,
     loss_of,
+    named_batches,
     require_loader,
     step_of,
     transfer,
-    with_progress,
 )
 from tda_lightning.passes.model_state import (
     cuda_devices,
@@ -68,16 +68,12 @@ def train_features(
             batch.
     """
     require_loader(loader, "train_loader")
-    ledger = SampleLedger(sample_ids)
-    ledger.watch(loader, lambda: True)
     parts, ids = [], []
-    try:
-        with _feature_hooks(model, layer, reads) as hooks:
-            for batch_index, batch in enumerate(with_progress(loader, "features", progress)):
-                ids.append(ledger.name(batch, batch_index))
-                parts.append(hooks.extract(batch, "train_loader", ids[-1]))
-    finally:
-        ledger.release()
+    named = named_batches(SampleLedger(sample_ids), loader, "features", progress)
+    with named as batches, _feature_hooks(model, layer, reads) as hooks:
+        for batch_ids, batch in batches:
+            ids.append(batch_ids)
+            parts.append(hooks.extract(batch, "train_loader", batch_ids))
     layer_features = concatenate(parts, torch.cat(ids) if ids else None, "train_loader")
     require_once(layer_features.ids)
     layer_features = layer_features.sorted()

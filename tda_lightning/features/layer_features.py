@@ -93,12 +93,7 @@ class LayerFeatures:
 def concatenate(
     parts: Sequence[LayerFeatures], ids: Int[Tensor, " n"] | None, argument: str
 ) -> LayerFeatures:
-    """Concatenate the layer features of several batches.
-
-    Args:
-        parts: The layer features of each batch.
-        ids: Ids of all samples; by default their positions.
-        argument: Name of the user's argument that holds the batches, for error messages.
+    """Concatenate the layer features of the batches of an argument; ids are positions by default.
 
     Raises:
         ValueError: If there are no batches, or their numbers of features differ.
@@ -147,11 +142,7 @@ class LayerFeatureAttributor(ABC):
 
 
 def require_layer_features(name: str, layer_features: LayerFeatures) -> None:
-    """Validate that an argument holds layer features, and is not a batch.
-
-    Raises:
-        ValueError: If it is anything else. The message names the functions that extract features.
-    """
+    """Check that an argument holds layer features, and is not a batch."""
     if not isinstance(layer_features, LayerFeatures):
         raise ValueError(
             f"`{name}` is a {type(layer_features).__name__}; expected layer features, as "
@@ -162,16 +153,7 @@ def require_layer_features(name: str, layer_features: LayerFeatures) -> None:
 
 
 def require_same_layer(queries: LayerFeatures, layer: str, width: int) -> None:
-    """Validate that queries have features of the same layer and width as the training samples.
-
-    Args:
-        queries: Layer features of the queries.
-        layer: The layer of the training features.
-        width: Number of features per training sample.
-
-    Raises:
-        ValueError: If the layer or the number of features differs.
-    """
+    """Check that queries have features of the same layer and width as the training samples."""
     require_layer_features("queries", queries)
     query_width = queries.features.shape[1]
     if queries.layer != layer or query_width != width:
@@ -184,11 +166,7 @@ def require_same_layer(queries: LayerFeatures, layer: str, width: int) -> None:
 
 
 def head_of(name: str, layer_features: LayerFeatures) -> HeadOutputs:
-    """Return the head outputs of layer features, in float64.
-
-    Args:
-        name: Name of the argument, for messages.
-        layer_features: Layer features extracted with ``reads="head"``.
+    """Return the head outputs of an argument that holds layer features, in float64.
 
     Raises:
         ValueError: If they were extracted without the head outputs.

@@ -26,11 +26,7 @@ Output = OutputWord | int
 
 @dataclass(frozen=True)
 class HeadLoss(ABC):
-    """The loss of each sample, as a function of a layer's outputs.
-
-    Attributes:
-        targets: Target of every output, shape ``(n, c)``.
-    """
+    """The loss of each sample, as a function of a layer's outputs, with a target per output."""
 
     targets: Float[Tensor, "n c"]
 
@@ -91,12 +87,7 @@ class SoftmaxLoss(HeadLoss):
 
 @dataclass(frozen=True)
 class SquaredLoss(HeadLoss):
-    """Half the squared distance to the targets, times a factor.
-
-    Attributes:
-        targets: Target of every output, shape ``(n, c)``.
-        factor: Second derivative of a sample's loss with respect to an output.
-    """
+    """Half the squared distance to the targets, times a factor."""
 
     factor: float
 
@@ -129,10 +120,6 @@ def infer_loss(head: HeadOutputs, layer: str) -> HeadLoss:
     Targets of a softmax cross-entropy may be any probabilities, such as smoothed or mixed labels.
     The loss must be the plain mean over samples. A squared error may have any factor that all
     samples share.
-
-    Args:
-        head: Outputs of the layer and gradients of the loss, in float64.
-        layer: Name of the layer, for messages.
 
     Raises:
         ValueError: If the loss is neither a softmax cross-entropy nor a squared error.
@@ -194,11 +181,7 @@ def _describe_weights(head: HeadOutputs, tolerance: float) -> str:
 
 
 def require_output(output: Output) -> None:
-    """Validate the choice of an output.
-
-    Raises:
-        ValueError: If it is neither one of the words nor an index.
-    """
+    """Check the choice of an output: one of the words, or an index."""
     if not isinstance(output, str):
         require_whole("output", output, least=0)
     elif output not in get_args(OutputWord):
@@ -209,16 +192,7 @@ def require_output(output: Output) -> None:
 
 
 def output_directions(head: HeadOutputs, loss: HeadLoss, output: Output) -> Float[Tensor, "n c"]:
-    """Return the direction in the outputs that each query raises.
-
-    Args:
-        head: Outputs of the layer for the queries.
-        loss: The loss of the queries.
-        output: The output to raise, or ``"loss"`` for the descent direction of the query's loss.
-
-    Raises:
-        ValueError: If there is no such output.
-    """
+    """Return the direction in the outputs that each query raises, if there is such an output."""
     require_output(output)
     c = head.outputs.shape[1]
     if output == "loss":

@@ -12,15 +12,7 @@ _INDEFINITE = (
 
 
 def require_finite(numbers: Tensor, name: str, remedy: str) -> None:
-    """Check that all numbers are finite.
-
-    Args:
-        numbers: Any tensor.
-        name: What the numbers are; the error message begins with it.
-        remedy: Where to look for the cause.
-
-    Raises:
-        ValueError: If some numbers are NaN or infinite.
+    """Check that all numbers are finite; the message begins with their name, and ends in a remedy.
 
     >>> require_finite(torch.tensor([1.0, torch.nan]), "The mean", "Look at the samples.")
     Traceback (most recent call last):
@@ -36,15 +28,7 @@ def require_finite(numbers: Tensor, name: str, remedy: str) -> None:
 
 
 def require_definite(smallest: float, damping: float) -> None:
-    """Check that damping outweighs the smallest eigenvalue of a curvature.
-
-    Args:
-        smallest: The smallest eigenvalue, or an upper bound of it.
-        damping: Added to all eigenvalues.
-
-    Raises:
-        ValueError: If the damped curvature is not positive definite.
-    """
+    """Check that damping outweighs the smallest eigenvalue of a curvature, or a bound above it."""
     if smallest + damping <= 0:
         raise ValueError(
             f"The curvature has an eigenvalue of {smallest:.3g} or less, and damping {damping:.3g} "

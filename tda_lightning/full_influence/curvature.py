@@ -39,11 +39,7 @@ class ModelCurvature(ABC):
         """
 
     def below_zero(self, operator: Operator) -> float:
-        """Return how far the eigenvalues extend below zero; the default is 0.
-
-        Args:
-            operator: The result of :meth:`operator`, or a mean of several.
-        """
+        """Return how far the eigenvalues of :meth:`operator` extend below zero; by default 0."""
         return 0.0
 
 

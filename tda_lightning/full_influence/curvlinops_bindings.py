@@ -84,21 +84,13 @@ def gauss_newton(
 ) -> Operator:
     """Return the Gauss-Newton matrix of the mean loss.
 
-    Args:
-        objective: The model and the data.
-        outputs_of: Function from the number of a batch to the model's outputs.
-        loss_of: Function from outputs and the number of their batch to its loss.
+    ``outputs_of`` takes the number of a batch; ``loss_of`` takes outputs and that number.
     """
     return _curvature(curvlinops.GGNLinearOperator, objective, outputs_of, loss_of)
 
 
 def hessian(objective: Objective, loss_of: Callable[[int], Tensor]) -> Operator:
-    """Return the Hessian of the mean loss.
-
-    Args:
-        objective: The model and the data.
-        loss_of: Function from the number of a batch to its loss.
-    """
+    """Return the Hessian of the mean loss; ``loss_of`` takes the number of a batch."""
     kind = curvlinops.HessianLinearOperator
     return _curvature(kind, objective, loss_of, lambda loss, number: loss)
 
@@ -133,12 +125,8 @@ def kronecker_factored(
 ) -> Operator:
     """Return EKFAC's approximation of the Gauss-Newton matrix of the mean of a loss.
 
-    Args:
-        objective: The model and the data.
-        outputs_of: Function from the number of a batch to the model's outputs.
-        loss: One of torch's loss functions that curvlinops supports, with mean reduction.
-        labels: The labels of each batch.
-        fisher: ``"type-2"`` for the expectation over labels, ``"mc"`` for sampled labels.
+    ``outputs_of`` takes the number of a batch. The loss is one of torch's that curvlinops supports,
+    with mean reduction. ``"type-2"`` takes the expectation over labels, ``"mc"`` samples them.
     """
     numbers = [torch.tensor(number) for number in range(len(objective.batches))]
     operator: Operator = curvlinops.EKFACLinearOperator(
@@ -183,12 +171,7 @@ class _ProductOperator(PyTorchLinearOperator):  # type: ignore[misc]
 
 
 def from_product(like: Operator, product: Product) -> Operator:
-    """Return a symmetric operator that is defined by its product.
-
-    Args:
-        like: An operator of the same shape, device and data type.
-        product: Function that multiplies with the columns of a matrix.
-    """
+    """Return a symmetric operator that is defined by its product with the columns of a matrix."""
     return _ProductOperator(like, product)
 
 
@@ -243,10 +226,7 @@ def eigenpairs(
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "d r"]]:
     """Return the ``rank`` eigenvalues of largest magnitude and their eigenvectors, or all.
 
-    Args:
-        operator: The matrix.
-        rank: Number of eigenvalues.
-        tolerance: Relative error allowed in the eigenvalues.
+    The relative error of the eigenvalues is at most ``tolerance``.
 
     Raises:
         ValueError: If the iteration does not converge.

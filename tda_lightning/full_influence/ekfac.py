@@ -30,9 +30,7 @@ _REMEDY = "Use another solver, such as `ConjugateGradient()`, or choose layers w
 class KroneckerFactored:
     """EKFAC's approximation of the Gauss-Newton matrix, scaled to the user's loss.
 
-    Attributes:
-        unscaled: The approximation for the mean of torch's loss function.
-        factor: The user's loss, divided by that mean.
+    ``factor`` is that loss, divided by the mean of torch's loss function.
     """
 
     unscaled: Operator

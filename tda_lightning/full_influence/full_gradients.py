@@ -21,11 +21,10 @@ from tda_lightning.full_influence.objective import (
     LinearizationPoint,
     Objective,
     columns_of,
-    parameters_of,
 )
 from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity
-from tda_lightning.passes.batches import batches_in_memory, with_progress
+from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.queries import (
     QueryRows,
     checked_for_zeros,
@@ -35,6 +34,7 @@ from tda_lightning.passes.queries import (
 from tda_lightning.passes.targets import Target
 from tda_lightning.passes.training_data import sampled_rows, train_rows
 from tda_lightning.recording.sample_ids import IdSource, require_once
+from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores import Store
 from tda_lightning.stores.recipe import Recipe, SampleAxis
 from tda_lightning.stores.snapshots import MAX_SNAPSHOTS, Moment, own_snapshots, position_of, spread
@@ -62,12 +62,8 @@ def full_recipe(
 class FullGradients:
     """Computes gradients as vectors that hold the parameters one after the other, flattened.
 
-    Args:
-        model: The trained LightningModule.
-        selection: The layers whose parameters count.
-        recipe: The recipe of the rows: :func:`full_recipe`.
-        run: The run whose snapshots are the linearization points, ten at most; ``None`` for the
-            model's current weights.
+    The linearization points are at most ten snapshots of a run, or the model's current weights
+    without a run. The recipe is that of :func:`full_recipe`.
 
     Raises:
         ValueError: If the run has no snapshots, or did not record a selected layer.
@@ -77,7 +73,7 @@ class FullGradients:
         self, model: nn.Module, selection: ParameterSelection, recipe: Recipe, run: Store | None
     ) -> None:
         self._model, self._recipe, self._run = model, recipe, run
-        self._parameters = parameters_of(selection)
+        self._parameters = selection.all_parameters()
         # From the columns of a row to the entries of a vector, and back.
         self._vector_indices = columns_of(selection)
         self._row_columns = self._vector_indices.argsort()
@@ -118,12 +114,10 @@ class FullGradients:
         passes: list[QueryRows] = []
 
         def gradients_at(position: int) -> Float[Tensor, "n_query d"]:
-            passes.append(
-                identified_rows(
-                    self._model, queries, self._recipe, target=target, progress=progress
-                )
-            )
-            return self.vectors(passes[-1].rows, self._scale(position))
+            model, recipe = self._model, self._recipe
+            rows = identified_rows(model, queries, recipe, target=target, progress=progress)
+            passes.append(rows)
+            return self.vectors(rows.rows, self._scale(position))
 
         if self._run is None:
             gradients = gradients_at(-1)
@@ -141,11 +135,7 @@ class FullGradients:
     ) -> Objective:
         """Return the mean loss over some data, with the linearization points of the gradients.
 
-        Args:
-            loader: The data.
-            damping: The damping that the training suggests.
-            argument: Name of the user's argument with the data, for error messages.
-            progress: Show progress bars.
+        ``damping`` is what the training suggests; ``argument`` names the user's loader.
         """
         objective = Objective.of(
             self._model,
@@ -169,16 +159,11 @@ class FullGradients:
         passes = [point for point in self._linearization_points for _ in range(draws)]
         total = objective.n * len(passes)
         is_mean = objective.reduction == "mean"
-        bar = with_progress(passes, "sampled labels", progress, unit="pass")
+        bar = progress_bar(passes, "sampled labels", "pass", shown=progress)
         for number, point in enumerate(bar):
             seed = number * len(objective.batches)
-            rows_by_batch = sampled_rows(
-                self._model,
-                objective.batches,
-                self._recipe,
-                seed=seed,
-                argument=objective.argument,
-            )
+            arguments = self._model, objective.batches, self._recipe
+            rows_by_batch = sampled_rows(*arguments, seed=seed, argument=objective.argument)
             with point.loaded_into(self._model), closing(rows_by_batch) as batches:
                 for size, rows in zip(objective.sizes, batches, strict=True):
                     share = (size if is_mean else 1) / total
@@ -198,7 +183,7 @@ class FullGradients:
             ValueError: If the passes over the loader draw different samples.
         """
         points = self._linearization_points
-        bar = with_progress(points, "training samples", progress, unit="pass")
+        bar = progress_bar(points, "training samples", "pass", shown=progress)
         passes = (self._products_at(point, directions, loader, sample_ids) for point in bar)
         train_ids, total = next(passes)
         for ids, products in passes:

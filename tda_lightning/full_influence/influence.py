@@ -44,12 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solution:
-    """One solved direction per query; its product with a training gradient is a score.
-
-    Attributes:
-        directions: Damped inverse curvature times the query gradients, shape ``(n_query, d)``.
-        damping: The damping that was added.
-    """
+    """One solved direction per query; its product with a training gradient is a score."""
 
     directions: Float[Tensor, "n_query d"]
     damping: float
@@ -92,11 +87,6 @@ class FullInfluenceFunction:
         self, objective: Objective, queries: Float[Tensor, "n_query d"], *, progress: bool = True
     ) -> Solution:
         """Multiply the gradient of every query by the damped inverse curvature.
-
-        Args:
-            objective: The trained model and the data of the curvature.
-            queries: Gradients of the queries' losses, shape ``(n_query, d)``.
-            progress: Show a progress bar.
 
         Raises:
             ValueError: If the training step cannot be differentiated twice, the curvature is not

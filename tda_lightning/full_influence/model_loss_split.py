@@ -42,15 +42,7 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class LossCall:
-    """A call of a loss function.
-
-    Attributes:
-        name: Name of the function.
-        outputs: Its first argument: outputs of the model.
-        labels: Its second argument, if it has one.
-        settings: Its other arguments.
-        value: The returned value.
-    """
+    """A call of a loss function on outputs of the model, and the returned value."""
 
     name: str
     outputs: Tensor
@@ -62,9 +54,7 @@ class LossCall:
 class _LossCallRecorder(TorchFunctionMode):
     """Records the calls of loss functions, and can replace the outputs passed to some of them.
 
-    Args:
-        cuts: Indices of the calls whose outputs to replace.
-        outputs: The replacements, flattened, one after the other.
+    ``cuts`` are the indices of these calls, ``outputs`` the replacements, flattened and joined.
     """
 
     def __init__(self, cuts: Sequence[int] = (), outputs: Tensor | None = None) -> None:
@@ -101,9 +91,6 @@ class _LossCallRecorder(TorchFunctionMode):
 
 class ModelLossSplit:
     """The training step on every batch of an objective, split into a model and a loss.
-
-    Args:
-        objective: The model and the batches.
 
     Raises:
         ValueError: If a batch's loss depends on the parameters other than through the outputs that
@@ -158,7 +145,7 @@ class ModelLossSplit:
         if cuts:
             outputs = torch.cat([recorder.calls[index].outputs.flatten() for index in cuts])
             output_gradient = self._output_gradient(outputs, cuts, number)
-            through_outputs = _pull_back(output_gradient, outputs, parameters)
+            through_outputs = _gradients(outputs, parameters, output_gradient)
         _require_all(through_outputs, _gradients(loss, parameters), type(model).__name__)
         return cuts
 
@@ -206,13 +193,8 @@ def _graph_edge(outputs: Tensor) -> tuple[Any, ...]:
     return tuple(get_gradient_edge(outputs))[:2]
 
 
-def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-    return list(gradients)
-
-
-def _pull_back(
-    output_gradient: Tensor, outputs: Tensor, parameters: Sequence[nn.Parameter]
+def _gradients(
+    outputs: Tensor, parameters: Sequence[nn.Parameter], output_gradient: Tensor | None = None
 ) -> list[Tensor]:
     gradients = torch.autograd.grad(
         outputs, parameters, output_gradient, retain_graph=True, materialize_grads=True

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.gradients.parameter_selection import ParameterSelection, lay_out
 from tda_lightning.passes.batch_contents import batch_size
-from tda_lightning.passes.batches import transfer, with_progress
+from tda_lightning.passes.batches import transfer
 from tda_lightning.passes.model_state import swapped_weights
+from tda_lightning.results.progress import progress_bar
 
 # Takes the number of labels to draw per prediction, and yields rows whose outer products sum to the
 # Gauss-Newton matrix.
@@ -88,7 +89,7 @@ class Objective:
         Raises:
             ValueError: If the loader is empty.
         """
-        batches = list(with_progress(loader, "curvature data", progress))
+        batches = list(progress_bar(loader, "curvature data", "batch", shown=progress))
         if not batches:
             raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
         sizes = tuple(batch_size(batch, argument) for batch in batches)
@@ -115,11 +116,6 @@ class Objective:
         if self.reduction == "mean":
             return list(losses)
         return [loss / size for loss, size in zip(losses, self.sizes, strict=True)]
-
-
-def parameters_of(selection: ParameterSelection) -> list[nn.Parameter]:
-    """Return the parameters of all blocks, in the order of the blocks."""
-    return selection.all_parameters()
 
 
 def columns_of(selection: ParameterSelection) -> Int[Tensor, " d"]:

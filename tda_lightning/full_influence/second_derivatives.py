@@ -110,11 +110,7 @@ def _original_loss(objective: Objective, number: int) -> Float[Tensor, ""]:
 
 
 def require_second_derivative(objective: Objective, hessian: Operator) -> None:
-    """Check one product with the Hessian against two backward passes.
-
-    Raises:
-        ValueError: If the two differ.
-    """
+    """Check one product with the Hessian against two backward passes."""
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(hessian.shape[0], generator=generator, dtype=torch.float64)
     vector = vector.to(hessian.device, hessian.dtype)

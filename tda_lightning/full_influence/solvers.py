@@ -67,11 +67,7 @@ class Solver(ABC):
         return mean_over_points(operator, objective.model, objective.linearization_points)
 
     def default_damping(self, operator: Operator) -> float:
-        """Return the default damping: unless overridden, a fiftieth of the largest eigenvalue.
-
-        Args:
-            operator: The matrix that :meth:`operator` returned.
-        """
+        """Return the default damping: unless overridden, a fiftieth of the largest eigenvalue."""
         from tda_lightning.full_influence.curvlinops_bindings import eigenpairs
 
         return DAMPING_PER_LARGEST * float(eigenpairs(operator, 1)[0].abs().max())
@@ -79,10 +75,6 @@ class Solver(ABC):
     @abstractmethod
     def inverse(self, operator: Operator, damping: float) -> Inverse:
         """Return a function from right-hand sides to solutions, both as rows.
-
-        Args:
-            operator: The matrix that :meth:`operator` returned.
-            damping: Added to its diagonal; positive.
 
         Raises:
             ValueError: If the damped matrix is not positive definite. The returned function also

@@ -108,11 +108,7 @@ class Woodbury(Solver):
 
 
 class LowRankCurvature:
-    """A curvature that is stored as its rows, which are fewer than the parameters.
-
-    Args:
-        rows: Rows whose outer products sum to the curvature, shape ``(m, d)``.
-    """
+    """A curvature that is stored as its rows, which are fewer than the parameters."""
 
     def __init__(self, rows: Float[Tensor, "m d"]) -> None:
         self._rows = rows
@@ -152,12 +148,7 @@ class LowRankCurvature:
 
 
 class DenseCurvature:
-    """A curvature that is stored as a matrix, since there are at least as many rows as parameters.
-
-    Args:
-        rows: Batches of rows whose outer products sum to the curvature.
-        d: Number of parameters.
-    """
+    """A curvature that is stored as a matrix: there are at least as many rows as parameters."""
 
     def __init__(self, rows: Iterable[Float[Tensor, "n d"]], d: int) -> None:
         parts = _gathered(rows)

@@ -59,15 +59,7 @@ def lay_out(block: Block, tensors: Sequence[Tensor]) -> Shaped[Tensor, "rows col
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies in the matrix of its block.
-
-    Attributes:
-        block: Number of the block.
-        row: First row.
-        column: First column.
-        rows: Number of rows.
-        columns: Number of columns.
-    """
+    """Where a parameter lies in the matrix of a block: its first row and column, and its size."""
 
     block: int
     row: int
@@ -173,12 +165,15 @@ _Owners = Mapping[str, tuple[nn.Parameter, str, nn.Module]]
 
 
 def _owners(model: nn.Module) -> _Owners:
-    """Return each trained parameter by its names, with the module that owns it."""
+    """Return each trained parameter by its names, with the module that owns it.
+
+    Parameters without a number, such as a table of no categories, have nothing to record.
+    """
     return {
         ".".join(filter(None, (clean_name(prefix), name))): (parameter, clean_name(prefix), module)
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-        if parameter.requires_grad
+        if parameter.requires_grad and parameter.numel()
     }
 
 

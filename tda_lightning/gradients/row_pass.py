@@ -23,24 +23,16 @@ from tda_lightning.gradients.capture.parameter_paths import ParameterGradient
 from tda_lightning.gradients.losses.loss_summary import LossFacts
 from tda_lightning.gradients.nodes.stacked import Slot
 from tda_lightning.gradients.parameter_selection import Place
-from tda_lightning.gradients.repeated_gradients import RepeatedGradients
-from tda_lightning.gradients.row_sum import HeldNodes, RowSum, Values
+from tda_lightning.gradients.row_sum import HeldNodes, RepeatedGradients, RowSum, Values
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 from tda_lightning.stores.step import Preconditioner
 
 
 class RowPass:
-    """Sums the rows of one backward pass.
+    """Sums the rows of one backward pass of ``n`` samples.
 
-    Args:
-        sketcher: Shrinks and hashes gradients.
-        places: Where each parameter lies.
-        n: Number of samples.
-        counts: How often each parameter occurred in the last pass; changed in place.
-
-    Attributes:
-        sums: As in :class:`RowSum`.
-        preconditioner: The coordinates that the rows have brought about, once they are finished.
+    ``counts`` is as in :class:`RepeatedGradients`. Once the rows are finished, ``preconditioner``
+    holds the coordinates that they have brought about.
     """
 
     def __init__(
@@ -69,10 +61,8 @@ class RowPass:
     ) -> tuple[Receiver, Hold]:
         """Return the functions to which a capture delivers parameters' gradients, and nodes.
 
-        Args:
-            lost: Parameters whose gradients are left out.
-            coordinates: The coordinates of the rows, if they follow from the batch's gradient.
-            is_accumulated_once: As in :class:`WaitingGradients`.
+        ``coordinates`` are those of the rows, if they follow from the batch's gradient;
+        ``is_accumulated_once`` is as in :class:`WaitingGradients`.
         """
         receive = receiver(self._rows, self._sketcher, self._places, lost)
         if coordinates is None:
@@ -153,13 +143,8 @@ class _Entry:
 class WaitingGradients:
     """Holds per-sample gradients of one backward pass until their coordinates are known.
 
-    Args:
-        coordinates: The coordinates.
-        sketcher: Shrinks gradients, and is given the coordinates.
-        places: Where each parameter lies.
-        receive: Records the gradients of a parameter.
-        is_accumulated_once: Whether each parameter's gradient is complete when torch accumulates
-            it first; if not, all wait until the backward pass is over.
+    Unless ``is_accumulated_once``, a parameter's gradient may not be complete when torch
+    accumulates it first; then all gradients wait until the backward pass is over.
     """
 
     def __init__(
@@ -231,14 +216,7 @@ def receiver(
     places: Mapping[nn.Parameter, Place],
     lost: Collection[nn.Parameter],
 ) -> Receiver:
-    """Return a function that adds a parameter's gradients to rows.
-
-    Args:
-        rows: The rows.
-        sketcher: Shrinks the gradients.
-        places: Where each parameter lies.
-        lost: Parameters whose gradients are left out.
-    """
+    """Return a function that adds a parameter's gradients to rows, unless the parameter is lost."""
 
     def receive(gradient: ParameterGradient) -> None:
         if lost and gradient.parameter in lost:

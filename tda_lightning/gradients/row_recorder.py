@@ -149,10 +149,8 @@ class RowRecorder:
     def start_backward(self, loss: Tensor, coordinates: Coordinates | None = None) -> None:
         """Prepare for the backward pass of the batch's loss.
 
-        Args:
-            loss: The loss.
-            coordinates: The coordinates of its rows and of all later ones, if they follow from the
-                gradients that this pass accumulates.
+        ``coordinates`` are those of its rows and of all later ones, if they follow from the
+        gradients that this pass accumulates.
         """
         loss_nodes = self._read_graph(loss)
         self._summary = LossSummary(loss_nodes, self._n, self._capture.switch.is_paused)
@@ -163,13 +161,7 @@ class RowRecorder:
     def extra_backward(
         self, loss: Tensor, trained: Sequence[nn.Parameter], label_weight: float
     ) -> None:
-        """Run and record the backward pass of a loss, and discard the rows; for timing.
-
-        Args:
-            loss: The loss; its graph is retained.
-            trained: The parameters whose gradients the backward pass computes.
-            label_weight: Weight of the sampled labels, if they are recorded too.
-        """
+        """Run and record the backward pass of a loss, and discard the rows; for timing."""
         self.label_weight = label_weight
         random_state = self._generator.get_state()
         self._read_graph(loss)

@@ -12,17 +12,7 @@ from torch import Tensor
 
 
 def require_numbers(name: str, value: Any, axes: int, example: str) -> None:
-    """Validate that an argument is a tensor of floating-point numbers.
-
-    Args:
-        name: Name of the argument.
-        value: The argument.
-        axes: Expected number of axes.
-        example: An expression that returns such a tensor, for the message.
-
-    Raises:
-        ValueError: If it is anything else, or has another number of axes.
-    """
+    """Check that an argument is a tensor of floating-point numbers, with this number of axes."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != axes:
         raise ValueError(
             f"`{name}` is {describe(value)}; expected floating-point numbers in a tensor of {axes} "
@@ -31,16 +21,7 @@ def require_numbers(name: str, value: Any, axes: int, example: str) -> None:
 
 
 def require_mask(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    """Validate that an argument is a tensor of booleans of a given shape.
-
-    Args:
-        name: Name of the argument.
-        value: The argument.
-        shape: Expected shape.
-
-    Raises:
-        ValueError: If it is anything else, or has another shape.
-    """
+    """Check that an argument is a tensor of booleans of this shape."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool or tuple(value.shape) != shape:
         raise ValueError(
             f"`{name}` is {describe(value)}; expected a tensor of booleans of shape {shape}, one "

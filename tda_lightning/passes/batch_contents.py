@@ -36,15 +36,10 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 def batch_size(batch: Any, argument: str, ids: Sized | None = None) -> int:
-    """Return the number of samples in a batch.
+    """Return the number of samples in a batch that comes from a user's argument.
 
     It is the length of the batch's parts: of a tensor, of a list, or of the tensors in a list. A
-    batch may also be a list of samples.
-
-    Args:
-        batch: A batch as the training loader yields it.
-        argument: Name of the user's argument that it comes from, for error messages.
-        ids: The ids of its samples, where they are known; they count if the parts differ.
+    batch may also be a list of samples. If the parts differ, the ids count, where they are known.
 
     Raises:
         ValueError: If it holds no tensor with an axis of samples, or if the number is not clear.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from tda_lightning.arguments import describe
 from tda_lightning.gradients.parameter_selection import select_like
@@ -29,19 +29,21 @@ from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner
 
 
-def with_progress(
-    batches: Iterable[Any], name: str, progress: bool, unit: str = "batch"
-) -> Iterable[Any]:
-    """Return an iterable over the batches that shows a progress bar."""
-    return progress_bar(batches, name, unit, shown=progress)
+@contextmanager
+def named_batches(
+    ledger: SampleLedger, loader: Any, name: str, progress: bool
+) -> Iterator[Iterator[tuple[Int[Tensor, " n"], Any]]]:
+    """Yield the ids and the batches of a loader, with a progress bar; restore its sampler."""
+    ledger.watch(loader, lambda: True)
+    bar = progress_bar(loader, name, "batch", shown=progress)
+    try:
+        yield ((ledger.name(batch, number), batch) for number, batch in enumerate(bar))
+    finally:
+        ledger.release()
 
 
 def require_loader(loader: Any, argument: str) -> None:
-    """Check that an argument is a loader of batches, not a dataset of samples.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Check that an argument is a loader of batches, not a dataset of samples."""
     if isinstance(loader, Dataset):
         raise ValueError(
             f"`{argument}` is a `{type(loader).__name__}`, which yields samples; expected a loader "
@@ -52,6 +54,19 @@ def require_loader(loader: Any, argument: str) -> None:
             f"`{argument}` is {loader!r}; expected a loader of batches such as the model was "
             "trained on."
         )
+
+
+def select_samples(
+    loader: DataLoader[Any], positions: Sequence[int], batch_size: int | None = None
+) -> DataLoader[Any]:
+    """Return a loader of some samples of another loader's dataset, in the given order.
+
+    By default, the batch size is that of the loader, or 50.
+    """
+    # Without automatic batching, the function converts one sample.
+    collate = loader.collate_fn if loader.batch_sampler is not None else None
+    size = batch_size or loader.batch_size or 50
+    return DataLoader(Subset(loader.dataset, list(positions)), size, collate_fn=collate)
 
 
 class Batches(list[Any]):
@@ -72,11 +87,7 @@ class Batches(list[Any]):
 
 
 def batches_in_memory(queries: Any) -> Any:
-    """Load the batches of a loader into memory: a shuffled loader changes its order every time.
-
-    Args:
-        queries: A batch, which is returned unchanged, or a loader of batches.
-    """
+    """Load the batches of a loader into memory: a shuffled loader changes its order every time."""
     return Batches(queries) if isinstance(queries, DataLoader) else queries
 
 
@@ -87,10 +98,6 @@ def identified(
 
     Ids are those of training samples: indices into the dataset below any ``Subset``, also where the
     loader shuffles. They are ``None`` for a single batch, and where they cannot be inferred.
-
-    Args:
-        queries: A batch or a loader.
-        progress: Show a progress bar over the batches of a loader.
     """
     if not isinstance(queries, DataLoader):
         is_list = isinstance(queries, Batches)
@@ -102,7 +109,8 @@ def identified(
     except ValueError:
         is_known = False
     try:
-        for number, batch in enumerate(with_progress(queries, "queries", progress)):
+        bar = progress_bar(queries, "queries", "batch", shown=progress)
+        for number, batch in enumerate(bar):
             yield ledger.name(batch, number) if is_known else None, batch
     finally:
         ledger.release()
@@ -176,17 +184,9 @@ def recording(
 def record_batch(
     model: nn.Module, rows: RowRecorder, batch: Any, argument: str, ids: Sized | None = None
 ) -> tuple[Tensor, BatchRows]:
-    """Record each sample's contribution to the gradient of a batch's loss.
+    """Return the loss of a batch, and each sample's contribution to its gradient.
 
-    Args:
-        model: A LightningModule. The ``.grad`` of its parameters does not change.
-        rows: A row recorder that is attached to the model.
-        batch: A batch as the training loader yields it.
-        argument: Name of the user's argument that the batch comes from, for error messages.
-        ids: The ids of its samples, where they are known.
-
-    Returns:
-        The loss, and the recorded rows.
+    The ``.grad`` of the model's parameters does not change.
 
     Raises:
         ValueError: If ``training_step`` fails on the batch or returns no loss.

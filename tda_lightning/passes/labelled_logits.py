@@ -20,11 +20,7 @@ IGNORED = -100
 def shifted(logits: Any, labels: Any, axis: ClassAxis, shift: bool) -> tuple[Tensor, Any]:
     """Return logits with their classes last, and the labels that they predict.
 
-    Args:
-        logits: Logits, with samples along the first axis.
-        labels: One label per position, if there are any.
-        axis: Axis of the classes; by default inferred from the shapes.
-        shift: Whether the logits at a position predict the label of the next one.
+    With ``shift``, the logits at a position predict the label of the next one.
 
     Raises:
         ValueError: If the shapes do not fit.

@@ -17,8 +17,8 @@ from tda_lightning.passes.batch_contents import batch_size, find_tensors
 from tda_lightning.passes.batches import (
     batches_of,
     loss_of,
+    named_batches,
     transfer,
-    with_progress,
 )
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
@@ -75,12 +75,8 @@ def _with_ids(
         yield torch.arange(batch_size(samples, "samples")), samples
         return
     ledger = SampleLedger(source)
-    ledger.watch(samples, lambda: True)
-    try:
-        for number, batch in enumerate(with_progress(batches_of(samples), "losses", progress)):
-            yield ledger.name(batch, number), batch
-    finally:
-        ledger.release()
+    with named_batches(ledger, batches_of(samples), "losses", progress) as batches:
+        yield from batches
 
 
 def _loss(model: nn.Module, sample: Any) -> float:

@@ -21,11 +21,7 @@ Mode = Literal["eval", "train"]
 
 
 def require_model(model: Any) -> None:
-    """Check that an object is a module with a ``training_step``.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Check that an object is a module with a ``training_step``."""
     if not isinstance(model, nn.Module) or not hasattr(model, "training_step"):
         description = repr(model) if isinstance(model, type) else f"a `{type(model).__name__}`"
         raise ValueError(
@@ -35,11 +31,7 @@ def require_model(model: Any) -> None:
 
 
 def require_finite_weights(model: nn.Module) -> None:
-    """Check that no weight of a model is NaN or infinite.
-
-    Raises:
-        ValueError: If one is; the message names the first.
-    """
+    """Check that no weight of a model is NaN or infinite."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(
@@ -74,11 +66,8 @@ def warn_of_other_weights(
 ) -> None:
     """Warn once if a model does not have the weights at the end of the recorded training.
 
-    Args:
-        model: The model that queries are about.
-        expected: Fingerprint of the weights after the training; ``None`` if unknown.
-        remedy: What to do besides loading the last checkpoint.
-        stacklevel: Number of callers up to the user's code, as in :func:`warnings.warn`.
+    ``expected`` is their fingerprint, ``None`` if unknown. ``remedy`` is what else to do than
+    loading the last checkpoint.
     """
     require_model(model)
     if expected is None or (actual := fingerprint(model)) == expected:
@@ -95,16 +84,18 @@ def warn_of_other_weights(
 
 @contextmanager
 def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put the model into ``mode`` with logging muted, and restore its state afterwards.
-
-    Args:
-        model: A LightningModule, or any module.
-        mode: Mode of layers such as dropout and batch norm.
-    """
+    """Put the model into ``mode`` with logging muted, and restore its state afterwards."""
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(cuda_devices(model)))
         stack.enter_context(_preserved_parameters(model))
-        for context in (_preserved_modes, _preserved_buffers, preserved_metrics, _muted_logging):
+        for context in (
+            _preserved_attributes,
+            _preserved_modes,
+            _preserved_buffers,
+            preserved_metrics,
+            _muted_logging,
+            _trainer_in_training,
+        ):
             stack.enter_context(context(model))
         model.train(mode == "train")
         yield
@@ -118,10 +109,6 @@ def cuda_devices(model: nn.Module) -> list[torch.device]:
 @contextmanager
 def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Load other weights and buffers into the model, and restore the original ones afterwards.
-
-    Args:
-        model: Any module.
-        weights: Tensors by their names in its ``state_dict``, on any device.
 
     Raises:
         ValueError: If names or shapes differ from those of the model.
@@ -155,11 +142,7 @@ def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def preserved_rng(devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Restore the random states of torch, NumPy and Python afterwards.
-
-    Args:
-        devices: GPUs whose random states to restore as well.
-    """
+    """Restore the random states of torch, of some GPUs, of NumPy and of Python afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
@@ -167,6 +150,22 @@ def preserved_rng(devices: Sequence[torch.device] = ()) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _preserved_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore counters and other attributes, and lists that a step appends its outputs to."""
+    attributes = [vars(module) for module in model.modules()]
+    originals = [dict(each) for each in attributes]
+    lists = [value for each in originals for value in each.values() if type(value) is list]
+    contents = [list(each) for each in lists]
+    try:
+        yield
+    finally:
+        for each, original in zip(attributes, originals, strict=True):
+            each.update(original)
+        for values, content in zip(lists, contents, strict=True):
+            values[:] = content
 
 
 @contextmanager
@@ -182,13 +181,16 @@ def _preserved_modes(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _preserved_parameters(model: nn.Module) -> Iterator[None]:
     """Undo changes in place: a training step may move an average of the weights."""
-    copies = [(each, each._version, each.detach().clone()) for each in model.parameters()]
+    # Changes through `.data` do not show in `_version`, so the numbers are compared.
+    copies = [(each, each.data, each.detach().clone()) for each in model.parameters()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, version, saved in copies:
-                if parameter._version != version:
+        for parameter, data, saved in copies:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+            if not torch.equal(parameter, saved):
+                with torch.no_grad():
                     parameter.copy_(saved)
 
 
@@ -243,6 +245,20 @@ def _muted_logging(model: nn.Module) -> Iterator[None]:
         for name in names:
             del vars(model)[name]
         vars(model).update(overridden)
+
+
+@contextmanager
+def _trainer_in_training(model: nn.Module) -> Iterator[None]:
+    """Let the model's trainer report that it trains; a step may return no loss otherwise."""
+    trainer: Any = getattr(model, "_trainer", None)
+    if not hasattr(getattr(trainer, "state", None), "stage"):
+        yield
+        return
+    stage, trainer.training = trainer.state.stage, True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 def _ignore_log(*args: object, **kwargs: object) -> None:

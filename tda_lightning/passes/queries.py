@@ -121,15 +121,8 @@ def identified_rows(
 ) -> QueryRows:
     """Sketch the gradient of each query's loss by a recipe, without a run.
 
-    Args:
-        model: The trained LightningModule. Its state is restored afterwards.
-        queries: A batch as the training loader yields it, or a ``DataLoader`` of such batches.
-        recipe: The recipe to record by.
-        target: The quantity to attribute; see :func:`record_queries`.
-        preconditioner: The coordinates of the rows; by default those of the gradients.
-        mode: Whether the model is in evaluation or training mode.
-        layers: Names of the layers whose gradients count; all by default.
-        progress: Show a progress bar over the batches of a loader.
+    The arguments are those of :func:`record_queries`. The coordinates of the rows are by default
+    those of the gradients. With ``layers``, only the gradients of these layers count.
 
     Raises:
         ValueError: If the model or the queries do not match the recipe, or if no token counts.

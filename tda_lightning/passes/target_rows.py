@@ -39,15 +39,7 @@ def record_target(
 ) -> BatchQueries:
     """Record the gradient of the negative target, one token of all samples at a time.
 
-    Args:
-        model: A LightningModule. The ``.grad`` of its parameters does not change.
-        rows: A row recorder that is attached to the model.
-        batch: A batch as the training loader yields it.
-        target: The quantity to attribute.
-        ids: The ids of its samples, where they are known.
-
-    Returns:
-        The queries; a sample's tokens are consecutive.
+    A sample's tokens are consecutive. The ``.grad`` of the model's parameters does not change.
 
     Raises:
         ValueError: If the target fails on the batch or returns a wrong result.

@@ -148,7 +148,25 @@ class Logit:
 
 
 @dataclass(frozen=True)
-class LogProbability:
+class _OfLabels:
+    """A target with one number per label; :class:`LogProbability` describes its arguments."""
+
+    outputs: Callable[[nn.Module, Any], Tensor] = field(default=outputs_of, repr=False)
+    labels: Callable[[Any], Tensor] = field(default=labels_of, repr=False)
+    class_axis: ClassAxis = field(default=None, repr=False)
+    shift: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _require_fields(self)
+
+    def is_query(self, batch: Any) -> Bool[Tensor, "n tokens"] | None:
+        """Return which tokens are queries: all whose label is not -100; ``None`` for all."""
+        return is_counted(self.labels(batch), self.shift)
+
+
+@dataclass(frozen=True)
+class LogProbability(_OfLabels):
     """The log-probability of each sample's label.
 
     Attributes:
@@ -158,54 +176,24 @@ class LogProbability:
         shift: Whether the logits at a token predict the next one, as in causal language models.
     """
 
-    outputs: Callable[[nn.Module, Any], Tensor] = field(default=outputs_of, repr=False)
-    labels: Callable[[Any], Tensor] = field(default=labels_of, repr=False)
-    class_axis: ClassAxis = field(default=None, repr=False)
-    shift: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        _require_fields(self)
-
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "*n"]:
         """Return one log-probability per label."""
         logits, classes = _logits_and_classes(self, module, batch)
         return gather(logits.log_softmax(dim=-1), classes)
 
-    def is_query(self, batch: Any) -> Bool[Tensor, "n tokens"] | None:
-        """Return which tokens are queries: all whose label is not -100; ``None`` for all."""
-        return is_counted(self.labels(batch), self.shift)
-
 
 @dataclass(frozen=True)
-class Margin:
+class Margin(_OfLabels):
     r"""The log-odds :math:`\log \frac{p}{1 - p}` of each sample's label, as in TRAK.
 
-    Attributes:
-        outputs: Function of (module, batch) that returns the logits.
-        labels: Function of the batch that returns the labels.
-        class_axis: Axis of the classes; by default inferred from the shapes of logits and labels.
-        shift: Whether the logits at a token predict the next one, as in causal language models.
+    Its arguments are those of :class:`LogProbability`.
     """
-
-    outputs: Callable[[nn.Module, Any], Tensor] = field(default=outputs_of, repr=False)
-    labels: Callable[[Any], Tensor] = field(default=labels_of, repr=False)
-    class_axis: ClassAxis = field(default=None, repr=False)
-    shift: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        _require_fields(self)
 
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "*n"]:
         """Return one margin per label."""
         logits, classes = _logits_and_classes(self, module, batch)
         others = logits.scatter(-1, classes[..., None], -torch.inf)
         return gather(logits, classes) - others.logsumexp(dim=-1)
-
-    def is_query(self, batch: Any) -> Bool[Tensor, "n tokens"] | None:
-        """Return which tokens are queries; see :meth:`LogProbability.is_query`."""
-        return is_counted(self.labels(batch), self.shift)
 
 
 def per_sample(
@@ -256,7 +244,7 @@ def queried_tokens(
 
 
 def _logits_and_classes(
-    target: Logit | LogProbability | Margin, module: nn.Module, batch: Any
+    target: Logit | _OfLabels, module: nn.Module, batch: Any
 ) -> tuple[Tensor, Tensor]:
     """Return the logits with their classes last, and the class of each label."""
     outputs, labels = target.outputs(module, batch), target.labels(batch)
@@ -275,7 +263,7 @@ def _look_up(batch: Mapping[str, Any], names: tuple[str, ...], kind: str, argume
     )
 
 
-def _require_fields(target: Logit | LogProbability | Margin) -> None:
+def _require_fields(target: Logit | _OfLabels) -> None:
     functions = {"outputs": "module, batch: module.net(batch[0])", "labels": "batch: batch[1]"}
     for name, body in functions.items():
         if not callable(getattr(target, name)):

@@ -18,17 +18,16 @@ from torch.utils.data import DataLoader
 from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.passes.batches import (
+    named_batches,
     record_batch,
     recording,
     require_loader,
     sample_gradients,
-    with_progress,
 )
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.stores import MemoryStore, Store, WritableStore, open_store_at
-from tda_lightning.stores.id_ranges import ranges_of
-from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.recipe import Recipe, ranges_of
 from tda_lightning.stores.step import Preconditioner, Step, StepFacts
 
 Labels = Literal["given", "sampled"]
@@ -75,13 +74,13 @@ def record(
     result = MemoryStore() if store is None else store
     require_kind("store", result, WritableStore, '`HDF5Store("pass.tda")`')
     ledger = SampleLedger(sample_ids)
-    ledger.watch(loader, lambda: True)
+    named = named_batches(ledger, loader, "recording", progress)
     facts, preconditioner = run.facts[at], run.preconditioner(at)
+    recorder = recording(model, run.recipe, preconditioner, mode, labels)
     started = False
     try:
-        with recording(model, run.recipe, preconditioner, mode, labels) as rows:
-            for number, batch in enumerate(with_progress(loader, "recording", progress)):
-                ids = ledger.name(batch, number)
+        with named as batches, recorder as rows:
+            for number, (ids, batch) in enumerate(batches):
                 rows.seed(number)
                 _, batch_rows = record_batch(model, rows, batch, "loader", ids)
                 if not started:
@@ -89,7 +88,6 @@ def record(
                     started = True
                 result.append(_step(number, facts, ids, batch_rows, run, preconditioner))
     finally:
-        ledger.release()
         if started:
             result.seal()
     if not started:
@@ -146,34 +144,19 @@ def train_rows(
     *,
     sample_ids: IdSource | None = None,
 ) -> Generator[tuple[Int[Tensor, " n"], Float[Tensor, "n k"]], None, None]:
-    """Sketch the gradient of each training sample's loss, batch by batch.
+    """Yield the ids of a batch's samples, and a sketch of the gradient of each one's loss.
 
     Nothing is stored. The model is in evaluation mode meanwhile; its state is restored at the end
     of the generator. If you may stop early, close it with ``contextlib.closing``.
 
-    Args:
-        model: The LightningModule, with the weights to evaluate.
-        loader: The training data, in any order.
-        recipe: The recipe to record by.
-        sample_ids: Key of the ids in a batch, or a function from a batch to its ids. By default,
-            ids are inferred from the sampler.
-
-    Yields:
-        The ids of a batch's samples, and their rows on the model's device, shape ``(n, k)``.
-
     Raises:
         ValueError: If the ids cannot be inferred, or if ``training_step`` fails on a batch.
     """
-    ledger = SampleLedger(sample_ids)
-    ledger.watch(loader, lambda: True)
-    try:
-        with recording(model, recipe, None, "eval") as rows:
-            for number, batch in enumerate(loader):
-                ids = ledger.name(batch, number)
-                _, batch_rows = record_batch(model, rows, batch, "train_loader", ids)
-                yield ids, sample_gradients(batch_rows, recipe)
-    finally:
-        ledger.release()
+    named = named_batches(SampleLedger(sample_ids), loader, "rows", progress=False)
+    with named as batches, recording(model, recipe, None, "eval") as rows:
+        for ids, batch in batches:
+            _, batch_rows = record_batch(model, rows, batch, "train_loader", ids)
+            yield ids, sample_gradients(batch_rows, recipe)
 
 
 def sampled_rows(
@@ -184,21 +167,11 @@ def sampled_rows(
     seed: int = 0,
     argument: str = "train_loader",
 ) -> Generator[Float[Tensor, "n k"], None, None]:
-    """Sketch gradients for labels sampled from the model's predictions, batch by batch.
+    """Yield the gradients for labels sampled from the model's predictions, batch by batch.
 
-    The model is in evaluation mode meanwhile; its state is restored at the end of the generator. If
+    On average, the rows' outer products sum to the Gauss-Newton matrix of the batch's loss. The
+    model is in evaluation mode meanwhile; its state is restored at the end of the generator. If
     you may stop early, close it with ``contextlib.closing``.
-
-    Args:
-        model: The LightningModule, with the weights to evaluate.
-        batches: Training data.
-        recipe: The recipe to record by.
-        seed: Seed of the sampled labels.
-        argument: Name of the user's argument that the batches come from, for error messages.
-
-    Yields:
-        Rows on the model's device. On average, their outer products sum to the Gauss-Newton matrix
-        of the batch's loss.
 
     Raises:
         ValueError: If ``training_step`` fails on a batch, or if labels cannot be sampled for its

@@ -25,11 +25,7 @@ from tda_lightning.stores.step import Audit
 class AuditStart:
     """Sketches of an audited step before the optimizer takes it, block by block.
 
-    Attributes:
-        recorded: Sums of its rows.
-        gradient: Its gradient.
-        weights: The weights before the step.
-        left_out: Squared gradient norm of the trained parameters that are not recorded.
+    ``left_out`` is the squared gradient norm of the trained parameters that are not recorded.
     """
 
     recorded: Float[Tensor, "blocks k"]
@@ -41,13 +37,7 @@ class AuditStart:
 def begin_audit(
     rows: RowRecorder, recorded: Float[Tensor, "blocks k"], trained: Sequence[Parameter]
 ) -> AuditStart:
-    """Sketch the gradient and the weights of a step before the optimizer takes it.
-
-    Args:
-        rows: The row recorder of the step.
-        recorded: The sums of its rows, block by block.
-        trained: All parameters that the step will update.
-    """
+    """Sketch the gradient and the weights of a step, beside the sums of its recorded rows."""
     left_out = rows.left_out_gradient(trained)
     return AuditStart(recorded, rows.sketch_gradient(), rows.sketch_weights(), left_out)
 
@@ -76,12 +66,8 @@ def relative_deviations(
 ) -> Float[Tensor, " blocks"]:
     """Return how far the rows of every block are from summing to its gradient, beyond rounding.
 
-    Args:
-        recorded: Sum of the rows of a step, block by block.
-        actual: Sketch of the gradient of that step, block by block.
-        rounding: Bound of the rounding error of each sum. Where samples cancel, as in a bias before
-            a batch norm, it may be larger than the gradient.
-        lost: Numbers of blocks that are known not to be recorded.
+    ``rounding`` bounds the rounding error of each sum. Where samples cancel, as in a bias before a
+    batch norm, it may be larger than the gradient. Blocks that are ``lost`` do not deviate.
     """
     norms = recorded.norm(dim=1).maximum(actual.norm(dim=1))
     deviations = ((recorded - actual).norm(dim=1) - rounding).clamp_min(0)
@@ -100,15 +86,11 @@ def check_conserved(
 ) -> None:
     """Check that the rows of every block sum to its gradient, in the first step of a training.
 
-    Args:
-        blocks: The recorded blocks.
-        start: The audit of the step.
-        rounding: Bound of the rounding error of each sum of rows.
-        lost: Numbers of blocks that are known not to be recorded.
-        warn: Called with a warning instead of raising an error.
+    ``rounding`` and ``lost`` are as in :func:`relative_deviations`.
 
     Raises:
-        ValueError: If a block deviates; names the one that deviates most.
+        ValueError: If a block deviates; names the one that deviates most. With ``warn``, it is
+            called with a warning instead.
     """
     relative = relative_deviations(start.recorded, start.gradient, rounding, lost)
     worst = int(relative.argmax())
@@ -169,10 +151,6 @@ def lost_parameters(
 
 def check_complex(selection: ParameterSelection, trained: Sequence[Parameter]) -> None:
     """Check how much of a step's squared gradient belongs to complex parameters.
-
-    Args:
-        selection: All blocks, and what is left out.
-        trained: All parameters that the step updates, with their gradients.
 
     Raises:
         ValueError: If it is too much to leave out.

@@ -43,15 +43,7 @@ class StepSummary:
 class ContributionRecorder(TrainingRecorder):
     """Records the steps of one optimizer, and adds their contributions to a table.
 
-    Rows are used once and not stored.
-
-    Args:
-        optimizer: The only optimizer of the training.
-        selection: The recorded layers.
-        projector: Sketches the gradients.
-        settings: Settings of the recording.
-        table: The table that contributions are added to.
-        every_n_steps: Number of steps that each tracked step represents.
+    Rows are used once and not stored. Each tracked step represents ``every_n_steps``.
     """
 
     may_wait = False
@@ -78,10 +70,7 @@ class ContributionRecorder(TrainingRecorder):
     ) -> None:
         """Read the hyper-parameters of the next step, and record the probe if the step is due.
 
-        Args:
-            index: Index of the step.
-            epoch: Its epoch.
-            record_probe: Records the probe at the weights and in the coordinates of the step.
+        ``record_probe`` records the probe at the weights and in the coordinates of the step.
         """
         is_due = self.is_recording()
         self.before_step(index, epoch, self._optimizer)

@@ -15,13 +15,8 @@ Period = Literal["epoch", "run"] | int
 class ContributionTable:
     """Sums of contributions over visits, in double precision.
 
-    Args:
-        n_probe: Number of probes.
-        train_ids: Ids of the training samples, sorted; new ids are added as they come.
-        period: Period of each sum: an epoch, the whole run, or a number of steps.
-
-    Attributes:
-        steps: Number of steps added so far.
+    A sum is for an epoch, the whole run, or a number of steps. The ids of training samples are
+    sorted; new ones are added as they come. ``steps`` counts the steps added so far.
     """
 
     def __init__(self, n_probe: int, train_ids: Int[Tensor, " n_train"], period: Period) -> None:
@@ -53,14 +48,7 @@ class ContributionTable:
         sample_ids: Int[Tensor, " n"],
         values: Float[Tensor, "n_probe n"],
     ) -> None:
-        """Add the contributions of the visits of a step.
-
-        Args:
-            index: Index of the step.
-            epoch: Its epoch.
-            sample_ids: Sample of each visit.
-            values: Contribution of each visit to each probe.
-        """
+        """Add the contributions of each visit of a step to each probe."""
         self._add_columns(sample_ids)
         time = self._time(index, epoch)
         if time not in self._sums:

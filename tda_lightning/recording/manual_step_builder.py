@@ -25,7 +25,7 @@ from tda_lightning.recording.optimizer_gradients import (
     gradient_norms,
     parameters_by_size,
 )
-from tda_lightning.recording.preconditioning import PartialPreconditioner
+from tda_lightning.recording.preconditioning import OptimizerPreconditioner
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.step_builder import StepBuilder
 from tda_lightning.recording.taken_step import TakenStep
@@ -39,14 +39,8 @@ _MAX_FACTOR_SPREAD = 1e-2
 class ManualStepBuilder(StepBuilder):
     """Turns the backward passes and steps of one optimizer into :class:`TakenStep`.
 
-    Args:
-        optimizer: The optimizer.
-        is_due: Returns whether its next step is to be recorded.
-        rows: Records the rows of a pass.
-        selection: All recorded layers, with the sources that this optimizer trains.
-        preconditioner: The optimizer's preconditioner, or ``None`` for raw rows.
-        settings: Settings that all optimizers share.
-        label_weight: As in :class:`StepBuilder`.
+    ``is_due`` returns whether its next step is to be recorded. The other arguments are those of
+    :class:`StepBuilder`.
     """
 
     def __init__(
@@ -55,7 +49,7 @@ class ManualStepBuilder(StepBuilder):
         is_due: Callable[[], bool],
         rows: RowRecorder,
         selection: ParameterSelection,
-        preconditioner: PartialPreconditioner | None,
+        preconditioner: OptimizerPreconditioner | None,
         settings: RecordingSettings,
         label_weight: Callable[[], float],
     ) -> None:

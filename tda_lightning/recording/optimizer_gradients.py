@@ -28,10 +28,7 @@ def gradients_of(
 ) -> dict[Parameter, Tensor]:
     """Return the gradients of the parameters that the loss depends on, and retain its graph.
 
-    Args:
-        loss: The loss.
-        parameters: The parameters.
-        recorder: A recorder of their model, which does not record this pass.
+    This pass is not recorded by ``recorder``.
     """
     try:
         with recorder.paused():
@@ -113,15 +110,10 @@ def gradient_norms(parameters: Sequence[Parameter]) -> Float[Tensor, " n"]:
 def scale_between(
     before: Float[Tensor, " n"], after: Float[Tensor, " n"], rows: Sequence[Tensor]
 ) -> float:
-    """Return the factor between two measurements of the norms of gradients.
+    """Return the factor between the norms of gradients before any scaling and now.
 
     It is 0 if no parameter had a gradient, although the rows do not cancel: the gradient was zeroed
     after the backward pass, as some trainings do where it is not finite.
-
-    Args:
-        before: Norms before any scaling.
-        after: Norms now.
-        rows: The rows of the step's batches.
     """
     for norm, norm_now in zip(before.tolist(), after.tolist(), strict=True):
         if norm != 0:  # NaN is not zero: such a gradient may be zeroed before the step.
@@ -162,12 +154,8 @@ def _products(gradient: Float[Tensor, " n"], bound: float) -> Tensor:
 class GradientScale:
     """Measures the factor by which the gradients of a step were scaled since the backward pass.
 
-    Args:
-        parameters: Some parameters with a gradient; clipping by norm scales all alike.
-        norms: The norms of their gradients before any scaling.
-
-    Attributes:
-        factor_before: Factor that the norms already contain.
+    Clipping by norm scales all gradients alike, so the norms of some parameters' gradients show
+    it. ``factor_before`` is the factor that ``norms`` already contain.
     """
 
     def __init__(self, parameters: Sequence[Parameter], norms: Float[Tensor, " n"]) -> None:
@@ -187,12 +175,7 @@ class GradientScale:
         return self.factor_before * scale_between(before.cpu(), after.cpu(), [])
 
     def before_value_clipping(self, parameters: Iterable[Parameter], bound: float) -> ValueClipping:
-        """Account for clipping by value that is about to happen, and return its effect.
-
-        Args:
-            parameters: The parameters that the factor is for.
-            bound: Largest absolute value after clipping.
-        """
+        """Account for clipping by value that is about to happen, and return its effect."""
         clipping = value_clipping_of(parameters, bound)
         self.factor_before = self.factor() * clipping.factor
         norms = [clipped_norm(parameter, bound) for parameter in self._parameters]

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.recording.manual_step_builder import ManualStepBuilder
 from tda_lightning.recording.optimizers import parameters_of
-from tda_lightning.recording.preconditioning import JointPreconditioner, PartialPreconditioner
+from tda_lightning.recording.preconditioning import JointPreconditioner, OptimizerPreconditioner
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.step_builder import StepBuilder
 
@@ -22,16 +22,12 @@ class OptimizerRecorder:
 
     Args:
         optimizer: The optimizer.
-        selection: All recorded layers, with the sources that this optimizer trains.
+        selection: All recorded blocks, with the parameters that this optimizer trains.
         settings: Settings that all optimizers share.
         joint: Holds the preconditioners of all optimizers together.
 
     Attributes:
-        steps_taken: Number of steps that the optimizer has taken.
         is_announced: Whether the trainer has announced the next step.
-        every_n_steps: Record every n-th of them.
-        rows: Records the rows of a batch.
-        builder: Builds the steps.
     """
 
     def __init__(
@@ -53,7 +49,7 @@ class OptimizerRecorder:
         self._has_warned_of_clipping = self._has_warned_of_lost_step = False
         preconditioner = None
         if settings.preconditioner == "optimizer":
-            preconditioner = PartialPreconditioner(optimizer, selection, joint)
+            preconditioner = OptimizerPreconditioner(optimizer, selection, joint)
         is_manual = settings.optimization == "manual"
         self.rows = settings.rows(selection)
         builder = partial(ManualStepBuilder, optimizer, self.is_due) if is_manual else StepBuilder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from tda_lightning.gradients.parameter_selection import (
     ParameterSelection,
     select_parameters,
 )
-from tda_lightning.recording.preconditioning import PartialPreconditioner
+from tda_lightning.recording.preconditioning import OptimizerPreconditioner
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import ParameterGroup
 
@@ -34,12 +34,8 @@ def select_trained_layers(
 ) -> ParameterSelection:
     """Select the parameters of ``model`` that some optimizer trains.
 
-    Args:
-        model: Any module.
-        layers: Names of the modules to record; all by default.
-        optimizers: All optimizers of the training.
-        continued: Recipe of a run that this training continues, which may have been recorded by
-            an earlier version: its blocks are adopted, and it leaves out the same parameters.
+    ``continued`` is the recipe of a run that this training continues, which may have been recorded
+    by an earlier version: its blocks are adopted, and it leaves out the same parameters.
     """
     trained = {parameter for optimizer in optimizers for parameter in parameters_of(optimizer)}
     untrained = {p for p in model.parameters() if p.requires_grad and p not in trained}
@@ -104,55 +100,36 @@ def _owners(
     return [(optimizer, count) for optimizer, count in counts if count]
 
 
-@dataclass(frozen=True)
 class HyperparameterReader:
-    """Reads the hyper-parameters of one optimizer's parameter groups.
+    """Reads the hyper-parameters of one optimizer's parameter groups."""
 
-    Attributes:
-        sizes: Sizes of the recorded parameters of this optimizer.
-        total: Total size of the recorded parameters of all optimizers.
-        first_block: Number of the first block that this optimizer trains.
-        preconditioner: The preconditioner of its rows, or ``None`` for raw rows.
-        shares: Cached shares per parameter group, keyed by the group sizes.
-    """
-
-    sizes: Mapping[Parameter, int]
-    total: int
-    first_block: int
-    preconditioner: PartialPreconditioner | None
-    shares: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, selection: ParameterSelection, preconditioner: PartialPreconditioner | None
-    ) -> HyperparameterReader:
-        """Create the reader from all blocks, with the parameters of this optimizer."""
-        return cls(
-            sizes={p: int(p.numel()) for p in selection.all_parameters()},
-            total=sum(block.size for block in selection.blocks),
-            first_block=next(n for n, part in enumerate(selection.parameters) if part),
-            preconditioner=preconditioner,
-        )
+    def __init__(
+        self, selection: ParameterSelection, preconditioner: OptimizerPreconditioner | None
+    ) -> None:
+        self._preconditioner = preconditioner
+        self._sizes = {p: int(p.numel()) for p in selection.all_parameters()}
+        self._total = sum(block.size for block in selection.blocks)
+        self._first_block = next(n for n, part in enumerate(selection.parameters) if part)
+        # The share of each parameter group, by the numbers of parameters in the groups.
+        self._shares: dict[tuple[int, ...], list[float]] = {}
 
     def read(self, optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
         """Return the hyper-parameters of every group, with its share of recorded parameters."""
-        is_adaptive = self.preconditioner is not None and self.preconditioner.is_adaptive()
+        is_adaptive = self._preconditioner is not None and self._preconditioner.is_adaptive()
         descent = float(is_adaptive or isinstance(optimizer, SGD | ASGD))
-        pairs = zip(read_groups(optimizer), self._shares(optimizer), strict=True)
+        pairs = zip(read_groups(optimizer), self._shares_of(optimizer), strict=True)
         return tuple(
-            replace(group, share=share, descent=descent, owner=float(self.first_block))
+            replace(group, share=share, descent=descent, owner=float(self._first_block))
             for group, share in pairs
         )
 
-    def _shares(self, optimizer: Optimizer) -> list[float]:
+    def _shares_of(self, optimizer: Optimizer) -> list[float]:
         groups = [group["params"] for group in optimizer.param_groups]
-        group_sizes = tuple(map(len, groups))
-        if group_sizes not in self.shares:
-            recorded = [
-                sum(self.sizes.get(parameter, 0) for parameter in group) for group in groups
-            ]
-            self.shares[group_sizes] = [size / self.total for size in recorded]
-        return self.shares[group_sizes]
+        counts = tuple(map(len, groups))
+        if counts not in self._shares:
+            recorded = [sum(self._sizes.get(p, 0) for p in group) for group in groups]
+            self._shares[counts] = [size / self._total for size in recorded]
+        return self._shares[counts]
 
 
 def read_groups(optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
@@ -161,11 +138,7 @@ def read_groups(optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
 
 
 def require_one_rate(optimizer: Optimizer) -> None:
-    """Check that all parameter groups have the same learning rate.
-
-    Raises:
-        ValueError: If they differ; lists the rates.
-    """
+    """Check that all parameter groups have the same learning rate."""
     rates = sorted({group.lr for group in read_groups(optimizer)})
     if len(rates) > 1:
         raise ValueError(

@@ -34,9 +34,7 @@ _REMEDY = (
 class RecordingSampler:
     """A sampler that stores the drawn indices, and otherwise behaves like the wrapped sampler.
 
-    Args:
-        sampler: A sampler of indices or of lists of indices.
-        is_recording: Called at the start of every pass; passes of other loops are not stored.
+    ``is_recording`` is called at the start of every pass; passes of other loops are not stored.
     """
 
     def __init__(self, sampler: Iterable[Any], is_recording: Callable[[], bool]) -> None:
@@ -122,9 +120,7 @@ class SampleLedger:
     def name(self, batch: Any, batch_index: int) -> Int[Tensor, " n"]:
         """Return the sample ids of a batch that has just arrived.
 
-        Args:
-            batch: The batch.
-            batch_index: Its index in the epoch; the draws of dropped batches before it are skipped.
+        The draws of dropped batches before it are skipped.
         """
         if self._source is not None:
             given = _as_ids(_look_up(batch, self._source))
@@ -162,11 +158,7 @@ class SampleLedger:
             ) from error
 
     def start_training(self, steps: int) -> None:
-        """Prepare for batch 0, or for any batch if training is resumed in the middle of an epoch.
-
-        Args:
-            steps: Number of steps taken before.
-        """
+        """Prepare for batch 0, or for any batch if ``steps`` were taken before."""
         self._last_batch = None if steps else -1
 
     def start_epoch(self) -> None:
@@ -186,8 +178,7 @@ class SampleLedger:
 def root_ids(dataset: Any) -> Int[np.ndarray, " n"] | None:
     """Return, for every index of ``dataset``, the index in the dataset behind all ``Subset``s.
 
-    Returns:
-        Root indices, or ``None`` if the dataset has no length.
+    ``None`` if the dataset has no length.
     """
     if isinstance(dataset, Subset):
         parent_ids = root_ids(dataset.dataset)
@@ -197,11 +188,7 @@ def root_ids(dataset: Any) -> Int[np.ndarray, " n"] | None:
 
 
 def require_once(ids: Int[Tensor, " n"]) -> None:
-    """Check that a pass over the training data has drawn no sample twice.
-
-    Raises:
-        ValueError: If it has; names one such sample.
-    """
+    """Check that a pass over the training data has drawn no sample twice."""
     values, counts = np.unique(ids.numpy(), return_counts=True)
     if (counts > 1).any():
         raise ValueError(

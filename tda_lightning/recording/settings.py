@@ -22,10 +22,7 @@ def _single_process_sum(tensor: Tensor) -> Tensor:
 class DistributedContext:
     """The processes that train together; each sees its part of every batch.
 
-    Attributes:
-        rank: Rank of this process.
-        count: Number of processes; the gradient is the mean over them.
-        add: Sums a tensor over all processes; all of them must call it.
+    The gradient is the mean over ``count`` processes. All of them must call ``add``.
     """
 
     rank: int = 0

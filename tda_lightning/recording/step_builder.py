@@ -38,7 +38,7 @@ from tda_lightning.recording.optimizers import HyperparameterReader
 from tda_lightning.recording.preconditioning import (
     GradientCoordinates,
     Gradients,
-    PartialPreconditioner,
+    OptimizerPreconditioner,
     can_follow_gradients,
 )
 from tda_lightning.recording.settings import RecordingSettings
@@ -54,20 +54,17 @@ class StepBuilder:
 
     Args:
         rows: Records the rows of a batch.
-        selection: All recorded layers, with the sources that this optimizer trains.
+        selection: All recorded blocks, with the parameters that this optimizer trains.
         preconditioner: The optimizer's preconditioner, or ``None`` for raw rows.
         settings: Settings that all optimizers share.
         label_weight: Returns the weight of the next step's sampled labels.
-
-    Attributes:
-        reduction: How the training loss combines the samples of a batch.
     """
 
     def __init__(
         self,
         rows: RowRecorder,
         selection: ParameterSelection,
-        preconditioner: PartialPreconditioner | None,
+        preconditioner: OptimizerPreconditioner | None,
         settings: RecordingSettings,
         label_weight: Callable[[], float],
     ) -> None:
@@ -78,7 +75,7 @@ class StepBuilder:
         self._lost = set(rows.excluded)
         self.reduction = settings.reduction
         self._preconditioner = preconditioner
-        self._hyperparameters = HyperparameterReader.of(selection, preconditioner)
+        self._hyperparameters = HyperparameterReader(selection, preconditioner)
         # The preconditioner that begins with the next step, until a step holds it.
         self._new_preconditioner: Preconditioner | None = None
         # Whether the current backward pass brings them about.
@@ -96,12 +93,9 @@ class StepBuilder:
         self._parameters_by_size: list[Parameter] = []
 
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
-        """Prepare for the forward pass of a batch.
+        """Prepare for the forward pass of a batch, after ``index`` optimizer steps.
 
-        Args:
-            index: Number of optimizer steps taken so far.
-            sample_ids: Its samples.
-            share: Factor of its loss in the step's loss (less than 1 under accumulation).
+        Under accumulation, its loss is a ``share`` of the step's loss.
         """
         self._rows.start(len(sample_ids))
         self._prepare_for_loss(index, sample_ids, share)
@@ -115,12 +109,7 @@ class StepBuilder:
         self._rows.seed(batch * self._distributed.count + self._distributed.rank)
 
     def start_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
-        """Prepare for the backward pass of that batch's loss.
-
-        Args:
-            loss: The loss.
-            loss_scale: Factor that it contains to keep small gradients from vanishing.
-        """
+        """Prepare for the backward pass of that batch's loss, which contains ``loss_scale``."""
         if self._current_batch is not None:
             self._loss_scale = loss_scale
             self._rows.label_weight = self._label_weight()
@@ -135,10 +124,13 @@ class StepBuilder:
             return None
         gradients: Gradients = {}
         if preconditioner.needs_gradients():
-            trained = [p for p in preconditioner.parameters() if p.requires_grad]
+            trained = [p for p in preconditioner.parameters if p.requires_grad]
             if not trained:  # This pass is for another optimizer, which the user has toggled.
                 return None
-            if self._is_pass_enough(preconditioner):
+            # Other processes contribute to the gradient after this pass, and sampled labels are
+            # recorded before it.
+            is_alone = self._distributed.count == 1 and not self._rows.samples_labels
+            if is_alone and can_follow_gradients(preconditioner):
                 self._are_coordinates_new = True
                 return GradientCoordinates(preconditioner, self._share * self._loss_scale)
             gradients = gradients_of(loss / self._share, trained, self._rows)
@@ -147,14 +139,6 @@ class StepBuilder:
         self._new_preconditioner = preconditioner.read(gradients)
         self._rows.precondition(self._new_preconditioner)
         return None
-
-    def _is_pass_enough(self, preconditioner: PartialPreconditioner) -> bool:
-        """Return whether the gradient need not be computed before the backward pass.
-
-        Other processes contribute to it later, and sampled labels are recorded earlier.
-        """
-        is_alone = self._distributed.count == 1 and not self._rows.samples_labels
-        return is_alone and can_follow_gradients(preconditioner)
 
     def end_backward(self) -> None:
         """Collect the rows of that batch for the step that will use its gradient."""
@@ -185,15 +169,7 @@ class StepBuilder:
         )
 
     def before_clipping(self, optimizer: Optimizer, bound: float) -> ValueClipping | None:
-        """Account for clipping by value that is about to change the gradients of a step.
-
-        Args:
-            optimizer: The optimizer that will take the step.
-            bound: Largest absolute value after clipping.
-
-        Returns:
-            The effect of clipping, or ``None`` if the step is not recorded.
-        """
+        """Account for clipping by value; return its effect, ``None`` in a step not recorded."""
         if self._scale is None:
             return None
         return self._scale.before_value_clipping(self._rows.recorded_parameters(), bound)
@@ -262,12 +238,7 @@ class StepBuilder:
         return self._preconditioner.state() if self._preconditioner and is_stored else {}
 
     def resume(self, state: Mapping[str, Any], preconditioner: Preconditioner | None) -> None:
-        """Continue from a checkpoint.
-
-        Args:
-            state: The result of :meth:`state` in the checkpoint.
-            preconditioner: The preconditioner of the last stored step.
-        """
+        """Continue from the :meth:`state` in a checkpoint and the last step's coordinates."""
         if self._preconditioner is not None and state and preconditioner is not None:
             self._preconditioner.load_state(state)
             self._rows.precondition(preconditioner)

@@ -42,14 +42,7 @@ class BatchVisits:
 
 @dataclass(frozen=True)
 class StepLabel:
-    """The index of a step, and the optimizer's values at that time.
-
-    Attributes:
-        index: Number of optimizer steps taken before.
-        epoch: Epoch.
-        optimizer: Class name of the optimizer.
-        groups: Hyper-parameters of each parameter group.
-    """
+    """The number of steps taken before a step, and the optimizer's values at that time."""
 
     index: int
     epoch: int
@@ -60,12 +53,8 @@ class StepLabel:
 class TakenStep:
     """A step that the optimizer has taken. Its tensors travel to the CPU in one copy.
 
-    Args:
-        label: Its index and the optimizer's values.
-        batches: Its batches.
-        scale: Scaling of its gradients, measured after the step.
-        audit: Its audit, if it was audited.
-        preconditioner: New coordinates, if they begin with it.
+    ``scale`` is measured after the step. ``preconditioner`` holds new coordinates, if they begin
+    with it.
     """
 
     def __init__(
@@ -165,10 +154,7 @@ class HostCopy:
     """A copy of several tensors to the CPU: begun at once, and awaited when it is read.
 
     All of them travel together. On a GPU the copy goes into pinned memory, so that neither the
-    device nor Python waits for it.
-
-    Args:
-        tensors: Tensors on one device; those on the CPU are not copied.
+    device nor Python waits for it. Tensors on the CPU are not copied.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:

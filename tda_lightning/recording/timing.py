@@ -15,12 +15,7 @@ _N_TRIES = 2
 
 @dataclass(frozen=True)
 class BatchTiming:
-    """The measured seconds of a batch.
-
-    Attributes:
-        batch: Time of the forward and backward pass.
-        recording: Time that recording adds.
-    """
+    """The seconds of the forward and backward pass of a batch, and those that recording adds."""
 
     batch: float
     recording: float
@@ -52,11 +47,7 @@ class BatchTiming:
 
 
 class Stopwatch:
-    """Measures the time of work on one device, and waits for it to finish.
-
-    Args:
-        device: The device, which may run asynchronously.
-    """
+    """Measures the time of work on one device, and waits for it to finish."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -79,14 +70,10 @@ def measure(
     row_seconds: Callable[[], float],
     device: torch.device,
 ) -> BatchTiming:
-    """Measure a plain and a recorded backward pass, and return the timing of a batch.
+    """Return the timing of a batch from the seconds of its forward pass and three backward passes.
 
-    Args:
-        forward: Seconds of the forward pass.
-        plain: Runs a plain backward pass and retains the graph.
-        recorded: Runs a recorded backward pass and retains the graph.
-        row_seconds: Runs a recorded backward pass and returns the seconds spent on rows.
-        device: The device of the passes.
+    All of them retain the graph. ``row_seconds`` runs a recorded one and returns the seconds spent
+    on rows.
     """
     times = [(_time(plain, device), _time(recorded, device)) for _ in range(_N_TRIES)]
     backward, with_recording = (min(tries) for tries in zip(*times, strict=True))

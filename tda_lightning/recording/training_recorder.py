@@ -76,22 +76,8 @@ class TrainingRecorder:
         """The row recorder of the first optimizer."""
         return self._recorders[0].rows
 
-    @property
-    def dimension(self) -> int:
-        """Length ``k`` of a row."""
-        return self.rows.dimension
-
-    @property
-    def widths(self) -> tuple[int, ...] | None:
-        """Number of columns per block, or ``None`` if all blocks share the columns of a row."""
-        return self.rows.widths
-
     def attach(self, every_n_steps: int) -> None:
-        """Attach all hooks.
-
-        Args:
-            every_n_steps: Record every n-th step of each optimizer.
-        """
+        """Attach all hooks, to record every n-th step of each optimizer."""
         for recorder in self._recorders:
             recorder.every_n_steps = every_n_steps
             recorder.rows.__enter__()
@@ -115,13 +101,7 @@ class TrainingRecorder:
     def extra_backward(
         self, loss: Tensor, trained: Sequence[Parameter], label_weight: float
     ) -> None:
-        """Run the recorded backward pass of a loss without any effect, to measure its time.
-
-        Args:
-            loss: The loss of a step under automatic optimization; its graph is retained.
-            trained: The trained parameters.
-            label_weight: Weight of the sampled labels, if they are recorded too.
-        """
+        """Run the recorded backward pass of a loss without any effect, to measure its time."""
         for recorder in self._recorders:
             recorder.rows.extra_backward(loss, trained, label_weight)
 
@@ -147,9 +127,7 @@ class TrainingRecorder:
     def reduction_of(self, loss: Tensor, share: float) -> Reduction | None:
         """Return how the loss of the batch combines its samples, if its graph shows that.
 
-        Args:
-            loss: The loss, before its backward pass.
-            share: Factor of the loss in the step's loss (less than 1 under accumulation).
+        Under accumulation, the loss is a ``share`` of the step's loss.
         """
         with self.rows.paused():
             return reduction_of(loss, self._batch_size, share)
@@ -228,12 +206,10 @@ class TrainingRecorder:
         states: Sequence[Mapping[str, Any]],
         preconditioner: Preconditioner | None,
     ) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint after ``steps`` steps of all optimizers together.
 
-        Args:
-            steps: Number of steps that all optimizers have taken together.
-            states: The result of :meth:`state` in the checkpoint, or nothing.
-            preconditioner: The preconditioner of the last stored step.
+        ``states`` is the result of :meth:`state`, or nothing. The preconditioner is that of the
+        last stored step.
         """
         if preconditioner is not None:
             self._joint_preconditioner.load(preconditioner)

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores.data_order import data_order
 from tda_lightning.stores.opening import open_store
 from tda_lightning.stores.step import Step, StepFacts
@@ -78,9 +78,7 @@ class Alarms(ShownInNotebooks):
             "train_id": [sample for _, sample in rows],
             "reason": [alarm.reason for alarm, _ in rows],
         }
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         return pd.DataFrame(columns)
 
     def __repr__(self) -> str:

@@ -18,13 +18,7 @@ Cell = str | Iterable[tuple[int, float]]
 
 
 def html_table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """Return a table with a caption.
-
-    Args:
-        caption: Sentence above the table.
-        headings: Heading of each column.
-        rows: Cells of each row: texts, or samples with their scores.
-    """
+    """Return a table with a caption; cells are texts, or samples with their scores."""
     return _table(caption, headings, rows[:MAX_ROWS], len(rows))
 
 

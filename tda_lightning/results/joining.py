@@ -12,16 +12,7 @@ if TYPE_CHECKING:
 
 
 def require_same_ids(scores: Sequence[Scores], names: tuple[str, ...], kind: type) -> Scores:
-    """Return the first of several scores, if they have the same ids.
-
-    Args:
-        scores: The scores.
-        names: The attributes that must be equal.
-        kind: The class of the scores.
-
-    Raises:
-        ValueError: If it is no list of scores, or if their ids differ.
-    """
+    """Return the first of several scores of a kind, if they have the same ids."""
     is_list = isinstance(scores, list | tuple) and all(isinstance(item, kind) for item in scores)
     if not is_list or not scores:
         raise ValueError(

@@ -25,10 +25,7 @@ _MAX_UNSTORED_BYTES = 2**22
 def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
     """Write fields of a result, its method and its provenance to a ``.npz`` file.
 
-    Args:
-        path: Path of the file; an existing file is replaced.
-        result: An object with a ``method`` and a ``provenance``.
-        names: Names of its other fields, which hold tensors or strings.
+    The fields hold tensors or strings.
 
     Raises:
         ValueError: If the name of the file ends like a table's, such as ``.csv``.

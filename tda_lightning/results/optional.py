@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Name the extra to install if an import in this block fails.
-
-    Args:
-        extra: Name of the extra in ``pyproject.toml``.
-
-    Raises:
-        ModuleNotFoundError: If the package is missing. The message holds the install command.
+    """Name the extra of ``pyproject.toml`` to install if an import in this block fails.
 
     >>> with needs("plots"):
     ...     import no_such_package
@@ -29,3 +24,10 @@ def needs(extra: str) -> Iterator[None]:
             f"`{error.name}` is not installed: pip install 'tda_lightning[{extra}]'",
             name=error.name,
         ) from error
+
+
+def import_pandas() -> Any:
+    """Return the module ``pandas``, or name the extra to install."""
+    with needs("pandas"):
+        import pandas
+    return pandas

@@ -15,16 +15,9 @@ Item = TypeVar("Item")
 def progress_bar(
     items: Iterable[Item], name: str, unit: str, *, shown: bool, total: int | None = None
 ) -> Iterable[Item]:
-    """Return an iterable over the items that shows a progress bar.
+    """Return an iterable over the items that shows a progress bar, if the user wants one.
 
     ``TQDM_DISABLE=1`` hides all bars.
-
-    Args:
-        items: The items.
-        name: Name of the work.
-        unit: Name of an item.
-        shown: Whether the user wants a bar.
-        total: Number of items; by default their length.
     """
     is_shown = shown and is_watched()
     bar: Iterable[Item] = tqdm(

@@ -122,16 +122,7 @@ def describe_pairs(ids: Tensor, values: Tensor) -> str:
 
 
 def require_rank(k: int, n_train: int, name: str = "k") -> int:
-    """Return ``k`` if it is a valid number of training samples to rank.
-
-    Args:
-        k: The number.
-        n_train: Number of training samples.
-        name: Name of the user's argument, for the error message.
-
-    Raises:
-        ValueError: If it is not a whole number from 1 to ``n_train``.
-    """
+    """Return ``k``, an argument, if it is a valid number of training samples to rank."""
     if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= n_train:
         raise ValueError(
             f"`{name}` is {k!r}; expected a number from 1 to {n_train}, the number of training "

@@ -16,10 +16,6 @@ def positions_of(
 ) -> Int[Tensor, " k"]:
     """Return the positions of some ids among the training samples, in the order of these ids.
 
-    Args:
-        train_ids: Ids of the training samples, in any order.
-        wanted: The ids to look up.
-
     Raises:
         ValueError: If they are not ids, or if one is not among the training samples.
     """
@@ -59,19 +55,12 @@ def _as_ids(wanted: object) -> Tensor:
 def sum_over_groups(
     values: Float[Tensor, "n m"], labels: Tensor | Sequence[int], argument: str, of: str
 ) -> tuple[Int[Tensor, " groups"], Float[Tensor, "groups m"]]:
-    """Sum rows that share a label.
+    """Return labels, sorted, and the sum of the rows with each label.
 
-    Args:
-        values: One row per query or training sample.
-        labels: One label per row.
-        argument: Name of the user's argument, for error messages.
-        of: What a row is of, for error messages.
-
-    Returns:
-        The labels, sorted, and one sum per label.
+    A row is ``of`` a query or a training sample.
 
     Raises:
-        ValueError: If there is not one label per row.
+        ValueError: If there is not one label per row in the argument.
     """
     try:
         groups = torch.as_tensor(labels)

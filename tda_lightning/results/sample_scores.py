@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.npz import load_arrays, save_arrays
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.ranking import SampleRanking, describe_pairs, require_rank
 from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.results.tables import write_columns
@@ -67,9 +67,7 @@ class SampleScores:
 
     def to_pandas(self) -> pd.Series[float]:
         """Return a series indexed by training sample."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         return pd.Series(self.values.numpy(), index=pd.Index(self.train_ids.numpy(), name="train"))
 
     def to_csv(self, path: str | Path) -> None:

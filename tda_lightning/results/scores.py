@@ -20,18 +20,12 @@ from tda_lightning.arguments import call_like
 from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.joining import joined_provenance, require_same_ids
 from tda_lightning.results.npz import load_arrays, save_arrays
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.ranking import Ranking, SampleRanking, describe_pairs, require_rank
 from tda_lightning.results.sample_groups import positions_of, sum_over_groups
 from tda_lightning.results.sample_scores import SampleScores
-from tda_lightning.results.tables import (
-    Columns,
-    data_frame,
-    ranked_columns,
-    signed_columns,
-    write_columns,
-    write_csv,
-)
+from tda_lightning.results.tables import write_csv
+from tda_lightning.results.top_scores import TopScores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -217,10 +211,8 @@ class Scores:
                 training samples columns.
         """
         if k is not None:
-            return data_frame(self._extremes(k))
-        with needs("pandas"):
-            import pandas as pd
-
+            return self._top(k).to_pandas()
+        pd = import_pandas()
         index = pd.Index(self.query_ids.numpy(), name="query")
         columns = pd.Index(self.train_ids.numpy(), name="train")
         return pd.DataFrame(self.values.numpy(), index=index, columns=columns)
@@ -228,16 +220,15 @@ class Scores:
     def to_csv(self, path: str | Path, k: int | None = None) -> None:
         """Write the table of :meth:`to_pandas` to a CSV file; an existing file is replaced."""
         if k is not None:
-            write_columns(path, self._extremes(k))
+            self._top(k).to_csv(path)
             return
         rows = zip(self.query_ids.tolist(), self.values, strict=True)
         lines = ([query, *row.tolist()] for query, row in rows)
         write_csv(path, ["query", *self.train_ids.tolist()], lines)
 
-    def _extremes(self, k: int) -> Columns:
-        sides = (self.proponents(k), self.opponents(k))
-        tables = (ranked_columns(self.query_ids, s.ids, s.values, self.tokens) for s in sides)
-        return signed_columns(*tables)
+    def _top(self, k: int) -> TopScores:
+        sides = self.proponents(k), self.opponents(k)
+        return TopScores(*sides, self.query_ids, self.method, self.provenance, self.tokens)
 
     def save(self, path: str | Path) -> None:
         """Write the scores to a NumPy ``.npz`` file."""

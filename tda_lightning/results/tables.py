@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ def signed_columns(proponents: Columns, opponents: Columns) -> dict[str, NDArray
 
 def data_frame(columns: Columns) -> pd.DataFrame:
     """Return a data frame of columns (needs ``pandas``)."""
-    with needs("pandas"):
-        import pandas as pd
-
+    pd = import_pandas()
     return pd.DataFrame(dict(columns))
 
 

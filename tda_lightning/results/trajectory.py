@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.npz import load_arrays, save_arrays
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas, needs
 from tda_lightning.results.tables import data_frame
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ class Trajectory(ShownInNotebooks):
 
     def _shown_first(self) -> pd.DataFrame:
         """Return the sums over time, with a row per query and a column per training sample."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         columns = [f"sample {sample}" for sample in self.train_ids.tolist()]
         index = pd.Index(self.query_ids.numpy(), name="query")
         return pd.DataFrame(self.total().numpy(), index=index, columns=columns)

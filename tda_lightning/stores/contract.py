@@ -139,6 +139,14 @@ class StoreContract(ABC):
         assert store.run_id == run_id
         assert len(store) == 2
 
+    def test_training_ids_may_be_added_to_a_run_with_steps(self, tmp_path: Path) -> None:
+        """The steps stay; the new ids are among the training ids."""
+        steps = make_steps(3)
+        store = filled(self.make(tmp_path), steps)
+        store.amend(replace(RECIPE, train_ids=((0, 7), (11, 17))))
+        assert store.train_ids().tolist() == [0, 1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 16]
+        assert all(map(same, store, steps))
+
     def test_it_is_a_sequence(self, tmp_path: Path) -> None:
         """Negative indices, slices of slices and reversed iteration work."""
         steps = make_steps(7)

@@ -11,11 +11,7 @@ from tda_lightning.stores.store import Store
 
 
 def open_store(run: str | os.PathLike[str] | Store, argument: str) -> Store:
-    """Return the store of a run.
-
-    Args:
-        run: Folder of the run, or its store.
-        argument: Name of the user's argument, for error messages.
+    """Return the store of a run that the user has passed as an argument.
 
     Raises:
         FileNotFoundError: If there is no run at the path.
@@ -33,12 +29,7 @@ def open_store(run: str | os.PathLike[str] | Store, argument: str) -> Store:
 
 
 def open_store_at(run: str | os.PathLike[str] | Store, argument: str, at: int) -> Store:
-    """Return the store of a run that has a step at a position.
-
-    Args:
-        run: Folder of the run, or its store.
-        argument: Name of the user's argument, for error messages.
-        at: Position of the step; negative positions count from the end.
+    """Return the store of a run that has a step at a position; negative ones count from the end.
 
     Raises:
         FileNotFoundError: If there is no run at the path.
@@ -66,7 +57,8 @@ def open_run(run: Run) -> Store:
     """
     store = open_store(run, "run")
     if len(store) == 0:
-        _require_opened(store)
+        if store is run:  # A store opened here may be empty, and no longer so a moment later.
+            _require_opened(store)
         raise ValueError(
             f"The run {_describe(run)} has no step yet; expected at least one. If training is "
             "still running, wait for its first segment; otherwise train again."
@@ -75,11 +67,7 @@ def open_run(run: Run) -> Store:
 
 
 def _require_opened(store: Store) -> None:
-    """Check that an empty store is not one to write into, of a folder that holds a run.
-
-    Raises:
-        ValueError: If it is.
-    """
+    """Check that an empty store is not one to write into, of a folder that holds a run."""
     if not isinstance(store, HDF5Store) or store.run_id is None:
         return
     if len(HDF5Store.open(store.path)):

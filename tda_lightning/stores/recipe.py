@@ -6,17 +6,17 @@ has the layers of the recipe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.arguments import is_selected, unmatched
-from tda_lightning.stores.id_ranges import count_of
-from tda_lightning.stores.recipe_checks import block_differences
+from tda_lightning.stores.recipe_checks import block_differences, shorten
 
 SampleAxis = int | Literal["flattened"]
 
@@ -53,14 +53,7 @@ class Block:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Trainable parameters that are not recorded, and the reason.
-
-    Attributes:
-        name: Name of the module that owns them.
-        layer: Class name of that module.
-        size: Number of parameters.
-        reason: Why they are not recorded.
-    """
+    """Trainable parameters that are not recorded, their module, and the reason."""
 
     name: str
     layer: str
@@ -162,26 +155,13 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Rebuild a recipe from the result of :meth:`to_dict`; lists may replace tuples."""
-        ranges, widths = data["train_ids"], data.get("widths")
-        return cls(
-            **{
-                **data,
-                "blocks": tuple(
-                    Block(
-                        **{
-                            **block,
-                            "modules": tuple(block["modules"]),
-                            "parameters": tuple(block["parameters"]),
-                        }
-                    )
-                    for block in data["blocks"]
-                ),
-                "left_out": tuple(LeftOut(**entry) for entry in data["left_out"]),
-                "train_ids": None if ranges is None else tuple((a, b) for a, b in ranges),
-                "widths": None if widths is None else tuple(widths),
-                "normalized": tuple(data.get("normalized", ())),
-            }
+        fields = {name: _tuples(value) for name, value in data.items()}
+        fields["blocks"] = tuple(
+            Block(**{name: _tuples(value) for name, value in block.items()})
+            for block in data["blocks"]
         )
+        fields["left_out"] = tuple(LeftOut(**entry) for entry in data["left_out"])
+        return cls(**fields)
 
     def columns_of(self, layers: Sequence[str]) -> Int[Tensor, " m"]:
         """Return the columns of a row that belong to the given layers.
@@ -231,7 +211,7 @@ class Recipe:
         changed = [name for name in compared if ours[name] != theirs[name]]
         if changed:
             shown = "; ".join(
-                f"`{name}` was {_shorten(ours[name])} and is now {_shorten(theirs[name])}"
+                f"`{name}` was {shorten(ours[name])} and is now {shorten(theirs[name])}"
                 for name in changed
             )
             raise ValueError(
@@ -240,34 +220,18 @@ class Recipe:
             )
 
     def require_alike(self, other: Recipe, argument: str) -> None:
-        """Check that the rows of another recording are comparable to this recipe's rows.
-
-        Args:
-            other: Recipe of the other recording.
-            argument: Name of the user's argument that holds it, for error messages.
-
-        Raises:
-            ValueError: If the recipes differ in a setting of the rows; the message names it.
-        """
+        """Check that the rows of another recording, an argument, are comparable to the run's."""
         for name in ("projector", "blocks", "dimension", "preconditioner"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(
                     f"`{argument}` was not sketched like the run: its {name} is "
-                    f"{_shorten(theirs)}, the run's is {_shorten(ours)}. Expected equal settings; "
+                    f"{shorten(theirs)}, the run's is {shorten(ours)}. Expected equal settings; "
                     "record with `record(model, loader, like=run)`."
                 )
 
     def require_blocks(self, blocks: Sequence[Block], model: str) -> None:
-        """Check that the blocks of a model are the recorded ones.
-
-        Args:
-            blocks: Blocks of the model.
-            model: Class name of the model, for the error message.
-
-        Raises:
-            ValueError: If a block is missing, new, or of another shape.
-        """
+        """Check that the blocks of a model, named by its class, are the recorded ones."""
         differences = block_differences(self.blocks, blocks)
         if differences:
             raise ValueError(
@@ -278,6 +242,39 @@ class Recipe:
             )
 
 
-def _shorten(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+def _tuples(value: Any) -> Any:
+    """Return a value in which tuples replace lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+# Sample ids are half-open ranges: an id per sample would be long in a recipe.
+
+
+def ranges_of(ids: Int[np.ndarray, " n"]) -> tuple[tuple[int, int], ...]:
+    """Compress sorted, distinct ids into half-open ranges.
+
+    >>> ranges_of(np.array([0, 1, 2, 7]))
+    ((0, 3), (7, 8))
+    """
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 2) != 1)
+    stops = np.append(starts[1:], len(ids))
+    return tuple((int(ids[a]), int(ids[b - 1]) + 1) for a, b in zip(starts, stops, strict=True))
+
+
+def count_of(ranges: Iterable[tuple[int, int]]) -> int:
+    """Return the number of ids in half-open ranges.
+
+    >>> count_of([(0, 3), (7, 8)])
+    4
+    """
+    return sum(b - a for a, b in ranges)
+
+
+def ids_of(ranges: Iterable[tuple[int, int]]) -> Int[Tensor, " n"]:
+    """Expand half-open ranges into ids.
+
+    >>> ids_of([(0, 3), (7, 8)]).tolist()
+    [0, 1, 2, 7]
+    """
+    parts = [torch.arange(a, b) for a, b in ranges]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

@@ -16,8 +16,12 @@ _MAX_RANKS = 2**14
 _MAX_SAMPLES = 2**34
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_whole(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return _is_integer(value) and value >= least
 
 
 def _is_text(value: Any) -> bool:
@@ -27,10 +31,6 @@ def _is_text(value: Any) -> bool:
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(map(_is_text, value))
-
-
-def _is_axis(value: Any) -> bool:
-    return value == "flattened" or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _maps_texts_to(check: Check) -> Check:
@@ -53,12 +53,10 @@ def _records_of(**fields: Check) -> Check:
 
 def _are_ranges(value: Any) -> bool:
     """Return whether these are half-open ranges that rise and do not overlap, or ``None``."""
-    if value is None:
-        return True
-    if not isinstance(value, list | tuple):
-        return False
+    if value is None or not isinstance(value, list | tuple):
+        return value is None
     pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in value]
-    if not all(len(pair) == 2 and all(_is_id(end) for end in pair) for pair in pairs):
+    if not all(len(pair) == 2 and all(map(_is_id, pair)) for pair in pairs):
         return False
     ends = [end for pair in pairs for end in pair]
     is_rising = all(a <= b for a, b in pairwise(ends)) and all(a < b for a, b in pairs)
@@ -66,7 +64,7 @@ def _are_ranges(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**63
+    return _is_integer(value) and abs(value) <= 2**63
 
 
 def _are_widths(value: Any) -> bool:
@@ -95,7 +93,10 @@ _CHECKS: Mapping[str, tuple[Check, str]] = {
     "dimension": (_is_whole, "a whole number of 1 or more"),
     "dtype": (_one_of("float32", "float64"), "'float32' or 'float64'"),
     "reduction": (_one_of("mean", "sum"), "'mean' or 'sum'"),
-    "batch_dims": (_maps_texts_to(_is_axis), "an axis or 'flattened' by layer name"),
+    "batch_dims": (
+        _maps_texts_to(lambda value: value == "flattened" or _is_integer(value)),
+        "an axis or 'flattened' by layer name",
+    ),
     "preconditioner": (_one_of("optimizer", "none"), "'optimizer' or 'none'"),
     "curvature": (_one_of("fisher", "none"), "'fisher' or 'none'"),
     "ranks": (
@@ -131,7 +132,7 @@ def require_recipe(data: Any) -> None:
             if name not in _OPTIONAL:
                 raise ValueError(f"`{name}` is missing")
         elif not is_valid(data[name]):
-            raise ValueError(f"`{name}` is {_in_short(data[name])}; expected {expected}")
+            raise ValueError(f"`{name}` is {shorten(data[name])}; expected {expected}")
     unknown = sorted(map(str, set(data) - set(_CHECKS)))
     if unknown:
         raise ValueError(f"`{unknown[0]}` is unknown; a newer version may have written it")
@@ -143,14 +144,15 @@ def _require_columns(data: Mapping[str, Any]) -> None:
     widths, blocks, dimension = data.get("widths"), data["blocks"], data["dimension"]
     if widths is not None and (len(widths) != len(blocks) or sum(widths) != dimension):
         raise ValueError(
-            f"`widths` is {_in_short(widths)}; expected {len(blocks)} numbers that sum to "
+            f"`widths` is {shorten(widths)}; expected {len(blocks)} numbers that sum to "
             f"{dimension}, one for each block"
         )
     if "name" not in data["projector"]:
         raise ValueError("`projector` has no name; expected one")
 
 
-def _in_short(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """Return the ``repr`` of a value, or its beginning."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 

@@ -44,12 +44,7 @@ def raw_bytes(array: np.ndarray) -> memoryview:
 def encode(
     rows: Float[Tensor, "n k"], storage: Storage
 ) -> tuple[np.ndarray, Float[np.ndarray, " n"]]:
-    """Return an array ``(n, k)`` of encoded rows, and the scale of each row.
-
-    Args:
-        rows: Computed rows.
-        storage: Number format of the array.
-    """
+    """Return an array of encoded rows, and the scale of each row."""
     if storage == "as computed":
         return rows.numpy(), np.ones(len(rows))
     if storage == "bfloat16":  # HDF5 has no such type: store the bits as integers.

@@ -148,11 +148,7 @@ def _weights_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _require_run_of(checkpoint: Mapping[str, Any], path: str | Path, run: str | None) -> None:
-    """Check that a checkpoint is one of the training that a run recorded, if it names its runs.
-
-    Raises:
-        ValueError: If it names others only.
-    """
+    """Check that a checkpoint is one of the training that a run recorded, if it names its runs."""
     states = [s for s in checkpoint.get("callbacks", {}).values() if isinstance(s, Mapping)]
     runs = {state["run"] for state in states if "run" in state and "steps" in state}
     if runs and run not in runs:

@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.stores.id_ranges import count_of, ids_of
-from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.recipe import Recipe, count_of, ids_of
 from tda_lightning.stores.step import Audit, Preconditioner, Step, StepFacts
 
 Weights = Mapping[str, Tensor]
@@ -175,12 +174,7 @@ class _Facts(Sequence[StepFacts]):
 
 
 class StoreSlice(Store):
-    """View of some steps of another store.
-
-    Args:
-        store: The store to read from.
-        positions: Positions of the steps in ``store``.
-    """
+    """View of the steps at some positions of another store."""
 
     def __init__(self, store: Store, positions: range) -> None:
         self._store = store
@@ -223,11 +217,7 @@ class StoreSlice(Store):
 
 
 def require_snapshot(snapshots: list[int], index: int) -> None:
-    """Check that there is a snapshot before the step ``index``.
-
-    Raises:
-        ValueError: If there is none; the message lists the snapshots.
-    """
+    """Check that there is a snapshot before the step ``index``."""
     if index not in snapshots:
         shown = ", ".join(map(str, snapshots[:5]))
         if len(snapshots) > 5:

@@ -42,7 +42,7 @@ class WritableStore(Store):
         """
 
     def amend(self, recipe: Recipe) -> None:
-        """Replace the recipe of a run that has no steps yet.
+        """Replace the recipe of a run that has no steps yet; later, only ``train_ids`` may grow.
 
         Raises:
             ValueError: If the store does not support this.

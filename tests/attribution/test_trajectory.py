@@ -1,6 +1,7 @@
 """Trajectories and top scores, against the full matrix of scores."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from inspect import signature
 
 import least_squares as ls
 import pytest
@@ -117,6 +118,24 @@ def test_batches_of_queries_share_the_curvature(method_class):
 def test_a_precomputed_method_has_the_repr_of_and_equals_the_original(method):
     precomputed = method.precomputed(RUN, ls.queries())
     assert (repr(precomputed), precomputed) == (repr(method), method)
+
+
+@each_method
+def test_a_signature_has_hyper_parameters_only(method):
+    assert not [name for name in signature(type(method)).parameters if name.startswith("_")]
+
+
+def test_another_damping_does_not_meet_the_factor_of_the_first():
+    stiff = replace(InfluenceFunction().precomputed(RUN, ls.queries()), damping=7.0)
+    scores = stiff.attribute(RUN, ls.queries(), progress=False).values
+    again = InfluenceFunction(damping=7.0).attribute(RUN, ls.queries(), progress=False).values
+    torch.testing.assert_close(scores, again)
+
+
+def test_a_precomputed_influence_function_has_the_self_influence_of_the_original():
+    method = InfluenceFunction()
+    shared = method.precomputed(RUN, ls.queries()).self_influence(RUN, progress=False).values
+    torch.testing.assert_close(shared, method.self_influence(RUN, progress=False).values)
 
 
 def test_a_saved_trajectory_can_be_loaded(tmp_path):

@@ -152,17 +152,26 @@ def in_domain(images: Tensor, domain: int) -> Tensor:
     return (square, square.rot90(1, (1, 2)), 1 - square)[domain].flatten(1)
 
 
+def mixed_domains(
+    x: Tensor, y: Tensor, generator: torch.Generator
+) -> tuple[TensorDataset, Tensor, Tensor]:
+    """Return digits in three domains with a fifth of wrong labels, the domains, which are wrong."""
+    domains = torch.randint(3, (N_TRAIN,), generator=generator)
+    x = torch.stack([in_domain(x[i], int(d))[0] for i, d in enumerate(domains)])
+    wrong = torch.rand(N_TRAIN, generator=generator) < 0.2
+    others = (y + torch.randint(1, 10, y.shape, generator=generator)) % 10
+    return TensorDataset(x, torch.where(wrong, others, y)), domains, wrong
+
+
 def selecting(seed: int) -> Rows:
     """Select a tenth of mixed and partly mislabelled data for one of three domains."""
     x, y, test_x, test_y = digits(seed)
     generator = torch.Generator().manual_seed(seed)
-    domains = torch.randint(3, (N_TRAIN,), generator=generator)
-    x = torch.stack([in_domain(x[i], int(d))[0] for i, d in enumerate(domains)])
-    wrong = torch.rand(N_TRAIN, generator=generator) < 0.2
-    y = torch.where(wrong, (y + torch.randint(1, 10, y.shape, generator=generator)) % 10, y)
+    data, _, _ = mixed_domains(x, y, generator)
+    x, y = data.tensors
     target = (in_domain(test_x[:100], 1), test_y[:100])
     test = (in_domain(test_x[100:], 1), test_y[100:])
-    n, data = N_TRAIN // 10, TensorDataset(x, y)
+    n = N_TRAIN // 10
     torch.manual_seed(seed)
     model = Classifier()
     run = fit(model, data, batches_of(N_TRAIN, 20, seed))

@@ -7,6 +7,7 @@ from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from tda_lightning import GradientRecorder, LossRecorder, self_influence
 from tda_lightning.applications import find_mislabeled, loss_history
 from tda_lightning.stores import HDF5Store, MemoryStore
+from tda_lightning.stores.integrity.writer_lock import LOCK
 
 
 def trained(*callbacks, epochs=3, **settings):
@@ -48,6 +49,45 @@ def test_a_run_on_disk_continues_from_a_checkpoint(tmp_path):
     run = HDF5Store.open(store)
     assert [facts.index for facts in run.facts] == list(range(9))
     assert loss_history(store).sample_ids.tolist() == sorted(3 * list(range(13)))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+def test_a_moved_run_continues_from_a_checkpoint(tmp_path):
+    """The state of the run is found by its id, not by its path; another run is refused."""
+    torch.manual_seed(0)
+    model = Plain(mlp())
+    for name in ("first", "other"):
+        trainer = quiet_trainer(LossRecorder(tmp_path / name), max_epochs=1)
+        trainer.fit(model, loader(vectors()))
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+    (tmp_path / "first").rename(tmp_path / "moved")
+
+    def resumed(name):
+        trainer = quiet_trainer(LossRecorder(tmp_path / name), max_epochs=2)
+        checkpoint = tmp_path / "first.ckpt"
+        trainer.fit(model, loader(vectors()), ckpt_path=checkpoint, weights_only=False)
+
+    with pytest.raises(FileExistsError, match="belongs to another recorded run"):
+        resumed("other")
+    resumed("moved")
+    assert [facts.index for facts in HDF5Store.open(tmp_path / "moved").facts] == list(range(6))
+
+
+def test_runs_are_numbered_and_a_fast_dev_run_leaves_nothing(tmp_path):
+    recorder = LossRecorder(tmp_path / "run.tda", existing="number")
+    trained(recorder, epochs=1, fast_dev_run=True)
+    assert not any(tmp_path.iterdir())
+    for name in ("run.tda", "run-2.tda"):
+        trained(recorder, epochs=1)
+        assert recorder.store.path == tmp_path / name
+    trained(LossRecorder(), epochs=1, default_root_dir=tmp_path / "logs")
+    runs = [tmp_path / "run.tda", tmp_path / "run-2.tda", tmp_path / "logs" / "run.tda"]
+    assert [len(HDF5Store.open(run)) for run in runs] == [3, 3, 3]
+
+
+def test_other_processes_may_write_once_the_training_has_ended(tmp_path):
+    trained(LossRecorder(tmp_path / "run"), epochs=1)
+    assert not (tmp_path / "run" / LOCK).exists()
 
 
 def test_mislabels_are_found_and_attribution_is_refused():

@@ -7,7 +7,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import IterableDataset
 
-from tda_lightning import GradientRecorder, HDF5Store, attribute
+from tda_lightning import GradientRecorder, HDF5Store, LossRecorder, attribute
 from tda_lightning.callbacks.environment import EnvironmentRecorder
 from tda_lightning.stores import MemoryStore
 
@@ -162,6 +162,17 @@ def test_in_environment_mode_a_recorder_in_the_script_takes_precedence(tmp_path,
     fit(GradientRecorder(store))
     assert len(store) == 6
     assert names(tmp_path) == []
+
+
+def test_in_environment_mode_a_loss_recorder_at_the_same_path_takes_precedence(
+    tmp_path, environment
+):
+    fit(LossRecorder(tmp_path / "other"))
+    assert names(tmp_path) == ["other", "run.tda"]
+    environment.setenv("TDA_LIGHTNING_STORE", str(tmp_path / "losses"))
+    fit(LossRecorder(tmp_path / "losses"))
+    assert HDF5Store.open(tmp_path / "losses").recipe.projector == {"name": "none"}
+    assert names(tmp_path) == ["losses", "other", "run.tda"]
 
 
 def test_the_environment_has_its_own_recorder(environment):

@@ -5,7 +5,7 @@ import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from torch import nn
 
-from tda_lightning import GradientRecorder, HDF5Store, Identity
+from tda_lightning import GradientRecorder, HDF5Store, Identity, LossRecorder
 
 NETS = {
     "mlp": mlp,
@@ -36,6 +36,32 @@ def test_two_recorders_of_one_store_are_refused_before_training(has_run, tmp_pat
     both = [GradientRecorder(tmp_path / "run"), GradientRecorder(HDF5Store(tmp_path / "run"))]
     with pytest.raises(ValueError, match=r"Two `GradientRecorder` .* the same store, `.*run`"):
         train(*both, net=mlp, optimizer=torch.optim.SGD)
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        (LossRecorder, LossRecorder, "Two `LossRecorder`"),
+        (LossRecorder, GradientRecorder, "A `GradientRecorder` and a `LossRecorder`"),
+        (GradientRecorder, LossRecorder, "A `GradientRecorder` and a `LossRecorder`"),
+    ],
+)
+def test_recorders_of_both_kinds_are_refused_in_one_store(first, second, named, has_run, tmp_path):
+    if has_run:
+        train(first(tmp_path / "run"), net=mlp, optimizer=torch.optim.SGD)
+    both = [first(tmp_path / "run", existing="replace"), second(tmp_path / "run")]
+    with pytest.raises(ValueError, match=rf"{named} .* the same store, `.*run`"):
+        train(*both, net=mlp, optimizer=torch.optim.SGD)
+    assert len(HDF5Store.open(tmp_path / "run")) == 6 if has_run else not any(tmp_path.iterdir())
+
+
+def test_recorders_of_both_kinds_record_into_two_stores(tmp_path):
+    both = [LossRecorder(tmp_path / "losses"), GradientRecorder(tmp_path / "rows")]
+    train(*both, net=mlp, optimizer=torch.optim.SGD)
+    losses, rows = (HDF5Store.open(tmp_path / name) for name in ("losses", "rows"))
+    for ours, theirs in zip(losses, rows, strict=True):
+        assert torch.equal(ours.sample_ids, theirs.sample_ids)
 
 
 @pytest.mark.parametrize("curvature", ["none", "fisher"])

@@ -29,7 +29,7 @@ from tda_lightning.full_influence import (
     Objective,
     Woodbury,
 )
-from tda_lightning.full_influence.objective import columns_of, parameters_of
+from tda_lightning.full_influence.objective import columns_of
 from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.queries import query_rows
@@ -229,9 +229,9 @@ def test_columns_of_rows_are_matched_to_parameters(batch_size):
     vectors_ = rows[:, columns_of(selection).argsort()]
     for vector, inputs, label in zip(vectors_, x, y, strict=True):
         loss = functional.cross_entropy(net(inputs[None]), label[None])
-        grads = torch.autograd.grad(loss, parameters_of(selection))
+        grads = torch.autograd.grad(loss, selection.all_parameters())
         torch.testing.assert_close(vector, torch.cat([grad.flatten() for grad in grads]))
-    assert set(parameters_of(selection)) == set(model.parameters())
+    assert set(selection.all_parameters()) == set(model.parameters())
 
 
 class Last(nn.Module):

@@ -230,3 +230,25 @@ def test_a_bias_that_also_goes_around_a_batch_norm_is_recorded():
         flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
         torch.testing.assert_close(step.sketch.sum(dim=0), flat, rtol=1e-9, atol=1e-12)
         assert step.sketch[:, 35:40].any()
+
+
+class EmptyTable(nn.Module):
+    """A head, and a table of no categories, as libraries for tables of data have one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.table = nn.Linear(D, 3), nn.Embedding(0, 3)
+
+    def forward(self, x):
+        none = torch.zeros(len(x), 0, dtype=torch.int64)
+        return self.head(x) + self.table(none).sum(dim=1)
+
+
+def test_parameters_without_a_number_are_no_obstacle(tmp_path):
+    model = train(tmp_path / "run", Plain(EmptyTable().double()), audit=1)
+    store = HDF5Store.open(tmp_path / "run")
+    assert store.recipe.block_names == {"net.head.weight", "net.head.bias"}
+    assert not store.recipe.left_out
+    assert all(audit.explained_in_all() > 1 - 1e-12 for audit in store.audits())
+    assert attribute(store, model, data_of((D,))[:3], progress=False).values.any()

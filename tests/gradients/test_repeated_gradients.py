@@ -9,10 +9,10 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder
-from tda_lightning.gradients import repeated_gradients
+from tda_lightning.gradients import row_sum
 from tda_lightning.gradients.capture.parameter_paths import ParameterGradient
 from tda_lightning.gradients.factors import Dense, GradientFactors
-from tda_lightning.gradients.repeated_gradients import RepeatedGradients
+from tda_lightning.gradients.row_sum import RepeatedGradients
 from tda_lightning.stores import MemoryStore
 
 N, T, D, H, CLASSES = 13, 11, 7, 5, 3
@@ -93,7 +93,7 @@ DATA = TensorDataset(
 @pytest.mark.parametrize("room", [2**22, 300], ids=["all wait", "few wait"])
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_rows_of_shared_parameters_are_gradients(monkeypatch, case, room):
-    monkeypatch.setattr(repeated_gradients, "_MAX_WAITING", room)
+    monkeypatch.setattr(row_sum, "_MAX_WAITING", room)
     assert_rows_are_gradients(Sequences(*case), DATA)
 
 
@@ -110,7 +110,7 @@ def rows_under_adam(curvature):
 @pytest.mark.parametrize("curvature", ["none", "fisher"])
 def test_joined_gradients_have_the_same_rows_in_the_coordinates_of_adam(monkeypatch, curvature):
     joined = rows_under_adam(curvature)
-    monkeypatch.setattr(repeated_gradients, "_kind", lambda gradient: None)
+    monkeypatch.setattr(row_sum, "_kind", lambda gradient: None)
     torch.testing.assert_close(joined, rows_under_adam(curvature))
 
 

@@ -100,27 +100,42 @@ def test_recording_queries_preserves_the_state_of_the_model(mode):
 class WithAverage(Plain):
     """Follows an average of the weights in its training step, and scales a trained weight."""
 
-    def __init__(self):
+    def __init__(self, follow):
         super().__init__(mlp())
-        self.average = mlp().requires_grad_(False)
+        self.average, self.follow = mlp().requires_grad_(False), follow
 
     def training_step(self, batch, batch_idx):
         with torch.no_grad():
             for average, weight in zip(
                 self.average.parameters(), self.net.parameters(), strict=True
             ):
-                average.lerp_(weight, 0.1)
+                self.follow(average, weight)
             self.net[0].weight.mul_(0.9)
             targets = self.average(batch[0])
         return nn.functional.mse_loss(self.net(batch[0]), targets)
 
 
-def test_weights_that_the_training_step_changes_are_restored_after_queries():
-    model = WithAverage()
+def in_place(average, weight):
+    average.lerp_(weight, 0.1)
+
+
+def through_data(average, weight):
+    average.data.mul_(0.9).add_(weight.data, alpha=0.1)
+
+
+def by_new_data(average, weight):
+    average.data = 0.9 * average.data + 0.1 * weight.data
+
+
+@pytest.mark.parametrize("follow", [in_place, through_data, by_new_data])
+def test_weights_that_the_training_step_changes_are_restored_after_queries(follow):
+    model = WithAverage(follow)
     store, _ = record(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    places = [parameter.data_ptr() for parameter in model.parameters()]
     record_queries(model, vectors()[:5], like=store)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
 
 
 @pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. Linear `net.0.bias`.*no effect")

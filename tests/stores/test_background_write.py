@@ -1,14 +1,16 @@
 """A segment is written once, whatever interrupts the main thread."""
 
+import linecache
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 
 from tda_lightning import GradientRecorder, HDF5Store
-from tda_lightning.stores.contract import filled, make_steps, same
+from tda_lightning.stores.contract import RECIPE, filled, make_steps, same
 from tda_lightning.stores.hdf5 import segment_writer
 from tda_lightning.stores.hdf5.background_write import BackgroundWrite
 
@@ -55,6 +57,64 @@ def test_an_interrupt_while_the_thread_starts_loses_no_step(tmp_path, monkeypatc
     assert [step.index for step in run] == list(range(len(run)))
     assert len(run) > 5
     assert all((step.sketch != 0).any(dim=1).all() for step in run)
+
+
+def lines_of_sinks(frame, on_line):
+    """Call a function before each line of some functions that this thread runs."""
+    names = {"_start_writing", "seal", "finish", "result", "shards.add"}
+
+    def local(frame, event, arg):
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        # At the end of `with`, a trace function can raise where no signal handler can.
+        if event == "line" and not line.startswith("with "):
+            on_line()
+        return local
+
+    code = frame.f_code
+    called = {code.co_name, f"{Path(code.co_filename).stem}.{code.co_name}"}
+    return local if called & names else None
+
+
+def record_with_interrupt(path, steps, at):
+    """Raise at a line, then seal as after an interrupted training; return the number of lines."""
+    store = HDF5Store(path, segment_bytes=100)  # A segment for every step or two.
+    store.begin(RECIPE)
+    count = 0
+
+    def on_line():
+        nonlocal count
+        count += 1
+        if count == at:
+            raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, arg: lines_of_sinks(frame, on_line))
+    try:
+        for step in steps:
+            store.append(step)
+        store.seal()
+    except KeyboardInterrupt:
+        sys.settrace(before)
+        store.seal()
+    finally:
+        sys.settrace(before)
+    assert all(map(same, store, HDF5Store.open(path)))
+    return count, list(store)
+
+
+def test_an_interrupt_at_any_line_neither_loses_a_step_nor_writes_one_twice(tmp_path):
+    steps = make_steps(3)
+    total, recorded = record_with_interrupt(tmp_path / "0", steps, None)
+    assert len(recorded) == len(steps)
+    assert len(list((tmp_path / "0").glob("segment-*.h5"))) == 2
+    lengths = []
+    for at in range(1, total + 1):
+        path = tmp_path / str(at)
+        _, recorded = record_with_interrupt(path, steps, at)
+        assert all(map(same, recorded, steps[: len(recorded)]))
+        lengths.append(len(recorded))
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1] == len(steps)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no descriptors are inherited there")

@@ -435,10 +435,11 @@ def test_segments_beyond_a_million_are_read_in_order(tmp_path, ranks):
     stores[0].begin(replace(RECIPE, ranks=ranks))
     for store in stores:
         store.resume(0)
-        store._next = 999_998
+        store._sink.start_at(store.path, store._identity(999_998), store._shard)
         for step in steps:
             store.append(step)
             store.seal()
+    assert list((tmp_path / "run").glob("segment-1000001*.h5"))
     run = HDF5Store.open(tmp_path / "run", missing="skip")
     assert [step.index for step in run] == [0, 2, 4, 6]
     run.resume(4)

@@ -62,11 +62,7 @@ class Directions:
 
 
 def gradient_directions(run: Store) -> Directions:
-    """Return the mean direction of each sample's gradients over its visits.
-
-    Raises:
-        ValueError: If the run holds no rows.
-    """
+    """Return the mean direction of each sample's gradients over its visits, if the run has rows."""
     if run.recipe.projector.get("name") == "none":
         raise ValueError(
             "The run holds losses and no rows; expected rows to compare. Record with "

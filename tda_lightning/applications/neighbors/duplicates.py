@@ -28,7 +28,7 @@ from tda_lightning.arguments import require_not_negative
 from tda_lightning.features import train_features
 from tda_lightning.passes.targets import labels_of
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
 
@@ -91,9 +91,7 @@ class Duplicates(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with a row per sample in a group, indexed by its id."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         numbers = [number for number, group in enumerate(self.groups) for _ in group.tolist()]
         index = pd.Index(self.ids.numpy(), name="train")
         frame = pd.DataFrame({"group": numbers, "similarity": self.scores.numpy()}, index=index)
@@ -192,10 +190,9 @@ def _labels_by_id(
 def _groups(
     directions: Directions, threshold: float
 ) -> tuple[tuple[Int64[Tensor, " _"], ...], Float[Tensor, " n_train"]]:
-    """Return the groups of samples that are joined by cosines above the threshold.
+    """Return the ids of each group that cosines above the threshold join, the most similar first.
 
-    Returns:
-        Ids of each group, the most similar first, and the largest cosine of each sample.
+    Also return the largest cosine of each sample.
     """
     n = len(directions.train_ids)
     group_of, nearest = torch.arange(n), torch.zeros(n)

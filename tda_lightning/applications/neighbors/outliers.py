@@ -20,7 +20,7 @@ from torch import Tensor
 from tda_lightning.applications.neighbors.directions import Directions, gradient_directions
 from tda_lightning.arguments import require_whole
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ class Outliers(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with a row per training sample, indexed by its id."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         is_flagged = torch.zeros(len(self.train_ids), dtype=torch.bool)
         is_flagged[self._flagged()] = True
         columns = {"is_outlier": is_flagged, "distance": self.distances, "nearest": self.nearest}

@@ -16,14 +16,7 @@ import torch
 
 
 def require_importable(functions: Mapping[str, Callable[..., Any]]) -> None:
-    """Check that other processes can import functions.
-
-    Args:
-        functions: The functions, by the names of the user's arguments.
-
-    Raises:
-        ValueError: If they cannot.
-    """
+    """Check that other processes can import the functions in some of the user's arguments."""
     is_interactive = not hasattr(sys.modules["__main__"], "__file__")
     for name, function in functions.items():
         try:
@@ -41,12 +34,7 @@ def require_importable(functions: Mapping[str, Callable[..., Any]]) -> None:
 def run_in_processes(
     function: Callable[..., Any], calls: Mapping[int, Sequence[Any]], processes: int
 ) -> Iterator[tuple[int, Any]]:
-    """Yield the result of each call, in the order in which they finish.
-
-    Args:
-        function: The function.
-        calls: The arguments of each call, by its number.
-        processes: Number of calls at the same time.
+    """Yield the result of each call, by its number, in the order in which they finish.
 
     Raises:
         RuntimeError: If a call fails, or a process ends. Calls that have not begun are dropped.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tda_lightning.applications.retraining.plan import Plan
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores.integrity.durable import atomic_write
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ class Retrainings(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with a row per training: seed, samples kept, measurements."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         frame = pd.DataFrame(self.values.numpy()).add_prefix("value_")
         frame.insert(0, "kept", self.plan.kept.sum(dim=1).numpy())
         frame.insert(0, "seed", self.plan.seeds.numpy())
@@ -58,13 +56,8 @@ class Retrainings(ShownInNotebooks):
 class ResultFolder:
     """A folder that holds the result of each finished training of one plan.
 
-    Args:
-        path: The folder; it is created.
-        plan: The plan whose results it holds.
-        functions: The user's functions that train and measure, by name.
-
     Raises:
-        FileExistsError: If the folder holds the results of another plan, or of other functions.
+        FileExistsError: If it holds the results of another plan, or of other functions.
     """
 
     def __init__(
@@ -109,8 +102,7 @@ class ResultFolder:
     def add(self, number: int, values: Float[Tensor, " n_values"]) -> None:
         """Store the result of a training; a process that is killed leaves no half file.
 
-        Raises:
-            ValueError: If another training returned another number of values.
+        All trainings must return the same number of values.
         """
         other = next(
             (path for n in range(len(self._plan)) if (path := self._file(n)).exists()), None

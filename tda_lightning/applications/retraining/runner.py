@@ -84,17 +84,11 @@ def retrain(
             than the plan, or ``measure`` returns anything but numbers.
     """
     require_whole("processes", processes, least=1)
-    functions: dict[str, Callable[..., Any]] = {
-        "model": model,
-        "loader": loader,
-        "trainer": trainer,
-        "measure": measure,
-    }
     task = _Task(model, loader, trainer, measure)
     if processes > 1:
-        require_importable(functions)
+        require_importable(vars(task))
     with TemporaryDirectory() as temporary:
-        results = ResultFolder(temporary if folder is None else folder, plan, functions)
+        results = ResultFolder(temporary if folder is None else folder, plan, vars(task))
         missing = results.missing()
         with tqdm(
             total=len(plan),
@@ -149,10 +143,8 @@ def _train(
 def part_of(loader: DataLoader[Any], weights: Float[Tensor, " n_train"]) -> DataLoader[Any]:
     """Return a loader with the same settings that draws samples by their weights.
 
-    Args:
-        loader: A loader of the full training set, shuffled or in order.
-        weights: Weight of each sample; 0 leaves it out. If the others are all equal, each is drawn
-            once per epoch; else as many are drawn with replacement, in proportion.
+    A weight of 0 leaves a sample out. If the others are all equal, each is drawn once per epoch;
+    else as many are drawn with replacement, in proportion.
 
     Raises:
         ValueError: If the loader has another sampler, or its dataset another length.

@@ -19,7 +19,7 @@ from tda_lightning.api import attribute
 from tda_lightning.attribution import Attributor, InfluenceFunction
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.ranking import require_rank
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.opening import Run
@@ -100,9 +100,7 @@ class Candidates(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with a row per query and rank."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         n_query, k = self.ids.shape
         ranks = pd.MultiIndex.from_product([range(n_query), range(1, k + 1)])
         columns = {"train": self.ids.flatten().numpy(), "score": self.scores.flatten().numpy()}

@@ -29,9 +29,9 @@ from tda_lightning.passes.batches import (
     batches_in_memory,
     identified,
     loss_of,
+    named_batches,
     require_loader,
     transfer,
-    with_progress,
 )
 from tda_lightning.passes.model_state import (
     fingerprint,
@@ -133,15 +133,12 @@ def _scores_now(
     """Return the sorted ids of all passages, and their scores at the model's weights."""
     ids, columns = [], []
     ledger = SampleLedger(sample_ids)
-    ledger.watch(train_loader, lambda: True)
-    try:
-        for number, batch in enumerate(with_progress(train_loader, "passages", progress)):
-            ids.append(ledger.name(batch, number))
+    with named_batches(ledger, train_loader, "passages", progress) as batches:
+        for batch_ids, batch in batches:
+            ids.append(batch_ids)
             n = batch_size(batch, "train_loader")
             loss = n * loss_of(model, transfer(model, batch))
             columns.append(query.scores(calls.tokens(loss, n)))
-    finally:
-        ledger.release()
     if not ids:
         raise ValueError("`train_loader` is an empty loader; expected at least one batch.")
     train_ids, order = torch.cat(ids).sort()

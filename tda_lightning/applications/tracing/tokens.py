@@ -19,7 +19,7 @@ from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.passes.targets import Target, outputs_of
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:
@@ -76,9 +76,7 @@ class TokenScores(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with the query's tokens as rows and the passage's as columns."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         return pd.DataFrame(
             self.values.numpy(), index=list(self.query_tokens), columns=list(self.passage_tokens)
         )

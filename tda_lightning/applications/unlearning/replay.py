@@ -29,8 +29,9 @@ from tda_lightning.applications.unlearning.weight_updates import (
 )
 from tda_lightning.arguments import describe, require_kind
 from tda_lightning.attribution.dynamics.optimizer import require_training
-from tda_lightning.passes.batches import loss_of, transfer, with_progress
+from tda_lightning.passes.batches import loss_of, transfer
 from tda_lightning.passes.model_state import preserved_state, swapped_weights
+from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores.step import StepFacts
 
 
@@ -109,7 +110,7 @@ def _replayed(
         optimizer = _optimizer_of(model)
         _require_groups(optimizer, steps[0])
         torch.manual_seed(0)  # Dropout and augmentation are the same in both replays.
-        for step in with_progress(steps, "replay", task.progress, unit="step"):
+        for step in progress_bar(steps, "replay", "step", shown=task.progress):
             ids = step.sample_ids[~torch.isin(step.sample_ids, forget_ids)]
             if len(ids):
                 for group, recorded in zip(optimizer.param_groups, step.groups, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tda_lightning.applications.unlearning.sample_passes import Ids, ids_tensor
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ class RewindPlan(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with the first step of each sample, indexed by its id."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         index = pd.Index(self.ids.numpy(), name="train")
         return pd.DataFrame({"first_step": self.first_steps.numpy()}, index=index)
 
@@ -130,11 +128,7 @@ def rewind_plan(run: Run, forget_ids: Ids) -> RewindPlan:
 def require_trained(
     name: str, ids: Int[Tensor, " n"], train_ids: Int[Tensor, " n_train"]
 ) -> Int[Tensor, " n"]:
-    """Return ids, if all of them are in the training set.
-
-    Raises:
-        ValueError: If one is not.
-    """
+    """Return ids, if all of them are in the training set."""
     unknown = ids[~torch.isin(ids, train_ids)]
     if len(unknown):
         raise ValueError(

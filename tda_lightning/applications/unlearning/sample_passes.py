@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset
 
-from tda_lightning.passes.batches import loss_of, transfer
+from tda_lightning.passes.batches import loss_of, select_samples, transfer
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.targets import Target
 from tda_lightning.recording.sample_ids import root_ids
@@ -21,11 +21,7 @@ Ids = Sequence[int] | Int[np.ndarray, " n"] | Int[Tensor, " n"]
 
 
 def ids_tensor(name: str, ids: Ids) -> Int[Tensor, " n"]:
-    """Return ids as a sorted tensor without repetitions.
-
-    Raises:
-        ValueError: If there are none, or they are not whole numbers.
-    """
+    """Return ids as a sorted tensor without repetitions, if they are whole numbers."""
     values = torch.as_tensor(ids)
     if values.ndim != 1 or len(values) == 0 or values.is_floating_point():
         raise ValueError(
@@ -41,11 +37,7 @@ def ids_tensor(name: str, ids: Ids) -> Int[Tensor, " n"]:
 
 
 def dataset_ids(loader: DataLoader[Any], argument: str) -> Int[Tensor, " n"]:
-    """Return the id of each sample of a loader's dataset, in the order of the dataset.
-
-    Raises:
-        ValueError: If the samples of the dataset have no index.
-    """
+    """Return the id of each sample of a loader's dataset, in the order of the dataset."""
     dataset = getattr(loader, "dataset", None)
     ids = None if isinstance(dataset, IterableDataset) else root_ids(dataset)
     if not isinstance(loader, DataLoader) or ids is None:
@@ -55,21 +47,6 @@ def dataset_ids(loader: DataLoader[Any], argument: str) -> Int[Tensor, " n"]:
             "selected by their ids."
         )
     return torch.as_tensor(ids, dtype=torch.int64)
-
-
-def select_samples(
-    loader: DataLoader[Any], positions: Sequence[int], batch_size: int | None = None
-) -> DataLoader[Any]:
-    """Return a loader of some samples of another loader's dataset, in the given order.
-
-    Args:
-        loader: The loader with the dataset and the function that collates its batches.
-        positions: Positions of the samples in the dataset.
-        batch_size: Samples per batch; by default that of ``loader``, or 50.
-    """
-    size = batch_size or loader.batch_size or 50
-    subset = Subset(loader.dataset, list(positions))
-    return DataLoader(subset, batch_size=size, collate_fn=_collate_of(loader))
 
 
 def batch_of(loader: DataLoader[Any], ids: Int[Tensor, " n"]) -> Any:
@@ -107,8 +84,3 @@ def sample_predictions(
             is_logits = values.ndim > 1 and values.shape[-1] > 1
             rows.append((values.softmax(dim=-1) if is_logits else values).flatten().cpu())
     return torch.stack(rows) if rows else torch.empty(0, 0)
-
-
-def _collate_of(loader: DataLoader[Any]) -> Any:
-    # Without automatic batching, the function converts one sample.
-    return loader.collate_fn if loader.batch_sampler is not None else None

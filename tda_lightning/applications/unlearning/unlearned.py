@@ -20,7 +20,6 @@ from tda_lightning.applications.unlearning.sample_passes import (
     ids_tensor,
     sample_losses,
     sample_predictions,
-    select_samples,
     spread_samples,
 )
 from tda_lightning.applications.unlearning.weight_updates import (
@@ -31,10 +30,11 @@ from tda_lightning.applications.unlearning.weight_updates import (
 from tda_lightning.arguments import require_kind
 from tda_lightning.gradients.parameter_selection import select_like
 from tda_lightning.metrics.mislabel import mislabel_auc
+from tda_lightning.passes.batches import select_samples
 from tda_lightning.passes.model_state import require_model, swapped_weights, warn_of_other_weights
 from tda_lightning.passes.targets import Target, outputs_of
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import needs
+from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ class Unlearned(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with models as rows and all measurements as columns."""
-        with needs("pandas"):
-            import pandas as pd
-
+        pd = import_pandas()
         columns = {f"loss, {name}": values for name, values in self.losses.items()}
         if self.membership_auc:
             columns["membership AUC"] = self.membership_auc

@@ -51,6 +51,7 @@ from tda_lightning.full_influence.woodbury import Woodbury
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.stores import Store
+from tda_lightning.stores.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,11 @@ class ForgettingTask:
     """The samples to forget, and all that an update may use.
 
     Attributes:
-        model: The trained LightningModule.
         selection: The parameters that the update moves.
         run: The recorded training.
-        forget_ids: Ids of the samples to forget, sorted.
         forget: The samples to forget.
         retain: The other training samples.
-        n_retain: Number of the other training samples.
         batch_of: Function from ids to a batch of these training samples.
-        progress: Show progress bars.
     """
 
     model: nn.Module
@@ -81,17 +78,16 @@ class ForgettingTask:
 
     def gradients(self, run: Store | None) -> FullGradients:
         """Return the full gradients along a run, or at the current weights without one."""
-        recipe = full_recipe(
-            self.model, self.selection, self.run.recipe.reduction, self.run.recipe.batch_dims
-        )
-        return FullGradients(self.model, self.selection, recipe, run)
+        return FullGradients(self.model, self.selection, self._recipe(), run)
 
     def current_gradients(self) -> FullGradients:
         """Return the full gradients at the current weights, in the run's last coordinates."""
-        recipe = full_recipe(
-            self.model, self.selection, self.run.recipe.reduction, self.run.recipe.batch_dims
-        )
-        return FullGradients.at_current_weights(self.model, self.selection, recipe, self.run)
+        arguments = self.model, self.selection, self._recipe(), self.run
+        return FullGradients.at_current_weights(*arguments)
+
+    def _recipe(self) -> Recipe:
+        recorded = self.run.recipe
+        return full_recipe(self.model, self.selection, recorded.reduction, recorded.batch_dims)
 
 
 class WeightUpdate(ABC):

@@ -143,11 +143,7 @@ def _group_settings(
 
 
 def require_training(run: Store) -> None:
-    """Check that the steps of a run are training steps.
-
-    Raises:
-        ValueError: If the run was recorded without training.
-    """
+    """Check that the steps of a run are training steps."""
     if not run.recipe.is_training:
         raise ValueError(
             "The run was recorded without training: its steps did not move the weights, so they "

@@ -34,11 +34,7 @@ class Propagator(ABC):
 
     @abstractmethod
     def taken(self, x: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-        """Return the share of a displacement that is removed.
-
-        Args:
-            x: Learning rate times eigenvalue, shape ``(m,)``.
-        """
+        """Return the removed share of a displacement, given learning rate times eigenvalue."""
 
     @abstractmethod
     def linear_up_to(self) -> float:
@@ -89,8 +85,8 @@ class LimitedCurvature:
     matrix. Where no eigenvalue can be too large, these are not computed.
 
     Args:
-        rows: The unscaled rows of the factor, shape ``(m, k)``.
-        scales: The scale of each row, shape ``(m,)``.
+        rows: The unscaled rows of the factor.
+        scales: The scale of each row.
         rate: The learning rate by which overshoot is judged.
         propagator: The rule.
     """
@@ -109,12 +105,7 @@ class LimitedCurvature:
     def subtract_product_(
         self, displacements: Float[Tensor, "k n"], products: Float[Tensor, "m n"]
     ) -> None:
-        """Subtract from ``displacements`` the product of the curvature with some vectors.
-
-        Args:
-            displacements: Changed in place, as columns, shape ``(k, n)``.
-            products: Inner products of the unscaled rows with those vectors.
-        """
+        """Subtract the curvature's product with some vectors, given the rows' products."""
         coefficients = self._scales * products
         if self._inner is not None:
             coefficients = self._inner @ coefficients

@@ -19,13 +19,7 @@ from tda_lightning.passes.model_state import Mode, preserved_rng, preserved_stat
 
 
 class Probe:
-    """The batches of a probe set, and the computation of their gradients.
-
-    Args:
-        batches: Batches as the training loader yields them.
-        reduction: How the training loss combines the samples of a batch.
-        mode: Whether the model is in evaluation or training mode for the probes.
-    """
+    """The batches of a probe set, and the computation of their gradients."""
 
     def __init__(
         self,
@@ -50,15 +44,9 @@ class Probe:
     def record(
         self, trainer: Trainer, model: LightningModule, rows: RowRecorder
     ) -> tuple[float, Float[Tensor, "n_probe k"]]:
-        """Sketch the gradient of each probe's loss at the current weights.
+        """Return the probes' mean loss at the current weights, and a sketched gradient for each.
 
-        Args:
-            trainer: The trainer, which sets the precision.
-            model: The model; its state is preserved.
-            rows: An attached row recorder, between two batches.
-
-        Returns:
-            The probes' mean loss, and one row for each.
+        The trainer sets the precision; the model's state is preserved; ``rows`` is between batches.
         """
         probe_rows, total = [], 0.0
         with preserved_state(model, self._mode), torch.enable_grad():
@@ -74,9 +62,6 @@ class Probe:
 
 def read_probe(probe: Any) -> list[Any]:
     """Read the batches of a probe once, without consuming random numbers.
-
-    Args:
-        probe: A batch, or a ``DataLoader`` of batches.
 
     Raises:
         ValueError: If it is empty or shuffled.

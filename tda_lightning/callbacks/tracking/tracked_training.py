@@ -113,11 +113,7 @@ class TrackedTraining:
 
 
 def require_trackable(trainer: Trainer, module: LightningModule) -> None:
-    """Check that this training has a single moment per step at which a probe can pass.
-
-    Raises:
-        ValueError: If it has none. The message names the setting and the remedy.
-    """
+    """Check that this training has a single moment per step at which a probe can pass."""
     if not module.automatic_optimization:
         raise ValueError(
             "`ContributionTracker` cannot track manual optimization, where a probe that passes "
@@ -138,15 +134,7 @@ def track(
     probe: Probe,
     train_ids: Int[np.ndarray, " n_train"] | None,
 ) -> TrackedTraining:
-    """Prepare to track a training.
-
-    Args:
-        settings: The arguments of the callback.
-        trainer: The trainer, about to start.
-        model: The model.
-        probe: The probe set.
-        train_ids: Ids of the training samples, if they are known before training.
-    """
+    """Prepare to track a training that is about to start."""
     (optimizer,) = trainer.optimizers
     selection = select_trained_layers(model, settings.layers, [optimizer])
     projector, projector_warnings = _projector(settings, trainer, selection, len(probe))
@@ -176,7 +164,7 @@ def track(
         "model": type(model).__name__,
         "optimizer": type(optimizer).__name__,
         "projector": ", ".join(f"{key}={value}" for key, value in projector.to_dict().items()),
-        "rows": f"{recorder.dimension} x {dtype}, coordinates of {preconditioner}",
+        "rows": f"{recorder.rows.dimension} x {dtype}, coordinates of {preconditioner}",
         "weights": "those of each tracked step",
         "mode": settings.mode,
         "period": f"{period} steps" if isinstance(period, int) else period,

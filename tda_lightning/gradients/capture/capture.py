@@ -45,9 +45,6 @@ class Capture:
             inferred rightly.
         shrinking: Returns how the gradients of a parameter are shrunk, and its block.
         followed: Names of parameters in front of batch norms whose running statistics follow them.
-
-    Attributes:
-        switch: Pauses this capture and the model's others during extra passes through the model.
     """
 
     def __init__(
@@ -129,9 +126,8 @@ class Capture:
     def start_backward(self, receive: Receiver, hold: Hold) -> None:
         """Deliver the gradients of the backward pass that begins now.
 
-        Args:
-            receive: Called with the gradients of a parameter.
-            hold: Called with the values of a node that can be recorded together with others.
+        ``receive`` is called with the gradients of a parameter, ``hold`` with the values of a node
+        that can be recorded together with others.
         """
         assert self._walk is not None
         self._receive, self._hold = receive, hold
@@ -146,14 +142,7 @@ class Capture:
     def timed_backward(
         self, loss: Tensor, inputs: Sequence[Tensor], receive: Receiver, hold: Hold
     ) -> None:
-        """Run the backward pass of a loss, deliver its rows, and retain the graph.
-
-        Args:
-            loss: The loss.
-            inputs: Tensors whose gradients are computed.
-            receive: As in :meth:`start_backward`.
-            hold: The same.
-        """
+        """Run the backward pass of a loss, deliver its rows, and retain the graph."""
         try:
             with self.switch.others_paused():
                 self.start_backward(receive, hold)
@@ -164,27 +153,21 @@ class Capture:
     def extra_backward(
         self, gradients: Sequence[tuple[GradientEdge, Tensor]], receive: Receiver, hold: Hold
     ) -> None:
-        """Run an extra backward pass before the actual one, deliver its rows, retain the graph.
-
-        Args:
-            gradients: Edges in the graph at which it starts, each with a gradient.
-            receive: As in :meth:`start_backward`.
-            hold: The same.
-        """
+        """Run a backward pass from edges with gradients, deliver its rows, and retain the graph."""
         assert self._walk is not None
         assert self._delivery is not None
         delivery, walk = self._delivery, self._walk
         edges, grads = [edge for edge, _ in gradients], [grad for _, grad in gradients]
-        meetings = {meeting.node: meeting for meeting in walk.meetings}
         slots = dict(walk.alike)
 
         def deliver(node: Node, grads: tuple[Tensor | None, ...]) -> None:
             slot, grad = slots.get(node), grads[0]
-            values = None if slot is None or grad is None else slot.rule.saved(node)
-            if values is not None and slot is not None and grad is not None:
-                hold(slot, (grad, *values))
-                return
-            delivery.deliver(node, delivery.inputs(meetings[node]), grads, receive)
+            if slot is not None and grad is not None:
+                values = slot.rule.saved(node)
+                if values is not None:
+                    hold(slot, (grad, *values))
+                    return
+            delivery.deliver(node, delivery.inputs(walk.meeting_of[node]), grads, receive)
 
         with self.switch.others_paused():
             backward_to_meetings(edges, grads, walk, walk.meetings, deliver)
@@ -230,8 +213,9 @@ class Capture:
             if hold is None or grad is None or switch.is_paused():
                 return
             values = saved(node)
-            if values is None:
-                self._deliver_alone(node, grads)
+            if values is None:  # This node differs from others of its kind.
+                assert self._walk is not None
+                self._prehook(self._walk.meeting_of[node])(grads)
             elif self._clock is None:
                 hold(slot, (grad, *values))
             else:
@@ -239,11 +223,6 @@ class Capture:
                     hold(slot, (grad, *values))
 
         return hook
-
-    def _deliver_alone(self, node: Node, grads: tuple[Tensor | None, ...]) -> None:
-        """Deliver the gradients of a node that turns out to differ from others of its kind."""
-        assert self._walk is not None
-        self._prehook(self._walk.meeting_of[node])(grads)
 
     @contextmanager
     def time_added(self) -> Iterator[None]:

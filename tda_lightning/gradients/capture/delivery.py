@@ -29,14 +29,8 @@ class NormsBehind:
     """Adds to the rows of a weight the effect through the statistics of a batch norm behind it.
 
     A norm in evaluation mode has constant statistics. Its rows include the effect only for weights
-    whose training used the statistics of the batch: the running ones follow those.
-
-    Args:
-        recorded: The names of the recorded parameters.
-        followed: Names of parameters whose effect is included in evaluation mode as well.
-
-    Attributes:
-        names: Names of the parameters that a norm with the statistics of the batch has followed.
+    whose training used the statistics of the batch: the running ones follow those. These weights
+    are ``followed``; ``names`` collects them during a training.
     """
 
     def __init__(self, recorded: Mapping[Tensor, str], followed: Collection[str]) -> None:
@@ -112,15 +106,7 @@ def _no_owner(meeting: Meeting) -> str:
 
 
 class Delivery:
-    """Delivers the gradients of one batch.
-
-    Args:
-        recorded: The names of the recorded parameters.
-        layouts: Decides where the samples lie.
-        norms: Adds the effect through batch norms.
-        walk: The walk over the graph of the batch.
-        n: Number of samples.
-    """
+    """Delivers the gradients of one batch."""
 
     def __init__(
         self,

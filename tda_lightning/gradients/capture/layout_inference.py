@@ -37,11 +37,7 @@ _MAX_NODES = 60
 
 @dataclass(frozen=True)
 class RoutedRows:
-    """Rows that an index has picked from a tensor with a regular layout.
-
-    Attributes:
-        source: Layout of the tensor that the rows come from.
-    """
+    """Rows that an index has picked from a tensor with a regular layout, ``source``."""
 
     source: SampleLayout
 
@@ -55,12 +51,7 @@ class RoutedRows:
 
 
 def picked_rows(node: Node, with_samples: set[Node]) -> tuple[Int[Tensor, " rows"], int] | None:
-    """Return the index that has picked the rows of a node's output, and the number to pick from.
-
-    Args:
-        node: The node.
-        with_samples: The nodes whose outputs have rows of samples.
-    """
+    """Return the index that has picked the rows of a node's output, and the number to pick from."""
     count = output_shape((node, 0))[0]
     waiting, seen = deque([node]), {node}
     while waiting and len(seen) < _MAX_NODES:
@@ -113,13 +104,7 @@ _SPREADING = frozenset(f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div
 
 @dataclass
 class LayoutInference:
-    """Infers layouts.
-
-    Attributes:
-        recorded: The recorded parameters.
-        declared: The axis of the samples of parameters for which the user has declared it.
-        n: Number of samples of the last batch.
-    """
+    """Infers layouts, unless the user has declared the axis of the samples of a parameter."""
 
     recorded: Mapping[Tensor, object]
     declared: Mapping[Tensor, SampleAxis] = field(default_factory=dict)

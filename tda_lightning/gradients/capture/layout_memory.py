@@ -39,7 +39,7 @@ class LayoutMemory(LayoutDecisions):
     """Infers, proves and remembers layouts.
 
     Attributes:
-        lost: Why the rows of a parameter cannot be separated, by parameter.
+        lost: Why the rows of a parameter cannot be separated.
         irregular: Whose rows the last batch has in nodes where their order is irregular.
         by_shape: The nodes of the last graph that shapes decide about: whether they have samples.
             Each has the position of an input, its edge, and the answer.
@@ -94,12 +94,7 @@ class LayoutMemory(LayoutDecisions):
         return walk(root, self.recorded, self._has_samples, visited)
 
     def resume(self, n: int, with_samples: set[Node]) -> None:
-        """Continue with a graph that needs no walk.
-
-        Args:
-            n: Number of samples of its batch.
-            with_samples: Its nodes whose outputs depend on samples.
-        """
+        """Continue with a graph of ``n`` samples that needs no walk."""
         self.n, self._with_samples, self.irregular = n, with_samples, {}
 
     def forget_graph(self) -> None:

@@ -65,13 +65,7 @@ class ParameterGradient:
 def to_parameters(
     edge: Edge, contribution: Contribution, recorded: Mapping[Tensor, object]
 ) -> Iterable[ParameterGradient]:
-    """Return the gradients of the parameters that a parameter-only tensor is made of.
-
-    Args:
-        edge: The edge of that tensor in the graph.
-        contribution: Its per-sample gradients.
-        recorded: The recorded parameters; others are skipped.
-    """
+    """Return the gradients of the recorded parameters that a parameter-only tensor is made of."""
     shape = output_shape(edge)
     while functions := edge[0].next_functions:
         name = type(edge[0]).__name__

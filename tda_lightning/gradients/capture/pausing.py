@@ -22,11 +22,7 @@ _lock = threading.Lock()
 
 
 class PauseSwitch:
-    """Holds whether a capture is paused, and pauses it together with the model's other captures.
-
-    Args:
-        model: The model whose layers the capture hooks.
-    """
+    """Holds whether a capture is paused, and pauses it together with the model's other captures."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

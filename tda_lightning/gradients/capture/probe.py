@@ -1,8 +1,8 @@
 """Prove which rows belong to which sample: send back the gradient of one sample alone.
 
-Shapes allow several layouts. The gradient of the loss with respect to one sample's outputs alone
-reaches exactly that sample's rows in every node, if samples do not depend on each other. With batch
-norm it reaches the others' a little.
+Shapes allow several layouts. If samples do not depend on each other, the gradient with respect to
+one sample's outputs reaches that sample's rows alone, in every node. With batch norm it reaches the
+others' a little.
 """
 
 from __future__ import annotations
@@ -89,28 +89,24 @@ def probe(
     shown: dict[Node, Evidence] = {}
     if start is not None and meetings:
         known = next(islice(starts_of(loss, result, n), start, None), None)
-        found = _evidence_at(loss, *known, result, meetings, axes, n) if known else {}
+        found = _Prober(result, meetings, axes, n).evidence_from(loss, *known) if known else {}
         shown = {node: each for node, each in found.items() if not each.is_empty}
         meetings = [meeting for meeting in meetings if meeting.node not in shown]
+    prober = _Prober(result, meetings, axes, n)
     n_certain = 0
     for cuts, choice in starts_of(loss, result, n) if meetings else ():
-        evidence = _evidence_at(loss, cuts, choice, result, meetings, axes, n)
+        evidence = prober.evidence_from(loss, cuts, choice)
         is_certain = certainty(evidence) > _CERTAIN
         n_certain += is_certain
         if is_certain and n_certain > 1:  # Some nodes depend on another part of the loss.
-            best = {node: _better(found, evidence.get(node)) for node, found in best.items()}
+            best = {node: _better(each, evidence.get(node)) for node, each in best.items()}
         elif not best or certainty(evidence) > certainty(best):
             best = evidence
         # From a certain start, nothing less than all of a gradient is a proof.
-        is_proven = all(found.is_empty or found.share > PROVEN for found in best.values())
+        is_proven = all(each.is_empty or each.share > PROVEN for each in best.values())
         if n_certain == _MAX_CERTAIN or (n_certain and is_proven):
             break
     return best | shown
-
-
-def _better(first: Evidence, second: Evidence | None) -> Evidence:
-    is_better = second is not None and (first.is_empty or second.share > first.share)
-    return second if is_better and second is not None else first
 
 
 # Starts with which samples turn out to be independent, until some nodes are given up.
@@ -119,56 +115,84 @@ _MAX_CERTAIN = 4
 _CERTAIN = 1 - 1e-6
 
 
-def _evidence_at(
-    loss: Tensor,
-    cuts: Cuts,
-    choice: int,
-    result: Walk,
-    meetings: Sequence[Meeting],
-    axes: Mapping[Node, Sequence[int]],
-    n: int,
-) -> dict[Node, Evidence]:
-    """Return the evidence of probes that start at some edges, with one of their layouts each."""
-    edges = [edge for edge, _ in cuts]
-    gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
-    starts = [
-        (edge, grad, layouts[min(choice, len(layouts) - 1)])
-        for (edge, layouts), grad in zip(cuts, gradients, strict=True)
-        if grad is not None
-    ]
-    return _evidence_of(starts, result, meetings, axes, n) if starts else {}
-
-
 def certainty(evidence: Mapping[Node, Evidence]) -> float:
     """Return the median share of a probed sample's gradient in its rows."""
     shares = sorted(e.share for e in evidence.values() if not e.is_empty)
     return shares[len(shares) // 2] if shares else 0.0
 
 
+def _better(first: Evidence, second: Evidence | None) -> Evidence:
+    if second is None or not (first.is_empty or second.share > first.share):
+        return first
+    return second
+
+
+# An edge, the gradient there, and where the samples lie in it.
 _Start = tuple[GradientEdge, Tensor, SampleLayout]
 
 
-def _evidence_of(
-    starts: Sequence[_Start],
-    result: Walk,
-    meetings: Sequence[Meeting],
-    axes: Mapping[Node, Sequence[int]],
-    n: int,
-) -> dict[Node, Evidence]:
-    probed = _strongest_samples(starts, n)
-    arrived = [_arriving(starts, result, meetings, axes, n, sample) for sample in probed]
-    evidence = {}
-    for meeting in meetings:
-        layouts = list(possible_layouts(meeting.shape, n, axes[meeting.node]))
+@dataclass(frozen=True)
+class _Prober:
+    """Probes meetings of a graph; ``axes`` are those on which samples can lie."""
+
+    result: Walk
+    meetings: Sequence[Meeting]
+    axes: Mapping[Node, Sequence[int]]
+    n: int
+
+    def evidence_from(self, loss: Tensor, cuts: Cuts, choice: int) -> dict[Node, Evidence]:
+        """Return the evidence of probes that start at some edges, with one of their layouts each.
+
+        It is empty if the loss does not depend on these edges.
+        """
+        edges = [edge for edge, _ in cuts]
+        gradients = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+        starts = [
+            (edge, grad, layouts[min(choice, len(layouts) - 1)])
+            for (edge, layouts), grad in zip(cuts, gradients, strict=True)
+            if grad is not None
+        ]
+        if not starts:
+            return {}
+        probed = _strongest_samples(starts, self.n)
+        arrived = [self._arriving(starts, sample) for sample in probed]
+        return {
+            meeting.node: self._evidence_of(meeting, probed, arrived) for meeting in self.meetings
+        }
+
+    def _evidence_of(
+        self, meeting: Meeting, probed: list[int], arrived: Sequence[_Weights]
+    ) -> Evidence:
         weights = [by_node.get(meeting.node, {}) for by_node in arrived]
-        shares = [(_share(each, weights, probed, n), each) for each in layouts]
+        layouts = possible_layouts(meeting.shape, self.n, self.axes[meeting.node])
+        shares = [(_share(each, weights, probed, self.n), each) for each in layouts]
         known = [pair for pair in shares if pair[0] == pair[0]]
-        layout: SampleLayout | None = None
-        share = float("nan")
-        if known:
-            share, layout = max(known, key=lambda pair: pair[0])
-        evidence[meeting.node] = Evidence(layout, share, probed, weights)
-    return evidence
+        if not known:
+            return Evidence(None, float("nan"), probed, weights)
+        share, layout = max(known, key=lambda pair: pair[0])
+        return Evidence(layout, share, probed, weights)
+
+    def _arriving(self, starts: Sequence[_Start], sample: int) -> _Weights:
+        """Return a sample's squared gradient that arrives in each meeting, per entry of an axis."""
+        weights: dict[Node, dict[int, Tensor]] = {}
+
+        def keep(node: Node, grads: Sequence[Tensor | None]) -> None:
+            grad = grads[0]
+            if grad is not None:
+                axes = [axis for axis in self.axes[node] if axis < grad.ndim]
+                weights[node] = {axis: _squares_along(grad, axis) for axis in axes}
+
+        masked = []
+        for _, grad, layout in starts:
+            entries = layout.entries_of(grad.shape[layout.axis], self.n, sample).to(grad.device)
+            part = grad.index_select(layout.axis, entries)
+            masked.append(torch.zeros_like(grad).index_copy(layout.axis, entries, part))
+        edges = [edge for edge, _, _ in starts]
+        backward_to_meetings(edges, masked, self.result, self.meetings, keep)
+        return {
+            node: {axis: values.cpu() for axis, values in by_axis.items()}
+            for node, by_axis in weights.items()
+        }
 
 
 def _share(
@@ -186,47 +210,16 @@ def _strongest_samples(starts: Sequence[_Start], n: int) -> list[int]:
     """Return two samples with a large gradient; not the first, whose rows are first everywhere."""
     total = torch.zeros(n, dtype=torch.float64)
     for _, grad, layout in starts:
-        other = [axis for axis in range(grad.ndim) if axis != layout.axis]
-        squares = grad.detach().abs().double().square()
-        total += layout.totals(squares.sum(dim=other) if other else squares, n).cpu()
+        total += layout.totals(_squares_along(grad, layout.axis), n).cpu()
     total[0] = -1 if n > 2 else total[0]
     return total.topk(min(2, n)).indices.tolist()
 
 
-def _arriving(
-    starts: Sequence[_Start],
-    result: Walk,
-    meetings: Sequence[Meeting],
-    axes: Mapping[Node, Sequence[int]],
-    n: int,
-    sample: int,
-) -> _Weights:
-    """Return one sample's squared gradient that arrives in each meeting, per entry of an axis."""
-    weights: dict[Node, dict[int, Tensor]] = {}
-
-    def keep(node: Node, grads: Sequence[Tensor | None]) -> None:
-        grad = grads[0]
-        if grad is None:
-            return
-        squares = grad.detach().abs().double().square()
-        weights[node] = {
-            axis: squares.sum(dim=[a for a in range(grad.ndim) if a != axis])
-            if grad.ndim > 1
-            else squares
-            for axis in axes[node]
-            if axis < grad.ndim
-        }
-
-    masked = []
-    for _, grad, layout in starts:
-        entries = layout.entries_of(grad.shape[layout.axis], n, sample).to(grad.device)
-        part = grad.index_select(layout.axis, entries)
-        masked.append(torch.zeros_like(grad).index_copy(layout.axis, entries, part))
-    backward_to_meetings([edge for edge, _, _ in starts], masked, result, meetings, keep)
-    return {
-        node: {axis: values.cpu() for axis, values in by_axis.items()}
-        for node, by_axis in weights.items()
-    }
+def _squares_along(grad: Tensor, axis: int) -> Tensor:
+    """Return the sum of squares per entry of an axis."""
+    squares = grad.detach().abs().double().square()
+    others = [other for other in range(grad.ndim) if other != axis]
+    return squares.sum(dim=others) if others else squares
 
 
 def backward_to_meetings(
@@ -238,12 +231,7 @@ def backward_to_meetings(
 ) -> None:
     """Run a backward pass that computes no parameter's gradient, and retain the graph.
 
-    Args:
-        outputs: Edges at which it starts.
-        gradients: Their gradients.
-        result: A walk over the graph.
-        meetings: The meetings to observe.
-        receive: Called with a node and the gradients of its outputs.
+    ``receive`` is called with the node of each meeting and the gradients of its outputs.
     """
     handles = [
         meeting.node.register_prehook(lambda grads, node=meeting.node: receive(node, grads))

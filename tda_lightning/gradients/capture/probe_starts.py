@@ -40,11 +40,7 @@ def _choices(cuts: Cuts) -> range:
 def _cuts(roots: set[Node], result: Walk, n: int, *, is_exact: bool) -> Cuts:
     """Return the first edges behind some nodes that have samples, with the layouts they allow.
 
-    Args:
-        roots: The nodes.
-        result: A walk over the graph.
-        n: Number of samples.
-        is_exact: Whether the axis of the samples must have exactly ``n`` entries.
+    With ``is_exact``, the axis of the samples must have exactly ``n`` entries.
     """
     waiting, seen = list(roots), set(roots)
     cuts: Cuts = []

@@ -1,8 +1,8 @@
 """Trace whose row it is: send back a gradient of another size for each sample.
 
-A backward pass is linear. If the gradient of each sample's outputs is multiplied by a factor, then
-a row that depends on one sample alone is multiplied by that sample's factor. So two backward
-passes, with and without factors, show the sample of every row, whatever lies between.
+A backward pass is linear. If a row depends on one sample alone, then a factor on the gradient of
+that sample's outputs multiplies the row too. So two backward passes, with and without factors, show
+the sample of every row, whatever lies between.
 
 A batch norm mixes the rows of a batch. It maps rows to rows, so the trace stops in front of it and
 goes on behind it with another gradient for the same rows.
@@ -210,10 +210,7 @@ def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int, floo
 class _Section:
     """The part of a graph between some edges and the next batch norms.
 
-    Attributes:
-        inner: The nodes to observe within it.
-        norms: The batch norms at its end.
-        firsts: Meetings behind which there are no samples.
+    ``inner`` are the nodes to observe within it. Behind ``firsts`` there are no samples.
     """
 
     inner: list[Node] = field(default_factory=list)
@@ -245,13 +242,7 @@ class _Section:
     def squares(
         self, starts: Sequence[_Start], factors: Callable[[Tensor], Tensor] | None, n: int
     ) -> dict[Node, Float[Tensor, "rows groups"]]:
-        """Return the squared gradient of each row that arrives in a node, per group of columns.
-
-        Args:
-            starts: The edges at which the pass starts.
-            factors: The factors of owners; none by default.
-            n: Number of samples.
-        """
+        """Return the squared gradient of each row that arrives in a node, per group of columns."""
         squares: dict[Node, Tensor] = {}
 
         def keep(node: Node, grad: Tensor | None) -> None:

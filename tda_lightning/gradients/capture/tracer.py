@@ -22,11 +22,7 @@ _MAX_STARTS = 4
 class Tracer:
     """Traces rows from that place in the graph at which samples turned out to be independent.
 
-    Args:
-        recorded: The names of the recorded parameters.
-
-    Attributes:
-        start: Number of the place, as :func:`.starts_of` yields them, once it is known.
+    ``start`` is the number of the place, as :func:`.starts_of` yields them, once it is known.
     """
 
     def __init__(self, recorded: Mapping[Tensor, object]) -> None:
@@ -36,14 +32,7 @@ class Tracer:
     def first_traces(
         self, loss: Tensor, result: Walk, nodes: Set[Node], n: int
     ) -> dict[Node, Trace]:
-        """Return traces from the first place at which most nodes have rows of single samples.
-
-        Args:
-            loss: The loss of ``n`` samples; its graph is retained.
-            result: A walk over its graph.
-            nodes: The nodes in question.
-            n: Number of samples.
-        """
+        """Return traces from the first place at which most nodes have rows of single samples."""
         best: dict[Node, Trace] = {}
         most = -1
         for number, start in self._starts(loss, result, n) if nodes else ():
@@ -71,12 +60,6 @@ class Tracer:
         self, loss: Tensor, result: Walk, nodes: Mapping[Node, Edge], n: int
     ) -> dict[Node, IrregularRows]:
         """Return whose rows a batch has in some nodes; those that no gradient reaches are missing.
-
-        Args:
-            loss: The loss of ``n`` samples; its graph is retained.
-            result: A walk over its graph.
-            nodes: The nodes, with the parameter-only input of each.
-            n: Number of samples.
 
         Raises:
             ValueError: If rows belong to several samples, unlike in earlier batches.

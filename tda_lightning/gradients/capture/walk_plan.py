@@ -29,11 +29,6 @@ class GraphStructure:
     """Which nodes of a graph lead where, and the parameters at its leaves.
 
     Nodes are numbered in the order in which a breadth-first search finds them.
-
-    Args:
-        root: The node of the loss.
-        inputs: The inputs of all nodes.
-        recorded: The recorded parameters.
     """
 
     def __init__(
@@ -101,9 +96,7 @@ class _PlannedMeeting:
     """A meeting by the number of its node.
 
     Attributes:
-        number: Number of the node.
         inputs: Positions of its inputs, each with a number of a node and of its output.
-        is_first: As in :class:`Meeting`.
         slot: Where it is recorded together with others, if it is.
         layouts: The layouts of its inputs by the sizes of a batch.
     """
@@ -218,12 +211,7 @@ def _items(nodes: Sequence[Node], numbers: Sequence[int]) -> list[Node]:
 
 
 class WalkPlans:
-    """Walks over the graphs of losses, and repeats walks over graphs of the same structure.
-
-    Args:
-        layouts: Decides where the samples lie.
-        slot_of: Returns the slot of a meeting that can be recorded together with others.
-    """
+    """Walks over the graphs of losses, and repeats walks over graphs of the same structure."""
 
     def __init__(self, layouts: LayoutMemory, slot_of: SlotOf) -> None:
         self._layouts, self._slot_of = layouts, slot_of

@@ -8,10 +8,9 @@ is therefore an :class:`Operand`, which supports multiplication by a matrix. Cod
 is written once for all layer types.
 """
 
-from tda_lightning.gradients.factors.batch_statistics import BatchStatistics
-from tda_lightning.gradients.factors.convolutions import GroupedDense, Patches, Regrouped
+from tda_lightning.gradients.factors.convolutions import ByChannel, GroupedDense, Patches, Regrouped
 from tda_lightning.gradients.factors.gradient_factors import (
-    ByChannel,
+    BatchStatistics,
     Dense,
     GradientFactors,
     OneHot,

@@ -1,4 +1,4 @@
-"""Patches: the inputs of a convolution, projected by a convolution without unfolding them."""
+"""Operands of convolutions: image patches, which are projected without unfolding them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from tda_lightning.gradients.factors.gradient_factors import Operand
 
 
 @dataclass(frozen=True)
+class ByChannel(Operand):
+    """An operand of images, whose channels come before their positions."""
+
+    values: Float[Tensor, "n d s"]
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
+        """Return the values, channels last."""
+        return self.values.to(dtype).mT
+
+    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
+        """Multiply the channels by a matrix."""
+        return (matrix.mT @ self.values.to(matrix.dtype)).mT
+
+
+@dataclass(frozen=True)
 class GroupedDense(Operand):
     """Rows that are zero outside of one group of columns.
 
     Position ``(g, s)`` of a grouped convolution depends only on the g-th group of its channels.
-
-    Attributes:
-        values: Shape ``(n, s, d)``.
-        groups: Number of groups into which ``d`` is divided.
     """
 
     values: Float[Tensor, "n s d"]
     groups: int
-
-    @property
-    def n(self) -> int:
-        """Number of samples."""
-        return len(self.values)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of the stored values."""
-        return self.values.dtype
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
         """Return the rows with their zeros, shape ``(n, groups * s, d)``."""
@@ -51,12 +52,7 @@ class GroupedDense(Operand):
 
 @dataclass(frozen=True)
 class Regrouped(Operand):
-    """An operand of a flattened batch: several consecutive entries belong to one sample.
-
-    Attributes:
-        operand: The operand, with ``n * parts`` entries.
-        parts: Number of entries per sample.
-    """
+    """An operand of a flattened batch: each sample has ``parts`` consecutive entries."""
 
     operand: Operand
     parts: int
@@ -88,16 +84,16 @@ class Patches(Operand):
     """The image patches that are the inputs of a convolution.
 
     Attributes:
-        images: Images, shape ``(n, channels, ...)`` with one to three spatial axes.
+        values: Images, shape ``(n, channels, ...)`` with one to three spatial axes.
         kernel_size: Size of a patch.
-        stride: Distance between neighbouring patches.
-        dilation: Distance between neighbouring pixels of a patch.
-        padding: Number of zeros on either side of each spatial axis.
+        stride: As in :class:`torch.nn.Conv2d`.
+        dilation: The same.
+        padding: The same, in numbers.
         groups: Number of groups of channels. Patches are ordered by group.
         positions: Number of patches to keep along each spatial axis; all by default.
     """
 
-    images: Float[Tensor, "n c ..."]
+    values: Float[Tensor, "n c ..."]
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -105,28 +101,18 @@ class Patches(Operand):
     groups: int = 1
     positions: tuple[int, ...] | None = None
 
-    @property
-    def n(self) -> int:
-        """Number of samples."""
-        return len(self.images)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of the stored values."""
-        return self.images.dtype
-
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
         """Unfold the patches."""
-        size = self.images.shape[1] // self.groups * math.prod(self.kernel_size)
-        return self.project(torch.eye(size, dtype=dtype, device=self.images.device))
+        size = self.values.shape[1] // self.groups * math.prod(self.kernel_size)
+        return self.project(torch.eye(size, dtype=dtype, device=self.values.device))
 
     def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
         """Convolve with the columns of ``matrix`` as filters, which all groups share."""
-        channels = self.images.shape[1] // self.groups
+        channels = self.values.shape[1] // self.groups
         filters = matrix.mT.reshape(matrix.shape[1], channels, *self.kernel_size)
         convolve = _CONVOLUTIONS[len(self.kernel_size)]
         maps = convolve(
-            self.images.to(matrix.dtype),
+            self.values.to(matrix.dtype),
             filters.repeat(self.groups, *[1] * (filters.ndim - 1)),
             stride=self.stride,
             padding=self.padding,

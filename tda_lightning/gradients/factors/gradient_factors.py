@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
-
-NOTHING: Mapping[int, Tensor] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -33,7 +30,7 @@ class GradientFactors:
 
     inputs: Operand
     grad_outputs: Operand
-    correction: Correction | None = None
+    correction: BatchStatistics | None = None
 
     @property
     def n(self) -> int:
@@ -72,29 +69,96 @@ class GradientFactors:
         return GradientFactors(self.grad_outputs, self.inputs, correction)
 
 
-class Correction(ABC):
-    """Matrices, one per sample, that are subtracted from outer products."""
+@dataclass(frozen=True)
+class BatchStatistics:
+    r"""The part of a row that acts through the statistics of a batch norm, with the sign reversed.
 
-    @abstractmethod
+    Let a weight :math:`W` map inputs :math:`a` to :math:`z`, which a batch norm standardizes to
+    :math:`\hat z` with the mean and the deviation of the batch. Let :math:`g_{is}` be the gradient
+    of sample i's loss with respect to :math:`\hat z_{is}`, divided by the deviation. Sample i's
+    loss depends on :math:`W` through its own :math:`z` and through both statistics:
+
+    .. math:: G_i = \sum_s g_{is} a_{is}^\top
+       - \operatorname{diag}\Bigl(\sum_s g_{is}\Bigr) \, \overline{a}
+       - \operatorname{diag}\Bigl(\sum_s g_{is} \hat z_{is}\Bigr) \, \overline{\hat z a^\top}
+
+    Bars are means over the batch and all positions. Autograd instead sends the last two terms to
+    the samples whose :math:`z` is in the statistics. Both sum to the same gradient of the batch,
+    but only this is the gradient of the sample's own loss. Its rows are orthogonal to those of
+    :math:`W`, whose scale has no effect.
+
+    Attributes:
+        inputs: Inputs of the layer, of all samples of the batch, ``(m, s, columns)``.
+        outputs: Its outputs, before standardization, ``(m, s, rows)``.
+        units: Ones where an output exists and zeros elsewhere, of the same shape; ``None`` if
+            outputs exist everywhere.
+        count: Number of outputs per channel.
+        mean: Mean of the outputs of each channel.
+        scale: Inverse of their deviation.
+        shifts: Sum of each sample's output gradients.
+        scales: The same of their products with the standardized outputs.
+        is_transposed: Whether the channels are the columns of the gradients, not the rows.
+    """
+
+    inputs: Operand
+    outputs: Operand
+    units: Operand | None
+    count: int
+    mean: Float[Tensor, " rows"]
+    scale: Float[Tensor, " rows"]
+    shifts: Float[Tensor, "n rows"]
+    scales: Float[Tensor, "n rows"]
+    is_transposed: bool = False
+
     def project(
         self,
         left: Float[Tensor, "rows a"] | None,
         right: Float[Tensor, "columns b"] | None,
         dtype: torch.dtype,
-        known: Mapping[int, Tensor] = NOTHING,
+        known: Mapping[int, Tensor],
     ) -> Float[Tensor, "n a b"]:
         """Return ``left.mT @ matrix @ right`` of each sample.
 
-        Args:
-            left: The identity if ``None``.
-            right: The same.
-            dtype: Number format of the result.
-            known: Operands that are projected already, by their ``id``.
+        ``known`` holds operands that are projected already, by their ``id``.
         """
+        if self.is_transposed:
+            return self._project(right, left, dtype, known).mT
+        return self._project(left, right, dtype, known)
 
-    @abstractmethod
-    def transposed(self) -> Correction:
+    def transposed(self) -> BatchStatistics:
         """Return the transposed matrices."""
+        return replace(self, is_transposed=not self.is_transposed)
+
+    def _project(
+        self,
+        left: Tensor | None,
+        right: Tensor | None,
+        dtype: torch.dtype,
+        known: Mapping[int, Tensor],
+    ) -> Float[Tensor, "n a b"]:
+        inputs = known.get(id(self.inputs))  # (m, s, b)
+        if inputs is None:
+            inputs = projected(self.inputs, right, dtype)
+        products = self._mean_product(self.outputs, inputs)
+        if self.units is None:
+            # A sum: samples with fewer outputs than others are padded with inputs of zero.
+            means = (inputs.sum(dim=(0, 1)) / self.count).expand_as(products)
+        else:
+            means = self._mean_product(self.units, inputs)
+        mean, scale, shifts, scales = (
+            values.to(inputs) for values in (self.mean, self.scale, self.shifts, self.scales)
+        )
+        # The mean of standardized outputs times inputs, without standardizing every output.
+        covariances = scale[:, None] * (products - mean[:, None] * means)
+        if left is None:
+            return shifts[:, :, None] * means + scales[:, :, None] * covariances
+        weights = torch.cat([shifts, scales], dim=1)[:, :, None] * torch.cat([left, left])
+        return weights.mT @ torch.cat([means, covariances])
+
+    def _mean_product(
+        self, channels: Operand, inputs: Float[Tensor, "m s b"]
+    ) -> Float[Tensor, "rows b"]:
+        return (channels.dense(inputs.dtype).mT @ inputs).sum(dim=0) / self.count
 
 
 def outer(left: Float[Tensor, "*g n a"], right: Float[Tensor, "*g n b"]) -> Tensor:
@@ -113,17 +177,23 @@ def projected(operand: Operand, matrix: Tensor | None, dtype: torch.dtype) -> Te
 
 
 class Operand(ABC):
-    """One side of a layer's per-sample gradient, of conceptual shape ``(n, s, d)``."""
+    """One side of a layer's per-sample gradient, of conceptual shape ``(n, s, d)``.
+
+    Attributes:
+        values: The stored numbers, samples first.
+    """
+
+    values: Tensor
 
     @property
-    @abstractmethod
     def n(self) -> int:
         """Number of samples."""
+        return len(self.values)
 
     @property
-    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Number format of the stored values."""
+        return self.values.dtype
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
@@ -174,63 +244,24 @@ class Dense(Operand):
 
 
 @dataclass(frozen=True)
-class ByChannel(Operand):
-    """An operand of images, whose channels come before their positions.
-
-    Attributes:
-        values: Shape ``(n, d, s)``.
-    """
-
-    values: Float[Tensor, "n d s"]
-
-    @property
-    def n(self) -> int:
-        """Number of samples."""
-        return len(self.values)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of the stored values."""
-        return self.values.dtype
-
-    def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
-        """Return the values, channels last."""
-        return self.values.to(dtype).mT
-
-    def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
-        """Multiply the channels by a matrix."""
-        return (matrix.mT @ self.values.to(matrix.dtype)).mT
-
-
-@dataclass(frozen=True)
 class OneHot(Operand):
-    """One-hot rows, stored as indices. Projecting them is a table lookup.
+    """One-hot rows of length ``size``, stored as the positions of the ones: a table lookup."""
 
-    Attributes:
-        indices: Position of the one in each row, shape ``(n, s)``.
-        size: Length of a row.
-    """
-
-    indices: Int[Tensor, "n s"]
+    values: Int[Tensor, "n s"]
     size: int
 
     @property
-    def n(self) -> int:
-        """Number of samples."""
-        return len(self.indices)
-
-    @property
     def dtype(self) -> torch.dtype:
-        """Number format of the stored values."""
+        """Number format of zeros and ones."""
         return torch.bool
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "n s d"]:
         """Return the rows of zeros and ones."""
-        return functional.one_hot(self.indices, self.size).to(dtype)
+        return functional.one_hot(self.values, self.size).to(dtype)
 
     def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
         """Look up rows of ``matrix``."""
-        return matrix[self.indices]
+        return matrix[self.values]
 
 
 def coarser(first: torch.dtype, second: torch.dtype) -> torch.dtype:

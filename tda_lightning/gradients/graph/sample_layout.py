@@ -45,11 +45,8 @@ class SampleLayout:
 
     def fits(self, shape: Sequence[int], n: int) -> bool:
         """Return whether a tensor of this shape can have this layout."""
-        if len(shape) <= self.axis:
-            return False
-        return (
-            shape[self.axis] > 0 and shape[self.axis] % (n * (self.outer or self.inner or 1)) == 0
-        )
+        size = shape[self.axis] if self.axis < len(shape) else 0
+        return size > 0 and size % (n * (self.outer or self.inner or 1)) == 0
 
     def sizes(self, size: int, n: int) -> tuple[int, int]:
         """Return ``outer`` and ``inner`` for an axis of this size."""
@@ -71,11 +68,8 @@ class SampleLayout:
     def unflattened(self, values: Tensor, n: int) -> Tensor:
         """Return a tensor with three axes for the one of the samples: ``outer, n, inner``."""
         before, after = values.shape[: self.axis], values.shape[self.axis + 1 :]
-        return values.reshape(*before, *self._three(values.shape[self.axis], n), *after)
-
-    def _three(self, size: int, n: int) -> tuple[int, int, int]:
-        outer, inner = self.sizes(size, n)
-        return outer, n, inner
+        outer, inner = self.sizes(values.shape[self.axis], n)
+        return values.reshape(*before, outer, n, inner, *after)
 
     def totals(self, weights: Float[Tensor, " size"], n: int) -> Float[Tensor, " n"]:
         """Sum one number per entry of the axis to one number per sample."""
@@ -109,12 +103,7 @@ def possible_layouts(shape: Sequence[int], n: int, axes: Sequence[int]) -> Itera
 
 @dataclass(frozen=True)
 class IrregularRows:
-    """The samples lie on the first axis, one entry of it belongs to one sample.
-
-    Attributes:
-        of_rows: The sample of each entry of the axis.
-        n: Number of samples.
-    """
+    """The samples lie on the first axis; ``of_rows`` is the sample of each entry of it."""
 
     of_rows: Int[Tensor, " rows"]
     n: int

@@ -95,12 +95,7 @@ def has_statistics(call: NodeCall) -> bool:
 
 
 def contribution_in_front_of(norm: NormBackward, call: NodeCall) -> Contribution:
-    """Return the gradients of a weight whose output goes into a batch norm and nowhere else.
-
-    Args:
-        norm: The batch norm's backward pass.
-        call: The node of the weight, for which :func:`has_statistics`.
-    """
+    """Return the gradients of a weight whose output goes into a batch norm and nowhere else."""
     rule, shape = rule_for(call.node).contribution, call.grad.shape
     factors, of_x = (
         rule(replace(call, grads=(values.reshape(shape),))) for values in (norm.grad, norm.x)

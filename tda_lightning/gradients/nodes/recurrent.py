@@ -41,11 +41,7 @@ def _fused_layer(call: NodeCall) -> Contribution:
 
 
 class _Layer:
-    """One direction of one layer; all tensors begin with time and batch, ``(t, m, ...)``.
-
-    Args:
-        call: The node.
-    """
+    """One direction of one layer; all tensors begin with time and batch, ``(t, m, ...)``."""
 
     def __init__(self, call: NodeCall) -> None:
         self._call = call

@@ -107,12 +107,7 @@ def broadcast_axes(output: Sequence[int], parameter: Sequence[int], position: in
 
 @dataclass(frozen=True)
 class NodeRule:
-    """How a kind of node is recorded.
-
-    Attributes:
-        contribution: From a node in the backward pass to the gradients of its input.
-        axes: Axes of the first output on which samples can lie.
-    """
+    """How a kind of node is recorded, and the axes of its output on which samples can lie."""
 
     contribution: Rule
     axes: Axes
@@ -238,11 +233,7 @@ def saved_value(node: Any, name: str) -> Any:
 
 
 def saved_without_hook(node: Any, name: str) -> Tensor | None:
-    """Return a tensor that a node saved, or ``None`` if a hook unpacks it.
-
-    Raises:
-        ValueError: As in :func:`saved_value`.
-    """
+    """Return a tensor that a node saved, or ``None`` if a hook unpacks it."""
     if _SHOWS_HOOKS and getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
         return None
     value: Tensor = getattr(node, f"_saved_{name}")

@@ -21,12 +21,7 @@ from tda_lightning.gradients.nodes.rule import saved_without_hook
 
 @dataclass(frozen=True)
 class StackedFactors:
-    """Factors of the gradients of several weights, as :class:`GradientFactors` are of one.
-
-    Attributes:
-        inputs: Shape ``(k, n * s, columns)``.
-        grad_outputs: Shape ``(k, n * s, rows)``.
-    """
+    """Factors of the gradients of several weights, as :class:`GradientFactors` are of one."""
 
     inputs: Float[Tensor, "k ns columns"]
     grad_outputs: Float[Tensor, "k ns rows"]
@@ -58,11 +53,6 @@ class StackedRule:
     gradient: Callable[[int, Sequence[Tensor], int], StackedFactors | Tensor]
     weight: int
     is_product: bool
-
-
-def stacked_rule_for(node: Any) -> StackedRule | None:
-    """Return the rule for a kind of node, if it can be recorded together with others."""
-    return _RULES.get(type(node).__name__)
 
 
 def _sum_per_sample(values: Tensor, n: int) -> Float[Tensor, "k n d"]:
@@ -142,13 +132,8 @@ class Slot:
 
 
 def slot_of(meeting: Meeting, shrinking: ShrinkingOf) -> Slot | None:
-    """Return the slot of a meeting, ``None`` if it is recorded alone.
-
-    Args:
-        meeting: The meeting.
-        shrinking: Returns how the gradients of a parameter are shrunk, and its block.
-    """
-    rule = stacked_rule_for(meeting.node)
+    """Return the slot of a meeting, ``None`` if it is recorded alone."""
+    rule = _RULES.get(type(meeting.node).__name__)
     if rule is None or rule.weight not in [position for position, _ in meeting.inputs]:
         return None
     inputs, blocks = [], []

@@ -19,8 +19,6 @@ class BlockMap:
     """The map of one block: on each side a matrix, or ``None`` to leave the side unchanged.
 
     Attributes:
-        rows: Number of rows of the block.
-        columns: Number of columns of the block.
         left: Applied to the rows, shape ``(rows, mapped rows)``.
         right: Applied to the columns, shape ``(columns, mapped columns)``.
         scale: Multiplied by the entries of the mapped block, shape ``(mapped rows, mapped
@@ -88,13 +86,7 @@ class BlockMap:
 
 @dataclass(frozen=True)
 class BlockPart:
-    """The map of some rows and columns of a block.
-
-    Attributes:
-        block: The map of the whole block.
-        rows: The rows.
-        columns: The columns.
-    """
+    """The map of some rows and columns of a block."""
 
     block: BlockMap
     rows: slice
@@ -126,13 +118,7 @@ class BlockPart:
 
 @dataclass(slots=True)
 class Factored:
-    """Shrunk gradients whose outer products are not computed yet: many blocks' are at once.
-
-    Attributes:
-        left: Shape ``(n * s, a)``.
-        right: Shape ``(n * s, b)``.
-        n: Number of samples.
-    """
+    """Shrunk gradients whose outer products are not computed yet: many blocks' are at once."""
 
     left: Float[Tensor, "ns a"]
     right: Float[Tensor, "ns b"]

@@ -80,14 +80,7 @@ class Sketcher:
     def project(
         self, place: Place, contribution: Contribution, row: int = 0, rows: int | None = None
     ) -> Shrunk:
-        """Shrink the per-sample gradients of a parameter, or of some of its rows.
-
-        Args:
-            place: Where the parameter lies in the matrix of its block.
-            contribution: Its gradients.
-            row: First of the parameter's rows that the gradients are for.
-            rows: Number of these rows; all from ``row`` on by default.
-        """
+        """Shrink the gradients of a parameter, or of ``rows`` of its rows from ``row`` on."""
         block = self._blocks[place.block]
         count = place.rows - row if rows is None else rows
         if count == block.rows and place.columns == block.columns:
@@ -110,13 +103,7 @@ class Sketcher:
     def project_stack(
         self, blocks: tuple[int, ...], gradients: StackedFactors | Tensor, n: int
     ) -> Float[Tensor, "blocks n m"]:
-        """Shrink the per-sample gradients of whole blocks of the same shape.
-
-        Args:
-            blocks: Numbers of the blocks.
-            gradients: Factors for blocks that are shrunk on both sides, or the gradients of others.
-            n: Number of samples.
-        """
+        """Shrink the per-sample gradients of whole blocks of the same shape."""
         if isinstance(gradients, Tensor):
             return gradients.to(self.dtype)
         left, right = self._stack(blocks)
@@ -132,12 +119,7 @@ class Sketcher:
         return self._stacks[numbers]
 
     def hash_rows(self, stacks: Sequence[Stack], n: int) -> Tensor:
-        """Add shrunk gradients of blocks to the columns of rows.
-
-        Args:
-            stacks: Numbers of blocks, with their shrunk gradients, each ``(blocks, n, m)``.
-            n: Number of rows.
-        """
+        """Add shrunk gradients of blocks to the columns of ``n`` rows."""
         return self._column_map.rows_of(stacks) if stacks else self.empty_rows(n)
 
     def sketch_matrix(
@@ -154,13 +136,9 @@ def sketch_parameters(
     value: Callable[[Tensor], Tensor],
     scales: Sequence[Tensor] | None = None,
 ) -> Float[Tensor, "blocks k"]:
-    """Sketch a tensor per parameter, such as its gradient.
+    """Sketch a tensor per parameter, such as its gradient; zeros for a block without parameters.
 
-    Args:
-        sketcher: Sketches the matrix of each block.
-        selection: The parameters of each block; zeros are returned for a block without any.
-        value: From a parameter to the tensor of its shape that is sketched.
-        scales: Matrices to multiply the blocks' matrices with, entry by entry.
+    ``scales`` are multiplied by the blocks' matrices, entry by entry.
     """
     sketches = []
     pairs = zip(selection.blocks, selection.parameters, strict=True)

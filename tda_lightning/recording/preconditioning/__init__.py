@@ -1,12 +1,11 @@
 """Preconditioning: coordinates in which an adaptive optimizer is plain gradient descent."""
 
-from tda_lightning.recording.preconditioning.joint_preconditioner import (
+from tda_lightning.recording.preconditioning.gradient_coordinates import (
     GradientCoordinates,
-    JointPreconditioner,
-    PartialPreconditioner,
     can_follow_gradients,
 )
 from tda_lightning.recording.preconditioning.optimizer_preconditioner import (
+    JointPreconditioner,
     OptimizerPreconditioner,
     has_preconditioner,
     rank_one_factors,
@@ -18,7 +17,6 @@ __all__ = [
     "Gradients",
     "JointPreconditioner",
     "OptimizerPreconditioner",
-    "PartialPreconditioner",
     "can_follow_gradients",
     "has_preconditioner",
     "rank_one_factors",

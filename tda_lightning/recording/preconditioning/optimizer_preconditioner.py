@@ -57,18 +57,49 @@ def has_preconditioner(optimizer: Optimizer) -> bool:
     return not is_plain or len(rates) > 1
 
 
+class JointPreconditioner:
+    """Holds the latest coordinates of every block; ones until its optimizer provides some."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._blocks = blocks
+        self._rows = [torch.ones(block.rows) for block in blocks]
+        self._columns = [torch.ones(block.columns) for block in blocks]
+
+    def load(self, preconditioner: Preconditioner) -> None:
+        """Set the coordinates of all blocks, to continue from a checkpoint."""
+        sizes = [block.rows for block in self._blocks], [block.columns for block in self._blocks]
+        self._rows = list(torch.split(preconditioner.rows, sizes[0]))
+        self._columns = list(torch.split(preconditioner.columns, sizes[1]))
+
+    def update(self, numbers: Sequence[int], part: Preconditioner) -> Preconditioner:
+        """Replace the coordinates of some blocks, and return those of all blocks."""
+        rows = torch.split(part.rows, [self._blocks[number].rows for number in numbers])
+        columns = torch.split(part.columns, [self._blocks[number].columns for number in numbers])
+        for number, block_rows, block_columns in zip(numbers, rows, columns, strict=True):
+            self._rows[number], self._columns[number] = block_rows, block_columns
+        return Preconditioner(torch.cat(self._rows), torch.cat(self._columns))
+
+
 class OptimizerPreconditioner:
-    """Reads the preconditioner of an optimizer during training.
+    """Reads the preconditioner of one optimizer during training.
 
     Args:
-        optimizer: The optimizer of the recorded parameters.
-        selection: The recorded layers.
+        optimizer: The optimizer.
+        selection: All recorded blocks, with the parameters that this optimizer trains.
+        joint: Holds the coordinates of all optimizers together.
+
+    Attributes:
+        blocks: The blocks that this optimizer trains, with their parameters.
+        parameters: All these parameters.
     """
 
-    def __init__(self, optimizer: Optimizer, selection: ParameterSelection) -> None:
-        self._optimizer = optimizer
-        self._blocks = list(zip(selection.blocks, selection.parameters, strict=True))
-        self._parameters = selection.all_parameters()
+    def __init__(
+        self, optimizer: Optimizer, selection: ParameterSelection, joint: JointPreconditioner
+    ) -> None:
+        self._optimizer, self._joint = optimizer, joint
+        self._numbers = [number for number, part in enumerate(selection.parameters) if part]
+        self.blocks = [(selection.blocks[n], selection.parameters[n]) for n in self._numbers]
+        self.parameters = selection.all_parameters()
         self._rates: list[float] = []
         self._group_of: dict[nn.Parameter, _Group] = {}
         self._refreshed = -1
@@ -88,14 +119,18 @@ class OptimizerPreconditioner:
         return self.is_adaptive() and self._age() < _WARM_UP_STEPS
 
     def read(self, gradients: Gradients) -> Preconditioner:
-        """Return the coordinates of the next step.
+        """Return the coordinates of the next step, with the latest ones of other optimizers.
 
-        Args:
-            gradients: Gradient of the next step if :meth:`needs_gradients`, else empty.
+        ``gradients`` are those of the next step if :meth:`needs_gradients`, else empty.
         """
         self.begin()
-        rows, columns = self.factors(range(len(self._blocks)), gradients)
-        return Preconditioner(rows.cpu(), columns.cpu())
+        return self.joined(*self.factors(range(len(self.blocks)), gradients))
+
+    def joined(
+        self, rows: Float[Tensor, " rows"], columns: Float[Tensor, " columns"]
+    ) -> Preconditioner:
+        """Return the coordinates of all blocks, given those of this optimizer's."""
+        return self._joint.update(self._numbers, Preconditioner(rows.cpu(), columns.cpu()))
 
     def begin(self) -> None:
         """Note the age and the learning rates at which coordinates are read."""
@@ -107,13 +142,8 @@ class OptimizerPreconditioner:
     def factors(
         self, blocks: Sequence[int], gradients: Gradients
     ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
-        """Return the coordinates of some blocks, on the device of their parameters.
-
-        Args:
-            blocks: Numbers of the blocks, among those with parameters of this optimizer.
-            gradients: As in :meth:`read`.
-        """
-        parts = [self._blocks[number] for number in blocks]
+        """Return the coordinates of some of ``blocks``, on the device of their parameters."""
+        parts = [self.blocks[number] for number in blocks]
         groups = {p: self._group_of[p] for _, parameters in parts for p in parameters}
         moments = second_moments(
             self._optimizer, {p: group for p, (group, _) in groups.items()}, gradients
@@ -133,10 +163,6 @@ class OptimizerPreconditioner:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from the result of :meth:`state`."""
         self._refreshed, self._rates = int(state["refreshed"]), list(state["rates"])
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the recorded parameters."""
-        return self._parameters
 
     def is_adaptive(self) -> bool:
         """Return whether the optimizer is one of the supported adaptive ones."""
@@ -164,7 +190,7 @@ class OptimizerPreconditioner:
         groups: dict[nn.Parameter, _Group] = {
             p: (group, rate) for group, rate in pairs for p in group["params"]
         }
-        return {p: groups.get(p, ({}, 0.0)) for p in self._parameters}  # In no group: never moves.
+        return {p: groups.get(p, ({}, 0.0)) for p in self.parameters}  # In no group: never moves.
 
 
 def _laid_out(

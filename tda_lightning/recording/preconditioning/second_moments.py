@@ -25,10 +25,8 @@ def second_moments(
 ) -> dict[nn.Parameter, Tensor]:
     """Return the square of the optimizer's denominator for some parameters, or ones.
 
-    Args:
-        optimizer: The optimizer.
-        groups: The parameters with their groups, empty for a parameter that is in none.
-        gradients: Gradients of the next step, where they are known.
+    A parameter that is in no group has an empty one. ``gradients`` are those of the next step,
+    where they are known.
     """
     moments: dict[nn.Parameter, Tensor] = {}
     for part in _treated_alike(optimizer, groups, gradients):
@@ -70,14 +68,7 @@ def _second_moment(
     parameters: Sequence[nn.Parameter],
     gradients: Gradients,
 ) -> Float[Tensor, " m"]:
-    """Return the square of the optimizer's denominator, or ones if it has none.
-
-    Args:
-        optimizer: The optimizer.
-        group: Its group of the parameters.
-        parameters: Parameters that have been treated alike, joined in the result.
-        gradients: Gradients of the next step, of all of them or of none.
-    """
+    """Return the joint square of the optimizer's denominator for parameters treated alike."""
     ones = torch.ones(
         sum(parameter.numel() for parameter in parameters),
         dtype=torch.promote_types(parameters[0].dtype, torch.float32),

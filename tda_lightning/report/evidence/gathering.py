@@ -20,7 +20,7 @@ from tda_lightning.applications import (
     find_shortcut,
 )
 from tda_lightning.applications.retraining.removal import RemovalCurve
-from tda_lightning.attribution import Attributor, TracIn
+from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.batches import batches_in_memory
@@ -134,9 +134,11 @@ def gather(
     answers, reason = answers_to(model, queries, outputs)
     _require_one_row_each(rows, answers)
     scores = method.attribute(store, rows, progress=progress)
-    other = None
+    other, left_out = None, InfluenceFunction()
     if other_method is not None and other_method != method:
-        other = other_method.attribute(store, rows, progress=progress)
+        second = other_method.precomputed(store, rows)  # Both readers share its curvature.
+        other = second.attribute(store, rows, progress=progress)
+        left_out = second if isinstance(second, InfluenceFunction) else left_out
     order = sorted(range(len(answers)), key=lambda q: (not answers[q].is_wrong, -answers[q].loss))
     return Evidence(
         store=store,
@@ -148,7 +150,7 @@ def gather(
         other=other,
         agreement=None if other is None else rank_agreement(scores, other),
         influence=TracIn().self_influence(store, progress=progress),
-        suspects=_suspects(store, progress),
+        suspects=_suspects(store, left_out, progress),
         duplicates=_duplicates(store, len(ids)),
         trajectory=_trajectory(store, rows, scores, order, method, progress),
         data_order=data_order(store),
@@ -159,9 +161,9 @@ def gather(
     )
 
 
-def _suspects(store: Store, progress: bool) -> Mislabeled | None:
+def _suspects(store: Store, left_out: InfluenceFunction, progress: bool) -> Mislabeled | None:
     has_labels = store.facts[-1].loss == "cross-entropy"
-    return find_mislabeled(store, progress=progress) if has_labels else None
+    return find_mislabeled(store, left_out=left_out, progress=progress) if has_labels else None
 
 
 def _duplicates(store: Store, n_train: int) -> Duplicates | None:

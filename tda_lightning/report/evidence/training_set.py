@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.utils.data import Subset
 
-from tda_lightning.passes.batches import with_progress
 from tda_lightning.report.samples.shown import Label, Shown, content_hash, label_of
+from tda_lightning.results.progress import progress_bar
 
 # A larger training set is read only where its samples are shown.
 MAX_READ = 20_000
@@ -60,7 +60,7 @@ def training_set(
     dataset = _require_dataset(train, ids)
     labels: dict[int, Label | None] = {}
     hashes: dict[bytes, list[int]] = {}
-    for sample in with_progress(ids, "training set", progress, unit="sample"):
+    for sample in progress_bar(ids, "training set", "sample", shown=progress):
         if len(ids) > MAX_READ:
             break
         item = dataset[sample]

@@ -15,9 +15,6 @@ class BackgroundWrite(Generic[Result]):
     Creating it before its thread starts lets the store hold it first. A signal handler may raise
     while a thread starts. The store would then start a second write of the same file, and the two
     would overwrite each other.
-
-    Args:
-        write: Writes the segment, and returns the object that reads it.
     """
 
     def __init__(self, write: Callable[[], Result]) -> None:
@@ -26,7 +23,7 @@ class BackgroundWrite(Generic[Result]):
         self._results: list[Result] = []
         self._error: BaseException | None = None
         # Not a daemon thread: the process waits for it before it exits.
-        self._thread = Thread(target=self._run_once, name="tda_lightning", daemon=False)
+        self._thread = Thread(target=self._run, name="tda_lightning", daemon=False)
 
     def start(self) -> None:
         """Start writing."""
@@ -38,14 +35,16 @@ class BackgroundWrite(Generic[Result]):
         Raises:
             OSError: If writing failed.
         """
-        self._run_once()
-        if self._error is not None:
-            raise self._error
-        return self._results[0]
-
-    def _run_once(self) -> None:
         with self._lock:
-            if not self._results and self._error is None:
+            if self._error is not None:
+                raise self._error
+            if not self._results:  # An interrupted call leaves the work to the next one.
+                self._results.append(self._write())
+            return self._results[0]
+
+    def _run(self) -> None:
+        with self._lock:
+            if not self._results:
                 try:
                     self._results.append(self._write())
                 except BaseException as error:

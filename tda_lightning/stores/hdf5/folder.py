@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import uuid
 import zlib
 from collections.abc import Mapping, Set
 from contextlib import AbstractContextManager, suppress
@@ -53,13 +52,7 @@ def number_of(file: Path) -> int:
 
 
 def identity_of(file: Path, run: str, ranks: int) -> SegmentIdentity:
-    """Return which segment a file is, by its name.
-
-    Args:
-        file: The file.
-        run: Id of the run in its folder.
-        ranks: Number of processes of that run.
-    """
+    """Return which segment a file is, by its name."""
     number, rank = _parts_of(file)
     return SegmentIdentity(run, int(number), int(rank or 0), ranks)
 
@@ -82,29 +75,15 @@ def _parts_of(file: Path) -> tuple[str, str | None]:
 
 
 def prepare(path: Path) -> None:
-    """Create the folder of a new run, which must be empty or new.
-
-    Raises:
-        FileExistsError: If it is not.
-        StoreFileError: If it cannot be created.
-    """
+    """Create the folder of a new run, which must be empty or new."""
     if path.exists() and not is_empty(path):
         raise FileExistsError(_occupied_message(path))
     with writing_to(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
-def new_run_id() -> str:
-    """Return an id that no other run has."""
-    return uuid.uuid4().hex
-
-
 def write_recipe(path: Path, run: str, recipe: Recipe) -> None:
-    """Begin a run in a folder without one.
-
-    Raises:
-        FileExistsError: If the folder holds a run.
-    """
+    """Begin a run in a folder without one."""
     require_recipe(recipe.to_dict())  # What is written must be readable.
     if is_run(path):
         raise FileExistsError(_occupied_message(path))
@@ -170,11 +149,7 @@ def read_run_id(path: Path) -> str | None:
 
 
 def require_clearable(path: Path) -> None:
-    """Check that a path holds nothing or a run.
-
-    Raises:
-        FileExistsError: If it holds something else; the message names the content.
-    """
+    """Check that a path holds nothing or a run."""
     if path.exists() and not is_run(path) and not is_empty(path):
         raise FileExistsError(_occupied_message(path))
 
@@ -217,11 +192,7 @@ def is_run(path: Path) -> bool:
 
 
 def require_recipe_file(path: Path) -> None:
-    """Check that a run that is being written still has its recipe.
-
-    Raises:
-        StoreFileError: If it has been deleted: the run could not be read any more.
-    """
+    """Check that a run that is being written still has its recipe."""
     if not is_run(path):
         raise StoreFileError(f"`{path / RECIPE}` is gone; expected the recipe of this run")
 

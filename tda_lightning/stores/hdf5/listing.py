@@ -29,17 +29,7 @@ def entry_of(segment: Segment) -> SegmentEntry:
 def read_shards(
     path: Path, run: str, ranks: int, missing: Literal["refuse", "skip"]
 ) -> list[Shard]:
-    """Return the segments of each process.
-
-    Args:
-        path: Folder of the run.
-        run: Id of the run.
-        ranks: Number of processes.
-        missing: Whether to compare the segments with the manifests.
-
-    Raises:
-        StoreFileError: If a segment is damaged, or is not the one in the manifest.
-    """
+    """Return the segments of each process; if none may be missing, those in the manifests."""
     if missing == "skip":
         files = [folder.segments_of(path, rank, ranks) for rank in range(ranks)]
         return [Shard(rank_files, run, ranks) for rank_files in files]
@@ -97,11 +87,7 @@ def _read_shard(path: Path, run: str, rank: int, ranks: int) -> Shard:
 
 
 def _require_ranks(path: Path, ranks: int) -> None:
-    """Check that every segment is one of the processes that the recipe names.
-
-    Raises:
-        StoreFileError: If one is not: it would be left out.
-    """
+    """Check that every segment is one of the processes that the recipe names."""
     for file in folder.all_segments(path):
         identity = folder.identity_of(file, "", ranks)
         name = folder.segment_name(identity.number, identity.rank, ranks)
@@ -120,11 +106,7 @@ def _manifest_stamps(path: Path, ranks: int) -> list[tuple[int, int, int] | None
 
 
 def require_listed_files(path: Path, rank: int, ranks: int, manifest: Manifest | None) -> None:
-    """Check that no segment of a process is missing.
-
-    Raises:
-        StoreFileError: If one is; the message names the first, and its content if it is listed.
-    """
+    """Check that no segment of a process is missing."""
     files = folder.segments_of(path, rank, ranks)
     numbers = set(map(folder.number_of, files))
     listed = manifest.segments if manifest is not None else {}
@@ -143,16 +125,7 @@ def require_listed_files(path: Path, rank: int, ranks: int, manifest: Manifest |
 
 
 def require_listed(segments: Sequence[Segment], manifest: Manifest | None, file: Path) -> None:
-    """Check that segments are those in the manifest; later ones need not be listed yet.
-
-    Args:
-        segments: The segments of one process.
-        manifest: Its manifest.
-        file: Path of that manifest.
-
-    Raises:
-        StoreFileError: If one is another, or if there must be a manifest and is none.
-    """
+    """Check that segments are those in the manifest, a file; later ones need not be listed yet."""
     for segment in segments:
         if manifest is None and segment.header is not None and segment.header.xxh3:
             raise StoreFileError(
@@ -165,11 +138,7 @@ def require_listed(segments: Sequence[Segment], manifest: Manifest | None, file:
 
 
 def require_same(segment: Segment, entries: Mapping[int, SegmentEntry]) -> None:
-    """Check that a segment is the one in the manifest, if it is listed.
-
-    Raises:
-        StoreFileError: If it is another.
-    """
+    """Check that a segment is the one in the manifest, if it is listed."""
     entry = entry_of(segment)
     listed = entries.get(entry.number, entry)
     if segment.header is None:  # Rewritten by a user, such as by `h5repack`, or an older version.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,23 @@ class StepBuffer:
             self._rows = torch.empty(count, k, dtype=dtype)
 
 
+@dataclass(frozen=True)
+class _State:
+    """What a sink is doing.
+
+    Attributes:
+        filling: The buffer of the steps to come.
+        spare: The buffer being written, or one that is free.
+        following: The segment to be written next.
+        writing: The segment that is being written.
+    """
+
+    filling: StepBuffer
+    spare: StepBuffer
+    following: SegmentIdentity
+    writing: BackgroundWrite[Segment] | None
+
+
 class SegmentSink:
     """Buffers steps, and writes them to segments in the background.
 
@@ -128,13 +145,14 @@ class SegmentSink:
         self._segment_seconds = segment_seconds
         self._permit = permit
         self._shard = Shard()
-        self._next = SegmentIdentity("", 0)  # the segment to be written next
-        self._writing: BackgroundWrite[Segment] | None = None
+        filling, spare = (StepBuffer(segment_bytes, storage) for _ in range(2))
+        self._state = _State(filling, spare, SegmentIdentity("", 0), None)
         self._buffered_since = 0.0
 
     def start_at(self, path: Path, identity: SegmentIdentity, shard: Shard) -> None:
         """Write a segment of the run in a folder next, and add it and later ones to a shard."""
-        self._path, self._next, self._shard = path, identity, shard
+        self._path, self._shard = path, shard
+        self._state = replace(self._state, following=identity)
 
     def append(self, step: Step) -> None:
         """Buffer a step; start writing when the buffer is full or old."""
@@ -159,37 +177,31 @@ class SegmentSink:
 
     def finish(self) -> None:
         """Wait until the segment being written is on disk."""
-        if self._writing is None:
+        state = self._state
+        if state.writing is None:
             return
         try:
-            segment = self._writing.result()
-        except OSError:
-            self._writing = None
-            self._next = self._next.shifted(-1)  # A failed write leaves no gap.
+            segment = state.writing.result()
+        except OSError:  # A failed write leaves no gap.
+            self._state = replace(state, following=state.following.shifted(-1), writing=None)
             raise
-        self._writing = None
         self._shard.add(segment)
-
-    @cached_property
-    def _buffers(self) -> list[StepBuffer]:
-        """The buffer being filled and the one being written; a store that only reads has none."""
-        return [StepBuffer(self._segment_bytes, self._storage) for _ in range(2)]
+        self._state = replace(state, writing=None)
 
     @property
     def _buffer(self) -> StepBuffer:
-        return self._buffers[0]
+        return self._state.filling
 
     def _start_writing(self) -> None:
         """Write the buffered steps in the background, one segment at a time."""
         self.finish()
-        # An exception may come between any two of these lines, from a signal handler: the write is
-        # registered before its thread starts, and a second call repeats it at worst.
-        write = partial(self._write, self._buffer.steps, self._next)
-        self._writing = BackgroundWrite(write)
-        self._buffers[1].clear()
-        self._buffers.reverse()
-        self._next = self._next.shifted(1)
-        self._writing.start()
+        state = self._state
+        state.spare.clear()
+        write = BackgroundWrite(partial(self._write, state.filling.steps, state.following))
+        # One assignment, before the thread starts: an exception from a signal handler, which may
+        # come between any two lines, neither loses a step nor writes it twice.
+        self._state = _State(state.spare, state.filling, state.following.shifted(1), write)
+        write.start()
 
     def _write(self, steps: list[Step], identity: SegmentIdentity) -> Segment:
         """Write a segment, list it in the manifest, and return the object that reads it.

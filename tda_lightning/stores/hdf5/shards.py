@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -16,17 +17,10 @@ from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, Preconditioner, Ste
 
 
 class Shard:
-    """Steps in the segments of one process; reading keeps one segment open.
-
-    Args:
-        files: The segments, in order.
-        run: Id of the run that they belong to.
-        ranks: Number of processes of that run.
-    """
+    """Steps in the segments of one process; reading keeps one segment open."""
 
     def __init__(self, files: Sequence[Path] = (), run: str = "", ranks: int = 1) -> None:
-        self._segments: list[Segment] = []
-        self._starts: list[int] = []
+        self._parts: list[tuple[int, Segment]] = []  # each with the position of its first step
         self._open: tuple[int, OpenSegment] | None = None
         for file in files:
             segment = Segment(file, identity_of(file, run, ranks))
@@ -35,27 +29,28 @@ class Shard:
 
     def __len__(self) -> int:
         """Return the number of steps."""
-        return self._starts[-1] + len(self._segments[-1]) if self._segments else 0
+        start, last = self._parts[-1] if self._parts else (0, ())
+        return start + len(last)
 
     @property
     def segments(self) -> Sequence[Segment]:
         """The segments, in order."""
-        return self._segments
+        return [segment for _, segment in self._parts]
 
     @property
     def files(self) -> list[Path]:
         """The files of the segments, in order."""
-        return [segment.path for segment in self._segments]
+        return [segment.path for segment in self.segments]
 
     @property
     def indices(self) -> list[int]:
         """Index of every step: the number of optimizer steps taken before it."""
-        return [index for segment in self._segments for index in segment.indices]
+        return [index for segment in self.segments for index in segment.indices]
 
     def add(self, segment: Segment) -> None:
-        """Append a sealed segment."""
-        self._starts.append(len(self))
-        self._segments.append(segment)
+        """Append a sealed segment, unless it is the last one already."""
+        if not self._parts or self._parts[-1][1] is not segment:
+            self._parts.append((len(self), segment))
 
     def read(self, position: int) -> Step:
         """Return the step at a position; read its block unless it is cached."""
@@ -69,7 +64,7 @@ class Shard:
 
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the coordinates of a step, without reading any sketch."""
-        for start, segment in zip(reversed(self._starts), reversed(self._segments), strict=True):
+        for start, segment in reversed(self._parts):
             preconditioner = segment.steps.preconditioner(position - start)
             if preconditioner is not None:
                 return preconditioner
@@ -77,35 +72,34 @@ class Shard:
 
     def audits(self) -> list[Audit]:
         """Return all audits, in order, without reading any sketch."""
-        return [audit for segment in self._segments for audit in segment.steps.audits.values()]
+        return [audit for segment in self.segments for audit in segment.steps.audits.values()]
 
     def _require_order(self, segment: Segment) -> None:
-        if not self._segments or not self._segments[-1].indices or not segment.indices:
+        before = self.segments[-1] if self._parts else None
+        if before is None or not before.indices or not segment.indices:
             return
-        last, first = self._segments[-1].indices[-1], segment.indices[0]
+        last, first = before.indices[-1], segment.indices[0]
         if first <= last:
             raise StoreFileError(
-                f"`{segment.path}` begins with step {first}, but `{self._segments[-1].path.name}` "
-                f"before it ends with step {last}; expected later steps. One of them was swapped, "
+                f"`{segment.path}` begins with step {first}, but `{before.path.name}` before "
+                f"it ends with step {last}; expected later steps. One of them was swapped, "
                 "copied or written by another training. Restore the files from a copy."
             )
 
     def _locate(self, position: int) -> tuple[OpenSegment, int]:
         """Return the open segment of a step, and the step's position in it."""
-        number = bisect.bisect_right(self._starts, position) - 1
+        number = bisect.bisect_right(self._parts, position, key=itemgetter(0)) - 1
+        start, segment = self._parts[number]
         current = self._open
         if current is None or current[0] != number:
-            current = self._open = (number, OpenSegment(self._segments[number]))
-        return current[1], position - self._starts[number]
+            current = self._open = (number, OpenSegment(segment))
+        return current[1], position - start
 
 
 class MergedShards:
     """The steps that every process has sealed; parts with equal index form one step.
 
     If a process or a disk loses its part of a step, the whole step is left out.
-
-    Args:
-        shards: The shards of all processes, at least one.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:

@@ -37,15 +37,8 @@ def write_snapshot(
 ) -> None:
     """Write the weights before a step to a file in a folder, atomically, and list it.
 
-    Args:
-        path: The folder.
-        index: Index of the step.
-        weights: Result of ``state_dict``.
-        manifest: Path of the manifest; not changed if it does not exist, as in earlier runs.
-        permit: Raises if nothing may be written any more.
-
-    Raises:
-        OSError: If the file cannot be written.
+    The manifest is not changed if it does not exist, as in earlier runs. ``permit`` raises if
+    nothing may be written any more.
     """
     file = snapshot_file(path, index)
     if file.exists() and manifest.exists():  # From here on, either file is valid.
@@ -61,11 +54,7 @@ def write_snapshot(
 
 
 def require_snapshots(path: Path, indices: Sequence[int], manifest: Manifest | None) -> None:
-    """Check that all listed snapshots are there.
-
-    Raises:
-        StoreFileError: If one is missing; the message names the first.
-    """
+    """Check that all listed snapshots are there."""
     for index in sorted(manifest.snapshots if manifest is not None else ()):
         if index not in indices:
             raise StoreFileError(
@@ -76,16 +65,7 @@ def require_snapshots(path: Path, indices: Sequence[int], manifest: Manifest | N
 
 
 def read_snapshot(path: Path, index: int, entry: SnapshotEntry | None) -> dict[str, Tensor]:
-    """Return the weights before a step.
-
-    Args:
-        path: The folder.
-        index: Index of the step.
-        entry: The snapshot in the manifest, if it is listed.
-
-    Raises:
-        StoreFileError: If the file is damaged.
-    """
+    """Return the weights before a step, after a comparison with the manifest if they are listed."""
     file = snapshot_file(path, index)
     expected = "a snapshot: a dict from names to tensors, saved with `torch.save`"
     remedy = "Restore it from a copy, or use another snapshot."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -179,7 +180,7 @@ class HDF5Store(WritableStore):
         """Start a new run in an empty or new folder."""
         if not self._is_cleared:  # After it, the user's other files may be left.
             folder.prepare(self.path)
-        run = folder.new_run_id()
+        run = uuid.uuid4().hex
         with writing_to(self.path), self._lock.acquired(self.path, run):
             folder.write_recipe(self.path, run, recipe)
             write_manifest(self._manifest_file, Manifest(run))
@@ -188,7 +189,7 @@ class HDF5Store(WritableStore):
         self._sink.start_at(self.path, self._identity(0), self._shard)
 
     def amend(self, recipe: Recipe) -> None:
-        """Replace the recipe of a run that has no steps yet."""
+        """Replace the recipe of a run; once it has steps, only ``train_ids`` may grow."""
         self._lock.require()
         if self._rank == 0:
             folder.amend_recipe(self.path, recipe)
@@ -199,7 +200,10 @@ class HDF5Store(WritableStore):
         self._sink.finish()
         self._sink.discard()
         self._recipe, self._run = folder.read_recipe(self.path), self.run_id or ""
-        self._take_lock()
+        if self._rank == 0:
+            self._lock.acquire(self.path, self._run)
+        else:
+            self._lock.join(self.path)
         first = self._identity(0)
         permit = self._lock.require
         # Other processes may still be changing their segments: `refresh` reads those later.
@@ -290,10 +294,3 @@ class HDF5Store(WritableStore):
 
     def _identity(self, number: int) -> SegmentIdentity:
         return SegmentIdentity(self._run, number, self._rank, self._ranks)
-
-    def _take_lock(self) -> None:
-        """Become the writer of the run, or one of its writers."""
-        if self._rank == 0:
-            self._lock.acquire(self.path, self._run)
-        else:
-            self._lock.join(self.path)

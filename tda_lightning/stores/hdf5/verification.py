@@ -41,9 +41,6 @@ class FileReport:
 def verify_files(path: Path) -> Iterator[FileReport]:
     """Read every file of a run, and report its state.
 
-    Args:
-        path: The folder of the run.
-
     Raises:
         FileNotFoundError: If the folder does not exist.
         StoreFileError: If the recipe is damaged: nothing else can be read without it.

@@ -1,0 +1,54 @@
+"""Ids of the training set of a run, which grows where loaders are made anew with other samples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Int
+
+from tda_lightning.callbacks.lightning_trainer import Trainer
+from tda_lightning.recording.sample_ids import SampleLedger
+from tda_lightning.stores.recipe import Recipe, ids_of, ranges_of
+
+
+def known_ids(
+    trainer: Trainer, ledger: SampleLedger, continued: Recipe | None
+) -> tuple[tuple[int, int], ...] | None:
+    """Return the ids of the training set as ranges, or ``None`` if only batches hold them.
+
+    Args:
+        trainer: The trainer.
+        ledger: Infers the ids of its current loader.
+        continued: Recipe of the run that this training continues. Its ids stay if the trainer
+            makes its loaders anew; :func:`with_new_ids` adds those of the current one.
+    """
+    if continued is not None and _makes_loaders_anew(trainer):
+        return continued.train_ids
+    ids = ledger.train_ids
+    return None if ids is None else ranges_of(ids)
+
+
+def with_new_ids(trainer: Trainer, ledger: SampleLedger, recipe: Recipe) -> Recipe:
+    """Return the recipe with the ids of the current loader, such as a new split of the data."""
+    if not _makes_loaders_anew(trainer):
+        return recipe
+    ids = _merged(recipe.train_ids, ledger.train_ids)
+    return recipe if ids == recipe.train_ids else replace(recipe, train_ids=ids)
+
+
+def _makes_loaders_anew(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "reload_dataloaders_every_n_epochs", 0))
+
+
+def _merged(
+    ranges: tuple[tuple[int, int], ...] | None, ids: Int[np.ndarray, " n"] | None
+) -> tuple[tuple[int, int], ...] | None:
+    """Return the ranges with more ids in them, or ``None`` if either are unknown.
+
+    >>> _merged(((0, 3), (7, 8)), np.array([2, 3, 9]))
+    ((0, 4), (7, 8), (9, 10))
+    """
+    if ranges is None or ids is None:
+        return None
+    return ranges_of(np.union1d(ids_of(ranges).numpy(), ids))

@@ -1,0 +1,90 @@
+"""In a query, the training step meets the state of a training, and leaves none behind."""
+
+import pytest
+import pytorch_lightning as pl
+from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+from pytorch_lightning.trainer.states import RunningStage
+
+from tda_lightning import GradientRecorder, attribute
+from tda_lightning.passes.queries import record_queries
+from tda_lightning.stores import MemoryStore
+
+
+class StageDependent(Plain):
+    """Returns a loss only while its trainer trains, as forecasting libraries do."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if self.trainer.training else None
+
+
+class Counting(Plain):
+    """Counts its steps and collects their losses, as an epoch's summary needs them."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.steps, self.losses = 0, []
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.detach())
+        return loss
+
+
+class AskedInValidation(pl.Callback):
+    """Queries the run in the middle of training."""
+
+    def __init__(self, store):
+        self.store, self.stages, self.answers = store, [], []
+
+    def on_validation_end(self, trainer, pl_module):
+        rows = record_queries(pl_module, vectors()[:3], like=self.store, at="model")
+        self.answers.append(rows)
+        self.stages.append(trainer.state.stage)
+
+
+def trained(model):
+    store = MemoryStore()
+    quiet_trainer(GradientRecorder(store)).fit(model, loader(vectors()), loader(vectors()))
+    return store
+
+
+class Validated(StageDependent):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def test_a_step_that_returns_a_loss_only_in_training_can_be_queried():
+    model = Validated(mlp())
+    store = trained(model)
+    stage = model.trainer.state.stage
+    assert attribute(store, model, vectors()[:3], progress=False).values.any()
+    assert model.trainer.state.stage == stage
+
+
+def test_a_query_in_validation_leaves_the_trainer_validating():
+    model = Validated(mlp())
+    callback = AskedInValidation(trained(model))
+    trainer = quiet_trainer(callback, num_sanity_val_steps=0)
+    trainer.fit(model, loader(vectors()), loader(vectors()))
+    assert callback.stages == [RunningStage.VALIDATING] * 2
+    assert all(rows.any() for rows in callback.answers)
+
+
+def test_a_loaded_model_with_a_new_trainer_can_be_queried():
+    model, loaded = Validated(mlp()), Validated(mlp())
+    store = trained(model)
+    loaded.load_state_dict(model.state_dict())
+    loaded.trainer = pl.Trainer(logger=False, accelerator="cpu")
+    assert attribute(store, loaded, vectors()[:3], progress=False).values.any()
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a .val_dataloader. but have no")
+def test_counters_and_lists_of_outputs_are_restored_after_queries():
+    model = Counting(mlp())
+    store = trained(model)
+    losses, steps, contents = model.losses, model.steps, list(model.losses)
+    attribute(store, model, vectors()[:3], progress=False)
+    assert model.steps == steps == len(store)
+    assert model.losses is losses
+    assert all(a is b for a, b in zip(losses, contents, strict=True))
