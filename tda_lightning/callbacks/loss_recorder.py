@@ -21,8 +21,8 @@ from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
 from tda_lightning.gradients.losses.loss_graph import find_losses_and_penalties
-from tda_lightning.gradients.losses.loss_nodes import SquarePower
 from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
+from tda_lightning.gradients.losses.regression_losses import SquarePower
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.taken_step import HostCopy, joined
 from tda_lightning.stores import WritableStore

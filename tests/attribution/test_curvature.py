@@ -73,6 +73,12 @@ def test_weighting_by_a_loss_of_several_outputs_is_a_geometric_mean():
     torch.testing.assert_close(matrix(LossWeighted(), step), fisher(step, scales))
 
 
+def test_the_unit_of_a_cross_entropy_is_given():
+    step = replace(WITH_TERMS, **SEVERAL, loss="cross-entropy")
+    scales = (step.trace_ratio * step.terms).sqrt()
+    torch.testing.assert_close(matrix(LossWeighted(), step), fisher(STEP, scales))
+
+
 def test_weighting_by_the_loss_never_exceeds_the_trace_of_its_hessian():
     step = replace(STEP, **SEVERAL)
     trace = trace_matched(step)[1].trace()

@@ -29,6 +29,8 @@ from tda_lightning.stores.step import Step
 
 _T = TypeVar("_T")
 Terms = Literal["ignored", "independent"]
+# A visit of weight zero has a row of zeros, which any finite scale leaves at zero.
+_LEAST_WEIGHT = 1e-30
 # Numbers of terms are computed in single precision.
 _ROUNDING = 1e-3
 
@@ -108,9 +110,9 @@ class LossWeighted(_VisitCurvature):
     For losses of one output or two classes, it is the Gauss-Newton matrix itself.
 
     Otherwise one direction stands for several. There, the geometric mean with the empirical Fisher
-    agrees better with retraining: :math:`\sqrt{\alpha c T} \, r r^\top / w`. The factor
-    :math:`\alpha` scales the Fisher of the step to the trace of all :math:`c r r^\top / w`, so
-    that the unit of the loss does not matter.
+    agrees better with retraining: :math:`\sqrt{\alpha c T} \, r r^\top / w`. For a cross-entropy,
+    :math:`\alpha = 1`. For others it scales the Fisher of the step to the trace of all
+    :math:`c r r^\top / w`, so that the unit of the outputs does not matter.
     """
 
     def scales(self, step: Step) -> Float[Tensor, " n"]:
@@ -119,9 +121,14 @@ class LossWeighted(_VisitCurvature):
         T = _require_recorded(step.terms, step, "numbers of loss terms", "EmpiricalFisher()")
         if _is_gauss_newton(step):
             return _root_over_weight(c, step)
-        squares = step.sketch.square().sum(dim=1) * _root_over_weight(torch.ones_like(c), step) ** 2
-        alpha = (c * squares).sum() / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
+        alpha = 1 if step.loss == "cross-entropy" else _mean_ratio(c, step)
         return _root_over_weight((alpha * c * T).sqrt(), step)
+
+
+def _mean_ratio(c: Float[Tensor, " n"], step: Step) -> Tensor:
+    """Return the mean of ``c``, weighted by the traces of the visits' outer products."""
+    traces = step.sketch.square().sum(dim=1) / step.weights.clamp_min(_LEAST_WEIGHT)
+    return (c * traces).sum() / traces.sum().clamp_min(torch.finfo(traces.dtype).tiny)
 
 
 def _is_gauss_newton(step: Step) -> bool:
@@ -274,8 +281,7 @@ def _require_rows(count: int, steps: Sequence[Step]) -> None:
 
 
 def _root_over_weight(squares: Float[Tensor, " n"], step: Step) -> Float[Tensor, " n"]:
-    # A visit of weight zero has a row of zeros, which any finite scale leaves at zero.
-    return (squares / step.weights.clamp_min(1e-30)).sqrt()
+    return (squares / step.weights.clamp_min(_LEAST_WEIGHT)).sqrt()
 
 
 def _require_recorded(value: _T | None, step: Step, name: str, alternative: str) -> _T:

@@ -13,12 +13,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tda_lightning.gradients.losses.loss_nodes import (
     BernoulliLogitsLoss,
     BernoulliLoss,
-    HuberLoss,
     LossNode,
     SoftmaxLoss,
-    SquaredLoss,
-    SquarePower,
 )
+from tda_lightning.gradients.losses.regression_losses import HuberLoss, SquaredLoss, SquarePower
 
 # Loss functions are near the root of the graph; the model behind them may be large.
 _MAX_SEARCHED_NODES = 500

@@ -1,4 +1,4 @@
-"""Loss functions on the autograd graph: weights of terms, values, curvature, sampled labels."""
+"""Cross-entropies on the autograd graph: weights of terms, values, curvature, sampled labels."""
 
 from __future__ import annotations
 
@@ -238,68 +238,6 @@ class BernoulliLoss(ReducedLoss):
         return p
 
 
-class SquaredLoss(ReducedLoss):
-    """Squared error: the negative log-likelihood of a normal distribution."""
-
-    name = "squared error"
-
-    def sample(self, generator: Generator) -> Tensor:
-        """Sample signs: any residual of the right variance is valid; signs have the least noise."""
-        outputs = self.node._saved_self.detach()
-        signs = torch.where(_uniform(outputs, generator) < 0.5, -1.0, 1.0).to(outputs)
-        return signs * self._hessian(outputs).sqrt()
-
-    def summarize(self, grad: Tensor, weights: Tensor) -> Terms:
-        """Return the second derivative of each term, and its squared first derivative."""
-        hessian = self._hessian(self.node._saved_self.detach()).expand_as(grad)
-        return Terms.of_one_output(hessian, (grad / weights).square())
-
-    def losses(self, square: Tensor) -> Tensor:
-        """Return the squared residual of each term."""
-        return square / 4
-
-    def _hessian(self, outputs: Tensor) -> Tensor:
-        return torch.full_like(outputs, 2.0)
-
-
-class SquarePower(SquaredLoss):
-    """Squared error, computed as the square of a difference: ``(a - b) ** 2``."""
-
-    def weights(self, grad: Tensor) -> Tensor:
-        """Return the gradient: the reduction comes after this node."""
-        return grad
-
-
-class HuberLoss(SquaredLoss):
-    """Huber's loss, also as smooth L1: curved only where the residual is small."""
-
-    name = "Huber's loss"
-
-    def _hessian(self, outputs: Tensor) -> Tensor:
-        inside: Tensor = self._distance() < self._width
-        return inside.to(outputs) * self._slope / self._width
-
-    def losses(self, square: Tensor) -> Tensor:
-        """Return the value of each term, from its residual."""
-        # The slope is linear up to the width, and constant beyond it.
-        inside = self._distance().clamp_max(self._width)
-        return self._slope * (self._distance() - inside + inside.square() / (2 * self._width))
-
-    def _distance(self) -> Tensor:
-        distance: Tensor = (self.node._saved_self.detach() - self.node._saved_target).abs()
-        return distance
-
-    @property
-    def _width(self) -> float:
-        delta: float | None = getattr(self.node, "_saved_delta", None)
-        return self.node._saved_beta if delta is None else delta
-
-    @property
-    def _slope(self) -> float:
-        delta: float | None = getattr(self.node, "_saved_delta", None)
-        return 1.0 if delta is None else delta
-
-
 def _binary(loss: Tensor, logits: Tensor, target: Tensor) -> Predictions:
     """Return the predictions of two classes; a label between them counts as the nearer class."""
     # Both classes have the same error, with opposite signs.
@@ -311,14 +249,15 @@ def _subtract_drawn_(probabilities: Tensor, generator: Generator) -> None:
     """Draw a class along the last axis, and subtract 1 from its probability."""
     cumulative = probabilities.cumsum(dim=-1)
     total = cumulative[..., -1:]
-    drawn = (cumulative <= _uniform(total, generator) * total).sum(dim=-1, keepdim=True)
+    drawn = (cumulative <= uniform(total, generator) * total).sum(dim=-1, keepdim=True)
     drawn = drawn.clamp_max(cumulative.shape[-1] - 1)
     probabilities.scatter_add_(-1, drawn, -torch.ones_like(total))
 
 
 def _sampled_bits(p: Tensor, generator: Generator) -> Tensor:
-    return (_uniform(p, generator) < p).to(p)
+    return (uniform(p, generator) < p).to(p)
 
 
-def _uniform(like: Tensor, generator: Generator) -> Tensor:
+def uniform(like: Tensor, generator: Generator) -> Tensor:
+    """Return uniform numbers of the shape and type of a tensor."""
     return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)

@@ -14,7 +14,8 @@ from tda_lightning.gradients.losses.loss_graph import (
     nodes_near,
     term_weights,
 )
-from tda_lightning.gradients.losses.loss_nodes import LossNode, SquarePower
+from tda_lightning.gradients.losses.loss_nodes import LossNode
+from tda_lightning.gradients.losses.regression_losses import SquarePower
 
 Reduction = Literal["mean", "sum"]
 _TOLERANCE = 1e-3
