@@ -189,6 +189,16 @@ def diabetes() -> Data:
 
 
 @cache
+def images_as_targets() -> Data:
+    """Return digits whose targets are the images themselves."""
+    data = digits(64)
+    train, queries = (
+        TensorDataset(part.tensors[0], part.tensors[0]) for part in (data.train, data.queries)
+    )
+    return Data(train, queries)
+
+
+@cache
 def characters(length: int, n_train: int, n_query: int) -> Data:
     """Return excerpts of Python's help, where each character's target is the next one."""
     text = " ".join(" ".join(pydoc_data.topics.topics.values()).lower().split())
@@ -268,6 +278,17 @@ ALL = (
         is_cosine=False,
         batch_size=20,
         epochs=20,
+        raw_points=one_point,
+    ),
+    Task(
+        "autoencoder",
+        "digits autoencoder, 64 outputs, Adam",
+        images_as_targets,
+        partial(perceptron, 64, (24,), 64),
+        partial(Adam, lr=3e-3),
+        is_cosine=False,
+        batch_size=50,
+        epochs=10,
         raw_points=one_point,
     ),
     Task(
