@@ -6,6 +6,7 @@ import shutil
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -16,7 +17,7 @@ import xxhash
 from tda_lightning import HDF5Store, Scores, add_snapshots
 from tda_lightning.cli import main
 from tda_lightning.stores.contract import RECIPE, make_steps
-from tda_lightning.stores.hdf5 import segment_datasets
+from tda_lightning.stores.hdf5 import segment_datasets, segment_reader
 from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES, read_header
 from tda_lightning.stores.hdf5.verification import verify_files
 from tda_lightning.stores.integrity.damage import Checksum, StoreFileError
@@ -551,3 +552,19 @@ def test_a_long_block_is_read_verified_and_decoded_in_parts(tmp_path, monkeypatc
         file.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
         with pytest.raises(StoreFileError, match=r"segment-000000.h5` is damaged.*checksum"):
             list(HDF5Store.open(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("read", [lambda s: s.steps, lambda s: s.visited_ids()])
+def test_content_is_verified_by_optimized_python_too(run, read):
+    """``python -O`` leaves out every `assert`."""
+    source = Path(segment_reader.__file__)
+    names = {"__name__": segment_reader.__name__}
+    exec(compile(source.read_text(), source, "exec", optimize=1), names)
+    read(names["Segment"](run / SEGMENT))
+    with h5py.File(run / SEGMENT, locking=False) as file:
+        place = file["visits/weight"].id.get_offset()
+    raw = bytearray((run / SEGMENT).read_bytes())
+    raw[place] ^= 1
+    (run / SEGMENT).write_bytes(raw)
+    with pytest.raises(StoreFileError, match="its checksum is"):
+        read(names["Segment"](run / SEGMENT))
