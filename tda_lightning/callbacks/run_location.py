@@ -57,11 +57,11 @@ class RunLocation:
     def is_same_as(self, other: RunLocation) -> bool:
         """Return whether both record into the same store."""
         ours, theirs = self._requested, other._requested
-        paths = [getattr(store, "path", None) for store in (ours, theirs)]
-        if ours is theirs or None in paths:
+        first, second = getattr(ours, "path", None), getattr(theirs, "path", None)
+        if ours is theirs or first is None or second is None:
             return ours is theirs
-        first, second = (os.path.realpath(path) for path in paths)  # Behind links.
-        return first == second
+        is_same: bool = os.path.realpath(first) == os.path.realpath(second)  # Behind links.
+        return is_same
 
     def choose(self, trainer: Trainer, begun: Set[str]) -> WritableStore:
         """Return the store of the training that starts; all processes must call it.
