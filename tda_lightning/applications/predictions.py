@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import describe
+from tda_lightning.passes.batch_contents import require_batches
 from tda_lightning.passes.batches import named_batches, require_loader, transfer
 from tda_lightning.passes.model_state import preserved_state, require_model
 from tda_lightning.recording.sample_ids import SampleLedger
@@ -81,8 +82,7 @@ def predict(
             given, logits = labels(batch), outputs(model, transfer(model, batch))
             _require_classes(logits, given)
             parts.append((ids, logits.double().softmax(dim=1).cpu(), given.cpu().long()))
-    if not parts:
-        raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
+    require_batches(parts, argument)
     ids, probabilities, given = (torch.cat(column) for column in zip(*parts, strict=True))
     return Predictions(ids, probabilities, given)
 

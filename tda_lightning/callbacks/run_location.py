@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 import time
 from collections.abc import Set
 from pathlib import Path
@@ -56,8 +57,11 @@ class RunLocation:
     def is_same_as(self, other: RunLocation) -> bool:
         """Return whether both record into the same store."""
         ours, theirs = self._requested, other._requested
-        path = getattr(ours, "path", None)
-        return ours is theirs or (path is not None and path == getattr(theirs, "path", None))
+        first, second = getattr(ours, "path", None), getattr(theirs, "path", None)
+        if ours is theirs or first is None or second is None:
+            return ours is theirs
+        is_same: bool = os.path.realpath(first) == os.path.realpath(second)  # Behind links.
+        return is_same
 
     def choose(self, trainer: Trainer, begun: Set[str]) -> WritableStore:
         """Return the store of the training that starts; all processes must call it.

@@ -24,7 +24,7 @@ from tda_lightning.full_influence.objective import (
 )
 from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity
-from tda_lightning.passes.batches import batches_in_memory
+from tda_lightning.passes.batches import batches_in_memory, columns_by_id
 from tda_lightning.passes.queries import (
     QueryRows,
     checked_for_zeros,
@@ -33,7 +33,7 @@ from tda_lightning.passes.queries import (
 )
 from tda_lightning.passes.targets import Target
 from tda_lightning.passes.training_data import sampled_rows, train_rows
-from tda_lightning.recording.sample_ids import IdSource, require_once
+from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores import Store
 from tda_lightning.stores.recipe import Recipe, SampleAxis
@@ -200,18 +200,13 @@ class FullGradients:
     ) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
         scaled = directions if point.scale is None else directions * point.scale
         row_directions = scaled[:, self._vector_indices].to(self._recipe.torch_dtype)
-        ids, products = [], []
+        parts = []
         rows_by_batch = train_rows(self._model, loader, self._recipe, sample_ids=sample_ids)
         with point.loaded_into(self._model), closing(rows_by_batch) as batches:
             for batch_ids, rows in batches:
                 _require_finite(batch_ids, rows)
-                ids.append(batch_ids)
-                products.append((row_directions @ rows.mT).cpu())
-        if not ids:
-            raise ValueError("`train_loader` is an empty loader; expected at least one batch.")
-        train_ids, order = torch.cat(ids).sort()
-        require_once(train_ids)
-        return train_ids, torch.cat(products, dim=1)[:, order]
+                parts.append((batch_ids, (row_directions @ rows.mT).cpu()))
+        return columns_by_id(parts)
 
     def vectors(
         self, rows: Float[Tensor, "n d"], scale: Float[Tensor, " d"] | None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.gradients.parameter_selection import ParameterSelection, lay_out
-from tda_lightning.passes.batch_contents import batch_size
+from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.batches import transfer
 from tda_lightning.passes.model_state import swapped_weights
 from tda_lightning.results.progress import progress_bar
@@ -90,8 +90,7 @@ class Objective:
             ValueError: If the loader is empty.
         """
         batches = list(progress_bar(loader, "curvature data", "batch", shown=progress))
-        if not batches:
-            raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
+        require_batches(batches, argument)
         sizes = tuple(batch_size(batch, argument) for batch in batches)
         moved = tuple(transfer(model, batch) for batch in batches)
         return cls(model, tuple(parameters), moved, sizes, reduction, argument=argument)

@@ -14,6 +14,12 @@ from tda_lightning.arguments import describe
 _SIZE_ATTRIBUTES = ("num_graphs", "batch_size")
 
 
+def require_batches(batches: object, argument: str) -> None:
+    """Check that a user's loader, of which ``batches`` were kept, was not empty."""
+    if not batches:
+        raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
+
+
 def find_tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested lists, tuples, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):

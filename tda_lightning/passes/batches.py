@@ -21,9 +21,9 @@ from tda_lightning.gradients.parameter_selection import select_like
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
-from tda_lightning.passes.batch_contents import batch_size
+from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
-from tda_lightning.recording.sample_ids import SampleLedger
+from tda_lightning.recording.sample_ids import SampleLedger, require_once
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner
@@ -40,6 +40,20 @@ def named_batches(
         yield ((ledger.name(batch, number), batch) for number, batch in enumerate(bar))
     finally:
         ledger.release()
+
+
+def columns_by_id(
+    parts: Sequence[tuple[Int[Tensor, " n"], Float[Tensor, "m n"]]],
+) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "m n_train"]]:
+    """Return the ids of all batches, sorted, and their columns in this order.
+
+    Raises:
+        ValueError: If ``train_loader`` was empty, or has drawn a sample twice.
+    """
+    require_batches(parts, "train_loader")
+    train_ids, order = torch.cat([ids for ids, _ in parts]).sort()
+    require_once(train_ids)
+    return train_ids, torch.cat([columns for _, columns in parts], dim=1)[:, order]
 
 
 def require_loader(loader: Any, argument: str) -> None:
@@ -210,6 +224,8 @@ def record_batch(
 
 def remedy_for(error: Exception) -> str:
     """Return what to do about an error of the user's code, or the empty string."""
+    if torch.is_inference_mode_enabled():
+        return " There are no gradients inside `torch.inference_mode()`. Call it outside of that."
     if "not attached to a `Trainer`" not in str(error):
         return ""
     return (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import describe, require_choice
-from tda_lightning.passes.batch_contents import batch_size, find_tensors
+from tda_lightning.passes.batch_contents import batch_size, find_tensors, require_batches
 from tda_lightning.passes.batches import (
     batches_of,
     loss_of,
@@ -60,8 +60,7 @@ def sample_losses(
         for ids, batch in _with_ids(samples, sample_ids, progress):
             parts = single_samples(batch, len(ids))
             losses.update(zip(ids.tolist(), (_loss(model, part) for part in parts), strict=True))
-    if not losses:
-        raise ValueError("`samples` is an empty loader; expected at least one batch.")
+    require_batches(losses, "samples")
     train_ids = sorted(losses)
     values = torch.tensor([losses[each] for each in train_ids])
     provenance = {"model": type(model).__name__, "mode": mode}

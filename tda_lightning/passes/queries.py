@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tda_lightning.arguments import require_choice
-from tda_lightning.passes.batch_contents import batch_size
+from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.batches import (
     identified,
     record_batch,
@@ -79,7 +79,7 @@ def record_queries(
     run = open_store_at(like, "like", position)
     if at == -1:
         warn_of_other_weights(model, run.final_fingerprint)
-    return query_rows(
+    return identified_rows(
         model,
         queries,
         run.recipe,
@@ -87,7 +87,7 @@ def record_queries(
         preconditioner=run.preconditioner(position),
         mode=mode,
         progress=progress,
-    )
+    ).rows
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,7 @@ def identified_rows(
                 parts.append(record_target(model, rows, batch, target, batch_ids))
             sizes.append(batch_size(batch, "queries", batch_ids))
             ids.append(batch_ids)
-    if not parts:
-        raise ValueError("`queries` is an empty loader; expected at least one batch.")
+    require_batches(parts, "queries")
     if not sum(len(part.rows) for part in parts):
         raise ValueError(
             "All labels of `queries` are -100, so that no token counts; expected at least one "
@@ -150,28 +149,6 @@ def identified_rows(
     result = _joined(parts, _sample_ids(ids, sizes))
     _require_finite(result.rows, model)
     return result
-
-
-def query_rows(
-    model: nn.Module,
-    queries: Any,
-    recipe: Recipe,
-    *,
-    target: Target = Loss(),
-    preconditioner: Preconditioner | None = None,
-    mode: Mode = "eval",
-    progress: bool = True,
-) -> Float[Tensor, "n_query k"]:
-    """Return the rows of :func:`identified_rows` alone."""
-    return identified_rows(
-        model,
-        queries,
-        recipe,
-        target=target,
-        preconditioner=preconditioner,
-        mode=mode,
-        progress=progress,
-    ).rows
 
 
 def _sample_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Int[Tensor, " n"]]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.gradients.row_pass import BatchRows
+from tda_lightning.passes.batch_contents import require_batches
 from tda_lightning.passes.batches import (
     named_batches,
     record_batch,
@@ -90,8 +91,7 @@ def record(
     finally:
         if started:
             result.seal()
-    if not started:
-        raise ValueError("`loader` is an empty loader; expected at least one batch.")
+    require_batches(started, "loader")
     return result
 
 

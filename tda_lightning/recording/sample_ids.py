@@ -87,6 +87,7 @@ class SampleLedger:
         self._loader: object = None
         # Index of the last batch in its epoch; `None` when training resumes in the middle of one.
         self._last_batch: int | None = -1
+        self._yields_items = False  # Whether a batch is one item of the dataset.
         self._n_given: int | None = None  # Number of ids that `source` last returned.
 
     @property
@@ -107,6 +108,7 @@ class SampleLedger:
         attribute = "sampler" if known_loader.batch_sampler is None else "batch_sampler"
         sampler = RecordingSampler(getattr(known_loader, attribute), is_recording)
         self._ids, self._loader = root_ids(known_loader.dataset), known_loader
+        self._yields_items = known_loader.batch_sampler is None
         # The loader forbids assignment to these attributes, hence `object.__setattr__`.
         object.__setattr__(known_loader, attribute, sampler)
         self._sampler, self._restore = sampler, partial(_unwrap, known_loader, attribute, sampler)
@@ -126,7 +128,7 @@ class SampleLedger:
             given = _as_ids(_look_up(batch, self._source))
             if len(given) != self._n_given:
                 self._n_given = len(given)
-                _warn_of_one_id(len(given), batch)
+                _warn_of_one_id("`sample_ids` returned", len(given), batch)
             return given
         if self._sampler is None:
             raise RuntimeError(f"No training loader was watched before the first batch. {_REMEDY}")
@@ -137,6 +139,8 @@ class SampleLedger:
             self._sampler.claim()
         self._last_batch = batch_index
         drawn = self._sampler.claim()
+        if self._yields_items and batch_index == 0:
+            _warn_of_one_id("With `batch_size=None`, the sampler drew", len(drawn), batch)
         return torch.as_tensor(drawn if self._ids is None else self._ids[drawn], dtype=torch.int64)
 
     @contextmanager
@@ -241,16 +245,16 @@ def _look_up(batch: Any, source: IdSource) -> Any:
     )
 
 
-def _warn_of_one_id(n_ids: int, batch: Any) -> None:
+def _warn_of_one_id(source: str, n_ids: int, batch: Any) -> None:
     """Warn of a single id for a batch that seems to hold several samples."""
     items = list(batch.values()) if isinstance(batch, Mapping) else batch
     tensors = items if isinstance(items, list | tuple) else [items]
     sizes = {len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim}
     if n_ids == 1 and len(sizes) == 1 and (size := sizes.pop()) > 1:
         warnings.warn(
-            f"`sample_ids` returned one id for a batch whose tensors have {size} rows, which are "
-            "recorded as one sample. Expected one id per sample: return them all, unless the rows "
-            "belong to one sample.",
+            f"{source} one id for a batch whose tensors have {size} rows, which are recorded as "
+            "one sample. Expected one id per sample: return them all by `sample_ids=`, unless the "
+            "rows belong to one sample.",
             stacklevel=2,
         )
 

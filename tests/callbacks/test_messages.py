@@ -3,9 +3,10 @@
 import logging
 
 import pytest
+import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 
-from tda_lightning import GradientRecorder
+from tda_lightning import GradientRecorder, attribute
 from tda_lightning.callbacks.messages import inform
 from tda_lightning.stores import MemoryStore
 
@@ -60,3 +61,14 @@ def test_messages_go_to_standard_error_unless_logging_is_set_up(capsys, monkeypa
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     inform("seen by the fallback")
     assert capsys.readouterr().err == "seen by the fallback\n"
+
+
+def test_without_gradients_a_query_names_inference_mode():
+    recorder, model, queries = GradientRecorder(MemoryStore()), Plain(mlp()), vectors()[:3]
+    quiet_trainer(recorder).fit(model, loader(vectors()))
+    expected = attribute(recorder.store, model, queries, progress=False).values
+    with torch.no_grad():
+        scores = attribute(recorder.store, model, queries, progress=False)
+    assert torch.equal(scores.values, expected)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inside `torch.inference_mode"):
+        attribute(recorder.store, model, queries, progress=False)

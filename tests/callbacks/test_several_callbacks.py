@@ -56,6 +56,15 @@ def test_recorders_of_both_kinds_are_refused_in_one_store(first, second, named, 
     assert len(HDF5Store.open(tmp_path / "run")) == 6 if has_run else not any(tmp_path.iterdir())
 
 
+def test_a_store_with_two_names_is_one_store(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    first = GradientRecorder(tmp_path / "folder" / "run")
+    second = GradientRecorder(tmp_path / "link" / "run", existing="replace")
+    with pytest.raises(ValueError, match="into the same store"):
+        train(first, second, net=mlp, optimizer=torch.optim.SGD)
+
+
 def test_recorders_of_both_kinds_record_into_two_stores(tmp_path):
     both = [LossRecorder(tmp_path / "losses"), GradientRecorder(tmp_path / "rows")]
     train(*both, net=mlp, optimizer=torch.optim.SGD)

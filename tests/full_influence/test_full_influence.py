@@ -32,7 +32,7 @@ from tda_lightning.full_influence import (
 from tda_lightning.full_influence.objective import columns_of
 from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.passes.model_state import preserved_state
-from tda_lightning.passes.queries import query_rows
+from tda_lightning.passes.queries import identified_rows
 from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.recipe import Recipe
 
@@ -225,7 +225,7 @@ def test_columns_of_rows_are_matched_to_parameters(batch_size):
     selection = select_parameters(model)
     size = sum(block.size for block in selection.blocks)
     recipe = Recipe(selection.blocks, (), Identity().to_dict(), size, "float64")
-    rows = query_rows(model, (x, y), recipe, progress=False)
+    rows = identified_rows(model, (x, y), recipe, progress=False).rows
     vectors_ = rows[:, columns_of(selection).argsort()]
     for vector, inputs, label in zip(vectors_, x, y, strict=True):
         loss = functional.cross_entropy(net(inputs[None]), label[None])

@@ -13,7 +13,7 @@ from tda_lightning import GradientRecorder, Identity, Kronecker, record_queries
 from tda_lightning.gradients.nodes.normalized import NormBackward
 from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.passes.queries import query_rows
+from tda_lightning.passes.queries import identified_rows
 from tda_lightning.stores import MemoryStore
 
 N = 7
@@ -196,7 +196,7 @@ def test_queries_include_that_running_statistics_follow_the_weights():
     assert run.recipe.normalized == ("net.0.weight",)
     queries = next(iter(loader(data_of((2, 5, 3)), 7)))
     rows = record_queries(model, queries, like=run)
-    constant = query_rows(model, queries, replace(run.recipe, normalized=()))
+    constant = identified_rows(model, queries, replace(run.recipe, normalized=())).rows
     weight, bias = run.recipe.widths[:2]
     assert not torch.allclose(rows[:, :weight], constant[:, :weight])
     torch.testing.assert_close(rows[:, weight + bias :], constant[:, weight + bias :])

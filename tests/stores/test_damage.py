@@ -6,6 +6,7 @@ import shutil
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -16,10 +17,10 @@ import xxhash
 from tda_lightning import HDF5Store, Scores, add_snapshots
 from tda_lightning.cli import main
 from tda_lightning.stores.contract import RECIPE, make_steps
-from tda_lightning.stores.hdf5 import segment_datasets
-from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
+from tda_lightning.stores.hdf5 import segment_datasets, segment_reader
+from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES, read_header
 from tda_lightning.stores.hdf5.verification import verify_files
-from tda_lightning.stores.integrity.damage import StoreFileError
+from tda_lightning.stores.integrity.damage import Checksum, StoreFileError
 from tda_lightning.stores.recipe_checks import require_recipe
 from tda_lightning.stores.step import Audit, Preconditioner
 
@@ -516,9 +517,9 @@ def test_segments_of_older_versions_hold_no_losses(run):
 
 def test_a_block_is_verified_when_it_is_read_first(run, monkeypatch):
     sums = []
-    original = segment_datasets.checksum_of
+    original = Checksum.add
     monkeypatch.setattr(
-        segment_datasets, "checksum_of", lambda rows: sums.append(len(rows)) or original(rows)
+        Checksum, "add", lambda checksum, part: sums.append(len(part)) or original(checksum, part)
     )
     store = HDF5Store.open(run)
     first = [step.sketch for step in store]
@@ -528,3 +529,42 @@ def test_a_block_is_verified_when_it_is_read_first(run, monkeypatch):
     assert len(sums) == n_verified
     assert len(list(HDF5Store.open(run))) == len(first)
     assert len(sums) == 2 * n_verified
+
+
+@pytest.mark.parametrize("storage", ["as computed", "float16", "bfloat16", "int8"])
+def test_a_long_block_is_read_verified_and_decoded_in_parts(tmp_path, monkeypatch, storage):
+    store = HDF5Store(tmp_path / "run", storage=storage)
+    store.begin(RECIPE)
+    for step in make_steps(5):
+        store.append(step)
+    store.seal()
+    whole = [step.sketch for step in HDF5Store.open(tmp_path / "run")]
+    width = HDF5Store.open(tmp_path / "run").recipe.dimension
+    for rows in (1, 2, 3, 14, 15):  # The block has 15.
+        size = {"as computed": 4, "float16": 2, "bfloat16": 2, "int8": 1}[storage]
+        monkeypatch.setattr(segment_datasets, "_PART_BYTES", rows * size * width)
+        run = HDF5Store.open(tmp_path / "run")
+        assert all(map(torch.equal, whole, [step.sketch for step in run]))
+    (file,) = (tmp_path / "run").glob("segment-*.h5")
+    raw, (first, size) = file.read_bytes(), read_header(file).rows[0]
+    monkeypatch.setattr(segment_datasets, "_PART_BYTES", size // 4)
+    for place in range(first, first + size, size // 11):
+        file.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        with pytest.raises(StoreFileError, match=r"segment-000000.h5` is damaged.*checksum"):
+            list(HDF5Store.open(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("read", [lambda s: s.steps, lambda s: s.visited_ids()])
+def test_content_is_verified_by_optimized_python_too(run, read):
+    """``python -O`` leaves out every `assert`."""
+    source = Path(segment_reader.__file__)
+    names = {"__name__": segment_reader.__name__}
+    exec(compile(source.read_text(), source, "exec", optimize=1), names)
+    read(names["Segment"](run / SEGMENT))
+    with h5py.File(run / SEGMENT, locking=False) as file:
+        place = file["visits/weight"].id.get_offset()
+    raw = bytearray((run / SEGMENT).read_bytes())
+    raw[place] ^= 1
+    (run / SEGMENT).write_bytes(raw)
+    with pytest.raises(StoreFileError, match="its checksum is"):
+        read(names["Segment"](run / SEGMENT))

@@ -124,7 +124,8 @@ class Batches(InBatches):
 
 
 def test_items_that_are_batches_count_as_one_sample_unless_ids_tell_their_samples_apart():
-    store, _ = record(DataLoader(Batches(), batch_size=None))
+    with pytest.warns(UserWarning, match="sampler drew one id for a batch whose tensors have 4"):
+        store, _ = record(DataLoader(Batches(), batch_size=None))
     assert all(len(step.sample_ids) == 1 for step in store)
     data = DataLoader(Batches(), batch_size=None, shuffle=True)
     store, batch_ids = record(data, sample_ids=lambda batch: batch[0][:, 0].long())

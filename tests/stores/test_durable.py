@@ -1,9 +1,11 @@
 """Atomic writes: a file is complete or absent, and a failed write leaves the old file."""
 
+import sys
+
 import pytest
 
 from tda_lightning.stores.integrity import durable
-from tda_lightning.stores.integrity.durable import atomic_write
+from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
 
 
 def test_a_file_is_complete_and_the_only_one(tmp_path):
@@ -57,3 +59,11 @@ def test_the_content_is_synced_before_the_rename_and_the_folder_after(tmp_path, 
         (".file.txt.partial", [".file.txt.partial"]),
         (tmp_path.name, ["file.txt"]),
     ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other names are possible there")
+@pytest.mark.parametrize("name", ["run\0.tda", "run\ud800.tda"])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    """The second cannot be written in UTF-8, as an umlaut cannot in the locale `C`."""
+    with pytest.raises(ValueError, match=r"has characters that no file can have .* Rename it"):
+        absolute_path(name)

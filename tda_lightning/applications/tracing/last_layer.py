@@ -27,6 +27,7 @@ from tda_lightning.arguments import describe
 from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.batches import (
     batches_in_memory,
+    columns_by_id,
     identified,
     loss_of,
     named_batches,
@@ -40,7 +41,7 @@ from tda_lightning.passes.model_state import (
     swapped_weights,
 )
 from tda_lightning.passes.targets import Logit, Loss, Target
-from tda_lightning.recording.sample_ids import IdSource, SampleLedger, require_once
+from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.snapshots import (
@@ -131,19 +132,14 @@ def _scores_now(
     progress: bool,
 ) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_query n_train"]]:
     """Return the sorted ids of all passages, and their scores at the model's weights."""
-    ids, columns = [], []
+    parts = []
     ledger = SampleLedger(sample_ids)
     with named_batches(ledger, train_loader, "passages", progress) as batches:
         for batch_ids, batch in batches:
-            ids.append(batch_ids)
             n = batch_size(batch, "train_loader")
             loss = n * loss_of(model, transfer(model, batch))
-            columns.append(query.scores(calls.tokens(loss, n)))
-    if not ids:
-        raise ValueError("`train_loader` is an empty loader; expected at least one batch.")
-    train_ids, order = torch.cat(ids).sort()
-    require_once(train_ids)
-    return train_ids, torch.cat(columns, dim=1)[:, order]
+            parts.append((batch_ids, query.scores(calls.tokens(loss, n))))
+    return columns_by_id(parts)
 
 
 @dataclass(frozen=True)

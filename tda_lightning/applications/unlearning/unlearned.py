@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -164,15 +164,22 @@ def unlearn(
     if holdout is not None:
         positions = list(range(len(dataset_ids(holdout, "holdout"))))
         sets["holdout"] = spread_samples(holdout, positions, MAX_SAMPLES)
-    report = _Report(model, state, retrained, outputs, sets)
-    losses = {name: report.losses_on(name) for name in sets}
+    by_model = partial(_by_model, model, state, retrained)
+    losses = {
+        name: by_model(partial(sample_losses, samples=samples)) for name, samples in sets.items()
+    }
+    distances = {}
+    if retrained is not None:
+        for name, samples in sets.items():
+            predict = partial(sample_predictions, samples=samples, outputs=outputs)
+            distances[name] = _distances(by_model(predict))
     moved_parts = {id(parameter) for parameter in moved}
     return Unlearned(
         state_dict=state,
         ids=ids,
         losses={name: _means(values) for name, values in losses.items()},
         membership_auc=_membership(losses) if holdout is not None else {},
-        distances={name: report.distances_on(name) for name in sets} if retrained else {},
+        distances=distances,
         unchanged=tuple(n for n, p in model.named_parameters() if id(p) not in moved_parts),
         method=repr(update),
     )
@@ -209,39 +216,29 @@ def _moved_state(
     return state
 
 
-@dataclass(frozen=True)
-class _Report:
-    """Measures the models before and after an update, and a retrained one."""
+def _by_model(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    retrained: nn.Module | None,
+    measure: Callable[[nn.Module], Tensor],
+) -> dict[str, Tensor]:
+    """Measure the model before and after an update, and the retrained one."""
+    measured = {"before": measure(model)}
+    with swapped_weights(model, state):
+        measured["after"] = measure(model)
+    if retrained is not None:
+        measured["retrained"] = measure(retrained)
+    return measured
 
-    model: nn.Module
-    state: Mapping[str, Tensor]
-    retrained: nn.Module | None
-    outputs: Target
-    sets: Mapping[str, DataLoader[Any]]
 
-    def losses_on(self, name: str) -> dict[str, Float[Tensor, " n"]]:
-        """Return the losses of a set's samples, for each model."""
-        samples = self.sets[name]
-        losses = {"before": sample_losses(self.model, samples)}
-        with swapped_weights(self.model, self.state):
-            losses["after"] = sample_losses(self.model, samples)
-        if self.retrained is not None:
-            losses["retrained"] = sample_losses(self.retrained, samples)
-        return losses
-
-    def distances_on(self, name: str) -> dict[str, float]:
-        """Return the mean distance of a set's predictions to those of the retrained model."""
-        assert self.retrained is not None
-        samples = self.sets[name]
-        goal = sample_predictions(self.retrained, samples, self.outputs)
-        before = sample_predictions(self.model, samples, self.outputs)
-        with swapped_weights(self.model, self.state):
-            after = sample_predictions(self.model, samples, self.outputs)
-        halved = 0.5 if goal.shape[1] > 1 else 1.0
-        return {
-            key: halved * float((values - goal).abs().sum(dim=1).mean())
-            for key, values in (("before", before), ("after", after))
-        }
+def _distances(predictions: Mapping[str, Float[Tensor, "n outputs"]]) -> dict[str, float]:
+    """Return the mean distance of the predictions to those of the retrained model."""
+    goal = predictions["retrained"]
+    halved = 0.5 if goal.shape[1] > 1 else 1.0
+    return {
+        name: halved * float((predictions[name] - goal).abs().sum(dim=1).mean())
+        for name in ("before", "after")
+    }
 
 
 def _means(losses: Mapping[str, Float[Tensor, " n"]]) -> dict[str, float]:

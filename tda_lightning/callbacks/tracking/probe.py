@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.passes.batch_contents import batch_size
+from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.batches import record_batch
 from tda_lightning.passes.model_state import Mode, preserved_rng, preserved_state
 
@@ -75,8 +75,7 @@ def read_probe(probe: Any) -> list[Any]:
         )
     with preserved_rng(), _same_generator(probe.generator):
         batches = list(probe)
-    if not batches:
-        raise ValueError("`probe` is an empty loader; expected at least one batch.")
+    require_batches(batches, "probe")
     return batches
 
 

@@ -64,8 +64,9 @@ class Projector(ABC):
         arguments = {name: int(value) for name, value in asdict(self).items() if value is not None}
         return {"name": type(self).__name__, **arguments}
 
-    @abstractmethod
-    def _block_map(self, block: Block) -> BlockMap: ...
+    def _block_map(self, block: Block) -> BlockMap:
+        """Return the map of a layer's matrix; by default, it is not shrunk."""
+        return BlockMap(block.rows, block.columns)
 
     @abstractmethod
     def _column_map(self, names: Sequence[str], sizes: Sequence[int]) -> ColumnMap: ...
@@ -74,9 +75,6 @@ class Projector(ABC):
 @dataclass(frozen=True)
 class Identity(Projector):
     """No projection: rows are full gradients. Exact, but as long as the model is large."""
-
-    def _block_map(self, block: Block) -> BlockMap:
-        return BlockMap(block.rows, block.columns)
 
     def _column_map(self, names: Sequence[str], sizes: Sequence[int]) -> ColumnMap:
         return SideBySide(sizes)
@@ -113,9 +111,6 @@ class CountSketch(Projector):
     dimension: int = 2048
     seed: int = 0
 
-    def _block_map(self, block: Block) -> BlockMap:
-        return BlockMap(block.rows, block.columns)
-
     def _column_map(self, names: Sequence[str], sizes: Sequence[int]) -> ColumnMap:
         return _hash_or_lay_out(names, sizes, self.dimension, self.seed)
 
@@ -134,9 +129,6 @@ class DenseProjection(Projector):
 
     dimension: int = 2048
     seed: int = 0
-
-    def _block_map(self, block: Block) -> BlockMap:
-        return BlockMap(block.rows, block.columns)
 
     def _column_map(self, names: Sequence[str], sizes: Sequence[int]) -> ColumnMap:
         return Multiplied(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.stores.hdf5.segment_file import open_hdf5, require_lengths, require_offsets
-from tda_lightning.stores.integrity.damage import StoreFileError, checksum_of, read_into
+from tda_lightning.stores.integrity.damage import Checksum, StoreFileError, read_into
 from tda_lightning.stores.row_formats import Storage, decode, raw_bytes
 from tda_lightning.stores.step import (
     OPTIONAL_FACTS,
@@ -28,6 +28,10 @@ from tda_lightning.stores.step import (
 )
 
 Stamp = tuple[int, int]
+# Rows, with the position of the first.
+Part = tuple[int, np.ndarray]
+# Small enough to stay in a processor's cache while rows are read, summed and decoded.
+_PART_BYTES = 2**20
 # The hyper-parameters of a group are stored under these names.
 GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
 
@@ -121,30 +125,55 @@ class StoredRows:
             StoreFileError: If the file has changed.
             ValueError: If the rows have another checksum than when they were sealed.
         """
-        # Without rows, such as without sampled labels, nothing is read.
-        encoded = self._read_encoded(span) if span.stop > span.start else self._empty(0)
-        # A block of 1 MB is still in the processor's cache, where summing is fastest.
+        count = span.stop - span.start
+        rows = torch.empty(0, self.width)
+        parts = self._read_encoded(span)
         if self.checksums is not None and block not in self.verified:
-            if checksum_of(encoded) != self.checksums[block]:
-                raise ValueError(f"the checksum of rows {span.start} to {span.stop} is another one")
-            self.verified.add(block)
-        return decode(encoded, scales, self.storage)
+            parts = self._verified(parts, block)
+        for start, encoded in parts:
+            part = decode(encoded, scales[start : start + len(encoded)], self.storage)
+            if len(part) == count:
+                rows = part
+                continue
+            if start == 0:
+                rows = torch.empty(count, self.width, dtype=part.dtype)
+            rows[start : start + len(part)] = part
+        return rows
 
-    def _read_encoded(self, span: slice) -> np.ndarray:
+    def _verified(self, parts: Iterator[Part], block: int) -> Iterator[Part]:
+        """Yield parts of a block; check their sum at the end."""
+        assert self.checksums is not None
+        checksum = Checksum()
+        for start, encoded in parts:
+            checksum.add(raw_bytes(encoded))
+            yield start, encoded
+        if checksum.value != self.checksums[block]:
+            raise ValueError(f"the rows of block {block} have another checksum")
+        self.verified.add(block)
+
+    def _read_encoded(self, span: slice) -> Iterator[Part]:
+        """Yield encoded rows part by part; a part is overwritten by the next one."""
+        count = span.stop - span.start
+        if not count:  # Without rows, such as without sampled labels, nothing is read.
+            yield 0, self._empty(0)
+            return
         if self.offset is None:
             require_unchanged(self.path, self.stamp, stamp_of(self.path))
             with open_hdf5(self.path) as file:
-                encoded: np.ndarray = file[self.name][span]
-            return encoded
+                yield 0, file[self.name][span]
+            return
+        size = max(1, _PART_BYTES // self.row_bytes)
+        memory = self._empty(min(size, count))
         # Bypass HDF5, whose calls would take longer than reading the bytes.
-        rows = self._empty(span.stop - span.start)
         with self.path.open("rb", buffering=0) as file:
             # In a new file under this name, other bytes would be at the offset.
             require_unchanged(self.path, self.stamp, stamp_of(file.fileno()))
             file.seek(self.offset + span.start * self.row_bytes)
-            if not read_into(raw_bytes(rows), file):  # It was truncated after the check.
-                raise _changed_error(self.path)
-        return rows
+            for start in range(0, count, size):
+                part = memory[: count - start]
+                if not read_into(raw_bytes(part), file):  # It was truncated after the check.
+                    raise _changed_error(self.path)
+                yield start, part
 
     def _empty(self, count: int) -> np.ndarray:
         return np.empty((count, self.width), self.dtype)

@@ -70,7 +70,7 @@ class Segment:
     def steps(self) -> StepColumns:
         """The steps without their visits."""
         with reading_segment(self.path):
-            assert self.is_verified is not None  # Verify before anything else is read.
+            self.require_intact()  # Before anything else is read.
             has_checksums = self.header is not None and self.header.crc32 is None
             columns = StepColumns(self.path, self._stamp, has_checksums)
             self.require_unchanged()
@@ -92,6 +92,14 @@ class Segment:
                 require_plain(file)
         return self.header is not None
 
+    def require_intact(self) -> None:
+        """Check the content against its checksum, once; rows are checked when they are read.
+
+        Raises:
+            StoreFileError: If it has another one.
+        """
+        _ = self.is_verified  # Not in an `assert`, which `python -O` leaves out.
+
     def require_unchanged(self) -> None:
         """Check that the file has not been replaced.
 
@@ -103,7 +111,7 @@ class Segment:
 
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the sorted ids of the samples in this segment."""
-        assert self.is_verified is not None
+        self.require_intact()
         with reading_segment(self.path), open_hdf5(self.path) as file:
             ids: Tensor = torch.unique(torch.from_numpy(file["visits/sample_id"][:]))
         return ids

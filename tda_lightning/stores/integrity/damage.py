@@ -31,12 +31,28 @@ def checksum_of(content: bytes | np.ndarray) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
+class Checksum:
+    """The XXH3 checksum, 64 bits, of parts that are added one after the other."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_64()
+
+    def add(self, part: memoryview) -> None:
+        """Add the next part."""
+        self._state.update(part)
+
+    @property
+    def value(self) -> int:
+        """The checksum of all parts so far."""
+        return self._state.intdigest()
+
+
 def checksum_of_parts(parts: Iterable[memoryview]) -> int:
     """Return the checksum of concatenated parts."""
-    state = xxhash.xxh3_64()
+    checksum = Checksum()
     for part in parts:
-        state.update(part)
-    return state.intdigest()
+        checksum.add(part)
+    return checksum.value
 
 
 def require_stored_bytes(path: Path) -> None:
