@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Int
+from pytorch_lightning.utilities import rank_zero_warn
 
 from tda_lightning.callbacks.lightning_trainer import Trainer
 from tda_lightning.recording.sample_ids import SampleLedger
@@ -35,6 +36,17 @@ def with_new_ids(trainer: Trainer, ledger: SampleLedger, recipe: Recipe) -> Reci
         return recipe
     ids = _merged(recipe.train_ids, ledger.train_ids)
     return recipe if ids == recipe.train_ids else replace(recipe, train_ids=ids)
+
+
+def warn_of_one_sample(ledger: SampleLedger) -> None:
+    """Warn if the training data are one sample, such as a graph whose nodes are the samples."""
+    ids = ledger.train_ids
+    if ids is not None and len(ids) == 1:
+        rank_zero_warn(
+            "GradientRecorder: the training data are a single sample; expected several, among "
+            "which scores choose. If the rows of this sample are meant, as with the nodes of a "
+            "graph, load them as samples: in a graph, each node with its neighbourhood."
+        )
 
 
 def _makes_loaders_anew(trainer: Trainer) -> bool:
