@@ -1,4 +1,4 @@
-"""Ids of the training set of a run, which grows where loaders are made anew with other samples."""
+"""Ids of the training set of a run, which grows if the trainer reloads its data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def known_ids(
         trainer: The trainer.
         ledger: Infers the ids of its current loader.
         continued: Recipe of the run that this training continues. Its ids stay if the trainer
-            makes its loaders anew; :func:`with_new_ids` adds those of the current one.
+            reloads its data; :func:`with_new_ids` adds those of the current loader.
     """
-    if continued is not None and _makes_loaders_anew(trainer):
+    if continued is not None and _reloads_data(trainer):
         return continued.train_ids
     ids = ledger.train_ids
     return None if ids is None else ranges_of(ids)
@@ -32,7 +32,7 @@ def known_ids(
 
 def with_new_ids(trainer: Trainer, ledger: SampleLedger, recipe: Recipe) -> Recipe:
     """Return the recipe with the ids of the current loader, such as a new split of the data."""
-    if not _makes_loaders_anew(trainer):
+    if not _reloads_data(trainer):
         return recipe
     ids = _merged(recipe.train_ids, ledger.train_ids)
     return recipe if ids == recipe.train_ids else replace(recipe, train_ids=ids)
@@ -49,7 +49,7 @@ def warn_of_one_sample(ledger: SampleLedger) -> None:
         )
 
 
-def _makes_loaders_anew(trainer: Trainer) -> bool:
+def _reloads_data(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "reload_dataloaders_every_n_epochs", 0))
 
 

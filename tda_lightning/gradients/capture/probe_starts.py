@@ -74,7 +74,7 @@ _MAX_AXES = 3
 def joined_rows(with_samples: Iterable[Node], n: int) -> int:
     """Return the number of rows of each sample, if no operation shows the samples on an axis.
 
-    Only the order of the rows then tells whose they are.
+    Then nothing but the order of the rows shows whose they are.
 
     Args:
         with_samples: The nodes of a graph whose outputs depend on samples.
