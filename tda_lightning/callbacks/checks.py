@@ -104,8 +104,9 @@ def require_one_loader(trainer: Trainer) -> None:
     if count > 1:
         raise ValueError(
             f"Batches come from {count} training loaders at once, so that an index does not "
-            "identify a sample; expected one loader. Pass `sample_ids=`: a function from the "
-            "batch to one integer per sample."
+            "identify a sample; expected one loader. Pass `sample_ids=`, a function from the batch "
+            "to one integer per sample, and pass the samples of all loaders through the model in "
+            "one call: see `Several loaders` in docs/gotchas.md."
         )
 
 

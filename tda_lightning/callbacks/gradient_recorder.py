@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn import Parameter
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.budgets import Budgets, FirstBatch
@@ -31,9 +33,9 @@ from tda_lightning.callbacks.lightning_trainer import (
 from tda_lightning.callbacks.recorded_run import RecordedRun
 from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.run_location import Existing
-from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
+from tda_lightning.callbacks.training_ids import known_ids, warn_of_one_sample, with_new_ids
 from tda_lightning.gradients.losses import LabelSchedule, Reduction
-from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
+from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype, unfrozen
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
 from tda_lightning.recording.optimizers import select_trained_layers
@@ -145,6 +147,7 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         if len(self.store):  # The audit of an earlier `fit` has accepted it.
             recorder.accept()
         self._ledger.start_training(trainer.global_step)
+        warn_of_one_sample(self._ledger)
         warn_of(recipe.left_out)
         self._recipe = recipe
         notes = describe_snapshots(trainer, pl_module, self.snapshots)
@@ -180,6 +183,8 @@ class GradientRecorder(RecordedRun, RecordingCallback):
             distributed=distributed_context(trainer),
             warn=rank_zero_warn,
             leave_out=self._leave_out,
+            note_unfrozen=partial(self._note_unfrozen, model),
+            is_axis_declared=bool(self.batch_dims),
             labels=LabelSchedule(self.curvature_share),
         )
         keep = self._writer.append
@@ -190,6 +195,13 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         warn_of(entries)
         if self._recipe is not None and not len(self.store):
             self._recipe = replace(self._recipe, left_out=(*self._recipe.left_out, *entries))
+            self._writer.amend(self._recipe)
+
+    def _note_unfrozen(self, model: LightningModule, parameters: Sequence[Parameter]) -> None:
+        """Name parameters that are trained from now on in the recipe; a warning has done so."""
+        recipe = self.store.recipe
+        if entries := unfrozen(model, parameters, recipe):
+            self._recipe = replace(recipe, left_out=(*recipe.left_out, *entries))
             self._writer.amend(self._recipe)
 
     def _create_recipe(

@@ -1,4 +1,4 @@
-"""Ids of the training set of a run, which grows where loaders are made anew with other samples."""
+"""Ids of the training set of a run, which grows if the trainer reloads its data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Int
+from pytorch_lightning.utilities import rank_zero_warn
 
 from tda_lightning.callbacks.lightning_trainer import Trainer
 from tda_lightning.recording.sample_ids import SampleLedger
@@ -21,9 +22,9 @@ def known_ids(
         trainer: The trainer.
         ledger: Infers the ids of its current loader.
         continued: Recipe of the run that this training continues. Its ids stay if the trainer
-            makes its loaders anew; :func:`with_new_ids` adds those of the current one.
+            reloads its data; :func:`with_new_ids` adds those of the current loader.
     """
-    if continued is not None and _makes_loaders_anew(trainer):
+    if continued is not None and _reloads_data(trainer):
         return continued.train_ids
     ids = ledger.train_ids
     return None if ids is None else ranges_of(ids)
@@ -31,13 +32,24 @@ def known_ids(
 
 def with_new_ids(trainer: Trainer, ledger: SampleLedger, recipe: Recipe) -> Recipe:
     """Return the recipe with the ids of the current loader, such as a new split of the data."""
-    if not _makes_loaders_anew(trainer):
+    if not _reloads_data(trainer):
         return recipe
     ids = _merged(recipe.train_ids, ledger.train_ids)
     return recipe if ids == recipe.train_ids else replace(recipe, train_ids=ids)
 
 
-def _makes_loaders_anew(trainer: Trainer) -> bool:
+def warn_of_one_sample(ledger: SampleLedger) -> None:
+    """Warn if the training data are one sample, such as a graph whose nodes are the samples."""
+    ids = ledger.train_ids
+    if ids is not None and len(ids) == 1:
+        rank_zero_warn(
+            "GradientRecorder: the training data are a single sample; expected several, among "
+            "which scores choose. If the rows of this sample are meant, as with the nodes of a "
+            "graph, load them as samples: in a graph, each node with its neighbourhood."
+        )
+
+
+def _reloads_data(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "reload_dataloaders_every_n_epochs", 0))
 
 

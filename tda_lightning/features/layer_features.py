@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.passes.batch_contents import require_batches
 from tda_lightning.results.scores import Scores
 
 
@@ -99,7 +98,8 @@ def concatenate(
     Raises:
         ValueError: If there are no batches, or their numbers of features differ.
     """
-    require_batches(parts, argument)
+    if not parts:
+        raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
     widths = {part.features.shape[1] for part in parts}
     if len(widths) > 1:
         raise ValueError(

@@ -253,6 +253,20 @@ def _require_any(chosen: Mapping[nn.Parameter, str], left_out: Collection[LeftOu
         )
 
 
+def unfrozen(
+    model: nn.Module, parameters: Sequence[nn.Parameter], recipe: Recipe
+) -> tuple[LeftOut, ...]:
+    """Describe parameters that are trained only after recording began, if the recipe does not."""
+    names = {name for block in recipe.blocks for name in block.parameters}
+    names |= {entry.name for entry in recipe.left_out}
+    reason = "it was not trained when recording began"
+    return tuple(
+        LeftOut(name, type(module).__name__, parameter.numel(), reason)
+        for name, (parameter, module_name, module) in _owners(model).items()
+        if any(parameter is each for each in parameters) and not names & {name, module_name}
+    )
+
+
 def row_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of a model's rows: float64 if all trained parameters are, else float32."""
     formats = {p.dtype for p in model.parameters() if p.requires_grad}

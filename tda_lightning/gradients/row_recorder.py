@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.pausing import is_compiled, uncompiled
+from tda_lightning.gradients.capture.probe_starts import joined_rows
 from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, label_gradients
 from tda_lightning.gradients.nodes.stacked import Shrinking
 from tda_lightning.gradients.parameter_selection import ParameterSelection, named_parameters, places
@@ -105,6 +106,10 @@ class RowRecorder:
     def lost(self) -> dict[int, str]:
         """Why the rows of a block cannot be recorded, by the block's number."""
         return {self._places[p].block: reason for p, reason in self._capture.lost.items()}
+
+    def joined_rows(self) -> int:
+        """Return the rows per sample in the last graph, if none of its axes shows the samples."""
+        return joined_rows(self._capture.with_samples, self._n)
 
     @property
     def normalized(self) -> set[str]:

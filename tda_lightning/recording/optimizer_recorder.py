@@ -42,6 +42,7 @@ class OptimizerRecorder:
         self.is_announced = False
         self.every_n_steps = 1
         self._warn = settings.warn
+        self._note_unfrozen = settings.note_unfrozen
         self._labels = settings.labels
         # The recorder keeps the parameters alive, so no other object can get their ids.
         self._trained = self._trained_ids()
@@ -67,9 +68,11 @@ class OptimizerRecorder:
         trained = self._trained_ids()
         if trained == self._trained:
             return
+        self.builder.forget_parameters()
         self._trained, new = trained, set(trained) - self._known
         self._known |= new
         if new:
+            self._note_unfrozen([p for p in parameters_of(self.optimizer) if id(p) in new])
             self._warn(
                 f"GradientRecorder: {len(new)} parameters of the {type(self.optimizer).__name__} "
                 "are not recorded, since they were not trained when recording began."

@@ -158,7 +158,8 @@ class SampleLedger:
             raise ValueError(
                 f"`sample_ids` returned {self._n_given} ids for a batch, but no operation of the "
                 f"loss has a row for each of {self._n_given} samples; expected one id per sample. "
-                "Return as many ids as the batch has samples."
+                "Return as many ids as the batch has samples. Pass samples of several loaders "
+                "through the model in one call."
             ) from error
 
     def start_training(self, steps: int) -> None:

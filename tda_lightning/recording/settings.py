@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from tda_lightning.gradients.losses import EVERY_STEP, LabelSchedule
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.stores.recipe import LeftOut
+
+
+def _ignore(parameters: Sequence[Parameter]) -> None:
+    """Do nothing."""
 
 
 def _single_process_sum(tensor: Tensor) -> Tensor:
@@ -47,6 +52,8 @@ class RecordingSettings:
         distributed: The other processes of this training.
         warn: Called with the text of a warning.
         leave_out: Called with the parameters that turn out not to be recordable.
+        note_unfrozen: Called with the parameters that are trained only from some later step on.
+        is_axis_declared: Whether the user has declared where the samples lie in some layer.
         labels: The steps at which labels are sampled, if rows for sampled labels are recorded.
     """
 
@@ -58,4 +65,6 @@ class RecordingSettings:
     distributed: DistributedContext
     warn: Callable[[str], None]
     leave_out: Callable[[Sequence[LeftOut]], None]
+    note_unfrozen: Callable[[Sequence[Parameter]], None] = _ignore
+    is_axis_declared: bool = False
     labels: LabelSchedule = EVERY_STEP

@@ -174,6 +174,10 @@ class StepBuilder:
             return None
         return self._scale.before_value_clipping(self._rows.recorded_parameters(), bound)
 
+    def forget_parameters(self) -> None:
+        """Read the optimizer's parameters anew: some were frozen or unfrozen."""
+        self._parameters_by_size = []
+
     def _watch_gradients(self, optimizer: Optimizer) -> None:
         """Start to measure the scaling of this step's gradients, and its audit if that is due."""
         if self._scale is None:

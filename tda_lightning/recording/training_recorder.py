@@ -70,6 +70,7 @@ class TrainingRecorder:
         self._n_optimizers = len(optimizers)
         self._hooks: list[Any] = []
         self._backward_passes = self._batch_size = 0
+        self._has_checked_rows = False
 
     @property
     def rows(self) -> RowRecorder:
@@ -167,6 +168,22 @@ class TrainingRecorder:
             )
         for recorder in self._recorders:
             recorder.builder.start_backward(loss, loss_scale)
+        if not self._has_checked_rows and self.is_recording():
+            self._has_checked_rows = True
+            self._warn_of_joined_rows()
+
+    def _warn_of_joined_rows(self) -> None:
+        """Warn if nothing but their order shows whose the rows of the batch are."""
+        # Two rows per sample are two views of the batch, one below the other.
+        if (count := self.rows.joined_rows()) > 2 and not self.settings.is_axis_declared:
+            self.settings.warn(
+                f"GradientRecorder: no operation of the loss has an axis of {self._batch_size} "
+                f"entries, the samples of the batch; there are {count} rows per sample instead. "
+                "They are taken to follow one another, sample by sample. If `training_step` draws "
+                "or shuffles its rows, ids are wrong: expected them in order. Load batches of one "
+                "sample then, or return the id of each row with `sample_ids=`. If they are in "
+                "order, state it with `batch_dims={'*': 'flattened'}`."
+            )
 
     def end_backward(self) -> None:
         """Collect the rows of that backward pass."""

@@ -57,7 +57,7 @@ class MemoryStore(WritableStore):
         self._run_id = uuid.uuid4().hex
 
     def amend(self, recipe: Recipe) -> None:
-        """Replace the recipe of a run; once it has steps, only ``train_ids`` may grow."""
+        """Replace the recipe of a run; once it has steps, ids and names may be added."""
         self._recipe = recipe
 
     def resume(self, index: int) -> None:

@@ -42,7 +42,7 @@ class WritableStore(Store):
         """
 
     def amend(self, recipe: Recipe) -> None:
-        """Replace the recipe of a run that has no steps yet; later, only ``train_ids`` may grow.
+        """Replace the recipe of a run that has no steps yet; later, ids and names may be added.
 
         Raises:
             ValueError: If the store does not support this.

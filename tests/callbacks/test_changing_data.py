@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 from tda_lightning import GradientRecorder, HDF5Store, attribute, self_influence
 from tda_lightning.applications import loss_history
 from tda_lightning.callbacks import LossRecorder
+from tda_lightning.stores import MemoryStore
 
 SPLITS = ([0, 1, 2, 3, 4], [5, 3, 7, 11, 2], [12, 0, 5, 6, 8])
 
@@ -80,3 +81,8 @@ def test_losses_of_later_splits_are_recorded(tmp_path):
 def test_data_that_stay_the_same_keep_their_recipe(epochs, tmp_path):
     trained(GradientRecorder(tmp_path / "run"), data=loader(IndexedVectors()), epochs=epochs)
     assert HDF5Store.open(tmp_path / "run").recipe.train_ids == ((0, 13),)
+
+
+def test_a_single_sample_is_warned_of():
+    with pytest.warns(UserWarning, match="the training data are a single sample"):
+        trained(GradientRecorder(MemoryStore()), data=loader(Subset(IndexedVectors(), [3])))

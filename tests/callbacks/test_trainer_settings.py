@@ -5,12 +5,20 @@ from itertools import chain
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_models import IndexedVectors, Plain, TrainingLog, loader, mlp, quiet_trainer
+from lightning_models import (
+    IndexedVectors,
+    Plain,
+    TrainingLog,
+    loader,
+    mlp,
+    quiet_trainer,
+    vectors,
+)
 from loss_scale import Scripted, ScriptedScaler
-from pytorch_lightning.callbacks import GradientAccumulationScheduler
+from pytorch_lightning.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
-from tda_lightning import GradientRecorder, Identity
+from tda_lightning import GradientRecorder, HDF5Store, Identity, attribute
 from tda_lightning.stores import MemoryStore
 
 BATCHES = 3  # 13 samples in batches of five
@@ -248,26 +256,51 @@ def test_unsupported_optimizers_are_refused(optimizer, message):
         record(model=Plain(mlp(), optimizer=optimizer))
 
 
-def test_layers_that_are_unfrozen_later_warn():
-    from pytorch_lightning.callbacks import BaseFinetuning
+class Unfreezes(BaseFinetuning):
+    """Trains the first layer from the second epoch on, as `BackboneFinetuning` does."""
 
-    class Unfreezes(BaseFinetuning):
-        def freeze_before_training(self, module):
-            self.freeze(module.net[0])
+    def freeze_before_training(self, module):
+        self.freeze(module.net[0])
 
-        def finetune_function(self, module, epoch, optimizer):
-            if epoch == 1:
-                self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.1)
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.1)
 
-    class TrainsUnfrozen(Plain):
-        def configure_optimizers(self):
-            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
+class TrainsUnfrozen(Validated):
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def test_layers_that_are_unfrozen_later_are_left_out_by_name_and_can_be_queried():
+    model = TrainsUnfrozen(mlp())
     with pytest.warns(UserWarning, match="not recorded, since they were not trained when"):
-        store, _ = record(Unfreezes(), model=TrainsUnfrozen(mlp()))
+        store, _ = record(Unfreezes(), model=model)
     names = ["net.2.weight", "net.2.bias", "net.3.weight", "net.3.bias"]
     assert [block.name for block in store.recipe.blocks] == names
-    assert len(store) == 6
+    assert [entry.name for entry in store.recipe.left_out] == ["net.0.weight", "net.0.bias"]
+    shares = [audit.explained_in_all() for audit in store.audits()]
+    assert min(shares[:BATCHES]) > 0.9999
+    assert max(shares[BATCHES:]) < 0.99
+    assert attribute(store, model, vectors()[:2], progress=False).values.any()
+
+
+@pytest.mark.filterwarnings("ignore:GradientRecorder. 2 parameters of the SGD are not recorded")
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_training_that_unfreezes_layers_can_be_resumed(epochs, tmp_path):
+    def fit(max_epochs, **settings):
+        torch.manual_seed(0)
+        model, recorder = TrainsUnfrozen(mlp()), GradientRecorder(tmp_path / "run")
+        trainer = quiet_trainer(recorder, Unfreezes(), max_epochs=max_epochs)
+        data = loader(IndexedVectors())
+        trainer.fit(model, data, data, **settings)
+        return trainer
+
+    fit(epochs).save_checkpoint(tmp_path / "epoch.ckpt")
+    fit(3, ckpt_path=tmp_path / "epoch.ckpt", weights_only=False)
+    run = HDF5Store.open(tmp_path / "run")
+    assert [facts.index for facts in run.facts] == list(range(3 * BATCHES))
+    assert [entry.name for entry in run.recipe.left_out] == ["net.0.weight", "net.0.bias"]
 
 
 def test_a_layer_that_is_replaced_later_is_warned_of():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -65,3 +65,25 @@ def _cuts(roots: set[Node], result: Walk, n: int, *, is_exact: bool) -> Cuts:
                 seen.add(child)
                 waiting.append(child)
     return cuts
+
+
+# Axes of a node's output that may be the samples': `(n, ...)`, `(s, n, d)` and the like.
+_MAX_AXES = 3
+
+
+def joined_rows(with_samples: Iterable[Node], n: int) -> int:
+    """Return the number of rows of each sample, if no operation shows the samples on an axis.
+
+    Then nothing but the order of the rows shows whose they are.
+
+    Args:
+        with_samples: The nodes of a graph whose outputs depend on samples.
+        n: Number of samples.
+
+    Returns:
+        The largest number of rows per sample; 0 if some output has an axis of ``n`` entries.
+    """
+    shapes = [shape for node in with_samples if (shape := output_shape((node, 0)))]
+    if n <= 1 or any(n in shape[:_MAX_AXES] for shape in shapes):
+        return 0
+    return max((shape[0] // n for shape in shapes if shape[0] % n == 0), default=0)

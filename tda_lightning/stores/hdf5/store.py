@@ -189,7 +189,7 @@ class HDF5Store(WritableStore):
         self._sink.start_at(self.path, self._identity(0), self._shard)
 
     def amend(self, recipe: Recipe) -> None:
-        """Replace the recipe of a run; once it has steps, only ``train_ids`` may grow."""
+        """Replace the recipe of a run; once it has steps, ids and names may be added."""
         self._lock.require()
         if self._rank == 0:
             folder.amend_recipe(self.path, recipe)

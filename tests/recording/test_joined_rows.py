@@ -1,0 +1,83 @@
+"""Rows that only their order assigns to samples are warned of."""
+
+import warnings
+
+import pytest
+import torch
+from lightning_models import Plain, loader, quiet_trainer
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from tda_lightning import GradientRecorder
+from tda_lightning.stores import MemoryStore
+
+N, T, D = 5, 11, 3
+
+
+class Windows(Plain):
+    """Draws windows from the series of a batch in its training step, as forecasting models do."""
+
+    def __init__(self, shuffled=True):
+        super().__init__(nn.Sequential(nn.Linear(D, 7), nn.ReLU(), nn.Linear(7, 1)))
+        self.shuffled = shuffled
+
+    def training_step(self, batch, batch_idx):
+        windows = batch[0].unfold(1, D + 1, 1).flatten(0, 1)
+        if self.shuffled:
+            windows = windows[torch.randperm(len(windows))]
+        return nn.functional.mse_loss(self.net(windows[:, :D]), windows[:, D:])
+
+
+class Whole(Plain):
+    """Sees the positions of each series on an axis behind that of the series."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(1, 1))
+
+    def training_step(self, batch, batch_idx):
+        series = batch[0][:, :, None]
+        outputs = self.net(series[:, :-1])
+        return nn.functional.mse_loss(outputs.flatten(0, 1), series[:, 1:].flatten(0, 1))
+
+
+class TwoViews(Plain):
+    """Sees two views of a batch, one below the other."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(T, 2))
+
+    def training_step(self, batch, batch_idx):
+        views = torch.cat([batch[0], batch[0] + 0.1])
+        return self.net(views).square().mean()
+
+
+def series():
+    return TensorDataset(torch.randn(10, T, generator=torch.Generator().manual_seed(0)))
+
+
+def warnings_of(model, batch_size=N, **settings):
+    recorder = GradientRecorder(MemoryStore(), **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(recorder).fit(model, loader(series(), batch_size=batch_size))
+    return [str(w.message) for w in caught if "sample by sample" in str(w.message)]
+
+
+def test_windows_that_the_step_draws_are_warned_of_once():
+    (message,) = warnings_of(Windows())
+    assert f"an axis of {N} entries" in message
+    assert f"{T - D} rows per sample" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (Whole(), {}),
+        (TwoViews(), {}),
+        (Windows(), {"batch_size": 1}),
+        (Windows(shuffled=False), {"batch_dims": {"*": "flattened"}}),
+    ],
+    ids=["an axis of samples", "two views", "one sample", "declared"],
+)
+def test_other_rows_are_not_warned_of(model, settings):
+    assert not warnings_of(model, **settings)
