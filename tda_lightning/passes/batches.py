@@ -211,11 +211,11 @@ def record_batch(
         rows.start_backward(loss)
         # Not `backward`, which would change the `.grad` of the user's parameters.
         torch.autograd.grad(loss, trained_parameters(model), allow_unused=True)
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             f"`{type(model).__name__}.training_step` failed on `{argument}`: expected a batch as "
             f"the training loader yields it; got {describe(batch)}. The error was: {error}"
-            f"{remedy_for(error)}"
+            f"{remedy_for(error) or _remedy_in_evaluation(model, argument)}"
         ) from error
     finally:
         batch_rows = rows.end_backward()
@@ -224,14 +224,22 @@ def record_batch(
 
 def remedy_for(error: Exception) -> str:
     """Return what to do about an error of the user's code, or the empty string."""
-    if torch.is_inference_mode_enabled():
-        return " There are no gradients inside `torch.inference_mode()`. Call it outside of that."
     if "not attached to a `Trainer`" not in str(error):
         return ""
     return (
         " The step uses `self.trainer`, which a loaded model does not have. Give it one, `model."
         "trainer = pl.Trainer(logger=False)`, query with the object that was fitted, or pass "
         "`target=`, which needs no `training_step`."
+    )
+
+
+def _remedy_in_evaluation(model: nn.Module, argument: str) -> str:
+    """Return the remedy for models that return other outputs in evaluation mode."""
+    if model.training or argument != "queries":
+        return ""
+    return (
+        ". The model is in evaluation mode, where it may return other outputs than in training; "
+        'if so, pass `mode="train"`.'
     )
 
 

@@ -286,6 +286,7 @@ def test_layers_that_are_unfrozen_later_are_left_out_by_name_and_can_be_queried(
 
 
 @pytest.mark.filterwarnings("ignore:GradientRecorder. 2 parameters of the SGD are not recorded")
+@pytest.mark.filterwarnings("ignore:GradientRecorder. not recorded. Linear `net.0")
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_training_that_unfreezes_layers_can_be_resumed(epochs, tmp_path):
     def fit(max_epochs, **settings):

@@ -88,3 +88,22 @@ def test_counters_and_lists_of_outputs_are_restored_after_queries():
     assert model.steps == steps == len(store)
     assert model.losses is losses
     assert all(a is b for a, b in zip(losses, contents, strict=True))
+
+
+class OtherOutputs(Plain):
+    """Returns the losses of a batch in training and its predictions otherwise, as detectors do."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        outputs = {"loss": loss} if self.net.training else [loss]
+        return outputs.get("loss")
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a .val_dataloader. but have no")
+def test_a_model_with_other_outputs_in_evaluation_can_be_queried_in_training_mode():
+    model = OtherOutputs(mlp())
+    store = trained(model)
+    with pytest.raises(ValueError, match=r'no attribute .get.*pass `mode="train"`'):
+        attribute(store, model, vectors()[:3], progress=False)
+    scores = attribute(store, model, vectors()[:3], mode="train", progress=False)
+    assert scores.values.any()
