@@ -184,7 +184,8 @@ def _require_known(findings: Sequence[Finding], evidence: Evidence) -> None:
 
 def _extent(evidence: Evidence) -> str:
     n_train, n_query = len(evidence.train.ids), len(evidence.answers)
-    return f"{n_query:,} {'queries' if n_query != 1 else 'query'}, {n_train:,} training samples"
+    queries = "queries, the samples" if n_query != 1 else "query, the sample"
+    return f"{n_query:,} {queries} to explain; {n_train:,} training samples"
 
 
 def _lead(findings: Sequence[Finding]) -> str:

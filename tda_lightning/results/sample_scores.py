@@ -20,6 +20,8 @@ from tda_lightning.results.tables import write_columns
 if TYPE_CHECKING:
     import pandas as pd
 
+_INSTEAD = {"proponents": "highest", "opponents": "lowest"}
+
 
 @dataclass(frozen=True)
 class SampleScores:
@@ -40,6 +42,18 @@ class SampleScores:
     def __len__(self) -> int:
         """Return the number of training samples."""
         return len(self.train_ids)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            """Name the method to call instead of those that only scores of queries have."""
+            message = f"`SampleScores` has no attribute `{name}`"
+            if name in _INSTEAD:
+                message += (
+                    f", since it holds one score per training sample, such as those of one query. "
+                    f"Call `.{_INSTEAD[name]}(k)`, or `.{name}(k)` of the scores of all queries"
+                )
+            raise AttributeError(f"{message}.", name=name, obj=self)
 
     def highest(self, k: int = 10) -> SampleRanking:
         """Return the ``k`` highest scores with the ids of their samples, highest first."""

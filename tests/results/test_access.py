@@ -32,6 +32,13 @@ def test_training_samples_are_selected_by_their_ids_in_the_given_order():
     assert SCORES.of([]).shape == (5, 0)
 
 
+@pytest.mark.parametrize(("name", "instead"), [("proponents", "highest"), ("opponents", "lowest")])
+def test_scores_of_one_query_name_the_method_to_call_instead(name, instead):
+    with pytest.raises(AttributeError, match=rf"Call `\.{instead}\(k\)`, or `\.{name}\(k\)`"):
+        getattr(SCORES[0], name)
+    assert not hasattr(SCORES[0], "prononents")
+
+
 def test_a_ranking_names_its_samples():
     top = SAMPLES.highest(3)
     assert torch.equal(SCORES.of(top).values, SCORES.of(top.ids).values)

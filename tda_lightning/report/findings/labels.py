@@ -59,7 +59,7 @@ def _in_second_peak(logs: Float[Tensor, " n"]) -> int:
 
 def _number_of_suspects(suspects: Mislabeled) -> tuple[str, str]:
     n_train = len(suspects.train_ids)
-    how = "They were found by their losses during the training and their self-influence."
+    how = "The model found them hard to learn: their losses stayed high for long."
     if suspects.is_clear:
         number = f"{suspects.estimated_number:,} of {n_train:,}"
         return f"About {number} training labels are probably wrong.", how

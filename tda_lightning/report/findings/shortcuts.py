@@ -45,6 +45,6 @@ def _reason(evidence: Evidence) -> str:
     if evidence.attributes:
         return "The model's answers are unknown, so nothing could be tested."
     return (
-        "Name suspected attributes of the training samples, such as a watermark or a hospital, by "
-        "`attributes=`: the report tests whether they drive the wrong answers."
+        "Name suspected attributes of the training samples, such as a watermark or a hospital. The "
+        "report then tests whether they drive the wrong answers (argument: attributes)."
     )

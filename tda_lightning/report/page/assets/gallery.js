@@ -98,7 +98,8 @@ function rowTable(query) {
     make("th", { scope: "row" }, `#${id} ${name}`), make("td", {}, user(sampleOf(id).label ?? "")),
     make("td", { class: "score" }, signed(score)), ...cells(sampleOf(id).row)));
   const table = make("table", { class: "rows" },
-    make("caption", {}, "Blue rows helped, red rows harmed. The columns in which the query stands out come first."),
+    make("caption", {}, make("span", {},
+      "Blue rows helped, red rows harmed. The columns in which the query stands out come first.")),
     make("thead", {}, make("tr", {}, ...heads, ...columns)), make("tbody", {}, first, ...rows));
   return make("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Table rows" }, table);
 }
