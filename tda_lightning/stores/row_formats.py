@@ -62,6 +62,19 @@ def encode(
         return np.nan_to_num(np.rint(scaled * _INT8_LIMIT)).astype(np.int8), scales / _INT8_LIMIT
 
 
+def decode_into(
+    rows: Float[Tensor, "n k"],
+    stored: np.ndarray,
+    scales: Float[np.ndarray, " n"],
+    storage: Storage,
+) -> None:
+    """Write decoded rows into memory of the dtype that :func:`decode` returns."""
+    if storage == "bfloat16":  # Converting while copying saves a pass.
+        rows.copy_(torch.from_numpy(stored).view(torch.bfloat16))
+    else:
+        rows.copy_(decode(stored, scales, storage))
+
+
 def decode(
     stored: np.ndarray, scales: Float[np.ndarray, " n"], storage: Storage
 ) -> Float[Tensor, "n k"]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tda_lightning.stores.hdf5.segment_file import open_hdf5, require_lengths, require_offsets
 from tda_lightning.stores.integrity.damage import Checksum, StoreFileError, read_into
-from tda_lightning.stores.row_formats import Storage, decode, raw_bytes
+from tda_lightning.stores.row_formats import Storage, decode, decode_into, raw_bytes
 from tda_lightning.stores.step import (
     OPTIONAL_FACTS,
     Audit,
@@ -131,13 +131,14 @@ class StoredRows:
         if self.checksums is not None and block not in self.verified:
             parts = self._verified(parts, block)
         for start, encoded in parts:
-            part = decode(encoded, scales[start : start + len(encoded)], self.storage)
-            if len(part) == count:
-                rows = part
+            if len(encoded) == count:
+                rows = decode(encoded, scales, self.storage)
                 continue
             if start == 0:
-                rows = torch.empty(count, self.width, dtype=part.dtype)
-            rows[start : start + len(part)] = part
+                dtype = decode(encoded[:0], scales[:0], self.storage).dtype
+                rows = torch.empty(count, self.width, dtype=dtype)
+            place = slice(start, start + len(encoded))
+            decode_into(rows[place], encoded, scales[place], self.storage)
         return rows
 
     def _verified(self, parts: Iterator[Part], block: int) -> Iterator[Part]:
