@@ -100,6 +100,22 @@ LOSSES = {
             o.sigmoid(), (probabilities(N, C) > 0.5).double()
         ),
     ),
+    "soft labels of two classes": (
+        (N, 2),
+        lambda o: functional.cross_entropy(o, probabilities(N, 2).softmax(dim=1)),
+    ),
+    "soft binary labels": (
+        (N, C),
+        lambda o: functional.binary_cross_entropy_with_logits(o, probabilities(N, C)),
+    ),
+    "soft binary labels of probabilities": (
+        (N, C),
+        lambda o: functional.binary_cross_entropy(o.sigmoid(), probabilities(N, C)),
+    ),
+    "smoothed labels of tokens": (
+        (N, C, T),
+        lambda o: functional.cross_entropy(o, classes(N, T), label_smoothing=0.1),
+    ),
     "squared error": ((N, C), lambda o: functional.mse_loss(o, draw(N, C, seed=3))),
     "squared difference": (
         (N, C),

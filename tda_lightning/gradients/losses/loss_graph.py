@@ -10,12 +10,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from tda_lightning.gradients.losses.loss_nodes import (
-    BernoulliLogitsLoss,
-    BernoulliLoss,
-    LossNode,
-    SoftmaxLoss,
-)
+from tda_lightning.gradients.losses.binary_losses import BernoulliLogitsLoss, BernoulliLoss
+from tda_lightning.gradients.losses.loss_nodes import LossNode, SoftmaxLoss
 from tda_lightning.gradients.losses.regression_losses import HuberLoss, SquaredLoss, SquarePower
 
 # Loss functions are near the root of the graph; the model behind them may be large.

@@ -1,4 +1,4 @@
-"""Cross-entropies on the autograd graph: weights of terms, values, curvature, sampled labels."""
+"""Loss functions on the autograd graph: weights of terms, values, curvature, sampled labels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
-from torch.nn import functional
 
 # Vocabularies are large: at most this many probabilities are computed again at a time.
 _MAX_PROBABILITIES = 2**22
@@ -100,8 +99,14 @@ class LossNode(ABC):
         residuals = (self._weighted_residuals(grad) / weights).clamp(0, 1)
         return Terms.of_one_output(residuals * (1 - residuals), residuals.square())
 
-    def losses(self, square: Tensor) -> Tensor:
-        """Return the value of each term, given its squared gradient."""
+    def losses(self, value_grad: Tensor, weights: Tensor, square: Tensor) -> Tensor:
+        """Return the value of each term.
+
+        Args:
+            value_grad: Gradient of the loss with respect to the node's result.
+            weights: Weight of each term in the loss, not zero.
+            square: Squared gradient of each term for the given label.
+        """
         residuals = square.sqrt().clamp_max(1 - torch.finfo(square.dtype).eps)
         return -torch.log1p(-residuals)
 
@@ -144,26 +149,35 @@ class SoftmaxLoss(LossNode):
     def summarize(self, grad: Tensor, weights: Tensor) -> Terms:
         """Return facts of each term, for its label alone and for all classes."""
         of_label = super().summarize(grad, weights)
-        if grad.shape[self._axis] == 2:
-            return of_label  # The gradients of both classes are opposite.
         norms = torch.linalg.vector_norm(grad, dim=self._axis, keepdim=True)
         full_square = (norms / weights).square()
         full_trace = self._full_trace(of_label, full_square)
+        if grad.shape[self._axis] == 2:  # The gradients of both classes are opposite.
+            return Terms.of_one_output(full_trace / 2, full_square / 2)
         return of_label._replace(full_trace=full_trace, full_square=full_square)
 
     def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
         """Return the loss, the norm of the error over all classes, and the margin."""
         axis, log_probabilities = self._axis, self.node._saved_result.detach()
-        coefficients = value_grad / weights
-        # Forbidden classes have a log-probability of minus infinity, and no coefficient.
-        parts = torch.where(coefficients == 0, 0, coefficients * log_probabilities)
-        labels = coefficients.argmin(dim=axis, keepdim=True)
+        labels = (value_grad / weights).argmin(dim=axis, keepdim=True)
         others = log_probabilities.scatter(axis, labels, -torch.inf)
         return Predictions(
-            parts.sum(dim=axis, keepdim=True),
+            self._exact_losses(value_grad, weights),
             torch.linalg.vector_norm(grad / weights, dim=axis, keepdim=True),
             log_probabilities.gather(axis, labels) - others.amax(dim=axis, keepdim=True),
         )
+
+    def losses(self, value_grad: Tensor, weights: Tensor, square: Tensor) -> Tensor:
+        """Return the value of each term; of large vocabularies, exactly for labels of one class."""
+        if value_grad.numel() <= _MAX_PROBABILITIES:
+            return self._exact_losses(value_grad, weights)
+        return super().losses(value_grad, weights, square)
+
+    def _exact_losses(self, value_grad: Tensor, weights: Tensor) -> Tensor:
+        coefficients = value_grad / weights
+        # Forbidden classes have a log-probability of minus infinity, and no coefficient.
+        parts = torch.where(coefficients == 0, 0, coefficients * self.node._saved_result.detach())
+        return parts.sum(dim=self._axis, keepdim=True)
 
     def _full_trace(self, of_label: Terms, full_square: Tensor) -> Tensor:
         """Return the sum over classes of p * (1 - p)."""
@@ -194,57 +208,6 @@ class ReducedLoss(LossNode):
         return torch.ones((), device=self.node._saved_self.device) if weight is None else weight
 
 
-class BernoulliLogitsLoss(ReducedLoss):
-    """Binary cross-entropy of logits."""
-
-    def _weight_arguments(self) -> Tensor:
-        pos_weight = self.node._saved_pos_weight
-        weights = super()._weight_arguments()
-        target = self.node._saved_target
-        return weights if pos_weight is None else weights * (1 + (pos_weight - 1) * target)
-
-    def sample(self, generator: Generator) -> Tensor:
-        """Sample binary labels."""
-        p: Tensor = self.node._saved_self.detach().sigmoid()
-        return p - _sampled_bits(p, generator)
-
-    def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
-        """Return the loss, the norm of the error of both classes, and the margin."""
-        logits, target = self.node._saved_self.detach(), self.node._saved_target
-        loss = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return _binary(loss, logits, target)
-
-
-class BernoulliLoss(ReducedLoss):
-    """Binary cross-entropy of probabilities."""
-
-    def sample(self, generator: Generator) -> Tensor:
-        """Sample binary labels."""
-        p = self._probabilities()
-        return (p - _sampled_bits(p, generator)) / (p * (1 - p))
-
-    def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
-        """Return the loss, the norm of the error of both classes, and the margin."""
-        p, target = self._probabilities(), self.node._saved_target
-        loss = functional.binary_cross_entropy(p, target, reduction="none")
-        return _binary(loss, p.logit(), target)
-
-    def _weighted_residuals(self, grad: Tensor) -> Tensor:
-        p = self._probabilities()
-        return (grad * p * (1 - p)).abs()
-
-    def _probabilities(self) -> Tensor:
-        p: Tensor = self.node._saved_self.detach().clamp(1e-6, 1 - 1e-6)
-        return p
-
-
-def _binary(loss: Tensor, logits: Tensor, target: Tensor) -> Predictions:
-    """Return the predictions of two classes; a label between them counts as the nearer class."""
-    # Both classes have the same error, with opposite signs.
-    error = 2**0.5 * (logits.sigmoid() - target).abs()
-    return Predictions(loss, error, torch.where(target > 0.5, logits, -logits))
-
-
 def _subtract_drawn_(probabilities: Tensor, generator: Generator) -> None:
     """Draw a class along the last axis, and subtract 1 from its probability."""
     cumulative = probabilities.cumsum(dim=-1)
@@ -252,10 +215,6 @@ def _subtract_drawn_(probabilities: Tensor, generator: Generator) -> None:
     drawn = (cumulative <= uniform(total, generator) * total).sum(dim=-1, keepdim=True)
     drawn = drawn.clamp_max(cumulative.shape[-1] - 1)
     probabilities.scatter_add_(-1, drawn, -torch.ones_like(total))
-
-
-def _sampled_bits(p: Tensor, generator: Generator) -> Tensor:
-    return (uniform(p, generator) < p).to(p)
 
 
 def uniform(like: Tensor, generator: Generator) -> Tensor:

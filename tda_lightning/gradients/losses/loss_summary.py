@@ -102,7 +102,10 @@ class LossSummary:
         is_one_term = weights.numel() == self._n
         predictions = node.predictions(value_grad, outputs_grad, divisors) if is_one_term else None
         self._predictions.append(predictions)
-        loss = node.losses(terms.square) if predictions is None else predictions.loss
+        if predictions is None:
+            loss = node.losses(value_grad, divisors, terms.square)
+        else:
+            loss = predictions.loss
         squares = weights.square()
         parts = [weights, squares, weights * loss, weights * terms.trace, squares * terms.square]
         parts += [weights * terms.full_trace, squares * terms.full_square]

@@ -24,7 +24,7 @@ class SquaredLoss(ReducedLoss):
         hessian = self._hessian(self.node._saved_self.detach()).expand_as(grad)
         return Terms.of_one_output(hessian, (grad / weights).square())
 
-    def losses(self, square: Tensor) -> Tensor:
+    def losses(self, value_grad: Tensor, weights: Tensor, square: Tensor) -> Tensor:
         """Return the squared residual of each term."""
         return square / 4
 
@@ -49,7 +49,7 @@ class HuberLoss(SquaredLoss):
         inside: Tensor = self._distance() < self._width
         return inside.to(outputs) * self._slope / self._width
 
-    def losses(self, square: Tensor) -> Tensor:
+    def losses(self, value_grad: Tensor, weights: Tensor, square: Tensor) -> Tensor:
         """Return the value of each term, from its residual."""
         # The slope is linear up to the width, and constant beyond it.
         inside = self._distance().clamp_max(self._width)
