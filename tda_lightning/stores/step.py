@@ -126,7 +126,7 @@ class StepFacts:
             probability p, and 1 / (2 r^2) for squared error with residual r.
         trace_ratio: The same factor with all classes: trace of the Hessian of the visit's loss with
             respect to the outputs, over the squared norm of the gradient there, if known; shape
-            ``(n,)``. It is (1 - |p|^2) / |p - e|^2 for cross-entropy with probabilities p and a
+            ``(n,)``. It is ``(1 - |p|^2) / |p - e|^2`` for cross-entropy with probabilities p and a
             label of unit vector e. For losses of one output, it equals `curvature`.
         losses: Loss of each visit before the step, the mean of its terms, if known; shape ``(n,)``.
             It is NaN if none of its terms has a weight.
