@@ -224,6 +224,8 @@ def record_batch(
 
 def remedy_for(error: Exception) -> str:
     """Return what to do about an error of the user's code, or the empty string."""
+    if torch.is_inference_mode_enabled():
+        return " There are no gradients inside `torch.inference_mode()`. Call it outside of that."
     if "not attached to a `Trainer`" not in str(error):
         return ""
     return (
