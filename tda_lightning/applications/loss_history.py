@@ -270,7 +270,7 @@ def _reason_without_losses(facts: StepFacts) -> str | None:
     if facts.losses is not None:
         return None
     if facts.curvature is None or facts.loss not in ("cross-entropy", "squared error"):
-        return "an earlier version recorded no losses"
+        return "the run holds none, as with CTC, and in runs of earlier versions"
     if facts.terms is not None and bool(((facts.terms - 1).abs() > ROUNDING).any()):
         return "an earlier version recorded no losses of several terms, such as tokens"
     return None

@@ -79,6 +79,13 @@ def test_the_unit_of_a_cross_entropy_is_given():
     torch.testing.assert_close(matrix(LossWeighted(), step), fisher(STEP, scales))
 
 
+def test_visits_of_unknown_ratio_are_not_weighted():
+    ratios = torch.tensor([0.5, torch.nan, 7.0]).double()
+    step = replace(STEP, trace_ratio=ratios, loss="cross-entropy")
+    scales = [0.5**0.5, 1.0, 7.0**0.5]
+    torch.testing.assert_close(matrix(LossWeighted(), step), fisher(STEP, scales))
+
+
 def test_weighting_by_the_loss_never_exceeds_the_trace_of_its_hessian():
     step = replace(STEP, **SEVERAL)
     trace = trace_matched(step)[1].trace()

@@ -363,6 +363,17 @@ def test_a_loss_behind_a_reentrant_checkpoint_is_found():
     assert [type(node).__name__ for node in find_losses(loss, {outputs.grad_fn})] == ["SoftmaxLoss"]
 
 
+def test_a_loss_that_is_not_linear_in_the_log_probabilities_is_unknown():
+    outputs = draw(T, N, C).requires_grad_() * 1.0
+    log_probabilities = outputs.log_softmax(dim=2)
+    lengths, label_lengths = torch.full((N,), T), torch.full((N,), 2)
+    labels = torch.ones(N, 2, dtype=torch.long)
+    loss = functional.ctc_loss(log_probabilities, labels, lengths, label_lengths)
+    facts = facts_of(loss, outputs)
+    for values in (facts.spread, facts.full_spread, facts.losses):
+        assert values.isnan().all()
+
+
 def test_an_unsupported_loss_has_no_summary():
     leaf = draw(N, C).requires_grad_()
     outputs = leaf * 1.0

@@ -112,7 +112,8 @@ class LossWeighted(_VisitCurvature):
     Otherwise one direction stands for several. There, the geometric mean with the empirical Fisher
     agrees better with retraining: :math:`\sqrt{\alpha c T} \, r r^\top / w`. For a cross-entropy,
     :math:`\alpha = 1`. For others it scales the Fisher of the step to the trace of all
-    :math:`c r r^\top / w`, so that the unit of the outputs does not matter.
+    :math:`c r r^\top / w`, so that the unit of the outputs does not matter. Visits whose
+    :math:`c` is unknown are not weighted.
     """
 
     def scales(self, step: Step) -> Float[Tensor, " n"]:
@@ -122,13 +123,14 @@ class LossWeighted(_VisitCurvature):
         if _is_gauss_newton(step):
             return _root_over_weight(c, step)
         alpha = 1 if step.loss == "cross-entropy" else _mean_ratio(c, step)
-        return _root_over_weight((alpha * c * T).sqrt(), step)
+        factors = torch.where(c.isnan(), 1, (alpha * c * T).sqrt())
+        return _root_over_weight(factors, step)
 
 
 def _mean_ratio(c: Float[Tensor, " n"], step: Step) -> Tensor:
     """Return the mean of ``c``, weighted by the traces of the visits' outer products."""
     traces = step.sketch.square().sum(dim=1) / step.weights.clamp_min(_LEAST_WEIGHT)
-    return (c * traces).sum() / traces.sum().clamp_min(torch.finfo(traces.dtype).tiny)
+    return (c * traces).nansum() / traces.sum().clamp_min(torch.finfo(traces.dtype).tiny)
 
 
 def _is_gauss_newton(step: Step) -> bool:

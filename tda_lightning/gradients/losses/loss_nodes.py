@@ -13,8 +13,12 @@ from torch.autograd.graph import GradientEdge
 _MAX_PROBABILITIES = 2**22
 
 
+# Probabilities minus labels sum to at most 1 on either side; the rest is rounding, in any format.
+_LARGEST_RESIDUAL = 1.1
+
+
 class Terms(NamedTuple):
-    """Facts of each term, unweighted.
+    """Facts of each term, unweighted; NaN where the loss is another function of the outputs.
 
     Attributes:
         trace: Second derivative with respect to the output of the label.
@@ -96,7 +100,10 @@ class LossNode(ABC):
             grad: Gradient of the loss with respect to the outputs.
             weights: Weight of each term in the loss, not zero.
         """
-        residuals = (self._weighted_residuals(grad) / weights).clamp(0, 1)
+        residuals = self._weighted_residuals(grad) / weights
+        # Otherwise the loss is not linear in the log-probabilities, such as that of CTC.
+        is_linear = (residuals >= 0) & (residuals <= _LARGEST_RESIDUAL)
+        residuals = torch.where(is_linear, residuals.clamp(0, 1), torch.nan)
         return Terms.of_one_output(residuals * (1 - residuals), residuals.square())
 
     def losses(self, value_grad: Tensor, weights: Tensor, square: Tensor) -> Tensor:
@@ -150,7 +157,7 @@ class SoftmaxLoss(LossNode):
         """Return facts of each term, for its label alone and for all classes."""
         of_label = super().summarize(grad, weights)
         norms = torch.linalg.vector_norm(grad, dim=self._axis, keepdim=True)
-        full_square = (norms / weights).square()
+        full_square = torch.where(of_label.square.isnan(), torch.nan, (norms / weights).square())
         full_trace = self._full_trace(of_label, full_square)
         if grad.shape[self._axis] == 2:  # The gradients of both classes are opposite.
             return Terms.of_one_output(full_trace / 2, full_square / 2)

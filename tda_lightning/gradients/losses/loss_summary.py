@@ -106,6 +106,7 @@ class LossSummary:
             loss = node.losses(value_grad, divisors, terms.square)
         else:
             loss = predictions.loss
+        loss = torch.where(terms.square.isnan(), torch.nan, loss)
         squares = weights.square()
         parts = [weights, squares, weights * loss, weights * terms.trace, squares * terms.square]
         parts += [weights * terms.full_trace, squares * terms.full_square]
@@ -129,8 +130,8 @@ class LossSummary:
         return LossFacts(
             name,
             terms=torch.where(squares > 0, total.square() / squares, 1),
-            spread=torch.where(square > 0, trace / square, 0),
-            full_spread=torch.where(full_square > 0, full_trace / full_square, 0),
+            spread=torch.where(square == 0, 0, trace / square),
+            full_spread=torch.where(full_square == 0, 0, full_trace / full_square),
             losses=torch.where(is_counted, loss / total, torch.nan),
             errors=errors,
             margins=margins,
