@@ -129,7 +129,8 @@ class LossWeighted(_VisitCurvature):
 
 def _mean_ratio(c: Float[Tensor, " n"], step: Step) -> Tensor:
     """Return the mean of ``c``, weighted by the traces of the visits' outer products."""
-    traces = step.sketch.square().sum(dim=1) / step.weights.clamp_min(_LEAST_WEIGHT)
+    norms: Tensor = torch.linalg.vector_norm(step.sketch, dim=1)
+    traces = norms.square() / step.weights.clamp_min(_LEAST_WEIGHT)
     return (c * traces).nansum() / traces.sum().clamp_min(torch.finfo(traces.dtype).tiny)
 
 

@@ -166,22 +166,22 @@ class SoftmaxLoss(LossNode):
     def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
         """Return the loss, the norm of the error over all classes, and the margin."""
         axis, log_probabilities = self._axis, self.node._saved_result.detach()
-        labels = (value_grad / weights).argmin(dim=axis, keepdim=True)
+        coefficients = value_grad / weights
+        labels = coefficients.argmin(dim=axis, keepdim=True)
         others = log_probabilities.scatter(axis, labels, -torch.inf)
         return Predictions(
-            self._exact_losses(value_grad, weights),
-            torch.linalg.vector_norm(grad / weights, dim=axis, keepdim=True),
+            self._exact_losses(coefficients),
+            torch.linalg.vector_norm(grad, dim=axis, keepdim=True) / weights.abs(),
             log_probabilities.gather(axis, labels) - others.amax(dim=axis, keepdim=True),
         )
 
     def losses(self, value_grad: Tensor, weights: Tensor, square: Tensor) -> Tensor:
         """Return the value of each term; of large vocabularies, exactly for labels of one class."""
         if value_grad.numel() <= _MAX_PROBABILITIES:
-            return self._exact_losses(value_grad, weights)
+            return self._exact_losses(value_grad / weights)
         return super().losses(value_grad, weights, square)
 
-    def _exact_losses(self, value_grad: Tensor, weights: Tensor) -> Tensor:
-        coefficients = value_grad / weights
+    def _exact_losses(self, coefficients: Tensor) -> Tensor:
         # Forbidden classes have a log-probability of minus infinity, and no coefficient.
         parts = torch.where(coefficients == 0, 0, coefficients * self.node._saved_result.detach())
         return parts.sum(dim=self._axis, keepdim=True)
