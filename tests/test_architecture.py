@@ -18,7 +18,7 @@ FLOORS = [
     {"passes"},
     {"callbacks", "api", "features"},
     {"full_influence"},
-    {"applications", "integrations"},
+    {"applications"},
     {"report"},
     {"cli"},
     {"__main__"},
@@ -117,7 +117,7 @@ def test_a_planted_crossing_is_found(place, statement):
         ("h5py", "stores/hdf5/"),
         ("curvlinops", "full_influence/curvlinops_bindings.py"),
         ("scipy", "full_influence/curvlinops_bindings.py"),
-        ("quanda", "integrations/quanda.py"),
+        ("quanda", "applications/quanda.py"),
     ],
 )
 def test_a_library_is_known_in_one_place(library, home):

@@ -68,7 +68,7 @@ def run():
 
 @pytest.mark.parametrize("target", [Margin(), None], ids=["margin", "loss"])
 def test_columns_are_in_the_order_of_the_dataset(run, target):
-    from tda_lightning.integrations.quanda import RecordedRun
+    from tda_lightning.applications.quanda import RecordedRun
 
     store, model, data = run
     settings = {} if target is None else {"target": target}
@@ -82,7 +82,7 @@ def test_columns_are_in_the_order_of_the_dataset(run, target):
 
 
 def test_ids_may_be_passed_and_unknown_ones_are_refused(run):
-    from tda_lightning.integrations.quanda import RecordedRun
+    from tda_lightning.applications.quanda import RecordedRun
 
     store, model, data = run
     part = TensorDataset(*vectors()[[5, 0]])
@@ -97,7 +97,7 @@ def test_ids_may_be_passed_and_unknown_ones_are_refused(run):
 def test_self_influence_keeps_its_order_in_the_ranking_of_quanda(run):
     from quanda.explainers.global_ranking import SelfInfluenceRanking
 
-    from tda_lightning.integrations.quanda import RecordedRun, spaced_ranks
+    from tda_lightning.applications.quanda import RecordedRun, spaced_ranks
 
     store, model, data = run
     ranking = SelfInfluenceRanking(RecordedRun(model, data, store)).get_global_rank()
@@ -196,7 +196,7 @@ def test_the_datamodeling_score_is_that_of_quanda_for_margins():
 def test_model_randomization_is_that_of_quanda(run, tmp_path):
     from quanda.metrics.heuristics import ModelRandomizationMetric
 
-    from tda_lightning.integrations.quanda import RecordedRun
+    from tda_lightning.applications.quanda import RecordedRun
 
     store, model, data = run
     torch.save(model.state_dict(), tmp_path / "model.pt")
@@ -276,7 +276,7 @@ def test_a_benchmark_of_quanda_is_recorded_as_trained_and_evaluated(tmp_path, mo
     from quanda.utils.datasets.transformed.metadata import LabelFlippingMetadata
     from quanda.utils.training import Trainer
 
-    from tda_lightning.integrations.quanda import RecordedRun
+    from tda_lightning.applications.quanda import RecordedRun
 
     monkeypatch.setenv("TDA_LIGHTNING_STORE", str(tmp_path / "run.tda"))
     monkeypatch.chdir(tmp_path)

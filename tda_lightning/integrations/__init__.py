@@ -1,1 +1,0 @@
-"""Adapters to other libraries: each file is imported only where it is used."""
