@@ -19,7 +19,12 @@ from tda_lightning.stores import HDF5Store
 from tda_lightning.stores.snapshots import add_snapshots
 
 # Attribute
-from tda_lightning.api import attribute, self_influence, top_attributions, trajectory  # isort: skip
+from tda_lightning.attribution.attribute import (  # isort: skip
+    attribute,
+    self_influence,
+    top_attributions,
+    trajectory,
+)
 from tda_lightning.attribution import (  # isort: skip
     TRAK,
     GradientSimilarity,

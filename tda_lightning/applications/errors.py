@@ -11,9 +11,9 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.api import attribute
 from tda_lightning.applications.predictions import Labels, Outputs, predict
 from tda_lightning.attribution import Attributor, TracIn
+from tda_lightning.attribution.attribute import attribute
 from tda_lightning.passes.batches import select_samples
 from tda_lightning.passes.targets import labels_of, outputs_of
 from tda_lightning.recording.sample_ids import root_ids

@@ -16,13 +16,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import require_kind
 from tda_lightning.attribution import Attributor, Unrolled
 from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import identified_rows
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.scores import Scores
+from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:

@@ -27,11 +27,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.applications.loss_history import visit_losses
-from tda_lightning.arguments import require_kind, require_whole
 from tda_lightning.attribution import SelfAttributor, TracIn
 from tda_lightning.attribution.attributor import Totals, provenance_of
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_kind, require_whole
 from tda_lightning.stores.step import Step, StepFacts
 
 

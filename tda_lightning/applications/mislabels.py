@@ -26,7 +26,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.api import attribute, self_influence
 from tda_lightning.applications.loss_history import (
     ROUNDING,
     LossHistory,
@@ -43,11 +42,12 @@ from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
 from tda_lightning.applications.predictions import Labels, Outputs, predict
 from tda_lightning.applications.retraining import Retrain, check_removal
 from tda_lightning.applications.unlearning.sample_passes import dataset_ids
-from tda_lightning.arguments import require_kind
 from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
+from tda_lightning.attribution.attribute import attribute, self_influence
 from tda_lightning.attribution.attributor import SelfAttributor
 from tda_lightning.passes.targets import labels_of, outputs_of
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.opening import Run, open_run
 
 # Few samples fall into two groups by chance.

@@ -11,11 +11,11 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import describe
 from tda_lightning.passes.batch_contents import require_batches
 from tda_lightning.passes.batches import named_batches, require_loader, transfer
 from tda_lightning.passes.model_state import preserved_state, require_model
 from tda_lightning.recording.sample_ids import SampleLedger
+from tda_lightning.stores.arguments import describe
 
 Outputs = Callable[[nn.Module, Any], Tensor]
 Labels = Callable[[Any], Tensor]

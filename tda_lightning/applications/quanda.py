@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.api import attribute, self_influence
 from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Unrolled
+from tda_lightning.attribution.attribute import attribute, self_influence
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.recording.sample_ids import root_ids
 from tda_lightning.results.optional import needs

@@ -17,10 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor, nn
 
-from tda_lightning.api import attribute
 from tda_lightning.applications.predictions import Outputs
-from tda_lightning.arguments import require_whole
 from tda_lightning.attribution import Attributor, GradientSimilarity
+from tda_lightning.attribution.attribute import attribute
 from tda_lightning.metrics.checks import require_mask
 from tda_lightning.passes.batches import identified, transfer
 from tda_lightning.passes.model_state import preserved_state
@@ -28,6 +27,7 @@ from tda_lightning.passes.targets import Target, outputs_of
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.stores.arguments import require_whole
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:

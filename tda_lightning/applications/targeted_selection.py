@@ -19,11 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.api import attribute
 from tda_lightning.applications.pruning import mean_rows
 from tda_lightning.applications.selection import Selection
-from tda_lightning.arguments import require_choice, require_not_negative
 from tda_lightning.attribution import Attributor, GradientSimilarity, InfluenceFunction
+from tda_lightning.attribution.attribute import attribute
 from tda_lightning.attribution.dynamics.optimizer import Extent
 from tda_lightning.attribution.influence import DAMPING_FACTOR
 from tda_lightning.attribution.linalg import unit_rows
@@ -31,6 +30,7 @@ from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.ranking import require_rank
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_choice, require_not_negative
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.snapshots import Moment
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from tda_lightning.arguments import require_object
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.unrolled import Unrolled
 from tda_lightning.results.embedding import Embedding
 from tda_lightning.stores import Store, open_store
+from tda_lightning.stores.arguments import require_object
 
 
 def embed(

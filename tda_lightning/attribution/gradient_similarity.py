@@ -17,10 +17,10 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_choice
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.linalg import unit_rows
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_choice
 from tda_lightning.stores.step import Step
 
 Measure = Literal["cosine", "dot"]

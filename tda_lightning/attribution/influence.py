@@ -25,7 +25,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_choice, require_kind, require_not_negative
 from tda_lightning.attribution.attributor import SelfAttributor
 from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.attribution.dynamics.curvature import (
@@ -42,6 +41,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
 from tda_lightning.attribution.linalg import damped_root
 from tda_lightning.attribution.visits import last_epoch, last_visits, unweighted
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_choice, require_kind, require_not_negative
 from tda_lightning.stores.step import Step
 
 DAMPING_FACTOR = 1.5

@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_kind, require_whole
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.dynamics.curvature import BestAvailable, Curvature, applied_curvature
 from tda_lightning.attribution.dynamics.optimizer import (
@@ -38,6 +37,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
 from tda_lightning.attribution.dynamics.propagator import Exponential, Propagator
 from tda_lightning.attribution.linalg import eigendecomposition
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_kind, require_whole
 from tda_lightning.stores.step import Step
 
 _DEFAULT_SEGMENTS = 3  # as in the paper

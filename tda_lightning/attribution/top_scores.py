@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_whole
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.results.ranking import Ranking
 from tda_lightning.results.top_scores import TopScores
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_whole
 
 
 def top_scores(

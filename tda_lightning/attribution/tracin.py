@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_object
 from tda_lightning.attribution.attributor import Attributor, SelfAttributor
 from tda_lightning.attribution.dynamics.optimizer import require_training
 from tda_lightning.attribution.linalg import squared_norms
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_object
 from tda_lightning.stores.snapshots import Moment, nearest_parts
 from tda_lightning.stores.step import Step
 

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.arguments import describe, require_choice
 from tda_lightning.attribution.attributor import (
     Attributor,
     provenance_of,
@@ -27,6 +26,7 @@ from tda_lightning.results.progress import progress_bar
 from tda_lightning.results.ranking import SampleRanking
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import describe, require_choice
 
 _INTEGER_DTYPES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 

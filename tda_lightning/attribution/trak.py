@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_not_negative
 from tda_lightning.attribution.attributor import Attributor, Totals
 from tda_lightning.attribution.linalg import damped_root
 from tda_lightning.attribution.visits import last_visits, unweighted
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_not_negative
 from tda_lightning.stores.step import Step
 
 

@@ -26,7 +26,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_kind
 from tda_lightning.attribution.attributor import SelfAttributor
 from tda_lightning.attribution.dynamics.averaged_labels import steps_backward
 from tda_lightning.attribution.dynamics.curvature import BestAvailable, Curvature
@@ -42,6 +41,7 @@ from tda_lightning.attribution.dynamics.propagator import (
 )
 from tda_lightning.attribution.visits import last_gradients
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.step import Step
 
 

@@ -11,11 +11,16 @@ from functools import partial
 from numbers import Real
 from typing import Literal, TypeGuard
 
-from tda_lightning.arguments import require_choice, require_kind, require_limit, require_whole
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.stores import WritableStore
+from tda_lightning.stores.arguments import (
+    require_choice,
+    require_kind,
+    require_limit,
+    require_whole,
+)
 
 Check = Callable[[str, object], None]
 

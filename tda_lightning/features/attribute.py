@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import require_kind, require_object
 from tda_lightning.features.extraction import query_features, train_features
 from tda_lightning.features.layer_features import LayerFeatureAttributor
 from tda_lightning.features.representer import RepresenterPoint, Representers
@@ -16,6 +15,7 @@ from tda_lightning.features.similarity import FeatureSimilarity
 from tda_lightning.passes.model_state import fingerprint
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.results.scores import Scores
+from tda_lightning.stores.arguments import require_kind, require_object
 
 
 def attribute_by_features(

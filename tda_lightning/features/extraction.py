@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import describe, require_choice
 from tda_lightning.features.layer_features import HeadOutputs, LayerFeatures, concatenate
 from tda_lightning.passes.batch_contents import batch_size, find_tensors
 from tda_lightning.passes.batches import (
@@ -34,6 +33,7 @@ from tda_lightning.passes.model_state import (
     require_model,
 )
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger, require_once
+from tda_lightning.stores.arguments import describe, require_choice
 
 Reads = Literal["features", "head"]
 

@@ -24,7 +24,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_not_negative
 from tda_lightning.attribution.linalg import damped_root
 from tda_lightning.features.layer_features import (
     LayerFeatureAttributor,
@@ -40,6 +39,7 @@ from tda_lightning.features.losses import (
     require_output,
 )
 from tda_lightning.results.scores import Scores
+from tda_lightning.stores.arguments import require_not_negative
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from tda_lightning.arguments import require_whole
 from tda_lightning.features.layer_features import HeadOutputs
+from tda_lightning.stores.arguments import require_whole
 
 OutputWord = Literal["label", "prediction", "loss"]
 Output = OutputWord | int

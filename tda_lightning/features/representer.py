@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.arguments import require_choice, require_positive
 from tda_lightning.features.layer_features import (
     LayerFeatureAttributor,
     LayerFeatures,
@@ -38,6 +37,7 @@ from tda_lightning.features.losses import (
 )
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.results.scores import Scores
+from tda_lightning.stores.arguments import require_choice, require_positive
 
 Targets = Literal["labels", "predictions"]
 # Largest error of the outputs that the decomposition reproduces.

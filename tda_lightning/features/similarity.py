@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_choice
 from tda_lightning.attribution.linalg import unit_rows
 from tda_lightning.features.layer_features import (
     LayerFeatureAttributor,
@@ -26,6 +25,7 @@ from tda_lightning.features.layer_features import (
     require_same_layer,
 )
 from tda_lightning.results.scores import Scores
+from tda_lightning.stores.arguments import require_choice
 
 Measure = Literal["cosine", "dot", "euclidean"]
 

@@ -9,13 +9,6 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import (
-    is_selected,
-    name_of,
-    require_choice,
-    require_kind,
-    require_object,
-)
 from tda_lightning.attribution.dynamics.optimizer import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
@@ -32,6 +25,13 @@ from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import (
+    is_selected,
+    name_of,
+    require_choice,
+    require_kind,
+    require_object,
+)
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.recipe import SampleAxis
 from tda_lightning.stores.snapshots import Moment, describe_snapshots, describe_weights

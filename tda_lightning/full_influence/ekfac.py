@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.arguments import describe
 from tda_lightning.full_influence.model_loss_split import LossCall, ModelLossSplit
 from tda_lightning.full_influence.objective import Objective
 from tda_lightning.full_influence.second_derivatives import differentiation_errors, step_loss
+from tda_lightning.stores.arguments import describe
 
 if TYPE_CHECKING:
     from tda_lightning.full_influence.curvlinops_bindings import Operator

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from tda_lightning.arguments import describe
 from tda_lightning.full_influence.objective import Objective
 from tda_lightning.passes.batches import step_of
 from tda_lightning.passes.model_state import preserved_metrics
+from tda_lightning.stores.arguments import describe
 
 if TYPE_CHECKING:
     from tda_lightning.full_influence.curvlinops_bindings import Operator

@@ -31,11 +31,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_choice, require_positive, require_whole
 from tda_lightning.full_influence.checks import require_definite
 from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.ekfac import KroneckerFactored
 from tda_lightning.full_influence.objective import CURRENT_WEIGHTS, Objective
+from tda_lightning.stores.arguments import require_choice, require_positive, require_whole
 
 if TYPE_CHECKING:
     from tda_lightning.full_influence.curvlinops_bindings import Operator

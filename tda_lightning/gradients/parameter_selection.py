@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tda_lightning.arguments import is_selected, unmatched
+from tda_lightning.stores.arguments import is_selected, unmatched
 from tda_lightning.stores.recipe import Block, LeftOut, Recipe
 
 # Reasons for which users leave parameters out. They are part of the stored recipe: a resumed run

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from tda_lightning.arguments import require_whole
 from tda_lightning.metrics.agreement import rank_correlation
 from tda_lightning.metrics.checks import require_mask, require_numbers
+from tda_lightning.stores.arguments import require_whole
 
 
 def linear_datamodeling_score(

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_positive
 from tda_lightning.metrics.checks import require_mask, require_numbers
 from tda_lightning.results.ranking import require_rank
+from tda_lightning.stores.arguments import require_positive
 
 
 def mislabel_recall(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tda_lightning.arguments import describe
+from tda_lightning.stores.arguments import describe
 
 # What batches of graphs, and of nested tensors, call the number of their samples.
 _SIZE_ATTRIBUTES = ("num_graphs", "batch_size")

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from tda_lightning.arguments import describe
 from tda_lightning.gradients.parameter_selection import select_like
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import RowRecorder
@@ -25,6 +24,7 @@ from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.recording.sample_ids import SampleLedger, require_once
 from tda_lightning.results.progress import progress_bar
+from tda_lightning.stores.arguments import describe
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner
 

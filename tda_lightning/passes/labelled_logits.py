@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from tda_lightning.arguments import describe
+from tda_lightning.stores.arguments import describe
 
 ClassAxis = Literal[1, -1] | None
 # The label that torch's losses ignore by default.

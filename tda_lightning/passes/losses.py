@@ -12,7 +12,6 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import describe, require_choice
 from tda_lightning.passes.batch_contents import batch_size, find_tensors, require_batches
 from tda_lightning.passes.batches import (
     batches_of,
@@ -23,6 +22,7 @@ from tda_lightning.passes.batches import (
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.stores.arguments import describe, require_choice
 
 
 def sample_losses(

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.arguments import require_choice
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.batches import (
     identified,
@@ -33,6 +32,7 @@ from tda_lightning.passes.model_state import (
 from tda_lightning.passes.target_rows import BatchQueries, record_target
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.stores import Store, open_store_at
+from tda_lightning.stores.arguments import require_choice
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.snapshots import Moment, later_snapshots, position_of
 from tda_lightning.stores.step import Preconditioner

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.arguments import describe, name_of
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.batches import remedy_for, trained_parameters, transfer
 from tda_lightning.passes.targets import Target, per_sample, queried_tokens
+from tda_lightning.stores.arguments import describe, name_of
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tda_lightning.arguments import describe, name_of, require_choice, require_whole
 from tda_lightning.passes.batches import loss_of
 from tda_lightning.passes.labelled_logits import (
     ClassAxis,
@@ -31,6 +30,7 @@ from tda_lightning.passes.labelled_logits import (
     shifted,
     warn_if_unshifted,
 )
+from tda_lightning.stores.arguments import describe, name_of, require_choice, require_whole
 
 Target = Callable[[nn.Module, Any], Tensor]
 

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import require_choice, require_kind
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.passes.batch_contents import require_batches
 from tda_lightning.passes.batches import (
@@ -28,6 +27,7 @@ from tda_lightning.passes.batches import (
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.stores import MemoryStore, Store, WritableStore, open_store_at
+from tda_lightning.stores.arguments import require_choice, require_kind
 from tda_lightning.stores.recipe import Recipe, ranges_of
 from tda_lightning.stores.step import Preconditioner, Step, StepFacts
 

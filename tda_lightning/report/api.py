@@ -11,7 +11,6 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tda_lightning.applications.retraining.removal import RemovalCurve
-from tda_lightning.arguments import require_kind, require_whole
 from tda_lightning.attribution import Attributor, InfluenceFunction, Unrolled
 from tda_lightning.passes.targets import outputs_of
 from tda_lightning.report.charts.charts import Chart, charts, has_bokeh
@@ -32,6 +31,7 @@ from tda_lightning.report.page.sections import (
     when_section,
 )
 from tda_lightning.report.samples.shown import ShowItem, Shown
+from tda_lightning.stores.arguments import require_kind, require_whole
 from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
 from tda_lightning.stores.opening import Run, open_run
 

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.arguments import call_like
 from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.joining import joined_provenance, require_same_ids
 from tda_lightning.results.npz import load_arrays, save_arrays
@@ -26,6 +25,7 @@ from tda_lightning.results.sample_groups import positions_of, sum_over_groups
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.results.tables import write_csv
 from tda_lightning.results.top_scores import TopScores
+from tda_lightning.stores.arguments import call_like
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.arguments import is_selected, unmatched
+from tda_lightning.stores.arguments import is_selected, unmatched
 from tda_lightning.stores.recipe_checks import block_differences, shorten
 
 SampleAxis = int | Literal["flattened"]

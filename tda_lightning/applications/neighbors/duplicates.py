@@ -24,12 +24,12 @@ from tda_lightning.applications.neighbors.directions import (
     gradient_directions,
 )
 from tda_lightning.applications.predictions import Labels, given_labels
-from tda_lightning.arguments import require_not_negative
 from tda_lightning.features import train_features
 from tda_lightning.passes.targets import labels_of
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_not_negative
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tda_lightning.applications.neighbors.directions import Directions, gradient_directions
-from tda_lightning.arguments import require_whole
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
+from tda_lightning.stores.arguments import require_whole
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:

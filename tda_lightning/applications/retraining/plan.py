@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from tda_lightning.arguments import require_whole
 from tda_lightning.metrics.checks import describe
+from tda_lightning.stores.arguments import require_whole
 
 
 @dataclass(frozen=True)

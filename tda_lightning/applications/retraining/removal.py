@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tda_lightning.applications.retraining.plan import Plan, leave_out
 from tda_lightning.applications.retraining.results import Retrainings
-from tda_lightning.arguments import require_whole
+from tda_lightning.stores.arguments import require_whole
 
 # Runs a plan with the user's functions: ``partial(retrain, model=..., loader=..., ...)``.
 Retrain = Callable[[Plan], Retrainings]

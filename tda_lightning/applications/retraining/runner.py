@@ -26,8 +26,8 @@ from tqdm import tqdm
 from tda_lightning.applications.retraining.plan import Plan
 from tda_lightning.applications.retraining.pool import require_importable, run_in_processes
 from tda_lightning.applications.retraining.results import ResultFolder, Retrainings
-from tda_lightning.arguments import describe, require_whole
 from tda_lightning.passes.model_state import preserved_rng
+from tda_lightning.stores.arguments import describe, require_whole
 
 _SAMPLERS = (RandomSampler, SequentialSampler)
 

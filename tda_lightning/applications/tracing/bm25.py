@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tda_lightning.arguments import require_not_negative
 from tda_lightning.results.scores import Scores
+from tda_lightning.stores.arguments import require_not_negative
 
 Words = Callable[[str], Sequence[Hashable]]
 

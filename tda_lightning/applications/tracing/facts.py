@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.api import attribute
 from tda_lightning.attribution import Attributor, InfluenceFunction
+from tda_lightning.attribution.attribute import attribute
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas

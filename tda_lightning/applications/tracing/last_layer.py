@@ -23,7 +23,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import describe
 from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.batches import (
     batches_in_memory,
@@ -43,6 +42,7 @@ from tda_lightning.passes.model_state import (
 from tda_lightning.passes.targets import Logit, Loss, Target
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.results.scores import Scores
+from tda_lightning.stores.arguments import describe
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.snapshots import (
     MAX_SNAPSHOTS,

@@ -27,11 +27,11 @@ from tda_lightning.applications.unlearning.weight_updates import (
     SecondOrder,
     WeightUpdate,
 )
-from tda_lightning.arguments import describe, require_kind
 from tda_lightning.attribution.dynamics.optimizer import require_training
 from tda_lightning.passes.batches import loss_of, transfer
 from tda_lightning.passes.model_state import preserved_state, swapped_weights
 from tda_lightning.results.progress import progress_bar
+from tda_lightning.stores.arguments import describe, require_kind
 from tda_lightning.stores.step import StepFacts
 
 

@@ -27,7 +27,6 @@ from tda_lightning.applications.unlearning.weight_updates import (
     SecondOrder,
     WeightUpdate,
 )
-from tda_lightning.arguments import require_kind
 from tda_lightning.gradients.parameter_selection import select_like
 from tda_lightning.metrics.mislabel import mislabel_auc
 from tda_lightning.passes.batches import select_samples
@@ -35,6 +34,7 @@ from tda_lightning.passes.model_state import require_model, swapped_weights, war
 from tda_lightning.passes.targets import Target, outputs_of
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
+from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:

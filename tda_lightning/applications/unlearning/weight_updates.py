@@ -31,7 +31,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.arguments import require_kind, require_positive
 from tda_lightning.attribution.dynamics.curvature import BestAvailable, Curvature
 from tda_lightning.attribution.dynamics.optimizer import (
     Dynamics,
@@ -51,6 +50,7 @@ from tda_lightning.full_influence.woodbury import Woodbury
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_kind, require_positive
 from tda_lightning.stores.recipe import Recipe
 
 

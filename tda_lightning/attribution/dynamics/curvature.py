@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_choice, require_kind
+from tda_lightning.stores.arguments import require_choice, require_kind
 from tda_lightning.stores.step import Step
 
 _T = TypeVar("_T")

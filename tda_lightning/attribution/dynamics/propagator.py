@@ -25,8 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_limit
 from tda_lightning.attribution.linalg import fast_eigendecomposition
+from tda_lightning.stores.arguments import require_limit
 
 
 class Propagator(ABC):

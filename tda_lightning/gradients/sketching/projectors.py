@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from tda_lightning.arguments import require_whole
 from tda_lightning.gradients.sketching.block_maps import BlockMap
 from tda_lightning.gradients.sketching.column_maps import (
     ColumnMap,
@@ -29,6 +28,7 @@ from tda_lightning.gradients.sketching.column_maps import (
 )
 from tda_lightning.gradients.sketching.random_bits import buckets, sign_matrix, signs
 from tda_lightning.gradients.sketching.sketcher import Sketcher
+from tda_lightning.stores.arguments import require_whole
 from tda_lightning.stores.recipe import Block
 
 # Models with at most this many parameters are hashed without shrinking: at most 20 us per sample.

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.arguments import require_choice, require_not_negative, require_whole
+from tda_lightning.stores.arguments import require_choice, require_not_negative, require_whole
 from tda_lightning.stores.hdf5 import folder
 from tda_lightning.stores.hdf5.listing import first_manifest, read_shards
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity

@@ -13,13 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.arguments import (
-    call_like,
-    name_of,
-    require_choice,
-    require_kind,
-    require_whole,
-)
 from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Unrolled
 from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.attribution.tracin import TracInCP, method_at
@@ -40,6 +33,13 @@ from tda_lightning.results.scores import Scores
 from tda_lightning.results.top_scores import TopScores
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import (
+    call_like,
+    name_of,
+    require_choice,
+    require_kind,
+    require_whole,
+)
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.snapshots import (
     Moment,
