@@ -198,7 +198,12 @@ def attribute_summary(
     store = open_run(run)
     warn_of_other_weights(model, store.final_fingerprint, remedy="")
     queries = identified_rows(
-        model, loader, store.recipe, preconditioner=store.preconditioner(), progress=progress
+        model,
+        loader,
+        store.recipe,
+        preconditioner=store.preconditioner(),
+        labels="given",
+        progress=progress,
     )
     losses = queries.losses
     if losses is None:  # Only some summaries depend on them.

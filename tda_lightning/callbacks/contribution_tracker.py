@@ -10,10 +10,10 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from tda_lightning.callbacks.arguments import TRACKER, require_sensible
+from tda_lightning.callbacks.base_callbacks import RecordingCallback
 from tda_lightning.callbacks.checks import require_one_loader, require_supported
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.messages import inform
-from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.tracking.probe import Probe, read_probe
 from tda_lightning.callbacks.tracking.tracked_training import (
     TrackedTraining,

@@ -16,10 +16,10 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tda_lightning.callbacks.base_callbacks import RecordedRun
 from tda_lightning.callbacks.gradient_recorder import GradientRecorder
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.messages import inform
-from tda_lightning.callbacks.recorded_run import RecordedRun
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.stores.arguments import require_choice
 

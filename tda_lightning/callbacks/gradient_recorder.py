@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
+from tda_lightning.callbacks.base_callbacks import RecordedRun, RecordingCallback
 from tda_lightning.callbacks.budgets import Budgets, FirstBatch
 from tda_lightning.callbacks.checks import (
     lost_blocks,
@@ -30,8 +31,6 @@ from tda_lightning.callbacks.lightning_trainer import (
     distributed_context,
     loss_scale_of,
 )
-from tda_lightning.callbacks.recorded_run import RecordedRun
-from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, warn_of_one_sample, with_new_ids
 from tda_lightning.gradients.losses import LabelSchedule, Reduction
@@ -185,7 +184,7 @@ class GradientRecorder(RecordedRun, RecordingCallback):
             leave_out=self._leave_out,
             note_unfrozen=partial(self._note_unfrozen, model),
             is_axis_declared=bool(self.batch_dims),
-            labels=LabelSchedule(self.curvature_share),
+            labels=LabelSchedule(self.curvature_share) if self._sampled else None,
         )
         keep = self._writer.append
         return TrainingRecorder(trainer.optimizers, selection, projector, settings, keep)

@@ -14,14 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
+from tda_lightning.callbacks.base_callbacks import RecordedRun, RecordingCallback
 from tda_lightning.callbacks.checks import require_one_loader
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
-from tda_lightning.callbacks.recorded_run import RecordedRun
-from tda_lightning.callbacks.recording_callback import RecordingCallback
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
-from tda_lightning.gradients.losses.loss_graph import find_losses_and_penalties
-from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
+from tda_lightning.gradients.losses import LossFacts, LossSummary, find_losses_and_penalties
 from tda_lightning.gradients.losses.regression_losses import SquarePower
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.taken_step import HostCopy, joined

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from tda_lightning.gradients.capture.capture import Hold
 from tda_lightning.gradients.capture.delivery import Receiver
 from tda_lightning.gradients.capture.parameter_paths import ParameterGradient
-from tda_lightning.gradients.losses.loss_summary import LossFacts
+from tda_lightning.gradients.losses import LossFacts
 from tda_lightning.gradients.nodes.stacked import Slot
 from tda_lightning.gradients.parameter_selection import Place
 from tda_lightning.gradients.row_sum import HeldNodes, RepeatedGradients, RowSum, Values

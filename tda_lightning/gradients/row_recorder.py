@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.pausing import is_compiled, uncompiled
 from tda_lightning.gradients.capture.probe_starts import joined_rows
-from tda_lightning.gradients.losses import LossNode, LossSummary, find_losses, label_gradients
+from tda_lightning.gradients.losses import (
+    LossFacts,
+    LossNode,
+    LossSummary,
+    find_losses,
+    label_gradients,
+)
 from tda_lightning.gradients.nodes.stacked import Shrinking
 from tda_lightning.gradients.parameter_selection import ParameterSelection, named_parameters, places
 from tda_lightning.gradients.row_pass import BatchRows, Coordinates, RowPass
@@ -25,6 +31,8 @@ from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher, inverse_squares, sketch_parameters
 from tda_lightning.stores.recipe import SampleAxis
 from tda_lightning.stores.step import Preconditioner
+
+Labels = Literal["unread", "given", "sampled"]
 
 
 class RowRecorder:
@@ -42,7 +50,8 @@ class RowRecorder:
             inferred.
         projector: Sketches the gradients.
         dtype: Number format of the rows.
-        labels: With ``"sampled"``, rows for labels drawn by the model are recorded too.
+        labels: With ``"sampled"``, rows for labels drawn by the model are recorded too. With
+            ``"unread"``, no facts of the samples' losses are gathered.
         lost: Names of blocks whose rows are zero, since they cannot be separated.
         followed: Names of parameters in front of batch norms whose running statistics follow them.
 
@@ -59,7 +68,7 @@ class RowRecorder:
         batch_dims: Mapping[str, SampleAxis],
         projector: Projector,
         dtype: torch.dtype,
-        labels: Literal["given", "sampled"] = "given",
+        labels: Labels = "given",
         lost: Collection[str] = (),
         followed: Collection[str] = (),
     ) -> None:
@@ -75,7 +84,7 @@ class RowRecorder:
         self._capture = Capture(model, parameters, batch_dims, self._shrinking, followed)
         self._is_compiled = is_compiled(model)
         self._eager = ExitStack()
-        self._summary = LossSummary((), 0)
+        self._summary: LossSummary | None = None
         self.preconditioner: Preconditioner | None = None
         self._curvature_rows: Tensor | None = None
         numbers = {block.name: number for number, block in enumerate(selection.blocks)}
@@ -149,7 +158,7 @@ class RowRecorder:
         """Prepare for another backward pass of the same batch, through the same graph or not."""
         self._rows.remove_hooks()  # Of a pass that was not finished.
         self._rows = self._new_pass()
-        self._summary, self._curvature_rows = LossSummary((), self._n), None
+        self._summary = self._curvature_rows = None
 
     def start_backward(self, loss: Tensor, coordinates: Coordinates | None = None) -> None:
         """Prepare for the backward pass of the batch's loss.
@@ -158,7 +167,8 @@ class RowRecorder:
         gradients that this pass accumulates.
         """
         loss_nodes = self._read_graph(loss)
-        self._summary = LossSummary(loss_nodes, self._n, self._capture.switch.is_paused)
+        if self._labels != "unread":
+            self._summary = LossSummary(loss_nodes, self._n, self._capture.switch.is_paused)
         self._rows.sum_blocks(self._sums)
         is_once, lost = not self._capture.is_reentrant, self._capture.lost
         self._capture.start_backward(*self._rows.receivers(lost, coordinates, is_once))
@@ -180,6 +190,8 @@ class RowRecorder:
     def _read_graph(self, loss: Tensor) -> list[LossNode]:
         self._capture.end_backward()  # Of an earlier pass that was not finished.
         self._capture.read_graph(loss, self._n)
+        if self._labels == "unread":
+            return []
         loss_nodes = find_losses(loss, self._capture.with_samples)
         if self._labels == "sampled":
             self._record_curvature(loss, loss_nodes)
@@ -192,7 +204,8 @@ class RowRecorder:
         with self._capture.time_added():
             rows = self._rows.rows()
         self.preconditioner = self._rows.preconditioner or self.preconditioner
-        return BatchRows(rows, self._summary.facts(), self._curvature_rows)
+        facts = LossFacts() if self._summary is None else self._summary.facts()
+        return BatchRows(rows, facts, self._curvature_rows)
 
     def take(self) -> Float[Tensor, "n k"]:
         """Return the rows of the last backward pass, and prepare for one more."""

@@ -9,7 +9,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from tda_lightning.gradients.parameter_selection import select_like
 from tda_lightning.gradients.row_pass import BatchRows
-from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.row_recorder import Labels, RowRecorder
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
@@ -172,7 +172,7 @@ def recording(
     recipe: Recipe,
     preconditioner: Preconditioner | None,
     mode: Mode,
-    labels: Literal["given", "sampled"] = "given",
+    labels: Labels = "unread",
     layers: Sequence[str] | None = None,
 ) -> Iterator[RowRecorder]:
     """Attach a row recorder to the model by a recipe, and restore the model afterwards.

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tda_lightning.gradients.row_recorder import Labels
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.batches import (
     identified,
@@ -99,7 +100,8 @@ class QueryRows:
         ids: Ids of the samples: indices into the dataset of a loader, below any ``Subset``, or
             positions, where there is no loader or its order is unknown. Shape ``(n_query,)``.
         tokens: Position of each query's token in its sample, if the target is per token.
-        losses: Loss of each query on the CPU, if the target is the loss and its terms are known.
+        losses: Loss of each query on the CPU, if labels are read, the target is the loss, and its
+            terms are known.
     """
 
     rows: Float[Tensor, "n_query k"]
@@ -116,13 +118,15 @@ def identified_rows(
     target: Target = Loss(),
     preconditioner: Preconditioner | None = None,
     mode: Mode = "eval",
+    labels: Labels = "unread",
     layers: Sequence[str] | None = None,
     progress: bool = True,
 ) -> QueryRows:
     """Sketch the gradient of each query's loss by a recipe, without a run.
 
     The arguments are those of :func:`record_queries`. The coordinates of the rows are by default
-    those of the gradients. With ``layers``, only the gradients of these layers count.
+    those of the gradients. With ``layers``, only the gradients of these layers count; with labels
+    that are ``"given"``, the queries' losses are returned too.
 
     Raises:
         ValueError: If the model or the queries do not match the recipe, or if no token counts.
@@ -130,7 +134,7 @@ def identified_rows(
     require_choice("mode", mode, Mode)
     parts: list[BatchQueries] = []
     sizes, ids = [], []
-    with recording(model, recipe, preconditioner, mode, layers=layers) as rows:
+    with recording(model, recipe, preconditioner, mode, labels, layers) as rows:
         for batch_ids, batch in identified(queries, progress=progress):
             if isinstance(target, Loss):
                 batch_rows = record_batch(model, rows, batch, "queries", batch_ids)[1]

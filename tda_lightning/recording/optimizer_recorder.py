@@ -61,7 +61,8 @@ class OptimizerRecorder:
         return self.steps_taken % self.every_n_steps == 0
 
     def _label_weight(self) -> float:
-        return self._labels.weight(self.steps_taken // self.every_n_steps)
+        schedule = self._labels
+        return 1.0 if schedule is None else schedule.weight(self.steps_taken // self.every_n_steps)
 
     def warn_of_unrecorded_parameters(self) -> None:
         """Warn once of each parameter that was not trained when recording began."""

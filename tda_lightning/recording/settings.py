@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import Parameter
 
-from tda_lightning.gradients.losses import EVERY_STEP, LabelSchedule
+from tda_lightning.gradients.losses import LabelSchedule
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.stores.recipe import LeftOut
@@ -67,4 +67,4 @@ class RecordingSettings:
     leave_out: Callable[[Sequence[LeftOut]], None]
     note_unfrozen: Callable[[Sequence[Parameter]], None] = _ignore
     is_axis_declared: bool = False
-    labels: LabelSchedule = EVERY_STEP
+    labels: LabelSchedule | None = None

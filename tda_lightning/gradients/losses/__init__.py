@@ -12,20 +12,22 @@ Anything linear in a log-softmax counts as cross-entropy. The forward pass needs
 global random state is unchanged, and the graph is retained.
 """
 
-from tda_lightning.gradients.losses.label_schedule import EVERY_STEP, LabelSchedule
 from tda_lightning.gradients.losses.loss_graph import (
+    LossFacts,
+    LossSummary,
     find_losses,
     find_losses_and_penalties,
-    label_gradients,
-    sampled_gradients,
     term_weights,
 )
 from tda_lightning.gradients.losses.loss_nodes import LossNode
-from tda_lightning.gradients.losses.loss_summary import LossFacts, LossSummary
 from tda_lightning.gradients.losses.reduction import Reduction, mixes_samples, reduction_of
+from tda_lightning.gradients.losses.sampled_labels import (
+    LabelSchedule,
+    label_gradients,
+    sampled_gradients,
+)
 
 __all__ = [
-    "EVERY_STEP",
     "LabelSchedule",
     "LossFacts",
     "LossNode",
