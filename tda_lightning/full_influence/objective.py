@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.gradients.parameter_selection import ParameterSelection, lay_out
+from tda_lightning.gradients.parameter_selection import ParameterSelection
+from tda_lightning.gradients.sketching.block_maps import lay_out
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.batches import transfer
 from tda_lightning.passes.model_state import swapped_weights

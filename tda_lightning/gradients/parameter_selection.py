@@ -11,8 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Shaped
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tda_lightning.stores.arguments import is_selected, unmatched
@@ -46,28 +45,6 @@ class ParameterSelection:
         return [parameter for block in self.parameters for parameter in block]
 
 
-def lay_out(block: Block, tensors: Sequence[Tensor]) -> Shaped[Tensor, "rows columns"]:
-    """Lay out one tensor per parameter of a block, such as gradients, as the block's matrix."""
-    if len(tensors) == 1:
-        return tensors[0].reshape(block.rows, -1)
-    if block.columns == 1:
-        return torch.cat([tensor.flatten() for tensor in tensors])[:, None]
-    first, *rest = tensors
-    matrix = first.reshape(block.rows, -1)
-    return torch.cat([matrix, *(tensor[:, None] for tensor in rest)], dim=1) if rest else matrix
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter lies in the matrix of a block: its first row and column, and its size."""
-
-    block: int
-    row: int
-    column: int
-    rows: int
-    columns: int
-
-
 def named_parameters(
     selection: ParameterSelection, lost: Collection[str]
 ) -> dict[str, nn.Parameter]:
@@ -78,24 +55,6 @@ def named_parameters(
         for name, parameter in zip(block.parameters, parameters, strict=False)
         if block.name not in lost
     }
-
-
-def places(selection: ParameterSelection) -> dict[nn.Parameter, Place]:
-    """Return where each recorded parameter lies."""
-    found: dict[nn.Parameter, Place] = {}
-    for number, (block, parameters) in enumerate(
-        zip(selection.blocks, selection.parameters, strict=True)
-    ):
-        start = 0
-        for parameter in parameters:
-            if block.columns == 1:
-                found[parameter] = Place(number, start, 0, parameter.numel(), 1)
-                start += parameter.numel()
-            else:
-                columns = parameter.numel() // block.rows
-                found[parameter] = Place(number, 0, start, block.rows, columns)
-                start += columns
-    return found
 
 
 def clean_name(name: str) -> str:

@@ -22,8 +22,8 @@ from tda_lightning.gradients.capture.delivery import Receiver
 from tda_lightning.gradients.capture.parameter_paths import ParameterGradient
 from tda_lightning.gradients.losses import LossFacts
 from tda_lightning.gradients.nodes.stacked import Slot
-from tda_lightning.gradients.parameter_selection import Place
 from tda_lightning.gradients.row_sum import HeldNodes, RepeatedGradients, RowSum, Values
+from tda_lightning.gradients.sketching.block_maps import Place
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 from tda_lightning.stores.step import Preconditioner
 

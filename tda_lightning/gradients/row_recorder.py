@@ -25,8 +25,9 @@ from tda_lightning.gradients.losses import (
     label_gradients,
 )
 from tda_lightning.gradients.nodes.stacked import Shrinking
-from tda_lightning.gradients.parameter_selection import ParameterSelection, named_parameters, places
+from tda_lightning.gradients.parameter_selection import ParameterSelection, named_parameters
 from tda_lightning.gradients.row_pass import BatchRows, Coordinates, RowPass
+from tda_lightning.gradients.sketching.block_maps import places
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher, inverse_squares, sketch_parameters
 from tda_lightning.stores.recipe import SampleAxis

@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 from tda_lightning import GradientRecorder, Identity, Unrolled, attribute
 from tda_lightning.attribution import BestAvailable
 from tda_lightning.attribution.dynamics.optimizer import Dynamics, Extent
-from tda_lightning.gradients.parameter_selection import lay_out, select_parameters
+from tda_lightning.gradients.parameter_selection import select_parameters
+from tda_lightning.gradients.sketching.block_maps import lay_out
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.stores import MemoryStore
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, Identity
-from tda_lightning.gradients.parameter_selection import lay_out
+from tda_lightning.gradients.sketching.block_maps import lay_out
 from tda_lightning.stores import MemoryStore
 
 N, T, S, E = 5, 7, 3, 6

@@ -19,8 +19,8 @@ from tda_lightning.gradients.factors import (
     Patches,
     Regrouped,
 )
-from tda_lightning.gradients.parameter_selection import Place
 from tda_lightning.gradients.row_sum import RowSum
+from tda_lightning.gradients.sketching.block_maps import Place
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.stores.recipe import Block
 

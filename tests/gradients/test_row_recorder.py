@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from tda_lightning import GradientRecorder, Identity
-from tda_lightning.gradients.parameter_selection import lay_out
+from tda_lightning.gradients.sketching.block_maps import lay_out
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.stores import MemoryStore
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from tda_lightning import CountSketch, GradientRecorder, Identity, Kronecker, KroneckerCountSketch
-from tda_lightning.gradients.parameter_selection import lay_out
+from tda_lightning.gradients.sketching.block_maps import lay_out
 from tda_lightning.stores import MemoryStore
 
 

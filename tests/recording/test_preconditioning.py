@@ -9,12 +9,10 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from tda_lightning import GradientRecorder, HDF5Store, Identity, TracIn, attribute
-from tda_lightning.gradients.parameter_selection import lay_out, select_parameters
+from tda_lightning.gradients.parameter_selection import select_parameters
+from tda_lightning.gradients.sketching.block_maps import lay_out
 from tda_lightning.passes.queries import record_queries
-from tda_lightning.recording.preconditioning.optimizer_preconditioner import (
-    rank_one_factors,
-    round_to_bits,
-)
+from tda_lightning.recording.preconditioning.second_moments import rank_one_factors, round_to_bits
 from tda_lightning.stores import MemoryStore
 
 ADAPTIVE = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tda_lightning import GradientRecorder, Identity
-from tda_lightning.gradients.parameter_selection import lay_out
+from tda_lightning.gradients.sketching.block_maps import lay_out
 from tda_lightning.stores import MemoryStore
 
 

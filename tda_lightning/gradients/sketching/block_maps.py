@@ -1,4 +1,7 @@
-"""BlockMap: shrink one layer's per-sample gradients on both sides, or leave them whole."""
+"""Blocks: where parameters lie in a block's matrix, and how its gradients are shrunk.
+
+A :class:`BlockMap` shrinks per-sample gradients on both sides, or leaves them whole.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,54 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
 from torch.nn import functional
 
 from tda_lightning.gradients.factors import Dense, outer
 from tda_lightning.gradients.nodes import Contribution
+from tda_lightning.gradients.parameter_selection import ParameterSelection
+from tda_lightning.stores.recipe import Block
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies in the matrix of a block: its first row and column, and its size."""
+
+    block: int
+    row: int
+    column: int
+    rows: int
+    columns: int
+
+
+def places(selection: ParameterSelection) -> dict[nn.Parameter, Place]:
+    """Return where each recorded parameter lies."""
+    found: dict[nn.Parameter, Place] = {}
+    for number, (block, parameters) in enumerate(
+        zip(selection.blocks, selection.parameters, strict=True)
+    ):
+        start = 0
+        for parameter in parameters:
+            if block.columns == 1:
+                found[parameter] = Place(number, start, 0, parameter.numel(), 1)
+                start += parameter.numel()
+            else:
+                columns = parameter.numel() // block.rows
+                found[parameter] = Place(number, 0, start, block.rows, columns)
+                start += columns
+    return found
+
+
+def lay_out(block: Block, tensors: Sequence[Tensor]) -> Shaped[Tensor, "rows columns"]:
+    """Lay out one tensor per parameter of a block, such as gradients, as the block's matrix."""
+    if len(tensors) == 1:
+        return tensors[0].reshape(block.rows, -1)
+    if block.columns == 1:
+        return torch.cat([tensor.flatten() for tensor in tensors])[:, None]
+    first, *rest = tensors
+    matrix = first.reshape(block.rows, -1)
+    return torch.cat([matrix, *(tensor[:, None] for tensor in rest)], dim=1) if rest else matrix
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from tda_lightning.gradients.nodes import Contribution
 from tda_lightning.gradients.nodes.stacked import StackedFactors
-from tda_lightning.gradients.parameter_selection import ParameterSelection, Place, lay_out
+from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.sketching.block_maps import (
     BlockMap,
     BlockPart,
+    Place,
     Shrunk,
+    lay_out,
     multiply_stacks,
     times,
 )

@@ -1,16 +1,13 @@
 """Preconditioning: coordinates in which an adaptive optimizer is plain gradient descent."""
 
-from tda_lightning.recording.preconditioning.gradient_coordinates import (
-    GradientCoordinates,
-    can_follow_gradients,
-)
 from tda_lightning.recording.preconditioning.optimizer_preconditioner import (
+    GradientCoordinates,
     JointPreconditioner,
     OptimizerPreconditioner,
+    can_follow_gradients,
     has_preconditioner,
-    rank_one_factors,
 )
-from tda_lightning.recording.preconditioning.second_moments import Gradients
+from tda_lightning.recording.preconditioning.second_moments import Gradients, rank_one_factors
 
 __all__ = [
     "GradientCoordinates",

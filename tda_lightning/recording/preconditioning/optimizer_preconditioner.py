@@ -10,7 +10,7 @@ the largest rate.
 
 Early in training, the second moment depends strongly on the current gradient. For the first steps
 coordinates therefore follow from that gradient: each block's are read as soon as the backward pass
-has accumulated it (:mod:`.gradient_coordinates`). Where that is not possible, the gradient is
+has accumulated it (:class:`GradientCoordinates`). Where that is not possible, the gradient is
 computed before the backward pass. Later the moment changes slowly, and is only refreshed from time
 to time.
 
@@ -20,7 +20,7 @@ has the same value, and stores compress it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from tda_lightning.gradients.parameter_selection import ParameterSelection, lay_out
+from tda_lightning.gradients.parameter_selection import ParameterSelection
+from tda_lightning.gradients.row_pass import Coordinates
+from tda_lightning.gradients.sketching.block_maps import lay_out
 from tda_lightning.recording.preconditioning.second_moments import (
     ADAPTIVE,
     Gradients,
+    power,
+    rank_one_factors,
+    round_to_bits,
     second_moments,
 )
 from tda_lightning.stores.recipe import Block
@@ -41,10 +46,6 @@ from tda_lightning.stores.step import Preconditioner
 _WARM_UP_STEPS = 20
 # Afterwards it is refreshed whenever the number of steps has grown by 1 / _REFRESH_DIVISOR.
 _REFRESH_DIVISOR = 20
-# Matrices with more numbers are not stacked.
-_MAX_STACKED_NUMBERS = 2**16
-# Significant binary digits of a factor: off by 3 % at most, far less than the product of both is.
-_BITS = 5
 
 # A parameter's group, and its learning rate relative to the largest.
 _Group = tuple[Mapping[str, object], float]
@@ -149,11 +150,11 @@ class OptimizerPreconditioner:
             self._optimizer, {p: group for p, (group, _) in groups.items()}, gradients
         )
         rows, columns = rank_one_factors(_laid_out(parts, moments))
-        rows, columns = round_to_bits(_power(rows, -0.25)), round_to_bits(_power(columns, -0.25))
+        rows, columns = round_to_bits(power(rows, -0.25)), round_to_bits(power(columns, -0.25))
         if {rate for _, rate in groups.values()} != {1.0}:
             rates = {p: torch.full_like(moment, groups[p][1]) for p, moment in moments.items()}
             rate_rows, rate_columns = rank_one_factors(_laid_out(parts, rates))
-            rows, columns = rows * _power(rate_rows, 0.5), columns * _power(rate_columns, 0.5)
+            rows, columns = rows * power(rate_rows, 0.5), columns * power(rate_columns, 0.5)
         return rows, columns
 
     def state(self) -> dict[str, Any]:
@@ -199,53 +200,59 @@ def _laid_out(
     return [lay_out(block, [values[p] for p in parameters]) for block, parameters in blocks]
 
 
-def rank_one_factors(
-    matrices: Sequence[Tensor],
-) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
-    """Return factors of several matrices, those of one after those of another.
+class GradientCoordinates(Coordinates):
+    """The coordinates of a young optimizer, read during the backward pass.
 
-    The outer product of a matrix's factors has its row sums and its column sums.
-
-    >>> rows, columns = rank_one_factors([torch.tensor([[1.0, 2.0], [3.0, 6.0]])])
-    >>> torch.outer(rows, columns)
-    tensor([[1., 2.],
-            [3., 6.]])
+    Its second moment includes the gradient of the step itself. Those of a block are read once the
+    gradient of its only parameter is accumulated, which contains the factor ``scale``.
     """
-    rows: list[Tensor] = list(matrices)
-    columns: list[Tensor] = list(matrices)
-    for numbers in _of_one_shape(matrices):
-        alike = [matrices[number] for number in numbers]
-        stack = alike[0][None] if len(alike) == 1 else torch.stack(alike)
-        means = stack.mean(dim=2) if stack.shape[2] > 1 else stack[:, :, 0]
-        column_means = stack.mean(dim=1) if stack.shape[1] > 1 else stack[:, 0]
-        totals = column_means.mean(dim=1, keepdim=True)
-        column_means = column_means / torch.where(totals == 0, 1, totals)
-        for number, row, column in zip(numbers, means, column_means, strict=True):
-            rows[number], columns[number] = row, column
-    return torch.cat(rows), torch.cat(columns)
+
+    def __init__(self, preconditioner: OptimizerPreconditioner, scale: float) -> None:
+        self._preconditioner, self._scale = preconditioner, scale
+        self._parameters = [parameter for _, (parameter,) in preconditioner.blocks]
+        self._numbers = {parameter: number for number, parameter in enumerate(self._parameters)}
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        preconditioner.begin()
+
+    def of(self, parameter: nn.Parameter) -> tuple[Float[Tensor, " rows"], Float[Tensor, " c"]]:
+        """Return the factors of a block's rows and columns."""
+        number = self._numbers[parameter]
+        if number not in self._known:
+            self._known[number] = self._read([number])
+        return self._known[number]
+
+    def complete(self) -> Preconditioner:
+        """Return the coordinates of all blocks; those not read yet are read together."""
+        rest = [number for number in range(len(self._parameters)) if number not in self._known]
+        if rest:
+            rows, columns = self._read(rest)
+            blocks = [self._preconditioner.blocks[number][0] for number in rest]
+            row_parts = torch.split(rows, [block.rows for block in blocks])
+            column_parts = torch.split(columns, [block.columns for block in blocks])
+            self._known.update(zip(rest, zip(row_parts, column_parts, strict=True), strict=True))
+        parts = [self._known[number] for number in range(len(self._parameters))]
+        rows, columns = (torch.cat(side) for side in zip(*parts, strict=True))
+        return self._preconditioner.joined(rows, columns)
+
+    def _read(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        parameters = [self._parameters[number] for number in numbers]
+        gradients = {p: p.grad.detach() for p in parameters if p.grad is not None}
+        if self._scale != 1:
+            gradients = {p: gradient / self._scale for p, gradient in gradients.items()}
+        return self._preconditioner.factors(numbers, gradients)
 
 
-def _of_one_shape(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Yield the numbers of matrices of one shape, those of large ones alone: stacks are copies."""
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for number, matrix in enumerate(matrices):
-        if matrix.numel() > _MAX_STACKED_NUMBERS:
-            yield [number]
-        else:
-            alike.setdefault(tuple(matrix.shape), []).append(number)
-    yield from alike.values()
+def can_follow_gradients(preconditioner: OptimizerPreconditioner) -> bool:
+    """Return whether coordinates can be read from the gradients that a pass accumulates.
 
-
-def round_to_bits(values: Float[Tensor, " n"], bits: int = _BITS) -> Float[Tensor, " n"]:
-    """Round to a number of significant binary digits, half to even.
-
-    >>> round_to_bits(torch.tensor([1.0, 1.03, 1.04, 300.0, 0.0]), bits=5)
-    tensor([  1.0000,   1.0000,   1.0625, 304.0000,   0.0000])
+    The accumulated gradients must be those of this pass alone, and no other hook may take them
+    away first.
     """
-    mantissa, exponent = torch.frexp(values)
-    return torch.ldexp((mantissa * 2**bits).round(), exponent - bits)
+    return all(
+        len(parameters) == 1 and _is_free(parameters[0]) for _, parameters in preconditioner.blocks
+    )
 
 
-def _power(values: Tensor, exponent: float) -> Tensor:
-    """Raise to a power. Zero stays zero: weights without a gradient so far have not moved."""
-    return torch.where(values > 0, values.clamp_min(1e-38) ** exponent, 0)
+def _is_free(parameter: nn.Parameter) -> bool:
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return parameter.grad is None and not hooks

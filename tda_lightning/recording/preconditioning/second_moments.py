@@ -1,4 +1,7 @@
-"""Second moments: the squares of the denominators of Adam-like optimizers, at the next step."""
+"""Second moments of Adam-like optimizers at the next step, and their factors by rows and columns.
+
+A moment is the square of the denominator of the optimizer's update.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,10 @@ ADAPTIVE = (Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad)
 # Parameters whose moments are computed together, in numbers: joining small ones is faster, and
 # large ones would need memory.
 _MAX_JOINED_NUMBERS = 2**20
+# Matrices with more numbers are not stacked.
+_MAX_STACKED_NUMBERS = 2**16
+# Significant binary digits of a factor: off by 3 % at most, far less than the product of both is.
+_BITS = 5
 _STATES = ("sum", "exp_avg_sq", "square_avg", "max_exp_avg_sq")
 
 Gradients = Mapping[nn.Parameter, Tensor]
@@ -114,3 +121,55 @@ def _running_square(
 def _decay(group: Mapping[str, object]) -> float:
     betas: Sequence[float] = group.get("betas", (0.0, group.get("alpha", 0.0)))  # type: ignore[assignment]
     return float(betas[1])
+
+
+def rank_one_factors(
+    matrices: Sequence[Tensor],
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
+    """Return factors of several matrices, those of one after those of another.
+
+    The outer product of a matrix's factors has its row sums and its column sums.
+
+    >>> rows, columns = rank_one_factors([torch.tensor([[1.0, 2.0], [3.0, 6.0]])])
+    >>> torch.outer(rows, columns)
+    tensor([[1., 2.],
+            [3., 6.]])
+    """
+    rows: list[Tensor] = list(matrices)
+    columns: list[Tensor] = list(matrices)
+    for numbers in _of_one_shape(matrices):
+        alike = [matrices[number] for number in numbers]
+        stack = alike[0][None] if len(alike) == 1 else torch.stack(alike)
+        means = stack.mean(dim=2) if stack.shape[2] > 1 else stack[:, :, 0]
+        column_means = stack.mean(dim=1) if stack.shape[1] > 1 else stack[:, 0]
+        totals = column_means.mean(dim=1, keepdim=True)
+        column_means = column_means / torch.where(totals == 0, 1, totals)
+        for number, row, column in zip(numbers, means, column_means, strict=True):
+            rows[number], columns[number] = row, column
+    return torch.cat(rows), torch.cat(columns)
+
+
+def _of_one_shape(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yield the numbers of matrices of one shape, those of large ones alone: stacks are copies."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, matrix in enumerate(matrices):
+        if matrix.numel() > _MAX_STACKED_NUMBERS:
+            yield [number]
+        else:
+            alike.setdefault(tuple(matrix.shape), []).append(number)
+    yield from alike.values()
+
+
+def round_to_bits(values: Float[Tensor, " n"], bits: int = _BITS) -> Float[Tensor, " n"]:
+    """Round to a number of significant binary digits, half to even.
+
+    >>> round_to_bits(torch.tensor([1.0, 1.03, 1.04, 300.0, 0.0]), bits=5)
+    tensor([  1.0000,   1.0000,   1.0625, 304.0000,   0.0000])
+    """
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * 2**bits).round(), exponent - bits)
+
+
+def power(values: Tensor, exponent: float) -> Tensor:
+    """Raise to a power. Zero stays zero: weights without a gradient so far have not moved."""
+    return torch.where(values > 0, values.clamp_min(1e-38) ** exponent, 0)
