@@ -22,8 +22,10 @@ class Budgets:
     """Chooses the smallest stride of a run that respects its limits and ``every_n_steps``.
 
     The stride for a disk limit follows from the recipe, before training. The stride for a time
-    limit is measured in the first batch: a plain and a recorded backward pass run through the graph
-    of its loss, without any effect, before the real one.
+    limit is measured in the first recorded batch: a plain and a recorded backward pass run through
+    the graph of its loss, without any effect, before the real one. Without such a limit that batch
+    is measured too, without any extra work. The time of recording is then that of the preparation
+    of the backward pass plus that of making rows during it.
 
     Args:
         max_gb: Largest size on disk, in units of 10^9 bytes.
@@ -31,6 +33,9 @@ class Budgets:
         sampled: Share of the steps at which labels are sampled too.
         store: The store of the run.
         writer: Writes the run into it.
+
+    Attributes:
+        is_measuring: Whether the first recorded batch is still to be measured.
     """
 
     def __init__(
@@ -48,7 +53,9 @@ class Budgets:
         self._writer = writer
         # The recipe whose stride is chosen in the first batch, until it is.
         self._undecided: Recipe | None = None
-        self._forward: Stopwatch | None = None
+        self.is_measuring = False
+        self._stopwatch: Stopwatch | None = None  # since the start of a recorded batch
+        self._preparation = 0.0
         self._notes: tuple[str, ...] = ()
 
     def begin(self, trainer: Trainer, model: LightningModule, recipe: Recipe) -> Recipe:
@@ -63,6 +70,7 @@ class Budgets:
                 "number of passes; expected automatic optimization. Set `every_n_steps=` instead."
             )
         self._undecided = None
+        self.is_measuring = model.automatic_optimization and self._max_overhead is None
         if self._max_gb is None and self._max_overhead is None:
             return recipe
         continued = self._writer.continued_recipe(trainer)
@@ -72,7 +80,7 @@ class Budgets:
             stride = stride_within(trainer, recipe, self._sampled, self._store, self._max_gb)
             recipe = replace(recipe, every_n_steps=stride)
         if self._max_overhead is not None:
-            self._undecided = recipe
+            self._undecided, self.is_measuring = recipe, True
         return recipe
 
     def describe(self, trainer: Trainer, recipe: Recipe, notes: Iterable[str] = ()) -> None:
@@ -87,10 +95,9 @@ class Budgets:
         inform(f"GradientRecorder: {' '.join([cost, *self._notes, *hint])}")
         self._notes = ()
 
-    def start_forward(self, model: LightningModule) -> None:
+    def start_forward(self, model: LightningModule, recorder: TrainingRecorder) -> None:
         """Prepare for the forward pass of a batch."""
-        if self._undecided is not None:
-            self._forward = Stopwatch(model.device)
+        self._stopwatch = Stopwatch(model.device) if recorder.is_recording() else None
 
     def choose_stride(
         self,
@@ -101,13 +108,12 @@ class Budgets:
         recipe: Recipe,
     ) -> Recipe:
         """Return the recipe, with the stride if it is chosen now: at the first recorded loss."""
-        limit, started = self._max_overhead, self._forward
+        limit, started = self._max_overhead, self._stopwatch
         if self._undecided is None or limit is None or started is None:
             return recipe
-        if not recorder.is_recording():
-            return recipe
         forward = started.seconds()
-        self._undecided = self._forward = None
+        self._undecided = self._stopwatch = None
+        self.is_measuring = False
         # All processes record the same steps: the first one's measurement decides.
         measured = _timing_of(model, recorder, loss, forward, self._sampled)
         timing = trainer.strategy.broadcast(measured)
@@ -118,6 +124,26 @@ class Budgets:
         self.describe(trainer, recipe, [f"Recording adds no more than {100 * limit:g} % of time."])
         recorder.record_every(stride)
         return recipe
+
+    def start_backward(self, recorder: TrainingRecorder, loss: Tensor, loss_scale: float) -> None:
+        """Let the recorder prepare for the backward pass of the batch's loss, and measure it."""
+        begun = 0.0 if self._stopwatch is None else self._stopwatch.seconds()
+        recorder.start_backward(loss, loss_scale)
+        if self._stopwatch is not None:
+            self._preparation = self._stopwatch.seconds() - begun
+            recorder.take_time(self._stopwatch.seconds)
+
+    def end_backward(self, recorder: TrainingRecorder) -> None:
+        """Log the time of the batch."""
+        if self._stopwatch is None:
+            return
+        recording = self._preparation + recorder.time_taken()
+        timing = BatchTiming(max(self._stopwatch.seconds() - recording, 1e-9), recording)
+        self._stopwatch, self.is_measuring = None, False
+        note(
+            f"GradientRecorder: {timing.describe()}. It was measured in the first batch; later "
+            "ones take less. Limit it with `max_overhead`."
+        )
 
 
 def _timing_of(
@@ -165,43 +191,3 @@ def _timing_with(
             f"{error} Expected a loss that can be differentiated twice over one graph. "
             "Use checkpointing with `use_reentrant=False`, or set `every_n_steps=` instead."
         ) from error
-
-
-class FirstBatch:
-    """Measures a training's first recorded batch, without any extra work.
-
-    The forward and the backward pass are measured. The time of recording is that of the preparation
-    of the backward pass plus that of making rows during it.
-    """
-
-    def __init__(self) -> None:
-        self._stopwatch: Stopwatch | None = None
-        self._preparation = 0.0
-        self._is_over = False
-
-    def start(self, model: LightningModule, recorder: TrainingRecorder) -> None:
-        """Prepare for the forward pass of a batch."""
-        is_first = not self._is_over and model.automatic_optimization and recorder.is_recording()
-        self._stopwatch = Stopwatch(model.device) if is_first else None
-
-    def start_backward(self, recorder: TrainingRecorder, loss: Tensor, loss_scale: float) -> None:
-        """Let the recorder prepare for the backward pass of the batch's loss, and measure it."""
-        if self._stopwatch is None:
-            recorder.start_backward(loss, loss_scale)
-            return
-        begun = self._stopwatch.seconds()
-        recorder.start_backward(loss, loss_scale)
-        self._preparation = self._stopwatch.seconds() - begun
-        recorder.take_time(self._stopwatch.seconds)
-
-    def end_backward(self, recorder: TrainingRecorder) -> None:
-        """Log the time of the batch."""
-        if self._stopwatch is None:
-            return
-        recording = self._preparation + recorder.time_taken()
-        timing = BatchTiming(max(self._stopwatch.seconds() - recording, 1e-9), recording)
-        self._stopwatch, self._is_over = None, True
-        note(
-            f"GradientRecorder: {timing.describe()}. It was measured in the first batch; later "
-            "ones take less. Limit it with `max_overhead`."
-        )

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.base_callbacks import RecordedRun, RecordingCallback
-from tda_lightning.callbacks.budgets import Budgets, FirstBatch
+from tda_lightning.callbacks.budgets import Budgets
 from tda_lightning.callbacks.checks import (
     lost_blocks,
     require_one_loader,
@@ -128,7 +128,6 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         self.batch_dims = dict(batch_dims or {})
         self._sampled = curvature_share if curvature == "fisher" else 0.0
         self._budgets = self._new_budgets()
-        self._first_batch = FirstBatch()
         self._recipe: Recipe | None = None  # Only during training.
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,7 +151,6 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         notes = describe_snapshots(trainer, pl_module, self.snapshots)
         self._budgets.describe(trainer, recipe, notes)
         self._attach(trainer, recorder, recipe.every_n_steps)
-        self._first_batch = FirstBatch()
 
     def _new_budgets(self) -> Budgets:
         limits = (self.max_gb, self.max_overhead)
@@ -240,9 +238,8 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         if self._recorder is not None:
             self._writer.save_snapshot(trainer, pl_module, self.snapshots)
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            self._budgets.start_forward(pl_module)
-            if self.max_overhead is None:
-                self._first_batch.start(pl_module, self._recorder)
+            if self._budgets.is_measuring:
+                self._budgets.start_forward(pl_module, self._recorder)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -251,11 +248,14 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         if self._recorder is not None:
             assert self._recipe is not None
             self._settle_reduction(trainer, self._recorder, self._recipe, loss)
-            self._recipe = self._budgets.choose_stride(
-                trainer, pl_module, self._recorder, loss, self._recipe
-            )
+            start_backward = self._recorder.start_backward
+            if self._budgets.is_measuring:
+                self._recipe = self._budgets.choose_stride(
+                    trainer, pl_module, self._recorder, loss, self._recipe
+                )
+                start_backward = partial(self._budgets.start_backward, self._recorder)
             with self._ledger.checking_number():
-                self._first_batch.start_backward(self._recorder, loss, loss_scale_of(trainer))
+                start_backward(loss, loss_scale_of(trainer))
 
     def _settle_reduction(
         self, trainer: Trainer, recorder: TrainingRecorder, recipe: Recipe, loss: Tensor
@@ -271,8 +271,8 @@ class GradientRecorder(RecordedRun, RecordingCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of the batch."""
         super().on_after_backward(trainer, pl_module)
-        if self._recorder is not None:
-            self._first_batch.end_backward(self._recorder)
+        if self._recorder is not None and self._budgets.is_measuring:
+            self._budgets.end_backward(self._recorder)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -38,7 +38,7 @@ class SampleLayout:
     outer: int | None
     inner: int | None
 
-    @property
+    @cached_property
     def is_contiguous(self) -> bool:
         """Whether the entries of each sample follow one another on the first axis."""
         return self.axis == 0 and self.outer == 1
