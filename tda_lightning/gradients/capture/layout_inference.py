@@ -2,14 +2,12 @@
 
 A mixture of experts sends each token to some experts: ``hidden[token_index]``. Behind that the rows
 are in no regular order, and their owners follow from the index.
-
-:class:`LayoutDecisions` remembers what earlier batches have shown, by kind of meeting.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from tda_lightning.gradients.capture.parameter_paths import a_parameter
 from tda_lightning.gradients.capture.probe import PROVEN, Evidence
+from tda_lightning.gradients.capture.row_owners import Trace
 from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
 from tda_lightning.gradients.graph.walk import (
     LOOKUPS,
@@ -82,12 +81,6 @@ def _row_index(node: Any) -> tuple[Tensor | None, int]:
     return None, 0
 
 
-# The kind of a meeting, and what its shape has to do with n.
-Key = tuple[Any, ...]
-# The parameter, the kind of node, the position of the input, and the operation that has made it.
-Kind = tuple[Any, type, int, type]
-
-
 class TracedRows:
     """Rows in no regular order, whose samples are traced in each batch."""
 
@@ -110,6 +103,9 @@ class LayoutInference:
     declared: Mapping[Tensor, SampleAxis] = field(default_factory=dict)
     n: int = 1
     _with_samples: set[Node] = field(default_factory=set)
+    _do_samples_mix: bool = False
+    _is_trusting: bool = False
+    _has_doubts: bool = False
 
     def _inferred(self, node: Node, position: int, edge: Edge) -> Layout | None:
         shape = output_shape((node, 0))
@@ -147,11 +143,6 @@ class LayoutInference:
             layout = SampleLayout(axes[0], None, 1)
         return layout if layout.fits(shape, self.n) else None
 
-    def _key(self, node: Node, position: int, edge: Edge) -> Key:
-        shape, n = output_shape((node, 0)), self.n
-        fits = tuple((size == n, size % n == 0) for size in shape[:3])
-        return (*kind_of(node, position, edge), len(shape), fits, n == 1)
-
     def _possible_routes(self, node: Node) -> Iterator[RoutedRows]:
         found = picked_rows(node, self._with_samples) if node in self._with_samples else None
         if found is not None:
@@ -165,81 +156,39 @@ class LayoutInference:
                 return rows
         return None
 
+    def _agreeing(self, meeting: Meeting, traced: Trace) -> Layout:
+        """Return the first layout with the owners of traced rows, or that they are traced."""
+        node = meeting.node
+        candidates: list[tuple[Layout, Tensor | None]] = [
+            (rows, rows.owners(node, self.n, self._with_samples))
+            for rows in self._possible_routes(node)
+        ]
+        candidates += [
+            (layout, layout.owners(meeting.shape[0], self.n))
+            for layout in possible_layouts(meeting.shape, self.n, (0,))
+        ]
+        agreeing = (
+            layout for layout, owners in candidates if owners is not None and traced.agrees(owners)
+        )
+        return next(agreeing, TRACED)
 
-def kind_of(node: Node, position: int, edge: Edge) -> Kind:
-    """Return the kind of a meeting: the same one in batch after batch."""
-    return a_parameter(edge), type(node), position, type(edge[0])
+    def _shown(
+        self, meeting: Meeting, inferred: Layout | None, evidence: Evidence
+    ) -> Layout | None:
+        """Return the layout that the gradient of single samples shows."""
+        # Where samples are independent, nothing less than all of a gradient proves a layout; but
+        # an auxiliary loss may mix a little.
+        is_likely = evidence.proves(self.n) and (self._do_samples_mix or meeting.takes_data)
+        proven = evidence.layout if is_likely or evidence.share > PROVEN else None
+        return self._routed(meeting, evidence) or proven or self._trusted(meeting, inferred)
 
+    def _trusted(self, meeting: Meeting, inferred: Layout | None) -> Layout | None:
+        """Return the inferred layout where samples mix, so that little can be proved.
 
-# Batches in which no gradient arrives at a meeting before its inferred layout is trusted.
-_MAX_EMPTY_PROBES = 3
-
-
-@dataclass
-class LayoutDecisions(LayoutInference):
-    """Remembers the layouts that are decided, and those of the last batch."""
-
-    _traced: set[Kind] = field(default_factory=set)
-    _decided: dict[Key, Layout | None] = field(default_factory=dict)
-    _empty_probes: dict[Key, int] = field(default_factory=dict)
-    _unreached: dict[Key, Any] = field(default_factory=dict)
-    # The last shape, batch size and layout of a kind of meeting: most batches look the same.
-    _last: dict[Kind, tuple[tuple[int, ...], int, Layout | None]] = field(default_factory=dict)
-
-    def layout(self, node: Node, position: int, edge: Edge) -> Layout | None:
-        """Return the layout at one input of a node, ``None`` if there is none."""
-        layout: Layout | None = self._last_layout(node, position, edge)
-        if layout is not UNKNOWN:
-            return layout
-        if self._is_traced(node, position, edge):
-            return TRACED
-        key = self._key(node, position, edge)
-        if key not in self._decided:
-            return self._inferred(node, position, edge)
-        shape = node._input_metadata[0].shape
-        layout = self._decided[key]
-        if isinstance(layout, SampleLayout) and not layout.fits(shape, self.n):
-            layout = self._inferred(node, position, edge)
-            if layout is TRACED:
-                self._set_traced(node, position, edge)
-                return layout
-        self._last[kind_of(node, position, edge)] = (shape, self.n, layout)
-        return layout
-
-    def _set_traced(self, node: Node, position: int, edge: Edge) -> None:
-        kind = kind_of(node, position, edge)
-        self._traced.add(kind)
-        self._last.pop(kind, None)
-
-    def _last_layout(self, node: Node, position: int, edge: Edge) -> Any:
-        """Return the layout in the last batch, ``UNKNOWN`` if shapes have changed since."""
-        last = self._last.get(kind_of(node, position, edge))
-        if last is None or last[1] != self.n or last[0] != node._input_metadata[0].shape:
-            return UNKNOWN
-        return last[2]
-
-    def _is_traced(self, node: Node, position: int, edge: Edge) -> bool:
-        """Return whether the rows of a kind of meeting have been in no regular order."""
-        return bool(self._traced) and (self.n > 1 and kind_of(node, position, edge) in self._traced)
-
-    def _trust_unreached(self) -> None:
-        """Trust the inferred layouts of kinds that no gradient has reached in several batches."""
-        for key, inferred in self._unreached.items():
-            count = self._empty_probes[key] = self._empty_probes.get(key, 0) + 1
-            if count >= _MAX_EMPTY_PROBES and inferred is not UNKNOWN:
-                self._decided.setdefault(key, inferred)
-        self._unreached.clear()
-
-    def _copied(self) -> tuple[dict[Key, Layout | None], set[Kind]]:
-        return dict(self._decided), set(self._traced)
-
-    def _restore(self, decided: dict[Key, Layout | None], traced: set[Kind]) -> None:
-        """Return to the decisions at an earlier time."""
-        self._decided, self._traced = decided, traced
-        self._last.clear()
-
-    def _forget(self, keys: Iterable[Key], firsts: Set[Key]) -> None:
-        """Forget decisions, except that some of the first meetings in a graph are none."""
-        for key in keys:
-            if key not in firsts or self._decided.get(key) is not None:
-                self._decided.pop(key, None)
+        The other operand may also be a constant, and the result parameter-only. That is tried
+        first: it is right if later meetings are proved.
+        """
+        if not (meeting.takes_data and self._do_samples_mix):
+            return None
+        self._has_doubts = True
+        return inferred if self._is_trusting else None

@@ -8,34 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from tda_lightning.gradients.capture.layout_inference import (
     TRACED,
     UNKNOWN,
-    Key,
     Layout,
-    LayoutDecisions,
+    LayoutInference,
     RoutedRows,
 )
 from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
 from tda_lightning.gradients.capture.probe import PROVEN, Evidence, certainty, probe
 from tda_lightning.gradients.capture.row_owners import Trace
 from tda_lightning.gradients.capture.tracer import Tracer, is_proven
-from tda_lightning.gradients.graph.sample_layout import (
-    IrregularRows,
-    SampleLayout,
-    possible_layouts,
-)
-from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, walk
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
+from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, output_shape, walk
 
+# The kind of a meeting, and what its shape has to do with n.
+Key = tuple[Any, ...]
+# The parameter, the kind of node, the position of the input, and the operation that has made it.
+Kind = tuple[Any, type, int, type]
+
+# Batches in which no gradient arrives at a meeting before its inferred layout is trusted.
+_MAX_EMPTY_PROBES = 3
 # Walks of one batch until all layouts are decided; each moves a meeting nearer to the loss.
 _MAX_WALKS = 32
 
 
 @dataclass
-class LayoutMemory(LayoutDecisions):
+class LayoutMemory(LayoutInference):
     """Infers, proves and remembers layouts.
 
     Attributes:
@@ -48,9 +51,12 @@ class LayoutMemory(LayoutDecisions):
     lost: dict[nn.Parameter, str] = field(default_factory=dict)
     irregular: dict[Node, IrregularRows] = field(default_factory=dict)
     by_shape: list[tuple[Node, int, Edge, bool]] = field(default_factory=list)
-    _do_samples_mix: bool = False
-    _is_trusting: bool = False
-    _has_doubts: bool = False
+    _traced: set[Kind] = field(default_factory=set)
+    _decided: dict[Key, Layout | None] = field(default_factory=dict)
+    _empty_probes: dict[Key, int] = field(default_factory=dict)
+    _unreached: dict[Key, Any] = field(default_factory=dict)
+    # The last shape, batch size and layout of a kind of meeting: most batches look the same.
+    _last: dict[Kind, tuple[tuple[int, ...], int, Layout | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Prepare to trace rows."""
@@ -59,11 +65,12 @@ class LayoutMemory(LayoutDecisions):
     def walk(self, loss: Tensor, n: int) -> Walk:
         """Return the meetings in a loss's graph, with layouts that are proved for new ones."""
         self.n, self.irregular = n, {}
-        earlier = self._copied()
+        decided, traced = dict(self._decided), set(self._traced)
         self._is_trusting = self._has_doubts = False
         result = self._settled_walk(loss)
         if self._has_doubts and self._do_samples_mix:  # Without trust, nothing is proved either.
-            self._restore(*earlier)
+            self._decided, self._traced = decided, traced
+            self._last.clear()
             self._is_trusting = True
             result = self._settled_walk(loss)
         if n > 1 and not result.is_reentrant:
@@ -148,7 +155,9 @@ class LayoutMemory(LayoutDecisions):
         if is_changed and self._do_samples_mix and not self._is_trusting:
             # Samples may seem to mix since some meetings were none: judge the others again.
             firsts = {key for meeting, _, _, key in open_inputs if meeting.is_first}
-            self._forget({key for _, _, _, key in open_inputs}, firsts)
+            for _, _, _, key in open_inputs:
+                if key not in firsts or self._decided.get(key) is not None:
+                    self._decided.pop(key, None)
         return is_changed
 
     def _trace(self, loss: Tensor, result: Walk) -> None:
@@ -195,7 +204,11 @@ class LayoutMemory(LayoutDecisions):
             self._decided[key] = inferred
             return False
         if traced is not None and is_proven(traced):
-            self._decide_by_trace(meeting, position, edge, key, traced)
+            layout = self._agreeing(meeting, traced)
+            if layout is TRACED:
+                self._set_traced(meeting.node, position, edge)
+            else:
+                self._decided[key] = layout
             return False
         is_rounding = traced is not None and bool(traced.share.isnan())
         if evidence is not None and not evidence.is_empty and not is_rounding:
@@ -208,48 +221,64 @@ class LayoutMemory(LayoutDecisions):
             return False
         return self._decided[key] is None and meeting.is_first
 
-    def _decide_by_trace(
-        self, meeting: Meeting, position: int, edge: Edge, key: Key, traced: Trace
-    ) -> None:
-        """Decide about rows of single samples: the first layout that gives them the same owners."""
-        node = meeting.node
-        candidates: list[tuple[Layout, Tensor | None]] = [
-            (rows, rows.owners(node, self.n, self._with_samples))
-            for rows in self._possible_routes(node)
-        ]
-        candidates += [
-            (layout, layout.owners(meeting.shape[0], self.n))
-            for layout in possible_layouts(meeting.shape, self.n, (0,))
-        ]
-        for layout, owners in candidates:
-            if owners is not None and traced.agrees(owners):
-                self._decided[key] = layout
-                return
-        self._set_traced(node, position, edge)
+    def layout(self, node: Node, position: int, edge: Edge) -> Layout | None:
+        """Return the layout at one input of a node, ``None`` if there is none."""
+        layout: Layout | None = self._last_layout(node, position, edge)
+        if layout is not UNKNOWN:
+            return layout
+        if self._is_traced(node, position, edge):
+            return TRACED
+        key = self._key(node, position, edge)
+        if key not in self._decided:
+            return self._inferred(node, position, edge)
+        shape = node._input_metadata[0].shape
+        layout = self._decided[key]
+        if isinstance(layout, SampleLayout) and not layout.fits(shape, self.n):
+            layout = self._inferred(node, position, edge)
+            if layout is TRACED:
+                self._set_traced(node, position, edge)
+                return layout
+        self._last[_kind_of(node, position, edge)] = (shape, self.n, layout)
+        return layout
 
-    def _shown(
-        self, meeting: Meeting, inferred: Layout | None, evidence: Evidence
-    ) -> Layout | None:
-        """Return the layout that the gradient of single samples shows."""
-        # Where samples are independent, nothing less than all of a gradient proves a layout; but
-        # an auxiliary loss may mix a little.
-        is_likely = evidence.proves(self.n) and (self._do_samples_mix or meeting.takes_data)
-        proven = evidence.layout if is_likely or evidence.share > PROVEN else None
-        return self._routed(meeting, evidence) or proven or self._trusted(meeting, inferred)
+    def _key(self, node: Node, position: int, edge: Edge) -> Key:
+        shape, n = output_shape((node, 0)), self.n
+        fits = tuple((size == n, size % n == 0) for size in shape[:3])
+        return (*_kind_of(node, position, edge), len(shape), fits, n == 1)
 
-    def _trusted(self, meeting: Meeting, inferred: Layout | None) -> Layout | None:
-        """Return the inferred layout where samples mix, so that little can be proved.
+    def _set_traced(self, node: Node, position: int, edge: Edge) -> None:
+        kind = _kind_of(node, position, edge)
+        self._traced.add(kind)
+        self._last.pop(kind, None)
 
-        The other operand may also be a constant, and the result parameter-only. That is tried
-        first: it is right if later meetings are proved.
-        """
-        if not (meeting.takes_data and self._do_samples_mix):
-            return None
-        self._has_doubts = True
-        return inferred if self._is_trusting else None
+    def _last_layout(self, node: Node, position: int, edge: Edge) -> Any:
+        """Return the layout in the last batch, ``UNKNOWN`` if shapes have changed since."""
+        last = self._last.get(_kind_of(node, position, edge))
+        if last is None or last[1] != self.n or last[0] != node._input_metadata[0].shape:
+            return UNKNOWN
+        return last[2]
+
+    def _is_traced(self, node: Node, position: int, edge: Edge) -> bool:
+        """Return whether the rows of a kind of meeting have been in no regular order."""
+        return bool(self._traced) and (
+            self.n > 1 and _kind_of(node, position, edge) in self._traced
+        )
+
+    def _trust_unreached(self) -> None:
+        """Trust the inferred layouts of kinds that no gradient has reached in several batches."""
+        for key, inferred in self._unreached.items():
+            count = self._empty_probes[key] = self._empty_probes.get(key, 0) + 1
+            if count >= _MAX_EMPTY_PROBES and inferred is not UNKNOWN:
+                self._decided.setdefault(key, inferred)
+        self._unreached.clear()
 
     def lose(self, edge: Edge, reason: str) -> None:
         """Note why the parameters of a parameter-only tensor are not recorded."""
         for parameter in leaves(edge):
             if parameter in self.recorded:
                 self.lost.setdefault(parameter, reason)
+
+
+def _kind_of(node: Node, position: int, edge: Edge) -> Kind:
+    """Return the kind of a meeting: the same one in batch after batch."""
+    return a_parameter(edge), type(node), position, type(edge[0])
