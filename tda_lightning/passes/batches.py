@@ -22,6 +22,7 @@ from tda_lightning.gradients.row_recorder import Labels, RowRecorder
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
+from tda_lightning.recording.collation import ReorderedSamplesError
 from tda_lightning.recording.sample_ids import SampleLedger, require_once
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores.arguments import describe
@@ -117,17 +118,24 @@ def identified(
         is_list = isinstance(queries, Batches)
         yield from zip(queries.ids, queries, strict=True) if is_list else [(None, queries)]
         return
-    ledger, is_known = SampleLedger(None), True
+    bar = progress_bar(queries, "queries", "batch", shown=progress)
+    ledger, n_batches = SampleLedger(None), 0
     try:
         ledger.watch(queries, lambda: True)
     except ValueError:
-        is_known = False
+        yield from ((None, batch) for batch in bar)
+        return
     try:
-        bar = progress_bar(queries, "queries", "batch", shown=progress)
-        for number, batch in enumerate(bar):
-            yield ledger.name(batch, number) if is_known else None, batch
+        for batch in bar:
+            n_batches += 1
+            yield ledger.name(batch, n_batches - 1), batch
+    except ReorderedSamplesError:
+        if n_batches:
+            raise
     finally:
         ledger.release()
+    if not n_batches:  # The order of the samples is unknown, or there is no batch at all.
+        yield from ((None, batch) for batch in queries)
 
 
 def batches_of(queries: Any) -> Iterable[Any]:

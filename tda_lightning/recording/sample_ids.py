@@ -9,10 +9,8 @@ original sampler is restored at the end.
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,54 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from tda_lightning.gradients.capture.capture import SamplelessError
+from tda_lightning.recording.collation import check_collation
+from tda_lightning.recording.recording_sampler import REMEDY, RecordingSampler, watch_sampler
 
 IdSource = str | Callable[[Any], Any]
-
-_REMEDY = (
-    "Pass `sample_ids=`: a key of the batch that holds each sample's id, or a function from the "
-    "batch to ids."
-)
-
-
-class RecordingSampler:
-    """A sampler that stores the drawn indices, and otherwise behaves like the wrapped sampler.
-
-    ``is_recording`` is called at the start of every pass; passes of other loops are not stored.
-    """
-
-    def __init__(self, sampler: Iterable[Any], is_recording: Callable[[], bool]) -> None:
-        self.wrapped = sampler
-        self._is_recording = is_recording
-        self._drawn: deque[Any] = deque()
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield the items of the wrapped sampler, and store them."""
-        # A generator: nothing below runs before the first draw, as in torch's own samplers. So an
-        # iterator that is created and dropped (workers do that) neither draws nor resets anything.
-        if not self._is_recording():
-            yield from self.wrapped
-            return
-        drawn = self._drawn = deque()
-        for item in self.wrapped:
-            drawn.append(item)
-            yield item
-
-    def __len__(self) -> int:
-        """Return the length of the wrapped sampler."""
-        return len(self.wrapped)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        """Look up every other attribute on the wrapped sampler."""
-        if name.startswith("__") or name == "wrapped":
-            raise AttributeError(name)
-        return getattr(self.wrapped, name)
-
-    def claim(self) -> list[int]:
-        """Remove and return the oldest draw that no batch has claimed yet."""
-        if not self._drawn:
-            raise RuntimeError(f"A batch arrived that the sampler has not drawn. {_REMEDY}")
-        item = self._drawn.popleft()
-        return list(item) if isinstance(item, Iterable) else [item]
 
 
 class SampleLedger:
@@ -82,7 +36,7 @@ class SampleLedger:
     def __init__(self, source: IdSource | None) -> None:
         self._source = source
         self._sampler: RecordingSampler | None = None
-        self._restore: Callable[[], None] | None = None
+        self._restores: list[Callable[[], None]] = []
         self._ids: Int[np.ndarray, " n_train"] | None = None
         self._loader: object = None
         # Index of the last batch in its epoch; `None` when training resumes in the middle of one.
@@ -105,19 +59,17 @@ class SampleLedger:
             return
         self.release()
         known_loader = _require_known_order(loader)
-        attribute = "sampler" if known_loader.batch_sampler is None else "batch_sampler"
-        sampler = RecordingSampler(getattr(known_loader, attribute), is_recording)
+        sampler, stop_sampler = watch_sampler(known_loader, is_recording)
         self._ids, self._loader = root_ids(known_loader.dataset), known_loader
         self._yields_items = known_loader.batch_sampler is None
-        # The loader forbids assignment to these attributes, hence `object.__setattr__`.
-        object.__setattr__(known_loader, attribute, sampler)
-        self._sampler, self._restore = sampler, partial(_unwrap, known_loader, attribute, sampler)
+        stop_check = (lambda: None) if self._yields_items else check_collation(known_loader)
+        self._sampler, self._restores = sampler, [stop_sampler, stop_check]
 
     def release(self) -> None:
         """Restore the original sampler of the watched loader."""
-        if self._restore is not None:
-            self._restore()
-            self._restore = self._sampler = self._loader = None
+        for restore in self._restores:
+            restore()
+        self._restores, self._sampler, self._loader = [], None, None
 
     def name(self, batch: Any, batch_index: int) -> Int[Tensor, " n"]:
         """Return the sample ids of a batch that has just arrived.
@@ -131,7 +83,7 @@ class SampleLedger:
                 _warn_of_one_id("`sample_ids` returned", len(given), batch)
             return given
         if self._sampler is None:
-            raise RuntimeError(f"No training loader was watched before the first batch. {_REMEDY}")
+            raise RuntimeError(f"No training loader was watched before the first batch. {REMEDY}")
         if self._last_batch is None:
             self._require_fresh_order(batch_index)
             self._last_batch = batch_index - 1
@@ -176,7 +128,7 @@ class SampleLedger:
             raise ValueError(
                 f"Cannot infer which samples the `{type(self._loader).__name__}` yields: it was "
                 f"resumed at batch {batch_index} from its own state, so it may have drawn samples "
-                f"that it never delivered. {_REMEDY}"
+                f"that it never delivered. {REMEDY}"
             )
 
 
@@ -206,32 +158,19 @@ def _require_known_order(loader: object) -> DataLoader[Any]:
     if not isinstance(loader, DataLoader):
         raise ValueError(
             f"Cannot infer which samples a `{type(loader).__name__}` yields; expected a "
-            f"`torch.utils.data.DataLoader`. {_REMEDY}"
+            f"`torch.utils.data.DataLoader`. {REMEDY}"
         )
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             f"`{type(loader.dataset).__name__}` is an iterable dataset, whose samples have no "
-            f"index; expected a dataset with `__getitem__`. {_REMEDY}"
+            f"index; expected a dataset with `__getitem__`. {REMEDY}"
         )
     if not getattr(loader, "in_order", True):
         raise ValueError(
             "The training loader has `in_order=False`, so batches may arrive in another order than "
-            f"their draws; expected `in_order=True`. Set it, or: {_REMEDY}"
+            f"their draws; expected `in_order=True`. Set it, or: {REMEDY}"
         )
     return loader
-
-
-def _unwrap(loader: DataLoader[Any], attribute: str, sampler: RecordingSampler) -> None:
-    """Remove one wrapper from a loader's sampler, also from between other wrappers."""
-    outer = getattr(loader, attribute)
-    if outer is sampler:
-        object.__setattr__(loader, attribute, sampler.wrapped)
-        return
-    while isinstance(outer, RecordingSampler):
-        if outer.wrapped is sampler:
-            outer.wrapped = sampler.wrapped
-            return
-        outer = outer.wrapped
 
 
 def _look_up(batch: Any, source: IdSource) -> Any:

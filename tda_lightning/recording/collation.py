@@ -1,0 +1,175 @@
+"""Collation: check that a loader's ``collate_fn`` leaves the samples in the order of their draws.
+
+Ids are inferred from the sampler. A function that sorts its samples by length, as users of packed
+sequences do, would give each row the id of another sample. It is recognised by a second call with
+the samples in reverse: its rows come out in the same order, where they should be reversed too.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate, default_convert
+
+Collate = Callable[[Any], Any]
+
+# Samples of the same length stay in order when they are sorted, so one batch may show nothing.
+_CHECKED_CALLS = (0, 1, 3, 7)
+
+
+class ReorderedSamplesError(ValueError):
+    """The rows of a batch are not in the order in which their samples were drawn."""
+
+
+class CheckedCollate:
+    """A ``collate_fn`` that checks, in some of its first calls, whether it keeps the order.
+
+    It runs where the wrapped function does, in each worker; an error there reaches the training.
+    """
+
+    def __init__(self, collate: Collate) -> None:
+        self.wrapped = collate
+        self._calls = 0
+
+    def __call__(self, samples: Any) -> Any:
+        """Return the batch of the wrapped function.
+
+        Raises:
+            ReorderedSamplesError: If its rows are in another order than the samples.
+        """
+        is_checked = self._calls in _CHECKED_CALLS and isinstance(samples, list)
+        self._calls += 1
+        if not is_checked or len(samples) < 2:
+            return self.wrapped(samples)
+        copies = _copied(samples)  # The function may modify its samples.
+        batch = self.wrapped(samples)
+        if copies is not None and _reorders(self.wrapped, copies, batch):
+            raise ReorderedSamplesError(
+                "`collate_fn` changes the order of its samples, as sorting by length does, so the "
+                "sampler does not show whose row each row is; expected the order of the list that "
+                "it is given. Do not sort: `pack_padded_sequence(..., enforce_sorted=False)` needs "
+                "no order. Or put an id into each sample, and pass `sample_ids=`: a key of the "
+                "batch, or a function from the batch to ids."
+            )
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up every other attribute on the wrapped function."""
+        if name.startswith("__") or name == "wrapped":
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
+
+
+def check_collation(loader: DataLoader[Any]) -> Callable[[], None]:
+    """Let a loader check its ``collate_fn``, and return a function that undoes it."""
+    collate = loader.collate_fn
+    if collate in (default_collate, default_convert) or isinstance(collate, CheckedCollate):
+        return lambda: None
+    checked = CheckedCollate(collate)
+    loader.collate_fn = checked
+
+    def undo() -> None:
+        if loader.collate_fn is checked:
+            loader.collate_fn = collate
+
+    return undo
+
+
+def _copied(samples: list[Any]) -> list[Any] | None:
+    try:
+        return copy.deepcopy(samples)
+    except Exception:  # Open files and the like; such samples are not checked.
+        return None
+
+
+def _reorders(collate: Collate, samples: list[Any], batch: Any) -> bool:
+    """Return whether a function puts samples into another order than they are given in."""
+    try:
+        with _undisturbed(collate):
+            reversed_batch = collate(samples[::-1])
+    except Exception:  # Its first call succeeded, so it depends on what happened before.
+        return False
+    rows, others = _rows(batch, len(samples)), _rows(reversed_batch, len(samples))
+    # Other rows than before depend on random numbers or on the order; they show nothing.
+    return others != rows[::-1] and sorted(others) == sorted(rows)
+
+
+def _rows(batch: Any, n: int) -> list[tuple[bytes, ...]]:
+    """Return the contents of each row of all tensors with ``n`` rows."""
+    tensors = [each for each in _tensors(batch) if each.ndim and len(each) == n]
+    raw = [each.detach().cpu().contiguous() for each in tensors]
+    return [tuple(_bytes_of(each[i]) for each in raw) for i in range(n)]
+
+
+def _bytes_of(row: Tensor) -> bytes:
+    return row.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for part in value:
+            yield from _tensors(part)
+
+
+@contextmanager
+def _undisturbed(collate: Collate) -> Iterator[None]:
+    """Restore random numbers and the attributes of a function's objects; mute its warnings."""
+    objects = [each for each in _variables(collate) if hasattr(each, "__dict__")]
+    attributes = [(vars(each), dict(vars(each))) for each in objects]
+    values = [value for _, content in attributes for value in content.values()]
+    restorers = list(_restorers([*_variables(collate), *values]))
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for restore in restorers:
+            restore()
+        for current, original in attributes:
+            current.update(original)
+
+
+def _variables(collate: Any) -> list[Any]:
+    """Return the objects that a function uses: its own, arguments, and variables around it."""
+    if isinstance(collate, partial):
+        return [*collate.args, *collate.keywords.values(), *_variables(collate.func)]
+    if not inspect.isfunction(collate):
+        return [getattr(collate, "__self__", collate)]
+    try:
+        outer = inspect.getclosurevars(collate)
+    except ValueError:  # A variable that is not set yet.
+        return []
+    values = [*outer.nonlocals.values(), *outer.globals.values()]
+    return [each for each in values if not isinstance(each, type | ModuleType | FunctionType)]
+
+
+def _restorers(values: Iterable[Any]) -> Iterator[Callable[[], None]]:
+    """Yield a function for each generator of random numbers that restores its state."""
+    for value in values:
+        if isinstance(value, torch.Generator):
+            yield partial(value.set_state, value.get_state())  # type: ignore[misc]
+        elif isinstance(value, np.random.RandomState):
+            yield partial(value.set_state, value.get_state())
+        elif isinstance(value, random.Random):
+            yield partial(value.setstate, value.getstate())
+        elif isinstance(value, np.random.Generator):
+            yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)

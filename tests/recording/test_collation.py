@@ -1,0 +1,148 @@
+"""A `collate_fn` that puts its samples into another order is refused; all others go on."""
+
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from lightning_models import IndexedVectors, Plain, TrainingLog, mlp, quiet_trainer, vectors
+from torch.utils.data import DataLoader, Subset, default_collate
+
+from tda_lightning import GradientRecorder, attribute
+from tda_lightning.recording.collation import ReorderedSamplesError
+from tda_lightning.stores import MemoryStore
+
+DATA = IndexedVectors()
+
+
+def sort_by_size(samples):
+    return default_collate(sorted(samples, key=lambda sample: -float(sample[0].square().sum())))
+
+
+def sort_in_place(samples):
+    samples.sort(key=lambda sample: -float(sample[0].square().sum()))
+    return default_collate(samples)
+
+
+def shuffle(samples):
+    return default_collate(random.sample(samples, len(samples)))
+
+
+def named_and_sorted(samples):
+    x, y = sort_by_size(samples)
+    return {"x": [x], "y": (y, "sorted")}
+
+
+class OfDicts(Plain):
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.net(batch["x"][0]), batch["y"][0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("collate", [sort_by_size, sort_in_place, shuffle, named_and_sorted])
+def test_samples_in_another_order_are_refused(collate, workers):
+    model = OfDicts(mlp()) if collate is named_and_sorted else Plain(mlp())
+    data = DataLoader(DATA, batch_size=5, collate_fn=collate, num_workers=workers)
+    store = MemoryStore()
+    with pytest.raises(ValueError, match=r"(?s)`collate_fn` changes the order.*sample_ids="):
+        quiet_trainer(GradientRecorder(store), max_epochs=1).fit(model, data)
+    assert data.collate_fn is collate
+    assert len(store) == 0
+
+
+def test_ids_of_the_batch_need_no_order():
+    store, log = MemoryStore(), TrainingLog()
+    recorder = GradientRecorder(store, sample_ids=lambda batch: batch[0][:, 0].long())
+    data = DataLoader(DATA, batch_size=5, collate_fn=sort_by_size)
+    quiet_trainer(recorder, log, max_epochs=1).fit(Plain(mlp()), data)
+    ids = [batch[0][:, 0].long().tolist() for batch in log.batches]
+    assert [step.sample_ids.tolist() for step in store] == ids
+    assert ids[0] != sorted(ids[0])
+
+
+def test_samples_of_the_same_size_may_be_sorted():
+    def sort(samples):
+        return default_collate(sorted(samples, key=lambda sample: len(sample[0])))
+
+    store, log = MemoryStore(), TrainingLog()
+    data = DataLoader(DATA, batch_size=5, shuffle=True, collate_fn=sort)
+    quiet_trainer(GradientRecorder(store), log, max_epochs=2).fit(Plain(mlp()), data)
+    ids = [batch[0][:, 0].long().tolist() for batch in log.batches]
+    assert [step.sample_ids.tolist() for step in store] == ids
+
+
+class Noisy:
+    """Adds noise of every generator that there is, and counts its calls."""
+
+    def __init__(self):
+        self.torch = torch.Generator().manual_seed(3)
+        self.numpy = np.random.default_rng(5)
+        self.legacy, self.python = np.random.RandomState(7), random.Random(11)
+        self.calls = 0
+
+    def __call__(self, samples):
+        self.calls += 1
+        x, y = default_collate(samples)
+        noise = torch.rand(1) + torch.rand(1, generator=self.torch)
+        noise = noise + self.numpy.random() + self.legacy.rand() + np.random.rand()
+        return x + noise + self.python.random() + self.calls, y
+
+    def method(self, samples):
+        return self(samples)
+
+
+def closed(generator):
+    def collate(samples):
+        x, y = default_collate(samples)
+        return x + generator.random(), y
+
+    return collate
+
+
+NOISY = {
+    "object": Noisy,
+    "method": lambda: Noisy().method,
+    "partial": lambda: partial(lambda noisy, samples: noisy(samples), Noisy()),
+    "closure": lambda: closed(np.random.default_rng(13)),
+}
+
+
+@pytest.mark.parametrize("create", NOISY.values(), ids=NOISY)
+def test_the_check_changes_no_batch(create):
+    def train(*callbacks):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        log = TrainingLog()
+        data = DataLoader(vectors(), batch_size=5, collate_fn=create())
+        quiet_trainer(*callbacks, log, max_epochs=2).fit(Plain(mlp()), data)
+        return log.batches
+
+    expected, batches = train(), train(GradientRecorder(MemoryStore()))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(expected, batches, strict=True))
+
+
+def test_queries_that_are_sorted_have_their_positions_as_ids():
+    store = MemoryStore()
+    model, data = Plain(mlp()), DataLoader(DATA, batch_size=5, shuffle=True)
+    quiet_trainer(GradientRecorder(store), max_epochs=2).fit(model, data)
+    queries = Subset(DATA, [3, 11, 5, 7])
+    loader = DataLoader(queries, batch_size=4, collate_fn=sort_by_size)
+    scores = attribute(store, model, loader, progress=False)
+    assert scores.query_ids.tolist() == [0, 1, 2, 3]
+    expected = attribute(store, model, next(iter(loader)), progress=False)
+    assert torch.equal(scores.values, expected.values)
+
+
+def test_the_error_names_what_to_do():
+    with pytest.raises(ReorderedSamplesError, match="enforce_sorted=False"):
+        next(iter(_checked(sort_by_size)))
+
+
+def _checked(collate):
+    from tda_lightning.recording.sample_ids import SampleLedger
+
+    data = DataLoader(DATA, batch_size=5, collate_fn=collate)
+    SampleLedger(None).watch(data, lambda: True)
+    return data
