@@ -102,7 +102,7 @@ class Mislabeled(ShownInNotebooks):
         votes, names = self.agreement()[self.is_flagged()], ", ".join(self.witnesses)
         unanimous = int((votes == len(self.witnesses)).sum())
         clear = f"about {self.estimated_number:,} of {n:,} labels are wrong ({share:.1%})"
-        unclear = f"no clear group; {self.flagged_number:,} of {n:,} labels are suspicious"
+        unclear = f"no clear group of wrong labels among {n:,}; their number is unknown"
         lines = [
             f"Mislabeled: {clear if self.is_clear else unclear}",
             f"  worst, with label score: {', '.join(worst) or 'none'}",

@@ -230,7 +230,7 @@ def _notes(
         )
     elif count.separation < LEAST_SEPARATION:
         yield (
-            f"The scores do not fall into two groups (separation {count.separation:.2f}; with a "
+            f"The scores do not fall into two groups (separation {count.separation:.3f}; with a "
             f"tenth of the labels flipped it was above {LEAST_SEPARATION}): the flagged samples "
             "may simply be hard, or the training too short."
         )

@@ -77,12 +77,13 @@ def _answer(run: Path, result: Mislabeled, limit: int) -> Answer:
         for sample, score in zip(result.ids.tolist(), result.scores.tolist(), strict=True)
     ]
     n_train = len(result.train_ids)
-    number = (
-        f"about {result.estimated_number:,} of {n_train:,} labels are wrong"
+    finding = (
+        f"about {result.estimated_number:,} of {n_train:,} labels are wrong; "
+        f"{len(flagged):,} flagged"
         if result.is_clear
-        else f"no clear group of wrong labels among {n_train:,}"
+        else f"no clear group of wrong labels among {n_train:,}; the most suspicious"
     )
-    head = f"{run}: {number}; {len(flagged):,} flagged, by {', '.join(result.witnesses)}"
+    head = f"{run}: {finding}, by {', '.join(result.witnesses)}"
     rows = [[_cell(value) for value in entry.values()] for entry in flagged[:limit]]
     table = aligned([list(flagged[0]), *rows]) if flagged else []
     more = [f"  ... and {len(flagged) - limit:,} more: see `-k`"] if len(flagged) > limit else []

@@ -78,8 +78,8 @@ def suspicious_labels(evidence: Evidence) -> Finding:
             sentences = (*_number_of_suspects(suspects), _MEANING)
             return Finding("Suspicious labels", sentences, "attention", worst)
         first = (
-            f"{suspects.flagged_number:,} of {n_train:,} training labels are suspicious, but they "
-            "do not stand apart from the rest: their number is a guess."
+            f"No group of labels stands apart from the rest of {n_train:,}, so the number of wrong "
+            "ones is unknown. The most suspicious labels are shown."
         )
         return Finding("Possibly wrong labels", (first, _MEANING), "unknown", worst)
     highest = tuple(evidence.influence.highest(min(MAX_SHOWN, n_train)).ids.tolist())
