@@ -178,8 +178,8 @@ def _of_one_label(step: StepFacts, values: Float[Tensor, " n"] | None) -> Float[
         raise ValueError(
             f"Step {step.index} holds no margins and errors of labels: its loss is "
             f"{step.loss or 'unknown'}; expected a cross-entropy of one label per sample, recorded "
-            "with this version. Use `LabelLoss()`, `GraNd()` or `SelfInfluence()`, or pass "
-            "`SampleScores`."
+            "with this version. Pass `importance=LabelLoss()`, `GraNd()` or `SelfInfluence()`, "
+            "from `tda_lightning.applications`, or `SampleScores`."
         )
     return values
 

@@ -102,7 +102,8 @@ class Mislabeled(ShownInNotebooks):
         votes, names = self.agreement()[self.is_flagged()], ", ".join(self.witnesses)
         unanimous = int((votes == len(self.witnesses)).sum())
         clear = f"about {self.estimated_number:,} of {n:,} labels are wrong ({share:.1%})"
-        unclear = f"no clear group of wrong labels among {n:,}; their number is unknown"
+        number = "their number is unknown" if self.flagged_number else "none is flagged"
+        unclear = f"no clear group of wrong labels among {n:,}; {number}"
         lines = [
             f"Mislabeled: {clear if self.is_clear else unclear}",
             f"  worst, with label score: {', '.join(worst) or 'none'}",

@@ -15,10 +15,10 @@ from tda_lightning.cli.importing import import_object, in_short
 Section = Literal["model", "data"]
 
 
-def build_section(config: Path, section: Section, named: Any) -> Any:
+def build_section(config: Path, section: Section, named: Any, option: str) -> Any:
     """Return the model or the data that a configuration describes.
 
-    ``named`` is the class to build, if the section has no ``class_path``.
+    ``named`` is the class to build, if the section has no ``class_path``; ``option`` names it.
 
     Raises:
         click.UsageError: If the section is missing, or if it cannot be built.
@@ -29,7 +29,7 @@ def build_section(config: Path, section: Section, named: Any) -> Any:
     if class_path is None and named is None:
         raise click.UsageError(
             f"`{section}` in `{config}` has no `class_path`. Name the class: "
-            f"`--{'model' if section == 'model' else 'queries'} module:Class`."
+            f"`{option} module:Class`."
         )
     cls = named if class_path is None else import_object(":".join(class_path.rsplit(".", 1)))
     arguments = settings if class_path is None else settings.get("init_args") or {}

@@ -42,7 +42,7 @@ def load_model(
     saved = None if checkpoint is None else _read_checkpoint(checkpoint, trust_checkpoint)
     named = None if model is None else import_object(model)
     if config is not None and not isinstance(named, nn.Module):
-        loaded = build_section(config, "model", named)
+        loaded = build_section(config, "model", named, "--model")
     elif named is None:
         raise click.UsageError("Name the model: `--model module:name`, or `--config config.yaml`.")
     elif inspect.isclass(named):
@@ -60,8 +60,12 @@ def load_model(
     return loaded
 
 
-def load_queries(queries: str | None, config: Path | None, split: str) -> Any:
+def load_queries(
+    queries: str | None, config: Path | None, split: str, option: str = "--queries"
+) -> Any:
     """Return a batch or a loader of queries: named by an import path, or in a configuration.
+
+    ``option`` is the option that names them.
 
     Raises:
         click.UsageError: If the options do not name queries.
@@ -70,7 +74,7 @@ def load_queries(queries: str | None, config: Path | None, split: str) -> Any:
     if named is None or (config is not None and inspect.isclass(named)):
         if config is None:
             raise click.UsageError("Name the queries: `--queries module:name`, or `--config`.")
-        named = build_section(config, "data", named)
+        named = build_section(config, "data", named, option)
     elif inspect.isclass(named) or inspect.isfunction(named):
         named = _call(named, {})
     return _loader_of(named, split) if hasattr(named, SPLITS[split][1]) else named

@@ -35,7 +35,7 @@ rows_option = click.option(
     default=10,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Training samples to print.",
+    help="Training samples to print; JSON holds all.",
 )
 scores_option = click.option(
     "--out",

@@ -69,7 +69,7 @@ def report(
         )
     loaded = load_model(model, config, checkpoint, trust_checkpoint)
     batch = as_loader(load_queries(queries, config, split))
-    dataset = _dataset_of(load_queries(train, config, "train"))
+    dataset = _dataset_of(load_queries(train, config, "train", "--train"))
     path = write_report(
         run,
         loaded,

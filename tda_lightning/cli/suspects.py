@@ -57,7 +57,7 @@ def mislabeled(
     result = find_mislabeled(
         run,
         loaded,
-        as_loader(load_queries(train, config, "train")) if has_data else None,
+        as_loader(load_queries(train, config, "train", "--train")) if has_data else None,
         trusted=None if trusted is None else as_loader(load_queries(trusted, None, "val")),
         number=number,
         progress=show_progress(),
@@ -77,11 +77,12 @@ def _answer(run: Path, result: Mislabeled, limit: int) -> Answer:
         for sample, score in zip(result.ids.tolist(), result.scores.tolist(), strict=True)
     ]
     n_train = len(result.train_ids)
+    unclear = "the most suspicious" if flagged else "none flagged"
     finding = (
         f"about {result.estimated_number:,} of {n_train:,} labels are wrong; "
         f"{len(flagged):,} flagged"
         if result.is_clear
-        else f"no clear group of wrong labels among {n_train:,}; the most suspicious"
+        else f"no clear group of wrong labels among {n_train:,}; {unclear}"
     )
     head = f"{run}: {finding}, by {', '.join(result.witnesses)}"
     rows = [[_cell(value) for value in entry.values()] for entry in flagged[:limit]]

@@ -45,7 +45,7 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
     they are found under a common key, such as ``"x"`` or ``"inputs"``.
 
     Raises:
-        ValueError: If there is no ``forward``, or the batch has no inputs.
+        ValueError: If there is no ``forward`` that takes the inputs, or the batch has none.
         TypeError: If ``forward`` returns neither a tensor nor an object with ``logits``.
     """
     inputs = batch
@@ -62,6 +62,12 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
             f"`{type(module).__name__}` has no `forward`; expected one that turns a batch's inputs "
             "into logits. Define it, or pass a function: "
             "`outputs=lambda module, batch: module.net(batch[0])`."
+        ) from error
+    except (TypeError, LookupError, AttributeError) as error:  # It takes other arguments.
+        raise ValueError(
+            f"`{type(module).__name__}.forward` failed on the batch's inputs, {describe(inputs)}: "
+            f"{type(error).__name__}: {error}. If it takes other arguments, pass a function: "
+            "`outputs=lambda module, batch: module(batch)`."
         ) from error
     logits = getattr(result, "logits", result)
     if not isinstance(logits, Tensor):

@@ -273,7 +273,8 @@ def _describe_row(row: SampleScores) -> str:
     if not row.values.any():
         return "all scores are zero"
     high, low = row.highest(3), row.lowest(3)
+    helpful, harmful = high.values > 0, low.values < 0
     return (
-        f"proponents {describe_pairs(high.ids, high.values)}; "
-        f"opponents {describe_pairs(low.ids, low.values)}"
+        f"proponents {describe_pairs(high.ids[helpful], high.values[helpful]) or 'none'}; "
+        f"opponents {describe_pairs(low.ids[harmful], low.values[harmful]) or 'none'}"
     )

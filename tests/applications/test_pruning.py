@@ -174,6 +174,6 @@ def test_a_regression_has_no_label_probabilities():
     data = TensorDataset(torch.randn(7, 3), torch.randn(7, 1))
     model = Plain(nn.Linear(3, 1), nn.functional.mse_loss)
     quiet_trainer(GradientRecorder(store)).fit(model, loader(data, 3))
-    with pytest.raises(ValueError, match=r"Use `LabelLoss\(\)`"):
+    with pytest.raises(ValueError, match=r"Pass `importance=LabelLoss\(\)`"):
         prune(store)
     assert len(prune(store, importance=GraNd())) == len(prune(store, importance=LabelLoss())) == 4

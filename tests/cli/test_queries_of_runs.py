@@ -253,3 +253,12 @@ def test_a_checkpoint_with_objects_needs_trust(here, tmp_path):
     words = ["attribute", "run.tda", *words, "--queries", "project:queries"]
     assert main(words) == 2
     assert main([*words, "--trust-checkpoint"]) == 0
+
+
+def test_a_configuration_without_classes_names_the_option_of_the_training_data(here, capsys):
+    words = [
+        *["report", "run.tda", "--out", "page.html", "--config", "without_classes.yaml"],
+        *["--checkpoint", "model.ckpt", "--model", "project:Model", "--queries", "project:Data"],
+    ]
+    assert main(words) == 2
+    assert "`--train module:Class`" in " ".join(capsys.readouterr().err.split())

@@ -253,3 +253,22 @@ def test_a_model_without_forward_needs_an_outputs_function(run):
     torch.testing.assert_close(
         record_queries(without_forward, batch, like=store, target=target), rows_of(run, Margin())
     )
+
+
+class TakesTheBatch(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch):
+        return self.net(batch["x"])
+
+
+def test_a_forward_that_takes_other_arguments_needs_an_outputs_function(run):
+    model, _, (x, y) = run
+    module, batch = TakesTheBatch(model.net), {"x": x, "y": y}
+    with pytest.raises(ValueError, match=r"`TakesTheBatch.forward` failed .* pass a function"):
+        Margin()(module, batch)
+    expected = Margin()(model, (x, y))
+    found = Margin(outputs=lambda module, batch: module(batch))(module, batch)
+    torch.testing.assert_close(found, expected)

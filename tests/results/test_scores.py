@@ -61,8 +61,8 @@ def test_data_frames_are_labelled():
 def test_repr_shows_the_shape_and_the_extreme_samples():
     assert repr(SCORES).splitlines() == [
         "Scores of 2 queries x 4 training samples by TracIn()",
-        "  query 0: proponents 11 (+2), 3 (+0.5), 7 (+0); opponents 5 (-1), 7 (+0), 3 (+0.5)",
-        "  query 1: proponents 5 (+4), 7 (+1), 3 (-0.25); opponents 11 (-3), 3 (-0.25), 7 (+1)",
+        "  query 0: proponents 11 (+2), 3 (+0.5); opponents 5 (-1)",
+        "  query 1: proponents 5 (+4), 7 (+1); opponents 11 (-3), 3 (-0.25)",
     ]
     assert "highest 7 (+2), 3 (+0.5), 5 (-1)" in repr(SAMPLES)
     assert repr(SCORES.proponents(1)).splitlines()[1] == "  query 0: 11 (+2)"
