@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.attribution import Attributor, Unrolled
+from tda_lightning.attribution import Attributor, Averaged
 from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import identified_rows
 from tda_lightning.results.html_tables import ShownInNotebooks
@@ -167,7 +167,7 @@ def attribute_summary(
     loader: DataLoader[Any],
     summary: Summary = MeanLoss(),
     *,
-    method: Attributor = Unrolled(),
+    method: Attributor = Averaged(),
     progress: bool = True,
 ) -> Scores:
     """Score every training sample by its effect on one number over a whole loader.
@@ -189,7 +189,7 @@ def attribute_summary(
             summary needs losses that are unknown.
     """
     require_kind("summary", summary, Summary, "`MeanLoss()`")
-    require_kind("method", method, Attributor, "`Unrolled()`")
+    require_kind("method", method, Attributor, "`Averaged()`")
     if not method.is_linear():
         raise ValueError(
             f"`{method!r}` is not linear in the query; expected a method that is, such as "

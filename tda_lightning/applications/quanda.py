@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Unrolled
+from tda_lightning.attribution import Attributor, Averaged, SelfAttributor, TracIn
 from tda_lightning.attribution.attribute import attribute, self_influence
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.recording.sample_ids import root_ids
@@ -66,7 +66,7 @@ class RecordedRun(Explainer):  # type: ignore[misc]  # quanda ships no types
         run: Run,
         *,
         task: str = "image_classification",
-        method: Attributor = Unrolled(),
+        method: Attributor = Averaged(),
         self_method: SelfAttributor = TracIn(),
         target: Target = Loss(),
         criterion: nn.Module | None = None,

@@ -1,6 +1,7 @@
 """Attribution methods, one per file, each close to the equations of its paper."""
 
 from tda_lightning.attribution.attributor import Attributor, SelfAttributor
+from tda_lightning.attribution.averaged import Averaged
 from tda_lightning.attribution.dynamics.curvature import (
     BestAvailable,
     Curvature,
@@ -24,6 +25,7 @@ from tda_lightning.results.trajectory import Trajectory
 __all__ = [
     "TRAK",
     "Attributor",
+    "Averaged",
     "BestAvailable",
     "Curvature",
     "Embedding",

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.attribution import Attributor, SelfAttributor, TracIn, Unrolled
+from tda_lightning.attribution import Attributor, Averaged, SelfAttributor, TracIn
 from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.attribution.tracin import TracInCP, method_at
 from tda_lightning.attribution.trajectory import chosen_ids, contributions
@@ -54,7 +54,7 @@ def attribute(
     model: nn.Module | list[nn.Module] | tuple[nn.Module, ...],
     queries: Any,
     *,
-    method: Attributor = Unrolled(),
+    method: Attributor = Averaged(),
     target: Target = Loss(),
     at: Moment = "now",
     mode: Mode = "eval",
@@ -69,7 +69,8 @@ def attribute(
             of runs.
         queries: A batch as the training loader yields it, or a ``DataLoader`` of such batches. With
             ``at="snapshots"`` or several runs, all batches are held in memory meanwhile.
-        method: The attribution method.
+        method: The attribution method. The default is the mean of ``Unrolled()`` and
+            ``InfluenceFunction()``.
         target: The quantity to attribute. The default is the loss. Otherwise a function of (module,
             batch) that returns one number per sample, such as :class:`~tda_lightning.Logit`;
             proponents then raise it.
@@ -135,7 +136,7 @@ def top_attributions(
     queries: Any,
     k: int = 5,
     *,
-    method: Attributor = Unrolled(),
+    method: Attributor = Averaged(),
     target: Target = Loss(),
     at: Moment = "now",
     query_batch_size: int = 256,
@@ -181,7 +182,7 @@ def trajectory(
     queries: Any,
     train_ids: Int[Tensor, " n_selected"] | Sequence[int] | SampleRanking,
     *,
-    method: Attributor = Unrolled(),
+    method: Attributor = Averaged(),
     target: Target = Loss(),
     at: Moment = "now",
     per: Period = "step",

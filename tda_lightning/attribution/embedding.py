@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tda_lightning.attribution.attributor import Attributor
-from tda_lightning.attribution.unrolled import Unrolled
+from tda_lightning.attribution.averaged import Averaged
 from tda_lightning.results.embedding import Embedding
 from tda_lightning.stores import Store, open_store
 from tda_lightning.stores.arguments import require_object
@@ -24,15 +24,15 @@ from tda_lightning.stores.arguments import require_object
 
 def embed(
     run: str | Path | Store,
-    method: Attributor = Unrolled(),
+    method: Attributor = Averaged(),
     *,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Embedding:
     """Compute one vector per training sample, from which any query can be scored later.
 
-    The cost is that of attributing ``k`` queries. Memory: twice the scores of these queries, and
-    three matrices of ``(k, k)`` numbers.
+    The cost is that of attributing ``k`` queries. Memory: three times the scores of these queries,
+    and three matrices of ``(k, k)`` numbers.
 
     Args:
         run: The recorded training: its folder or a store.

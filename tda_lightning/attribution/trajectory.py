@@ -21,6 +21,7 @@ from tda_lightning.attribution.attributor import (
     provenance_of,
     require_finite_totals,
 )
+from tda_lightning.attribution.averaged import Averaged
 from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.results.ranking import SampleRanking
@@ -47,10 +48,36 @@ def contributions(
     require_choice("per", per, Period)
     method.require(run)
     selected_ids = chosen_ids(run, train_ids)
+    view = DeviceView(run, queries)
+    terms = _terms(view, queries, selected_ids, method, per, progress)
+    values = torch.stack(list(terms.values()), dim=2)
+    require_finite_totals(values, view, repr(method))
+    return Trajectory(
+        values=values.cpu(),
+        times=torch.tensor(list(terms)),
+        train_ids=selected_ids,
+        query_ids=torch.arange(len(queries)),
+        per=per,
+        method=repr(method),
+        provenance={**provenance_of(run), **view.provenance()},
+    )
+
+
+def _terms(
+    run: Store,
+    queries: Float[Tensor, "n_query k"],
+    selected_ids: Int[Tensor, " n_selected"],
+    method: Attributor,
+    per: Period,
+    progress: bool,
+) -> dict[int, Tensor]:
+    """Return the contributions to each period, in order; shapes ``(n_query, n_selected)``."""
+    if isinstance(method, Averaged):
+        parts = [_terms(run, queries, selected_ids, m, per, progress) for m in method.methods]
+        return _mean(parts)
     sums: dict[int, Tensor] = {}
     visits = queries.new_zeros(len(selected_ids), 1)
-    view = DeviceView(run, queries)
-    pairs: Any = method.visit_scores(view, queries)
+    pairs: Any = method.visit_scores(run, queries)
     steps = progress_bar(pairs, "trajectory", "step", shown=progress, total=len(run))
     for step, scores in steps:
         is_visit = (step.sample_ids[None, :] == selected_ids[:, None]).to(queries)
@@ -58,18 +85,14 @@ def contributions(
         time = step.index if per == "step" else step.epoch
         c = is_visit @ scores  # (n_selected, n_query)
         sums[time] = sums[time] + c if time in sums else c
-    times = sorted(sums)
-    values = torch.stack([method.combine(sums[time], visits).mT for time in times], dim=2)
-    require_finite_totals(values, view, repr(method))
-    return Trajectory(
-        values=values.cpu(),
-        times=torch.tensor(times),
-        train_ids=selected_ids,
-        query_ids=torch.arange(len(queries)),
-        per=per,
-        method=repr(method),
-        provenance={**provenance_of(run), **view.provenance()},
-    )
+    return {time: method.combine(sums[time], visits).mT for time in sorted(sums)}
+
+
+def _mean(parts: Sequence[dict[int, Tensor]]) -> dict[int, Tensor]:
+    """Return the mean over methods; one that skips a period contributes zero to it."""
+    times = sorted({time for terms in parts for time in terms})
+    present = [[terms[time] for terms in parts if time in terms] for time in times]
+    return {t: torch.stack(c).sum(dim=0) / len(parts) for t, c in zip(times, present, strict=True)}
 
 
 def chosen_ids(

@@ -22,7 +22,7 @@ from tda_lightning import (
 )
 from tda_lightning import attribute as attribute_run
 from tda_lightning import self_influence as self_influence_of
-from tda_lightning.attribution import Attributor, SelfAttributor
+from tda_lightning.attribution import Attributor, Averaged, SelfAttributor
 from tda_lightning.cli.loading import as_loader, load_model, load_queries
 from tda_lightning.cli.options import (
     count_option,
@@ -39,6 +39,7 @@ from tda_lightning.results import Ranking, SampleScores, Scores, TopScores
 
 # The methods and targets that need no arguments, by their names on the command line.
 METHODS: dict[str, Attributor] = {
+    "averaged": Averaged(),
     "unrolled": Unrolled(),
     "influence-function": InfluenceFunction(),
     "source": Source(),
@@ -60,7 +61,7 @@ TARGETS: dict[str, Target] = {
 @run_argument
 @model_options
 @query_options
-@click.option("--method", type=click.Choice(list(METHODS)), default="unrolled", show_default=True)
+@click.option("--method", type=click.Choice(list(METHODS)), default="averaged", show_default=True)
 @click.option("--target", type=click.Choice(list(TARGETS)), default="loss", show_default=True)
 @count_option(5)
 @click.option(

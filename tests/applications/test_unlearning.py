@@ -8,7 +8,7 @@ from lightning_models import Plain, loader, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from tda_lightning import GradientRecorder, Identity, KroneckerCountSketch, embed
+from tda_lightning import GradientRecorder, Identity, KroneckerCountSketch, Unrolled, embed
 from tda_lightning.applications import (
     FirstOrder,
     Replay,
@@ -77,7 +77,7 @@ def test_the_unrolled_update_is_the_sum_of_the_data_value_embeddings(optimizer):
     result = unlearn(
         model, store, loader(classes()), FORGET, update=UnrolledUpdate(), progress=False
     )
-    embeddings = embed(store, progress=False)
+    embeddings = embed(store, Unrolled(), progress=False)
     total = embeddings.vectors[torch.isin(embeddings.train_ids, torch.tensor(FORGET))].sum(dim=0)
     factors = store.preconditioner()
     if factors is not None:  # back to the coordinates of the parameters

@@ -113,7 +113,8 @@ def test_without_decay_on_vectors_scores_are_close_to_those_of_a_decay_by_group(
     """With unsketched rows, the decay of each column is known, and is applied by hand."""
     run, model = record(no_decay_on_vectors)
     queries = vectors()[:3]
-    values = attribute(run, model, (queries[0].double(), queries[1]), progress=False).values
+    double = (queries[0].double(), queries[1])
+    values = attribute(run, model, double, method=Unrolled(), progress=False).values
     selection = select_parameters(model)
     decays = torch.cat(
         [

@@ -6,14 +6,17 @@ import torch
 from torch.optim import SGD
 
 from tda_lightning import GradientSimilarity, Scores, TracIn, Unrolled, embed
-from tda_lightning.attribution import Linear, SampledLabels
+from tda_lightning.attribution import Averaged, Linear, SampledLabels
 from tda_lightning.results import Embedding
 
 RUN = ls.record(ls.problem(scale=0.7), lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1))
 EXACT = Unrolled(SampledLabels(), Linear())
 
 
-@pytest.mark.parametrize("method", [TracIn(), Unrolled(), GradientSimilarity("dot")], ids=repr)
+LINEAR = [TracIn(), Unrolled(), GradientSimilarity("dot"), Averaged()]
+
+
+@pytest.mark.parametrize("method", LINEAR, ids=repr)
 def test_an_embedding_scores_queries_as_its_method_does(method):
     expected = method.attribute(RUN, ls.queries(), progress=False)
     scores = embed(RUN, method, progress=False).attribute(ls.queries())

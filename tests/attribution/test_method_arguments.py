@@ -1,10 +1,10 @@
-"""Errors for wrong hyper-parameters of `Unrolled` and `Source`, raised on construction."""
+"""Errors for wrong hyper-parameters of methods, raised on construction."""
 
 import pytest
 from unchecked_calls import require_error
 
 CALLS = """
-from tda_lightning.attribution import EmpiricalFisher, Exponential
+from tda_lightning.attribution import Averaged, EmpiricalFisher, Exponential
 
 calls = {
     "a word for a curvature": lambda: Unrolled(curvature="fisher"),
@@ -16,6 +16,10 @@ calls = {
     "half a segment": lambda: Source(2.5),
     "no segment": lambda: Source(0),
     "segments in words": lambda: Source("three"),
+    "no methods": lambda: Averaged(()),
+    "a list of methods": lambda: Averaged([Unrolled()]),
+    "a class for a method": lambda: Averaged((Unrolled,)),
+    "a word for a method": lambda: Averaged(("unrolled",)),
 }
 """
 EXPECTED = {
@@ -28,6 +32,10 @@ EXPECTED = {
     "half a segment": "`segments` is 2.5; expected a whole number of 1 or more.",
     "no segment": "`segments` is 0; expected a whole number of 1 or more.",
     "segments in words": "`segments` is 'three'; expected a whole number of 1 or more.",
+    "no methods": "`methods` is empty; expected at least one. Pass `(Unrolled(),)`.",
+    "a list of methods": "expected an object such as `(Unrolled(), InfluenceFunction())`.",
+    "a class for a method": "`methods` is the class `Unrolled`; expected an object such as",
+    "a word for a method": "`methods` is 'unrolled'; expected an object such as",
 }
 
 

@@ -10,7 +10,7 @@ from matplotlib import pyplot
 from torch.optim import SGD
 
 from tda_lightning import TRAK, GradientSimilarity, InfluenceFunction, Source, TracIn, Unrolled
-from tda_lightning.attribution import EmpiricalFisher
+from tda_lightning.attribution import Averaged, EmpiricalFisher
 from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.results import Trajectory
@@ -25,6 +25,8 @@ METHODS = [
     InfluenceFunction(rows="last visit"),
     Source(),
     TRAK(),
+    Averaged(),
+    Averaged((TracIn(), InfluenceFunction(rows="last visit"))),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 

@@ -21,7 +21,7 @@ from tda_lightning import (
     TracIn,
     Unrolled,
 )
-from tda_lightning.attribution import Attributor, Linear, Mixed, SampledLabels
+from tda_lightning.attribution import Attributor, Averaged, Linear, Mixed, SampledLabels
 from tda_lightning.full_influence import EKFAC, ConjugateGradient, Solver, Woodbury
 from tda_lightning.stores.snapshots import Moment
 
@@ -92,7 +92,7 @@ def of_the_library(run: Run, recording: str) -> list[Entry]:
         from_run(run, recording, Source(), at="snapshots"),
         from_run(run, recording, InfluenceFunction(), [InfluenceFunction(rows="last visit")]),
         from_run(run, recording, InfluenceFunction(), at="snapshots"),
-        mean_of_both(run, recording),
+        averaged(run, recording),
         *([from_run(run, recording, TRAK())] if run.has_one_class else []),
     ]
 
@@ -104,7 +104,7 @@ def of_sampled_labels(run: Run, recording: str) -> list[Entry]:
         from_run(run, recording, Unrolled(), unrolled),
         from_run(run, recording, InfluenceFunction(), [InfluenceFunction(Mixed())]),
         from_run(run, recording, InfluenceFunction(), at="snapshots"),
-        mean_of_both(run, recording),
+        averaged(run, recording),
     ]
     if run.store.recipe.dimension <= LARGEST_FOR_SOURCE:
         entries.append(from_run(run, recording, Source(), [Source(3, SampledLabels())]))
@@ -128,14 +128,9 @@ def from_run(
     return Entry(name, partial(run.scores, method, at), grid, run.mebibytes)
 
 
-def mean_of_both(run: Run, recording: str) -> Entry:
-    """Return the mean of the scores of `Unrolled` and of `InfluenceFunction`."""
-
-    def compute() -> Tensor:
-        return (run.scores(Unrolled(), "now") + run.scores(InfluenceFunction(), "now")) / 2
-
-    name = f"mean of Unrolled and InfluenceFunction, {recording}".strip(", ")
-    return Entry(name, compute, mebibytes=run.mebibytes)
+def averaged(run: Run, recording: str) -> Entry:
+    name = f"Averaged, {recording}".strip(", ")
+    return Entry(name, partial(run.scores, Averaged(), "now"), mebibytes=run.mebibytes)
 
 
 def arguments_of(method: Attributor) -> str:

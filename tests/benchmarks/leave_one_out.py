@@ -22,9 +22,10 @@ from lds_tasks import TASKS
 from torch import Tensor
 
 from tda_lightning import InfluenceFunction, TracIn, Unrolled
-from tda_lightning.attribution.attributor import Attributor
+from tda_lightning.attribution import Attributor, Averaged
 
 METHODS: dict[str, Attributor] = {
+    "Averaged": Averaged(),
     "Unrolled": Unrolled(),
     "InfluenceFunction": InfluenceFunction(),
     "TracIn": TracIn(),

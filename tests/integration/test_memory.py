@@ -14,7 +14,7 @@ from tda_lightning import (
     Unrolled,
     embed,
 )
-from tda_lightning.attribution import Linear
+from tda_lightning.attribution import Averaged, Linear
 from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.stores import Step
 from tda_lightning.stores.hdf5 import segment_reader
@@ -91,12 +91,14 @@ def top_only(method):
         (top_only(Source()), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 7 * SQUARE),
         (top_only(Source(segments=9)), 2 * SCORES * 29 / N_QUERY + 2 * QUERIES + 7 * SQUARE),
         (lambda run: TracIn().self_influence(run, progress=False), QUERIES),
-        (lambda run: embed(run, progress=False), 2 * 4 * N_TRAIN * K + 3 * SQUARE),
+        (lambda run: embed(run, progress=False), 3 * 4 * N_TRAIN * K + 3 * SQUARE),
+        (attributed(Averaged()), 3 * SCORES + 3 * QUERIES + 3 * SQUARE),
     ],
     ids=[
         *("TracIn", "GradientSimilarity", "Unrolled", "Unrolled, linear", "InfluenceFunction"),
         *("TRAK", "Source", "Source, three segments", "top scores", "top scores, influence"),
         *("top scores, Source", "top scores, nine segments", "self-influence", "embed"),
+        "Averaged",
     ],
 )
 def test_memory_is_as_documented_and_does_not_grow_with_steps(runs, query, limit):

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.data import Subset
 from torchmetrics.classification import MulticlassAccuracy
 
-from tda_lightning import GradientRecorder, HDF5Store, Identity, Unrolled, attribute
+from tda_lightning import GradientRecorder, HDF5Store, Identity, attribute
+from tda_lightning.attribution import Averaged
 from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.stores import MemoryStore
@@ -157,7 +158,7 @@ def test_queries_work_on_a_model_without_a_trainer():
         scores.values, attribute(store, model, vectors()[:3], progress=False).values
     )
     assert scores.values.shape == (3, 13)
-    assert scores.method == repr(Unrolled())
+    assert scores.method == repr(Averaged())
 
 
 def test_queries_call_the_module_hooks_on_batches():

@@ -91,7 +91,7 @@ def test_scores_sum_to_the_change_in_the_target(target):
     model.double()
     before = target(model, batch).detach()
     store = trained(model, double_vectors())
-    scores = attribute(store, model, batch, target=target, progress=False)
+    scores = attribute(store, model, batch, method=Unrolled(), target=target, progress=False)
     change = target(model, batch).detach() - before
     torch.testing.assert_close(scores.values.sum(dim=1), change, rtol=1e-3, atol=1e-9)
     assert scores.provenance["target"] == repr(target)
