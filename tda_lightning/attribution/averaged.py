@@ -16,12 +16,12 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.arguments import require_kind
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.influence import InfluenceFunction
 from tda_lightning.attribution.unrolled import Unrolled
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
+from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.step import Step
 
 
