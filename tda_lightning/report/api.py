@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tda_lightning.applications.retraining.removal import RemovalCurve
-from tda_lightning.attribution import Attributor, InfluenceFunction, Unrolled
+from tda_lightning.attribution import Attributor, Averaged
 from tda_lightning.passes.targets import outputs_of
 from tda_lightning.report.charts.charts import Chart, charts, has_bokeh
 from tda_lightning.report.charts.drawing import bokeh_source, draw_bokeh, draw_svg
@@ -46,8 +46,7 @@ def report(
     *,
     train: Any,
     out: str | os.PathLike[str] = "report.html",
-    method: Attributor = Unrolled(),
-    other_method: Attributor | None = InfluenceFunction(),
+    method: Attributor = Averaged(),
     k: int = 8,
     class_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
@@ -72,8 +71,8 @@ def report(
         queries: A batch as the training loader yields it, or a ``DataLoader`` of such batches.
         train: The dataset of the training. The ids of the run index it, below any ``Subset``.
         out: Path of the file; an existing file is replaced.
-        method: The attribution method.
-        other_method: A second method, to see how far both agree; ``None`` saves its cost.
+        method: The attribution method. Of ``Averaged``, the page shows how far its first two
+            methods agree; ``Unrolled()`` saves time.
         k: Number of proponents, and of opponents, per query.
         class_names: Name of each class.
         column_names: Name of each column, if samples are table rows.
@@ -96,7 +95,7 @@ def report(
         ModuleNotFoundError: If neither Bokeh nor matplotlib is installed.
         ValueError: If the run is empty, or if the model, the queries or the dataset do not match.
     """
-    require_kind("method", method, Attributor, "`Unrolled()`")
+    require_kind("method", method, Attributor, "`Averaged()`")
     require_whole("k", k, least=1)
     names = ShowItem(class_names, column_names)
     store = open_run(run)
@@ -106,7 +105,6 @@ def report(
         queries,
         train,
         method=method,
-        other_method=other_method,
         outputs=outputs,
         render=render or names,
         attributes=attributes or {},

@@ -11,7 +11,9 @@ from lightning_models import loader, quiet_trainer
 from reported_runs import TextClassifier, Texts, report_on_texts
 from torch.utils.data import Subset, TensorDataset
 
-from tda_lightning import GradientRecorder, Identity
+from tda_lightning import GradientRecorder, Identity, Unrolled, attribute
+from tda_lightning.attribution import Averaged
+from tda_lightning.metrics import rank_agreement
 from tda_lightning.report import Case, Finding, RemovalCurve, Shown, report
 from tda_lightning.report.evidence.queries import query_losses
 from tda_lightning.report.findings.labels import number_set_apart
@@ -82,6 +84,33 @@ def test_proponents_have_positive_scores_and_opponents_negative_ones(hostile):
     for query in hostile.data()["queries"]:
         assert all(score > 0 for _, score in query["helped"])
         assert all(score < 0 for _, score in query["harmed"])
+
+
+def test_the_page_shows_the_scores_of_attribute_and_how_far_its_two_methods_agree(tmp_path):
+    trained = {}
+
+    def keep(module, batch):
+        trained.setdefault("model", module)
+        return module(batch["x"])
+
+    parsed = Parsed(report_on_texts(tmp_path, TEXTS, outputs=keep))
+    data, model = Texts(TEXTS), trained["model"]
+    arguments = (tmp_path / "run.tda", model, loader(data, batch_size=10, shuffle=False))
+    scores = attribute(*arguments, progress=False)
+    parts = [attribute(*arguments, method=m, progress=False) for m in Averaged().methods]
+    agreement = rank_agreement(*parts)
+    for query in parsed.data()["queries"]:
+        best = scores[query["id"]].highest(2)
+        assert [i for i, _ in query["helped"][:2]] == best.ids.tolist()
+        assert query["helped"][0][1] == pytest.approx(float(best.values[0]), rel=1e-2)
+        assert query["agreement"] == pytest.approx(float(agreement[query["id"]]), abs=0.01)
+    assert "Rank correlation of Unrolled and InfluenceFunction" in " ".join(parsed.texts)
+
+
+def test_one_method_alone_has_nothing_to_agree_with(tmp_path):
+    parsed = Parsed(report_on_texts(tmp_path, TEXTS, method=Unrolled()))
+    assert all(query["agreement"] is None for query in parsed.data()["queries"])
+    assert "Only one method was used." in " ".join(parsed.texts)
 
 
 def test_wrong_answers_come_first(hostile):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from tda_lightning.applications import (
     find_shortcut,
 )
 from tda_lightning.applications.retraining.removal import RemovalCurve
-from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
+from tda_lightning.attribution import Attributor, Averaged, InfluenceFunction, TracIn
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.batches import batches_in_memory
@@ -56,8 +56,8 @@ class Evidence:
         missing_answers: Why predictions are missing, if they are.
         order: Positions of the queries, the worst first.
         scores: Scores of all queries and training samples.
-        other: Scores of another method, for comparison, if there is one.
-        agreement: Rank correlation of both methods for each query.
+        parts: The scores of each method, if ``scores`` is their mean.
+        agreement: Rank correlation of the first two methods for each query, if there are two.
         influence: Self-influence of all training samples.
         suspects: Samples whose labels are likely wrong, if the loss is a cross-entropy.
         duplicates: Training samples with nearly the same gradients; ``None`` if there are too many
@@ -78,7 +78,7 @@ class Evidence:
     missing_answers: str
     order: list[int]
     scores: Scores
-    other: Scores | None
+    parts: tuple[Scores, ...]
     agreement: Float[Tensor, " n_query"] | None
     influence: SampleScores
     suspects: Mislabeled | None
@@ -117,7 +117,6 @@ def gather(
     train: Any,
     *,
     method: Attributor,
-    other_method: Attributor | None,
     outputs: Callable[[nn.Module, Any], Tensor],
     render: Callable[[Any], Shown],
     attributes: Mapping[str, Bool[Tensor, " n_train"]],
@@ -133,12 +132,12 @@ def gather(
     rows = rows.to(next(model.parameters()).device)
     answers, reason = answers_to(model, queries, outputs)
     _require_one_row_each(rows, answers)
-    scores = method.attribute(store, rows, progress=progress)
-    other, left_out = None, InfluenceFunction()
-    if other_method is not None and other_method != method:
-        second = other_method.precomputed(store, rows)  # Both readers share its curvature.
-        other = second.attribute(store, rows, progress=progress)
-        left_out = second if isinstance(second, InfluenceFunction) else left_out
+    ready = method.precomputed(store, rows)  # All its readers share its curvature.
+    methods = ready.methods if isinstance(ready, Averaged) else (ready,)
+    parts = tuple(each.attribute(store, rows, progress=progress) for each in methods)
+    scores = replace(parts[0], values=Scores.mean(parts).values, method=repr(method))
+    influences = (each for each in methods if isinstance(each, InfluenceFunction))
+    left_out = next(influences, InfluenceFunction())
     order = sorted(range(len(answers)), key=lambda q: (not answers[q].is_wrong, -answers[q].loss))
     return Evidence(
         store=store,
@@ -147,12 +146,12 @@ def gather(
         missing_answers=reason,
         order=order,
         scores=scores,
-        other=other,
-        agreement=None if other is None else rank_agreement(scores, other),
+        parts=parts,
+        agreement=rank_agreement(*parts[:2]) if len(parts) > 1 else None,
         influence=TracIn().self_influence(store, progress=progress),
         suspects=_suspects(store, left_out, progress),
         duplicates=_duplicates(store, len(ids)),
-        trajectory=_trajectory(store, rows, scores, order, method, progress),
+        trajectory=_trajectory(store, rows, scores, order, ready, progress),
         data_order=data_order(store),
         schedule=schedule(store, model, queries),
         attributes=dict(attributes),

@@ -133,13 +133,12 @@ def _agreement(evidence: Evidence) -> Check:
     title = "Do two methods agree?"
     if evidence.agreement is None or evidence.agreement.isnan().all():
         return Check(title, "unknown", "Only one method was used.", None)
-    assert evidence.other is not None
     mean = float(evidence.agreement.nanmean())
     verdict = "They agree on the whole" if mean >= _AGREE else "They often disagree"
-    names = [scores.method.split("(")[0] for scores in (evidence.scores, evidence.other)]
+    names = [scores.method.split("(")[0] for scores in evidence.parts]
     sentence = (
-        f"Rank correlation of {names[0]}, which this page uses, and {names[1]}, mean over the "
-        f"queries. {verdict}: 1 is the same order, 0 is no relation."
+        f"Rank correlation of {names[0]} and {names[1]}, whose mean this page uses, averaged over "
+        f"the queries. {verdict}: 1 is the same order, 0 is no relation."
     )
     return Check(title, f"{mean:.2f}", sentence, mean >= _AGREE)
 
