@@ -19,7 +19,7 @@ from tda_lightning.applications.importance import EL2N, Importance
 from tda_lightning.applications.selection import Labels, Selection, count_of, groups_of, quotas
 from tda_lightning.attribution.attributor import Totals
 from tda_lightning.attribution.linalg import unit_rows
-from tda_lightning.attribution.visits import unweighted
+from tda_lightning.attribution.steps import unweighted
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run

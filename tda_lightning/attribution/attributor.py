@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.attribution.device_view import DeviceView
+from tda_lightning.attribution.steps import DeviceView
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.results.scores import Scores

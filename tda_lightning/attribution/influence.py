@@ -26,7 +26,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.attribution.attributor import SelfAttributor
-from tda_lightning.attribution.device_view import DeviceView
 from tda_lightning.attribution.dynamics.curvature import (
     Curvature,
     SampledOrWeighted,
@@ -39,7 +38,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
     warn_of_approximations,
 )
 from tda_lightning.attribution.linalg import damped_root
-from tda_lightning.attribution.visits import last_epoch, last_visits, unweighted
+from tda_lightning.attribution.steps import DeviceView, last_epoch, last_visits, unweighted
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_choice, require_kind, require_not_negative
 from tda_lightning.stores.step import Step

@@ -24,16 +24,6 @@ def unit_rows(rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     return scaled / lengths.clamp_min(1)
 
 
-def squared_norms(rows: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
-    """Return the squared length of every row.
-
-    >>> import torch
-    >>> squared_norms(torch.tensor([[3.0, 4.0]]))
-    tensor([25.])
-    """
-    return rows.square().sum(dim=1)
-
-
 def eigendecomposition(
     matrix: Float[Tensor, "k k"],
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "k k"]]:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.attribution.attributor import Attributor
-from tda_lightning.attribution.device_view import DeviceView
+from tda_lightning.attribution.steps import DeviceView
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.results.ranking import Ranking
 from tda_lightning.results.top_scores import TopScores

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from tda_lightning.attribution.attributor import Attributor, SelfAttributor
 from tda_lightning.attribution.dynamics.optimizer import require_training
-from tda_lightning.attribution.linalg import squared_norms
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_object
 from tda_lightning.stores.snapshots import Moment, nearest_parts
@@ -78,7 +77,7 @@ class TracIn(SelfAttributor):
         for step in run:
             # Weights are zero in a step whose gradient was zeroed, and so are its rows.
             weights = step.weights.clamp_min(1e-30)
-            inner = squared_norms(self._select_layers(run, step.sketch)) / weights
+            inner = self._select_layers(run, step.sketch).square().sum(dim=1) / weights
             yield step, _eta(run, step) * inner
 
     def require(self, run: Store) -> None:

@@ -22,7 +22,7 @@ from tda_lightning.attribution.attributor import (
     require_finite_totals,
 )
 from tda_lightning.attribution.averaged import Averaged
-from tda_lightning.attribution.device_view import DeviceView
+from tda_lightning.attribution.steps import DeviceView
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.results.ranking import SampleRanking
 from tda_lightning.results.trajectory import Period, Trajectory

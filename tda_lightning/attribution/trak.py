@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tda_lightning.attribution.attributor import Attributor, Totals
 from tda_lightning.attribution.linalg import damped_root
-from tda_lightning.attribution.visits import last_visits, unweighted
+from tda_lightning.attribution.steps import last_visits, unweighted
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_not_negative

@@ -27,7 +27,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.attribution.attributor import SelfAttributor
-from tda_lightning.attribution.dynamics.averaged_labels import steps_backward
 from tda_lightning.attribution.dynamics.curvature import BestAvailable, Curvature
 from tda_lightning.attribution.dynamics.optimizer import (
     Dynamics,
@@ -39,7 +38,7 @@ from tda_lightning.attribution.dynamics.propagator import (
     LimitedCurvature,
     Propagator,
 )
-from tda_lightning.attribution.visits import last_gradients
+from tda_lightning.attribution.steps import last_gradients, steps_backward
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.step import Step

@@ -14,7 +14,7 @@ from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, 
 from tda_lightning.callbacks.messages import note
 from tda_lightning.gradients.capture.delivery import NO_EFFECT
 from tda_lightning.gradients.losses import Reduction, mixes_samples
-from tda_lightning.recording.optimizers import require_one_rate
+from tda_lightning.recording.trained_layers import require_one_rate
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores.recipe import LeftOut, Recipe
 

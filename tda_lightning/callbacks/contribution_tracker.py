@@ -23,7 +23,7 @@ from tda_lightning.callbacks.tracking.tracked_training import (
 )
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.passes.model_state import Mode
-from tda_lightning.recording.contribution_table import Period
+from tda_lightning.recording.contribution_recorder import Period
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.results.contributions import Contributions
 from tda_lightning.results.scores import Scores

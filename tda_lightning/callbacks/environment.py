@@ -52,14 +52,14 @@ class EnvironmentRecorder(GradientRecorder):
         """Stop if the script has a recorder; otherwise watch the training loader."""
         callbacks = getattr(trainer, "callbacks", [])
         recorders = [c for c in callbacks if isinstance(c, RecordedRun) and not c._gives_way]
-        self._is_off = any(isinstance(c, GradientRecorder) or self._is_beside(c) for c in recorders)
+        self._is_off = any(
+            isinstance(c, GradientRecorder) or self._location.is_same_as(c._location)
+            for c in recorders
+        )
         if self._is_off and stage == "fit":
             inform(f"GradientRecorder: the script records by itself; `{VARIABLE}` has no effect.")
         if not self._is_off:
             super().setup(trainer, pl_module, stage)
-
-    def _is_beside(self, other: RecordedRun) -> bool:
-        return self._location.is_same_as(other._location)
 
     def _watch(self, trainer: Trainer, loader: object) -> None:
         """Infer sample ids from a training loader."""

@@ -37,10 +37,10 @@ from tda_lightning.gradients.losses import LabelSchedule, Reduction
 from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype, unfrozen
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.sketching.projectors import KroneckerCountSketch, Projector
-from tda_lightning.recording.optimizers import select_trained_layers
 from tda_lightning.recording.preconditioning import has_preconditioner
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.settings import RecordingSettings
+from tda_lightning.recording.trained_layers import select_trained_layers
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import LeftOut, Recipe

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.pausing import is_compiled, uncompiled
-from tda_lightning.gradients.capture.probe_starts import joined_rows
+from tda_lightning.gradients.capture.tracer import joined_rows
 from tda_lightning.gradients.losses import (
     LossFacts,
     LossNode,
@@ -169,7 +169,8 @@ class RowRecorder:
         """
         loss_nodes = self._read_graph(loss)
         if self._labels != "unread":
-            self._summary = LossSummary(loss_nodes, self._n, self._capture.switch.is_paused)
+            switch = self._capture.switch
+            self._summary = LossSummary(loss_nodes, self._n, lambda: bool(switch.pauses))
         self._rows.sum_blocks(self._sums)
         is_once, lost = not self._capture.is_reentrant, self._capture.lost
         self._capture.start_backward(*self._rows.receivers(lost, coordinates, is_once))

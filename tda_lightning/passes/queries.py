@@ -7,22 +7,25 @@ batches. Users write no second loss function.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tda_lightning.gradients.row_recorder import Labels
+from tda_lightning.gradients.row_recorder import Labels, RowRecorder
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.batches import (
     identified,
     record_batch,
     recording,
+    remedy_for,
     sample_gradients,
+    trained_parameters,
+    transfer,
 )
 from tda_lightning.passes.model_state import (
     Mode,
@@ -30,10 +33,9 @@ from tda_lightning.passes.model_state import (
     swapped_weights,
     warn_of_other_weights,
 )
-from tda_lightning.passes.target_rows import BatchQueries, record_target
-from tda_lightning.passes.targets import Loss, Target
+from tda_lightning.passes.targets import Loss, Target, per_sample, queried_tokens
 from tda_lightning.stores import Store, open_store_at
-from tda_lightning.stores.arguments import require_choice
+from tda_lightning.stores.arguments import describe, name_of, require_choice
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.snapshots import Moment, later_snapshots, position_of
 from tda_lightning.stores.step import Preconditioner
@@ -99,6 +101,7 @@ class QueryRows:
         rows: One row per query, on the CPU, shape ``(n_query, k)``.
         ids: Ids of the samples: indices into the dataset of a loader, below any ``Subset``, or
             positions, where there is no loader or its order is unknown. Shape ``(n_query,)``.
+            Those of a batch are positions in it.
         tokens: Position of each query's token in its sample, if the target is per token.
         losses: Loss of each query on the CPU, if labels are read, the target is the loss, and its
             terms are known.
@@ -132,16 +135,16 @@ def identified_rows(
         ValueError: If the model or the queries do not match the recipe, or if no token counts.
     """
     require_choice("mode", mode, Mode)
-    parts: list[BatchQueries] = []
+    parts: list[QueryRows] = []
     sizes, ids = [], []
     with recording(model, recipe, preconditioner, mode, labels, layers) as rows:
         for batch_ids, batch in identified(queries, progress=progress):
             if isinstance(target, Loss):
                 batch_rows = record_batch(model, rows, batch, "queries", batch_ids)[1]
                 recorded, losses = sample_gradients(batch_rows, recipe), batch_rows.loss.losses
-                parts.append(BatchQueries(recorded, torch.arange(len(recorded)), None, losses))
+                parts.append(QueryRows(recorded, torch.arange(len(recorded)), None, losses))
             else:
-                parts.append(record_target(model, rows, batch, target, batch_ids))
+                parts.append(_record_target(model, rows, batch, target, batch_ids))
             sizes.append(batch_size(batch, "queries", batch_ids))
             ids.append(batch_ids)
     require_batches(parts, "queries")
@@ -155,6 +158,57 @@ def identified_rows(
     return result
 
 
+def _record_target(
+    model: nn.Module, rows: RowRecorder, batch: Any, target: Target, ids: Sized | None = None
+) -> QueryRows:
+    """Record the gradient of the negative target, one token of all samples at a time.
+
+    A sample's tokens are consecutive. The ``.grad`` of the model's parameters does not change.
+
+    Raises:
+        ValueError: If the target fails on the batch or returns a wrong result.
+    """
+    n = batch_size(batch, "queries", ids)
+    rows.start(n)
+    try:
+        moved = transfer(model, batch)
+        values, is_per_token = per_sample(target, model, moved, n)
+        is_query = queried_tokens(target, moved, values)
+        recorded = _token_rows(model, rows, -values, is_query)
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"The target `{name_of(target)}` failed on `queries`: expected a batch that the target "
+            f"accepts; got {describe(batch)}. The error was: {error}{remedy_for(error)}"
+        ) from error
+    finally:
+        rows.end_backward()
+    samples, tokens = is_query.nonzero(as_tuple=True)
+    # With a shift, the first token has no logits that predict it.
+    tokens = tokens + int(getattr(target, "shift", False))
+    return QueryRows(recorded, samples, tokens if is_per_token else None)
+
+
+def _token_rows(
+    model: nn.Module,
+    rows: RowRecorder,
+    negatives: Float[Tensor, "n tokens"],
+    is_query: Bool[Tensor, "n tokens"],
+) -> Float[Tensor, "n_query k"]:
+    """Return the gradients of the values that are queries, in one pass per token of a sample."""
+    columns = is_query.any(dim=0).nonzero()[:, 0].tolist()
+    if not columns:
+        return torch.empty(0, rows.dimension)
+    rows.start_backward(negatives.sum())
+    trained, last = trained_parameters(model), columns[-1]
+    token_rows = []
+    for column in columns:
+        total = negatives[:, column].sum()
+        torch.autograd.grad(total, trained, allow_unused=True, retain_graph=column != last)
+        token_rows.append(rows.take())
+    chosen: Tensor = torch.stack(token_rows, dim=1)[is_query[:, columns]]
+    return chosen
+
+
 def _sample_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Int[Tensor, " n"]]:
     """Return the ids of each batch's samples: the inferred ones, or their positions."""
     known = [each for each in ids if each is not None]
@@ -163,12 +217,12 @@ def _sample_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Int[
     return list(torch.split(torch.arange(sum(sizes)), list(sizes)))
 
 
-def _joined(parts: Sequence[BatchQueries], ids: Sequence[Tensor]) -> QueryRows:
+def _joined(parts: Sequence[QueryRows], ids: Sequence[Tensor]) -> QueryRows:
     tokens = [part.tokens for part in parts if part.tokens is not None]
     losses = [part.losses.cpu() for part in parts if part.losses is not None]
     return QueryRows(
         torch.cat([part.rows.cpu() for part in parts]),
-        torch.cat([each[part.samples] for each, part in zip(ids, parts, strict=True)]),
+        torch.cat([each[part.ids] for each, part in zip(ids, parts, strict=True)]),
         torch.cat(tokens) if tokens else None,
         torch.cat(losses) if len(losses) == len(parts) else None,
     )

@@ -72,10 +72,15 @@ def first_with_gradient(parameters: Iterable[Parameter]) -> Parameter | None:
     return None
 
 
+def parameters_of(optimizer: Optimizer) -> Iterator[Parameter]:
+    """Yield all parameters of an optimizer."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
 def parameters_by_size(optimizer: Optimizer) -> list[Parameter]:
     """Return all parameters of an optimizer, the smallest first."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return sorted(parameters, key=lambda parameter: int(parameter.numel()))
+    return sorted(parameters_of(optimizer), key=lambda parameter: int(parameter.numel()))
 
 
 def gradient_norm(parameter: Parameter) -> Tensor:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.recording.manual_step_builder import ManualStepBuilder
-from tda_lightning.recording.optimizers import parameters_of
+from tda_lightning.recording.optimizer_gradients import parameters_of
 from tda_lightning.recording.preconditioning import JointPreconditioner, OptimizerPreconditioner
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.step_builder import StepBuilder

@@ -15,14 +15,6 @@ from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.stores.recipe import LeftOut
 
 
-def _ignore(parameters: Sequence[Parameter]) -> None:
-    """Do nothing."""
-
-
-def _single_process_sum(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 @dataclass(frozen=True)
 class DistributedContext:
     """The processes that train together; each sees its part of every batch.
@@ -32,7 +24,7 @@ class DistributedContext:
 
     rank: int = 0
     count: int = 1
-    add: Callable[[Tensor], Tensor] = _single_process_sum
+    add: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean over all processes; all of them must call it."""
@@ -65,6 +57,6 @@ class RecordingSettings:
     distributed: DistributedContext
     warn: Callable[[str], None]
     leave_out: Callable[[Sequence[LeftOut]], None]
-    note_unfrozen: Callable[[Sequence[Parameter]], None] = _ignore
+    note_unfrozen: Callable[[Sequence[Parameter]], None] = lambda parameters: None
     is_axis_declared: bool = False
     labels: LabelSchedule | None = None

@@ -34,7 +34,6 @@ from tda_lightning.recording.optimizer_gradients import (
     second_pass_errors,
     watched_parameters,
 )
-from tda_lightning.recording.optimizers import HyperparameterReader
 from tda_lightning.recording.preconditioning import (
     GradientCoordinates,
     Gradients,
@@ -42,7 +41,12 @@ from tda_lightning.recording.preconditioning import (
     can_follow_gradients,
 )
 from tda_lightning.recording.settings import RecordingSettings
-from tda_lightning.recording.taken_step import BatchVisits, StepLabel, TakenStep
+from tda_lightning.recording.taken_step import (
+    BatchVisits,
+    HyperparameterReader,
+    StepLabel,
+    TakenStep,
+)
 from tda_lightning.stores.step import Preconditioner
 
 # Every batch of every step has a different seed for its sampled labels.

@@ -1,18 +1,24 @@
-"""TakenStep: a step that the optimizer has taken, with rows that may still be on the device."""
+"""TakenStep: a step that the optimizer has taken, with rows that may still be on the device.
+
+:class:`HyperparameterReader` reads the optimizer's values before it takes the step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.optim import ASGD, SGD, Optimizer
 
+from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.recording.optimizer_gradients import GradientScale, scale_between
+from tda_lightning.recording.preconditioning import OptimizerPreconditioner
 from tda_lightning.stores.step import (
     OPTIONAL_FACTS,
     Audit,
@@ -48,6 +54,62 @@ class StepLabel:
     epoch: int
     optimizer: str
     groups: tuple[ParameterGroup, ...]
+
+
+class HyperparameterReader:
+    """Reads the hyper-parameters of one optimizer's parameter groups."""
+
+    def __init__(
+        self, selection: ParameterSelection, preconditioner: OptimizerPreconditioner | None
+    ) -> None:
+        self._preconditioner = preconditioner
+        self._sizes = {p: int(p.numel()) for p in selection.all_parameters()}
+        self._total = sum(block.size for block in selection.blocks)
+        self._first_block = next(n for n, part in enumerate(selection.parameters) if part)
+        # The share of each parameter group, by the numbers of parameters in the groups.
+        self._shares: dict[tuple[int, ...], list[float]] = {}
+
+    def read(self, optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
+        """Return the hyper-parameters of every group, with its share of recorded parameters."""
+        is_adaptive = self._preconditioner is not None and self._preconditioner.is_adaptive()
+        descent = float(is_adaptive or isinstance(optimizer, SGD | ASGD))
+        pairs = zip(read_groups(optimizer), self._shares_of(optimizer), strict=True)
+        return tuple(
+            replace(group, share=share, descent=descent, owner=float(self._first_block))
+            for group, share in pairs
+        )
+
+    def _shares_of(self, optimizer: Optimizer) -> list[float]:
+        groups = [group["params"] for group in optimizer.param_groups]
+        counts = tuple(map(len, groups))
+        if counts not in self._shares:
+            recorded = [sum(self._sizes.get(p, 0) for p in group) for group in groups]
+            self._shares[counts] = [size / self._total for size in recorded]
+        return self._shares[counts]
+
+
+def read_groups(optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
+    """Return the current hyper-parameters of every parameter group."""
+    return tuple(_read_group(group) for group in optimizer.param_groups)
+
+
+def _read_group(group: Mapping[str, Any]) -> ParameterGroup:
+    # Some optimizers have no betas. Adan has three, of which the first two are used.
+    betas: Sequence[float] = group.get("betas", ())
+    beta1, beta2, *_ = (*betas, 0.0, 0.0)
+    eps = group.get("eps", 0.0)
+    return ParameterGroup(
+        lr=float(group["lr"]),
+        weight_decay=float(group.get("weight_decay", 0.0)),
+        momentum=float(group.get("momentum", 0.0)),
+        dampening=float(group.get("dampening", 0.0)),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        # Adafactor has a pair; neither is the term that others add to a denominator.
+        eps=0.0 if isinstance(eps, tuple | list) else float(eps),
+        nesterov=float(group.get("nesterov", False)),
+        decoupled=float(group.get("decoupled_weight_decay", False)),
+    )
 
 
 class TakenStep:
@@ -96,6 +158,7 @@ class TakenStep:
         # Curvature scales with the loss, and its rows with the square root.
         roots = [factor**0.5 for factor in factors]
         facts: dict[str, Any] = {name: columns.get(name) for name in OPTIONAL_FACTS}
+        names = {batch.recorded.loss.name for batch in batches}
         return Step(
             **vars(self._label),
             sample_ids=torch.cat([batch.sample_ids for batch in batches]),
@@ -105,7 +168,7 @@ class TakenStep:
             **facts,
             curvature_rows=self._scaled_curvature_rows(columns.get("curvature_rows"), roots),
             preconditioner=self._preconditioner,
-            loss=_common_name([batch.recorded.loss.name for batch in batches]),
+            loss=names.pop() if len(names) == 1 else "",
         )
 
     def _scaled_curvature_rows(
@@ -143,11 +206,6 @@ def _scaled(
         return rows
     parts = zip(torch.split(rows, list(sizes)), factors, strict=True)
     return torch.cat([part * factor for part, factor in parts])
-
-
-def _common_name(losses: Sequence[str]) -> str:
-    """Return the name of the loss if all batches have the same, else an empty string."""
-    return losses[0] if len(set(losses)) == 1 else ""
 
 
 class HostCopy:

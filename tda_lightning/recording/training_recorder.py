@@ -17,10 +17,10 @@ from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.recording.optimizer_recorder import OptimizerRecorder
-from tda_lightning.recording.optimizers import split_by_optimizer
 from tda_lightning.recording.preconditioning import JointPreconditioner
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.taken_step import TakenStep
+from tda_lightning.recording.trained_layers import split_by_optimizer
 from tda_lightning.stores.step import Preconditioner, Step
 
 

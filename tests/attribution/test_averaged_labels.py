@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from tda_lightning.attribution.dynamics.averaged_labels import steps_backward
+from tda_lightning.attribution.steps import steps_backward
 from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.step import FIRST_LABELLED_STEPS
 

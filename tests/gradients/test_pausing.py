@@ -37,20 +37,20 @@ def test_all_captures_of_a_model_are_paused_and_those_of_other_models_are_not(at
     first, second, other = attached(model), attached(model), attached(mlp())
     whole = attached(nn.Sequential(model))  # It contains the model's layers.
     with first.paused():
-        paused = [switch.is_paused() for switch in (first, second, other, whole)]
+        paused = [bool(switch.pauses) for switch in (first, second, other, whole)]
     assert paused == [True, True, False, True]
-    assert not any(switch.is_paused() for switch in (first, second, other, whole))
+    assert not any(bool(switch.pauses) for switch in (first, second, other, whole))
 
 
 def test_only_the_others_are_paused_during_an_extra_pass_even_inside_a_pause(attached):
     model = mlp()
     first, second = attached(model), attached(model)
     with second.paused(), first.others_paused():
-        assert (first.is_paused(), second.is_paused()) == (False, True)
+        assert (bool(first.pauses), bool(second.pauses)) == (False, True)
         with first.paused():
-            assert (first.is_paused(), second.is_paused()) == (True, True)
-        assert (first.is_paused(), second.is_paused()) == (False, True)
-    assert (first.is_paused(), second.is_paused()) == (False, False)
+            assert (bool(first.pauses), bool(second.pauses)) == (True, True)
+        assert (bool(first.pauses), bool(second.pauses)) == (False, True)
+    assert (bool(first.pauses), bool(second.pauses)) == (False, False)
 
 
 def test_a_capture_that_has_ended_is_not_paused(attached):
@@ -58,7 +58,7 @@ def test_a_capture_that_has_ended_is_not_paused(attached):
     first, second = attached(model), attached(model)
     second.detach()
     with first.paused():
-        assert not second.is_paused()
+        assert not bool(second.pauses)
     del second
     gc.collect()
     assert first in pausing._attached
@@ -68,7 +68,7 @@ def test_an_interrupt_in_a_pause_leaves_nothing_behind(attached):
     switch = attached(mlp())
     with pytest.raises(KeyboardInterrupt), switch.paused():
         raise KeyboardInterrupt
-    assert not switch.is_paused()
+    assert not bool(switch.pauses)
 
 
 class InterruptedSet(set):
@@ -81,10 +81,10 @@ class InterruptedSet(set):
 
 def test_an_interrupt_while_a_pause_begins_leaves_nothing_behind(attached):
     switch = attached(mlp())
-    switch._pauses = InterruptedSet()
+    switch.pauses = InterruptedSet()
     with pytest.raises(KeyboardInterrupt), switch.paused():
         pass
-    assert not switch.is_paused()
+    assert not bool(switch.pauses)
 
 
 def test_a_model_in_two_threads_at_once_is_refused(attached):

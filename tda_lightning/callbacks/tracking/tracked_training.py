@@ -18,11 +18,14 @@ from tda_lightning.gradients.parameter_selection import ParameterSelection, row_
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.gradients.sketching.projectors import Identity, KroneckerCountSketch, Projector
 from tda_lightning.passes.model_state import Mode
-from tda_lightning.recording.contribution_recorder import ContributionRecorder
-from tda_lightning.recording.contribution_table import ContributionTable, Period
-from tda_lightning.recording.optimizers import select_trained_layers
+from tda_lightning.recording.contribution_recorder import (
+    ContributionRecorder,
+    ContributionTable,
+    Period,
+)
 from tda_lightning.recording.preconditioning import has_preconditioner
 from tda_lightning.recording.settings import RecordingSettings
+from tda_lightning.recording.trained_layers import select_trained_layers
 from tda_lightning.results.contributions import Contributions
 from tda_lightning.stores.recipe import LeftOut, SampleAxis
 

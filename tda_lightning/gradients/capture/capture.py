@@ -66,7 +66,9 @@ class Capture:
         }
         self._layouts = LayoutMemory(self._recorded, declared)
         self._norms = NormsBehind(self._recorded, followed)
-        self._plans = WalkPlans(self._layouts, lambda meeting: slot_of(meeting, shrinking))
+        self._plans = WalkPlans(
+            self._layouts, lambda meeting: slot_of(meeting, shrinking), self.switch.others_paused
+        )
         self._walk: Walk | None = None
         self._delivery: Delivery | None = None
         self._visited: dict[Node, tuple[Edge, ...]] = {}
@@ -111,8 +113,7 @@ class Capture:
 
     def read_graph(self, loss: Tensor, n: int) -> None:
         """Find the meetings in the graph of the loss of ``n`` samples."""
-        with self.switch.others_paused():
-            self._walk = self._plans.walk(loss, n)
+        self._walk = self._plans.walk(loss, n)
         self._norms.start(self._walk)
         self._delivery = Delivery(self._recorded, self._layouts, self._norms, self._walk, n)
         if self._walk.is_sampleless:
@@ -196,7 +197,7 @@ class Capture:
         inputs = self._delivery.inputs(meeting)
 
         def hook(grads: tuple[Tensor | None, ...]) -> None:
-            if self._receive is not None and not self.switch.is_paused():
+            if self._receive is not None and not self.switch.pauses:
                 if self._clock is None:
                     deliver(node, inputs, grads, self._receive)
                     return
@@ -210,7 +211,7 @@ class Capture:
 
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             hold, grad = self._hold, grads[0]
-            if hold is None or grad is None or switch.is_paused():
+            if hold is None or grad is None or switch.pauses:
                 return
             values = saved(node)
             if values is None:  # This node differs from others of its kind.

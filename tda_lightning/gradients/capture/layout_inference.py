@@ -16,8 +16,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.gradients.capture.parameter_paths import a_parameter
-from tda_lightning.gradients.capture.probe import PROVEN, Evidence
-from tda_lightning.gradients.capture.row_owners import Trace
+from tda_lightning.gradients.capture.probe import Evidence
+from tda_lightning.gradients.capture.row_owners import PROVEN, Trace
 from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
 from tda_lightning.gradients.graph.walk import (
     LOOKUPS,

@@ -20,8 +20,8 @@ from tda_lightning.gradients.capture.layout_inference import (
     RoutedRows,
 )
 from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
-from tda_lightning.gradients.capture.probe import PROVEN, Evidence, certainty, probe
-from tda_lightning.gradients.capture.row_owners import Trace
+from tda_lightning.gradients.capture.probe import Evidence, certainty, probe
+from tda_lightning.gradients.capture.row_owners import PROVEN, Trace
 from tda_lightning.gradients.capture.tracer import Tracer, is_proven
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, output_shape, walk
@@ -172,11 +172,9 @@ class LayoutMemory(LayoutInference):
         if nodes:
             self.irregular = self._tracer.rows(loss, result, nodes, self.n)
             places = [(m.node, *place) for m in result.meetings for place in m.inputs]
-            if not self.irregular and not any(self._is_regular(*place) for place in places):
+            layouts = (self.layout(*place) for place in places)
+            if not self.irregular and all(layout in (None, TRACED) for layout in layouts):
                 result.is_sampleless = True  # No shape shows samples, and neither does the loss.
-
-    def _is_regular(self, node: Node, position: int, edge: Edge) -> bool:
-        return self.layout(node, position, edge) not in (None, TRACED)
 
     def _undecided(self, result: Walk) -> Iterator[tuple[Meeting, int, Edge, Key]]:
         """Yield the inputs whose layouts no batch has shown; note the others' layouts."""

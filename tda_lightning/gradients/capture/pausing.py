@@ -22,7 +22,11 @@ _lock = threading.Lock()
 
 
 class PauseSwitch:
-    """Holds whether a capture is paused, and pauses it together with the model's other captures."""
+    """Pauses a capture, together with the model's other captures or without.
+
+    Attributes:
+        pauses: The open contexts that pause the capture.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -30,9 +34,8 @@ class PauseSwitch:
         # The switches of other attached captures that hook the same modules.
         self._others: frozenset[PauseSwitch] = frozenset()
         self._thread: int | None = None
-        # One entry per open context. An interrupt cannot leave one behind: each is removed again
-        # even if it has not been added yet.
-        self._pauses: set[object] = set()
+        # An interrupt cannot leave an entry behind: each is removed even if it was never added.
+        self.pauses: set[object] = set()
 
     def attach(self) -> None:
         """Find, and be found by, the switches of captures that hook the same modules.
@@ -42,7 +45,8 @@ class PauseSwitch:
         """
         self._modules = frozenset(map(id, self._model.modules()))
         with _lock:
-            others = self._related()
+            attached = {s for s in _attached if not self._modules.isdisjoint(s._modules)}
+            others = frozenset(attached - {self})
             if any(other.is_in_another_thread() for other in others):
                 raise RuntimeError(
                     f"The model `{type(self._model).__name__}` is being recorded or queried by "
@@ -50,7 +54,7 @@ class PauseSwitch:
                     "thread a copy, such as `copy.deepcopy(model)`."
                 )
             self._thread, self._others = threading.get_ident(), others
-            self._pauses = set()
+            self.pauses = set()
             for other in others:
                 other._others |= {self}
             _attached.add(self)
@@ -63,10 +67,6 @@ class PauseSwitch:
                 other._others -= {self}
             self._thread, self._others = None, frozenset()
 
-    def is_paused(self) -> bool:
-        """Return whether the capture is paused."""
-        return bool(self._pauses)
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Pause this capture and all others of its model inside the context."""
@@ -76,21 +76,17 @@ class PauseSwitch:
     @contextmanager
     def others_paused(self) -> Iterator[None]:
         """Pause the model's other captures inside the context, and only those."""
-        before, self._pauses = self._pauses, set()
+        before, self.pauses = self.pauses, set()
         try:
             with _all_paused(self._others):
                 yield
         finally:
-            self._pauses = before
+            self.pauses = before
 
     def is_in_another_thread(self) -> bool:
         """Return whether another thread that is still running has attached this switch."""
         running = {thread.ident for thread in threading.enumerate()}
         return self._thread in running - {threading.get_ident()}
-
-    def _related(self) -> frozenset[PauseSwitch]:
-        related = {other for other in _attached if not self._modules.isdisjoint(other._modules)}
-        return frozenset(related - {self})
 
 
 @contextmanager
@@ -98,11 +94,11 @@ def _all_paused(switches: frozenset[PauseSwitch]) -> Iterator[None]:
     token = object()
     try:
         for switch in switches:
-            switch._pauses.add(token)
+            switch.pauses.add(token)
         yield
     finally:
         for switch in switches:
-            switch._pauses.discard(token)
+            switch.pauses.discard(token)
 
 
 # The open contexts. Those of several recorders do not end in reverse order, so the first one

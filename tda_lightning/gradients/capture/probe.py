@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from tda_lightning.gradients.capture.probe_starts import Cuts, starts_of
+from tda_lightning.gradients.capture.row_owners import PROVEN, Cuts
+from tda_lightning.gradients.capture.tracer import starts_of
 from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
 from tda_lightning.gradients.graph.walk import Meeting, Node, Walk
 
-# The share of a sample's gradient that its rows must hold, where samples are independent.
-PROVEN = 0.999
-# The same where samples meet in batch statistics or in the loss.
+# The share of a sample's gradient that its rows must hold, where samples meet in batch statistics
+# or in the loss.
 _LIKELY = 0.5
 # With fewer samples, a share of one half proves little.
 _MIN_SAMPLES_FOR_LIKELY = 4

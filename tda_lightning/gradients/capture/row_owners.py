@@ -19,9 +19,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from tda_lightning.gradients.capture.probe_starts import Cuts
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
 from tda_lightning.gradients.graph.walk import BATCH_NORMS, Node, Walk, output_shape
+
+# Edges of the graph, each with the layouts that its shape allows.
+Cuts = list[tuple[GradientEdge, list[SampleLayout]]]
+# The share of a sample's gradient that its rows must hold, where samples are independent.
+PROVEN = 0.999
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ decide about each of its nodes again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
@@ -211,10 +212,18 @@ def _items(nodes: Sequence[Node], numbers: Sequence[int]) -> list[Node]:
 
 
 class WalkPlans:
-    """Walks over the graphs of losses, and repeats walks over graphs of the same structure."""
+    """Walks over the graphs of losses, and repeats walks over graphs of the same structure.
 
-    def __init__(self, layouts: LayoutMemory, slot_of: SlotOf) -> None:
-        self._layouts, self._slot_of = layouts, slot_of
+    ``alone`` pauses the model's other captures, since layouts are proved by extra passes.
+    """
+
+    def __init__(
+        self,
+        layouts: LayoutMemory,
+        slot_of: SlotOf,
+        alone: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._layouts, self._slot_of, self._alone = layouts, slot_of, alone
         self._plans: list[_WalkPlan] = []
 
     def walk(self, loss: Tensor, n: int) -> Walk:
@@ -223,7 +232,8 @@ class WalkPlans:
             result = plan.walk(loss, n)
             if result is not None:
                 return result
-        result = self._layouts.walk(loss, n)
+        with self._alone():
+            result = self._layouts.walk(loss, n)
         if result.is_reentrant or loss.grad_fn is None:
             return result
         if self._layouts.irregular:  # Such rows are traced in each batch.

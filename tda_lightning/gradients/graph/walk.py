@@ -73,6 +73,7 @@ class Walk:
         with_samples: All nodes whose outputs depend on samples and on recorded parameters.
         checkpoints: Functions written in Python, which may run modules in the backward pass, and
             whose arguments are no parameters.
+        is_reentrant: Whether a part of the graph allows no backward pass but the real one.
         is_sampleless: Whether the loss depends on recorded parameters, but no node has samples.
         normalized: Nodes whose output goes into a batch norm, and nowhere else.
         inputs: The inputs of all nodes, as long as the structure of the graph is not remembered.
@@ -84,6 +85,7 @@ class Walk:
     with_samples: set[Node] = field(default_factory=set)
     checkpoints: list[Node] = field(default_factory=list)
     normalized: dict[Node, Normalized] = field(default_factory=dict)
+    is_reentrant: bool = False
     is_sampleless: bool = False
     inputs: dict[Node, tuple[Edge, ...]] = field(default_factory=dict)
 
@@ -101,12 +103,6 @@ class Walk:
     def has_batch_statistics(self) -> bool:
         """Whether some node normalizes samples by statistics of the batch."""
         return any("BatchNorm" in type(node).__name__ for node in self.with_samples)
-
-    @property
-    def is_reentrant(self) -> bool:
-        """Whether a part of the graph allows no backward pass but the real one."""
-        names = {type(node).__name__ for node in self.checkpoints}
-        return "CheckpointFunctionBackward" in names
 
     def first_edges(self) -> list[GradientEdge]:
         """Return the outputs of the nodes at which a backward pass without parameters can stop."""
@@ -202,11 +198,13 @@ def _note(node: Node, functions: tuple[Edge, ...], may_check: bool, result: Walk
         chain = _behind_views(functions[0][0])
         by_batch = bool(getattr(node, "_saved_training", True))
         result.normalized[chain[-1]] = Normalized(node, chain, by_batch)
+    is_checkpoint = name == "CheckpointFunctionBackward"
     if isinstance(node, BackwardCFunction):
         result.checkpoints += [node] if may_check else []
+        result.is_reentrant |= is_checkpoint and may_check
     elif name not in BATCH_NORMS:
         _ORDINARY.add(type(node))
-    return name == "CheckpointFunctionBackward"
+    return is_checkpoint
 
 
 BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")

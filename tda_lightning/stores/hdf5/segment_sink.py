@@ -45,6 +45,7 @@ class StepBuffer:
         self._size = size
         self._storage = storage
         self._rows: Tensor | None = None
+        self._computed: torch.dtype | None = None  # the format of the steps' rows
         self._columns: dict[str, Tensor] = {}
         self._used = 0
         self.steps: list[Step] = []
@@ -55,9 +56,8 @@ class StepBuffer:
             return True
         first = self.steps[0]
         assert self._rows is not None
-        dtype = self._dtype_of(step.sketch)
-        is_compatible = dtype == self._rows.dtype and len(step.groups) == len(first.groups)
-        return is_compatible and self._used + len(step.sketch) <= len(self._rows)
+        is_alike = step.sketch.dtype == self._computed and len(step.groups) == len(first.groups)
+        return is_alike and self._used + len(step.sketch) <= len(self._rows)
 
     def add(self, step: Step) -> None:
         """Add a step; its rows and the facts of its visits are copied."""
@@ -92,13 +92,11 @@ class StepBuffer:
             column = self._columns[name] = torch.empty(len(self._rows), dtype=values.dtype)
         return column
 
-    def _dtype_of(self, rows: Tensor) -> torch.dtype:
-        is_rounded = storage_for(self._storage, rows.dtype) == "bfloat16"
-        return torch.bfloat16 if is_rounded else rows.dtype
-
     def _allocate(self, rows: Tensor) -> None:
         n, k = rows.shape
-        dtype = self._dtype_of(rows)
+        self._computed = rows.dtype
+        is_rounded = storage_for(self._storage, rows.dtype) == "bfloat16"
+        dtype = torch.bfloat16 if is_rounded else rows.dtype
         count = max(n, self._size // (k * dtype.itemsize))
         fits = self._rows is not None and self._rows.shape == (count, k)
         if self._rows is None or not fits or self._rows.dtype != dtype:
