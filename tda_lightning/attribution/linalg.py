@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -51,20 +49,6 @@ def eigendecomposition(
             "projector, or use another method."
         ) from error
     return values.to(matrix), vectors.to(matrix)
-
-
-def fast_eigendecomposition(
-    matrix: Float[Tensor, "k k"],
-) -> tuple[Float[Tensor, " k"], Float[Tensor, "k k"]]:
-    """Return :func:`eigendecomposition`, in the precision of the matrix where that succeeds.
-
-    For small matrices of many steps: double precision would slow :class:`Unrolled` by a third.
-    """
-    with suppress(RuntimeError):
-        values, vectors = torch.linalg.eigh(matrix)
-        if values.isfinite().all() and vectors.isfinite().all():
-            return values, vectors
-    return eigendecomposition(matrix)
 
 
 def damped_root(gramian: Float[Tensor, "k k"], damping: float) -> Float[Tensor, "k k"]:

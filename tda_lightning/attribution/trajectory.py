@@ -16,11 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.attribution.attributor import (
-    Attributor,
-    provenance_of,
-    require_finite_totals,
-)
+from tda_lightning.attribution.attributor import Attributor, provenance_of, require_finite_totals
 from tda_lightning.attribution.averaged import Averaged
 from tda_lightning.attribution.steps import DeviceView
 from tda_lightning.results.progress import progress_bar

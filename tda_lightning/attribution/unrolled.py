@@ -33,11 +33,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
     require_training,
     warn_of_approximations,
 )
-from tda_lightning.attribution.dynamics.propagator import (
-    Exponential,
-    LimitedCurvature,
-    Propagator,
-)
+from tda_lightning.attribution.dynamics.propagator import Exponential, LimitedCurvature, Propagator
 from tda_lightning.attribution.steps import last_gradients, steps_backward
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_kind

@@ -27,7 +27,7 @@ from tda_lightning.recording.contribution_recorder import Period
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.results.contributions import Contributions
 from tda_lightning.results.scores import Scores
-from tda_lightning.stores.integrity.durable import absolute_path
+from tda_lightning.stores.arguments import absolute_path
 
 
 class ContributionTracker(RecordingCallback):

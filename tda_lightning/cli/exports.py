@@ -17,7 +17,8 @@ from tda_lightning.cli.output import Answer, show
 from tda_lightning.results import SampleScores, Scores
 from tda_lightning.results.optional import needs
 from tda_lightning.stores import HDF5Store
-from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
+from tda_lightning.stores.arguments import absolute_path
+from tda_lightning.stores.integrity.durable import atomic_write
 
 # Named columns of equal length.
 Table = dict[str, NDArray[Any]]

@@ -12,9 +12,9 @@ import torch
 from tda_lightning.cli.options import json_option, run_argument
 from tda_lightning.cli.output import Answer, FailedCheck, aligned, count_and_list, show
 from tda_lightning.stores import HDF5Store
+from tda_lightning.stores.arguments import absolute_path
 from tda_lightning.stores.data_order import data_order
 from tda_lightning.stores.hdf5.verification import FileReport, verify_files
-from tda_lightning.stores.integrity.durable import absolute_path
 from tda_lightning.stores.recipe import Block, LeftOut, Recipe
 
 

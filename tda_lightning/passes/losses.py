@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.passes.batch_contents import batch_size, find_tensors, require_batches
-from tda_lightning.passes.batches import (
-    batches_of,
-    loss_of,
-    named_batches,
-    transfer,
-)
+from tda_lightning.passes.batches import batches_of, loss_of, named_batches, transfer
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.results.sample_scores import SampleScores

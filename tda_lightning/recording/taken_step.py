@@ -19,13 +19,7 @@ from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.recording.optimizer_gradients import GradientScale, scale_between
 from tda_lightning.recording.preconditioning import OptimizerPreconditioner
-from tda_lightning.stores.step import (
-    OPTIONAL_FACTS,
-    Audit,
-    ParameterGroup,
-    Preconditioner,
-    Step,
-)
+from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, ParameterGroup, Preconditioner, Step
 
 
 @dataclass(frozen=True)

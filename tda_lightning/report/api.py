@@ -31,8 +31,8 @@ from tda_lightning.report.page.sections import (
     when_section,
 )
 from tda_lightning.report.samples.shown import ShowItem, Shown
-from tda_lightning.stores.arguments import require_kind, require_whole
-from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
+from tda_lightning.stores.arguments import absolute_path, require_kind, require_whole
+from tda_lightning.stores.integrity.durable import atomic_write
 from tda_lightning.stores.opening import Run, open_run
 
 # Findings in the sentences below the title, and characters of each.

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tda_lightning.stores.arguments import absolute_path
 from tda_lightning.stores.integrity.damage import reading
-from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
+from tda_lightning.stores.integrity.durable import atomic_write
 
 # Names of files that a NumPy archive must not have.
 _TABLES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".parquet", ".feather"}

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tda_lightning.results.optional import import_pandas
-from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
+from tda_lightning.stores.arguments import absolute_path
+from tda_lightning.stores.integrity.durable import atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd

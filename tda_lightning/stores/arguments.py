@@ -6,11 +6,14 @@ A misspelt option must not select another branch, and a number out of range must
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import wraps
 from inspect import signature
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, get_args
 
 from torch import Tensor
@@ -111,6 +114,26 @@ def require_object(name: str, value: object) -> None:
             f"`{name}` is the class `{value.__name__}`; expected an object of it. Call it: "
             f"`{value.__name__}()`."
         )
+
+
+def absolute_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path that no later change of the working directory affects; ``~`` is expanded.
+
+    Raises:
+        ValueError: If the operating system cannot have a file of that name.
+    """
+    try:
+        is_possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_possible = False
+    if not is_possible:
+        raise ValueError(
+            f"The path {os.fspath(path)!r} has characters that no file can have here, where names "
+            f"are in {sys.getfilesystemencoding()}; expected others. Rename it; or set a UTF-8 "
+            "locale, such as `LC_ALL=C.UTF-8`."
+        )
+    # Unlike `Path.expanduser`, this leaves the name of an unknown user as it is.
+    return Path(os.path.expanduser(path)).absolute()
 
 
 def call_like(example: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

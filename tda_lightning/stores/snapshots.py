@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tda_lightning.stores import Store, WritableStore, open_store
+from tda_lightning.stores.arguments import absolute_path
 from tda_lightning.stores.integrity.damage import reading
-from tda_lightning.stores.integrity.durable import absolute_path
 
 # Weights for queries: the model's, which should be those at the end of the training ("now") or may
 # be any ("model"); those before a step; or several snapshots.

@@ -5,12 +5,8 @@ import math
 import pytest
 import torch
 
-from tda_lightning.attribution.linalg import (
-    damped_root,
-    eigendecomposition,
-    fast_eigendecomposition,
-    unit_rows,
-)
+from tda_lightning.attribution.dynamics.propagator import fast_eigendecomposition
+from tda_lightning.attribution.linalg import damped_root, eigendecomposition, unit_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
+from tda_lightning.stores.arguments import absolute_path
 from tda_lightning.stores.integrity import durable
-from tda_lightning.stores.integrity.durable import absolute_path, atomic_write
+from tda_lightning.stores.integrity.durable import atomic_write
 
 
 def test_a_file_is_complete_and_the_only_one(tmp_path):

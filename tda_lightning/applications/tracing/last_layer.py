@@ -44,12 +44,7 @@ from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.arguments import describe
 from tda_lightning.stores.opening import Run, open_run
-from tda_lightning.stores.snapshots import (
-    MAX_SNAPSHOTS,
-    describe_snapshots,
-    own_snapshots,
-    spread,
-)
+from tda_lightning.stores.snapshots import MAX_SNAPSHOTS, describe_snapshots, own_snapshots, spread
 
 
 def last_layer_scores(

@@ -37,11 +37,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
     require_training,
     warn_of_approximations,
 )
-from tda_lightning.attribution.dynamics.propagator import (
-    Exponential,
-    LimitedCurvature,
-    Propagator,
-)
+from tda_lightning.attribution.dynamics.propagator import Exponential, LimitedCurvature, Propagator
 from tda_lightning.full_influence.attribute import suggested_full_damping
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
 from tda_lightning.full_influence.influence import FullInfluenceFunction

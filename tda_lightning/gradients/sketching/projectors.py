@@ -20,12 +20,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from tda_lightning.gradients.sketching.block_maps import BlockMap
-from tda_lightning.gradients.sketching.column_maps import (
-    ColumnMap,
-    Hashed,
-    Multiplied,
-    SideBySide,
-)
+from tda_lightning.gradients.sketching.column_maps import ColumnMap, Hashed, Multiplied, SideBySide
 from tda_lightning.gradients.sketching.random_bits import buckets, sign_matrix, signs
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 from tda_lightning.stores.arguments import require_whole

@@ -12,7 +12,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.stores.arguments import require_choice, require_not_negative, require_whole
+from tda_lightning.stores.arguments import (
+    absolute_path,
+    require_choice,
+    require_not_negative,
+    require_whole,
+)
 from tda_lightning.stores.hdf5 import folder
 from tda_lightning.stores.hdf5.listing import first_manifest, read_shards
 from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
@@ -24,7 +29,7 @@ from tda_lightning.stores.hdf5.snapshot_files import (
     require_snapshots,
     write_snapshot,
 )
-from tda_lightning.stores.integrity.durable import absolute_path, writing_to
+from tda_lightning.stores.integrity.durable import writing_to
 from tda_lightning.stores.integrity.manifest import (
     EndEntry,
     Manifest,
@@ -98,10 +103,8 @@ class HDF5Store(WritableStore):
         self._shard = Shard()
         self._merged: MergedShards | None = None
         self._lock = WriterLock()
-        self._sink = SegmentSink(
-            *(storage, segment_bytes, segment_seconds),
-            permit=self._lock.require,
-        )
+        limits = segment_bytes, segment_seconds
+        self._sink = SegmentSink(storage, *limits, permit=self._lock.require)
 
     @classmethod
     def open(cls, path: str | Path, *, missing: Literal["refuse", "skip"] = "refuse") -> HDF5Store:

@@ -1,9 +1,8 @@
-"""Files of a run: absolute paths, and writes that are atomic and durable."""
+"""Files of a run: writes that are atomic and durable."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,26 +12,6 @@ from tda_lightning.stores.integrity.damage import StoreFileError
 # Windows lacks these.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 NO_BLOCK = getattr(os, "O_NONBLOCK", 0)
-
-
-def absolute_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path that no later change of the working directory affects; ``~`` is expanded.
-
-    Raises:
-        ValueError: If the operating system cannot have a file of that name.
-    """
-    try:
-        is_possible = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        is_possible = False
-    if not is_possible:
-        raise ValueError(
-            f"The path {os.fspath(path)!r} has characters that no file can have here, where names "
-            f"are in {sys.getfilesystemencoding()}; expected others. Rename it; or set a UTF-8 "
-            "locale, such as `LC_ALL=C.UTF-8`."
-        )
-    # Unlike `Path.expanduser`, this leaves the name of an unknown user as it is.
-    return Path(os.path.expanduser(path)).absolute()
 
 
 @contextmanager
