@@ -6,9 +6,11 @@ import io
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Subset
 
-from tda_lightning.report.evidence.queries import part_of
-from tda_lightning.report.page.html import element, json_block, shortened, visible
+from tda_lightning.passes.batches import batches_in_memory
+from tda_lightning.report.evidence.queries import items_of, part_of
+from tda_lightning.report.page.html import element, json_block, shortened, visible, with_code
 from tda_lightning.report.page.payload import mean_by_group
 from tda_lightning.report.samples.images import data_uri, is_image
 from tda_lightning.report.samples.shown import ShowItem, Shown, content_hash, label_of
@@ -106,6 +108,28 @@ def test_parts_of_a_batch_are_its_samples():
     assert torch.equal(part["x"], PICTURE[1])
     assert (part["texts"], int(part["more"][0]), part["more"][1]) == ("b", 1, None)
     assert part_of(batch, slice(1, 2))["texts"] == ["b"]
+
+
+def test_queries_are_shown_as_their_dataset_yields_them():
+    texts = [f"text {number}" for number in range(11)]
+    dataset = Subset(texts, [7, 3, 5, 1, 9])
+
+    def lengths(batch):
+        return torch.tensor([len(text) for text in batch])
+
+    loader = DataLoader(dataset, 2, collate_fn=lengths)
+    assert items_of(loader, batches_in_memory(loader)) == [texts[i] for i in (7, 3, 5, 1, 9)]
+    shuffled = DataLoader(texts, 3, shuffle=True, collate_fn=lengths)
+    batches = batches_in_memory(shuffled)
+    order = torch.cat(batches.ids).tolist()
+    assert items_of(shuffled, batches) == [texts[i] for i in order]
+    single = (torch.ones(3, 7), torch.zeros(3))
+    assert items_of(single, batches_in_memory(single)) == []
+
+
+def test_words_between_backticks_are_code():
+    assert with_code("Pass `a<b`, or not.") == "Pass <code>a&lt;b</code>, or not."
+    assert with_code("one ` alone") == "one ` alone"
 
 
 def test_texts_are_escaped_in_elements_and_attributes():

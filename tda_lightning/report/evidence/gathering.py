@@ -26,7 +26,7 @@ from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import record_queries
-from tda_lightning.report.evidence.queries import Answer, answers_to, samples_of
+from tda_lightning.report.evidence.queries import Answer, answers_to, items_of, samples_of
 from tda_lightning.report.evidence.schedule import Schedule, schedule
 from tda_lightning.report.evidence.training_set import TrainingSet, training_set
 from tda_lightning.report.samples.shown import Label, Shown
@@ -125,12 +125,12 @@ def gather(
 ) -> Evidence:
     """Compute the evidence; the arguments are those of :func:`~tda_lightning.report.report`."""
     warn_of_other_weights(model, store.final_fingerprint, remedy="", stacklevel=4)
-    queries = batches_in_memory(queries)
+    loader, queries = queries, batches_in_memory(queries)
     ids = store.train_ids().tolist()
     samples = training_set(train, ids, render, progress=progress)
     rows = record_queries(model, queries, like=store, at="model", progress=progress)
     rows = rows.to(next(model.parameters()).device)
-    answers, reason = answers_to(model, queries, outputs)
+    answers, reason = answers_to(model, queries, outputs, items_of(loader, queries))
     _require_one_row_each(rows, answers)
     ready = method.precomputed(store, rows)  # All its readers share its curvature.
     methods = ready.methods if isinstance(ready, Averaged) else (ready,)

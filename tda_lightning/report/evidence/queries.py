@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from tda_lightning.passes.batch_contents import batch_size
-from tda_lightning.passes.batches import batches_of, loss_of, transfer
+from tda_lightning.passes.batches import Batches, batches_of, loss_of, transfer
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.report.samples.shown import Label, label_of
 
@@ -41,8 +42,32 @@ class Answer:
         return has_class and self.prediction != self.label
 
 
+def items_of(loader: Any, queries: Any) -> list[Any]:
+    """Return the queries as their dataset yields them, like the training samples.
+
+    A loader's function may turn texts into tokens; the dataset still holds the texts.
+
+    Args:
+        loader: The queries as they were passed.
+        queries: The same, in memory.
+
+    Returns:
+        An item per query; none if the loader's order is unknown, or if there is no dataset.
+    """
+    ids = queries.ids if isinstance(queries, Batches) else [None]
+    dataset = getattr(loader, "dataset", None)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if any(batch_ids is None for batch_ids in ids) or not hasattr(dataset, "__getitem__"):
+        return []
+    return [dataset[index] for batch_ids in ids for index in batch_ids.tolist()]
+
+
 def answers_to(
-    model: nn.Module, queries: Any, outputs: Callable[[nn.Module, Any], Tensor]
+    model: nn.Module,
+    queries: Any,
+    outputs: Callable[[nn.Module, Any], Tensor],
+    items: Sequence[Any] = (),
 ) -> tuple[list[Answer], str]:
     """Pass every query through the model, one at a time.
 
@@ -50,6 +75,7 @@ def answers_to(
         model: The trained LightningModule. Its state is restored afterwards.
         queries: A batch, or batches in memory.
         outputs: Function of (module, batch) that returns predictions.
+        items: The queries as they are shown; by default, as the batches hold them.
 
     Returns:
         The answers in the order of the queries, and why predictions are missing, if they are.
@@ -62,6 +88,9 @@ def answers_to(
                 loss = float(loss_of(model, single).detach())
                 values, reason = _outputs(model, single, outputs)
                 answers.append(_answer(part_of(batch, row), loss, values))
+    if len(items) == len(answers):
+        pairs = zip(answers, items, strict=True)
+        answers = [dataclasses.replace(answer, item=item) for answer, item in pairs]
     return answers, reason
 
 

@@ -43,7 +43,7 @@ def _are(count: int) -> str:
 def _unknown_answers(evidence: Evidence) -> Finding:
     reason = evidence.missing_answers or "the queries have no classes as labels."
     sentences = (
-        f"The report could not compare answers with labels: {reason}",
+        f"The report could not compare answers with labels: {reason.rstrip('.')}.",
         "Queries are sorted by their loss instead. Pass `outputs=`, a function of (module, batch) "
         "that returns the model's predictions.",
     )

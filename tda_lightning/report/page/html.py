@@ -42,6 +42,18 @@ def join(*children: str) -> Html:
     return Html("".join(c if isinstance(c, Html) else escape(visible(c)) for c in children))
 
 
+def with_code(text: str) -> Html:
+    """Return a text in which the words between backticks are marked as code.
+
+    >>> with_code("Pass `outputs=`.")
+    'Pass <code>outputs=</code>.'
+    """
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # A backtick has no partner.
+        return join(text)
+    return join(*(element("code", {}, p) if i % 2 else p for i, p in enumerate(parts)))
+
+
 def visible(text: str) -> str:
     r"""Replace control characters by visible symbols.
 

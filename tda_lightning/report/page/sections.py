@@ -10,7 +10,7 @@ from tda_lightning.report.charts.charts import Chart
 from tda_lightning.report.evidence.gathering import Evidence
 from tda_lightning.report.findings.confidence import Check, checks, doubts
 from tda_lightning.report.findings.finding import Case, Finding
-from tda_lightning.report.page.html import Html, element, join
+from tda_lightning.report.page.html import Html, element, join, with_code
 
 _SIGNS = {
     "attention": ("!", "Needs attention"),
@@ -38,8 +38,8 @@ def _finding(finding: Finding) -> Html:
         "article",
         {"class": kind},
         element("h3" if finding.weight == "attention" else "h4", {}, mark, finding.title),
-        element("p", {}, " ".join(finding.sentences[:2])),
-        *(element("p", {}, sentence) for sentence in finding.sentences[2:]),
+        element("p", {}, with_code(" ".join(finding.sentences[:2]))),
+        *(element("p", {}, with_code(sentence)) for sentence in finding.sentences[2:]),
         *_cases(finding.cases),
         *_strip(finding.samples),
     )
@@ -75,7 +75,7 @@ def confidence_section(evidence: Evidence, removal: Html | None) -> Html:
     intro = element(
         "p", {"class": "intro"}, "How far the answers on this page can be trusted, in figures."
     )
-    reasons = element("ul", {}, *(element("li", {}, reason) for reason in doubts(evidence)))
+    reasons = [element("li", {}, with_code(reason)) for reason in doubts(evidence)]
     return join(
         intro,
         element("dl", {"class": "checks"}, *map(_check, checks(evidence))),
@@ -84,7 +84,7 @@ def confidence_section(evidence: Evidence, removal: Html | None) -> Html:
             "div",
             {"class": "doubts"},
             element("h3", {}, "This could be a false all-clear, because …"),
-            reasons,
+            element("ul", {}, *reasons),
         ),
     )
 
@@ -158,9 +158,8 @@ def groups_section(groups: dict[str, Any] | None, label: Callable[[Any], str]) -
         )
         for name, values in zip(groups["rows"], groups["values"], strict=True)
     ]
-    caption = element(
-        "caption", {}, "Mean score by label of query and training sample; the largest is 100"
-    )
+    text = "Mean score by label of query and training sample; the largest is 100"
+    caption = element("caption", {}, element("span", {}, text))
     table = element(
         "table",
         {"class": "heat"},
