@@ -15,7 +15,7 @@ from tda_lightning.passes.batch_contents import require_batches
 from tda_lightning.passes.batches import named_batches, require_loader, transfer
 from tda_lightning.passes.model_state import preserved_state, require_model
 from tda_lightning.recording.sample_ids import SampleLedger
-from tda_lightning.stores.arguments import describe
+from tda_lightning.stores.arguments import describe, require_kind
 
 Outputs = Callable[[nn.Module, Any], Tensor]
 Labels = Callable[[Any], Tensor]
@@ -75,6 +75,7 @@ def predict(
     """
     require_model(model)
     require_loader(loader, argument)
+    require_kind(argument, loader, DataLoader, "`DataLoader(test, batch_size=50)`")
     parts = []
     named = named_batches(SampleLedger(None), loader, "predictions", progress)
     with named as batches, preserved_state(model, "eval"), torch.no_grad():

@@ -222,12 +222,17 @@ def record_batch(
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             f"`{type(model).__name__}.training_step` failed on `{argument}`: expected a batch as "
-            f"the training loader yields it; got {describe(batch)}. The error was: {error}"
+            f"the training loader yields it; got {describe(batch)}. {described(error)}"
             f"{remedy_for(error) or _remedy_in_evaluation(model, argument)}"
         ) from error
     finally:
         batch_rows = rows.end_backward()
     return loss.detach(), batch_rows
+
+
+def described(error: Exception) -> str:
+    """Return a sentence that names an error of the user's code; a `KeyError` shows its key only."""
+    return f"The error was {type(error).__name__}: {str(error).rstrip('.')}."
 
 
 def remedy_for(error: Exception) -> str:
@@ -248,7 +253,7 @@ def _remedy_in_evaluation(model: nn.Module, argument: str) -> str:
     if model.training or argument != "queries":
         return ""
     return (
-        ". The model is in evaluation mode, where it may return other outputs than in training; "
+        " The model is in evaluation mode, where it may return other outputs than in training; "
         'if so, pass `mode="train"`.'
     )
 

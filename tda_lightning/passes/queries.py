@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tda_lightning.gradients.row_recorder import Labels, RowRecorder
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.batches import (
+    described,
     identified,
     record_batch,
     recording,
@@ -33,7 +34,7 @@ from tda_lightning.passes.model_state import (
     swapped_weights,
     warn_of_other_weights,
 )
-from tda_lightning.passes.targets import Loss, Target, per_sample, queried_tokens
+from tda_lightning.passes.targets import Loss, Target, per_sample, queried_tokens, require_target
 from tda_lightning.stores import Store, open_store_at
 from tda_lightning.stores.arguments import describe, name_of, require_choice
 from tda_lightning.stores.recipe import Recipe
@@ -166,8 +167,9 @@ def _record_target(
     A sample's tokens are consecutive. The ``.grad`` of the model's parameters does not change.
 
     Raises:
-        ValueError: If the target fails on the batch or returns a wrong result.
+        ValueError: If the target is no function, fails on the batch or returns a wrong result.
     """
+    require_target(target)
     n = batch_size(batch, "queries", ids)
     rows.start(n)
     try:
@@ -178,7 +180,7 @@ def _record_target(
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise ValueError(
             f"The target `{name_of(target)}` failed on `queries`: expected a batch that the target "
-            f"accepts; got {describe(batch)}. The error was: {error}{remedy_for(error)}"
+            f"accepts; got {describe(batch)}. {described(error)}{remedy_for(error)}"
         ) from error
     finally:
         rows.end_backward()

@@ -30,7 +30,13 @@ from tda_lightning.passes.labelled_logits import (
     shifted,
     warn_if_unshifted,
 )
-from tda_lightning.stores.arguments import describe, name_of, require_choice, require_whole
+from tda_lightning.stores.arguments import (
+    describe,
+    name_of,
+    require_choice,
+    require_kind,
+    require_whole,
+)
 
 Target = Callable[[nn.Module, Any], Tensor]
 
@@ -202,6 +208,13 @@ class Margin(_OfLabels):
         return gather(logits, classes) - others.logsumexp(dim=-1)
 
 
+def require_target(target: object) -> None:
+    """Check that a target is a function, and not the class of one."""
+    examples = "`Margin()`, or a function of (module, batch)"
+    if isinstance(target, type) or not callable(target):
+        require_kind("target", target, Loss, examples)
+
+
 def per_sample(
     target: Target, module: nn.Module, batch: Any, n: int
 ) -> tuple[Float[Tensor, "n tokens"], bool]:
@@ -209,13 +222,7 @@ def per_sample(
 
     Raises:
         TypeError: If the target returns neither one number per sample nor one per token.
-        ValueError: If the target is not a function.
     """
-    if isinstance(target, type) or not callable(target):
-        raise ValueError(
-            f"the target is {target!r}; expected an object such as `Margin()`, or a function of "
-            "(module, batch)"
-        )
     values = target(module, batch)
     is_tensor = isinstance(values, Tensor)
     if not is_tensor or values.ndim not in (1, 2) or len(values) != n or not values.requires_grad:

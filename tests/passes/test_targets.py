@@ -272,3 +272,16 @@ def test_a_forward_that_takes_other_arguments_needs_an_outputs_function(run):
     expected = Margin()(model, (x, y))
     found = Margin(outputs=lambda module, batch: module(batch))(module, batch)
     torch.testing.assert_close(found, expected)
+
+
+def test_the_class_of_a_target_is_refused_by_name(run):
+    with pytest.raises(ValueError, match=r"^`target` is the class `Margin`.*Call the class"):
+        rows_of(run, Margin)
+
+
+def test_a_missing_key_of_the_batch_is_named_as_such(run):
+    model, store, (x, y) = run
+    module = Plain(model.net)
+    module.training_step = lambda batch, index: cross_entropy(model.net(batch["x"]), batch["y"])
+    with pytest.raises(ValueError, match=r"The error was KeyError: .x.\."):
+        record_queries(module, {"inputs": x, "label": y}, like=store)

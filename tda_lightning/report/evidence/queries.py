@@ -58,9 +58,10 @@ def items_of(loader: Any, queries: Any) -> list[Any]:
     dataset = getattr(loader, "dataset", None)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    if any(batch_ids is None for batch_ids in ids) or not hasattr(dataset, "__getitem__"):
+    known = [batch_ids for batch_ids in ids if batch_ids is not None]
+    if len(known) < len(ids) or dataset is None or not hasattr(dataset, "__getitem__"):
         return []
-    return [dataset[index] for batch_ids in ids for index in batch_ids.tolist()]
+    return [dataset[index] for batch_ids in known for index in batch_ids.tolist()]
 
 
 def answers_to(
