@@ -123,6 +123,18 @@ LOSSES = {
     ),
     "huber": ((N, C), lambda o: functional.huber_loss(o, draw(N, C, seed=3), delta=0.7)),
     "smooth L1": ((N, C), lambda o: functional.smooth_l1_loss(o, draw(N, C, seed=3), beta=0.7)),
+    "squared error of swapped arguments": (
+        (N, C),
+        lambda o: functional.mse_loss(draw(N, C, seed=3), o),
+    ),
+    "swapped huber": (
+        (N, C),
+        lambda o: functional.huber_loss(draw(N, C, seed=3), o, delta=0.7),
+    ),
+    "swapped smooth L1": (
+        (N, C),
+        lambda o: functional.smooth_l1_loss(draw(N, C, seed=3), o, beta=0.7),
+    ),
     "two losses": (
         (N, C),
         lambda o: (

@@ -169,14 +169,11 @@ class LossSummary:
         waiting = [node]
 
         def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> None:
-            if (
-                waiting
-                and not self._is_paused()
-                and inputs[0] is not None
-                and outputs[0] is not None
-            ):
-                with torch.no_grad():
-                    self._add(waiting.pop(), outputs[0], inputs[0])
+            value_grad, outputs_grad = outputs[0], inputs[node.position]
+            if not waiting or self._is_paused() or value_grad is None or outputs_grad is None:
+                return
+            with torch.no_grad():
+                self._add(waiting.pop(), value_grad, outputs_grad)
 
         return hook
 

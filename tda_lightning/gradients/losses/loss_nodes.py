@@ -56,16 +56,18 @@ class LossNode(ABC):
     """The autograd node at which a loss function turns outputs into terms.
 
     Args:
-        node: The node. Its first input is the model's outputs.
+        node: The node.
 
     Attributes:
         name: Name of the loss.
+        position: Position of the model's outputs among the node's inputs.
     """
 
     name = "cross-entropy"
 
     def __init__(self, node: Any) -> None:
         self.node = node
+        self.position = 0
 
     @property
     def value(self) -> GradientEdge:
@@ -75,7 +77,7 @@ class LossNode(ABC):
     @property
     def outputs(self) -> GradientEdge:
         """Graph edge of the model's outputs."""
-        return GradientEdge(*self.node.next_functions[0])
+        return GradientEdge(*self.node.next_functions[self.position])
 
     @abstractmethod
     def weights(self, grad: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor
 
@@ -9,9 +11,16 @@ from tda_lightning.gradients.losses.loss_nodes import ReducedLoss, Terms, unifor
 
 
 class SquaredLoss(ReducedLoss):
-    """Squared error: the negative log-likelihood of a normal distribution."""
+    """Squared error: the negative log-likelihood of a normal distribution.
+
+    It is symmetric, so the outputs may be its target: ``mse_loss(labels, outputs)``.
+    """
 
     name = "squared error"
+
+    def __init__(self, node: Any) -> None:
+        super().__init__(node)
+        self.position = int(node.next_functions[0][0] is None)
 
     def sample(self, generator: Generator) -> Tensor:
         """Sample signs: any residual of the right variance is valid; signs have the least noise."""
