@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# Rows of a symmetric matrix that are computed at once. Smaller products would be slower.
+_STRIP = 256
+
 
 def unit_rows(rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     """Scale every row to unit length, without underflow or overflow; rows of zeros stay zeros.
@@ -20,6 +23,39 @@ def unit_rows(rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     scaled = rows / torch.where(largest > 0, largest, 1)
     lengths: Tensor = scaled.norm(dim=1, keepdim=True)  # at least 1, except for zeros
     return scaled / lengths.clamp_min(1)
+
+
+class SumOfOuterProducts:
+    """The sum of the outer products of rows, a symmetric matrix of which only half is computed.
+
+    >>> import torch
+    >>> products = SumOfOuterProducts()
+    >>> products.add(torch.tensor([[1.0, 2.0]]))
+    >>> products.add(torch.tensor([[1.0, 0.0]]), share=3.0)
+    >>> products.matrix()
+    tensor([[4., 2.],
+            [2., 4.]])
+    """
+
+    def __init__(self) -> None:
+        self._sum = torch.zeros(())  # Its shape and device are those of the first rows.
+
+    def add(self, rows: Float[Tensor, "m k"], share: float = 1.0) -> None:
+        """Add ``share * rows.mT @ rows``."""
+        k = rows.shape[1]
+        if not self._sum.ndim:
+            self._sum = rows.new_zeros(k, k)
+        for start in range(0, k, _STRIP):  # strips of the lower triangle
+            strip = slice(start, start + _STRIP)
+            products = self._sum[strip, : strip.stop]
+            products.addmm_(rows[:, strip].mT, rows[:, : strip.stop], alpha=share)
+
+    def matrix(self) -> Float[Tensor, "k k"]:
+        """Return the sum; nothing may be added afterwards."""
+        for start in range(0, len(self._sum) if self._sum.ndim else 0, _STRIP):
+            strip = slice(start, start + _STRIP)
+            self._sum[:start, strip] = self._sum[strip, :start].mT
+        return self._sum
 
 
 def eigendecomposition(

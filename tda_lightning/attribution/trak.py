@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.attribution.attributor import Attributor, Totals
-from tda_lightning.attribution.linalg import damped_root
+from tda_lightning.attribution.linalg import SumOfOuterProducts, damped_root
 from tda_lightning.attribution.steps import last_visits, unweighted
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
@@ -105,10 +105,10 @@ class TRAK(Attributor):
         """Return the Cholesky factor of the features' damped second moments."""
         if self._factor is not None:
             return self._factor
-        gram = torch.zeros(())
-        for number, step in enumerate(last_visits(run)):
-            phi = _divide(unweighted(step).sketch.mT, _one_minus_p(step)).mT
-            gram = phi.mT @ phi if number == 0 else gram.addmm_(phi.mT, phi)
+        products = SumOfOuterProducts()
+        for step in last_visits(run):
+            products.add(_divide(unweighted(step).sketch.mT, _one_minus_p(step)).mT)
+        gram = products.matrix()
         return damped_root(gram, self.damping * float(gram.diagonal().mean()))
 
 

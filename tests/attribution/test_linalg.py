@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from tda_lightning.attribution.dynamics.propagator import fast_eigendecomposition
-from tda_lightning.attribution.linalg import damped_root, eigendecomposition, unit_rows
+from tda_lightning.attribution.linalg import (
+    SumOfOuterProducts,
+    damped_root,
+    eigendecomposition,
+    unit_rows,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -20,6 +25,19 @@ def test_rows_of_any_size_are_scaled_to_unit_length(size, dtype):
 def test_unit_rows_of_zeros_are_zeros():
     assert torch.equal(unit_rows(torch.zeros(3, 5)), torch.zeros(3, 5))
     assert unit_rows(torch.zeros(0, 5)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("k", [5, 256, 257, 601])
+def test_sums_of_outer_products_are_those_of_whole_matrices(k):
+    generator = torch.Generator().manual_seed(k)
+    products, expected = SumOfOuterProducts(), torch.zeros(k, k, dtype=torch.float64)
+    for m, share in ((7, 1.0), (0, 2.0), (11, 0.5)):
+        rows = torch.randn(m, k, generator=generator, dtype=torch.float64)
+        products.add(rows, share)
+        expected += share * rows.mT @ rows
+    matrix = products.matrix()
+    torch.testing.assert_close(matrix, expected)
+    torch.testing.assert_close(matrix, matrix.mT)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

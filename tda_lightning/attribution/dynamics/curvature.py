@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.attribution.linalg import SumOfOuterProducts
 from tda_lightning.stores.arguments import require_choice, require_kind
 from tda_lightning.stores.step import Step
 
@@ -242,12 +243,13 @@ def _gains_by_labels(step: Step) -> bool:
 
 def applied_curvature(steps: Sequence[Step], kind: Curvature) -> Float[Tensor, "k k"]:
     """Return the mean curvature of the steps as applied, with their clipping."""
-    total, rows = torch.zeros(()), 0
+    products, rows = SumOfOuterProducts(), 0
     for step in steps:
         factor = kind.factor(step)
-        total, rows = _add_outer_products(total, factor, 1.0), rows + len(factor)
+        products.add(factor)
+        rows += len(factor)
     _require_rows(rows, steps)
-    return total.div_(len(steps))
+    return products.matrix().div_(len(steps))
 
 
 def objective_curvature(steps: Sequence[Step], kind: Curvature) -> Float[Tensor, "k k"]:
@@ -256,22 +258,13 @@ def objective_curvature(steps: Sequence[Step], kind: Curvature) -> Float[Tensor,
     A step with fewer visits, such as the last of an epoch, counts less; a clipped step does not.
     The scale is that of the steps' mean weight.
     """
-    total, total_weight, visits, rows = torch.zeros(()), 0.0, 0, 0
+    products, total_weight, visits, rows = SumOfOuterProducts(), 0.0, 0, 0
     for step in steps:
         weight, n, factor = float(step.weights.sum()), len(step.weights), kind.factor(step)
-        total = _add_outer_products(total, factor, n / weight if weight > 0 else 0.0)
+        products.add(factor, n / weight if weight > 0 else 0.0)
         total_weight, visits, rows = total_weight + weight, visits + n, rows + len(factor)
     _require_rows(rows, steps)
-    return total.mul_(total_weight / (len(steps) * max(visits, 1)))
-
-
-def _add_outer_products(
-    total: Tensor, factor: Float[Tensor, "m k"], share: float
-) -> Float[Tensor, "k k"]:
-    """Add ``share * factor.mT @ factor`` in place; a scalar ``total`` is an empty sum."""
-    k = factor.shape[1]
-    matrix = total if total.ndim else factor.new_zeros(k, k)
-    return matrix.addmm_(factor.mT, factor, alpha=share)
+    return products.matrix().mul_(total_weight / (len(steps) * max(visits, 1)))
 
 
 def _require_rows(count: int, steps: Sequence[Step]) -> None:
