@@ -21,6 +21,7 @@ from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import Labels, RowRecorder
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.batch_contents import batch_size, require_batches
+from tda_lightning.passes.manual_optimization import manual_losses
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.recording.collation import ReorderedSamplesError
 from tda_lightning.recording.sample_ids import SampleLedger, require_once
@@ -116,7 +117,7 @@ def identified(
     """
     if not isinstance(queries, DataLoader):
         is_list = isinstance(queries, Batches)
-        yield from zip(queries.ids, queries, strict=True) if is_list else [(None, queries)]
+        yield from zip(queries.ids, queries, strict=True) if is_list else [(None, _copied(queries))]
         return
     bar = progress_bar(queries, "queries", "batch", shown=progress)
     ledger, n_batches = SampleLedger(None), 0
@@ -139,8 +140,16 @@ def identified(
 
 
 def batches_of(queries: Any) -> Iterable[Any]:
-    """Return the batches of a loader, or the single batch."""
-    return queries if isinstance(queries, DataLoader | Batches) else [queries]
+    """Return the batches of a loader, or a copy of the single batch."""
+    return queries if isinstance(queries, DataLoader | Batches) else [_copied(queries)]
+
+
+def _copied(batch: Any) -> Any:
+    """Return a copy of a user's batch, because a step may modify its batch in place."""
+    try:
+        return copy.deepcopy(batch)
+    except (RuntimeError, TypeError):  # Such as results of a model, with their graph.
+        return batch
 
 
 def transfer(model: Any, batch: Any) -> Any:
@@ -166,6 +175,9 @@ def loss_of(model: Any, batch: Any) -> Tensor:
     """
     result = step_of(model, batch)
     loss = result.get("loss") if isinstance(result, Mapping) else result
+    losses = manual_losses(model)
+    if losses is not None:
+        loss = losses.total(loss)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise TypeError(
             f"`training_step` returned {describe(result)}; expected the loss, a tensor of one "
@@ -223,7 +235,7 @@ def record_batch(
         raise ValueError(
             f"`{type(model).__name__}.training_step` failed on `{argument}`: expected a batch as "
             f"the training loader yields it; got {describe(batch)}. {described(error)}"
-            f"{remedy_for(error) or _remedy_in_evaluation(model, argument)}"
+            f"{remedy_for(error, model) or _remedy_in_evaluation(model, argument)}"
         ) from error
     finally:
         batch_rows = rows.end_backward()
@@ -235,10 +247,15 @@ def described(error: Exception) -> str:
     return f"The error was {type(error).__name__}: {str(error).rstrip('.')}."
 
 
-def remedy_for(error: Exception) -> str:
+def remedy_for(error: Exception, model: object) -> str:
     """Return what to do about an error of the user's code, or the empty string."""
     if torch.is_inference_mode_enabled():
         return " There are no gradients inside `torch.inference_mode()`. Call it outside of that."
+    if f"'{type(model).__name__}' object has no attribute" in str(error):
+        return (
+            ". A loaded model lacks what was assigned to the fitted one outside of `__init__`. "
+            "Assign it here too, or query with the object that was fitted."
+        )
     if "not attached to a `Trainer`" not in str(error):
         return ""
     return (

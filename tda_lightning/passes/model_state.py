@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.passes.manual_optimization import idle_optimization
+
 # Pairs of fingerprints; a filter of `warnings` would repeat itself after every `catch_warnings`.
 _WARNED: set[tuple[str, str]] = set()
 # Whether a model is in evaluation or training mode during a pass.
@@ -95,6 +97,7 @@ def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
             preserved_metrics,
             _muted_logging,
             _trainer_in_training,
+            idle_optimization,
         ):
             stack.enter_context(context(model))
         model.train(mode == "train")

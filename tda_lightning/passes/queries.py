@@ -180,7 +180,7 @@ def _record_target(
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise ValueError(
             f"The target `{name_of(target)}` failed on `queries`: expected a batch that the target "
-            f"accepts; got {describe(batch)}. {described(error)}{remedy_for(error)}"
+            f"accepts; got {describe(batch)}. {described(error)}{remedy_for(error, model)}"
         ) from error
     finally:
         rows.end_backward()
