@@ -21,6 +21,7 @@ from tda_lightning import (
     top_attributions,
     trajectory,
 )
+from tda_lightning.attribution import Averaged
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.stores import MemoryStore
 
@@ -31,6 +32,7 @@ METHODS = [
     Source(),
     InfluenceFunction(),
     TRAK(),
+    Averaged(),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
