@@ -15,9 +15,10 @@ import click
 from tda_lightning.cli.answers import attribute, self_influence
 from tda_lightning.cli.exports import export
 from tda_lightning.cli.inspection import audit, data, info, verify
-from tda_lightning.cli.output import FailedCheck, printable
+from tda_lightning.cli.output import FailedCheck
 from tda_lightning.cli.reports import report
 from tda_lightning.cli.suspects import mislabeled
+from tda_lightning.stores.integrity.damage import printable
 
 # Printed after the commands of `tda-lightning --help`.
 EPILOG = (

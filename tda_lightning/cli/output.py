@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from tda_lightning.stores.integrity.damage import printable
+
 # Longest cell of a table, in characters.
 MAX_CELL = 300
 
@@ -32,19 +34,6 @@ class Answer:
 
 class FailedCheck(Exception):
     """A check found a problem; the answer is printed, and the exit code is 1."""
-
-
-def printable(text: str) -> str:
-    r"""Escape everything that a terminal would obey rather than show.
-
-    >>> printable("layer\x1b[2J")
-    'layer\\x1b[2J'
-    """
-    return "".join(c if c.isprintable() else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def show(answer: Answer, as_json: bool) -> None:

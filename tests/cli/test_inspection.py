@@ -16,7 +16,8 @@ import tda_lightning
 from tda_lightning import GradientRecorder
 from tda_lightning.cli import main
 from tda_lightning.cli.main import commands
-from tda_lightning.cli.output import Answer, aligned, folded, printable, show
+from tda_lightning.cli.output import Answer, aligned, folded, show
+from tda_lightning.stores.integrity.damage import printable
 
 
 class PartlyRecorded(nn.Module):

@@ -15,7 +15,6 @@ from tda_lightning import GradientRecorder, Identity, Unrolled, attribute
 from tda_lightning.attribution import Averaged
 from tda_lightning.metrics import rank_agreement
 from tda_lightning.report import Case, Finding, RemovalCurve, Shown, report
-from tda_lightning.report.evidence.queries import query_losses
 from tda_lightning.report.findings.labels import number_set_apart
 from tda_lightning.report.page.html import visible
 
@@ -318,15 +317,6 @@ def test_a_second_peak_is_counted(count):
 def test_in_one_peak_hardly_any_sample_is_set_apart(seed):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(seed)).exp()
     assert number_set_apart(values) <= 5
-
-
-def test_query_losses_are_those_of_the_batch():
-    model, data = TextClassifier(), Texts(TEXTS)
-    batch = next(iter(loader(data, batch_size=23, shuffle=False)))
-    losses = query_losses(model, batch)
-    logits = model(batch["x"]).detach()
-    expected = torch.nn.functional.cross_entropy(logits, batch["label"], reduction="none")
-    assert losses == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_equal_values_are_not_set_apart():

@@ -129,36 +129,23 @@ class BlockMap:
         return mapped.flatten()
 
 
-@dataclass(frozen=True)
-class BlockPart:
-    """The map of some rows and columns of a block."""
+def project_part(
+    block: BlockMap, rows: slice, columns: slice, contribution: Contribution, dtype: torch.dtype
+) -> Float[Tensor, "n m"]:
+    """Map gradients of some rows and columns of a block, to the length of the whole mapped block.
 
-    block: BlockMap
-    rows: slice
-    columns: slice
-
-    def project(self, contribution: Contribution, dtype: torch.dtype) -> Float[Tensor, "n m"]:
-        """Map per-sample gradients to flat rows of the length of the whole mapped block."""
-        block = self.block
-        left = None if block.left is None else block.left[self.rows]
-        right = None if block.right is None else block.right[self.columns]
-        if isinstance(contribution, Tensor):
-            rows = self.rows.stop - self.rows.start
-            products = _project_dense(contribution, rows, left, right, dtype)
-        else:
-            products = contribution.project(left, right, dtype)
-        return self._padded(products).flatten(1)
-
-    def _padded(self, products: Float[Tensor, "n a b"]) -> Float[Tensor, "n c d"]:
-        """Fill the block's other rows and columns with zeros, where they are not shrunk."""
-        before, after = self.rows.start, self.block.rows - self.rows.stop
-        if self.block.left is not None:
-            before = after = 0
-        first, last = self.columns.start, self.block.columns - self.columns.stop
-        if self.block.right is not None:
-            first = last = 0
-        padding = (first, last, before, after)
-        return functional.pad(products, padding) if any(padding) else products
+    Its other rows and columns are filled with zeros, where they are not shrunk.
+    """
+    left = None if block.left is None else block.left[rows]
+    right = None if block.right is None else block.right[columns]
+    if isinstance(contribution, Tensor):
+        products = _project_dense(contribution, rows.stop - rows.start, left, right, dtype)
+    else:
+        products = contribution.project(left, right, dtype)
+    above_below = (rows.start, block.rows - rows.stop) if left is None else (0, 0)
+    sides = (columns.start, block.columns - columns.stop) if right is None else (0, 0)
+    padding = (*sides, *above_below)
+    return (functional.pad(products, padding) if any(padding) else products).flatten(1)
 
 
 @dataclass(slots=True)

@@ -18,11 +18,11 @@ from tda_lightning.gradients.nodes.stacked import StackedFactors
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.sketching.block_maps import (
     BlockMap,
-    BlockPart,
     Place,
     Shrunk,
     lay_out,
     multiply_stacks,
+    project_part,
     times,
 )
 from tda_lightning.gradients.sketching.column_maps import ColumnMap, Stack
@@ -88,10 +88,9 @@ class Sketcher:
         if count == block.rows and place.columns == block.columns:
             return block.project(contribution, self.dtype)
         first = place.row + row
-        part = BlockPart(
-            block, slice(first, first + count), slice(place.column, place.column + place.columns)
-        )
-        return part.project(contribution, self.dtype)
+        rows_of_block = slice(first, first + count)
+        columns = slice(place.column, place.column + place.columns)
+        return project_part(block, rows_of_block, columns, contribution, self.dtype)
 
     def shrinking(self, place: Place) -> Literal["both sides", "not at all"] | None:
         """Return how the gradients of a parameter are shrunk, ``None`` if in another way."""

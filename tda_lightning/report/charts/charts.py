@@ -18,14 +18,7 @@ MAX_POINTS = 400
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart.
-
-    Attributes:
-        x: Positions.
-        y: Values.
-        role: Its colour.
-        name: Its name.
-    """
+    """One line of a chart; its role determines its colour."""
 
     x: list[float]
     y: list[float]
@@ -34,43 +27,34 @@ class Line:
 
 
 @dataclass(frozen=True)
-class LineChart:
-    """Lines over a linear axis.
+class ChartFrame:
+    """What charts of all kinds have.
 
     Attributes:
         name: Identifier in the page.
         description: One sentence for readers who cannot see it.
         x_label: Label of the horizontal axis.
         y_label: Label of the vertical axis.
-        lines: The lines.
-        lowest: Lower end of the vertical axis; that of the lines by default.
     """
 
     name: str
     description: str
     x_label: str
     y_label: str
+
+
+@dataclass(frozen=True)
+class LineChart(ChartFrame):
+    """Lines over a linear axis; ``lowest`` is its lower end, that of the lines by default."""
+
     lines: tuple[Line, ...]
     lowest: float | None = None
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """Counts over a logarithmic axis.
+class Histogram(ChartFrame):
+    """Counts over a logarithmic axis; there is one more edge of bins than counts."""
 
-    Attributes:
-        name: Identifier in the page.
-        description: One sentence for readers who cannot see it.
-        x_label: Label of the horizontal axis.
-        y_label: Label of the vertical axis.
-        edges: Edges of the bins, ascending; one more than counts.
-        counts: Count of each bin.
-    """
-
-    name: str
-    description: str
-    x_label: str
-    y_label: str
     edges: list[float]
     counts: list[float]
 

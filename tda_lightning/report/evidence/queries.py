@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,60 +70,37 @@ def answers_to(
     outputs: Callable[[nn.Module, Any], Tensor],
     items: Sequence[Any] = (),
 ) -> tuple[list[Answer], str]:
-    """Pass every query through the model, one at a time.
+    """Pass every query through the model, one at a time; its state is restored afterwards.
 
-    Args:
-        model: The trained LightningModule. Its state is restored afterwards.
-        queries: A batch, or batches in memory.
-        outputs: Function of (module, batch) that returns predictions.
-        items: The queries as they are shown; by default, as the batches hold them.
+    ``items`` are the queries as they are shown; by default, as the batches hold them.
 
     Returns:
         The answers in the order of the queries, and why predictions are missing, if they are.
     """
     answers, reason = [], ""
     with preserved_state(model, "eval"), torch.enable_grad():
-        for batch in batches_of(queries):
-            for row in range(batch_size(batch, "queries")):
-                single = transfer(model, part_of(batch, slice(row, row + 1)))
-                loss = float(loss_of(model, single).detach())
-                values, reason = _outputs(model, single, outputs)
-                answers.append(_answer(part_of(batch, row), loss, values))
+        for item, single in _samples(queries):
+            moved = transfer(model, single)
+            loss = float(loss_of(model, moved).detach())
+            values, reason = _outputs(model, moved, outputs)
+            answers.append(_answer(item, loss, values))
     if len(items) == len(answers):
         pairs = zip(answers, items, strict=True)
         answers = [dataclasses.replace(answer, item=item) for answer, item in pairs]
     return answers, reason
 
 
-def query_losses(model: nn.Module, queries: Any) -> list[float]:
-    """Return the loss of every query, evaluated one at a time.
-
-    Args:
-        model: The LightningModule, with the weights to evaluate.
-        queries: A batch, or batches in memory.
-    """
-    losses = []
-    with preserved_state(model, "eval"), torch.enable_grad():
-        for batch in batches_of(queries):
-            for row in range(batch_size(batch, "queries")):
-                single = transfer(model, part_of(batch, slice(row, row + 1)))
-                losses.append(float(loss_of(model, single).detach()))
-    return losses
-
-
 def samples_of(queries: Any, positions: Sequence[int]) -> list[Any]:
-    """Return some queries as batches of one sample each.
-
-    Args:
-        queries: A batch, or batches in memory.
-        positions: Positions of the queries.
-    """
-    singles = [
-        part_of(batch, slice(row, row + 1))
-        for batch in batches_of(queries)
-        for row in range(batch_size(batch, "queries"))
-    ]
+    """Return some queries as batches of one sample each."""
+    singles = [single for _, single in _samples(queries)]
     return [singles[position] for position in positions]
+
+
+def _samples(queries: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each query, of a batch or of batches in memory: as an item, and as a batch of one."""
+    for batch in batches_of(queries):
+        for row in range(batch_size(batch, "queries")):
+            yield part_of(batch, row), part_of(batch, slice(row, row + 1))
 
 
 def part_of(batch: Any, key: int | slice) -> Any:

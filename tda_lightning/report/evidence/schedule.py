@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from tda_lightning.passes.batches import batches_of
+from tda_lightning.passes.losses import sample_losses
 from tda_lightning.passes.model_state import swapped_weights
-from tda_lightning.report.evidence.queries import query_losses
 from tda_lightning.stores import Store
 from tda_lightning.stores.snapshots import spread
 
@@ -48,6 +50,6 @@ def _losses_at_snapshots(store: Store, model: nn.Module, queries: Any) -> dict[i
     losses = {}
     for snapshot in spread(store.snapshots(), MAX_SNAPSHOTS):
         with swapped_weights(model, store.weights_at(snapshot)):
-            values = query_losses(model, queries)
-        losses[snapshot] = sum(values) / len(values)
+            parts = [sample_losses(model, b, progress=False).values for b in batches_of(queries)]
+        losses[snapshot] = float(torch.cat(parts).double().mean())
     return losses

@@ -42,6 +42,11 @@ def join(*children: str) -> Html:
     return Html("".join(c if isinstance(c, Html) else escape(visible(c)) for c in children))
 
 
+def intro(text: str) -> Html:
+    """Return the paragraph at the beginning of a section."""
+    return element("p", {"class": "intro"}, text)
+
+
 def with_code(text: str) -> Html:
     """Return a text in which the words between backticks are marked as code.
 

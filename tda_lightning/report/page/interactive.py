@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from tda_lightning.report.page.html import Html, element, join
+from tda_lightning.report.page.html import Html, element, intro, join
 
 _NOSCRIPT = "The galleries need JavaScript, which is part of this file. Nothing is loaded."
 
 
 def queries_section() -> Html:
     """Return the frame of the gallery: controls, a strip of queries, and the chosen one."""
-    intro = element(
-        "p",
-        {"class": "intro"},
+    text = (
         "Choose a query. Blue training samples helped the model answer it right; red ones pushed "
-        "it away from the right answer.",
+        "it away from the right answer."
     )
     controls = element(
         "div",
@@ -34,7 +32,7 @@ def queries_section() -> Html:
         _button("query-export", "Export to CSV"),
     )
     return join(
-        intro,
+        intro(text),
         element("noscript", {}, element("p", {}, _NOSCRIPT)),
         controls,
         element("p", {"id": "query-count", "class": "count", "role": "status"}, ""),
@@ -45,11 +43,9 @@ def queries_section() -> Html:
 
 def ranking_section(figure: Html) -> Html:
     """Return the frame of the ranking of all training samples."""
-    intro = element(
-        "p",
-        {"class": "intro"},
+    text = (
         "Every training sample, the most unusual first. A high self-influence means that the model "
-        "could predict the sample only by learning it by heart: it is mislabelled, or rare.",
+        "could predict the sample only by learning it by heart: it is mislabelled, or rare."
     )
     controls = element(
         "div",
@@ -66,11 +62,7 @@ def ranking_section(figure: Html) -> Html:
                 {"scope": "col", "data-key": key},
                 element("button", {"type": "button", "class": "sort"}, title),
             )
-            for key, title in (
-                ("id", "number"),
-                ("label", "label"),
-                ("value", "self-influence"),
-            )
+            for key, title in (("id", "number"), ("label", "label"), ("value", "self-influence"))
         ),
     ]
     table = element(
@@ -87,7 +79,7 @@ def ranking_section(figure: Html) -> Html:
         element("span", {"id": "rank-place", "role": "status"}, ""),
         _button("rank-next", "Next"),
     )
-    return join(intro, figure, controls, table, pager)
+    return join(intro(text), figure, controls, table, pager)
 
 
 def _field(title: str, name: str, kind: str, options: list[tuple[str, str]]) -> Html:

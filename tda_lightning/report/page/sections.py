@@ -10,7 +10,7 @@ from tda_lightning.report.charts.charts import Chart
 from tda_lightning.report.evidence.gathering import Evidence
 from tda_lightning.report.findings.confidence import Check, checks, doubts
 from tda_lightning.report.findings.finding import Case, Finding
-from tda_lightning.report.page.html import Html, element, join, with_code
+from tda_lightning.report.page.html import Html, element, intro, join, with_code
 
 _SIGNS = {
     "attention": ("!", "Needs attention"),
@@ -66,18 +66,10 @@ def _listed(samples: Sequence[int]) -> str:
 
 
 def confidence_section(evidence: Evidence, removal: Html | None) -> Html:
-    """Return the checks, the removal curve if there is one, and why the page may miss something.
-
-    Args:
-        evidence: The evidence.
-        removal: The figure of the removal curve.
-    """
-    intro = element(
-        "p", {"class": "intro"}, "How far the answers on this page can be trusted, in figures."
-    )
+    """Return the checks, the removal curve if there is one, and why the page may miss something."""
     reasons = [element("li", {}, with_code(reason)) for reason in doubts(evidence)]
     return join(
-        intro,
+        intro("How far the answers on this page can be trusted, in figures."),
         element("dl", {"class": "checks"}, *map(_check, checks(evidence))),
         *([] if removal is None else [removal]),
         element(
@@ -121,26 +113,23 @@ def chart_figure(chart: Chart, drawing: Html) -> Html:
 
 def when_section(evidence: Evidence, figures: Sequence[Html]) -> Html:
     """Return the charts over the training."""
-    intro = element(
-        "p",
-        {"class": "intro"},
+    text = (
         "When in the training the strongest samples helped or harmed the chosen query, and how the "
-        "training went meanwhile.",
+        "training went meanwhile."
     )
-    return join(intro, element("div", {"class": "figures"}, *figures))
+    return join(intro(text), element("div", {"class": "figures"}, *figures))
 
 
 def groups_section(groups: dict[str, Any] | None, label: Callable[[Any], str]) -> Html:
     """Return the heat map of groups, as a table."""
     if groups is None:
-        text = "Groups need classes as labels, of all queries and all training samples: at most 24."
-        return element("p", {"class": "intro"}, text)
-    intro = element(
-        "p",
-        {"class": "intro"},
+        return intro(
+            "Groups need classes as labels, of all queries and all training samples: at most 24."
+        )
+    text = (
         "Mean effect of the training samples with one label (columns) on the queries with another "
         "(rows). Blue helped, red harmed. A strong red cell marks two classes that compete in the "
-        "model.",
+        "model."
     )
     largest = max((abs(v) for row in groups["values"] for v in row), default=0.0) or 1.0
     head = element(
@@ -167,7 +156,7 @@ def groups_section(groups: dict[str, Any] | None, label: Callable[[Any], str]) -
         element("thead", {}, head),
         element("tbody", {}, *rows),
     )
-    return join(intro, scrollable("Heat map of groups", table))
+    return join(intro(text), scrollable("Heat map of groups", table))
 
 
 def _heat_cell(value: float, largest: float) -> Html:
