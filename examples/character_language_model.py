@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from tda_lightning import GradientRecorder, GradientSimilarity, TracIn, Unrolled, attribute
+from tda_lightning import (
+    GradientRecorder,
+    GradientSimilarity,
+    InfluenceFunction,
+    TracIn,
+    Unrolled,
+    attribute,
+)
 
 LENGTH, PAGES = 128, ["with", "dict", "lambda", "import", "class", "while", "strings", "numbers"]
 QUERIES = {
@@ -88,7 +95,7 @@ def main() -> None:
     is_from = torch.tensor([[page == wanted for page in pages] for wanted in QUERIES])
     print(f"\n{len(texts)} passages of {len(PAGES)} pages. Of the five strongest proponents of a")
     print(f"query, this share is from its page (by chance {is_from.float().mean():.0%}):")
-    for method in (Unrolled(), TracIn(), GradientSimilarity()):
+    for method in (InfluenceFunction(), Unrolled(), TracIn(), GradientSimilarity()):
         scores = attribute("characters.tda", model, queries, method=method, progress=False)
         share = is_from.gather(1, scores.proponents(5).ids).float().mean()
         print(f"  {type(method).__name__:18s} {share:.0%}")
