@@ -37,7 +37,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
     require_training,
     warn_of_approximations,
 )
-from tda_lightning.attribution.linalg import damped_root
+from tda_lightning.attribution.linalg import damped_root, in_double_precision, is_lost_in_rounding
 from tda_lightning.attribution.steps import DeviceView, last_epoch, last_visits, unweighted
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_choice, require_kind, require_not_negative
@@ -53,7 +53,8 @@ class InfluenceFunction(SelfAttributor):
     r"""Inverse curvature times gradient, in sketch space.
 
     A score estimates by how much the sample's presence lowered the query's loss. Memory: three
-    matrices of :math:`k \times k` numbers.
+    matrices of :math:`k \times k` numbers, which have double precision if curvatures are so
+    large that the damping would be lost in rounding.
 
     Attributes:
         curvature: How to build the curvature of each step.
@@ -105,7 +106,8 @@ class InfluenceFunction(SelfAttributor):
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
         """Yield each step with the same direction: inverse curvature times the query's gradient."""
         extent = Extent.of(run)
-        solution = torch.cholesky_solve(queries.mT, self._root(run, extent, queries)).mT
+        root = self._root(run, extent, queries)
+        solution = torch.cholesky_solve(queries.to(root).mT, root).mT.to(queries)
         direction = extent.weight / run.n_train * solution
         for step in self._visits(run, queries):
             yield step, direction
@@ -122,8 +124,9 @@ class InfluenceFunction(SelfAttributor):
         root = self._root(run, extent, like)
         for step in self._visits(run, like):
             # With root L and row g: g^T (L L^T)^{-1} g is the squared norm of L^{-1} g.
-            whitened = torch.linalg.solve_triangular(root, step.sketch.mT, upper=False)  # (k, n)
-            scores = whitened.square().sum(dim=0)
+            g = step.sketch.to(root).mT
+            whitened = torch.linalg.solve_triangular(root, g, upper=False)  # (k, n)
+            scores = whitened.square().sum(dim=0).to(step.sketch)
             yield step, extent.weight / run.n_train * scores
 
     def combine(
@@ -133,16 +136,22 @@ class InfluenceFunction(SelfAttributor):
         return total.div_(visits.clamp_min(1))
 
     def _root(self, run: Store, extent: Extent, like: Tensor) -> Float[Tensor, "k k"]:
-        """Return the Cholesky factor of the damped curvature."""
+        """Return the Cholesky factor of the damped curvature, in a sufficient precision."""
         if self._factor is not None:
-            return self._factor.to(like)
+            return self._factor.to(like.device)
+        if self.damping is None:
+            warn_of_approximations(run)
+            damping = suggested_damping(extent)
+        else:
+            damping = self.damping + extent.decay
         recording = run if self.curvature_from is None else DeviceView(self.curvature_from, like)
         steps = recording if self.curvature_over == "run" else last_epoch(recording)
         hessian = objective_curvature(steps, self.curvature)
-        if self.damping is None:
-            warn_of_approximations(run)
-            return damped_root(hessian, suggested_damping(extent))
-        return damped_root(hessian, self.damping + extent.decay)
+        if is_lost_in_rounding(damping, hessian):
+            hessian = objective_curvature(
+                DeviceView(steps, in_double_precision(like)), self.curvature
+            )
+        return damped_root(hessian, damping)
 
     def _visits(self, run: Store, like: Tensor) -> Iterator[Step]:
         recording = run if self.rows_from is None else DeviceView(self.rows_from, like)

@@ -75,9 +75,8 @@ def eigendecomposition(
     """
     if not matrix.isfinite().all():
         raise ValueError(_explain_failure(matrix, matrix))
-    device = "cpu" if matrix.device.type == "mps" else matrix.device  # It has no double precision.
     try:
-        values, vectors = torch.linalg.eigh(matrix.to(device, torch.float64))
+        values, vectors = torch.linalg.eigh(in_double_precision(matrix))
     except RuntimeError as error:  # `LinAlgError` is one.
         raise ValueError(
             f"The eigenvectors of the {len(matrix)} x {len(matrix)} curvature matrix were not "
@@ -85,6 +84,21 @@ def eigendecomposition(
             "projector, or use another method."
         ) from error
     return values.to(matrix), vectors.to(matrix)
+
+
+def in_double_precision(tensor: Tensor) -> Tensor:
+    """Return a tensor in double precision, on its device if that has it, otherwise on the CPU."""
+    device = "cpu" if tensor.device.type == "mps" else tensor.device
+    return tensor.to(device, torch.float64)
+
+
+def is_lost_in_rounding(damping: float, gramian: Float[Tensor, "k k"]) -> bool:
+    """Return whether rounding errors of a matrix are larger than a hundredth of its damping.
+
+    Then the inverse of the damped matrix is wrong, or does not exist, in the matrix' precision.
+    """
+    rounding = torch.finfo(gramian.dtype).eps * float(gramian.diagonal().sum())
+    return gramian.dtype != torch.float64 and rounding > 0.01 * damping
 
 
 def damped_root(gramian: Float[Tensor, "k k"], damping: float) -> Float[Tensor, "k k"]:

@@ -104,6 +104,38 @@ def test_rows_and_curvature_may_come_from_other_recordings():
     torch.testing.assert_close(scores(method, run), scores(InfluenceFunction(damping=0.7), other))
 
 
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e5, 1e6])
+@pytest.mark.parametrize("method", ["attribute", "precomputed", "self-influence"])
+def test_a_damping_far_below_the_curvature_is_not_lost_in_rounding(size, method):
+    """Scores of single-precision runs are those in double, also for curvatures of 1e12."""
+    direction = size * torch.tensor([0.3, -0.7, 0.2, 0.5, 0.4])
+
+    def along_one_direction(dtype):
+        def change(step):
+            generator = torch.Generator().manual_seed(step.index)
+            rows = torch.randn(3, 1, generator=generator) * direction
+            return replace(
+                step, sketch=step.sketch.float().to(dtype), curvature_rows=rows.to(dtype)
+            )
+
+        return change
+
+    def values(dtype):
+        run = rebuilt(plain, along_one_direction(dtype))
+        influence = InfluenceFunction(SampledLabels())
+        queries = ls.queries().float().to(dtype)
+        if method == "self-influence":
+            return influence.self_influence(run, progress=False).values
+        if method == "precomputed":
+            influence = influence.precomputed(run, queries)
+        return scores(influence, run, queries)
+
+    plain = ls.record(ls.problem(), lambda p: SGD(p, lr=0.1))
+    single, double = values(torch.float32), values(torch.float64)
+    assert single.dtype == torch.float32 or method == "self-influence"
+    torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4 * float(double.std()))
+
+
 @pytest.mark.parametrize("argument", ["rows_from", "curvature_from"])
 @pytest.mark.parametrize(
     ("recipe", "message"),
