@@ -48,7 +48,7 @@ def items_of(loader: Any, queries: Any) -> list[Any]:
     A loader's function may turn texts into tokens; the dataset still holds the texts.
 
     Args:
-        loader: The queries as they were passed.
+        loader: The queries: a `DataLoader`, or a batch.
         queries: The same, in memory.
 
     Returns:
