@@ -170,7 +170,9 @@ class RowRecorder:
         loss_nodes = self._read_graph(loss)
         if self._labels != "unread":
             switch = self._capture.switch
-            self._summary = LossSummary(loss_nodes, self._n, lambda: bool(switch.pauses))
+            self._summary = LossSummary(
+                loss_nodes, self._n, lambda: bool(switch.pauses), self._capture.rows_of
+            )
         self._rows.sum_blocks(self._sums)
         is_once, lost = not self._capture.is_reentrant, self._capture.lost
         self._capture.start_backward(*self._rows.receivers(lost, coordinates, is_once))

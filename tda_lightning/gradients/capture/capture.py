@@ -22,6 +22,7 @@ from tda_lightning.gradients.capture.layout_memory import LayoutMemory
 from tda_lightning.gradients.capture.pausing import PauseSwitch
 from tda_lightning.gradients.capture.probe import backward_to_meetings
 from tda_lightning.gradients.capture.walk_plan import WalkPlans
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk
 from tda_lightning.gradients.nodes.stacked import ShrinkingOf, Slot, slot_of
 from tda_lightning.stores.recipe import SampleAxis
@@ -110,6 +111,13 @@ class Capture:
     def is_reentrant(self) -> bool:
         """Whether a part of the last graph is built and differentiated in the backward pass."""
         return self._walk is not None and self._walk.is_reentrant
+
+    def rows_of(self, node: Node) -> SampleLayout | IrregularRows | None:
+        """Return where the samples lie in a node of the last graph, if a parameter shows it."""
+        meeting = None if self._walk is None else self._walk.meeting_of.get(node)
+        if meeting is None:
+            return None
+        return self._layouts.rows_of(node, self._layouts.layout(node, *meeting.inputs[0]))
 
     def read_graph(self, loss: Tensor, n: int) -> None:
         """Find the meetings in the graph of the loss of ``n`` samples."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from tda_lightning.gradients.losses.binary_losses import BernoulliLogitsLoss, BernoulliLoss
 from tda_lightning.gradients.losses.loss_nodes import LossNode, Predictions, SoftmaxLoss
 from tda_lightning.gradients.losses.regression_losses import HuberLoss, SquaredLoss, SquarePower
+from tda_lightning.gradients.losses.term_owners import RowsOf, TermOwners, term_owners
 
 # Loss functions are near the root of the graph; the model behind them may be large.
 _MAX_SEARCHED_NODES = 500
@@ -151,10 +152,15 @@ class LossSummary:
         nodes: The loss functions of a batch, before its backward pass.
         n: Number of samples in the batch.
         is_paused: Returns whether the current backward pass is not the batch's.
+        rows_of: Returns where the samples lie in a node's output, as far as that is known.
     """
 
     def __init__(
-        self, nodes: Sequence[LossNode], n: int, is_paused: Callable[[], bool] = lambda: False
+        self,
+        nodes: Sequence[LossNode],
+        n: int,
+        is_paused: Callable[[], bool] = lambda: False,
+        rows_of: RowsOf | None = None,
     ) -> None:
         self._is_paused = is_paused
         self._n = n
@@ -162,31 +168,39 @@ class LossSummary:
         # Sums over terms of a sample: weights, their squares, losses, traces, squared gradients.
         self._sums: list[Tensor] = []
         self._predictions: list[Predictions | None] = []
+        # Terms without a known sample: the others would be a part of the loss only.
+        self._is_partial = False
         for node in nodes:
-            node.node.register_hook(self._hook(node))
+            owners = term_owners(node, n, rows_of)
+            node.node.register_hook(self._hook(node, owners))
 
-    def _hook(self, node: LossNode) -> Callable[[Any, Any], None]:
-        waiting = [node]
+    def _hook(self, node: LossNode, owners: TermOwners | None) -> Callable[[Any, Any], None]:
+        # The hook must not hold the node, which holds the hook: a cycle would keep its tensors.
+        waiting, position = [node], node.position
 
         def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> None:
-            value_grad, outputs_grad = outputs[0], inputs[node.position]
+            value_grad, outputs_grad = outputs[0], inputs[position]
             if not waiting or self._is_paused() or value_grad is None or outputs_grad is None:
                 return
             with torch.no_grad():
-                self._add(waiting.pop(), value_grad, outputs_grad)
+                self._add(waiting.pop(), owners, value_grad, outputs_grad)
 
         return hook
 
-    def _add(self, node: LossNode, value_grad: Tensor, outputs_grad: Tensor) -> None:
-        weights = node.weights(value_grad)
-        if weights.numel() % self._n:
+    def _add(
+        self, node: LossNode, owners: TermOwners | None, value_grad: Tensor, outputs_grad: Tensor
+    ) -> None:
+        if owners is None:
+            self._is_partial = True
             return
+        weights = node.weights(value_grad)
         divisors = torch.where(weights == 0, 1, weights)
         terms = node.summarize(outputs_grad, divisors)
         # Only then is a label one of few classes: a look at all of a vocabulary takes time.
         is_one_term = weights.numel() == self._n
         predictions = node.predictions(value_grad, outputs_grad, divisors) if is_one_term else None
-        self._predictions.append(predictions)
+        facts = predictions and Predictions(*(owners.sums(each) for each in predictions))
+        self._predictions.append(facts)
         if predictions is None:
             loss = node.losses(value_grad, divisors, terms.square)
         else:
@@ -195,21 +209,20 @@ class LossSummary:
         squares = weights.square()
         parts = [weights, squares, weights * loss, weights * terms.trace, squares * terms.square]
         parts += [weights * terms.full_trace, squares * terms.full_square]
-        # A sample's terms are contiguous, even if the sample axis has been flattened.
-        sums = [p.reshape(self._n) if is_one_term else _sums(p, self._n) for p in parts]
+        sums = [owners.sums(part) for part in parts]
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
 
     def facts(self) -> LossFacts:
         """Return the facts of each sample's loss, after the backward pass."""
         name = " and ".join(self._names)
-        if not self._sums:
+        if self._is_partial or not self._sums:
             return LossFacts(name)
         total, squares, loss, trace, square, full_trace, full_square = self._sums
         is_counted = total != 0
         # Labels that two loss functions share have two predictions.
         predictions = self._predictions[0] if len(self._predictions) == 1 else None
         errors, margins = (
-            None if values is None else torch.where(is_counted, values.reshape(self._n), torch.nan)
+            None if values is None else torch.where(is_counted, values, torch.nan)
             for values in (predictions[1:] if predictions else (None, None))
         )
         return LossFacts(
@@ -221,7 +234,3 @@ class LossSummary:
             errors=errors,
             margins=margins,
         )
-
-
-def _sums(terms: Tensor, n: int) -> Float[Tensor, " n"]:
-    return terms.reshape(n, -1).sum(dim=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -61,9 +63,11 @@ class LossNode(ABC):
     Attributes:
         name: Name of the loss.
         position: Position of the model's outputs among the node's inputs.
+        class_axis: Axis of the outputs that holds the classes of one term, if there is one.
     """
 
     name = "cross-entropy"
+    class_axis: int | None = None
 
     def __init__(self, node: Any) -> None:
         self.node = node
@@ -78,6 +82,10 @@ class LossNode(ABC):
     def outputs(self) -> GradientEdge:
         """Graph edge of the model's outputs."""
         return GradientEdge(*self.node.next_functions[self.position])
+
+    def n_terms(self, shape: Sequence[int]) -> int:
+        """Return the number of terms of outputs of this shape."""
+        return prod(size for axis, size in enumerate(shape) if axis != self.class_axis)
 
     @abstractmethod
     def weights(self, grad: Tensor) -> Tensor:
@@ -137,10 +145,11 @@ class LossNode(ABC):
 class SoftmaxLoss(LossNode):
     """Any function linear in a log-softmax: cross-entropy, also with weights or smoothing."""
 
-    @property
-    def _axis(self) -> int:
-        axis: int = self.node._saved_dim  # Negative axes are returned as unsigned integers.
-        return axis - 2**64 if axis >= 2**63 else axis
+    def __init__(self, node: Any) -> None:
+        super().__init__(node)
+        axis = node._saved_dim  # Negative axes are returned as unsigned integers.
+        ndim = len(node._input_metadata[0].shape)
+        self.class_axis = self._axis = (axis - 2**64 if axis >= 2**63 else axis) % max(ndim, 1)
 
     def weights(self, grad: Tensor) -> Tensor:
         """Return the negative sum of the coefficients of the log-probabilities."""
