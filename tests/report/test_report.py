@@ -283,6 +283,21 @@ def test_a_model_without_forward_is_reported_on_without_predictions(tmp_path):
     assert not any(query["known"] for query in parsed.data()["queries"])
 
 
+def test_opponents_are_a_finding_only_if_an_answer_is_wrong(tmp_path):
+    path = report_on_texts(tmp_path, TEXTS)
+    queries = loader(Texts(TEXTS), shuffle=False)
+    for shift, is_found in ((0, False), (1, True)):
+
+        def answers(module, batch, shift=shift):
+            return torch.nn.functional.one_hot((batch["label"] + shift) % 3, 3) * 9.0
+
+        arguments = (tmp_path / "run.tda", TextClassifier(), queries)
+        report(*arguments, train=Texts(TEXTS), out=path, outputs=answers, progress=False)
+        texts = Parsed(path).texts
+        assert ("The same samples harm again and again" in texts) == is_found
+        assert ("No wrong answers" in texts) != is_found
+
+
 def test_queries_without_classes_are_reported_on(tmp_path):
     class Regression(TextClassifier):
         def training_step(self, batch, batch_idx):

@@ -75,7 +75,12 @@ def _suspicious_opponents(evidence: Evidence, opponents: list[list[int]]) -> lis
 
 
 def repeated_opponents(evidence: Evidence) -> Finding | None:
-    """Find training samples that are opponents of several queries; ``None`` if there are none."""
+    """Find training samples that are opponents of several queries; ``None`` if there are none.
+
+    Where all classes are answered right, there is nothing to repair, and opponents are no finding.
+    """
+    if not evidence.wrong and any(isinstance(a.prediction, int) for a in evidence.answers):
+        return None
     k = min(_NEAR, len(evidence.scores.train_ids))
     queries = evidence.wrong or evidence.order
     ids = evidence.scores.opponents(k).ids[queries]
