@@ -208,6 +208,11 @@ class RecordedRun(pl.Callback):
         """Show other trainings that this one is alive."""
         self._writer.renew()
 
+    def save_steps(self) -> None:
+        """Write all steps that were taken, so that the run so far can be read."""
+        self._finish_steps()
+        self._writer.seal()
+
     def _choose_store(self, trainer: Trainer) -> None:
         """Record into the store of this training; all processes must call it."""
         store = self._location.choose(trainer, self._writer.begun_runs())

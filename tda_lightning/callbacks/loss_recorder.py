@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,8 @@ from tda_lightning.callbacks.checks import require_one_loader
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
-from tda_lightning.gradients.losses import LossFacts, LossSummary, find_losses_and_penalties
+from tda_lightning.gradients.losses import find_losses_and_penalties
+from tda_lightning.gradients.losses.deferred_summary import DeferredSummary, facts_of
 from tda_lightning.gradients.losses.regression_losses import SquarePower
 from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.recording.taken_step import HostCopy, joined
@@ -28,6 +30,9 @@ from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import OPTIONAL_FACTS, ParameterGroup, Step
 
 _CHECKED = ("store", "sample_ids", "reduction", "existing")
+# Losses of so many steps are computed together, or of this many seconds.
+_STEPS_TOGETHER = 64
+_SECONDS_TOGETHER = 0.5
 
 
 class LossRecorder(RecordedRun, RecordingCallback):
@@ -66,10 +71,12 @@ class LossRecorder(RecordedRun, RecordingCallback):
         self.reduction = reduction
         self._is_attached = False
         self._ids: Int[Tensor, " n"] | None = None
-        self._summary: LossSummary | None = None
+        self._summary: DeferredSummary | None = None
         self._batches: list[_Batch] = []
         self._label: dict[str, Any] | None = None
-        self._taken: _TakenStep | None = None
+        self._waiting: list[_TakenStep] = []
+        self._waiting_since = 0.0
+        self._computed: _ComputedSteps | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin or continue the run."""
@@ -123,7 +130,7 @@ class LossRecorder(RecordedRun, RecordingCallback):
             nodes = find_losses_and_penalties(loss)
             # Squares beside another loss are penalties.
             losses = [node for node in nodes if not isinstance(node, SquarePower)]
-            self._summary = LossSummary(losses or nodes, len(self._ids))
+            self._summary = DeferredSummary(losses or nodes, len(self._ids))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the summary of the loss for the step that will use the batch."""
@@ -133,7 +140,7 @@ class LossRecorder(RecordedRun, RecordingCallback):
             return
         share = 1 / trainer.accumulate_grad_batches
         weight = share / len(ids) if self.reduction == "mean" else share
-        self._batches.append(_Batch(ids, weight, summary.facts()))
+        self._batches.append(_Batch(ids, weight, summary))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -149,21 +156,34 @@ class LossRecorder(RecordedRun, RecordingCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write the step before; a device copies this one, if it was taken, in the meantime."""
+        """Add the step, if it was taken, to those whose losses are computed together."""
         label, self._label = self._label, None
         if label is None:
             return
         batches, self._batches = self._batches, []
         if batches and trainer.global_step > label["index"]:
-            self._write()
-            self._taken = _TakenStep(label, batches)
+            now = time.monotonic()
+            self._waiting_since = self._waiting_since if self._waiting else now
+            self._waiting.append(_TakenStep(label, batches))
+            age = now - self._waiting_since
+            if len(self._waiting) >= _STEPS_TOGETHER or age >= _SECONDS_TOGETHER:
+                self._compute()
+
+    def _compute(self) -> None:
+        """Write the steps before; a device computes and copies the losses of these meanwhile."""
+        self._write()
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._computed = _ComputedSteps(waiting)
 
     def _write(self) -> None:
-        taken, self._taken = self._taken, None
-        if taken is not None:
-            self._writer.append(taken.finish())
+        computed, self._computed = self._computed, None
+        if computed is not None:
+            for step in computed.finish():
+                self._writer.append(step)
 
     def _finish_steps(self) -> dict[str, Any] | None:
+        self._compute()
         self._write()
         return {} if self._is_attached else None
 
@@ -177,39 +197,56 @@ class LossRecorder(RecordedRun, RecordingCallback):
         if self._is_attached:
             self._is_attached = False
             self._batches, self._ids, self._summary = [], None, None
-            self._write()
+            self._finish_steps()
             self._writer.close()
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """A batch of a step: its samples, the weight of each in the loss, and facts of their losses."""
+    """A batch of a step: its samples, the weight of each in the loss, and their losses."""
 
     sample_ids: Int[Tensor, " n"]
     weight: float
-    facts: LossFacts
+    summary: DeferredSummary
 
 
+@dataclass(frozen=True)
 class _TakenStep:
-    """A step that was taken; its facts travel to the CPU while the training goes on."""
+    """A step that was taken, and the optimizer's values at that time."""
 
-    def __init__(self, label: dict[str, Any], batches: Sequence[_Batch]) -> None:
-        self._label, self._batches = label, batches
-        columns = joined([batch.facts.of_visits(batch.weight) for batch in batches])
-        self._names, self._copy = list(columns), HostCopy(list(columns.values()))
+    label: dict[str, Any]
+    batches: Sequence[_Batch]
 
-    def finish(self) -> Step:
-        """Wait for the facts, and return the step."""
-        known = dict(zip(self._names, self._copy.read(), strict=True))
-        facts: dict[str, Any] = {name: known.get(name) for name in OPTIONAL_FACTS}
-        ids = torch.cat([batch.sample_ids for batch in self._batches])
-        weights = [torch.full((len(b.sample_ids),), b.weight) for b in self._batches]
-        names = {batch.facts.name for batch in self._batches}
+    def finish(self, names: set[str], facts: dict[str, Tensor]) -> Step:
+        """Return the step with the facts of its visits, and the names of the losses."""
+        ids = torch.cat([batch.sample_ids for batch in self.batches])
+        weights = [torch.full((len(b.sample_ids),), b.weight) for b in self.batches]
+        known: dict[str, Any] = {name: facts.get(name) for name in OPTIONAL_FACTS}
         return Step(
-            **self._label,
-            **facts,
+            **self.label,
+            **known,
             sample_ids=ids,
             weights=torch.cat(weights),
             sketch=torch.zeros(len(ids), 1),
             loss=names.pop() if len(names) == 1 else "",
         )
+
+
+class _ComputedSteps:
+    """Steps whose losses are computed; the facts travel to the CPU while the training goes on."""
+
+    def __init__(self, steps: Sequence[_TakenStep]) -> None:
+        self._steps = steps
+        facts = iter(facts_of([batch.summary for step in steps for batch in step.batches]))
+        parts = [[(next(facts), batch.weight) for batch in step.batches] for step in steps]
+        self._names = [{batch.name for batch, _ in part} for part in parts]
+        self._columns = [
+            joined([batch.of_visits(weight) for batch, weight in part]) for part in parts
+        ]
+        self._copy = HostCopy([value for part in self._columns for value in part.values()])
+
+    def finish(self) -> Iterator[Step]:
+        """Wait for the facts, and yield the steps."""
+        values = iter(self._copy.read())
+        for step, names, columns in zip(self._steps, self._names, self._columns, strict=True):
+            yield step.finish(names, {name: next(values) for name in columns})

@@ -173,6 +173,19 @@ def train(task: Task, data: Dataset[object], seed: int, *callbacks: pl.Callback)
     return model.eval()
 
 
+def train_quickly(task: Task, inputs: Tensor, labels: Tensor, seed: int) -> Classifier:
+    """Train alike in a bare loop, in a third of the time."""
+    torch.manual_seed(seed)
+    model = Classifier(task)
+    optimizer = model.configure_optimizers()
+    for _ in range(task.epochs):
+        for batch in torch.randperm(len(labels)).split(task.batch_size):
+            optimizer.zero_grad()
+            cross_entropy(model(inputs[batch]), labels[batch]).backward()
+            optimizer.step()
+    return model.eval()
+
+
 def recorded(task: Task, data: TensorDataset, seed: int) -> tuple[MemoryStore, Classifier]:
     store = MemoryStore()
     return store, train(task, data, seed, GradientRecorder(store))

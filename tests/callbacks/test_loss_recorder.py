@@ -18,9 +18,10 @@ def trained(*callbacks, epochs=3, **settings):
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_losses_and_order_are_those_of_the_gradient_recorder(accumulated):
+@pytest.mark.parametrize("epochs", [3, 50], ids=["steps of one computation", "of several"])
+def test_losses_and_order_are_those_of_the_gradient_recorder(accumulated, epochs):
     losses, rows = MemoryStore(), MemoryStore()
-    settings = {"accumulate_grad_batches": accumulated}
+    settings = {"accumulate_grad_batches": accumulated, "epochs": epochs}
     trained(LossRecorder(losses), **settings)
     trained(GradientRecorder(rows), **settings)
     ours, theirs = loss_history(losses), loss_history(rows)
@@ -30,6 +31,31 @@ def test_losses_and_order_are_those_of_the_gradient_recorder(accumulated):
     torch.testing.assert_close(ours.losses, theirs.losses)
     for one, other in zip(losses, rows, strict=True):
         torch.testing.assert_close(one.weights, other.weights)
+
+
+def test_steps_before_a_failure_are_recorded():
+    class Failing(Plain):
+        def on_train_batch_end(self, *_):
+            if self.global_step == 5:
+                raise RuntimeError("failed")
+
+    store = MemoryStore()
+    with pytest.raises(RuntimeError, match="failed"):
+        quiet_trainer(LossRecorder(store), max_epochs=3).fit(Failing(mlp()), loader(vectors()))
+    assert [step.index for step in store] == list(range(5))
+
+
+def test_slow_steps_do_not_wait_for_others(monkeypatch):
+    """They are written one step later, so that others can read the run meanwhile."""
+    monkeypatch.setattr("tda_lightning.callbacks.loss_recorder._SECONDS_TOGETHER", 0.0)
+    store, seen = MemoryStore(), []
+
+    class Reading(Plain):
+        def on_train_batch_end(self, *_):
+            seen.append(len(store))
+
+    quiet_trainer(LossRecorder(store), max_epochs=3).fit(Reading(mlp()), loader(vectors()))
+    assert seen == list(range(9))
 
 
 def test_the_training_is_unchanged():

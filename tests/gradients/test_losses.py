@@ -13,6 +13,8 @@ from tda_lightning.gradients.losses import (
     sampled_gradients,
     term_weights,
 )
+from tda_lightning.gradients.losses.deferred_summary import DeferredSummary
+from tda_lightning.gradients.losses.deferred_summary import facts_of as facts_of_all
 
 N, C, T = 5, 3, 7
 
@@ -189,6 +191,27 @@ def facts_of(loss, outputs):
     summary = LossSummary(losses_of(loss, outputs), N)
     loss.backward(retain_graph=True)
     return summary.facts()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_facts_of_batches_together_are_those_of_each(name):
+    """Also of batches whose losses cannot be joined, since they have other classes or terms."""
+    shape, loss_of = LOSSES[name]
+    summaries, expected = [], []
+    for seed in range(3):
+        outputs = draw(*shape, seed=seed).requires_grad_() * 1.0
+        other = draw(N, C + seed, seed=seed).requires_grad_() * 1.0
+        for batch, loss in (
+            (outputs, loss_of(outputs)),
+            (other, other.log_softmax(-1)[:, 0].sum()),
+        ):
+            summaries.append(DeferredSummary(losses_of(loss, batch), N))
+            expected.append(facts_of(loss, batch))
+    for one, other in zip(facts_of_all(summaries), expected, strict=True):
+        assert one.name == other.name
+        for field in ("terms", "spread", "full_spread", "losses", "errors", "margins"):
+            value = getattr(other, field)
+            torch.testing.assert_close(getattr(one, field), value, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", LOSSES)

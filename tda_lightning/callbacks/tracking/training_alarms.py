@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytorch_lightning as pl
 
-from tda_lightning.callbacks.gradient_recorder import GradientRecorder
+from tda_lightning.callbacks.base_callbacks import RecordedRun
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.messages import LOGGER
 from tda_lightning.results.alarms import Alarms, find_alarms
@@ -19,17 +19,19 @@ class TrainingAlarms(pl.Callback):
     alarms, with their ids.
 
     Args:
-        recorder: The recorder of the same training, also among the trainer's callbacks.
+        recorder: The `GradientRecorder` or `LossRecorder` of the same training, also among the
+            trainer's callbacks.
 
     Raises:
         ValueError: Before the first batch, if the recorder is not among the callbacks, or if
             several processes train.
     """
 
-    def __init__(self, recorder: GradientRecorder) -> None:
-        if not isinstance(recorder, GradientRecorder):
+    def __init__(self, recorder: RecordedRun) -> None:
+        if not isinstance(recorder, RecordedRun):
             raise ValueError(
-                f"`recorder` is {recorder!r}; expected the `GradientRecorder` of the training. "
+                f"`recorder` is {recorder!r}; expected the `GradientRecorder` or `LossRecorder` of "
+                "the training. "
                 "Pass the same object here and in `callbacks=[...]`."
             )
         self.recorder = recorder
@@ -50,7 +52,7 @@ class TrainingAlarms(pl.Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the run so far, and log the number of samples of each alarm."""
-        self.recorder._save()
+        self.recorder.save_steps()
         self.alarms = find_alarms(self.recorder.store)
         curves = {f"alarms/{name}": float(n) for name, n in self.alarms.counts().items()}
         for logger in trainer.loggers:

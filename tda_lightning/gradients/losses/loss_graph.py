@@ -183,13 +183,14 @@ class LossSummary:
             if not waiting or self._is_paused() or value_grad is None or outputs_grad is None:
                 return
             with torch.no_grad():
-                self._add(waiting.pop(), owners, value_grad, outputs_grad)
+                self.add(waiting.pop(), owners, value_grad, outputs_grad)
 
         return hook
 
-    def _add(
+    def add(
         self, node: LossNode, owners: TermOwners | None, value_grad: Tensor, outputs_grad: Tensor
     ) -> None:
+        """Add a loss function, with the gradients of the loss at its result and its outputs."""
         if owners is None:
             self._is_partial = True
             return

@@ -63,11 +63,9 @@ class LossNode(ABC):
     Attributes:
         name: Name of the loss.
         position: Position of the model's outputs among the node's inputs.
-        class_axis: Axis of the outputs that holds the classes of one term, if there is one.
     """
 
     name = "cross-entropy"
-    class_axis: int | None = None
 
     def __init__(self, node: Any) -> None:
         self.node = node
@@ -82,6 +80,11 @@ class LossNode(ABC):
     def outputs(self) -> GradientEdge:
         """Graph edge of the model's outputs."""
         return GradientEdge(*self.node.next_functions[self.position])
+
+    @property
+    def class_axis(self) -> int | None:
+        """Axis of the outputs that holds the classes of one term, if there is one."""
+        return None
 
     def n_terms(self, shape: Sequence[int]) -> int:
         """Return the number of terms of outputs of this shape."""
@@ -145,20 +148,25 @@ class LossNode(ABC):
 class SoftmaxLoss(LossNode):
     """Any function linear in a log-softmax: cross-entropy, also with weights or smoothing."""
 
-    def __init__(self, node: Any) -> None:
-        super().__init__(node)
-        axis = node._saved_dim  # Negative axes are returned as unsigned integers.
-        ndim = len(node._input_metadata[0].shape)
-        self.class_axis = self._axis = (axis - 2**64 if axis >= 2**63 else axis) % max(ndim, 1)
+    @property
+    def axis(self) -> int:
+        """Axis of the classes."""
+        axis: int = self.node._saved_dim  # Negative axes are returned as unsigned integers.
+        return axis - 2**64 if axis >= 2**63 else axis
+
+    @property
+    def class_axis(self) -> int:
+        """Axis of the classes, counted from the first."""
+        return self.axis % max(len(self.node._input_metadata[0].shape), 1)
 
     def weights(self, grad: Tensor) -> Tensor:
         """Return the negative sum of the coefficients of the log-probabilities."""
-        return -grad.sum(dim=self._axis, keepdim=True)
+        return -grad.sum(dim=self.axis, keepdim=True)
 
     def sample(self, generator: Generator) -> Tensor:
         """Sample classes by inverting the cumulative distribution."""
         gradient: Tensor = self.node._saved_result.detach().exp()
-        rows = gradient.movedim(self._axis, -1)
+        rows = gradient.movedim(self.axis, -1)
         size = max(1, _MAX_PROBABILITIES * len(rows) // max(rows.numel(), 1))
         for part in torch.split(rows, size) if rows.ndim > 1 else (rows,):
             _subtract_drawn_(part, generator)
@@ -167,16 +175,16 @@ class SoftmaxLoss(LossNode):
     def summarize(self, grad: Tensor, weights: Tensor) -> Terms:
         """Return facts of each term, for its label alone and for all classes."""
         of_label = super().summarize(grad, weights)
-        norms = torch.linalg.vector_norm(grad, dim=self._axis, keepdim=True)
+        norms = torch.linalg.vector_norm(grad, dim=self.axis, keepdim=True)
         full_square = torch.where(of_label.square.isnan(), torch.nan, (norms / weights).square())
         full_trace = self._full_trace(of_label, full_square)
-        if grad.shape[self._axis] == 2:  # The gradients of both classes are opposite.
+        if grad.shape[self.axis] == 2:  # The gradients of both classes are opposite.
             return Terms.of_one_output(full_trace / 2, full_square / 2)
         return of_label._replace(full_trace=full_trace, full_square=full_square)
 
     def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
         """Return the loss, the norm of the error over all classes, and the margin."""
-        axis, log_probabilities = self._axis, self.node._saved_result.detach()
+        axis, log_probabilities = self.axis, self.node._saved_result.detach()
         coefficients = value_grad / weights
         labels = coefficients.argmin(dim=axis, keepdim=True)
         others = log_probabilities.scatter(axis, labels, -torch.inf)
@@ -195,19 +203,19 @@ class SoftmaxLoss(LossNode):
     def _exact_losses(self, coefficients: Tensor) -> Tensor:
         # Forbidden classes have a log-probability of minus infinity, and no coefficient.
         parts = torch.where(coefficients == 0, 0, coefficients * self.node._saved_result.detach())
-        return parts.sum(dim=self._axis, keepdim=True)
+        return parts.sum(dim=self.axis, keepdim=True)
 
     def _full_trace(self, of_label: Terms, full_square: Tensor) -> Tensor:
         """Return the sum over classes of p * (1 - p)."""
         log_p: Tensor = self.node._saved_result.detach()
         if log_p.numel() <= _MAX_PROBABILITIES:
-            return -(log_p.exp() * log_p.expm1()).sum(dim=self._axis, keepdim=True)
+            return -(log_p.exp() * log_p.expm1()).sum(dim=self.axis, keepdim=True)
         # Without copies of all probabilities, from |p - e|^2: exact for a label of one class, e.
         return (2 * of_label.square.sqrt() - full_square).clamp_min(0)
 
     def _weighted_residuals(self, grad: Tensor) -> Tensor:
         # A norm needs no copy of the gradient, which is large for large vocabularies.
-        total: Tensor = torch.linalg.vector_norm(grad, ord=1, dim=self._axis, keepdim=True)
+        total: Tensor = torch.linalg.vector_norm(grad, ord=1, dim=self.axis, keepdim=True)
         return 0.5 * total
 
 

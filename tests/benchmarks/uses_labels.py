@@ -1,0 +1,209 @@
+"""Which labels are wrong, how many, and what does their removal bring? Part of `uses_debug.py`."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+from uses_tasks import (
+    ALL,
+    TASKS,
+    Classifier,
+    Noisy,
+    Task,
+    accuracy,
+    perceptron,
+    recorded,
+    split,
+    train,
+    train_quickly,
+)
+
+from tda_lightning import InfluenceFunction, Logit, LossRecorder, Unrolled, attribute
+from tda_lightning.applications import find_mislabeled, loss_history
+from tda_lightning.metrics import mislabel_auc
+from tda_lightning.stores import MemoryStore
+
+Rows = Iterator[tuple[str, float]]
+WIDE = replace(
+    TASKS["digits MLP"], name="digits MLP, 512", network=partial(perceptron, 64, 512, 10)
+)
+# Networks that memorize wrong labels when they are trained four times as long, and one too small.
+MEMORIZING = (TASKS["digits CNN"], WIDE, TASKS["breast cancer"], TASKS["digits MLP"])
+N_FOLDS = 5
+
+
+def final_losses(model: Classifier, noisy: Noisy) -> Tensor:
+    with torch.no_grad():
+        logits = model(noisy.inputs).double()
+    return cross_entropy(logits, noisy.given, reduction="none")
+
+
+def mislabels(seed: int) -> Rows:
+    for task in ALL:
+        noisy = split(task, seed)
+        store, model = recorded(task, TensorDataset(noisy.inputs, noisy.given), seed)
+        trusted = [tensor[:30] for tensor in noisy.test.tensors]
+        found = find_mislabeled(store, model, trusted=trusted, progress=False)
+        suspicions = {
+            "find_mislabeled": -found.label_scores,
+            "witness: self-influence": found.witnesses["self_influence"],
+            "witness: predicted left-out loss": found.witnesses["left_out_loss"],
+            "witness: opposition to 30 trusted": found.witnesses["opposition"],
+            "plain loss at the end": final_losses(model, noisy),
+            "random": torch.rand(len(noisy.given), generator=torch.Generator().manual_seed(seed)),
+        }
+        for name, suspicion in suspicions.items():
+            yield f"{task.name}, AUC | {name}", mislabel_auc(suspicion.double(), noisy.wrong)
+        n_wrong = int(noisy.wrong.sum())
+        yield f"{task.name}, number / true | find_mislabeled", found.estimated_number / n_wrong
+
+
+def recovery(seed: int) -> Rows:
+    """Yield accuracies of long trainings before and after removal, each the mean of three."""
+    for task in MEMORIZING:
+        task, noisy, store = replace(task, epochs=4 * task.epochs), split(task, seed), MemoryStore()
+        model = train(task, TensorDataset(noisy.inputs, noisy.given), seed, LossRecorder(store))
+        yield f"{task.name}, wrong labels memorized |", memorized(model, noisy)
+        found = find_mislabeled(store, progress=False)
+        flagged, n_wrong = found.is_flagged(), int(noisy.wrong.sum())
+        yield f"{task.name}, flagged / wrong |", int(flagged.sum()) / n_wrong
+        yield f"{task.name}, wrong among the flagged |", float(noisy.wrong[flagged].float().mean())
+        random = torch.randperm(len(flagged), generator=torch.Generator().manual_seed(seed))
+        everything = torch.ones_like(flagged)
+        subsets = {
+            "(nothing removed)": (noisy.given, everything),
+            "find_mislabeled": (noisy.given, ~flagged),
+            "random": (noisy.given, random >= int(flagged.sum())),
+            "(the wrong ones removed)": (noisy.given, ~noisy.wrong),
+            "(true labels)": (noisy.true, everything),
+        }
+        for name, (labels, kept) in subsets.items():
+            total = 0.0
+            for number in range(3):
+                again = train_quickly(task, noisy.inputs[kept], labels[kept], 100 * seed + number)
+                total += accuracy(again, noisy.test)
+            yield f"{task.name}, accuracy | {name}", total / 3
+
+
+def memorized(model: Classifier, noisy: Noisy) -> float:
+    with torch.no_grad():
+        predicted = model(noisy.inputs).argmax(dim=1)
+    return float((predicted == noisy.given)[noisy.wrong].float().mean())
+
+
+def counts(seed: int) -> Rows:
+    """Count the wrong labels that trainings of four times the length memorize."""
+    for task in ALL:
+        for share in (0.0, 0.05, 0.1, 0.2, 0.3):
+            noisy, store = split(task, seed, share), MemoryStore()
+            data = TensorDataset(noisy.inputs, noisy.given)
+            train(replace(task, epochs=4 * task.epochs), data, seed, LossRecorder(store))
+            found = find_mislabeled(store, progress=False)
+            where = f"{task.name}, {share:.0%} wrong"
+            if not share:
+                yield f"{where}, share flagged |", found.estimated_number / len(data)
+                yield f"{where}, a clear group |", float(found.is_clear)
+                continue
+            means = loss_history(store).mean().values
+            yield f"{where}, number / true |", found.estimated_number / int(noisy.wrong.sum())
+            yield f"{where}, AUC | decisive visits", mislabel_auc(-found.label_scores, noisy.wrong)
+            yield f"{where}, AUC | all visits", mislabel_auc(means, noisy.wrong)
+
+
+def folds(seed: int) -> Rows:
+    """Compare with label qualities of cleanlab, which five more trainings feed."""
+    for task in ALL:
+        noisy = split(task, seed)
+        store, model = recorded(task, TensorDataset(noisy.inputs, noisy.given), seed)
+        qualities = {
+            "find_mislabeled": find_mislabeled(store, progress=False).label_scores,
+            "cleanlab, 5-fold": quality(noisy, by_folds(task, noisy, seed)),
+            "cleanlab, the same model": quality(noisy, probabilities(model, noisy.inputs)),
+        }
+        for name, values in qualities.items():
+            yield f"{task.name}, AUC | {name}", mislabel_auc(-values, noisy.wrong)
+
+
+def out_of_sample(seed: int) -> Rows:
+    """Subtract each sample's own effect from its logits, and compare with 5-fold training."""
+    for task in ALL:
+        noisy = split(task, seed)
+        store, model = recorded(task, TensorDataset(noisy.inputs, noisy.given), seed)
+        truth = by_folds(task, noisy, seed)
+        choices = {
+            "the same model": probabilities(model, noisy.inputs),
+            "5-fold again": by_folds(task, noisy, seed + 100),
+        }
+        for method in (InfluenceFunction(), Unrolled()):
+            with torch.no_grad():
+                logits = model(noisy.inputs) - own_effects(store, model, noisy, method)
+            choices[f"without itself, {type(method).__name__}"] = logits.softmax(dim=1)
+        scores = find_mislabeled(store, progress=False).label_scores
+        choices["find_mislabeled, label only"] = scores.float()[:, None].expand_as(truth)
+        given = noisy.given[:, None]
+        for name, predicted in choices.items():
+            close = rank_correlation(predicted.gather(1, given)[:, 0], truth.gather(1, given)[:, 0])
+            yield f"{task.name}, rank correlation with 5-fold | {name}", close
+        for name, predicted in {"5-fold": truth, **choices}.items():
+            if name != "find_mislabeled, label only":
+                auc = mislabel_auc(-quality(noisy, predicted), noisy.wrong)
+                yield f"{task.name}, AUC of cleanlab | {name}", auc
+
+
+def own_effects(
+    store: MemoryStore,
+    model: Classifier,
+    noisy: Noisy,
+    method: InfluenceFunction | Unrolled,
+    size: int = 200,
+) -> Tensor:
+    """Return the effect of each training sample on its own logits, shape ``(n, classes)``."""
+    columns = []
+    for label in range(int(noisy.true.max()) + 1):
+        parts = []
+        for start in range(0, len(noisy.given), size):
+            ids = torch.arange(start, min(start + size, len(noisy.given)))
+            batch = [noisy.inputs[ids], noisy.given[ids]]
+            scores = attribute(
+                store, model, batch, method=method, target=Logit(label), progress=False
+            )
+            parts.append(scores.values[torch.arange(len(ids)), ids])
+        columns.append(torch.cat(parts))
+    return torch.stack(columns, dim=1)
+
+
+def by_folds(task: Task, noisy: Noisy, seed: int) -> Tensor:
+    """Return class probabilities of each sample by a model that was trained on other folds."""
+    n = len(noisy.given)
+    part = torch.randperm(n, generator=torch.Generator().manual_seed(seed)) % N_FOLDS
+    held_out = torch.zeros(n, int(noisy.true.max()) + 1)
+    for fold in range(N_FOLDS):
+        kept, left = part != fold, part == fold
+        fitted = train_quickly(task, noisy.inputs[kept], noisy.given[kept], seed)
+        held_out[left] = probabilities(fitted, noisy.inputs[left])
+    return held_out
+
+
+def quality(noisy: Noisy, predicted: Tensor) -> Tensor:
+    """Return cleanlab's label qualities."""
+    from cleanlab.rank import get_label_quality_scores
+
+    return torch.as_tensor(
+        get_label_quality_scores(noisy.given.numpy(), predicted.numpy())
+    ).double()
+
+
+@torch.no_grad()
+def probabilities(model: Classifier, inputs: Tensor) -> Tensor:
+    logits: Tensor = model(inputs)
+    return logits.softmax(dim=1)
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Return Spearman's rank correlation."""
+    ranks = torch.stack([values.double().argsort().argsort().double() for values in (one, other)])
+    return float(torch.corrcoef(ranks)[0, 1])
