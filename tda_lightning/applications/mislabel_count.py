@@ -16,15 +16,23 @@ from dataclasses import dataclass
 from math import log
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tda_lightning.applications.loss_history import LossHistory
+from tda_lightning.applications.loss_history import (
+    ROUNDING,
+    LossHistory,
+    holds_losses,
+    loss_history,
+)
+from tda_lightning.stores import Store
 
 LEAST_SEPARATION = 0.68
 _POWER = 0.75
 # The losses of very few visits fall into two groups by chance.
 _LEAST_VISITS = 5
+# Few samples fall into two groups by chance.
+FEW = 50
 # Ends of the decisive part that are tried, at most.
 _MAX_ENDS = 40
 
@@ -79,6 +87,42 @@ def estimate_number(
         if separation < LEAST_SEPARATION:  # Of two groups there is no sign.
             number = min(number, int((history.last().values > log(2)).sum()))
     return Count(number, separation, decisive.max_visits(), history.max_visits())
+
+
+def can_count(run: Store, history: LossHistory | None) -> bool:
+    """Return whether the estimated number was tested for such data."""
+    is_tested = history is not None and history.loss == "cross-entropy"
+    return is_tested and not has_several_terms(run) and len(run.train_ids()) >= FEW
+
+
+def has_several_terms(run: Store) -> bool:
+    """Return whether the loss of a sample is the mean of several terms, such as tokens."""
+    terms = [facts.terms for facts in run.facts if facts.terms is not None]
+    return any(bool((part > 1 + ROUNDING).any()) for part in terms)
+
+
+def suspicious_ids(run: Store) -> Int64[Tensor, " n"]:
+    """Return the samples whose labels are likely wrong; none unless they are a clear group."""
+    history = loss_history(run) if holds_losses(run) else None
+    if history is None or not can_count(run, history):
+        return torch.empty(0, dtype=torch.int64)
+    decisive = decisive_part(history)
+    suspicion = decisive.mean().values.nan_to_num(nan=-torch.inf)
+    count = estimate_number(suspicion, history, decisive)
+    number = count.number if count.separation >= LEAST_SEPARATION else 0
+    return history.train_ids[suspicion.topk(number).indices]
+
+
+def notes_on_selected(run: Store, ids: Int64[Tensor, " n"]) -> tuple[str, ...]:
+    """Return a note if samples with suspicious labels were selected."""
+    suspicious = suspicious_ids(run)
+    number = int(torch.isin(suspicious, ids).sum())
+    if not number:
+        return ()
+    return (
+        f"About {len(suspicious):,} labels of the data are wrong, and {number:,} of these samples "
+        "are selected. Remove them first: see `find_mislabeled`.",
+    )
 
 
 def best_split(values: Float[Tensor, " n"]) -> tuple[int, float]:

@@ -26,17 +26,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications.loss_history import (
-    ROUNDING,
-    LossHistory,
-    holds_losses,
-    loss_history,
-)
+from tda_lightning.applications.loss_history import LossHistory, holds_losses, loss_history
 from tda_lightning.applications.mislabel_count import (
+    FEW,
     LEAST_SEPARATION,
     Count,
+    can_count,
     decisive_part,
     estimate_number,
+    has_several_terms,
 )
 from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
 from tda_lightning.applications.predictions import Labels, Outputs, predict
@@ -49,9 +47,6 @@ from tda_lightning.passes.targets import labels_of, outputs_of
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.opening import Run, open_run
-
-# Few samples fall into two groups by chance.
-_FEW = 50
 
 
 def find_mislabeled(
@@ -118,7 +113,7 @@ def find_mislabeled(
         label_scores=_label_scores(suspicion, history),
         witnesses=witnesses,
         estimated_number=count.number,
-        is_clear=_can_count(store, history) and count.separation >= LEAST_SEPARATION,
+        is_clear=can_count(store, history) and count.separation >= LEAST_SEPARATION,
         flagged_number=count.number if number is None else min(number, len(suspicion)),
         labelled=labelled,
         notes=tuple(_notes(store, history, suspicion, count)),
@@ -205,23 +200,12 @@ def _label_scores(
     return 1 - torch.searchsorted(ordered, suspicion, right=True).double() / len(suspicion)
 
 
-def _can_count(store: Store, history: LossHistory | None) -> bool:
-    """Return whether the estimated number was tested for such data."""
-    is_tested = history is not None and history.loss == "cross-entropy"
-    return is_tested and not _has_several_terms(store) and len(store.train_ids()) >= _FEW
-
-
-def _has_several_terms(store: Store) -> bool:
-    terms = [facts.terms for facts in store.facts if facts.terms is not None]
-    return any(bool((part > 1 + ROUNDING).any()) for part in terms)
-
-
 def _notes(
     store: Store, history: LossHistory | None, suspicion: Float[Tensor, " n"], count: Count
 ) -> Iterator[str]:
     yield from _notes_on_losses(store, history)
     n = len(suspicion)
-    if n < _FEW:
+    if n < FEW:
         yield f"{n} samples are too few to count wrong labels: their scores split by chance."
     if count.separation == 0:
         yield (
@@ -256,7 +240,7 @@ def _notes_on_losses(store: Store, history: LossHistory | None) -> Iterator[str]
         )
     elif history.loss != "cross-entropy":
         yield f"The loss is {history.loss}: the number was tested for classes only."
-    elif _has_several_terms(store):
+    elif has_several_terms(store):
         yield (
             "The loss of a sample is the mean of several terms, such as tokens: a single wrong one "
             "may be hidden, and the number was tested for one label per sample only."

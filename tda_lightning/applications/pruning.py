@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.applications.importance import EL2N, Importance
+from tda_lightning.applications.mislabel_count import notes_on_selected
 from tda_lightning.applications.selection import Labels, Selection, count_of, groups_of, quotas
 from tda_lightning.attribution.attributor import Totals
 from tda_lightning.attribution.linalg import unit_rows
@@ -58,6 +59,7 @@ def prune(
         scores=scores.values[positions],
         n_train=len(scores.train_ids),
         method=scores.method,
+        notes=notes_on_selected(store, scores.train_ids[positions]),
     )
 
 
@@ -112,6 +114,7 @@ def coreset(run: Run, keep: float = 0.1, *, balance: Labels | None = None) -> Se
         scores=gains[order],
         n_train=len(ids),
         method="facility location of gradients",
+        notes=notes_on_selected(store, ids[at[order]]),
     )
 
 

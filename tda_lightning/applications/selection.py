@@ -32,6 +32,7 @@ class Selection(ShownInNotebooks):
         scores: The score by which each was selected, shape ``(n,)``.
         n_train: Number of samples to select from.
         method: How the samples were selected.
+        notes: What limits the answer, in sentences.
     """
 
     ids: Int[Tensor, " n"]
@@ -39,6 +40,7 @@ class Selection(ShownInNotebooks):
     scores: Float[Tensor, " n"]
     n_train: int
     method: str
+    notes: tuple[str, ...] = ()
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with the weight and the score of each sample, indexed by its id."""
@@ -63,7 +65,7 @@ class Selection(ShownInNotebooks):
         if len(self.weights) and float(self.weights.min()) != float(self.weights.max()):
             low, high = float(self.weights.min()), float(self.weights.max())
             lines.append(f"  weights from {low:.3g} to {high:.3g}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 Labels = Sequence[int] | Int[np.ndarray, " n_all"] | Int[Tensor, " n_all"]

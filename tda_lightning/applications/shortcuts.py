@@ -33,6 +33,8 @@ from tda_lightning.stores.opening import Run, open_run
 if TYPE_CHECKING:
     import pandas as pd
 
+SIGNIFICANT = 0.05
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -90,8 +92,11 @@ class Shortcut(ShownInNotebooks):
         ]
         least = f"p-values are at least {1 / (1 + self.n_permutations):.2g}"
         head = f"Shortcut: what drives {self.n_slice:,} predictions ({least})"
-        other = "  Attributes that were not passed cannot be found; only their samples can."
-        return "\n".join([head, *lines, f"  main samples: {samples}", other])
+        notes = ["Attributes that were not passed cannot be found; only their samples can."]
+        if sum(effect.p_value < SIGNIFICANT for effect in self.effects) > 1:
+            notes.insert(0, "Attributes that occur together share an effect: trust the strongest.")
+        notes = [f"  {note}" for note in notes]
+        return "\n".join([head, *lines, f"  main samples: {samples}", *notes])
 
 
 def find_shortcut(

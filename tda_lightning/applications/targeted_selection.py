@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tda_lightning.applications.mislabel_count import notes_on_selected
 from tda_lightning.applications.pruning import mean_rows
 from tda_lightning.applications.selection import Selection
 from tda_lightning.attribution import Attributor, GradientSimilarity, InfluenceFunction
@@ -94,6 +95,7 @@ def select(
         scores=values[positions],
         n_train=len(values),
         method=f"{reduce} over {len(scores.values)} targets of {method!r}",
+        notes=notes_on_selected(store, scores.train_ids[positions]) if pool is None else (),
     )
 
 

@@ -174,6 +174,24 @@ def test_the_attribute_of_the_highest_scores_is_the_shortcut(digits):
     assert frame.p_value["absent"] == 1
     assert frame.p_value["random"] > 0.05
     assert found.ids[0] == scores.train_ids[values.argmax()]
+    assert "occur together" not in repr(found)
+
+
+def test_attributes_that_occur_together_share_an_effect(digits):
+    labels = torch.stack([label for _, label in digits.train])
+    is_three, is_odd = labels == 3, labels % 2 == 1
+    queries = [torch.stack([x for x, y in digits.train if y == 3])[:20], torch.full((20,), 3)]
+    found = find_shortcut(
+        digits.store,
+        digits.model,
+        queries,
+        {"three": is_three, "odd": is_odd},
+        target=Logit(3),
+        n_permutations=99,
+        progress=False,
+    )
+    assert [effect.attribute for effect in found.effects] == ["three", "odd"]
+    assert "occur together share an effect: trust the strongest" in repr(found)
 
 
 def test_a_class_is_no_shortcut_within_classes(digits):

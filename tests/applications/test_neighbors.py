@@ -86,7 +86,10 @@ def test_the_model_finds_copies_with_other_labels(trained):
     frame = found.to_pandas()
     assert frame.index[frame.disagrees].tolist() == [11, 34]
     assert frame.label.tolist() == with_copies().tensors[1][found.ids].tolist()
-    assert "labels disagree in 1 groups" in repr(found)
+    assert repr(found).split("\n")[1:3] == [
+        "  labels disagree in 1 groups",
+        "  " + ", ".join(f"{i} (label {with_copies().tensors[1][i]})" for i in (11, 34)),
+    ]
 
 
 def test_samples_outside_the_loader_and_data_without_labels_are_stated(trained):

@@ -134,6 +134,24 @@ def test_a_selection_goes_straight_into_torch(trained):
     assert f"Selection of 5 of {N} samples" in repr(chosen)
 
 
+def test_selected_samples_with_suspicious_labels_are_counted():
+    """Hard samples are kept, and wrong labels are hard; the easiest half holds none of them."""
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 2), torch.arange(60) % 2
+    x[:, 0] += torch.where(y == 1, 5.0, -5.0)
+    y[:7] = 1 - y[:7]
+    store = MemoryStore()
+    net = nn.Linear(2, 2)
+    model = Plain(net, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    data = loader(TensorDataset(x, y))
+    quiet_trainer(GradientRecorder(store), max_epochs=8).fit(model, data)
+    assert set(range(7)) <= set(prune(store).ids.tolist())
+    note = "About 7 labels of the data are wrong, and 7 of these samples are selected."
+    assert note in repr(prune(store))
+    assert not prune(store, importance=Lowest(EL2N())).notes
+    assert "7 labels" in repr(coreset(store, 0.5))
+
+
 def test_a_coreset_is_the_greedy_facility_location(trained):
     store, _, _ = trained
     ids, rows = mean_rows(store)

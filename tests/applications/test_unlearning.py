@@ -222,6 +222,7 @@ def test_the_second_order_moves_toward_a_retrained_model(snapshots):
     assert set(result.membership_auc) == {"before", "after", "retrained"}
     assert list(result.to_pandas().index) == ["before", "after", "retrained"]
     assert "nothing is certified" in repr(result)
+    assert "pass it as `retrained=`" not in repr(result)
 
 
 def test_the_model_is_not_changed():
@@ -229,6 +230,7 @@ def test_the_model_is_not_changed():
     model, store = trained(data, net(), sgd, snapshots=2)
     before = copy.deepcopy(model.state_dict())
     result = unlearn(model, store, loader(data), FORGET, holdout=loader(data), progress=False)
+    assert "pass it as `retrained=`" in repr(result)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
         assert value.data_ptr() != result.state_dict[name].data_ptr()

@@ -33,7 +33,7 @@ WIDE = replace(
 )
 # Networks that memorize wrong labels when they are trained four times as long, and one too small.
 MEMORIZING = (TASKS["digits CNN"], WIDE, TASKS["breast cancer"], TASKS["digits MLP"])
-N_FOLDS = 5
+N_FOLDS, N_EXAMINED = 5, 200
 
 
 def final_losses(model: Classifier, noisy: Noisy) -> Tensor:
@@ -121,59 +121,55 @@ def folds(seed: int) -> Rows:
         store, model = recorded(task, TensorDataset(noisy.inputs, noisy.given), seed)
         qualities = {
             "find_mislabeled": find_mislabeled(store, progress=False).label_scores,
-            "cleanlab, 5-fold": quality(noisy, by_folds(task, noisy, seed)),
-            "cleanlab, the same model": quality(noisy, probabilities(model, noisy.inputs)),
+            "cleanlab, 5-fold": quality(noisy.given, by_folds(task, noisy, seed)),
+            "cleanlab, the same model": quality(noisy.given, probabilities(model, noisy.inputs)),
         }
         for name, values in qualities.items():
             yield f"{task.name}, AUC | {name}", mislabel_auc(-values, noisy.wrong)
 
 
 def out_of_sample(seed: int) -> Rows:
-    """Subtract each sample's own effect from its logits, and compare with 5-fold training."""
+    """Subtract the effects of 200 samples on their own logits; compare with 5-fold training."""
     for task in ALL:
         noisy = split(task, seed)
         store, model = recorded(task, TensorDataset(noisy.inputs, noisy.given), seed)
-        truth = by_folds(task, noisy, seed)
-        choices = {
-            "the same model": probabilities(model, noisy.inputs),
-            "5-fold again": by_folds(task, noisy, seed + 100),
-        }
+        n = min(N_EXAMINED, len(noisy.given))
+        truth, again = (by_folds(task, noisy, seed + part)[:n] for part in (0, 100))
+        choices = {"the same model": probabilities(model, noisy.inputs[:n]), "5-fold again": again}
         for method in (InfluenceFunction(), Unrolled()):
+            effects = own_effects(store, model, noisy, n, method)
             with torch.no_grad():
-                logits = model(noisy.inputs) - own_effects(store, model, noisy, method)
+                logits = model(noisy.inputs[:n]) - effects
             choices[f"without itself, {type(method).__name__}"] = logits.softmax(dim=1)
-        scores = find_mislabeled(store, progress=False).label_scores
-        choices["find_mislabeled, label only"] = scores.float()[:, None].expand_as(truth)
-        given = noisy.given[:, None]
+        given, wrong = noisy.given[:n], noisy.wrong[:n]
+        expected = of_label(truth, given)
+        scores = find_mislabeled(store, progress=False).label_scores[:n]
+        yield f"{task.name}, label scores to 5-fold |", rank_correlation(scores, expected)
+        yield f"{task.name}, AUC | find_mislabeled", mislabel_auc(-scores, wrong)
         for name, predicted in choices.items():
-            close = rank_correlation(predicted.gather(1, given)[:, 0], truth.gather(1, given)[:, 0])
+            close = rank_correlation(of_label(predicted, given), expected)
             yield f"{task.name}, rank correlation with 5-fold | {name}", close
         for name, predicted in {"5-fold": truth, **choices}.items():
-            if name != "find_mislabeled, label only":
-                auc = mislabel_auc(-quality(noisy, predicted), noisy.wrong)
-                yield f"{task.name}, AUC of cleanlab | {name}", auc
+            yield f"{task.name}, AUC | {name}", mislabel_auc(-quality(given, predicted), wrong)
+
+
+def of_label(predicted: Tensor, labels: Tensor) -> Tensor:
+    return predicted.gather(1, labels[:, None])[:, 0]
 
 
 def own_effects(
     store: MemoryStore,
     model: Classifier,
     noisy: Noisy,
+    n: int,
     method: InfluenceFunction | Unrolled,
-    size: int = 200,
 ) -> Tensor:
-    """Return the effect of each training sample on its own logits, shape ``(n, classes)``."""
-    columns = []
+    """Return the effects of the first samples on their own logits, shape ``(n, classes)``."""
+    batch, effects = [noisy.inputs[:n], noisy.given[:n]], []
     for label in range(int(noisy.true.max()) + 1):
-        parts = []
-        for start in range(0, len(noisy.given), size):
-            ids = torch.arange(start, min(start + size, len(noisy.given)))
-            batch = [noisy.inputs[ids], noisy.given[ids]]
-            scores = attribute(
-                store, model, batch, method=method, target=Logit(label), progress=False
-            )
-            parts.append(scores.values[torch.arange(len(ids)), ids])
-        columns.append(torch.cat(parts))
-    return torch.stack(columns, dim=1)
+        scores = attribute(store, model, batch, method=method, target=Logit(label), progress=False)
+        effects.append(scores.values[:, :n].diagonal())
+    return torch.stack(effects, dim=1)
 
 
 def by_folds(task: Task, noisy: Noisy, seed: int) -> Tensor:
@@ -188,13 +184,11 @@ def by_folds(task: Task, noisy: Noisy, seed: int) -> Tensor:
     return held_out
 
 
-def quality(noisy: Noisy, predicted: Tensor) -> Tensor:
+def quality(given: Tensor, predicted: Tensor) -> Tensor:
     """Return cleanlab's label qualities."""
     from cleanlab.rank import get_label_quality_scores
 
-    return torch.as_tensor(
-        get_label_quality_scores(noisy.given.numpy(), predicted.numpy())
-    ).double()
+    return torch.as_tensor(get_label_quality_scores(given.numpy(), predicted.numpy())).double()
 
 
 @torch.no_grad()

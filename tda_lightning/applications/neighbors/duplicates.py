@@ -101,13 +101,15 @@ class Duplicates(ShownInNotebooks):
         return frame.assign(disagrees=frame.groupby("group").label.transform("nunique") > 1)
 
     def __repr__(self) -> str:
-        """Show the number of groups, the first of them, and the notes."""
+        """Show the number of groups, some of them, and the notes; those that disagree first."""
         n = len(self.train_ids)
         head = f"Duplicates: {len(self.ids):,} of {n:,} samples are in {len(self.groups):,} groups"
         lines = [head + f" with cosines above {self.threshold:g}"]
         if self.labels is not None:
             lines.append(f"  labels disagree in {len(self.disagreeing):,} groups")
-        lines += [f"  {self._describe(group)}" for group in self.groups[:5]]
+        first = [] if self.labels is None else [*self.disagreeing[:5]]
+        shown = {int(group[0]): group for group in (*first, *self.groups[:5])}
+        lines += [f"  {self._describe(group)}" for group in list(shown.values())[:5]]
         lines += ["  ..."] if len(self.groups) > 5 else []
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 

@@ -47,6 +47,10 @@ NOT_GUARANTEED = (
     "certified. Buffers, such as the statistics of batch norm, are unchanged. Exact unlearning is "
     "retraining; see `rewind_plan`."
 )
+_EXPECTED_AUC = (
+    "A retrained model has a membership AUC of about .5 only if the forgotten samples are like "
+    "the holdout's; pass it as `retrained=` to compare."
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Unlearned(ShownInNotebooks):
         losses: Mean loss of each set (``"forget"``, ``"retain"``, ``"holdout"``) for each model
             (``"before"``, ``"after"``, ``"retrained"``).
         membership_auc: For each model, the probability that a forgotten sample has a lower loss
-            than a holdout sample. Models without these samples are at about .5.
+            than a holdout sample. Models without these samples are at about .5 if both sets are
+            alike.
         distances: Mean distance of the predictions of ``"before"`` and ``"after"`` to those of the
             retrained model, for each set. It is the total variation of class probabilities, or the
             absolute difference.
@@ -93,6 +98,8 @@ class Unlearned(ShownInNotebooks):
             lines.append(f"  mean loss, {name + ':':9s} {_listed(values)}")
         if self.membership_auc:
             lines.append(f"  membership AUC:      {_listed(self.membership_auc)}")
+            if "retrained" not in self.membership_auc:
+                lines.append(f"  {_EXPECTED_AUC}")
         for name, values in self.distances.items():
             lines.append(f"  distance, {name + ':':10s} {_listed(values)}")
         if self.unchanged:
