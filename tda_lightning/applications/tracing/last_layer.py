@@ -5,10 +5,14 @@ With features :math:`h` and logits :math:`z` at the tokens of a passage :math:`i
 .. math:: s(q, i) = -\sum_{t, a} \big\langle \frac{\partial L_i}{\partial z_t},
    \frac{\partial f_q}{\partial z_a} \big\rangle \, \langle h_t, h_a \rangle
 
-It is TracIn of the last layer, at the model's weights or at snapshots of a run: Pruthi et al.
-(2020), "Estimating Training Data Influence by Tracing Gradient Descent", sec. 4. Few passages hold
-a rare word, so their share of the last layer's gradient is large at its row, and tiny everywhere
-else. A sketch of the whole model hides it; these products do not.
+It is TracIn of the last layer at the model's weights: Pruthi et al. (2020), "Estimating Training
+Data Influence by Tracing Gradient Descent", sec. 4. Few passages hold a rare word, so their share
+of the last layer's gradient is large at its row, and tiny everywhere else. A sketch of the whole
+model hides it; these products do not.
+
+Of several snapshots, the highest score counts, not the sum as in TracIn. A passage raises the
+completion most while its fact is being learned. Once it is known by heart, its gradient is small,
+and steps on other passages with similar features outweigh it in a sum.
 """
 
 from __future__ import annotations
@@ -61,8 +65,8 @@ def last_layer_scores(
     """Score passages by how much a step on each raises the logits of a completion.
 
     It also finds the source of facts in other words than those of the passage, which
-    :func:`trace_facts` misses. No recorded run is needed, but one with snapshots is better: early
-    in a training, features of both wordings are more alike.
+    :func:`trace_facts` misses. No recorded run is needed, but one with snapshots is better: the
+    features of both wordings are most alike while the fact is being learned.
 
     Args:
         model: The trained LightningModule. It is left unchanged.
@@ -70,8 +74,8 @@ def last_layer_scores(
         queries: A batch of prompts with their completions, or a ``DataLoader`` of such batches.
             Label the completion, and all other tokens -100.
         run: The recorded training with snapshots: its folder or a store; see
-            ``GradientRecorder(snapshots=...)``. Scores are means over at most ten of them. By
-            default they are those at the model's current weights.
+            ``GradientRecorder(snapshots=...)``. The highest score of at most ten of them counts. By
+            default, scores are those at the model's current weights.
         target: The quantity to raise; its sum over the tokens of a query counts. Logits of the
             completion point to it. Its loss also points to what the model predicts instead.
         layer: Name of the layer; by default the last ``Linear`` that is called.
@@ -106,10 +110,10 @@ def last_layer_scores(
             "pass for each snapshot. Pass a loader of all samples."
         )
     return Scores(
-        values=torch.stack([values for _, values in parts]).mean(dim=0),
+        values=torch.stack([values for _, values in parts]).amax(dim=0),
         query_ids=torch.arange(query.n),
         train_ids=train_ids,
-        method=f"TracIn of `{calls.name}`",
+        method=f"TracIn of `{calls.name}`" + (", highest" if len(parts) > 1 else ""),
         provenance={
             "model": type(model).__name__,
             "weights": describe_snapshots(snapshots) if snapshots else fingerprint(model),
