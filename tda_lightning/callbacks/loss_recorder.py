@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -74,9 +75,8 @@ class LossRecorder(RecordedRun, RecordingCallback):
         self._summary: DeferredSummary | None = None
         self._batches: list[_Batch] = []
         self._label: dict[str, Any] | None = None
-        self._waiting: list[_TakenStep] = []
         self._waiting_since = 0.0
-        self._computed: _ComputedSteps | None = None
+        self._pending = _Pending()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin or continue the run."""
@@ -162,24 +162,22 @@ class LossRecorder(RecordedRun, RecordingCallback):
             return
         batches, self._batches = self._batches, []
         if batches and trainer.global_step > label["index"]:
-            now = time.monotonic()
-            self._waiting_since = self._waiting_since if self._waiting else now
-            self._waiting.append(_TakenStep(label, batches))
-            age = now - self._waiting_since
-            if len(self._waiting) >= _STEPS_TOGETHER or age >= _SECONDS_TOGETHER:
+            waiting, now = self._pending.waiting, time.monotonic()
+            self._waiting_since = self._waiting_since if waiting else now
+            waiting.append(_TakenStep(label, batches))
+            if len(waiting) >= _STEPS_TOGETHER or now - self._waiting_since >= _SECONDS_TOGETHER:
                 self._compute()
 
     def _compute(self) -> None:
         """Write the steps before; a device computes and copies the losses of these meanwhile."""
         self._write()
-        waiting, self._waiting = self._waiting, []
-        if waiting:
-            self._computed = _ComputedSteps(waiting)
+        if self._pending.waiting:
+            # One assignment: an exception from a signal handler neither loses nor repeats them.
+            self._pending = _Pending(_ComputedSteps(self._pending.waiting))
 
     def _write(self) -> None:
-        computed, self._computed = self._computed, None
-        if computed is not None:
-            for step in computed.finish():
+        if self._pending.computed is not None:
+            for step in self._pending.computed.take():
                 self._writer.append(step)
 
     def _finish_steps(self) -> dict[str, Any] | None:
@@ -195,9 +193,9 @@ class LossRecorder(RecordedRun, RecordingCallback):
     def _close(self) -> None:
         super()._close()
         if self._is_attached:
-            self._is_attached = False
             self._batches, self._ids, self._summary = [], None, None
             self._finish_steps()
+            self._is_attached = False  # Not before: an interrupt makes Lightning close it again.
             self._writer.close()
 
 
@@ -232,21 +230,32 @@ class _TakenStep:
         )
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """Steps whose losses are computed and not yet written, and those that wait to be computed."""
+
+    computed: _ComputedSteps | None = None
+    waiting: list[_TakenStep] = field(default_factory=list)
+
+
 class _ComputedSteps:
     """Steps whose losses are computed; the facts travel to the CPU while the training goes on."""
 
     def __init__(self, steps: Sequence[_TakenStep]) -> None:
-        self._steps = steps
         facts = iter(facts_of([batch.summary for step in steps for batch in step.batches]))
-        parts = [[(next(facts), batch.weight) for batch in step.batches] for step in steps]
-        self._names = [{batch.name for batch, _ in part} for part in parts]
-        self._columns = [
-            joined([batch.of_visits(weight) for batch, weight in part]) for part in parts
-        ]
-        self._copy = HostCopy([value for part in self._columns for value in part.values()])
+        self._remaining: deque[tuple[_TakenStep, set[str], list[str], slice]] = deque()
+        copied: list[Tensor] = []
+        for step in steps:
+            parts = [(next(facts), batch.weight) for batch in step.batches]
+            columns = joined([batch.of_visits(weight) for batch, weight in parts])
+            place = slice(len(copied), len(copied) + len(columns))
+            copied += columns.values()
+            self._remaining.append((step, {batch.name for batch, _ in parts}, [*columns], place))
+        self._copy = HostCopy(copied)
 
-    def finish(self) -> Iterator[Step]:
-        """Wait for the facts, and yield the steps."""
-        values = iter(self._copy.read())
-        for step, names, columns in zip(self._steps, self._names, self._columns, strict=True):
-            yield step.finish(names, {name: next(values) for name in columns})
+    def take(self) -> Iterator[Step]:
+        """Wait for the facts; yield one step after the other, and forget it."""
+        values = self._copy.read()
+        while self._remaining:
+            step, names, columns, place = self._remaining.popleft()
+            yield step.finish(names, dict(zip(columns, values[place], strict=True)))

@@ -45,6 +45,24 @@ def test_steps_before_a_failure_are_recorded():
     assert [step.index for step in store] == list(range(5))
 
 
+@pytest.mark.parametrize("at", range(9))
+def test_an_interrupt_while_steps_are_written_loses_at_most_one(at, monkeypatch):
+    """The interrupted training is closed, which writes the steps that remain."""
+    recorder = LossRecorder(MemoryStore())
+    append, calls = recorder._writer.append, iter(range(100))
+
+    def interrupted(step):
+        if next(calls) == at:
+            raise RuntimeError("interrupted")
+        append(step)
+
+    monkeypatch.setattr(recorder._writer, "append", interrupted)
+    trainer = quiet_trainer(recorder, max_epochs=3)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer.fit(Plain(mlp()), loader(vectors()))
+    assert [step.index for step in recorder.store] == [i for i in range(9) if i != at]
+
+
 def test_slow_steps_do_not_wait_for_others(monkeypatch):
     """They are written one step later, so that others can read the run meanwhile."""
     monkeypatch.setattr("tda_lightning.callbacks.loss_recorder._SECONDS_TOGETHER", 0.0)
