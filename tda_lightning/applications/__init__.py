@@ -29,6 +29,7 @@ from tda_lightning.applications.neighbors import (
     find_duplicates,
     find_outliers,
 )
+from tda_lightning.applications.out_of_sample import OutOfSample, out_of_sample_probabilities
 from tda_lightning.applications.pruning import coreset, prune
 from tda_lightning.applications.retraining import (
     Plan,
@@ -86,6 +87,7 @@ __all__ = [
     "MeanLoss",
     "Mislabeled",
     "NextToken",
+    "OutOfSample",
     "Outliers",
     "Plan",
     "Replay",
@@ -114,6 +116,7 @@ __all__ = [
     "last_layer_scores",
     "leave_out",
     "loss_history",
+    "out_of_sample_probabilities",
     "prune",
     "random_subsets",
     "rescore",

@@ -32,7 +32,7 @@ from tda_lightning.stores.step import OPTIONAL_FACTS, ParameterGroup, Step
 
 _CHECKED = ("store", "sample_ids", "reduction", "existing")
 # Losses of so many steps are computed together, or of this many seconds.
-_STEPS_TOGETHER = 64
+_STEPS_TOGETHER = 8
 _SECONDS_TOGETHER = 0.5
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from uses_labels import counts, folds, mislabels, out_of_sample, recovery
+from uses_labels import counts, mislabels, out_of_sample, recovery
 from uses_neighbors import neighbors
 from uses_tasks import ALL, TASKS, recorded, split, train
 
@@ -161,7 +161,6 @@ USES: dict[str, Callable[[int], Rows]] = {
     "mislabels": mislabels,
     "recovery": recovery,
     "counts": counts,
-    "folds": folds,
     "out-of-sample": out_of_sample,
     "neighbors": neighbors,
     "errors": errors,

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from uses_tasks import (
     ALL,
     TASKS,
@@ -22,8 +22,12 @@ from uses_tasks import (
     train_quickly,
 )
 
-from tda_lightning import InfluenceFunction, Logit, LossRecorder, Unrolled, attribute
-from tda_lightning.applications import find_mislabeled, loss_history
+from tda_lightning import LossRecorder
+from tda_lightning.applications import (
+    find_mislabeled,
+    loss_history,
+    out_of_sample_probabilities,
+)
 from tda_lightning.metrics import mislabel_auc
 from tda_lightning.stores import MemoryStore
 
@@ -33,7 +37,7 @@ WIDE = replace(
 )
 # Networks that memorize wrong labels when they are trained four times as long, and one too small.
 MEMORIZING = (TASKS["digits CNN"], WIDE, TASKS["breast cancer"], TASKS["digits MLP"])
-N_FOLDS, N_EXAMINED = 5, 200
+N_FOLDS = 5
 
 
 def final_losses(model: Classifier, noisy: Noisy) -> Tensor:
@@ -114,62 +118,36 @@ def counts(seed: int) -> Rows:
             yield f"{where}, AUC | all visits", mislabel_auc(means, noisy.wrong)
 
 
-def folds(seed: int) -> Rows:
-    """Compare with label qualities of cleanlab, which five more trainings feed."""
-    for task in ALL:
-        noisy = split(task, seed)
-        store, model = recorded(task, TensorDataset(noisy.inputs, noisy.given), seed)
-        qualities = {
-            "find_mislabeled": find_mislabeled(store, progress=False).label_scores,
-            "cleanlab, 5-fold": quality(noisy.given, by_folds(task, noisy, seed)),
-            "cleanlab, the same model": quality(noisy.given, probabilities(model, noisy.inputs)),
-        }
-        for name, values in qualities.items():
-            yield f"{task.name}, AUC | {name}", mislabel_auc(-values, noisy.wrong)
-
-
 def out_of_sample(seed: int) -> Rows:
-    """Subtract the effects of 200 samples on their own logits; compare with 5-fold training."""
-    for task in ALL:
+    """Compare with 5-fold training, and that with other folds; also where labels are memorized."""
+    long = [
+        replace(task, name=f"{task.name}, long", epochs=4 * task.epochs)
+        for task in (TASKS["breast cancer"], TASKS["wine"])
+    ]
+    for task in (*ALL, *long):
         noisy = split(task, seed)
-        store, model = recorded(task, TensorDataset(noisy.inputs, noisy.given), seed)
-        n = min(N_EXAMINED, len(noisy.given))
-        truth, again = (by_folds(task, noisy, seed + part)[:n] for part in (0, 100))
-        choices = {"the same model": probabilities(model, noisy.inputs[:n]), "5-fold again": again}
-        for method in (InfluenceFunction(), Unrolled()):
-            effects = own_effects(store, model, noisy, n, method)
-            with torch.no_grad():
-                logits = model(noisy.inputs[:n]) - effects
-            choices[f"without itself, {type(method).__name__}"] = logits.softmax(dim=1)
-        given, wrong = noisy.given[:n], noisy.wrong[:n]
-        expected = of_label(truth, given)
-        scores = find_mislabeled(store, progress=False).label_scores[:n]
-        yield f"{task.name}, label scores to 5-fold |", rank_correlation(scores, expected)
-        yield f"{task.name}, AUC | find_mislabeled", mislabel_auc(-scores, wrong)
+        data = TensorDataset(noisy.inputs, noisy.given)
+        store, model = recorded(task, data, seed)
+        found = out_of_sample_probabilities(store, model, DataLoader(data, 200), progress=False)
+        truth, again = (by_folds(task, noisy, seed + part) for part in (0, 100))
+        choices = {
+            "out_of_sample_probabilities": found.probabilities.float(),
+            "in sample": found.in_sample.float(),
+            "5-fold again": again,
+        }
+        expected = of_label(truth, noisy.given)
         for name, predicted in choices.items():
-            close = rank_correlation(of_label(predicted, given), expected)
+            close = rank_correlation(of_label(predicted, noisy.given), expected)
             yield f"{task.name}, rank correlation with 5-fold | {name}", close
-        for name, predicted in {"5-fold": truth, **choices}.items():
-            yield f"{task.name}, AUC | {name}", mislabel_auc(-quality(given, predicted), wrong)
+        for name, predicted in {**choices, "5-fold": truth}.items():
+            auc = mislabel_auc(-quality(noisy.given, predicted), noisy.wrong)
+            yield f"{task.name}, AUC | {name}", auc
+        scores = find_mislabeled(store, progress=False).label_scores
+        yield f"{task.name}, AUC | find_mislabeled", mislabel_auc(-scores, noisy.wrong)
 
 
 def of_label(predicted: Tensor, labels: Tensor) -> Tensor:
     return predicted.gather(1, labels[:, None])[:, 0]
-
-
-def own_effects(
-    store: MemoryStore,
-    model: Classifier,
-    noisy: Noisy,
-    n: int,
-    method: InfluenceFunction | Unrolled,
-) -> Tensor:
-    """Return the effects of the first samples on their own logits, shape ``(n, classes)``."""
-    batch, effects = [noisy.inputs[:n], noisy.given[:n]], []
-    for label in range(int(noisy.true.max()) + 1):
-        scores = attribute(store, model, batch, method=method, target=Logit(label), progress=False)
-        effects.append(scores.values[:, :n].diagonal())
-    return torch.stack(effects, dim=1)
 
 
 def by_folds(task: Task, noisy: Noisy, seed: int) -> Tensor:
