@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tda_lightning.applications.predictions import Labels, Outputs, predict
 from tda_lightning.applications.pruning import mean_rows
 from tda_lightning.attribution import InfluenceFunction
-from tda_lightning.attribution.device_view import DeviceView
+from tda_lightning.attribution.steps import DeviceView
 from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import identified_rows
 from tda_lightning.passes.targets import Logit, labels_of, outputs_of

@@ -32,9 +32,11 @@ from tda_lightning.applications import (
     prune,
     select,
 )
+from tda_lightning.attribution import Averaged
 from tda_lightning.metrics import mislabel_auc
 
 N_TRAIN, BATCH_SIZE = 1200, 50
+METHODS = (Averaged(), Unrolled(), InfluenceFunction(), TracIn(), GradientSimilarity())
 Rows = Iterator[tuple[str, float]]
 SETTINGS = {
     "accelerator": "cpu",
@@ -230,14 +232,12 @@ def removing(seed: int) -> Rows:
         "random": torch.rand(len(chosen), N_TRAIN, generator=generator),
         "random of the class": torch.rand(len(chosen), N_TRAIN, generator=generator) + same_class,
         "feature distance within the class": features + 2 * same_class,
-        "Unrolled() (default)": attribute(run, model, queries, progress=False).values,
-        "InfluenceFunction()": attribute(
-            run, model, queries, method=InfluenceFunction(), progress=False
-        ).values,
-        "TracIn()": attribute(run, model, queries, method=TracIn(), progress=False).values,
-        "GradientSimilarity()": attribute(
-            run, model, queries, method=GradientSimilarity(), progress=False
-        ).values,
+        **{
+            repr(method).split("(")[0]: attribute(
+                run, model, queries, method=method, progress=False
+            ).values
+            for method in METHODS
+        },
     }
     for name, values in scores.items():
         flips = 0

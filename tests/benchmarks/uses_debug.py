@@ -29,12 +29,12 @@ from tda_lightning import (
     self_influence,
 )
 from tda_lightning.applications import Shortcut, explain_errors, find_shortcut
-from tda_lightning.attribution import Attributor
+from tda_lightning.attribution import Attributor, Averaged
 from tda_lightning.metrics import kept_without_proponents, mislabel_auc
 
 Rows = Iterator[tuple[str, float]]
 N_QUERIES, REMOVED = 6, 0.05
-METHODS = (TracIn(), Unrolled(), InfluenceFunction(), GradientSimilarity())
+METHODS = (TracIn(), Averaged(), Unrolled(), InfluenceFunction(), GradientSimilarity())
 
 
 def name_of(method: object) -> str:
