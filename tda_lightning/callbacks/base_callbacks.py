@@ -19,6 +19,7 @@ from tda_lightning.callbacks.lightning_trainer import (
     LightningModule,
     Trainer,
     loss_scale_of,
+    training_loaders,
     watch_clipping,
     watch_loaders,
 )
@@ -40,10 +41,12 @@ class RecordingCallback(pl.Callback):
         self._ledger = SampleLedger(sample_ids)
         self._recorder: TrainingRecorder | None = None  # Only while it is attached.
         self._undo: list[Callable[[], None]] = []
+        self._has_begun = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch the sampler of the training loader."""
         if stage == "fit":
+            self._has_begun = False
             stop = watch_loaders(trainer, lambda loader: self._watch(trainer, loader))
             self._undo = [stop, self._ledger.release]
 
@@ -53,7 +56,19 @@ class RecordingCallback(pl.Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect the first batch of a new pass over the data."""
+        if self._has_begun:
+            self._watch_again(trainer)
+        self._has_begun = True
         self._ledger.start_epoch()
+
+    def _watch_again(self, trainer: Trainer) -> None:
+        """Watch the loader of this epoch, if the model has put another one in its place.
+
+        The first epoch still has the loader that the trainer has prepared.
+        """
+        loaders = training_loaders(trainer)
+        if len(loaders) == 1 and not self._ledger.is_watching(loaders[0]):
+            self._watch(trainer, loaders[0])
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

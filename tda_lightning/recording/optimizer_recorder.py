@@ -48,6 +48,7 @@ class OptimizerRecorder:
         self._trained = self._trained_ids()
         self._known = set(self._trained)
         self._has_warned_of_clipping = self._has_warned_of_lost_step = False
+        self._has_warned_of_other_gradients = False
         preconditioner = None
         if settings.preconditioner == "optimizer":
             preconditioner = OptimizerPreconditioner(optimizer, selection, joint)
@@ -106,6 +107,18 @@ class OptimizerRecorder:
             "`on_before_optimizer_step`; expected Lightning to call that hook before every step. "
             "Such steps are not recorded. Call `optimizer.step(closure)` with the closure in "
             "`optimizer_step`, and do not fit the model with a second trainer meanwhile."
+        )
+
+    def warn_of_other_gradients(self) -> None:
+        """Warn once of a step that no backward pass of its batch has led to."""
+        if not self.is_due() or self._has_warned_of_other_gradients:
+            return
+        self._has_warned_of_other_gradients = True
+        self._warn(
+            f"GradientRecorder: the {type(self.optimizer).__name__} took a step without a backward "
+            "pass by Lightning, so its gradients belong to no sample; expected `training_step` to "
+            "return the loss, or manual optimization with `self.manual_backward(loss)`. Such steps "
+            "are not recorded. Losses of copies of the model, as in meta-learning, cannot be."
         )
 
     def _trained_ids(self) -> list[int]:

@@ -65,6 +65,10 @@ class SampleLedger:
         stop_check = (lambda: None) if self._yields_items else check_collation(known_loader)
         self._sampler, self._restores = sampler, [stop_sampler, stop_check]
 
+    def is_watching(self, loader: object) -> bool:
+        """Return whether the ids of this loader's batches are known, or come from the batches."""
+        return self._source is not None or loader is self._loader
+
     def release(self) -> None:
         """Restore the original sampler of the watched loader."""
         for restore in self._restores:

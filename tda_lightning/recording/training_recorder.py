@@ -196,6 +196,8 @@ class TrainingRecorder:
             if recorder.optimizer is optimizer:
                 recorder.warn_of_unrecorded_parameters()
                 recorder.builder.before_step(index, epoch, optimizer)
+                if self._backward_passes == 0 and self.settings.optimization == "automatic":
+                    recorder.warn_of_other_gradients()
                 recorder.steps_taken += 1
                 recorder.is_announced = True
 

@@ -12,7 +12,7 @@ from lightning_models import (
     quiet_trainer,
     vectors,
 )
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from tda_lightning import GradientRecorder, HDF5Store, attribute, self_influence
 from tda_lightning.applications import loss_history
@@ -86,3 +86,21 @@ def test_data_that_stay_the_same_keep_their_recipe(epochs, tmp_path):
 def test_a_single_sample_is_warned_of():
     with pytest.warns(UserWarning, match="the training data are a single sample"):
         trained(GradientRecorder(MemoryStore()), data=loader(Subset(IndexedVectors(), [3])))
+
+
+class ReplacesItsLoader(Plain):
+    """Puts another loader in the place of the user's when training starts."""
+
+    def on_train_start(self):
+        combined = self.trainer.fit_loop._combined_loader
+        loaders = [DataLoader(each.dataset, 4, shuffle=True) for each in combined.flattened]
+        combined.flattened = loaders
+
+
+def test_a_loader_that_the_model_has_replaced_is_watched():
+    store, log = MemoryStore(), TrainingLog()
+    trainer = quiet_trainer(GradientRecorder(store), log, max_epochs=3)
+    trainer.fit(ReplacesItsLoader(mlp()), loader(IndexedVectors(), shuffle=True))
+    ids = [batch[0][:, 0].long().tolist() for batch in log.batches]
+    assert [step.sample_ids.tolist() for step in store] == ids
+    assert [len(each) for each in ids] == [5, 5, 3, 4, 4, 4, 4, 4, 4]

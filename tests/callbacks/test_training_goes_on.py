@@ -1,5 +1,7 @@
 """What goes wrong while recording ends the recording, with one warning, and never the training."""
 
+import copy
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -129,3 +131,23 @@ def test_an_empty_batch_among_accumulated_ones_contributes_nothing(tmp_path):
     trainer.fit(Plain(mlp(), summed), data)
     run = HDF5Store.open(tmp_path / "run")
     assert [step.sample_ids.tolist() for step in run] == [[0, 1, 2], [3, 4, 5, 6]] * 2
+
+
+class OfACopy(Plain):
+    """Trains with the gradients of a copy, as meta-learning does, and returns no loss."""
+
+    def training_step(self, batch, batch_idx):
+        copied = copy.deepcopy(self.net)
+        self.loss(copied(batch[0]), batch[1]).backward()
+        for own, other in zip(self.net.parameters(), copied.parameters(), strict=True):
+            own.grad = other.grad
+        self.optimizers().step()
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_steps_with_other_gradients_are_named():
+    store, model = MemoryStore(), OfACopy(mlp())
+    trainer = quiet_trainer(GradientRecorder(store), max_epochs=1)
+    with pytest.warns(UserWarning, match=r"SGD took a step without a backward pass.*not recorded"):
+        trainer.fit(model, DataLoader(DATA, batch_size=5))
+    assert len(store) == 0
