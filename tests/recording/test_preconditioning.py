@@ -201,9 +201,24 @@ def groups_of(rates):
     return optimizer
 
 
+def warmed_up(rates):
+    """Return an optimizer whose groups begin with a rate of 0, as after a linear warm-up."""
+
+    def optimizer(parameters):
+        groups = groups_of(rates)(parameters)
+        warm_up = torch.optim.lr_scheduler.LambdaLR(groups, lambda step: WARMTH[step])
+        return [groups], [{"scheduler": warm_up, "interval": "step"}]
+
+    return optimizer
+
+
+WARMTH = [0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("is_warmed_up", [False, True], ids=["constant", "warm-up"])
 @pytest.mark.parametrize("rates", [(0.1, 0.02), (0.02, 0.1), (0.1, 0.0)], ids=str)
-def test_every_group_contributes_with_its_learning_rate(rates):
-    store, log, model = record(groups_of(rates), epochs=1)
+def test_every_group_contributes_with_its_learning_rate(rates, is_warmed_up):
+    store, log, model = record((warmed_up if is_warmed_up else groups_of)(rates), epochs=1)
     query = record_queries(model, double_vectors()[:3], like=store)
     scores = TracIn().attribute(store, query, progress=False)
     weights = {k: v.detach() for k, v in model.named_parameters()}
@@ -212,7 +227,7 @@ def test_every_group_contributes_with_its_learning_rate(rates):
     for step, at, batch in zip(store, log.weights, log.batches, strict=True):
         visits = per_sample_gradients(model, at, batch)
         for number, name in enumerate(visits):
-            rate = rates[min(number, 1)]
+            rate = rates[min(number, 1)] * (WARMTH[step.index] if is_warmed_up else 1)
             inner = query_gradients[name].flatten(1) @ visits[name].flatten(1).mT
             expected[:, step.sample_ids] += rate * inner * step.weights.double()
     torch.testing.assert_close(scores.values, expected, rtol=1e-5, atol=1e-9)

@@ -54,7 +54,11 @@ _Group = tuple[Mapping[str, object], float]
 def has_preconditioner(optimizer: Optimizer) -> bool:
     """Return whether the optimizer is gradient descent only in preconditioned coordinates."""
     is_plain = isinstance(optimizer, SGD) or not isinstance(optimizer, ADAPTIVE)
-    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    # A warm-up begins at 0 in all groups; their rates differ after it.
+    rates = {
+        (float(group["lr"]), float(group.get("initial_lr", group["lr"])))
+        for group in optimizer.param_groups
+    }
     return not is_plain or len(rates) > 1
 
 
