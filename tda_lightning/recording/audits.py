@@ -96,17 +96,30 @@ def check_conserved(
     worst = int(relative.argmax())
     if not relative[worst] > MAX_RELATIVE_DEVIATION:
         return
-    block = blocks[worst]
-    message = (
-        f"The recorded rows of the {block.layer} `{block.name}` do not sum to its gradient: in "
-        f"the first step the sum is {float(relative[worst]):.0%} off. Expected that its gradient "
-        "comes from the samples alone; a penalty on it, a gradient hook or the output of a custom "
-        "function may change it. Replace a penalty by `weight_decay=` of the optimizer, or leave "
-        f"the layer out with `layers=['!{block.name}']`."
-    )
+    is_cleared = not start.gradient[worst].any()
+    message = (_cleared if is_cleared else _deviating)(blocks[worst], float(relative[worst]))
     if warn is None:
         raise ValueError(message)
     warn(f"GradientRecorder: {message} The run goes on, since its earlier steps were accepted.")
+
+
+def _deviating(block: Block, deviation: float) -> str:
+    return (
+        f"The recorded rows of the {block.layer} `{block.name}` do not sum to its gradient: in "
+        f"the first step the sum is {deviation:.0%} off. Expected that its gradient comes from the "
+        "samples alone; a penalty on it, a gradient hook or the output of a custom function may "
+        "change it. Replace a penalty by `weight_decay=` of the optimizer, or leave the layer out "
+        f"with `layers=['!{block.name}']`."
+    )
+
+
+def _cleared(block: Block, deviation: float) -> str:
+    return (
+        f"The gradient of the {block.layer} `{block.name}` was cleared between the backward pass "
+        "and the first step, as for a layer that stays frozen in the first epochs. Expected the "
+        "gradient of the backward pass. Freeze the layer by `requires_grad_(False)`, or leave it "
+        f"out with `layers=['!{block.name}']`."
+    )
 
 
 # The largest share of a step's squared gradient that may be missing from its rows.

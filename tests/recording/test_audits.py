@@ -253,7 +253,7 @@ def test_a_gradient_that_is_altered_after_the_backward_pass_is_refused(
     model = Altered(mlp(), optimizer=lambda p: optimizer(p, lr=0.01))
     model.factor = factor
     trainer = quiet_trainer(GradientRecorder(MemoryStore()), precision=precision)
-    with pytest.raises(ValueError, match=r"`net.3.weight` do not sum to its gradient"):
+    with pytest.raises(ValueError, match=f"weight` {'do not sum' if factor else 'was cleared'}"):
         trainer.fit(model, loader(vectors()))
 
 
