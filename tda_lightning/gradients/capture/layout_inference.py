@@ -18,6 +18,7 @@ from torch import Tensor
 from tda_lightning.gradients.capture.parameter_paths import a_parameter
 from tda_lightning.gradients.capture.probe import Evidence
 from tda_lightning.gradients.capture.row_owners import PROVEN, Trace
+from tda_lightning.gradients.capture.tracer import VIEWS
 from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
 from tda_lightning.gradients.graph.walk import (
     LOOKUPS,
@@ -106,6 +107,7 @@ class LayoutInference:
     _do_samples_mix: bool = False
     _is_trusting: bool = False
     _has_doubts: bool = False
+    _are_views: bool = False
 
     def _inferred(self, node: Node, position: int, edge: Edge) -> Layout | None:
         shape = output_shape((node, 0))
@@ -180,6 +182,8 @@ class LayoutInference:
         # an auxiliary loss may mix a little.
         is_likely = evidence.proves(self.n) and (self._do_samples_mix or meeting.takes_data)
         proven = evidence.layout if is_likely or evidence.share > PROVEN else None
+        if proven is None and self._are_views and meeting.takes_data:
+            proven = VIEWS if meeting.shape[0] == 2 * self.n else None
         return self._routed(meeting, evidence) or proven or self._trusted(meeting, inferred)
 
     def _trusted(self, meeting: Meeting, inferred: Layout | None) -> Layout | None:

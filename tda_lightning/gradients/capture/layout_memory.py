@@ -22,7 +22,7 @@ from tda_lightning.gradients.capture.layout_inference import (
 from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
 from tda_lightning.gradients.capture.probe import Evidence, certainty, probe
 from tda_lightning.gradients.capture.row_owners import PROVEN, Trace
-from tda_lightning.gradients.capture.tracer import Tracer, is_proven
+from tda_lightning.gradients.capture.tracer import Tracer, are_views, is_proven
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, output_shape, walk
 
@@ -143,6 +143,7 @@ class LayoutMemory(LayoutInference):
         proven = {node for node, each in traces.items() if is_proven(each)}
         rest = {node: each for node, each in axes.items() if node not in proven}
         start = self._tracer.start
+        self._are_views = are_views(loss, result, self.n)
         evidence = probe(loss, result, rest, self.n, start)
         are_independent = start is not None or certainty(evidence) >= PROVEN
         self._is_trusting |= result.has_batch_statistics

@@ -9,17 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Set
 from itertools import islice
 from math import prod
+from typing import Final
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from tda_lightning.gradients.capture.parameter_paths import leaves
 from tda_lightning.gradients.capture.row_owners import PROVEN, Cuts, Trace, trace
-from tda_lightning.gradients.graph.sample_layout import IrregularRows, possible_layouts
+from tda_lightning.gradients.graph.sample_layout import (
+    IrregularRows,
+    SampleLayout,
+    possible_layouts,
+)
 from tda_lightning.gradients.graph.walk import Edge, Node, Walk, output_shape
 
 # Places at which probes start, from the loss on, until one explains the gradients.
 _MAX_CUTS = 12
+
+
+# Two views of the batch, one below the other.
+VIEWS: Final = SampleLayout(0, None, 1)
 
 
 def starts_of(loss: Tensor, result: Walk, n: int) -> Iterator[tuple[Cuts, int]]:
@@ -28,15 +37,29 @@ def starts_of(loss: Tensor, result: Walk, n: int) -> Iterator[tuple[Cuts, int]]:
     An axis of exactly ``n`` entries is most likely the samples'. The loss may mix samples, as
     contrastive losses do, so starts behind its first operations follow.
     """
+    if are_views(loss, result, n):
+        cuts = _cuts({loss.grad_fn}, result, n, is_exact=False)
+        yield [(edge, [VIEWS]) for edge, _ in cuts], 0
+        return
     cuts = _cuts({loss.grad_fn}, result, n, is_exact=True)
     for _ in range(1 if result.has_batch_statistics else _MAX_CUTS):
         yield from ((cuts, choice) for choice in _choices(cuts))
         cuts = _cuts({edge.node for edge, _ in cuts}, result, n, is_exact=True)
     cuts = _cuts({loss.grad_fn}, result, n, is_exact=False)
-    choices = _choices(cuts)
-    # Twice as many rows as samples, and nowhere n: two views, one below the other.
-    are_views = all(output_shape((e.node, e.output_nr))[0] == 2 * n for e, _ in cuts)
-    yield from ((cuts, choice) for choice in (reversed(choices) if are_views else choices))
+    yield from ((cuts, choice) for choice in _choices(cuts))
+
+
+def are_views(loss: Tensor, result: Walk, n: int) -> bool:
+    """Return whether the loss has twice as many rows as samples, and nothing has as many.
+
+    These are two views, one below the other. Losses that contrast all rows hardly show which two
+    rows are of one sample, so no other layout is tried.
+    """
+    exact, others = (
+        _cuts({loss.grad_fn}, result, n, is_exact=is_exact) for is_exact in (True, False)
+    )
+    shapes = [output_shape((edge.node, edge.output_nr)) for edge, _ in [*exact, *others]]
+    return n > 1 and bool(others) and all(shape[0] == 2 * n for shape in shapes)
 
 
 def _choices(cuts: Cuts) -> range:
