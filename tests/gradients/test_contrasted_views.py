@@ -22,9 +22,9 @@ def cross_entropy(features):
 
 def masked_logsumexp(features):
     similar = functional.cosine_similarity(features[:, None], features[None], dim=-1)
-    own = torch.eye(len(features), dtype=torch.bool)
-    similar = similar.masked_fill(own, -9e15) / 0.07
-    positive = own.roll(len(features) // 2, 0)
+    is_self = torch.eye(len(features), dtype=torch.bool)
+    similar = similar.masked_fill(is_self, -9e15) / 0.07
+    positive = is_self.roll(len(features) // 2, 0)
     return (similar.logsumexp(dim=-1) - similar[positive]).mean()
 
 
