@@ -256,6 +256,12 @@ def remedy_for(error: Exception, model: object) -> str:
             ". A loaded model lacks what was assigned to the fitted one outside of `__init__`. "
             "Assign it here too, or query with the object that was fitted."
         )
+    if "'NoneType' object has no attribute" in str(error):
+        return (
+            ". Something is None here that is set in a training, such as `self.logger`, which a "
+            "loaded model does not have. Query with the object that was fitted, or give the model "
+            "what it lacks: `model.trainer = pl.Trainer(logger=...)`."
+        )
     if "not attached to a `Trainer`" not in str(error):
         return ""
     return (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tda_lightning.passes.manual_optimization import idle_optimization
+from tda_lightning.passes.muted_loggers import muted_loggers
 
 # Pairs of fingerprints; a filter of `warnings` would repeat itself after every `catch_warnings`.
 _WARNED: set[tuple[str, str]] = set()
@@ -98,6 +99,7 @@ def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
             _muted_logging,
             _trainer_in_training,
             idle_optimization,
+            muted_loggers,
         ):
             stack.enter_context(context(model))
         model.train(mode == "train")

@@ -107,3 +107,54 @@ def test_a_model_with_other_outputs_in_evaluation_can_be_queried_in_training_mod
         attribute(store, model, vectors()[:3], progress=False)
     scores = attribute(store, model, vectors()[:3], mode="train", progress=False)
     assert scores.values.any()
+
+
+class LogsByHand(Plain):
+    """Logs by its logger, without ``self.log``."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.logger.log_metrics({"by_hand": float(loss.detach())}, self.global_step)
+        self.logger.experiment.add_scalar("by_hand", float(loss.detach()))
+        assert self.logger.save_dir
+        return loss
+
+
+class KeepsRows(pl.loggers.CSVLogger):
+    """Keeps what it is given."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.rows, self.experiment_rows = [], []
+
+    @property
+    def experiment(self):
+        rows = self.experiment_rows
+        return type("Writer", (), {"add_scalar": lambda self, *values: rows.append(values)})()
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append(metrics)
+
+    def save(self):
+        pass
+
+
+def test_a_query_writes_nothing_to_the_logs_of_the_training(tmp_path):
+    logger, store, model = KeepsRows(tmp_path), MemoryStore(), LogsByHand(mlp())
+    trainer = quiet_trainer(GradientRecorder(store), logger=logger, max_epochs=1)
+    trainer.fit(model, loader(vectors()))
+    written = len(logger.rows), len(logger.experiment_rows)
+    assert min(written) > 0
+    attribute(store, model, vectors(5).tensors, progress=False)
+    assert (len(logger.rows), len(logger.experiment_rows)) == written
+    assert trainer.loggers == [logger]
+
+
+def test_a_logger_that_a_loaded_model_lacks_is_named(tmp_path):
+    store, model = MemoryStore(), LogsByHand(mlp())
+    trainer = quiet_trainer(GradientRecorder(store), logger=KeepsRows(tmp_path), max_epochs=1)
+    trainer.fit(model, loader(vectors()))
+    loaded = LogsByHand(mlp())
+    loaded.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match=r"NoneType.*such as `self.logger`"):
+        attribute(store, loaded, vectors(5).tensors, progress=False)
