@@ -29,6 +29,10 @@ class SilentObject:
         """Return another silent object."""
         return SilentObject()
 
+    def __iter__(self) -> Iterator[Any]:
+        """Yield nothing; without this, a loop over indices would never end."""
+        return iter(())
+
 
 class MutedLogger(SilentObject):
     """Stands for a logger, and writes nothing."""
