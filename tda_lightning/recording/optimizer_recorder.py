@@ -110,9 +110,11 @@ class OptimizerRecorder:
         )
 
     def warn_of_other_gradients(self) -> None:
-        """Warn once of a step that no backward pass of its batch has led to."""
+        """Warn once of a step with gradients that no backward pass of its batch has led to."""
         if not self.is_due() or self._has_warned_of_other_gradients:
             return
+        if not any(p.grad is not None and p.grad.any() for p in parameters_of(self.optimizer)):
+            return  # The step of a batch without a loss changes nothing.
         self._has_warned_of_other_gradients = True
         self._warn(
             f"GradientRecorder: the {type(self.optimizer).__name__} took a step without a backward "
