@@ -15,7 +15,7 @@ from tda_lightning.applications.predictions import Labels, Outputs, predict
 from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.attribute import attribute
 from tda_lightning.passes.batches import select_samples
-from tda_lightning.passes.targets import labels_of, outputs_of
+from tda_lightning.passes.outputs import labels_of, outputs_of
 from tda_lightning.recording.sample_ids import root_ids
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas

@@ -43,7 +43,7 @@ from tda_lightning.applications.unlearning.sample_passes import dataset_ids
 from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
 from tda_lightning.attribution.attribute import attribute, self_influence
 from tda_lightning.attribution.attributor import SelfAttributor
-from tda_lightning.passes.targets import labels_of, outputs_of
+from tda_lightning.passes.outputs import labels_of, outputs_of
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.opening import Run, open_run

@@ -26,8 +26,9 @@ from tda_lightning.applications.pruning import mean_rows
 from tda_lightning.attribution import InfluenceFunction
 from tda_lightning.attribution.steps import DeviceView
 from tda_lightning.passes.model_state import warn_of_other_weights
+from tda_lightning.passes.outputs import labels_of, outputs_of
 from tda_lightning.passes.queries import identified_rows
-from tda_lightning.passes.targets import Logit, labels_of, outputs_of
+from tda_lightning.passes.targets import Logit
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores import Store

@@ -13,7 +13,7 @@ eq. 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from tda_lightning.passes.labelled_logits import (
     shifted,
     warn_if_unshifted,
 )
+from tda_lightning.passes.outputs import labels_of, outputs_of
 from tda_lightning.stores.arguments import (
     describe,
     name_of,
@@ -39,66 +40,6 @@ from tda_lightning.stores.arguments import (
 )
 
 Target = Callable[[nn.Module, Any], Tensor]
-
-_INPUTS = ("x", "input", "inputs", "image", "images", "input_ids", "pixel_values", "features")
-_LABELS = ("y", "label", "labels", "target", "targets")
-
-
-def outputs_of(module: nn.Module, batch: Any) -> Tensor:
-    """Return the logits of the module's ``forward`` on a batch's inputs.
-
-    Inputs are the batch if it is a tensor, or its first element if it is a sequence. In a mapping,
-    they are found under a common key, such as ``"x"`` or ``"inputs"``.
-
-    Raises:
-        ValueError: If there is no ``forward`` that takes the inputs, or the batch has none.
-        TypeError: If ``forward`` returns neither a tensor nor an object with ``logits``.
-    """
-    inputs = batch
-    if isinstance(batch, Mapping):
-        inputs = _look_up(batch, _INPUTS, "inputs", "outputs=")
-    elif isinstance(batch, list | tuple) and batch:
-        inputs = batch[0]
-    try:
-        result = module(inputs)
-    except NotImplementedError as error:
-        if "forward" not in str(error):  # An operation inside `forward` is not implemented.
-            raise
-        raise ValueError(
-            f"`{type(module).__name__}` has no `forward`; expected one that turns a batch's inputs "
-            "into logits. Define it, or pass a function: "
-            "`outputs=lambda module, batch: module.net(batch[0])`."
-        ) from error
-    except (TypeError, LookupError, AttributeError) as error:  # It takes other arguments.
-        raise ValueError(
-            f"`{type(module).__name__}.forward` failed on the batch's inputs, {describe(inputs)}: "
-            f"{type(error).__name__}: {error}. If it takes other arguments, pass a function: "
-            "`outputs=lambda module, batch: module(batch)`."
-        ) from error
-    logits = getattr(result, "logits", result)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"`{type(module).__name__}.forward` returned {describe(result)}; expected a tensor, or "
-            "an object with `logits`. Pass `outputs=`, a function of (module, batch)."
-        )
-    return logits
-
-
-def labels_of(batch: Any) -> Tensor:
-    """Return the second element of a sequence, or a mapping's ``"y"`` or ``"labels"``.
-
-    Raises:
-        ValueError: If the batch has no labels.
-    """
-    if isinstance(batch, Mapping):
-        labels: Tensor = _look_up(batch, _LABELS, "labels", "labels=")
-        return labels
-    if isinstance(batch, list | tuple) and len(batch) > 1 and isinstance(batch[1], Tensor):
-        return batch[1]
-    raise ValueError(
-        f"There are no labels in {describe(batch)}; expected them as second element. Pass "
-        "`labels=`, a function of the batch."
-    )
 
 
 @dataclass(frozen=True)
@@ -264,16 +205,6 @@ def _logits_and_classes(
     warn_if_unshifted(batch, labels, target.shift)
     logits, labels = shifted(outputs, labels, target.class_axis, target.shift)
     return logits, class_indices(labels, logits)
-
-
-def _look_up(batch: Mapping[str, Any], names: tuple[str, ...], kind: str, argument: str) -> Any:
-    for name in names:
-        if name in batch:
-            return batch[name]
-    raise ValueError(
-        f"There are no {kind} in a batch with the keys {list(batch)}; expected one of "
-        f"{list(names)}. Pass `{argument}`, a function that takes them from the batch."
-    )
 
 
 def _require_fields(target: Logit | _OfLabels) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tda_lightning.applications.retraining.removal import RemovalCurve
 from tda_lightning.attribution import Attributor, Averaged
-from tda_lightning.passes.targets import outputs_of
+from tda_lightning.passes.outputs import outputs_of
 from tda_lightning.report.charts.charts import Chart, charts, has_bokeh
 from tda_lightning.report.charts.drawing import bokeh_source, draw_bokeh, draw_svg
 from tda_lightning.report.evidence.gathering import Evidence, gather

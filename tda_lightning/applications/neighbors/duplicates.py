@@ -25,7 +25,7 @@ from tda_lightning.applications.neighbors.directions import (
 )
 from tda_lightning.applications.predictions import Labels, given_labels
 from tda_lightning.features import train_features
-from tda_lightning.passes.targets import labels_of
+from tda_lightning.passes.outputs import labels_of
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores import Store

@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tda_lightning.passes.model_state import warn_of_other_weights
+from tda_lightning.passes.outputs import outputs_of
 from tda_lightning.passes.queries import record_queries
-from tda_lightning.passes.targets import Target, outputs_of
+from tda_lightning.passes.targets import Target
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores.opening import Run, open_run

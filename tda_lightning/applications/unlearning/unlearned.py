@@ -31,7 +31,8 @@ from tda_lightning.gradients.parameter_selection import select_like
 from tda_lightning.metrics.mislabel import mislabel_auc
 from tda_lightning.passes.batches import select_samples
 from tda_lightning.passes.model_state import require_model, swapped_weights, warn_of_other_weights
-from tda_lightning.passes.targets import Target, outputs_of
+from tda_lightning.passes.outputs import outputs_of
+from tda_lightning.passes.targets import Target
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores.arguments import require_kind

@@ -1,0 +1,55 @@
+"""What `forward` gets of a batch: inputs first or by name, and what it takes beside them."""
+
+import pytest
+import torch
+from torch import nn
+
+from tda_lightning.passes.outputs import outputs_of
+
+X = torch.arange(15.0).reshape(5, 3)
+MASK = torch.tensor([[1.0, 1.0, 0.0]]).expand(5, 3)
+EXPECTED = X * MASK
+
+
+class WithMask(nn.Module):
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        assert labels is None
+        return input_ids if attention_mask is None else input_ids * attention_mask
+
+
+class OtherOrder(nn.Module):
+    def forward(self, attention_mask, input_ids):
+        return input_ids * attention_mask
+
+
+class OtherName(nn.Module):
+    def forward(self, tokens, attention_mask):
+        return tokens * attention_mask
+
+
+class Keywords(nn.Module):
+    def forward(self, **inputs):
+        return WithMask()(**inputs)
+
+
+class KeywordsBeside(nn.Module):
+    def forward(self, x, **others):
+        assert not others
+        return x
+
+
+@pytest.mark.parametrize("module", [WithMask, OtherOrder, OtherName, Keywords])
+def test_forward_gets_the_mask_and_no_labels(module):
+    batch = {"labels": torch.zeros(5), "attention_mask": MASK, "input_ids": X}
+    torch.testing.assert_close(outputs_of(module(), batch), EXPECTED)
+
+
+def test_what_forward_does_not_name_is_not_passed():
+    batch = {"x": X, "index": torch.arange(5), "y": torch.zeros(5)}
+    assert outputs_of(KeywordsBeside(), batch) is X
+    assert outputs_of(nn.Identity(), batch) is X
+
+
+def test_tensors_and_sequences_are_as_before():
+    for batch in (X, [X, torch.zeros(5)], (X,)):
+        assert outputs_of(WithMask(), batch) is X
