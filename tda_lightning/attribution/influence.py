@@ -40,7 +40,12 @@ from tda_lightning.attribution.dynamics.optimizer import (
 from tda_lightning.attribution.linalg import damped_root, in_double_precision, is_lost_in_rounding
 from tda_lightning.attribution.steps import DeviceView, last_epoch, last_visits, unweighted
 from tda_lightning.stores import Store
-from tda_lightning.stores.arguments import require_choice, require_kind, require_not_negative
+from tda_lightning.stores.arguments import (
+    require_choice,
+    require_kind,
+    require_limit,
+    require_not_negative,
+)
 from tda_lightning.stores.step import Step
 
 DAMPING_FACTOR = 1.5
@@ -65,6 +70,7 @@ class InfluenceFunction(SelfAttributor):
         curvature_from: Another recording, such as one at the final weights, from which to take the
             curvature.
         rows_from: Another recording from which to take the training rows.
+        max_gb: Maximum memory of the matrices, in GB.
     """
 
     curvature: Curvature = SampledOrWeighted()
@@ -73,6 +79,7 @@ class InfluenceFunction(SelfAttributor):
     rows: Visits = "all visits"
     curvature_from: Store | None = None
     rows_from: Store | None = None
+    max_gb: float = 8.0
     _factor: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +87,7 @@ class InfluenceFunction(SelfAttributor):
         require_kind("curvature", self.curvature, Curvature, "`SampledLabels()`")
         require_choice("curvature_over", self.curvature_over, Steps)
         require_choice("rows", self.rows, Visits)
+        require_limit("max_gb", self.max_gb)
         if self.damping is not None:
             require_not_negative("damping", self.damping)
         for name in ("curvature_from", "rows_from"):
@@ -87,8 +95,17 @@ class InfluenceFunction(SelfAttributor):
                 require_kind(name, getattr(self, name), Store, "`record(...)` returns")
 
     def require(self, run: Store) -> None:
-        """Check that the run gives a damping, and that other recordings match its rows."""
+        """Check the size of the rows, that the run gives a damping, and that others match it."""
         super().require(run)
+        k = run.recipe.dimension
+        gigabytes = 3 * k**2 * run.recipe.torch_dtype.itemsize / 1e9
+        if gigabytes > self.max_gb:
+            raise ValueError(
+                f"`InfluenceFunction` needs three matrices of {k:,} x {k:,} numbers, "
+                f"{gigabytes:.1f} GB; expected at most {self.max_gb:g}. Pass `method=Unrolled()`, "
+                "which needs none, record with a sketch, such as `KroneckerCountSketch(2048)`, or "
+                "increase `max_gb=`."
+            )
         if self.damping is None:
             require_training(run)
         others = {"curvature_from": self.curvature_from, "rows_from": self.rows_from}

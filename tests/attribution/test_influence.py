@@ -7,8 +7,14 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from tda_lightning import InfluenceFunction
-from tda_lightning.attribution import BestAvailable, EmpiricalFisher, SampledLabels, damping_of
+from tda_lightning import InfluenceFunction, Unrolled
+from tda_lightning.attribution import (
+    Averaged,
+    BestAvailable,
+    EmpiricalFisher,
+    SampledLabels,
+    damping_of,
+)
 from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.step import Preconditioner
 
@@ -134,6 +140,18 @@ def test_a_damping_far_below_the_curvature_is_not_lost_in_rounding(size, method)
     single, double = values(torch.float32), values(torch.float64)
     assert single.dtype == torch.float32 or method == "self-influence"
     torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4 * float(double.std()))
+
+
+def test_rows_too_long_for_their_matrices_are_refused_with_a_remedy():
+    run, wide = ls.record(ls.problem(), ridge), MemoryStore()
+    wide.begin(replace(run.recipe, dimension=60_000, dtype="float32"))
+    wide.append(run[0])
+    with pytest.raises(ValueError, match=r"60,000 x 60,000 numbers, 43\.2 GB; expected at most 8"):
+        Averaged().require(wide)
+    Unrolled().require(wide)
+    InfluenceFunction(max_gb=50).require(wide)
+    with pytest.raises(ValueError, match="`max_gb` is 0"):
+        InfluenceFunction(max_gb=0)
 
 
 @pytest.mark.parametrize("argument", ["rows_from", "curvature_from"])
