@@ -149,9 +149,9 @@ def test_rows_too_long_for_their_matrices_are_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"60,000 x 60,000 numbers, 43\.2 GB; expected at most 8"):
         Averaged().require(wide)
     Unrolled().require(wide)
-    InfluenceFunction(max_gb=50).require(wide)
-    with pytest.raises(ValueError, match="`max_gb` is 0"):
-        InfluenceFunction(max_gb=0)
+    InfluenceFunction(max_gb=50.0).require(wide)
+    with pytest.raises(ValueError, match="`max_gb` is 0.0"):
+        InfluenceFunction(max_gb=0.0)
 
 
 @pytest.mark.parametrize("argument", ["rows_from", "curvature_from"])
