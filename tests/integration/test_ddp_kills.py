@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_processes_killed_fifty_times_leave_the_run_of_an_undisturbed_training(tmp_path, request):
+def test_processes_killed_thirty_times_leave_the_run_of_an_undisturbed_training(tmp_path, request):
     command = [sys.executable, "ddp_killing.py", str(tmp_path)]
     with subprocess.Popen(
         command,

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Sampler
 from tda_lightning import GradientRecorder, HDF5Store, Identity
 from tda_lightning.stores.contract import same
 
-KILLS = 50
+KILLS = 30
 RANKS = 2
 SAMPLES, BATCH = 48, 3
 # Longer than any training here takes; the upper limit of every wait.
