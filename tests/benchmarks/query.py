@@ -10,7 +10,8 @@ in memory, step by step, without sums, damping or look-ups. `TracIn` needs one p
 the scores, and the rows' Gram matrix. The strict minimum for an adjoint of gradient descent is two.
 
 All take turns, and each round gives one ratio. The table has their median, with the smallest and
-the largest in brackets. Files have been read before, so they come from the page cache.
+the largest in brackets. Files have been read before, so they come from the page cache. The last
+lines are the seconds of more methods from the store, the median of as many rounds.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -29,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from tda_lightning import GradientRecorder, HDF5Store, TracIn, Unrolled
-from tda_lightning.attribution import Attributor
+from tda_lightning import GradientRecorder, HDF5Store, InfluenceFunction, TracIn, Unrolled
+from tda_lightning.attribution import Attributor, Averaged
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.stores import MemoryStore, Step
 
@@ -150,6 +152,10 @@ def main() -> None:
             bare, memory, disk = ratios(method, products, run, queries, options.rounds)
             name = f"{type(method).__name__}, {products.__name__}"
             print(f"{name:26s} {1e3 * median(bare):5.0f} ms  {spread(memory):24s} {spread(disk)}")
+        for other in (TracIn(), Unrolled(), InfluenceFunction(), Averaged()):
+            ask = partial(other.attribute, run, queries, progress=False)
+            times = [seconds(ask) for _ in range(options.rounds)]
+            print(f"{type(other).__name__:26s} {median(times):5.2f} s")
 
 
 if __name__ == "__main__":
