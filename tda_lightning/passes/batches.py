@@ -253,12 +253,12 @@ def remedy_for(error: Exception, model: object) -> str:
         return " There are no gradients inside `torch.inference_mode()`. Call it outside of that."
     if f"'{type(model).__name__}' object has no attribute" in str(error):
         return (
-            ". A loaded model lacks what was assigned to the fitted one outside of `__init__`. "
+            " A loaded model lacks what was assigned to the fitted one outside of `__init__`. "
             "Assign it here too, or query with the object that was fitted."
         )
     if "'NoneType' object has no attribute" in str(error):
         return (
-            ". Something is None here that is set in a training, such as `self.logger`, which a "
+            " Something is None here that is set in a training, such as `self.logger`, which a "
             "loaded model does not have. Query with the object that was fitted, or give the model "
             "what it lacks: `model.trainer = pl.Trainer(logger=...)`."
         )

@@ -285,3 +285,13 @@ def test_a_missing_key_of_the_batch_is_named_as_such(run):
     module.training_step = lambda batch, index: cross_entropy(model.net(batch["x"]), batch["y"])
     with pytest.raises(ValueError, match=r"The error was KeyError: .x.\."):
         record_queries(module, {"inputs": x, "label": y}, like=store)
+
+
+@pytest.mark.parametrize("remedy", ["A loaded model lacks", "Something is None here"])
+def test_an_error_and_its_remedy_are_two_sentences(run, remedy):
+    model, store, batch = run
+    module = Plain(model.net)
+    lost = (lambda: module.lost) if remedy.startswith("A loaded") else (lambda: None.lost)
+    module.training_step = lambda batch, index: lost()
+    with pytest.raises(ValueError, match=rf"no attribute 'lost'\. {remedy}"):
+        record_queries(module, batch, like=store)
