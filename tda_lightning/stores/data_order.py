@@ -61,7 +61,6 @@ class DataOrder:
         return f"<pre>{escape(repr(self))}</pre>"
 
     def __repr__(self) -> str:
-        """Show one line per kind of irregularity."""
         repeated = [f"{len(ids):,} in epoch {epoch}" for epoch, ids in self.repeated.items()]
         same = [f"{epoch} as {earlier}" for epoch, earlier in self.same_order.items()]
         lines = {

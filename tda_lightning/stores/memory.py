@@ -39,7 +39,6 @@ class MemoryStore(WritableStore):
         return self._run_id
 
     def __len__(self) -> int:
-        """Return the number of steps."""
         return len(self._steps)
 
     def read(self, position: int) -> Step:

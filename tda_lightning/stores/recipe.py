@@ -128,7 +128,6 @@ class Recipe:
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     def __repr__(self) -> str:
-        """Show the settings, one per line; layers by their names and shapes only."""
         shown = [f"{block.name} ({block.rows} x {block.columns})" for block in self.blocks[:5]]
         name, *arguments = (f"{key}={value}" for key, value in self.projector.items())
         known = self.train_ids is not None

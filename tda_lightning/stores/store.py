@@ -40,7 +40,6 @@ class Store(Sequence[Step], ABC):
         """Return the step at a position in ``range(len(self))``."""
 
     def __iter__(self) -> Iterator[Step]:
-        """Iterate over the steps."""
         # `Sequence.__iter__` would take an `IndexError` of `read` for the end of the run.
         return (self.read(position) for position in range(len(self)))
 
@@ -118,7 +117,6 @@ class Store(Sequence[Step], ABC):
         )
 
     def __repr__(self) -> str:
-        """Show the kind of store and its length, not its steps."""
         return f"{type(self).__name__}({len(self)} steps)"
 
     @property
@@ -186,7 +184,6 @@ class StoreSlice(Store):
         return self._store.recipe
 
     def __len__(self) -> int:
-        """Return the number of steps in the view."""
         return len(self._positions)
 
     def read(self, position: int) -> Step:

@@ -25,7 +25,7 @@ from statistics import median, quantiles
 import torch
 
 from tda_lightning import HDF5Store, self_influence
-from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
+from tda_lightning.stores.hdf5.segment_file import HEADER_BYTES
 from tda_lightning.stores.recipe import Block, Recipe
 from tda_lightning.stores.row_formats import Storage
 from tda_lightning.stores.step import ParameterGroup, Step

@@ -18,7 +18,7 @@ from tda_lightning import HDF5Store, Scores, add_snapshots
 from tda_lightning.cli import main
 from tda_lightning.stores.contract import RECIPE, make_steps
 from tda_lightning.stores.hdf5 import segment_datasets, segment_reader
-from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES, read_header
+from tda_lightning.stores.hdf5.segment_file import HEADER_BYTES, read_header
 from tda_lightning.stores.hdf5.verification import verify_files
 from tda_lightning.stores.integrity.damage import Checksum, StoreFileError
 from tda_lightning.stores.recipe_checks import require_recipe

@@ -26,7 +26,7 @@ from tda_lightning.stores.contract import (
 )
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, segment_reader
 from tda_lightning.stores.hdf5.segment_datasets import StoredRows, stamp_of
-from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
+from tda_lightning.stores.hdf5.segment_file import HEADER_BYTES
 from tda_lightning.stores.integrity import durable
 from tda_lightning.stores.integrity.damage import StoreFileError
 

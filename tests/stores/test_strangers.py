@@ -15,7 +15,7 @@ import torch
 from tda_lightning import HDF5Store, Scores, self_influence
 from tda_lightning.cli import main
 from tda_lightning.stores.contract import RECIPE, make_steps
-from tda_lightning.stores.hdf5.segment_header import HEADER_BYTES
+from tda_lightning.stores.hdf5.segment_file import HEADER_BYTES
 from tda_lightning.stores.integrity.damage import StoreFileError, checksum_of_document
 from tda_lightning.stores.integrity.writer_lock import LOCK
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
+from tda_lightning.stores.hdf5.segment_file import SegmentIdentity
 from tda_lightning.stores.hdf5.snapshot_files import indices_in, snapshot_file
 from tda_lightning.stores.integrity.damage import StoreFileError, printable, readable, reading
 from tda_lightning.stores.integrity.durable import atomic_write, writing_to

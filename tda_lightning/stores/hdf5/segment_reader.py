@@ -21,17 +21,15 @@ from tda_lightning.stores.hdf5.segment_datasets import (
     stamp_of,
 )
 from tda_lightning.stores.hdf5.segment_file import (
+    SegmentIdentity,
     open_hdf5,
+    read_header,
     read_indices,
     reading_segment,
-    require_lengths,
-    require_plain,
-)
-from tda_lightning.stores.hdf5.segment_header import (
-    SegmentIdentity,
-    read_header,
     require_checksum,
     require_identity,
+    require_lengths,
+    require_plain,
     require_steps,
 )
 from tda_lightning.stores.integrity.damage import require_stored_bytes
@@ -63,7 +61,6 @@ class Segment:
                 require_identity(self.header, expected or self.header.identity)
 
     def __len__(self) -> int:
-        """Return the number of steps."""
         return len(self.indices)
 
     @cached_property

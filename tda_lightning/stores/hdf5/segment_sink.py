@@ -15,7 +15,7 @@ from torch import Tensor
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder, write_segment
 from tda_lightning.stores.hdf5.background_write import BackgroundWrite
 from tda_lightning.stores.hdf5.listing import entry_of, kept_entries
-from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
+from tda_lightning.stores.hdf5.segment_file import SegmentIdentity
 from tda_lightning.stores.hdf5.shards import Shard
 from tda_lightning.stores.hdf5.snapshot_files import drop_snapshots_after
 from tda_lightning.stores.integrity.durable import make_durable

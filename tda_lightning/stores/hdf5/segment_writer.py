@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from tda_lightning.stores.hdf5.segment_datasets import GROUP_FIELDS
-from tda_lightning.stores.hdf5.segment_file import open_hdf5
-from tda_lightning.stores.hdf5.segment_header import SegmentIdentity, write_header
+from tda_lightning.stores.hdf5.segment_file import SegmentIdentity, open_hdf5, write_header
 from tda_lightning.stores.hdf5.segment_reader import blocks_of
 from tda_lightning.stores.integrity.damage import checksum_of_parts
 from tda_lightning.stores.integrity.durable import atomic_write

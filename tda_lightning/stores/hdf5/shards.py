@@ -28,7 +28,6 @@ class Shard:
             self.add(segment)
 
     def __len__(self) -> int:
-        """Return the number of steps."""
         start, last = self._parts[-1] if self._parts else (0, ())
         return start + len(last)
 
@@ -110,7 +109,6 @@ class MergedShards:
         self._positions = [[lookup[index] for lookup in lookups] for index in indices]
 
     def __len__(self) -> int:
-        """Return the number of steps."""
         return len(self._positions)
 
     @property

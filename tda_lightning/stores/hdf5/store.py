@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from tda_lightning.stores.arguments import (
 )
 from tda_lightning.stores.hdf5 import folder
 from tda_lightning.stores.hdf5.listing import first_manifest, read_shards
-from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
+from tda_lightning.stores.hdf5.segment_file import SegmentIdentity
 from tda_lightning.stores.hdf5.segment_sink import SegmentSink, cut
 from tda_lightning.stores.hdf5.shards import MergedShards, Shard
 from tda_lightning.stores.hdf5.snapshot_files import (
@@ -102,9 +102,7 @@ class HDF5Store(WritableStore):
         self._rank, self._ranks = 0, 1
         self._shard = Shard()
         self._merged: MergedShards | None = None
-        self._lock = WriterLock()
-        limits = segment_bytes, segment_seconds
-        self._sink = SegmentSink(storage, *limits, permit=self._lock.require)
+        self._limits = segment_bytes, segment_seconds
 
     @classmethod
     def open(cls, path: str | Path, *, missing: Literal["refuse", "skip"] = "refuse") -> HDF5Store:
@@ -149,7 +147,6 @@ class HDF5Store(WritableStore):
         return bytes_of(self._storage, dtype)
 
     def __len__(self) -> int:
-        """Return the number of steps that every process has sealed."""
         return len(self._steps)
 
     def read(self, position: int) -> Step:
@@ -187,8 +184,7 @@ class HDF5Store(WritableStore):
         with writing_to(self.path), self._lock.acquired(self.path, run):
             folder.write_recipe(self.path, run, recipe)
             write_manifest(self._manifest_file, Manifest(run))
-        self._recipe, self._run = recipe, run
-        self._shard, self._merged = Shard(), None
+        self._recipe, self._run, self._shard, self._merged = recipe, run, Shard(), None
         self._sink.start_at(self.path, self._identity(0), self._shard)
 
     def amend(self, recipe: Recipe) -> None:
@@ -207,10 +203,10 @@ class HDF5Store(WritableStore):
             self._lock.acquire(self.path, self._run)
         else:
             self._lock.join(self.path)
-        first = self._identity(0)
-        permit = self._lock.require
         # Other processes may still be changing their segments: `refresh` reads those later.
-        self._shard, following = cut(self.path, first, index, self._storage, permit)
+        self._shard, following = cut(
+            self.path, self._identity(0), index, self._storage, self._lock.require
+        )
         self._merged = None
         self._sink.start_at(self.path, following, self._shard)
 
@@ -222,9 +218,8 @@ class HDF5Store(WritableStore):
                 folder.delete_run(self.path)
             self._lock.release()
             self._is_cleared = True
-        self._recipe, self._run = None, ""
+        self._recipe, self._run, self._shard, self._merged = None, "", Shard(), None
         self._sink.discard()
-        self._shard, self._merged = Shard(), None
 
     def renew(self) -> None:
         """Show other trainings that this one is alive."""
@@ -280,8 +275,14 @@ class HDF5Store(WritableStore):
         shards = read_shards(self.path, self._run, self._ranks, self._missing)
         self._shard = shards[self._rank]
         self._merged = MergedShards(shards) if self._ranks > 1 else None
-        last = max(map(folder.number_of, self._shard.files), default=-1)
-        self._sink.start_at(self.path, self._identity(last + 1), self._shard)
+
+    @cached_property
+    def _lock(self) -> WriterLock:
+        return WriterLock()
+
+    @cached_property
+    def _sink(self) -> SegmentSink:
+        return SegmentSink(self._storage, *self._limits, permit=self._lock.require)
 
     @property
     def _steps(self) -> Shard | MergedShards:

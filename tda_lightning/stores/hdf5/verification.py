@@ -9,7 +9,7 @@ from typing import Literal
 
 from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder
 from tda_lightning.stores.hdf5.listing import require_same
-from tda_lightning.stores.hdf5.segment_header import SegmentIdentity
+from tda_lightning.stores.hdf5.segment_file import SegmentIdentity
 from tda_lightning.stores.hdf5.snapshot_files import indices_in, read_snapshot, snapshot_file
 from tda_lightning.stores.integrity.damage import StoreFileError
 from tda_lightning.stores.integrity.manifest import (
