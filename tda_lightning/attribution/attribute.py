@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from tda_lightning.attribution import Attributor, Averaged, SelfAttributor, TracIn
 from tda_lightning.attribution.top_scores import top_scores
-from tda_lightning.attribution.tracin import TracInCP, method_at
+from tda_lightning.attribution.tracin import TracInCP
 from tda_lightning.attribution.trajectory import chosen_ids, contributions
 from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import Mode, fingerprint, warn_of_other_weights
@@ -23,8 +23,8 @@ from tda_lightning.passes.queries import (
     QueryRows,
     checked_for_zeros,
     identified_rows,
-    mean_rows_at,
-    rows_at_snapshots,
+    queries_at,
+    queries_at_snapshots,
 )
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.ranking import SampleRanking, require_rank
@@ -38,6 +38,7 @@ from tda_lightning.stores.arguments import (
     name_of,
     require_choice,
     require_kind,
+    require_object,
     require_whole,
 )
 from tda_lightning.stores.opening import Run, open_run
@@ -89,7 +90,7 @@ def attribute(
         FileNotFoundError: If there is no run at the path.
         ValueError: If the run is empty, or if the model or the queries do not match it.
     """
-    question = Question(method_at(method, at), target, at, mode, progress)
+    question = Question(_method_at(method, at), target, at, mode, progress)
     stores, models = _pairs(run, model)
     queries = batches_in_memory(queries) if len(stores) > 1 else queries
     per_run = [
@@ -159,12 +160,8 @@ def top_attributions(
         query_batch_size: Number of queries that share one pass over the run.
         mode: See :func:`attribute`.
         progress: Show progress bars.
-
-    Raises:
-        FileNotFoundError: If there is no run at the path.
-        ValueError: If the run is empty, or if the model or the queries do not match it.
     """
-    question = Question(method_at(method, at), target, at, mode, progress)
+    question = Question(_method_at(method, at), target, at, mode, progress)
     store = open_run(run)
     require_rank(k, len(store.train_ids()))
     require_whole("query_batch_size", query_batch_size, least=1)
@@ -210,7 +207,8 @@ def trajectory(
         ValueError: If the run is empty, if the model or the queries do not match it, or if a
             sample is not in the training set.
     """
-    question = Question(method_at(method, at), target, at, mode, progress)
+    question = Question(_method_at(method, at), target, at, mode, progress)
+    require_choice("per", per, Period)
     store = open_run(run)
     selected = chosen_ids(store, train_ids)
     query = question.query_rows(store, model, queries)
@@ -229,10 +227,6 @@ class Question:
     mode: Mode
     progress: bool
 
-    def __post_init__(self) -> None:
-        """Check the mode."""
-        require_choice("mode", self.mode, Mode)
-
     def query_rows(self, store: Store, model: nn.Module, queries: Any) -> QueryRows:
         """Return the queries with the rows that the method takes, on the model's device.
 
@@ -240,32 +234,29 @@ class Question:
         """
         self.method.require(store)
         queries = batches_in_memory(queries) if self.at == "snapshots" else queries
-        layers = self.method.layers if isinstance(self.method, TracIn | TracInCP) else None
-        passes: list[QueryRows] = []
 
-        def record(position: int) -> Float[Tensor, "n_query k"]:
-            passes.append(
-                identified_rows(
-                    model,
-                    queries,
-                    store.recipe,
-                    target=self.target,
-                    preconditioner=store.preconditioner(position),
-                    mode=self.mode,
-                    layers=layers,
-                    progress=self.progress,
-                )
+        def record(position: int) -> QueryRows:
+            return identified_rows(
+                model,
+                queries,
+                store.recipe,
+                target=self.target,
+                preconditioner=store.preconditioner(position),
+                mode=self.mode,
+                layers=self.method.query_layers,
+                progress=self.progress,
             )
-            return passes[-1].rows
 
         if isinstance(self.method, TracInCP):
             nearest = [snapshot for snapshot, _ in nearest_parts(store)]
-            rows = torch.cat(list(rows_at_snapshots(store, model, nearest, record)), dim=1)
+            passes = queries_at_snapshots(store, model, nearest, record)
+            query = replace(passes[0], rows=torch.cat([each.rows for each in passes], dim=1))
         else:
-            rows = mean_rows_at(store, model, self.at, record)
+            query = queries_at(store, model, self.at, record)
         if self.at == "now":
             warn_of_other_weights(model, store.final_fingerprint, stacklevel=4)
-        return checked_for_zeros(replace(passes[0], rows=rows.to(next(model.parameters()).device)))
+        device = next(model.parameters()).device
+        return checked_for_zeros(replace(query, rows=query.rows.to(device)))
 
     def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:
         """Return the provenance of the answer: target, weights and mode."""
@@ -276,8 +267,24 @@ class Question:
             weights = [f"the nearest of {describe_snapshots(each)}" for each in pairs]
         else:
             weights = [describe_weights(store, self.at) for store in stores]
-        names = ", ".join(weights if self.at in ("now", "model") else dict.fromkeys(weights))
+        names = ", ".join(dict.fromkeys(weights))
         return {"target": name_of(self.target), "weights": names, "mode": self.mode}
+
+
+def _method_at(method: Attributor, at: Moment) -> Attributor:
+    """Return the method for queries at some weights.
+
+    Raises:
+        ValueError: If the method does not read a run.
+    """
+    require_object("method", method)
+    if not isinstance(method, Attributor):
+        raise ValueError(
+            f"`method` is {method!r}; expected one that reads a run, such as `Unrolled()`. "
+            "Pass `FullInfluenceFunction` to `attribute_by_gradients`; pass `FeatureSimilarity`, "
+            "`RepresenterPoint` and `LocalJacobianExpansion` to `attribute_by_features`."
+        )
+    return method.for_queries_at(at)
 
 
 def _pairs(run: Any, model: Any) -> tuple[list[Store], list[nn.Module]]:

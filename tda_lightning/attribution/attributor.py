@@ -24,11 +24,21 @@ from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
 from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.snapshots import Moment
 from tda_lightning.stores.step import Step
 
 
 class Attributor(ABC):
     """An attribution method with its hyper-parameters."""
+
+    @property
+    def query_layers(self) -> Sequence[str] | None:
+        """Names of the layers whose gradients queries must have; by default, all layers."""
+        return None
+
+    def for_queries_at(self, at: Moment) -> Attributor:
+        """Return the method for queries at some weights; by default, itself."""
+        return self
 
     @abstractmethod
     def directions(

@@ -38,7 +38,6 @@ class Averaged(Attributor):
     methods: tuple[Attributor, ...] = (Unrolled(), InfluenceFunction())
 
     def __post_init__(self) -> None:
-        """Validate the methods."""
         require_kind("methods", self.methods, tuple, "`(Unrolled(), InfluenceFunction())`")
         if not self.methods:
             raise ValueError("`methods` is empty; expected at least one. Pass `(Unrolled(),)`.")
@@ -74,13 +73,7 @@ class Averaged(Attributor):
     def attribute(
         self, run: Store, queries: Float[Tensor, "n_query k"], *, progress: bool = True
     ) -> Scores:
-        """Score every training sample for every query by each method, and average the scores.
-
-        Args:
-            run: The recorded training.
-            queries: Gradient sketches of the queries' losses, shape ``(n_query, k)``.
-            progress: Show a progress bar for each method.
-        """
+        """Score every training sample for every query by each method, and average the scores."""
         return self._mean(m.attribute(run, queries, progress=progress) for m in self.methods)
 
     def attribute_ensemble(
@@ -90,13 +83,7 @@ class Averaged(Attributor):
         *,
         progress: bool = True,
     ) -> Scores:
-        """Average over several trainings, as each of the methods does.
-
-        Args:
-            runs: The recorded trainings, on the same data.
-            queries: Gradient sketches of the same queries, recorded for each of the runs.
-            progress: Show progress bars.
-        """
+        """Average over several trainings, as each of the methods does."""
         methods = self.methods
         return self._mean(m.attribute_ensemble(runs, queries, progress=progress) for m in methods)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tda_lightning.attribution.attributor import Attributor
 from tda_lightning.attribution.linalg import unit_rows
+from tda_lightning.attribution.steps import unweighted
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_choice
 from tda_lightning.stores.step import Step
@@ -37,16 +38,18 @@ class GradientSimilarity(Attributor):
     measure: Measure = "cosine"
 
     def __post_init__(self) -> None:
-        """Validate `measure`."""
         require_choice("measure", self.measure, Measure)
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
         """Yield each step, with its rows normalized, and the query's gradient."""
-        g_q = unit_rows(queries) if self.measure == "cosine" else queries
+        if self.measure == "dot":
+            yield from ((unweighted(step), queries) for step in run)
+            return
+        g_q = unit_rows(queries)
         for step in run:
-            yield replace(step, sketch=self._normalized(step)), g_q
+            yield replace(step, sketch=unit_rows(step.sketch)), g_q
 
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
@@ -57,10 +60,3 @@ class GradientSimilarity(Attributor):
     def is_linear(self) -> bool:
         """Return whether the measure is the inner product; a cosine is not linear."""
         return self.measure == "dot"
-
-    def _normalized(self, step: Step) -> Float[Tensor, "n k"]:
-        return (
-            unit_rows(step.sketch)
-            if self.measure == "cosine"
-            else step.sketch / step.weights.clamp_min(1e-30)[:, None]
-        )

@@ -83,7 +83,6 @@ class InfluenceFunction(SelfAttributor):
     _factor: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Validate the arguments."""
         require_kind("curvature", self.curvature, Curvature, "`SampledLabels()`")
         require_choice("curvature_over", self.curvature_over, Steps)
         require_choice("rows", self.rows, Visits)

@@ -67,7 +67,6 @@ class Source(Attributor):
     )
 
     def __post_init__(self) -> None:
-        """Validate the arguments."""
         if self.segments is not None:
             require_whole("segments", self.segments, least=1)
         require_kind("curvature", self.curvature, Curvature, "`BestAvailable()`")

@@ -21,35 +21,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tda_lightning.stores import Store
-from tda_lightning.stores.recipe import Recipe
-from tda_lightning.stores.step import (
-    FIRST_LABELLED_STEPS,
-    OPTIONAL_FACTS,
-    Preconditioner,
-    Step,
-    StepFacts,
-)
+from tda_lightning.stores.step import FIRST_LABELLED_STEPS, OPTIONAL_FACTS, Step
+from tda_lightning.stores.store import StoreSlice
 
 
-class DeviceView(Store):
+class DeviceView(StoreSlice):
     """A view of a run whose rows have the device and format of a tensor; ids stay on the CPU.
 
     Visits whose rows are not finite are left out, with one warning.
     """
 
     def __init__(self, run: Store, like: Tensor) -> None:
-        self._run = run
+        super().__init__(run, range(len(run)))
         self._device, self._dtype = like.device, like.dtype
         self._left_out: set[tuple[int, int]] = set()  # indices of steps, and samples
-
-    @property
-    def recipe(self) -> Recipe:
-        """How the sketches were made."""
-        return self._run.recipe
-
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self._run)
 
     def read(self, position: int) -> Step:
         """Return a step, moved to the device.
@@ -57,7 +42,7 @@ class DeviceView(Store):
         Raises:
             ValueError: If its rows are not finite because the training diverged.
         """
-        step = self._run.read(position)
+        step = super().read(position)
         bad = step.non_finite_visits()
         if len(bad) or not isfinite(step.weights.sum()):
             finite = _without_non_finite(step, bad, position)
@@ -71,18 +56,6 @@ class DeviceView(Store):
             **facts,
             curvature_rows=self._move(step.curvature_rows),
         )
-
-    def facts_at(self, position: int) -> StepFacts:
-        """Return the facts of a step without its rows, on the CPU."""
-        return self._run.facts_at(position)
-
-    def snapshots(self) -> list[int]:
-        """Return the indices of the steps before which a snapshot was taken."""
-        return self._run.snapshots()
-
-    def preconditioner(self, position: int = -1) -> Preconditioner | None:
-        """Return the coordinates of a step's rows, on the device of the run."""
-        return self._run.preconditioner(position)
 
     def provenance(self) -> dict[str, str]:
         """Return the provenance of an answer: the visits left out so far, if there are any."""

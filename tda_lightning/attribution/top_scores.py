@@ -12,7 +12,6 @@ from tda_lightning.results.progress import progress_bar
 from tda_lightning.results.ranking import Ranking
 from tda_lightning.results.top_scores import TopScores
 from tda_lightning.stores import Store
-from tda_lightning.stores.arguments import require_whole
 
 
 def top_scores(
@@ -31,8 +30,6 @@ def top_scores(
     depend on the queries, such as a factorization, is done once. Memory: two matrices of
     ``(query_batch_size, n_train)`` numbers.
     """
-    require_whole("query_batch_size", query_batch_size, least=1)
-    method.require(run)
     precomputed = method.precomputed(DeviceView(run, queries), queries)
     proponents, opponents, scores = [], [], None
     batches = torch.split(queries, query_batch_size)

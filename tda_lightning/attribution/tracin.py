@@ -28,7 +28,6 @@ from torch import Tensor
 from tda_lightning.attribution.attributor import Attributor, SelfAttributor
 from tda_lightning.attribution.dynamics.optimizer import require_training
 from tda_lightning.stores import Store
-from tda_lightning.stores.arguments import require_object
 from tda_lightning.stores.snapshots import Moment, nearest_parts
 from tda_lightning.stores.step import Step
 
@@ -50,11 +49,16 @@ class TracIn(SelfAttributor):
     layers: Sequence[str] | None = None
     _has_chosen_queries: bool = field(default=False, init=False, repr=False, compare=False)
 
-    def with_chosen_queries(self) -> TracIn:
-        """Return the method for queries that have the gradients of ``layers`` only."""
-        method = copy(self)
-        object.__setattr__(method, "_has_chosen_queries", self.layers is not None)
-        return method
+    @property
+    def query_layers(self) -> Sequence[str] | None:
+        """Names of the layers whose gradients count."""
+        return self.layers
+
+    def for_queries_at(self, at: Moment) -> Attributor:
+        """Return the method for queries with the gradients of ``layers`` only."""
+        chosen = copy(self)
+        object.__setattr__(chosen, "_has_chosen_queries", self.layers is not None)
+        return TracInCP(chosen) if at == "snapshots" else chosen
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
@@ -113,7 +117,7 @@ class TracInCP(Attributor):
     method: TracIn
 
     @property
-    def layers(self) -> Sequence[str] | None:
+    def query_layers(self) -> Sequence[str] | None:
         """Names of the layers whose gradients count."""
         return self.method.layers
 
@@ -130,24 +134,4 @@ class TracInCP(Attributor):
             yield from self.method.directions(run[part], rows)
 
     def __repr__(self) -> str:
-        """Return the representation of the TracIn method."""
         return repr(self.method)
-
-
-def method_at(method: Attributor, at: Moment) -> Attributor:
-    """Return the method to use: at snapshots, TracIn becomes TracInCP.
-
-    Raises:
-        ValueError: If the method does not read a run.
-    """
-    require_object("method", method)
-    if not isinstance(method, Attributor):
-        raise ValueError(
-            f"`method` is {method!r}; expected one that reads a run, such as `Unrolled()`. "
-            "Pass `FullInfluenceFunction` to `attribute_by_gradients`; pass `FeatureSimilarity`, "
-            "`RepresenterPoint` and `LocalJacobianExpansion` to `attribute_by_features`."
-        )
-    if not isinstance(method, TracIn):
-        return method
-    chosen = method.with_chosen_queries()
-    return TracInCP(chosen) if at == "snapshots" else chosen

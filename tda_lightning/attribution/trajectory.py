@@ -21,17 +21,15 @@ from tda_lightning.attribution.averaged import Averaged
 from tda_lightning.attribution.steps import DeviceView
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.results.ranking import SampleRanking
+from tda_lightning.results.sample_groups import whole_ids
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
-from tda_lightning.stores.arguments import describe, require_choice
-
-_INTEGER_DTYPES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def contributions(
     run: Store,
     queries: Float[Tensor, "n_query k"],
-    train_ids: Int[Tensor, " n_selected"] | Sequence[int],
+    selected_ids: Int[Tensor, " n_selected"],
     method: Attributor,
     *,
     per: Period = "step",
@@ -41,9 +39,6 @@ def contributions(
 
     ``per`` is the period of each sum: a step or an epoch.
     """
-    require_choice("per", per, Period)
-    method.require(run)
-    selected_ids = chosen_ids(run, train_ids)
     view = DeviceView(run, queries)
     terms = _terms(view, queries, selected_ids, method, per, progress)
     values = torch.stack(list(terms.values()), dim=2)
@@ -99,15 +94,7 @@ def chosen_ids(
     Raises:
         ValueError: If they are not whole numbers, or if one is not in the training set.
     """
-    chosen = train_ids.ids if isinstance(train_ids, SampleRanking) else train_ids
-    ids, all_ids = torch.as_tensor(chosen), run.train_ids()
-    if ids.ndim != 1 or ids.dtype not in _INTEGER_DTYPES:
-        shown = describe(chosen) if isinstance(chosen, Tensor) else repr(chosen)
-        raise ValueError(
-            f"`train_ids` is {shown}; expected a list of whole numbers, ids of training "
-            "samples, such as `scores.proponents(3).ids[0]`."
-        )
-    ids = ids.to(torch.int64)
+    ids, all_ids = whole_ids(train_ids), run.train_ids()
     unknown = ids[~torch.isin(ids, all_ids)]
     if len(unknown):
         raise ValueError(

@@ -47,7 +47,6 @@ class TRAK(Attributor):
     _factor: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Validate `damping`."""
         require_not_negative("damping", self.damping)
 
     def require(self, run: Store) -> None:
@@ -83,13 +82,7 @@ class TRAK(Attributor):
         *,
         progress: bool = True,
     ) -> Scores:
-        """Average over several trainings, as in eq. 17 of the paper.
-
-        Args:
-            runs: The recorded trainings, on the same data.
-            queries: Gradient sketches of the same queries, recorded for each of the runs.
-            progress: Show progress bars.
-        """
+        """Average over several trainings, as in eq. 17 of the paper."""
         one_minus_p = [_mean_one_minus_p(run) for run in runs]
         pairs = zip(runs, queries, strict=True)
         all_scores = [self.attribute(run, rows, progress=progress) for run, rows in pairs]

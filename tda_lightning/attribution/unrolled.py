@@ -59,7 +59,6 @@ class Unrolled(SelfAttributor):
     propagator: Propagator = Exponential()
 
     def __post_init__(self) -> None:
-        """Validate the arguments."""
         require_kind("curvature", self.curvature, Curvature, "`BestAvailable()`")
         require_kind("propagator", self.propagator, Propagator, "`Exponential()` or `Linear()`")
 

@@ -65,7 +65,6 @@ class LocalJacobianExpansion(LayerFeatureAttributor):
     reads: ClassVar[Literal["features", "head"]] = "head"
 
     def __post_init__(self) -> None:
-        """Validate the hyper-parameters."""
         require_output(self.output)
         require_not_negative("ascent", self.ascent)
         require_not_negative("damping", self.damping)

@@ -67,7 +67,6 @@ class RepresenterPoint(LayerFeatureAttributor):
     reads: ClassVar[Literal["features", "head"]] = "head"
 
     def __post_init__(self) -> None:
-        """Validate the hyper-parameters."""
         require_output(self.output)
         require_choice("targets", self.targets, Targets)
         require_positive("regularization", self.regularization)

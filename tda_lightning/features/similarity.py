@@ -45,7 +45,6 @@ class FeatureSimilarity(LayerFeatureAttributor):
     measure: Measure = "cosine"
 
     def __post_init__(self) -> None:
-        """Validate the measure."""
         require_choice("measure", self.measure, Measure)
 
     def attribute(self, train: LayerFeatures, queries: LayerFeatures) -> Scores:

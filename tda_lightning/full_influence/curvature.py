@@ -59,7 +59,6 @@ class GaussNewton(ModelCurvature):
     loss: Callable[[Tensor, Any], Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Check that there are two functions, or none."""
         if (self.outputs is None) != (self.loss is None):
             raise ValueError(
                 "`GaussNewton` was given one of `outputs` and `loss`; expected both, or neither. "

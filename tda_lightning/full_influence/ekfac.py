@@ -78,7 +78,6 @@ class KroneckerFactored:
         return self.unscaled.dtype
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        """Return the product with the columns of a matrix."""
         return self.factor * (self.unscaled @ vectors)
 
     def mean_eigenvalue(self) -> float:

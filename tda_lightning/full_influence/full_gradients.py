@@ -25,7 +25,7 @@ from tda_lightning.full_influence.objective import (
 from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity
 from tda_lightning.passes.batches import batches_in_memory, columns_by_id
-from tda_lightning.passes.queries import QueryRows, checked_for_zeros, identified_rows, mean_rows_at
+from tda_lightning.passes.queries import QueryRows, checked_for_zeros, identified_rows, queries_at
 from tda_lightning.passes.targets import Target
 from tda_lightning.passes.training_data import sampled_rows, train_rows
 from tda_lightning.recording.sample_ids import IdSource
@@ -106,19 +106,14 @@ class FullGradients:
     def of_queries(self, queries: Any, target: Target, at: Moment, *, progress: bool) -> QueryRows:
         """Return the queries with the gradients of their losses, or of another target."""
         queries = batches_in_memory(queries) if at == "snapshots" else queries
-        passes: list[QueryRows] = []
+        model, recipe = self._model, self._recipe
 
-        def gradients_at(position: int) -> Float[Tensor, "n_query d"]:
-            model, recipe = self._model, self._recipe
-            rows = identified_rows(model, queries, recipe, target=target, progress=progress)
-            passes.append(rows)
-            return self.vectors(rows.rows, self._scale(position))
+        def record(position: int) -> QueryRows:
+            query = identified_rows(model, queries, recipe, target=target, progress=progress)
+            return replace(query, rows=self.vectors(query.rows, self._scale(position)))
 
-        if self._run is None:
-            gradients = gradients_at(-1)
-        else:
-            gradients = mean_rows_at(self._run, self._model, at, gradients_at)
-        return checked_for_zeros(replace(passes[0], rows=gradients))
+        run = self._run
+        return checked_for_zeros(record(-1) if run is None else queries_at(run, model, at, record))
 
     def objective(
         self,

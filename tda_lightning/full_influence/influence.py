@@ -74,7 +74,6 @@ class FullInfluenceFunction:
     query_batch_size: int = 32
 
     def __post_init__(self) -> None:
-        """Check all arguments."""
         require_kind("solver", self.solver, Solver, "`Woodbury()`")
         require_kind("curvature", self.curvature, ModelCurvature, "`GaussNewton()`")
         if self.damping is not None:

@@ -97,7 +97,6 @@ class ConjugateGradient(Solver):
     products: int = 1000
 
     def __post_init__(self) -> None:
-        """Check the tolerance and the number of products."""
         require_positive("tolerance", self.tolerance)
         require_whole("products", self.products, least=1)
 
@@ -133,7 +132,6 @@ class Neumann(Solver):
     terms: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the remainder and the number of terms."""
         require_positive("remainder", self.remainder)
         if self.remainder >= 1:
             raise ValueError(
@@ -179,7 +177,6 @@ class Lanczos(Solver):
     rank: int = 64
 
     def __post_init__(self) -> None:
-        """Check the rank."""
         require_whole("rank", self.rank, least=1)
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
@@ -212,7 +209,6 @@ class EKFAC(Solver):
     labels: Labels = "all"
 
     def __post_init__(self) -> None:
-        """Check the labels."""
         require_choice("labels", self.labels, Labels)
 
     def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:

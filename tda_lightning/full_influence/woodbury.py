@@ -58,7 +58,6 @@ class Woodbury(Solver):
     max_gb: float = 8.0
 
     def __post_init__(self) -> None:
-        """Check the number of draws and the memory limit."""
         require_whole("draws", self.draws, least=1)
         require_limit("max_gb", self.max_gb)
 
@@ -118,7 +117,6 @@ class LowRankCurvature:
         self.device, self.dtype = rows.device, rows.dtype
 
     def __matmul__(self, vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
-        """Return the product with the columns of a matrix."""
         return self._rows.mT @ (self._rows @ vectors)
 
     def largest_eigenvalue(self) -> float:
@@ -159,7 +157,6 @@ class DenseCurvature:
         self.shape, self.device, self.dtype = (d, d), first.device, first.dtype
 
     def __matmul__(self, vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
-        """Return the product with the columns of a matrix."""
         return (self._matrix @ vectors.double()).to(vectors)
 
     def largest_eigenvalue(self) -> float:

@@ -79,7 +79,6 @@ class Estimate:
     confidence: float
 
     def __repr__(self) -> str:
-        """Show the value and the interval."""
         interval = f"{self.confidence:.0%}: {self.low:.3f} to {self.high:.3f}"
         return f"{self.value:.3f} ({interval})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
@@ -69,6 +70,30 @@ def batch_size(batch: Any, argument: str, ids: Sized | None = None) -> int:
     if n == 0:
         raise ValueError(f"`{argument}` is an empty batch; expected at least one sample.")
     return n
+
+
+def part_of(batch: Any, n: int, key: int | slice) -> Any:
+    """Return one of a batch's ``n`` samples, or a slice of them, in a batch of the same kind.
+
+    Tensors with ``n`` rows are cut, and lists of ``n`` objects without tensors; the rest is kept.
+    """
+    if isinstance(batch, Tensor):
+        return batch[key] if batch.ndim and len(batch) == n else batch
+    if isinstance(batch, Mapping):
+        part = copy.copy(batch) if hasattr(batch, "__setitem__") else dict(batch)
+        for name, value in batch.items():
+            part[name] = part_of(value, n, key)
+        return part
+    if isinstance(batch, list | tuple):
+        if len(batch) == n and next(find_tensors(batch), None) is None:
+            return batch[key]
+        parts = [part_of(value, n, key) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        names = [field.name for field in dataclasses.fields(batch) if field.init]
+        fields = {name: part_of(getattr(batch, name), n, key) for name in names}
+        return dataclasses.replace(batch, **fields)
+    return batch
 
 
 def _is_list_of_samples(batch: Any) -> bool:

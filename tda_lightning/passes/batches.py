@@ -21,8 +21,8 @@ from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import Labels, RowRecorder
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.batch_contents import batch_size, require_batches
-from tda_lightning.passes.manual_optimization import manual_losses
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
+from tda_lightning.passes.stand_ins import manual_losses
 from tda_lightning.recording.collation import ReorderedSamplesError
 from tda_lightning.recording.sample_ids import SampleLedger, require_once
 from tda_lightning.results.progress import progress_bar

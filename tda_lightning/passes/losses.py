@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.passes.batch_contents import batch_size, find_tensors, require_batches
+from tda_lightning.passes.batch_contents import batch_size, part_of, require_batches
 from tda_lightning.passes.batches import batches_of, loss_of, named_batches, transfer
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
@@ -53,7 +51,8 @@ def sample_losses(
     losses: dict[int, float] = {}
     with preserved_state(model, mode), torch.enable_grad():
         for ids, batch in _with_ids(samples, sample_ids, progress):
-            parts = single_samples(batch, len(ids))
+            n = len(ids)
+            parts = (part_of(batch, n, slice(row, row + 1)) for row in range(n))
             losses.update(zip(ids.tolist(), (_loss(model, part) for part in parts), strict=True))
     require_batches(losses, "samples")
     train_ids = sorted(losses)
@@ -81,37 +80,3 @@ def _loss(model: nn.Module, sample: Any) -> float:
             f"`{type(model).__name__}.training_step` failed on a batch of one sample, "
             f"{describe(sample)}. The error was: {error}"
         ) from error
-
-
-def single_samples(batch: Any, n: int) -> Iterator[Any]:
-    """Yield each of a batch's ``n`` samples, as a batch of one.
-
-    Tensors with ``n`` rows are cut, and lists of ``n`` objects without tensors; the rest is kept.
-    """
-    return (_part(batch, n, row) for row in range(n))
-
-
-def _part(value: Any, n: int, row: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[row : row + 1] if value.ndim and len(value) == n else value
-    if isinstance(value, Mapping):
-        part = copy.copy(value) if hasattr(value, "__setitem__") else dict(value)
-        for key, item in value.items():
-            part[key] = _part(item, n, row)
-        return part
-    if isinstance(value, list | tuple):
-        return _part_of_sequence(value, n, row)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if field.init]
-        parts = {name: _part(getattr(value, name), n, row) for name in names}
-        return dataclasses.replace(value, **parts)
-    return value
-
-
-def _part_of_sequence(value: Any, n: int, row: int) -> Any:
-    if len(value) == n and next(find_tensors(value), None) is None:
-        return value[row : row + 1]
-    parts = [_part(item, n, row) for item in value]
-    if isinstance(value, tuple):
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return parts

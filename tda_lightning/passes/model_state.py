@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tda_lightning.passes.manual_optimization import idle_optimization
-from tda_lightning.passes.muted_loggers import muted_loggers
+from tda_lightning.passes.stand_ins import idle_optimization, muted_logging
 
 # Pairs of fingerprints; a filter of `warnings` would repeat itself after every `catch_warnings`.
 _WARNED: set[tuple[str, str]] = set()
@@ -96,10 +95,9 @@ def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
             _preserved_modes,
             _preserved_buffers,
             preserved_metrics,
-            _muted_logging,
             _trainer_in_training,
             idle_optimization,
-            muted_loggers,
+            muted_logging,
         ):
             stack.enter_context(context(model))
         model.train(mode == "train")
@@ -239,20 +237,6 @@ def _set_states(metrics: Sequence[Any], states: Sequence[Mapping[str, Any]]) -> 
 
 
 @contextmanager
-def _muted_logging(model: nn.Module) -> Iterator[None]:
-    names = ("log", "log_dict")
-    overridden = {name: vars(model)[name] for name in names if name in vars(model)}
-    for name in names:
-        vars(model)[name] = _ignore_log
-    try:
-        yield
-    finally:
-        for name in names:
-            del vars(model)[name]
-        vars(model).update(overridden)
-
-
-@contextmanager
 def _trainer_in_training(model: nn.Module) -> Iterator[None]:
     """Let the model's trainer report that it trains; a step may return no loss otherwise."""
     trainer: Any = getattr(model, "_trainer", None)
@@ -264,7 +248,3 @@ def _trainer_in_training(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         trainer.state.stage = stage
-
-
-def _ignore_log(*args: object, **kwargs: object) -> None:
-    return None

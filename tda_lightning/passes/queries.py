@@ -7,8 +7,8 @@ batches. Users write no second loss function.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -254,29 +254,30 @@ def _require_finite(rows: Float[Tensor, "n_query k"], model: nn.Module) -> None:
     )
 
 
-# Records the rows of the queries, in the coordinates of the step at a position.
-RecordRows = Callable[[int], Float[Tensor, "n_query k"]]
+# Records the queries at the current weights, in the coordinates of the step at a position.
+Record = Callable[[int], QueryRows]
 
 
-def mean_rows_at(
-    store: Store, model: nn.Module, at: Moment, record_rows: RecordRows
-) -> Float[Tensor, "n_query k"]:
-    """Return the query rows at the weights ``at``; for ``"snapshots"``, the mean of later ones."""
+def queries_at(store: Store, model: nn.Module, at: Moment, record: Record) -> QueryRows:
+    """Return the queries at the weights ``at``; for ``"snapshots"``, the mean at later ones."""
     if at in ("now", "model"):
-        return record_rows(-1)
+        return record(-1)
     if isinstance(at, str) and at != "snapshots":
         raise ValueError(
             f'`at` is {at!r}; expected "now", "model", "snapshots", or the index of a step that '
             "has a snapshot."
         )
     snapshots = later_snapshots(store) if at == "snapshots" else [at]
-    return torch.stack(list(rows_at_snapshots(store, model, snapshots, record_rows))).mean(dim=0)
+    passes = queries_at_snapshots(store, model, snapshots, record)
+    return replace(passes[0], rows=torch.stack([each.rows for each in passes]).mean(dim=0))
 
 
-def rows_at_snapshots(
-    store: Store, model: nn.Module, snapshots: Sequence[int], record_rows: RecordRows
-) -> Iterator[Float[Tensor, "n_query k"]]:
-    """Yield the query rows at each snapshot; the model's weights are restored afterwards."""
+def queries_at_snapshots(
+    store: Store, model: nn.Module, snapshots: Sequence[int], record: Record
+) -> list[QueryRows]:
+    """Return the queries at each snapshot; the model's weights are restored afterwards."""
+    passes = []
     for snapshot in snapshots:
         with swapped_weights(model, store.weights_at(snapshot)):
-            yield record_rows(position_of(store, snapshot))
+            passes.append(record(position_of(store, snapshot)))
+    return passes

@@ -70,7 +70,6 @@ class Logit:
     shift: bool = False
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         _require_fields(self)
         if self.index is not None:
             require_whole("index", self.index, least=0)
@@ -110,7 +109,6 @@ class _OfLabels:
     shift: bool = False
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         _require_fields(self)
 
     def is_query(self, batch: Any) -> Bool[Tensor, "n tokens"] | None:

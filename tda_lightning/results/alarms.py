@@ -44,7 +44,6 @@ class Alarm:
     reason: str
 
     def __repr__(self) -> str:
-        """Show the number of samples, the reason and the first ids."""
         shown = ", ".join(map(str, self.ids[:5].tolist())) + (", ..." if len(self.ids) > 5 else "")
         ids = f": {shown}" if len(self.ids) else ""
         return f"{self.name}, {len(self.ids)} samples: {self.reason}{ids}"
@@ -82,7 +81,6 @@ class Alarms(ShownInNotebooks):
         return pd.DataFrame(columns)
 
     def __repr__(self) -> str:
-        """Show one line for each alarm, and one for each missing check."""
         alarms = [f"  {alarm!r}" for alarm in self.raised] or ["  none raised"]
         return "\n".join(["Alarms", *alarms, *(f"  not checked: {n}" for n in self.not_checked)])
 

@@ -12,25 +12,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.results.npz import load_arrays, save_arrays
+from tda_lightning.results.npz import SavedResult
+from tda_lightning.results.sample_groups import whole_ids
 from tda_lightning.results.scores import Scores
 from tda_lightning.results.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_FIELDS = ("values", "times", "query_ids", "train_ids")
-
 
 @dataclass(frozen=True)
-class Contributions:
+class Contributions(SavedResult):
     """How much each training sample lowered each probe's loss, period by period.
 
     Attributes:
@@ -48,6 +46,7 @@ class Contributions:
     train_ids: Int[Tensor, " n_train"]
     method: str
     provenance: Mapping[str, str] = field(default_factory=dict)
+    _axes: ClassVar = ("times", "query_ids", "train_ids")
 
     def scores(self) -> Scores:
         """Return the sum over all periods, shape ``(n_probe, n_train)``."""
@@ -68,13 +67,7 @@ class Contributions:
         Raises:
             ValueError: If the ids are not whole numbers, or one is not in the training set.
         """
-        ids = torch.as_tensor(train_ids)
-        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(
-                f"`train_ids` is {train_ids!r}; expected a list of whole numbers, ids of training "
-                "samples, such as `contributions.scores().proponents(3).ids[0]`."
-            )
-        ids = ids.to(torch.int64)
+        ids = whole_ids(train_ids)
         unknown = ids[~torch.isin(ids, self.train_ids)]
         if len(unknown):
             raise ValueError(
@@ -99,21 +92,11 @@ class Contributions:
         """
         return self.trajectory(self.train_ids).to_pandas()
 
-    def save(self, path: str | Path) -> None:
-        """Write the contributions atomically to a NumPy ``.npz`` file; replace an existing one."""
-        save_arrays(path, self, _FIELDS)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Contributions:
-        """Read contributions written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS, ("times", "query_ids", "train_ids")))
-
     def _repr_html_(self) -> str:
         """Show the shape, and the sums over all periods, in notebooks."""
         return f"<p>{escape(repr(self))}</p>{self.scores()._repr_html_()}"
 
     def __repr__(self) -> str:
-        """Show the shape and the method."""
         n_times, n_probe, n_train = self.values.shape
         return (
             f"Contributions of {n_train:,} training samples to {n_probe:,} probes in {n_times:,} "

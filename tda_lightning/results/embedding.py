@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tda_lightning.results.npz import load_arrays, save_arrays
+from tda_lightning.results.npz import SavedResult
 from tda_lightning.results.scores import Scores
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(SavedResult):
     """One vector per training sample; queries are scored by one matrix product.
 
     Attributes:
@@ -29,6 +29,8 @@ class Embedding:
     train_ids: Int[Tensor, " n_train"]
     method: str
     provenance: Mapping[str, str] = field(default_factory=dict)
+    _values: ClassVar = "vectors"
+    _axes: ClassVar = ("train_ids",)
 
     def attribute(self, queries: Float[Tensor, "n_query k"]) -> Scores:
         """Score every training sample for every query, as the embedded method does.
@@ -49,22 +51,9 @@ class Embedding:
             provenance=self.provenance,
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write the embedding to a NumPy ``.npz`` file."""
-        save_arrays(path, self, _FIELDS)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Embedding:
-        """Read an embedding written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS, ("train_ids",)))
-
     def __repr__(self) -> str:
-        """Show the shape and the method."""
         n_train, k = self.vectors.shape
         return f"Embedding of {n_train:,} training samples in {k:,} dimensions by {self.method}"
-
-
-_FIELDS = ("vectors", "train_ids")
 
 
 def _require_rows(queries: object, k: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -23,20 +24,70 @@ _MAX_COMPRESSION = 64
 _MAX_UNSTORED_BYTES = 2**22
 
 
-def save_arrays(path: str | Path, result: Any, names: tuple[str, ...]) -> None:
-    """Write fields of a result, its method and its provenance to a ``.npz`` file.
+Result = TypeVar("Result", bound="SavedResult")
 
-    The fields hold tensors or strings.
 
-    Raises:
-        ValueError: If the name of the file ends like a table's, such as ``.csv``.
+class SavedResult:
+    """A result that is saved with its method and its provenance.
+
+    Its values have labels, such as ids, along some axes.
     """
-    _require_no_table(path)
-    fields = {name: _as_array(getattr(result, name)) for name in names}
-    texts = {"method": result.method, "provenance": json.dumps(dict(result.provenance))}
-    # Pass an open file: given a path, NumPy would append a suffix.
-    with atomic_write(absolute_path(path)) as partial, partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in texts.items()}, **fields)
+
+    method: str
+    provenance: Mapping[str, str]
+    _values: ClassVar[str] = "values"
+    _axes: ClassVar[tuple[str, ...]]  # labels of the first axes of the values
+    _texts: ClassVar[tuple[str, ...]] = ()
+    _optional: ClassVar[tuple[str, ...]] = ()  # labels of the first axis, which may be missing
+
+    def save(self, path: str | Path) -> None:
+        """Write the result to a NumPy ``.npz`` file, atomically; an existing file is replaced.
+
+        Raises:
+            ValueError: If the name of the file ends like a table's, such as ``.csv``.
+        """
+        _require_no_table(path)
+        optional = [name for name in self._optional if getattr(self, name) is not None]
+        names = (self._values, *self._axes, *self._texts, *optional)
+        fields = {name: _as_array(getattr(self, name)) for name in names}
+        provenance = json.dumps(dict(self.provenance))
+        texts = {"method": np.array(self.method), "provenance": np.array(provenance)}
+        # Pass an open file: given a path, NumPy would append a suffix.
+        with atomic_write(absolute_path(path)) as partial, partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **texts, **fields)
+
+    @classmethod
+    def load(cls: type[Result], path: str | Path) -> Result:
+        """Read a result written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: If there is no file.
+            ValueError: If the file is damaged, or holds something else.
+        """
+        file = absolute_path(path)
+        if not file.exists():
+            raise FileNotFoundError(
+                f"There is no result at `{file}`; expected a file written by `save`. Correct the "
+                "path."
+            )
+        with _reading_result(file):
+            arrays = _read_arrays(file)
+        optional = [name for name in cls._optional if name in arrays]
+        names = (cls._values, *cls._axes, *cls._texts, *optional)
+        # Files of early versions have no provenance.
+        if set(arrays) - {"provenance"} != {*names, "method"}:
+            raise ValueError(
+                f"`{path}` holds {sorted(arrays)}; expected {sorted([*names, 'method'])}. "
+                "Load it with the class that saved it, such as `Scores` or `Embedding`."
+            )
+        with _reading_result(file):
+            fields = {name: _as_field(arrays[name]) for name in names}
+            for axis, name in [*enumerate(cls._axes), *((0, name) for name in optional)]:
+                _require_length(cls._values, arrays[cls._values], name, arrays[name], axis)
+            provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
+        construct: Any = cls
+        result: Result = construct(**fields, method=str(arrays["method"]), provenance=provenance)
+        return result
 
 
 def _require_no_table(path: str | Path) -> None:
@@ -46,48 +97,6 @@ def _require_no_table(path: str | Path) -> None:
             f"`{path}` ends in `{suffix}`, but `save` writes a NumPy archive; expected a name that "
             "ends in `.npz`. For a table, use `to_csv` or `to_pandas`, where the result has them."
         )
-
-
-def load_arrays(
-    path: str | Path,
-    names: tuple[str, ...],
-    axes: tuple[str, ...],
-    *,
-    optional: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """Read the fields of a result that :func:`save_arrays` wrote.
-
-    Args:
-        path: Path of the file.
-        names: Names of the fields, the one with the values first.
-        axes: Names of the fields that label the first axes of the values.
-        optional: Names of fields that a file may lack; they label the first axis, too.
-
-    Raises:
-        FileNotFoundError: If there is no file.
-        ValueError: If the file is damaged, or holds something else.
-    """
-    file = absolute_path(path)
-    if not file.exists():
-        raise FileNotFoundError(
-            f"There is no result at `{file}`; expected a file written by `save`. Correct the path."
-        )
-    with _reading_result(file):
-        arrays = _read_arrays(file)
-    # Files of early versions have no provenance.
-    names = (*names, *(name for name in optional if name in arrays))
-    if set(arrays) - {"provenance"} != {*names, "method"}:
-        raise ValueError(
-            f"`{path}` holds {sorted(arrays)}; expected {sorted([*names, 'method'])}. "
-            "Load it with the class that saved it, such as `Scores` or `Embedding`."
-        )
-    with _reading_result(file):
-        fields = {name: _as_field(arrays[name]) for name in names}
-        extra = [(name, 0) for name in optional if name in fields]
-        for name, axis in [*((name, axis) for axis, name in enumerate(axes)), *extra]:
-            _require_length(names[0], arrays[names[0]], name, arrays[name], axis)
-        provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
-    return {**fields, "method": str(arrays["method"]), "provenance": provenance}
 
 
 def _reading_result(file: Path) -> AbstractContextManager[None]:

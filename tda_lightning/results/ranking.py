@@ -32,7 +32,6 @@ class SampleRanking:
     values: Float[Tensor, " k"]
 
     def __len__(self) -> int:
-        """Return the number of samples."""
         return len(self.ids)
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
@@ -48,7 +47,6 @@ class SampleRanking:
         return html_table(f"Ranking of {len(self):,}", ["sample and score"], [[self]])
 
     def __repr__(self) -> str:
-        """Show the samples with their scores."""
         more = ", ..." if len(self) > 10 else ""
         return f"Ranking of {len(self):,}: {describe_pairs(self.ids[:10], self.values[:10])}{more}"
 
@@ -70,7 +68,6 @@ class Ranking:
     query_ids: Int[Tensor, " n_query"]
 
     def __len__(self) -> int:
-        """Return the number of queries."""
         return len(self.ids)
 
     def __getitem__(self, row: int) -> SampleRanking:
@@ -100,7 +97,6 @@ class Ranking:
         return html_table(f"Ranking of {self.ids.shape[1]} per query", ["query", "samples"], rows)
 
     def __repr__(self) -> str:
-        """Show one line per query."""
         lines = [
             f"  query {query}: {_describe_row(ranking)}"
             for query, ranking in zip(self.query_ids[:10].tolist(), self, strict=False)

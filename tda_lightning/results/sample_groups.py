@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.results.ranking import Ranking, SampleRanking
+from tda_lightning.stores.arguments import describe
 
 
 def positions_of(
@@ -19,7 +20,7 @@ def positions_of(
     Raises:
         ValueError: If they are not ids, or if one is not among the training samples.
     """
-    ids = _as_ids(wanted)
+    ids = whole_ids(wanted)
     in_order, order = train_ids.sort()
     positions = torch.searchsorted(in_order, ids).clamp_max_(len(in_order) - 1)
     is_unknown = in_order[positions] != ids
@@ -33,21 +34,27 @@ def positions_of(
     return in_given_order
 
 
-def _as_ids(wanted: object) -> Tensor:
-    if isinstance(wanted, SampleRanking):
-        return wanted.ids
-    if isinstance(wanted, Ranking):
+def whole_ids(train_ids: object) -> Int[Tensor, " k"]:
+    """Return ids of training samples, from a list or a ranking of them.
+
+    Raises:
+        ValueError: If they are not whole numbers.
+    """
+    if isinstance(train_ids, SampleRanking):
+        return train_ids.ids
+    if isinstance(train_ids, Ranking):
         raise ValueError(
-            f"The ids are a ranking for {len(wanted)} queries; expected one list of ids. Pass "
-            "those of one query, `ranking[0]`, or all of them, `ranking.ids.unique()`."
+            f"`train_ids` is a ranking for {len(train_ids)} queries; expected one list of ids. "
+            "Pass those of one query, `ranking[0]`, or all of them, `ranking.ids.unique()`."
         )
-    ids = torch.as_tensor(wanted)
-    if ids.numel() == 0:
-        ids = ids.to(torch.int64)
-    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+    ids = torch.as_tensor(train_ids)
+    is_whole = ids.numel() == 0 or not (ids.is_floating_point() or ids.dtype == torch.bool)
+    if ids.ndim != 1 or not is_whole:
+        is_array = isinstance(train_ids, Tensor) or ids.ndim > 1
+        shown = describe(ids) if is_array else repr(train_ids)
         raise ValueError(
-            f"The ids are a tensor of shape {tuple(ids.shape)} ({ids.dtype}); expected a list of "
-            "whole numbers, ids of training samples. Turn a mask into ids: `train_ids[mask]`."
+            f"`train_ids` is {shown}; expected a list of whole numbers, ids of training samples, "
+            "such as `scores.proponents(3).ids[0]`. Turn a mask into ids: `train_ids[mask]`."
         )
     return ids.to(torch.int64)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.results.html_tables import Cell, html_table
-from tda_lightning.results.npz import load_arrays, save_arrays
+from tda_lightning.results.npz import SavedResult
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.ranking import SampleRanking, describe_pairs, require_rank
 from tda_lightning.results.sample_groups import positions_of
@@ -24,7 +24,7 @@ _INSTEAD = {"proponents": "highest", "opponents": "lowest"}
 
 
 @dataclass(frozen=True)
-class SampleScores:
+class SampleScores(SavedResult):
     """One score per training sample, such as its self-influence.
 
     Attributes:
@@ -38,9 +38,9 @@ class SampleScores:
     train_ids: Int[Tensor, " n_train"]
     method: str
     provenance: Mapping[str, str] = field(default_factory=dict)
+    _axes: ClassVar = ("train_ids",)
 
     def __len__(self) -> int:
-        """Return the number of training samples."""
         return len(self.train_ids)
 
     if not TYPE_CHECKING:
@@ -89,15 +89,6 @@ class SampleScores:
         columns = {"train_id": self.train_ids.numpy(), "score": self.values.numpy()}
         write_columns(path, columns)
 
-    def save(self, path: str | Path) -> None:
-        """Write the scores to a NumPy ``.npz`` file."""
-        save_arrays(path, self, _FIELDS)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SampleScores:
-        """Read scores written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS, ("train_ids",)))
-
     def _repr_html_(self) -> str:
         """Show the highest and the lowest scores, in notebooks."""
         k = min(5, len(self))
@@ -108,12 +99,8 @@ class SampleScores:
         return html_table(caption, ["", "sample and score"], rows)
 
     def __repr__(self) -> str:
-        """Show the method and the highest scores."""
         head = f"SampleScores of {len(self.values):,} training samples by {self.method}"
         if not self.values.any():
             return f"{head}\n  all scores are zero"
         top = self.highest(min(5, len(self.train_ids)))
         return f"{head}\n  highest {describe_pairs(top.ids, top.values)}"
-
-
-_FIELDS = ("values", "train_ids")

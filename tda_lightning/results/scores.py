@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.joining import joined_provenance, require_same_ids
-from tda_lightning.results.npz import load_arrays, save_arrays
+from tda_lightning.results.npz import SavedResult
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.ranking import Ranking, SampleRanking, describe_pairs, require_rank
 from tda_lightning.results.sample_groups import positions_of, sum_over_groups
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(SavedResult):
     """One score per query and training sample.
 
     ``scores[0]`` are the scores for one query, ``scores[1:3]``, ``scores[[0, 2]]`` and
@@ -56,6 +56,8 @@ class Scores:
     method: str
     provenance: Mapping[str, str] = field(default_factory=dict)
     tokens: Int[Tensor, " n_query"] | None = None
+    _axes: ClassVar = ("query_ids", "train_ids")
+    _optional: ClassVar = ("tokens",)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,7 +66,6 @@ class Scores:
         return n_query, n_train
 
     def __len__(self) -> int:
-        """Return the number of queries."""
         return len(self.values)
 
     @overload
@@ -230,15 +231,6 @@ class Scores:
         sides = self.proponents(k), self.opponents(k)
         return TopScores(*sides, self.query_ids, self.method, self.provenance, self.tokens)
 
-    def save(self, path: str | Path) -> None:
-        """Write the scores to a NumPy ``.npz`` file."""
-        save_arrays(path, self, _FIELDS if self.tokens is None else (*_FIELDS, "tokens"))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Scores:
-        """Read scores written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS, _FIELDS[1:], optional=("tokens",)))
-
     def _repr_html_(self) -> str:
         """Show the proponents and opponents of each query, in notebooks."""
         n_query, n_train = self.shape
@@ -251,7 +243,6 @@ class Scores:
         return html_table(caption, ["query", "highest scores", "lowest scores"], rows)
 
     def __repr__(self) -> str:
-        """Show the shape, the method, and the proponents and opponents of the first queries."""
         n_query, n_train = self.shape
         head = f"Scores of {n_query:,} queries x {n_train:,} training samples by {self.method}"
         lines = [
@@ -264,9 +255,6 @@ class Scores:
     def _name_of(self, row: int) -> str:
         token = "" if self.tokens is None else f", token {int(self.tokens[row])}"
         return f"query {int(self.query_ids[row])}{token}"
-
-
-_FIELDS = ("values", "query_ids", "train_ids")
 
 
 def _describe_row(row: SampleScores) -> str:

@@ -56,7 +56,6 @@ class TopScores:
         return TopScores(proponents, opponents, query_ids, self.method, provenance, tokens)
 
     def __len__(self) -> int:
-        """Return the number of queries."""
         return len(self.query_ids)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -80,7 +79,6 @@ class TopScores:
         return html_table(caption, ["query", "proponents", "opponents"], rows)
 
     def __repr__(self) -> str:
-        """Show the proponents and opponents of the first queries."""
         k = self.proponents.ids.shape[1]
         head = f"TopScores of {len(self):,} queries by {self.method}, {k} on each side"
         return "\n".join([head, f"proponents: {self.proponents}", f"opponents: {self.opponents}"])

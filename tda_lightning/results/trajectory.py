@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.npz import load_arrays, save_arrays
+from tda_lightning.results.npz import SavedResult
 from tda_lightning.results.optional import import_pandas, needs
 from tda_lightning.results.tables import data_frame
 
@@ -24,7 +23,7 @@ Period = Literal["step", "epoch"]
 
 
 @dataclass(frozen=True)
-class Trajectory(ShownInNotebooks):
+class Trajectory(SavedResult, ShownInNotebooks):
     """Contributions of some training samples to each query, over the training.
 
     Attributes:
@@ -44,6 +43,8 @@ class Trajectory(ShownInNotebooks):
     per: Period
     method: str
     provenance: Mapping[str, str] = field(default_factory=dict)
+    _axes: ClassVar = ("query_ids", "train_ids", "times")
+    _texts: ClassVar = ("per",)
 
     def total(self) -> Float[Tensor, "n_query n_selected"]:
         """Return the sums over time: the samples' scores."""
@@ -102,20 +103,7 @@ class Trajectory(ShownInNotebooks):
         axes.legend(title="sample", frameon=False)
         return axes
 
-    def save(self, path: str | Path) -> None:
-        """Write the trajectory to a NumPy ``.npz`` file."""
-        save_arrays(path, self, _FIELDS)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Trajectory:
-        """Read a trajectory written by :meth:`save`."""
-        return cls(**load_arrays(path, _FIELDS, ("query_ids", "train_ids", "times")))
-
     def __repr__(self) -> str:
-        """Show the shape and the method."""
         n_query, n_selected, n_times = self.values.shape
         times = f"{n_times:,} {self.per}{'s' * (n_times != 1)}"
         return f"Trajectory of {n_selected} samples over {times}, {n_query} queries, {self.method}"
-
-
-_FIELDS = ("values", "times", "train_ids", "query_ids", "per")

@@ -12,7 +12,7 @@ from torch.optim import SGD
 from tda_lightning import TRAK, GradientSimilarity, InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.attribution import Averaged, EmpiricalFisher
 from tda_lightning.attribution.top_scores import top_scores
-from tda_lightning.attribution.trajectory import contributions
+from tda_lightning.attribution.trajectory import chosen_ids, contributions
 from tda_lightning.results import Trajectory
 
 RUN = ls.record(ls.problem(steps=8), lambda p: SGD(p, lr=0.1, momentum=0.5))
@@ -31,8 +31,8 @@ METHODS = [
 each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 
-def trajectory_of(method, per="step", chosen=CHOSEN):
-    return contributions(RUN, ls.queries(), chosen, method, per=per, progress=False)
+def trajectory_of(method, per="step", run=RUN):
+    return contributions(run, ls.queries(), torch.tensor(CHOSEN), method, per=per, progress=False)
 
 
 @each_method
@@ -58,11 +58,9 @@ def test_contributions_are_zero_in_steps_that_did_not_draw_the_sample():
 
 
 def test_ids_may_be_a_tensor_and_must_be_in_the_training_set():
-    assert torch.equal(
-        trajectory_of(TracIn(), chosen=torch.tensor(CHOSEN)).values, trajectory_of(TracIn()).values
-    )
+    assert torch.equal(chosen_ids(RUN, torch.tensor(CHOSEN)), chosen_ids(RUN, CHOSEN))
     with pytest.raises(ValueError, match="Sample 99 is not in the training set"):
-        trajectory_of(TracIn(), chosen=[0, 99])
+        chosen_ids(RUN, [0, 99])
 
 
 def test_a_plot_has_a_line_per_sample_that_ends_at_its_score():
@@ -154,7 +152,7 @@ def test_a_saved_trajectory_can_be_loaded(tmp_path):
 
 def test_a_trajectory_of_one_epoch_is_plotted_with_markers():
     run = RUN[:4]
-    trajectory = contributions(run, ls.queries(), CHOSEN, TracIn(), per="epoch", progress=False)
+    trajectory = trajectory_of(TracIn(), "epoch", run=run)
     lines = trajectory.plot().get_lines()[: len(CHOSEN)]
     assert [line.get_marker() for line in lines] == ["o"] * len(CHOSEN)
     pyplot.close("all")

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import Subset
 
 from tda_lightning import sample_losses
-from tda_lightning.passes.losses import single_samples
+from tda_lightning.passes.batch_contents import part_of
 
 DATA = vectors()
 
@@ -84,7 +84,6 @@ X, Y = torch.arange(15.0).reshape(5, 3), torch.arange(5)
     ids=["list", "named tuple", "mapping", "dataclass", "shared tensors"],
 )
 def test_a_batch_is_cut_along_its_samples(batch, second):
-    parts = list(single_samples(batch, 5))
-    assert len(parts) == 5
-    assert type(parts[1]) is type(batch)
-    assert repr(parts[1]) == repr(second)
+    part = part_of(batch, 5, slice(1, 2))
+    assert type(part) is type(batch)
+    assert repr(part) == repr(second)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from tda_lightning.passes.batch_contents import part_of
 from tda_lightning.passes.batches import batches_in_memory
-from tda_lightning.report.evidence.queries import items_of, part_of
+from tda_lightning.report.evidence.queries import items_of
 from tda_lightning.report.page.html import element, json_block, shortened, visible, with_code
 from tda_lightning.report.page.payload import mean_by_group
 from tda_lightning.report.samples.images import data_uri, is_image
@@ -104,10 +105,10 @@ def test_labels_are_found():
 
 def test_parts_of_a_batch_are_its_samples():
     batch = {"x": PICTURE, "texts": ["a", "b", "c"], "more": (torch.arange(3), None)}
-    part = part_of(batch, 1)
+    part = part_of(batch, 3, 1)
     assert torch.equal(part["x"], PICTURE[1])
     assert (part["texts"], int(part["more"][0]), part["more"][1]) == ("b", 1, None)
-    assert part_of(batch, slice(1, 2))["texts"] == ["b"]
+    assert part_of(batch, 3, slice(1, 2))["texts"] == ["b"]
 
 
 def test_queries_are_shown_as_their_dataset_yields_them():

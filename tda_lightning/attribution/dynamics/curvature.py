@@ -90,7 +90,6 @@ class EmpiricalFisher(_VisitCurvature):
     terms: Terms = "ignored"
 
     def __post_init__(self) -> None:
-        """Validate `terms`."""
         require_choice("terms", self.terms, Terms)
 
     def scales(self, step: Step) -> Float[Tensor, " n"]:
@@ -178,7 +177,6 @@ class Mixed(Curvature):
     parts: Sequence[Curvature] = (SampledLabels(), LossWeighted())
 
     def __post_init__(self) -> None:
-        """Validate `parts`."""
         if not self.parts:
             raise ValueError(
                 "`parts` is empty; expected kinds of curvature, such as `SampledLabels()`."

@@ -54,7 +54,6 @@ class Linear(Propagator):
     limit: float = 1.0
 
     def __post_init__(self) -> None:
-        """Validate `limit`."""
         require_limit("limit", self.limit)
 
     def taken(self, x: Float[Tensor, " m"]) -> Float[Tensor, " m"]:

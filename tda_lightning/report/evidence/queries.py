@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from tda_lightning.passes.batch_contents import batch_size
+from tda_lightning.passes.batch_contents import batch_size, part_of
 from tda_lightning.passes.batches import Batches, batches_of, loss_of, transfer
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.report.samples.shown import Label, label_of
@@ -99,26 +99,9 @@ def samples_of(queries: Any, positions: Sequence[int]) -> list[Any]:
 def _samples(queries: Any) -> Iterator[tuple[Any, Any]]:
     """Yield each query, of a batch or of batches in memory: as an item, and as a batch of one."""
     for batch in batches_of(queries):
-        for row in range(batch_size(batch, "queries")):
-            yield part_of(batch, row), part_of(batch, slice(row, row + 1))
-
-
-def part_of(batch: Any, key: int | slice) -> Any:
-    """Return one sample of a batch, or a slice of it, in nested lists, mappings and dataclasses."""
-    if isinstance(batch, Tensor):
-        return batch[key] if batch.ndim else batch
-    if isinstance(batch, Mapping):
-        return {name: part_of(value, key) for name, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(part_of(value, key) for value in batch))
-    if isinstance(batch, list | tuple):
-        if all(isinstance(value, str | int | float) for value in batch):
-            return batch[key]  # one value per sample, such as texts
-        return type(batch)(part_of(value, key) for value in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {f.name: part_of(getattr(batch, f.name), key) for f in dataclasses.fields(batch)}
-        return dataclasses.replace(batch, **fields)
-    return batch
+        n = batch_size(batch, "queries")
+        for row in range(n):
+            yield part_of(batch, n, row), part_of(batch, n, slice(row, row + 1))
 
 
 def _outputs(

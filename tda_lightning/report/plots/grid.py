@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Subset
 
-from tda_lightning.report.evidence.queries import part_of
+from tda_lightning.passes.batch_contents import part_of
 from tda_lightning.report.page.html import shortened
 from tda_lightning.report.samples.images import pixels_of
 from tda_lightning.report.samples.shown import ShowItem, Shown
@@ -64,7 +64,7 @@ def plot_proponents(
     axes = figure.subplots(n_query, 2 * k + 1, squeeze=False)
     best, worst = scores.proponents(k), scores.opponents(k)
     for row in range(n_query):
-        query = render(part_of(queries, row))
+        query = render(part_of(queries, n_query, row))
         _tile(axes[row, 0], query, _label(query), "black")
         _side(axes[row, 1 : k + 1], best[row], train, render, HELPED)
         _side(axes[row, k + 1 :], worst[row], train, render, HARMED)

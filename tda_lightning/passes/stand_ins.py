@@ -1,19 +1,53 @@
-"""Manual optimization in a pass: compute the losses of a step without any backward pass or update.
+"""Stand-ins: what a step calls in a pass, in place of its trainer's loggers and optimizers.
 
-A ``training_step`` that optimizes by hand calls ``self.manual_backward(loss)`` and the optimizers.
-In a pass, it gets stand-ins that do nothing: weights, gradients and the states of the optimizers
-stay, and the graphs of its losses are kept. A step with one optimizer need not return a loss: its
-loss is the sum of those that were passed to ``manual_backward``, as their gradients add up.
+They do nothing: weights, gradients, the states of optimizers, and logs stay as they are. A step
+that optimizes by hand calls ``self.manual_backward(loss)``, and the graphs of its losses are kept.
+With one optimizer, it need not return a loss: its loss is the sum of those that were passed to
+``manual_backward``, as their gradients add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Where a logger keeps its files; the rest writes to them.
+_PLACES = frozenset({"name", "version", "save_dir", "log_dir", "root_dir"})
+
+
+class SilentObject:
+    """Accepts every call and every attribute, such as those of a TensorBoard writer."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return SilentObject()
+
+    def __call__(self, *_: object, **__: object) -> Any:
+        """Return another silent object."""
+        return SilentObject()
+
+    def __getitem__(self, key: object) -> Any:
+        return SilentObject()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield nothing; without this, a loop over indices would never end."""
+        return iter(())
+
+
+class MutedLogger(SilentObject):
+    """Stands for a logger, and writes nothing."""
+
+    def __init__(self, wrapped: object) -> None:
+        self.wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the place of the logger's files, or a silent object."""
+        return getattr(self.wrapped, name) if name in _PLACES else super().__getattr__(name)
 
 
 class IdleOptimizer:
@@ -78,27 +112,38 @@ class ManualLosses:
 
 
 @contextmanager
+def muted_logging(model: nn.Module) -> Iterator[None]:
+    """Let a step log nothing, neither by ``self.log`` nor by ``self.logger.log_metrics``."""
+    trainer: Any = getattr(model, "_trainer", None)
+    loggers = getattr(trainer, "loggers", None)
+    with _overridden(model, {"log": _do_nothing, "log_dict": _do_nothing}):
+        if not isinstance(loggers, list) or not loggers:
+            yield
+            return
+        originals = list(loggers)
+        trainer.loggers = [MutedLogger(logger) for logger in originals]
+        try:
+            yield
+        finally:
+            trainer.loggers = originals
+
+
+@contextmanager
 def idle_optimization(model: nn.Module) -> Iterator[None]:
     """Let a model under manual optimization keep its weights, gradients and optimizers."""
     if getattr(model, "automatic_optimization", True):
         yield
         return
-    optimizers, schedulers = (_idle(_attribute_of(model, name)) for name in _FROM_TRAINER)
+    names = ("optimizers", "lr_schedulers")
+    optimizers, schedulers = (_idle(_result_of(model, name)) for name in names)
     stand_ins = {
         "manual_backward": ManualLosses(len(optimizers)),
         "optimizers": lambda *_, **__: _one_or_all(optimizers),
         "lr_schedulers": lambda *_, **__: _one_or_all(schedulers),
         "clip_gradients": _do_nothing,
     }
-    attributes = vars(model)
-    overridden = {name: attributes[name] for name in stand_ins if name in attributes}
-    attributes.update(stand_ins)
-    try:
+    with _overridden(model, stand_ins):
         yield
-    finally:
-        for name in stand_ins:
-            del attributes[name]
-        attributes.update(overridden)
 
 
 def manual_losses(model: nn.Module) -> ManualLosses | None:
@@ -107,10 +152,21 @@ def manual_losses(model: nn.Module) -> ManualLosses | None:
     return stand_in if isinstance(stand_in, ManualLosses) else None
 
 
-_FROM_TRAINER = ("optimizers", "lr_schedulers")
+@contextmanager
+def _overridden(model: nn.Module, methods: Mapping[str, Any]) -> Iterator[None]:
+    """Replace methods of a model, and restore them afterwards."""
+    attributes = vars(model)
+    originals = {name: attributes[name] for name in methods if name in attributes}
+    attributes.update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del attributes[name]
+        attributes.update(originals)
 
 
-def _attribute_of(model: Any, name: str) -> Any:
+def _result_of(model: Any, name: str) -> Any:
     """Return what a method of the model returns, nothing without a trainer."""
     try:
         return getattr(model, name)()
@@ -118,9 +174,9 @@ def _attribute_of(model: Any, name: str) -> Any:
         return None
 
 
-def _idle(found: Any) -> list[IdleOptimizer]:
-    each = found if isinstance(found, list | tuple) else [found]
-    return [IdleOptimizer(one) for one in each] or [IdleOptimizer()]
+def _idle(result: Any) -> list[IdleOptimizer]:
+    wrapped = result if isinstance(result, list | tuple) else [result]
+    return [IdleOptimizer(each) for each in wrapped] or [IdleOptimizer()]
 
 
 def _one_or_all(stand_ins: Sequence[IdleOptimizer]) -> Any:
