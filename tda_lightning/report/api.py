@@ -18,17 +18,16 @@ from tda_lightning.report.charts.drawing import bokeh_source, draw_bokeh, draw_s
 from tda_lightning.report.evidence.gathering import Evidence, gather
 from tda_lightning.report.findings import find
 from tda_lightning.report.findings.finding import Finding
-from tda_lightning.report.page.assembly import Page, assemble, asset
-from tda_lightning.report.page.html import Html, json_block, shortened
-from tda_lightning.report.page.interactive import queries_section, ranking_section
+from tda_lightning.report.page.assembly import assemble, asset
+from tda_lightning.report.page.html import Html, join, json_block, shortened
 from tda_lightning.report.page.payload import Payload, group_scores
 from tda_lightning.report.page.sections import (
     chart_figure,
-    confidence_section,
-    facts_section,
-    findings_section,
-    groups_section,
-    when_section,
+    checks_of,
+    doubts_of,
+    facts_of,
+    findings_of,
+    groups_of,
 )
 from tda_lightning.report.samples.shown import ShowItem, Shown
 from tda_lightning.stores.arguments import absolute_path, require_kind, require_whole
@@ -113,8 +112,7 @@ def report(
     )
     place = run if isinstance(run, str | os.PathLike) else type(run).__name__
     _require_known(findings, evidence)
-    page = page_of(evidence, findings, k=k, names=names, title=title, run=str(place))
-    text = assemble(page)
+    text = page_of(evidence, findings, k=k, names=names, title=title, run=str(place))
     path = absolute_path(Path(out))
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -129,33 +127,29 @@ def page_of(
     names: ShowItem,
     title: str,
     run: str,
-) -> Page:
-    """Return the parts of the page; the arguments are those of :func:`report`."""
+) -> str:
+    """Return the page; the arguments are those of :func:`report`."""
     findings = [*further, *find(evidence)]
     payload = Payload(evidence, k, names)
     data = payload.build([sample for finding in findings for sample in _samples_of(finding)])
     figures, blocks, scripts = _figures(charts(evidence))
-    influence, removal = figures.pop("influence"), figures.pop("removal", None)
-    return Page(
-        title=title or evidence.store.recipe.model or "A recorded training",
-        extent=_extent(evidence),
-        lead=_lead(findings),
-        sections=[
-            findings_section(findings),
-            confidence_section(evidence, removal),
-            queries_section(),
-            ranking_section(influence),
-            when_section(evidence, list(figures.values())),
-            groups_section(group_scores(evidence), payload.label),
-            facts_section(evidence, run, len(evidence.train.labels)),
-        ],
-        blocks=[json_block("data", data), *blocks],
-        scripts=[
-            *(asset(name) for name in ("page.js", "gallery.js", "findings.js")),
-            *scripts,  # Large, and not needed before the first charts.
-            asset("charts.js"),
-        ],
-    )
+    influence, removal = figures.pop("influence"), figures.pop("removal", Html())
+    parts = {
+        "title": title or evidence.store.recipe.model or "A recorded training",
+        "extent": _extent(evidence),
+        "lead": _lead(findings),
+        "findings": findings_of(findings),
+        "checks": checks_of(evidence),
+        "removal": removal,
+        "doubts": doubts_of(evidence),
+        "influence": influence,
+        "figures": join(*figures.values()),
+        "groups": groups_of(group_scores(evidence), payload.label),
+        "facts": facts_of(evidence, run),
+        "blocks": join(json_block("data", data), *blocks),
+    }
+    first = (asset(name) for name in ("page.js", "gallery.js", "findings.js"))
+    return assemble(parts, [*first, *scripts, asset("charts.js")])  # Bokeh's is large.
 
 
 def _samples_of(finding: Finding) -> list[int]:

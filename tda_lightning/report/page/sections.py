@@ -19,7 +19,7 @@ _SIGNS = {
 }
 
 
-def findings_section(findings: Sequence[Finding]) -> Html:
+def findings_of(findings: Sequence[Finding]) -> Html:
     """Return the urgent findings as cards, and the others in short; the script adds pictures."""
     urgent = [finding for finding in findings if finding.weight == "attention"]
     others = [finding for finding in findings if finding.weight != "attention"]
@@ -65,20 +65,14 @@ def _listed(samples: Sequence[int]) -> str:
     return " ".join(map(str, samples))
 
 
-def confidence_section(evidence: Evidence, removal: Html | None) -> Html:
-    """Return the checks, the removal curve if there is one, and why the page may miss something."""
-    reasons = [element("li", {}, with_code(reason)) for reason in doubts(evidence)]
-    return join(
-        intro("How far the answers on this page can be trusted, in figures."),
-        element("dl", {"class": "checks"}, *map(_check, checks(evidence))),
-        *([] if removal is None else [removal]),
-        element(
-            "div",
-            {"class": "doubts"},
-            element("h3", {}, "This could be a false all-clear, because …"),
-            element("ul", {}, *reasons),
-        ),
-    )
+def checks_of(evidence: Evidence) -> Html:
+    """Return how far the answers can be trusted, as items of a list."""
+    return join(*map(_check, checks(evidence)))
+
+
+def doubts_of(evidence: Evidence) -> Html:
+    """Return why the page may miss something, as items of a list."""
+    return join(*(element("li", {}, with_code(reason)) for reason in doubts(evidence)))
 
 
 def _check(check: Check) -> Html:
@@ -111,16 +105,7 @@ def chart_figure(chart: Chart, drawing: Html) -> Html:
     )
 
 
-def when_section(evidence: Evidence, figures: Sequence[Html]) -> Html:
-    """Return the charts over the training."""
-    text = (
-        "When in the training the strongest samples helped or harmed the chosen query, and how the "
-        "training went meanwhile."
-    )
-    return join(intro(text), element("div", {"class": "figures"}, *figures))
-
-
-def groups_section(groups: dict[str, Any] | None, label: Callable[[Any], str]) -> Html:
+def groups_of(groups: dict[str, Any] | None, label: Callable[[Any], str]) -> Html:
     """Return the heat map of groups, as a table."""
     if groups is None:
         return intro(
@@ -147,8 +132,8 @@ def groups_section(groups: dict[str, Any] | None, label: Callable[[Any], str]) -
         )
         for name, values in zip(groups["rows"], groups["values"], strict=True)
     ]
-    text = "Mean score by label of query and training sample; the largest is 100"
-    caption = element("caption", {}, element("span", {}, text))
+    name = "Mean score by label of query and training sample; the largest is 100"
+    caption = element("caption", {}, element("span", {}, name))
     table = element(
         "table",
         {"class": "heat"},
@@ -156,7 +141,8 @@ def groups_section(groups: dict[str, Any] | None, label: Callable[[Any], str]) -
         element("thead", {}, head),
         element("tbody", {}, *rows),
     )
-    return join(intro(text), scrollable("Heat map of groups", table))
+    region = {"role": "region", "aria-label": "Heat map of groups", "tabindex": "0"}
+    return join(intro(text), element("div", {"class": "scroll", **region}, table))
 
 
 def _heat_cell(value: float, largest: float) -> Html:
@@ -166,46 +152,23 @@ def _heat_cell(value: float, largest: float) -> Html:
     return element("td", {"class": side, "style": style}, f"{100 * value / largest:+.0f}")
 
 
-def scrollable(name: str, content: Html) -> Html:
-    """Return a region that scrolls sideways, also by keyboard."""
-    attributes: dict[str, str | bool] = {
-        "class": "scroll",
-        "role": "region",
-        "aria-label": name,
-        "tabindex": "0",
-    }
-    return element("div", attributes, content)
-
-
-def facts_section(evidence: Evidence, run: str, n_read: int) -> Html:
-    """Return the facts of the run."""
+def facts_of(evidence: Evidence, run: str) -> Html:
+    """Return the facts of the run, as rows of a table."""
     recipe = evidence.store.recipe
     rows = {
         "run": run,
         **provenance_of(evidence.store),
         "method": evidence.scores.method,
         "training samples": f"{len(evidence.train.ids):,}",
-        "labels read": f"{n_read:,}",
+        "labels read": f"{len(evidence.train.labels):,}",
         "queries": f"{len(evidence.answers):,}",
         "left out": "; ".join(entry.describe() for entry in recipe.left_out[:5]) or "nothing",
         "recorded by": ", ".join(f"{name} {number}" for name, number in recipe.versions.items()),
     }
-    pairs = [
-        element("tr", {}, element("th", {"scope": "row"}, name), element("td", {}, value))
-        for name, value in rows.items()
-        if value
-    ]
-    terms = (
-        ("Query", "a sample whose answer is examined."),
-        ("Score", "the estimated effect of a training sample on a query's loss."),
-        ("Proponent", "a training sample with a positive score: it lowered the loss. Shown blue."),
-        ("Opponent", "a training sample with a negative score: it raised the loss. Shown red."),
-        ("Self-influence", "the effect of a training sample on its own loss."),
-    )
-    glossary = [join(element("dt", {}, term), element("dd", {}, text)) for term, text in terms]
-    table = element("table", {"class": "facts"}, element("tbody", {}, *pairs))
     return join(
-        scrollable("Facts of the run", table),
-        element("h3", {}, "Words on this page"),
-        element("dl", {"class": "glossary"}, *glossary),
+        *(
+            element("tr", {}, element("th", {"scope": "row"}, name), element("td", {}, value))
+            for name, value in rows.items()
+            if value
+        )
     )
