@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ from tda_lightning.cli.options import (
 )
 from tda_lightning.cli.output import Answer, aligned, show, show_progress
 from tda_lightning.passes.targets import Loss, Target
-from tda_lightning.results import Ranking, SampleScores, Scores, TopScores
+from tda_lightning.results import Ranking, SampleRanking, Scores, TopScores
+from tda_lightning.results.ranking import describe_ranking
 
 # The methods and targets that need no arguments, by their names on the command line.
 METHODS: dict[str, Attributor] = {
@@ -114,17 +114,17 @@ def _top_answer(
     answers = [
         {
             "query": query,
-            "proponents": _ranked(best.ids[row], best.values[row]),
-            "opponents": _ranked(worst.ids[row], worst.values[row]),
+            "proponents": _ranked(best[row]),
+            "opponents": _ranked(worst[row]),
         }
         for row, query in enumerate(top.query_ids.tolist())
     ]
     lines = [f"{run}: {len(answers):,} queries by {top.method}"]
-    for entry in answers[:limit]:
+    for query, helped, harmed in zip(top.query_ids[:limit].tolist(), best, worst, strict=False):
         lines += [
-            f"  query {entry['query']}",
-            f"    proponents  {_listed(entry['proponents'])}",
-            f"    opponents   {_listed(entry['opponents'])}",
+            f"  query {query}",
+            f"    proponents  {describe_ranking(helped)}",
+            f"    opponents   {describe_ranking(harmed)}",
         ]
     if len(answers) > limit:
         lines.append(f"  ... and {len(answers) - limit:,} more: see `--show`, `--json`, `--out`")
@@ -145,8 +145,10 @@ def self_influence(run: Path, method: str, show_: int, out: Path | None, as_json
     scores = self_influence_of(run, method=SELF_METHODS[method], progress=show_progress())
     if out is not None:
         scores.save(out)
-    ranked = _ranked_scores(scores)
-    rows = [("sample", "score"), *_score_rows(ranked[:show_])]
+    order = torch.argsort(scores.values, descending=True, stable=True)
+    ranked = _ranked(SampleRanking(scores.train_ids[order], scores.values[order]))
+    shown = [(str(entry["sample"]), f"{entry['score']:.4g}") for entry in ranked[:show_]]
+    rows = [("sample", "score"), *shown]
     head = f"{run}: {len(ranked):,} training samples by self-influence, {scores.method}"
     more = [f"  ... and {len(ranked) - show_:,} more: see `-k`"] if len(ranked) > show_ else []
     facts = {"method": scores.method, "provenance": dict(scores.provenance)}
@@ -154,21 +156,5 @@ def self_influence(run: Path, method: str, show_: int, out: Path | None, as_json
     show(Answer([head, *aligned(rows), *more], content), as_json)
 
 
-def _ranked_scores(scores: SampleScores) -> list[dict[str, Any]]:
-    order = torch.argsort(scores.values, descending=True, stable=True)
-    return _ranked(scores.train_ids[order], scores.values[order])
-
-
-def _ranked(ids: torch.Tensor, values: torch.Tensor) -> list[dict[str, Any]]:
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return [{"sample": sample, "score": score} for sample, score in pairs]
-
-
-def _score_rows(ranked: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(str(entry["sample"]), f"{entry['score']:.4g}") for entry in ranked]
-
-
-def _listed(ranked: Sequence[dict[str, Any]]) -> str:
-    if not any(entry["score"] for entry in ranked):
-        return "none, all of these scores are zero"
-    return ", ".join(f"{entry['sample']} ({entry['score']:+.3g})" for entry in ranked)
+def _ranked(ranking: SampleRanking) -> list[dict[str, Any]]:
+    return [{"sample": sample, "score": score} for sample, score in ranking]

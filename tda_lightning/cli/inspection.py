@@ -10,7 +10,7 @@ import click
 import torch
 
 from tda_lightning.cli.options import json_option, run_argument
-from tda_lightning.cli.output import Answer, FailedCheck, aligned, count_and_list, show
+from tda_lightning.cli.output import Answer, FailedCheck, aligned, show
 from tda_lightning.stores import HDF5Store
 from tda_lightning.stores.arguments import absolute_path
 from tda_lightning.stores.data_order import data_order
@@ -55,17 +55,8 @@ def data(run: Path, check: bool, as_json: bool) -> None:
     """Show missing and repeated samples, and replayed steps."""
     store = HDF5Store.open(run)
     order = data_order(store)
-    repeated = [f"{len(ids):,} in epoch {epoch}" for epoch, ids in order.repeated.items()]
-    same = [f"{epoch} as {earlier}" for epoch, earlier in order.same_order.items()]
-    never = order.never.tolist()
-    rows = [
-        ("steps", _steps(_facts(store))),
-        ("samples", _samples(_facts(store))),
-        ("never seen", count_and_list([str(sample) for sample in never])),
-        ("seen again in one epoch", count_and_list(repeated)),
-        ("steps replayed", count_and_list([f"{index:,}" for index in order.replayed])),
-        ("epochs in the same order", count_and_list(same)),
-    ]
+    never, facts = order.never.tolist(), _facts(store)
+    rows = [("steps", _steps(facts)), ("samples", _samples(facts)), *order.summary().items()]
     answer = Answer(
         [f"{run}: the order of the data", *aligned(rows)],
         {

@@ -1,24 +1,26 @@
 """Load the model and the queries that a command line names.
 
-A name stands for an object, or for a class or a function without required arguments that returns
-it. A LightningCLI configuration holds ``model`` and ``data``, each with a ``class_path`` and
-``init_args``.
+A name is ``module:name`` or ``path/to/file.py:name``. It stands for an object, or for a class or a
+function without required arguments that returns it. A LightningCLI configuration holds ``model``
+and ``data``, each with a ``class_path`` and ``init_args``; only the section that is needed is
+built, and no trainer.
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-
-from tda_lightning.cli.configuration import build_section
-from tda_lightning.cli.importing import import_object, in_short
 
 # Of loaders over a dataset that has none.
 _BATCH_SIZE = 50
@@ -42,7 +44,7 @@ def load_model(
     saved = None if checkpoint is None else _read_checkpoint(checkpoint, trust_checkpoint)
     named = None if model is None else import_object(model)
     if config is not None and not isinstance(named, nn.Module):
-        loaded = build_section(config, "model", named, "--model")
+        loaded = _build_section(config, "model", named, "--model")
     elif named is None:
         raise click.UsageError("Name the model: `--model module:name`, or `--config config.yaml`.")
     elif inspect.isclass(named):
@@ -74,7 +76,7 @@ def load_queries(
     if named is None or (config is not None and inspect.isclass(named)):
         if config is None:
             raise click.UsageError("Name the queries: `--queries module:name`, or `--config`.")
-        named = build_section(config, "data", named, option)
+        named = _build_section(config, "data", named, option)
     elif inspect.isclass(named) or inspect.isfunction(named):
         named = _call(named, {})
     return _loader_of(named, split) if hasattr(named, SPLITS[split][1]) else named
@@ -96,7 +98,7 @@ def _loader_of(data: Any, split: str) -> Any:
         return getattr(data, method)()
     except Exception as error:
         raise click.UsageError(
-            f"`{type(data).__name__}` has no data for the split `{split}`: {in_short(error)}. "
+            f"`{type(data).__name__}` has no data for the split `{split}`: {_in_short(error)}. "
             "Choose another with `--split`."
         ) from error
 
@@ -107,7 +109,7 @@ def _read_checkpoint(checkpoint: Path, trust: bool) -> dict[str, Any]:
     except Exception as error:
         remedy = "" if trust else " If you trust its source, pass `--trust-checkpoint`."
         raise click.UsageError(
-            f"`{checkpoint}` cannot be loaded: {in_short(error)}.{remedy}"
+            f"`{checkpoint}` cannot be loaded: {_in_short(error)}.{remedy}"
         ) from error
     if not isinstance(saved, dict):
         raise click.UsageError(f"`{checkpoint}` holds a {type(saved).__name__}; expected weights.")
@@ -118,8 +120,9 @@ def _load_weights(model: nn.Module, saved: Mapping[str, Any], checkpoint: Path |
     try:
         model.load_state_dict(saved.get("state_dict", saved))
     except Exception as error:
+        name = type(model).__name__
         raise click.UsageError(
-            f"The weights of `{checkpoint}` do not fit `{type(model).__name__}`: {in_short(error)}."
+            f"The weights of `{checkpoint}` do not fit `{name}`: {_in_short(error)}."
         ) from error
 
 
@@ -138,5 +141,108 @@ def _call(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     except Exception as error:
         name = getattr(factory, "__name__", type(factory).__name__)
         raise click.UsageError(
-            f"`{name}({', '.join(arguments)})` failed: {in_short(error)}."
+            f"`{name}({', '.join(arguments)})` failed: {_in_short(error)}."
         ) from error
+
+
+def _build_section(config: Path, section: Literal["model", "data"], named: Any, option: str) -> Any:
+    """Return the model or the data that a configuration describes.
+
+    ``named`` is the class to build, if the section has no ``class_path``; ``option`` names it.
+
+    Raises:
+        click.UsageError: If the section is missing, or if it cannot be built.
+        ModuleNotFoundError: If jsonargparse is not installed.
+    """
+    settings = _read_section(config, section)
+    class_path = settings.get("class_path")
+    if class_path is None and named is None:
+        raise click.UsageError(
+            f"`{section}` in `{config}` has no `class_path`. Name the class: "
+            f"`{option} module:Class`."
+        )
+    cls = named if class_path is None else import_object(":".join(class_path.rsplit(".", 1)))
+    arguments = settings if class_path is None else settings.get("init_args") or {}
+    try:
+        return _build(cls, arguments)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise click.UsageError(
+            f"`{section}` in `{config}` cannot be built: {_in_short(error)}."
+        ) from error
+
+
+def _read_section(config: Path, section: Literal["model", "data"]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"`{config}` is no YAML: {_in_short(error)}.") from error
+    content = content.get("fit", content) if isinstance(content, dict) else {}
+    settings = content.get(section)
+    if not isinstance(settings, dict):
+        raise click.UsageError(f"`{config}` has no section `{section}`.")
+    return settings
+
+
+def _build(cls: Any, arguments: dict[str, Any]) -> Any:
+    try:
+        from jsonargparse import ArgumentParser
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"`{error.name}` is not installed: pip install 'jsonargparse[signatures]'",
+            name=error.name,
+        ) from error
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "built", fail_untyped=False)
+    parsed = parser.parse_object({"built": arguments})
+    # Its name since 4.49; Lightning admits earlier ones.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(parsed)["built"]
+
+
+def import_object(path: str) -> Any:
+    """Return the object at an import path; the working directory is searched first.
+
+    Raises:
+        click.UsageError: If there is none.
+    """
+    place, separator, name = path.rpartition(":")
+    if not separator or not name:
+        raise click.UsageError(f"`{path}` is no import path; expected `module:name`.")
+    try:
+        value: Any = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    except Exception as error:
+        raise click.UsageError(f"`{place}` cannot be imported: {_in_short(error)}.") from error
+    for part in name.split("."):
+        if not hasattr(value, part):
+            close = difflib.get_close_matches(part, dir(value), n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise click.UsageError(f"`{place}` has no `{name}`.{hint}")
+        value = getattr(value, part)
+    return value
+
+
+def _in_short(error: Exception) -> str:
+    """Return the class and the message of an error, in one line of limited length."""
+    text = " ".join(str(error).split()) or "no message"
+    shown = text if len(text) <= 300 else f"{text[:297]}..."
+    return f"{type(error).__name__}: {shown}".removesuffix(".")
+
+
+def _import_module(name: str) -> Any:
+    if str(Path.cwd()) not in sys.path:  # Scripts of an environment do not search it by default.
+        sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def _import_file(file: Path) -> Any:
+    specification = importlib.util.spec_from_file_location(file.stem, file)
+    if specification is None or specification.loader is None or not file.exists():
+        raise FileNotFoundError("there is no such file")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[file.stem] = module  # Dataclasses and pickles look their module up.
+    specification.loader.exec_module(module)
+    return module

@@ -83,9 +83,3 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def _cell(text: str) -> str:
     shown = text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..."
     return printable(shown)
-
-
-def count_and_list(items: Sequence[str]) -> str:
-    """Return the number of items, and the first of them."""
-    shown = ", ".join(items[:8]) + (", ..." if len(items) > 8 else "")
-    return f"{len(items):,}: {shown}" if items else "none"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ class SampleRanking:
 
     def __repr__(self) -> str:
         more = ", ..." if len(self) > 10 else ""
-        return f"Ranking of {len(self):,}: {describe_pairs(self.ids[:10], self.values[:10])}{more}"
+        return f"Ranking of {len(self):,}: {describe_pairs(islice(self, 10))}{more}"
 
 
 @dataclass(frozen=True)
@@ -98,22 +99,21 @@ class Ranking:
 
     def __repr__(self) -> str:
         lines = [
-            f"  query {query}: {_describe_row(ranking)}"
+            f"  query {query}: {describe_ranking(ranking)}"
             for query, ranking in zip(self.query_ids[:10].tolist(), self, strict=False)
         ]
         more = ["  ..."] if len(self) > 10 else []
         return "\n".join([f"Ranking of {self.ids.shape[1]} per query", *lines, *more])
 
 
-def _describe_row(ranking: SampleRanking) -> str:
-    if not ranking.values.any():
-        return "none, all of these scores are zero"
-    return describe_pairs(ranking.ids, ranking.values)
+def describe_ranking(ranking: SampleRanking) -> str:
+    """Return a text that lists the samples with their scores, unless all of these are zero."""
+    is_zero = not ranking.values.any()
+    return "none, all of these scores are zero" if is_zero else describe_pairs(ranking)
 
 
-def describe_pairs(ids: Tensor, values: Tensor) -> str:
+def describe_pairs(pairs: Iterable[tuple[int, float]]) -> str:
     """Return a text that lists ids with their scores."""
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
     return ", ".join(f"{sample_id} ({value:+.3g})" for sample_id, value in pairs)
 
 

@@ -102,5 +102,4 @@ class SampleScores(SavedResult):
         head = f"SampleScores of {len(self.values):,} training samples by {self.method}"
         if not self.values.any():
             return f"{head}\n  all scores are zero"
-        top = self.highest(min(5, len(self.train_ids)))
-        return f"{head}\n  highest {describe_pairs(top.ids, top.values)}"
+        return f"{head}\n  highest {describe_pairs(self.highest(min(5, len(self))))}"

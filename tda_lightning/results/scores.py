@@ -260,9 +260,6 @@ class Scores(SavedResult):
 def _describe_row(row: SampleScores) -> str:
     if not row.values.any():
         return "all scores are zero"
-    high, low = row.highest(3), row.lowest(3)
-    helpful, harmful = high.values > 0, low.values < 0
-    return (
-        f"proponents {describe_pairs(high.ids[helpful], high.values[helpful]) or 'none'}; "
-        f"opponents {describe_pairs(low.ids[harmful], low.values[harmful]) or 'none'}"
-    )
+    helpful = describe_pairs((sample, score) for sample, score in row.highest(3) if score > 0)
+    harmful = describe_pairs((sample, score) for sample, score in row.lowest(3) if score < 0)
+    return f"proponents {helpful or 'none'}; opponents {harmful or 'none'}"

@@ -60,18 +60,20 @@ class DataOrder:
         """Show one line per kind of irregularity in notebooks."""
         return f"<pre>{escape(repr(self))}</pre>"
 
-    def __repr__(self) -> str:
+    def summary(self) -> dict[str, str]:
+        """Return the number of cases of each kind, and the first of them, in words."""
         repeated = [f"{len(ids):,} in epoch {epoch}" for epoch, ids in self.repeated.items()]
         same = [f"{epoch} as {earlier}" for epoch, earlier in self.same_order.items()]
-        lines = {
-            "never seen": list(map(str, self.never.tolist())),
-            "seen again in one epoch": repeated,
-            "steps replayed": list(map(str, self.replayed)),
-            "epochs in the same order": same,
+        return {
+            "never seen": _listed(list(map(str, self.never.tolist()))),
+            "seen again in one epoch": _listed(repeated),
+            "steps replayed": _listed(list(map(str, self.replayed))),
+            "epochs in the same order": _listed(same),
         }
-        return "\n".join(
-            ["DataOrder", *(f"  {name:<24}  {_listed(items)}" for name, items in lines.items())]
-        )
+
+    def __repr__(self) -> str:
+        lines = (f"  {name:<24}  {cases}" for name, cases in self.summary().items())
+        return "\n".join(["DataOrder", *lines])
 
 
 def _listed(items: list[str]) -> str:

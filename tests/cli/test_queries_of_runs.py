@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from lightning_models import quiet_trainer
 
 from tda_lightning import GradientRecorder, Scores, attribute
-from tda_lightning.cli.importing import import_object
+from tda_lightning.cli.loading import import_object
 from tda_lightning.cli.main import commands, main
 from tda_lightning.results import SampleScores
 
