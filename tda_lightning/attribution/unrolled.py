@@ -179,14 +179,7 @@ class _StateAdjoint:
         hessian: LimitedCurvature,
         products: Float[Tensor, "m n_query"],
     ) -> None:
-        """Carry the adjoint of the weights to before the step.
-
-        Args:
-            dynamics: The optimizer's update.
-            adjoint: The adjoint of the step's gradient.
-            hessian: The curvature of the step.
-            products: Inner products of the curvature's rows with the adjoint.
-        """
+        """Carry the adjoint of the weights to before the step."""
         decay_factor = 1 - dynamics.lr * dynamics.decoupled_decay
         if dynamics.coupled_decay:
             # Must come before the scaling: the adjoint may hold the very vectors that it changes.

@@ -70,12 +70,7 @@ class LocalJacobianExpansion(LayerFeatureAttributor):
         require_not_negative("damping", self.damping)
 
     def attribute(self, train: LayerFeatures, queries: LayerFeatures) -> Scores:
-        """Score every training sample for every query.
-
-        Args:
-            train: Layer features of the training samples.
-            queries: Layer features of the queries.
-        """
+        """Score every training sample for every query."""
         head, query_head = head_of("train", train), head_of("queries", queries)
         require_same_layer(queries, train.layer, train.features.shape[1])
         features, n = train.features.double(), len(train.features)

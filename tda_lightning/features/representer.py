@@ -72,12 +72,7 @@ class RepresenterPoint(LayerFeatureAttributor):
         require_positive("regularization", self.regularization)
 
     def attribute(self, train: LayerFeatures, queries: LayerFeatures) -> Scores:
-        """Score every training sample for every query.
-
-        Args:
-            train: Layer features of the training samples.
-            queries: Layer features of the queries.
-        """
+        """Score every training sample for every query."""
         _directions(queries, self.output)  # raises before the refit, not after it
         return self.fit(train).attribute(queries, self.output)
 

@@ -50,10 +50,6 @@ class FeatureSimilarity(LayerFeatureAttributor):
     def attribute(self, train: LayerFeatures, queries: LayerFeatures) -> Scores:
         """Score every training sample for every query.
 
-        Args:
-            train: Layer features of the training samples.
-            queries: Layer features of the queries.
-
         Raises:
             ValueError: If the queries' features come from another layer or differ in number.
         """

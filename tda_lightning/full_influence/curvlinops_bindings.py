@@ -267,10 +267,3 @@ def extremes(operator: Operator) -> tuple[float, float]:
     lowest = size + float(eigenpairs(shifted, 1, _EIGENVALUE_TOLERANCE)[0].min())
     slack = 2 * _EIGENVALUE_TOLERANCE * size
     return (lowest - slack if lowest < -slack else 0.0), size
-
-
-def kronecker_mean_eigenvalue(operator: Any) -> float:
-    """Return the mean eigenvalue of EKFAC's approximation."""
-    trace = float(operator.trace)
-    size: int = operator.shape[0]
-    return trace / size

@@ -52,22 +52,17 @@ def mean_over_points(
     return from_product(operator, product)
 
 
-def damped(operator: Operator, damping: float) -> Operator:
-    """Return the operator plus a multiple of the identity."""
-    return from_product(operator, lambda vectors: operator @ vectors + damping * vectors)
-
-
 def damped_definite(operator: Operator, damping: float) -> Operator:
     """Return the operator plus a multiple of the identity; products check that it is definite.
 
     Iterations reach negative eigenvalues, if there are any, after a few products. From then on they
     would not converge.
     """
-    damped_operator, size = damped(operator, damping), 0.0
+    size = 0.0
 
     def product(vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
         nonlocal size
-        products, precision = damped_operator @ vectors, torch.finfo(vectors.dtype)
+        products, precision = operator @ vectors + damping * vectors, torch.finfo(vectors.dtype)
         norms = vectors.norm(dim=0).clamp_min(precision.tiny)
         units, images = vectors / norms, products / norms
         size = max(size, float(images.norm(dim=0).max()))

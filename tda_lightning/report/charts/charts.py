@@ -117,50 +117,43 @@ def _schedule_charts(evidence: Evidence) -> list[Chart]:
     schedule = evidence.schedule
     stride = -(-len(schedule.steps) // MAX_POINTS)
     losses = [_loss_chart(schedule.losses)] if len(schedule.losses) > 1 else []
-    steps = [float(step) for step in schedule.steps[::stride]]
+    steps = schedule.steps[::stride]
     rates, gradients = schedule.rates[::stride], schedule.gradients[::stride]
     return [
         *losses,
-        LineChart(
-            name="rates",
-            description=(
-                f"The learning rate stayed at {rates[0]:.3g}."
-                if len(set(rates)) == 1
-                else f"Learning rate over the training: {rates[0]:.3g} at first, "
-                f"{max(rates):.3g} at most, {rates[-1]:.3g} at the end."
-            ),
-            x_label="step",
-            y_label="learning rate",
-            lines=(Line(steps, [_short(rate) for rate in rates], "plain", "learning rate"),),
-            lowest=0.0,
+        _over_steps(
+            "rates",
+            f"The learning rate stayed at {rates[0]:.3g}."
+            if len(set(rates)) == 1
+            else f"Learning rate over the training: {rates[0]:.3g} at first, "
+            f"{max(rates):.3g} at most, {rates[-1]:.3g} at the end.",
+            "learning rate",
+            dict(zip(steps, rates, strict=True)),
         ),
-        LineChart(
-            name="gradients",
-            description=(
-                f"Size of the gradient over the training: {gradients[0]:.3g} at first, "
-                f"{gradients[-1]:.3g} at the end."
-            ),
-            x_label="step",
-            y_label="size of the gradient",
-            lines=(Line(steps, [_short(size) for size in gradients], "plain", "gradient"),),
-            lowest=0.0,
+        _over_steps(
+            "gradients",
+            f"Size of the gradient over the training: {gradients[0]:.3g} at first, "
+            f"{gradients[-1]:.3g} at the end.",
+            "size of the gradient",
+            dict(zip(steps, gradients, strict=True)),
         ),
     ]
 
 
 def _loss_chart(losses: dict[int, float]) -> LineChart:
     values = list(losses.values())
-    return LineChart(
-        name="losses",
-        description=(
-            f"Mean loss of the queries at {len(values)} snapshots of the weights: {values[0]:.3g} "
-            f"at first, {min(values):.3g} at best, {values[-1]:.3g} at the last."
-        ),
-        x_label="step",
-        y_label="loss of the queries",
-        lines=(Line([float(i) for i in losses], [_short(v) for v in values], "plain", "loss"),),
-        lowest=0.0,
+    description = (
+        f"Mean loss of the queries at {len(values)} snapshots of the weights: {values[0]:.3g} "
+        f"at first, {min(values):.3g} at best, {values[-1]:.3g} at the last."
     )
+    return _over_steps("losses", description, "loss of the queries", losses)
+
+
+def _over_steps(name: str, description: str, label: str, values: dict[int, float]) -> LineChart:
+    """Return a chart of one quantity, from zero, by the index of the step."""
+    y = [_short(value) for value in values.values()]
+    line = Line([float(step) for step in values], y, "plain", label)
+    return LineChart(name, description, "step", label, (line,), lowest=0.0)
 
 
 def _influence_chart(evidence: Evidence) -> Histogram:

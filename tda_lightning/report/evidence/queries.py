@@ -45,11 +45,8 @@ class Answer:
 def items_of(loader: Any, queries: Any) -> list[Any]:
     """Return the queries as their dataset yields them, like the training samples.
 
-    A loader's function may turn texts into tokens; the dataset still holds the texts.
-
-    Args:
-        loader: The queries: a `DataLoader`, or a batch.
-        queries: The same, in memory.
+    A loader's function may turn texts into tokens; the dataset still holds the texts. ``queries``
+    are the batches of the loader in memory, or a batch.
 
     Returns:
         An item per query; none if the loader's order is unknown, or if there is no dataset.

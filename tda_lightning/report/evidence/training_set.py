@@ -48,12 +48,6 @@ def training_set(
 ) -> TrainingSet:
     """Read the labels of the training set, and find exact copies.
 
-    Args:
-        train: The dataset of the training; a ``Subset`` is unwrapped, as ids are.
-        ids: Ids of all training samples, sorted.
-        render: Function from an item to how it is shown.
-        progress: Show a progress bar.
-
     Raises:
         ValueError: If the ids are not indices of the dataset.
     """

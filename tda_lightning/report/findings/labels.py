@@ -26,9 +26,6 @@ def number_set_apart(values: Float[Tensor, " n_train"]) -> int:
     These are the values above Tukey's outer fence, or those of a second peak of the smoothed
     histogram, if there is one. The fence is the upper quartile plus three times the distance of the
     quartiles.
-
-    Args:
-        values: Self-influence of each training sample, shape ``(n_train,)``.
     """
     positive = values[values > 0].double()
     if len(positive) < 2:

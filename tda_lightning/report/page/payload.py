@@ -24,13 +24,7 @@ MAX_RANKED_PICTURES = 300
 
 
 class Payload:
-    """Collects samples, each of them once, and returns the data of a page.
-
-    Args:
-        evidence: The evidence.
-        k: Number of proponents, and of opponents, per query.
-        names: How labels are named.
-    """
+    """Collects samples, each of them once, and returns the data of a page."""
 
     def __init__(self, evidence: Evidence, k: int, names: ShowItem) -> None:
         self._evidence = evidence

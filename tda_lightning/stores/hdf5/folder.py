@@ -13,7 +13,13 @@ from typing import Any
 
 from tda_lightning.stores.hdf5.segment_file import SegmentIdentity
 from tda_lightning.stores.hdf5.snapshot_files import indices_in, snapshot_file
-from tda_lightning.stores.integrity.damage import StoreFileError, printable, readable, reading
+from tda_lightning.stores.integrity.damage import (
+    StoreFileError,
+    canonical_json,
+    printable,
+    readable,
+    reading,
+)
 from tda_lightning.stores.integrity.durable import atomic_write, writing_to
 from tda_lightning.stores.integrity.manifest import MANIFEST_NAME, Manifest, write_manifest
 from tda_lightning.stores.integrity.writer_lock import LOCK
@@ -219,7 +225,7 @@ def _read_document(path: Path) -> dict[str, Any]:
 def _checksum(document: Mapping[str, Any]) -> int:
     """Return the checksum of a document: that of its JSON, with sorted keys and no spaces."""
     content = {key: value for key, value in document.items() if key != "crc32"}
-    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    return zlib.crc32(canonical_json(content))
 
 
 def _reading_recipe(path: Path) -> AbstractContextManager[None]:

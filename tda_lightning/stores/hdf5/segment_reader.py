@@ -40,12 +40,7 @@ _BLOCK_BYTES = 2**20
 
 
 class Segment:
-    """A sealed segment. Only the step indices are read before a step is accessed.
-
-    Args:
-        path: Path of the segment.
-        expected: Which segment it should be, if known.
-    """
+    """A sealed segment. Only the step indices are read before a step is accessed."""
 
     def __init__(self, path: Path, expected: SegmentIdentity | None = None) -> None:
         self.path = path
@@ -115,11 +110,7 @@ class Segment:
 
 
 class OpenSegment:
-    """A segment in memory: all visits without rows, and one block of steps with rows.
-
-    Args:
-        segment: The segment to open.
-    """
+    """A segment in memory: all visits without rows, and one block of steps with rows."""
 
     def __init__(self, segment: Segment) -> None:
         self._path = segment.path

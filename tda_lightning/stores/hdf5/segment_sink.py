@@ -266,14 +266,7 @@ def cut(
 
 
 def _drop_from(file: Path, index: int, storage: Storage | None, identity: SegmentIdentity) -> None:
-    """Drop the steps from ``index`` on: rewrite the segment, or delete it if none is left.
-
-    Args:
-        file: The segment.
-        index: Index of the first step to drop.
-        storage: Number format of the rewritten rows.
-        identity: Which segment it is.
-    """
+    """Drop the steps from ``index`` on: rewrite the segment, or delete it if none is left."""
     segment = Segment(file, identity)
     n_earlier = sum(step_index < index for step_index in segment.indices)
     if n_earlier == 0:

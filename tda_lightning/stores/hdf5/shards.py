@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,15 +121,17 @@ class MergedShards:
     def read(self, position: int) -> Step:
         """Return the step at a position, with the visits of all processes."""
         parts = [shard.read(local) for shard, local in self._parts(position)]
-        return Step.of(
-            _merge(parts),
+        return replace(
+            parts[0],
+            **_merged_visits(parts),
             sketch=torch.cat([part.sketch for part in parts]),
             curvature_rows=_cat_if_complete([part.curvature_rows for part in parts]),
         )
 
     def facts_at(self, position: int) -> StepFacts:
         """Return a step without its rows, with the visits of all processes."""
-        return _merge([shard.facts_at(local) for shard, local in self._parts(position)])
+        parts = [shard.facts_at(local) for shard, local in self._parts(position)]
+        return replace(parts[0], **_merged_visits(parts))
 
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the coordinates of a step, which are the same in all processes."""
@@ -142,23 +146,10 @@ class MergedShards:
         return list(zip(self._shards, self._positions[position], strict=True))
 
 
-def _merge(parts: Sequence[StepFacts]) -> StepFacts:
-    first = parts[0]
-    return StepFacts(
-        index=first.index,
-        epoch=first.epoch,
-        optimizer=first.optimizer,
-        groups=first.groups,
-        sample_ids=torch.cat([part.sample_ids for part in parts]),
-        weights=torch.cat([part.weights for part in parts]),
-        audit=first.audit,
-        **{
-            name: _cat_if_complete([getattr(part, name) for part in parts])
-            for name in OPTIONAL_FACTS
-        },
-        preconditioner=first.preconditioner,
-        loss=first.loss,
-    )
+def _merged_visits(parts: Sequence[StepFacts]) -> dict[str, Any]:
+    """Return the facts of the visits of all parts, without their rows."""
+    names = ("sample_ids", "weights", *OPTIONAL_FACTS)
+    return {name: _cat_if_complete([getattr(part, name) for part in parts]) for name in names}
 
 
 def _cat_if_complete(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -177,10 +177,6 @@ def _own(file: Path) -> None:
 def read_manifest(file: Path, run: str) -> Manifest | None:
     """Return a manifest, or ``None`` if there is none, as in runs of older versions.
 
-    Args:
-        file: Path of the manifest.
-        run: Id of the run that it should belong to.
-
     Raises:
         StoreFileError: If it is damaged, or belongs to another run.
     """

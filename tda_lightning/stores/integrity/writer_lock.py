@@ -59,10 +59,6 @@ class WriterLock:
     def acquire(self, folder: Path, run: str) -> None:
         """Become the owner. Earlier owners in this thread, and dead ones, lose the lock.
 
-        Args:
-            folder: The folder of the run.
-            run: Id of the run.
-
         Raises:
             RunInUseError: If another training writes to the run.
         """
