@@ -160,6 +160,13 @@ class Attributor(ABC):
         return Scores.mean([self.attribute(run, rows, progress=progress) for run, rows in pairs])
 
 
+def mean_over_visits(
+    method: Attributor, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
+) -> Float[Tensor, "n_train n_query"]:
+    """Average over visits, as :meth:`Attributor.combine`; unvisited samples stay at zero."""
+    return total.div_(visits.clamp_min(1))
+
+
 class SelfAttributor(Attributor):
     """A method that can also score each training sample for its own loss."""
 

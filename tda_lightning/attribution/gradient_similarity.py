@@ -17,7 +17,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.attribution.attributor import Attributor
+from tda_lightning.attribution.attributor import Attributor, mean_over_visits
 from tda_lightning.attribution.linalg import unit_rows
 from tda_lightning.attribution.steps import unweighted
 from tda_lightning.stores import Store
@@ -36,6 +36,7 @@ class GradientSimilarity(Attributor):
     """
 
     measure: Measure = "cosine"
+    combine = mean_over_visits
 
     def __post_init__(self) -> None:
         require_choice("measure", self.measure, Measure)
@@ -50,12 +51,6 @@ class GradientSimilarity(Attributor):
         g_q = unit_rows(queries)
         for step in run:
             yield replace(step, sketch=unit_rows(step.sketch)), g_q
-
-    def combine(
-        self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
-    ) -> Float[Tensor, "n_train n_query"]:
-        """Average over visits; the score of samples that were never drawn stays zero."""
-        return total.div_(visits.clamp_min(1))
 
     def is_linear(self) -> bool:
         """Return whether the measure is the inner product; a cosine is not linear."""

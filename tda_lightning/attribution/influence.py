@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.attribution.attributor import SelfAttributor
+from tda_lightning.attribution.attributor import SelfAttributor, mean_over_visits
 from tda_lightning.attribution.dynamics.curvature import (
     Curvature,
     SampledOrWeighted,
@@ -81,6 +81,7 @@ class InfluenceFunction(SelfAttributor):
     rows_from: Store | None = None
     max_gb: float = 8.0
     _factor: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    combine = mean_over_visits
 
     def __post_init__(self) -> None:
         require_kind("curvature", self.curvature, Curvature, "`SampledLabels()`")
@@ -144,12 +145,6 @@ class InfluenceFunction(SelfAttributor):
             whitened = torch.linalg.solve_triangular(root, g, upper=False)  # (k, n)
             scores = whitened.square().sum(dim=0).to(step.sketch)
             yield step, extent.weight / run.n_train * scores
-
-    def combine(
-        self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
-    ) -> Float[Tensor, "n_train n_query"]:
-        """Average over visits; the score of samples that were never drawn stays zero."""
-        return total.div_(visits.clamp_min(1))
 
     def _root(self, run: Store, extent: Extent, like: Tensor) -> Float[Tensor, "k k"]:
         """Return the Cholesky factor of the damped curvature, in a sufficient precision."""

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.attribution.attributor import Attributor, Totals
+from tda_lightning.attribution.attributor import Attributor, Totals, mean_over_visits
 from tda_lightning.attribution.linalg import SumOfOuterProducts, damped_root
 from tda_lightning.attribution.steps import last_visits, unweighted
 from tda_lightning.results.scores import Scores
@@ -45,6 +45,7 @@ class TRAK(Attributor):
 
     damping: float = 1.0
     _factor: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    combine = mean_over_visits  # A sample may occur several times in its last step.
 
     def __post_init__(self) -> None:
         require_not_negative("damping", self.damping)
@@ -68,12 +69,6 @@ class TRAK(Attributor):
         method = copy(self)
         object.__setattr__(method, "_factor", self._root(run))
         return method
-
-    def combine(
-        self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]
-    ) -> Float[Tensor, "n_train n_query"]:
-        """Average over the visits of a sample that occurs several times in its last step."""
-        return total.div_(visits.clamp_min(1))
 
     def attribute_ensemble(
         self,

@@ -22,6 +22,7 @@ from tda_lightning.passes.batches import (
     loss_of,
     named_batches,
     require_loader,
+    step_errors,
     step_of,
     transfer,
 )
@@ -154,15 +155,12 @@ class _FeatureHooks:
         """Return the layer features of a batch, with positions in the batch as ids."""
         n = batch_size(batch, argument, ids)
         self._last_call = None
+        step = f"{type(self._model).__name__}.training_step"
+        failure = f"Cannot extract features of `{argument}` with `{step}`"
+        read = self._read_head if self._reads == "head" else self._read_features
         try:
-            read = self._read_head if self._reads == "head" else self._read_features
-            return read(transfer(self._model, batch), n)
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
-            raise ValueError(
-                f"Cannot extract features of `{argument}` with `{type(self._model).__name__}."
-                f"training_step`: expected a batch as the training loader yields it; got "
-                f"{describe(batch)}. The error was: {error}"
-            ) from error
+            with step_errors(failure, batch, self._model):
+                return read(transfer(self._model, batch), n)
         finally:
             self._last_call = self._inputs = None
 

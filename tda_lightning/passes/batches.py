@@ -226,28 +226,45 @@ def record_batch(
         ValueError: If ``training_step`` fails on the batch or returns no loss.
     """
     rows.start(batch_size(batch, argument, ids))
+    failure = f"`{type(model).__name__}.training_step` failed on `{argument}`"
+    may_be_trained = argument == "queries" and not model.training
     try:
-        loss = loss_of(model, transfer(model, batch))
-        rows.start_backward(loss)
-        # Not `backward`, which would change the `.grad` of the user's parameters.
-        torch.autograd.grad(loss, trained_parameters(model), allow_unused=True)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(
-            f"`{type(model).__name__}.training_step` failed on `{argument}`: expected a batch as "
-            f"the training loader yields it; got {describe(batch)}. {described(error)}"
-            f"{remedy_for(error, model) or _remedy_in_evaluation(model, argument)}"
-        ) from error
+        with step_errors(failure, batch, model, _IN_EVALUATION if may_be_trained else ""):
+            loss = loss_of(model, transfer(model, batch))
+            rows.start_backward(loss)
+            # Not `backward`, which would change the `.grad` of the user's parameters.
+            torch.autograd.grad(loss, trained_parameters(model), allow_unused=True)
     finally:
         batch_rows = rows.end_backward()
     return loss.detach(), batch_rows
 
 
-def described(error: Exception) -> str:
-    """Return a sentence that names an error of the user's code; a `KeyError` shows its key only."""
-    return f"The error was {type(error).__name__}: {str(error).rstrip('.')}."
+_IN_EVALUATION = (
+    " The model is in evaluation mode, where it may return other outputs than in training; if so, "
+    'pass `mode="train"`.'
+)
 
 
-def remedy_for(error: Exception, model: object) -> str:
+@contextmanager
+def step_errors(failure: str, batch: Any, model: nn.Module, otherwise: str = "") -> Iterator[None]:
+    """Turn errors of the user's code inside the context into one that names the failure.
+
+    Raises:
+        ValueError: If anything goes wrong; the message ends in a remedy if one is known, or else
+            ``otherwise``.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # The class, since the text of a `KeyError` is its key only.
+        shown = f"The error was {type(error).__name__}: {str(error).rstrip('.')}."
+        raise ValueError(
+            f"{failure}: expected a batch as the training loader yields it; got {describe(batch)}. "
+            f"{shown}{_remedy_for(error, model) or otherwise}"
+        ) from error
+
+
+def _remedy_for(error: Exception, model: nn.Module) -> str:
     """Return what to do about an error of the user's code, or the empty string."""
     if torch.is_inference_mode_enabled():
         return " There are no gradients inside `torch.inference_mode()`. Call it outside of that."
@@ -262,23 +279,13 @@ def remedy_for(error: Exception, model: object) -> str:
             "loaded model does not have. Query with the object that was fitted, or give the model "
             "what it lacks: `model.trainer = pl.Trainer(logger=...)`."
         )
-    if "not attached to a `Trainer`" not in str(error):
-        return ""
-    return (
-        " The step uses `self.trainer`, which a loaded model does not have. Give it one, `model."
-        "trainer = pl.Trainer(logger=False)`, query with the object that was fitted, or pass "
-        "`target=`, which needs no `training_step`."
-    )
-
-
-def _remedy_in_evaluation(model: nn.Module, argument: str) -> str:
-    """Return the remedy for models that return other outputs in evaluation mode."""
-    if model.training or argument != "queries":
-        return ""
-    return (
-        " The model is in evaluation mode, where it may return other outputs than in training; "
-        'if so, pass `mode="train"`.'
-    )
+    if "not attached to a `Trainer`" in str(error):
+        return (
+            " The step uses `self.trainer`, which a loaded model does not have. Give it one, "
+            "`model.trainer = pl.Trainer(logger=False)`, query with the object that was fitted, or "
+            "pass `target=`, which needs no `training_step`."
+        )
+    return ""
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

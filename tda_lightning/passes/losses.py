@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.passes.batch_contents import batch_size, part_of, require_batches
-from tda_lightning.passes.batches import batches_of, loss_of, named_batches, transfer
+from tda_lightning.passes.batches import batches_of, loss_of, named_batches, step_errors, transfer
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.results.sample_scores import SampleScores
-from tda_lightning.stores.arguments import describe, require_choice
+from tda_lightning.stores.arguments import require_choice
 
 
 def sample_losses(
@@ -73,10 +73,6 @@ def _with_ids(
 
 
 def _loss(model: nn.Module, sample: Any) -> float:
-    try:
+    failure = f"`{type(model).__name__}.training_step` failed on a batch of one sample"
+    with step_errors(failure, sample, model):
         return float(loss_of(model, transfer(model, sample)).detach())
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise ValueError(
-            f"`{type(model).__name__}.training_step` failed on a batch of one sample, "
-            f"{describe(sample)}. The error was: {error}"
-        ) from error

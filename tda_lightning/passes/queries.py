@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from tda_lightning.gradients.row_recorder import Labels, RowRecorder
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.batches import (
-    described,
     identified,
     record_batch,
     recording,
-    remedy_for,
     sample_gradients,
+    step_errors,
     trained_parameters,
     transfer,
 )
@@ -36,7 +35,7 @@ from tda_lightning.passes.model_state import (
 )
 from tda_lightning.passes.targets import Loss, Target, per_sample, queried_tokens, require_target
 from tda_lightning.stores import Store, open_store_at
-from tda_lightning.stores.arguments import describe, name_of, require_choice
+from tda_lightning.stores.arguments import name_of, require_choice
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.snapshots import Moment, later_snapshots, position_of
 from tda_lightning.stores.step import Preconditioner
@@ -172,16 +171,15 @@ def _record_target(
     require_target(target)
     n = batch_size(batch, "queries", ids)
     rows.start(n)
+    failure = (
+        f"The target `{name_of(target)}` failed on `queries`: expected a batch that it accepts"
+    )
     try:
-        moved = transfer(model, batch)
-        values, is_per_token = per_sample(target, model, moved, n)
-        is_query = queried_tokens(target, moved, values)
-        recorded = _token_rows(model, rows, -values, is_query)
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise ValueError(
-            f"The target `{name_of(target)}` failed on `queries`: expected a batch that the target "
-            f"accepts; got {describe(batch)}. {described(error)}{remedy_for(error, model)}"
-        ) from error
+        with step_errors(failure, batch, model):
+            moved = transfer(model, batch)
+            values, is_per_token = per_sample(target, model, moved, n)
+            is_query = queried_tokens(target, moved, values)
+            recorded = _token_rows(model, rows, -values, is_query)
     finally:
         rows.end_backward()
     samples, tokens = is_query.nonzero(as_tuple=True)

@@ -79,10 +79,11 @@ def kept_entries(path: Path, run: str, rank: int, ranks: int, index: int) -> Man
 
 def _read_shard(path: Path, run: str, rank: int, ranks: int) -> Shard:
     file = manifest_file(path, rank, ranks)
-    manifest = read_manifest(file, run)
-    require_listed_files(path, rank, ranks, manifest)
-    shard = Shard(folder.segments_of(path, rank, ranks), run, ranks)
-    require_listed(shard.segments, manifest, file)
+    manifest = read_manifest(file, run)  # Before the files: it lists none that is not there yet.
+    files = folder.segments_of(path, rank, ranks)
+    _require_complete(path, rank, ranks, files, manifest)
+    shard = Shard(files, run, ranks)
+    _require_listed(shard.segments, manifest, file)
     return shard
 
 
@@ -105,26 +106,28 @@ def _manifest_stamps(path: Path, ranks: int) -> list[tuple[int, int, int] | None
     return [s and (s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
 
 
-def require_listed_files(path: Path, rank: int, ranks: int, manifest: Manifest | None) -> None:
-    """Check that no segment of a process is missing."""
-    files = folder.segments_of(path, rank, ranks)
+def _require_complete(
+    path: Path, rank: int, ranks: int, files: Sequence[Path], manifest: Manifest | None
+) -> None:
+    """Check that no segment of a process is missing, given the files of those that are there."""
     numbers = set(map(folder.number_of, files))
     listed = manifest.segments if manifest is not None else {}
     missing = [*(set(listed) - numbers), *folder.first_gap(numbers)[:1]]
     if missing:
         number = min(missing)
         file = path / folder.segment_name(number, rank, ranks)
-        content = f" ({listed[number].describe()})" if number in listed else ""
-        if number not in listed:
-            later = folder.segment_name(min(n for n in numbers if n > number), rank, ranks)
-            content = f", although `{later}` is there"
+        if number in listed:
+            content = f" ({listed[number].describe()})"
+        else:
+            later = next(file for file in files if folder.number_of(file) > number)
+            content = f", although `{later.name}` is there"
         raise StoreFileError(
             f"`{file}` is missing{content}; expected all segments of the run. Restore it from a "
             "copy, or leave its steps out: `HDF5Store.open(path, missing='skip')`."
         )
 
 
-def require_listed(segments: Sequence[Segment], manifest: Manifest | None, file: Path) -> None:
+def _require_listed(segments: Sequence[Segment], manifest: Manifest | None, file: Path) -> None:
     """Check that segments are those in the manifest, a file; later ones need not be listed yet."""
     for segment in segments:
         if manifest is None and segment.header is not None and segment.header.xxh3:
