@@ -257,8 +257,6 @@ def _largest_rows(run: Store) -> Iterator[tuple[float, int, int]]:
 
 def provenance_of(run: Store) -> Mapping[str, str]:
     """Describe a run in short texts: its model, optimizer, steps, and sketch."""
-    if len(run) == 0:
-        return {}
     first, last, recipe = run.facts[0], run.facts[-1], run.recipe
     stride = "" if recipe.every_n_steps == 1 else f", one in {recipe.every_n_steps}"
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -123,6 +125,40 @@ def damped_root(gramian: Float[Tensor, "k k"], damping: float) -> Float[Tensor, 
     if failed or not root.diagonal().isfinite().all():
         raise ValueError(_explain_failure(gramian, damped))
     return root
+
+
+def conjugate_gradient(
+    product: Callable[[Tensor], Tensor],
+    vectors: Float[Tensor, "d n"],
+    tolerance: float,
+    max_products: int,
+) -> Float[Tensor, "d n"]:
+    """Solve a positive definite linear system for each column, by conjugate gradients.
+
+    It ends when no residual is larger than ``tolerance`` times its right-hand side, or after
+    ``max_products``; whether it has converged is not checked.
+
+    >>> import torch
+    >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    >>> conjugate_gradient(matrix.matmul, torch.tensor([[3.0], [4.0]]), 1e-6, 2)
+    tensor([[1.0000],
+            [1.0000]])
+    """
+    norms = vectors.norm(dim=0).clamp_min(torch.finfo(vectors.dtype).tiny)
+    residuals = vectors / norms  # Squares of small numbers would underflow.
+    solutions, directions = torch.zeros_like(vectors), residuals.clone()
+    squares = residuals.square().sum(dim=0)
+    for _ in range(max_products):
+        is_open = squares > tolerance**2
+        if not is_open.any():
+            break
+        products = product(directions)
+        lengths = torch.where(is_open, squares / (directions * products).sum(dim=0), 0)
+        solutions += lengths * directions
+        residuals -= lengths * products
+        previous, squares = squares, residuals.square().sum(dim=0)
+        directions = residuals + torch.where(is_open, squares / previous, 0) * directions
+    return solutions.mul_(norms)
 
 
 def _explain_failure(gramian: Float[Tensor, "k k"], damped: Float[Tensor, "k k"]) -> str:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.attribution.linalg import conjugate_gradient
 from tda_lightning.features.layer_features import (
     LayerFeatureAttributor,
     LayerFeatures,
@@ -210,17 +211,12 @@ def _newton_step(
 ) -> Float[Tensor, "c d"]:
     """Solve for the Newton step, which is to be subtracted, by conjugate gradients."""
     n, outputs = len(features), features @ weight.mT
-    residual = loss.gradients(outputs).mT @ features / n + 2 * lam * weight
-    step, direction = torch.zeros_like(weight), residual.clone()
-    square = initial_square = residual.square().sum()
-    for _ in range(weight.numel()):
-        if square <= 1e-16 * initial_square:
-            break
+    gradient = loss.gradients(outputs).mT @ features / n + 2 * lam * weight
+
+    def product(columns: Float[Tensor, "cd 1"]) -> Float[Tensor, "cd 1"]:
+        direction = columns.view_as(weight)
         output_products = loss.hessian_product(outputs, features @ direction.mT)
-        product = output_products.mT @ features / n + 2 * lam * direction
-        length = square / (direction * product).sum()
-        step += length * direction
-        residual -= length * product
-        previous_square, square = square, residual.square().sum()
-        direction = residual + square / previous_square * direction
-    return step
+        return (output_products.mT @ features / n + 2 * lam * direction).reshape(-1, 1)
+
+    solved = conjugate_gradient(product, gradient.reshape(-1, 1), 1e-8, weight.numel())
+    return solved.view_as(weight)

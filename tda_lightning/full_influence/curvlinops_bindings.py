@@ -1,4 +1,4 @@
-"""Bindings to curvlinops and SciPy: linear operators, iterative solvers and eigenvalues.
+"""Bindings to curvlinops and SciPy: linear operators and eigenvalues.
 
 Both libraries are optional dependencies, so import this file only where it is used.
 """
@@ -173,44 +173,6 @@ class _ProductOperator(PyTorchLinearOperator):  # type: ignore[misc]
 def from_product(like: Operator, product: Product) -> Operator:
     """Return a symmetric operator that is defined by its product with the columns of a matrix."""
     return _ProductOperator(like, product)
-
-
-def conjugate_gradient(
-    operator: Operator, vectors: Float[Tensor, "d n"], tolerance: float, products: int
-) -> Float[Tensor, "d n"]:
-    """Solve for the columns of a matrix, to a residual of ``tolerance`` or for ``products`` steps.
-
-    Whether it has converged is not checked.
-    """
-    # curvlinops limits the mean residual; this bounds the residual of every vector.
-    limit = tolerance / vectors.shape[1]
-    inverse = curvlinops.CGInverseLinearOperator(
-        operator,
-        tolerance=limit,
-        stop_updating_after=limit,
-        eps=torch.finfo(vectors.dtype).tiny,
-        max_iter=products,
-        max_tridiag_iter=0,
-    )
-    with warnings.catch_warnings():
-        # The caller checks the residual.
-        warnings.filterwarnings("ignore", message="CG terminated")
-        solved: Tensor = inverse @ vectors
-    return solved
-
-
-def neumann(
-    operator: Operator, vectors: Float[Tensor, "d n"], terms: int, scale: float
-) -> Float[Tensor, "d n"]:
-    """Sum ``terms`` terms of the Neumann series for the columns of a matrix.
-
-    The series converges if all eigenvalues of ``scale`` times the operator are in (0, 2).
-    """
-    inverse = curvlinops.NeumannInverseLinearOperator(
-        operator, num_terms=terms, scale=scale, check_nan=False
-    )
-    solved: Tensor = inverse @ vectors
-    return solved
 
 
 def kronecker_inverse(operator: Operator, damping: float) -> Operator:

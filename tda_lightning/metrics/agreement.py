@@ -7,6 +7,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tda_lightning.metrics.checks import describe
+from tda_lightning.results.joining import require_same_ids
 from tda_lightning.results.scores import Scores
 
 
@@ -30,12 +31,7 @@ def rank_agreement(one: Scores, other: Scores) -> Float64[Tensor, " n_query"]:
                 f"`{name}` is {describe(scores)}; expected `Scores`, which hold the ids of their "
                 "queries and training samples. Pass the result of `attribute`."
             )
-    for name in ("query_ids", "train_ids"):
-        if not torch.equal(getattr(one, name), getattr(other, name)):
-            raise ValueError(
-                f"The two `Scores` differ in their `{name}`; expected the same. Attribute the same "
-                "queries to the same training set."
-            )
+    require_same_ids([one, other], ("query_ids", "train_ids"), Scores)
     return rank_correlation(one.values, other.values)
 
 

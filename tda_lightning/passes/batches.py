@@ -276,8 +276,8 @@ def _remedy_for(error: Exception, model: nn.Module) -> str:
     if "'NoneType' object has no attribute" in str(error):
         return (
             " Something is None here that is set in a training, such as `self.logger`, which a "
-            "loaded model does not have. Query with the object that was fitted, or give the model "
-            "what it lacks: `model.trainer = pl.Trainer(logger=...)`."
+            "loaded model does not have. Query with the object that was fitted, or set it here: "
+            "`model.trainer = pl.Trainer(logger=...)`."
         )
     if "not attached to a `Trainer`" in str(error):
         return (

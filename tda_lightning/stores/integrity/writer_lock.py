@@ -5,8 +5,8 @@ system, so it also works where these do not, such as on many network file system
 at it before every write: a training that has lost the lock stops recording.
 
 An owner on the same machine is alive if its process is. Another machine's processes cannot be seen,
-so the owner renews
-the time of the file while it records. Without that it counts as dead after a while.
+so the owner renews the time of the file while it records; without that, it counts as dead after a
+while.
 """
 
 from __future__ import annotations
