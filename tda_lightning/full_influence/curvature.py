@@ -15,16 +15,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from tda_lightning.full_influence.model_loss_split import ModelLossSplit
 from tda_lightning.full_influence.objective import Objective
-from tda_lightning.full_influence.second_derivatives import require_second_derivative, step_loss
-
-if TYPE_CHECKING:
-    from tda_lightning.full_influence.curvlinops_bindings import Operator
+from tda_lightning.full_influence.operators import Operator, checked, require_second_derivative
+from tda_lightning.full_influence.second_derivatives import step_loss
 
 
 class ModelCurvature(ABC):
@@ -71,7 +69,6 @@ class GaussNewton(ModelCurvature):
     def operator(self, objective: Objective) -> Operator:
         """Return the Gauss-Newton matrix of the mean loss, as a linear operator."""
         from tda_lightning.full_influence.curvlinops_bindings import gauss_newton
-        from tda_lightning.full_influence.operators import checked
 
         if self.outputs is None or self.loss is None:
             split = ModelLossSplit(objective)
@@ -98,7 +95,6 @@ class Hessian(ModelCurvature):
     def operator(self, objective: Objective) -> Operator:
         """Return the Hessian of the mean loss, as a linear operator."""
         from tda_lightning.full_influence.curvlinops_bindings import hessian
-        from tda_lightning.full_influence.operators import checked
 
         operator = checked(hessian(objective, lambda n: step_loss(objective, n)), objective)
         require_second_derivative(objective, operator)

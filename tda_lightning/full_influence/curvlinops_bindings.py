@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tda_lightning.full_influence.objective import Objective
+from tda_lightning.full_influence.operators import Operator, ProductOperator
 
 try:
     with warnings.catch_warnings():
         # A dependency uses `torch.jit.script`, which torch has deprecated.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         import curvlinops
-        from curvlinops._torch_base import PyTorchLinearOperator
-        from scipy.sparse.linalg import ArpackError, eigsh
+        from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 except ImportError as error:
     raise ImportError(
         f"This solver needs curvlinops and SciPy, and `{error.name}` is not installed. Install "
@@ -30,27 +31,6 @@ except ImportError as error:
 
 # Tolerance of the smallest eigenvalue, relative to the largest in magnitude.
 _EIGENVALUE_TOLERANCE = 1e-3
-Product = Callable[[Float[Tensor, "d n"]], Float[Tensor, "d n"]]
-
-
-@runtime_checkable
-class Operator(Protocol):
-    """A symmetric matrix that is given by its products with vectors."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Numbers of rows and columns."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Data type of the vectors."""
-
-    def __matmul__(self, vectors: Tensor) -> Tensor:
-        """Return the product with the columns of a matrix."""
 
 
 class _Outputs(nn.Module):
@@ -144,37 +124,6 @@ def kronecker_factored(
     return operator
 
 
-class _ProductOperator(PyTorchLinearOperator):  # type: ignore[misc]
-    """A symmetric operator that is defined by its product with the columns of a matrix."""
-
-    SELF_ADJOINT = True
-
-    def __init__(self, like: Any, product: Product) -> None:
-        flat = [(like.shape[0],)]  # of operators that do not split vectors into parameters
-        super().__init__(getattr(like, "_in_shape", flat), getattr(like, "_out_shape", flat))
-        self._like, self._product = like, product
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self._like.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._like.dtype
-        return dtype
-
-    def _matmat(self, vectors: list[Tensor]) -> list[Tensor]:
-        products = self._product(torch.cat([block.flatten(end_dim=-2) for block in vectors]))
-        parts = torch.split(products, self._in_shape_flat)
-        return [part.reshape(block.shape) for part, block in zip(parts, vectors, strict=True)]
-
-
-def from_product(like: Operator, product: Product) -> Operator:
-    """Return a symmetric operator that is defined by its product with the columns of a matrix."""
-    return _ProductOperator(like, product)
-
-
 def kronecker_inverse(operator: Operator, damping: float) -> Operator:
     """Return the inverse of EKFAC's approximation plus a multiple of the identity."""
     inverse: Operator = curvlinops.KFACInverseLinearOperator(
@@ -198,11 +147,17 @@ def eigenpairs(
         matrix = operator @ torch.eye(d, device=operator.device, dtype=operator.dtype)
         values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
         return values, vectors
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        column = torch.from_numpy(vector).to(operator.device, operator.dtype).reshape(-1, 1)
+        image: np.ndarray = (operator @ column)[:, 0].cpu().numpy()
+        return image
+
     start = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     # A tolerance below the precision of the products could not be reached.
     tolerance = max(tolerance, torch.finfo(operator.dtype).eps)
-    product = from_product(operator, lambda vectors: operator @ vectors)
-    linear_operator = product.to_scipy()  # type: ignore[attr-defined]
+    dtype = torch.empty(0, dtype=operator.dtype).numpy().dtype
+    linear_operator = LinearOperator(operator.shape, matvec=product, dtype=dtype)
     try:
         arrays = eigsh(linear_operator, k=rank, which="LM", v0=start.numpy(), tol=tolerance)
     except ArpackError as error:
@@ -225,7 +180,7 @@ def extremes(operator: Operator) -> tuple[float, float]:
     """
     size = float(eigenpairs(operator, 1)[0].abs().max())
     # With all eigenvalues shifted below zero, the smallest one has the largest magnitude.
-    shifted = from_product(operator, lambda vectors: operator @ vectors - size * vectors)
+    shifted = ProductOperator(operator, lambda vectors: operator @ vectors - size * vectors)
     lowest = size + float(eigenpairs(shifted, 1, _EIGENVALUE_TOLERANCE)[0].min())
     slack = 2 * _EIGENVALUE_TOLERANCE * size
     return (lowest - slack if lowest < -slack else 0.0), size

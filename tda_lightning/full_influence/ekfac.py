@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tda_lightning.full_influence.model_loss_split import LossCall, ModelLossSplit
 from tda_lightning.full_influence.objective import Objective
+from tda_lightning.full_influence.operators import Operator
 from tda_lightning.full_influence.second_derivatives import differentiation_errors, step_loss
 from tda_lightning.stores.arguments import describe
-
-if TYPE_CHECKING:
-    from tda_lightning.full_influence.curvlinops_bindings import Operator
 
 _LOSSES: dict[str, type[nn.Module]] = {
     "cross_entropy": nn.CrossEntropyLoss,

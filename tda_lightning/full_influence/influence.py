@@ -24,7 +24,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,13 +33,11 @@ from torch import Tensor
 from tda_lightning.full_influence.checks import require_finite
 from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.objective import Objective
+from tda_lightning.full_influence.operators import Operator
 from tda_lightning.full_influence.solvers import Solver
 from tda_lightning.full_influence.woodbury import Woodbury
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores.arguments import require_kind, require_positive, require_whole
-
-if TYPE_CHECKING:
-    from tda_lightning.full_influence.curvlinops_bindings import Operator
 
 
 @dataclass(frozen=True)

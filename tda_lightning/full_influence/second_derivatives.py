@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,9 +16,6 @@ from tda_lightning.full_influence.objective import Objective
 from tda_lightning.passes.batches import step_of
 from tda_lightning.passes.model_state import preserved_metrics
 from tda_lightning.stores.arguments import describe
-
-if TYPE_CHECKING:
-    from tda_lightning.full_influence.curvlinops_bindings import Operator
 
 
 class _ElementaryLayerNorm(TorchFunctionMode):
@@ -80,7 +77,7 @@ def differentiation_errors(objective: Objective) -> Iterator[None]:
 def _without_effect(objective: Objective) -> str:
     """Name parameters that the loss of the first batch does not depend on; empty without any."""
     with torch.enable_grad():
-        loss = _original_loss(objective, 0)
+        loss = original_loss(objective, 0)
         gradients = torch.autograd.grad(loss, objective.parameters, allow_unused=True)
     without = {p for p, grad in zip(objective.parameters, gradients, strict=True) if grad is None}
     names = [f"`{name}`" for name, p in objective.model.named_parameters() if p in without]
@@ -95,10 +92,11 @@ def _without_effect(objective: Objective) -> str:
 def step_loss(objective: Objective, number: int) -> Float[Tensor, ""]:
     """Return the training step's loss of a batch, for ``torch.func`` to differentiate."""
     with _ElementaryLayerNorm():
-        return _original_loss(objective, number)
+        return original_loss(objective, number)
 
 
-def _original_loss(objective: Objective, number: int) -> Float[Tensor, ""]:
+def original_loss(objective: Objective, number: int) -> Float[Tensor, ""]:
+    """Return the loss of a batch as the training step computes it."""
     # The other attention kernels have no second derivative. Metrics must not keep tensors that
     # torch.func has wrapped.
     with sdpa_kernel(SDPBackend.MATH), preserved_metrics(objective.model):
@@ -107,37 +105,3 @@ def _original_loss(objective: Objective, number: int) -> Float[Tensor, ""]:
     if not isinstance(loss, Tensor):
         raise TypeError(f"the step returned {describe(result)}; expected the loss")
     return loss.reshape(())
-
-
-def require_second_derivative(objective: Objective, hessian: Operator) -> None:
-    """Check one product with the Hessian against two backward passes."""
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(hessian.shape[0], generator=generator, dtype=torch.float64)
-    vector = vector.to(hessian.device, hessian.dtype)
-    expected = torch.zeros_like(vector)
-    for number in range(len(objective.batches)):
-        expected += _share(objective, number) * _product(objective, number, vector)
-    error = float((hessian @ vector - expected).norm() / expected.norm())
-    if not error < 1e-3:
-        raise ValueError(
-            f"torch.func differentiates `{type(objective.model).__name__}.training_step` "
-            f"incorrectly: a product with its Hessian differs by {error:.1%} from that of two "
-            "backward passes. Use `curvature=GaussNewton()`, which needs first derivatives only."
-        )
-
-
-def _share(objective: Objective, number: int) -> float:
-    """Return the share of a batch's loss in the mean loss."""
-    size = objective.sizes[number] if objective.reduction == "mean" else 1
-    return size / objective.n
-
-
-def _product(objective: Objective, number: int, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """Return the product of a vector with the Hessian of a batch, by two backward passes."""
-    parameters = objective.parameters
-    with torch.enable_grad():
-        loss = _original_loss(objective, number)
-        first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        slope = torch.cat([gradient.flatten() for gradient in first]) @ vector
-        second = torch.autograd.grad(slope, parameters, materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in second])

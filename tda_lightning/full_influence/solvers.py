@@ -25,7 +25,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -36,10 +36,8 @@ from tda_lightning.full_influence.checks import require_definite
 from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.ekfac import KroneckerFactored
 from tda_lightning.full_influence.objective import CURRENT_WEIGHTS, Objective
+from tda_lightning.full_influence.operators import Operator, damped_definite, mean_over_points
 from tda_lightning.stores.arguments import require_choice, require_positive, require_whole
-
-if TYPE_CHECKING:
-    from tda_lightning.full_influence.curvlinops_bindings import Operator
 
 # Default damping, relative to the largest or the mean eigenvalue.
 DAMPING_PER_LARGEST, DAMPING_PER_MEAN = 0.02, 0.1
@@ -60,8 +58,6 @@ class Solver(ABC):
 
     def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:
         """Return the matrix of the linear system: the curvature itself, by default."""
-        from tda_lightning.full_influence.operators import mean_over_points
-
         operator = curvature.operator(objective)
         if objective.linearization_points == (CURRENT_WEIGHTS,):
             return operator
@@ -103,8 +99,6 @@ class ConjugateGradient(Solver):
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
         """Return a function that solves by conjugate gradients and checks the residual."""
-        from tda_lightning.full_influence.operators import damped_definite
-
         damped = damped_definite(operator, damping)
 
         def solve(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -145,7 +139,6 @@ class Neumann(Solver):
     def inverse(self, operator: Operator, damping: float) -> Inverse:
         """Return a function that sums the series and checks the residual."""
         from tda_lightning.full_influence.curvlinops_bindings import extremes
-        from tda_lightning.full_influence.operators import damped_definite
 
         lowest, largest = extremes(operator)
         require_definite(lowest, damping)

@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -26,11 +25,9 @@ from tda_lightning.attribution.linalg import damped_root
 from tda_lightning.full_influence.checks import require_finite
 from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.objective import Objective
+from tda_lightning.full_influence.operators import Operator
 from tda_lightning.full_influence.solvers import DAMPING_PER_LARGEST, Inverse, Solver
 from tda_lightning.stores.arguments import require_limit, require_whole
-
-if TYPE_CHECKING:
-    from tda_lightning.full_influence.curvlinops_bindings import Operator
 
 # Below this size, computing all eigenvalues is faster than iterating for the largest one.
 _MIN_ITERATIVE_SIZE = 64

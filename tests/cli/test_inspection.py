@@ -241,7 +241,7 @@ def test_a_process_prints_and_exits(run):
 
 
 def test_an_error_ends_the_process_with_a_line(tmp_path, run_module):
-    code, output, errors = run_module("tda_lightning.cli", "info", tmp_path / "nowhere")
+    code, output, errors = run_module("tda_lightning", "info", tmp_path / "nowhere")
     assert (code, output) == (1, "")
     assert "nowhere" in errors
     assert "Traceback" not in errors
@@ -251,7 +251,7 @@ def test_shells_can_complete_commands(run_module, monkeypatch):
     monkeypatch.setenv("_TDA_LIGHTNING_COMPLETE", "bash_complete")
     monkeypatch.setenv("COMP_WORDS", "tda-lightning ver")
     monkeypatch.setenv("COMP_CWORD", "1")
-    _, output, _ = run_module("tda_lightning.cli")
+    _, output, _ = run_module("tda_lightning")
     assert output.split() == ["plain,verify"]
 
 
