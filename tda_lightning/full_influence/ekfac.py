@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,15 +23,15 @@ _LOSSES: dict[str, type[nn.Module]] = {
 _REMEDY = "Use another solver, such as `ConjugateGradient()`, or choose layers with `layers=[...]`."
 
 
-@dataclass(frozen=True)
 class KroneckerFactored:
     """EKFAC's approximation of the Gauss-Newton matrix, scaled to the user's loss.
 
     ``factor`` is that loss, divided by the mean of torch's loss function.
     """
 
-    unscaled: Operator
-    factor: float
+    def __init__(self, unscaled: Operator, factor: float) -> None:
+        self.unscaled, self.factor = unscaled, factor
+        self.shape, self.device, self.dtype = unscaled.shape, unscaled.device, unscaled.dtype
 
     @classmethod
     def of(cls, objective: Objective, fisher: Literal["type-2", "mc"]) -> KroneckerFactored:
@@ -59,21 +58,6 @@ class KroneckerFactored:
             zeros = torch.zeros(unscaled.shape[0], device=unscaled.device, dtype=unscaled.dtype)
             unscaled @ zeros  # The factors are computed in the first product.
         return cls(unscaled, factor)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Numbers of rows and columns."""
-        return self.unscaled.shape
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors."""
-        return self.unscaled.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Data type of the vectors."""
-        return self.unscaled.dtype
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         return self.factor * (self.unscaled @ vectors)
