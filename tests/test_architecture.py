@@ -116,7 +116,7 @@ def test_a_planted_crossing_is_found(place, statement):
         ("lightning", "callbacks/"),
         ("h5py", "stores/hdf5/"),
         ("curvlinops", "full_influence/curvlinops_bindings.py"),
-        ("scipy", "full_influence/curvlinops_bindings.py"),
+        ("scipy", "full_influence/eigenvalues.py"),
         ("quanda", "applications/quanda.py"),
     ],
 )

@@ -1,8 +1,8 @@
 """Influence functions of small models with full gradients, without sketches.
 
 The curvature is a linear operator on vectors of all parameters. It is multiplied with, and rarely
-formed as a matrix. Operators and solvers come from the optional dependencies curvlinops and SciPy;
-``Woodbury`` needs neither.
+formed as a matrix. ``Woodbury``, the default solver, has no optional dependency; ``EKFAC`` needs
+curvlinops, and the others SciPy.
 """
 
 from tda_lightning.full_influence.attribute import attribute_by_gradients

@@ -15,14 +15,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from tda_lightning.full_influence.model_loss_split import ModelLossSplit
 from tda_lightning.full_influence.objective import Objective
-from tda_lightning.full_influence.operators import Operator, checked, require_second_derivative
-from tda_lightning.full_influence.second_derivatives import step_loss
+from tda_lightning.full_influence.operators import Operator, checked
+from tda_lightning.full_influence.second_derivatives import (
+    gauss_newton_products,
+    hessian_products,
+)
 
 
 class ModelCurvature(ABC):
@@ -68,19 +72,19 @@ class GaussNewton(ModelCurvature):
 
     def operator(self, objective: Objective) -> Operator:
         """Return the Gauss-Newton matrix of the mean loss, as a linear operator."""
-        from tda_lightning.full_influence.curvlinops_bindings import gauss_newton
-
         if self.outputs is None or self.loss is None:
             split = ModelLossSplit(objective)
-            return checked(gauss_newton(objective, split.outputs, split.loss), objective)
+            by_step = partial(gauss_newton_products, objective, split.outputs, split.loss)
+            return checked(objective, by_step)
         model, batches = objective.model, objective.batches
         outputs_of, loss_of = self.outputs, self.loss
-        operator = gauss_newton(
+        by_user = partial(
+            gauss_newton_products,
             objective,
             lambda number: outputs_of(model, batches[number]),
             lambda outputs, number: loss_of(outputs, batches[number]).reshape(()),
         )
-        return checked(operator, objective)
+        return checked(objective, by_user)
 
 
 @dataclass(frozen=True)
@@ -88,21 +92,16 @@ class Hessian(ModelCurvature):
     """The Hessian of the training step.
 
     It has negative eigenvalues wherever the training has not ended in a minimum. Damping must
-    exceed their magnitude, so the default damping is increased by it. One product with the Hessian
-    is checked against two backward passes.
+    exceed their magnitude, so the default damping is increased by it.
     """
 
     def operator(self, objective: Objective) -> Operator:
         """Return the Hessian of the mean loss, as a linear operator."""
-        from tda_lightning.full_influence.curvlinops_bindings import hessian
-
-        operator = checked(hessian(objective, lambda n: step_loss(objective, n)), objective)
-        require_second_derivative(objective, operator)
-        return operator
+        return checked(objective, partial(hessian_products, objective))
 
     def below_zero(self, operator: Operator) -> float:
         """Return how far the eigenvalues extend below zero, using some tens of products."""
-        from tda_lightning.full_influence.curvlinops_bindings import extremes
+        from tda_lightning.full_influence.eigenvalues import extremes
 
         return -extremes(operator)[0]
 

@@ -21,7 +21,6 @@ on every task measured. For a Hessian, the magnitude of its lowest negative eige
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,9 +93,7 @@ class FullInfluenceFunction:
             "The gradients of the queries",
             "Look for NaN or infinity in their inputs and targets, and in the weights.",
         )
-        with torch.enable_grad(), warnings.catch_warnings():
-            # torch compiles its own forward mode with a function that torch has since deprecated.
-            warnings.filterwarnings("ignore", message=r"`torch.jit.script` is deprecated")
+        with torch.enable_grad():
             operator = self.solver.operator(objective, self.curvature)
             damping = self._damping(objective, operator)
             inverse = self.solver.inverse(operator, damping)

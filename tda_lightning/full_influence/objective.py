@@ -107,9 +107,9 @@ class Objective:
         return sum(parameter.numel() for parameter in self.parameters)
 
     @property
-    def mean_factor(self) -> float:
-        """Factor from the reduced loss of all batches to the mean loss over samples."""
-        return 1.0 if self.reduction == "mean" else 1 / self.n
+    def shares(self) -> list[float]:
+        """Factor of each batch's loss in the mean loss over samples."""
+        return [(size if self.reduction == "mean" else 1) / self.n for size in self.sizes]
 
     def mean_losses(self, losses: Sequence[float]) -> list[float]:
         """Return the mean loss over samples of each batch, from the batches' losses."""

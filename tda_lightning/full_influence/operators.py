@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tda_lightning.full_influence.checks import require_definite, require_finite
 from tda_lightning.full_influence.objective import LinearizationPoint, Objective
-from tda_lightning.full_influence.second_derivatives import differentiation_errors, original_loss
+from tda_lightning.full_influence.second_derivatives import differentiation_errors
 
 # Largest rounding error of a product, in units of the number format's precision.
 _MAX_ROUNDING = 1000
@@ -41,10 +41,12 @@ class Operator(Protocol):
 
 
 class ProductOperator:
-    """An operator that is defined by a product; its shape is that of another operator."""
+    """An operator that is defined by its product, with the device and data type of ``like``."""
 
-    def __init__(self, like: Operator, product: Callable[[Tensor], Tensor]) -> None:
-        self.shape, self.device, self.dtype = like.shape, like.device, like.dtype
+    def __init__(
+        self, d: int, like: Operator | Tensor, product: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.shape, self.device, self.dtype = (d, d), like.device, like.dtype
         self._product = product
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
@@ -52,12 +54,12 @@ class ProductOperator:
         return self._product(vectors[:, None])[:, 0] if is_one else self._product(vectors)
 
 
-def checked(operator: Operator, objective: Objective) -> Operator:
-    """Return the same operator, with errors that name the training step and its data."""
+def checked(objective: Objective, multiply: Callable[[Tensor], Tensor]) -> Operator:
+    """Return the operator of an objective with a product; errors name the step and its data."""
 
     def product(vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
         with differentiation_errors(objective):
-            products = operator @ vectors
+            products = multiply(vectors)
         require_finite(
             products,
             f"A product with the curvature of `{objective.argument}`",
@@ -65,7 +67,7 @@ def checked(operator: Operator, objective: Objective) -> Operator:
         )
         return products
 
-    return ProductOperator(operator, product)
+    return ProductOperator(objective.d, objective.parameters[0], product)
 
 
 def mean_over_points(
@@ -81,7 +83,7 @@ def mean_over_points(
                 total += scale * (operator @ (scale * vectors))
         return total / len(linearization_points)
 
-    return ProductOperator(operator, product)
+    return ProductOperator(operator.shape[0], operator, product)
 
 
 def damped_definite(operator: Operator, damping: float) -> Operator:
@@ -104,38 +106,4 @@ def damped_definite(operator: Operator, damping: float) -> Operator:
             require_definite(least - damping, damping)
         return products
 
-    return ProductOperator(operator, product)
-
-
-def require_second_derivative(objective: Objective, hessian: Operator) -> None:
-    """Check one product with the Hessian against two backward passes."""
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(hessian.shape[0], generator=generator, dtype=torch.float64)
-    vector = vector.to(hessian.device, hessian.dtype)
-    expected = torch.zeros_like(vector)
-    for number in range(len(objective.batches)):
-        expected += _share(objective, number) * _product(objective, number, vector)
-    error = float((hessian @ vector - expected).norm() / expected.norm())
-    if not error < 1e-3:
-        raise ValueError(
-            f"torch.func differentiates `{type(objective.model).__name__}.training_step` "
-            f"incorrectly: a product with its Hessian differs by {error:.1%} from that of two "
-            "backward passes. Use `curvature=GaussNewton()`, which needs first derivatives only."
-        )
-
-
-def _share(objective: Objective, number: int) -> float:
-    """Return the share of a batch's loss in the mean loss."""
-    size = objective.sizes[number] if objective.reduction == "mean" else 1
-    return size / objective.n
-
-
-def _product(objective: Objective, number: int, vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """Return the product of a vector with the Hessian of a batch, by two backward passes."""
-    parameters = objective.parameters
-    with torch.enable_grad():
-        loss = original_loss(objective, number)
-        first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        slope = torch.cat([gradient.flatten() for gradient in first]) @ vector
-        second = torch.autograd.grad(slope, parameters, materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in second])
+    return ProductOperator(operator.shape[0], operator, product)

@@ -49,12 +49,12 @@ class Solver(ABC):
     """Solves linear systems with a damped curvature, for several right-hand sides at once."""
 
     def require(self) -> None:
-        """Check that the solver's dependencies are installed: curvlinops and SciPy, by default.
+        """Check that the solver's dependencies are installed: SciPy, by default.
 
         Raises:
             ImportError: If a dependency is not installed.
         """
-        require_operators()
+        importlib.import_module("tda_lightning.full_influence.eigenvalues")
 
     def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:
         """Return the matrix of the linear system: the curvature itself, by default."""
@@ -65,7 +65,7 @@ class Solver(ABC):
 
     def default_damping(self, operator: Operator) -> float:
         """Return the default damping: unless overridden, a fiftieth of the largest eigenvalue."""
-        from tda_lightning.full_influence.curvlinops_bindings import eigenpairs
+        from tda_lightning.full_influence.eigenvalues import eigenpairs
 
         return DAMPING_PER_LARGEST * float(eigenpairs(operator, 1)[0].abs().max())
 
@@ -138,7 +138,7 @@ class Neumann(Solver):
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
         """Return a function that sums the series and checks the residual."""
-        from tda_lightning.full_influence.curvlinops_bindings import extremes
+        from tda_lightning.full_influence.eigenvalues import extremes
 
         lowest, largest = extremes(operator)
         require_definite(lowest, damping)
@@ -179,7 +179,7 @@ class Lanczos(Solver):
 
     def inverse(self, operator: Operator, damping: float) -> Inverse:
         """Return the inverse of the truncated and damped curvature."""
-        from tda_lightning.full_influence.curvlinops_bindings import eigenpairs
+        from tda_lightning.full_influence.eigenvalues import eigenpairs
 
         values, vectors = eigenpairs(operator, self.rank)
         require_definite(float(values.min()), damping)
@@ -208,6 +208,10 @@ class EKFAC(Solver):
 
     def __post_init__(self) -> None:
         require_choice("labels", self.labels, Labels)
+
+    def require(self) -> None:
+        """Check that curvlinops is installed."""
+        require_operators()
 
     def operator(self, objective: Objective, curvature: ModelCurvature) -> Operator:
         """Return the approximation of the Gauss-Newton matrix."""
@@ -250,9 +254,9 @@ def _require_converged(
 
 
 def require_operators() -> None:
-    """Import the optional dependencies curvlinops and SciPy on first use.
+    """Import the optional dependency curvlinops, which :class:`EKFAC` needs, on first use.
 
     Raises:
-        ImportError: If they are not installed.
+        ImportError: If it is not installed.
     """
     importlib.import_module("tda_lightning.full_influence.curvlinops_bindings")

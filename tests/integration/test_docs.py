@@ -27,7 +27,8 @@ PUBLIC_PACKAGES = [
 ]
 # Words in a block, and the package that it needs.
 OPTIONAL = {
-    "ConjugateGradient": "curvlinops",
+    "ConjugateGradient": "scipy",
+    "EKFAC": "curvlinops",
     "quanda": "quanda",
     "spotlight": "renumics",
     "TensorBoardLogger": "tensorboard",

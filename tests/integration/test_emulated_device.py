@@ -1,7 +1,7 @@
 """Recording and attribution on an emulated device give the CPU's results, with all tensors on it.
 
-Not covered: solvers with forward-mode differentiation, and `EKFAC`. torch and curvlinops do not
-support them on a device that is written in Python. Recorded convolutions, attention and recurrent
+Not covered: iterative solvers, and `EKFAC`, since curvlinops does not support a device that is
+written in Python. Recorded convolutions, attention and recurrent
 layers are not either: there, torch replaces them by operations that neither a CPU nor a GPU has.
 """
 
