@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 from torch.utils.data import DataLoader
@@ -69,12 +68,12 @@ def report(
         )
     loaded = load_model(model, config, checkpoint, trust_checkpoint)
     batch = as_loader(load_queries(queries, config, split))
-    dataset = _dataset_of(load_queries(train, config, "train", "--train"))
+    training = load_queries(train, config, "train", "--train")
     path = write_report(
         run,
         loaded,
         batch,
-        train=dataset,
+        train=training.dataset if isinstance(training, DataLoader) else training,
         out=out,
         method=METHODS[method],
         k=k,
@@ -90,7 +89,3 @@ def report(
 
 def _names(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",")] if listed else []
-
-
-def _dataset_of(train: Any) -> Any:
-    return train.dataset if isinstance(train, DataLoader) else train

@@ -203,7 +203,12 @@ def output_directions(head: HeadOutputs, loss: HeadLoss, output: Output) -> Floa
         is_softmax = isinstance(loss, SoftmaxLoss)
         indices = head.outputs.argmax(dim=1) if is_softmax else _only_output(head.outputs)
     else:
-        indices = torch.full((len(head.outputs),), _require_index(output, c))
+        if output >= c:
+            raise ValueError(
+                f"`output` is {output}, but there are {c} outputs; expected an index from 0 to "
+                f"{c - 1}."
+            )
+        indices = torch.full((len(head.outputs),), output)
     return one_hot(indices, c).to(head.outputs)
 
 
@@ -214,11 +219,3 @@ def _only_output(outputs: Float[Tensor, "n c"]) -> Int[Tensor, " n"]:
             "the index of one of them, or 'loss'."
         )
     return torch.zeros(len(outputs), dtype=torch.int64)
-
-
-def _require_index(output: int, c: int) -> int:
-    if output >= c:
-        raise ValueError(
-            f"`output` is {output}, but there are {c} outputs; expected an index from 0 to {c - 1}."
-        )
-    return output

@@ -15,7 +15,6 @@ from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores.data_order import data_order
 from tda_lightning.stores.opening import open_store
-from tda_lightning.stores.step import Step, StepFacts
 from tda_lightning.stores.store import Store
 
 if TYPE_CHECKING:
@@ -127,7 +126,8 @@ def _label_errors(run: Store) -> dict[int, list[float]]:
         is_one_label = step.terms is None or bool(((step.terms - 1).abs() < 1e-3).all())
         if step.curvature is None or step.loss == "squared error" or not is_one_label:
             return {}
-        for sample_id, error in zip(step.sample_ids.tolist(), _errors(step), strict=True):
+        errors = 1 / (1 + step.curvature)  # one minus the probability of the label
+        for sample_id, error in zip(step.sample_ids.tolist(), errors.tolist(), strict=True):
             visits.setdefault(sample_id, []).append(error)
     return visits
 
@@ -154,30 +154,18 @@ def _mislabels(visits: dict[int, list[float]]) -> Iterator[Alarm]:
         yield Alarm("suspected_mislabels", torch.tensor(sorted(suspicious)), reason)
 
 
-def _errors(step: StepFacts) -> list[float]:
-    """Return one minus the probability of the label, for each visit."""
-    assert step.curvature is not None
-    errors: list[float] = (1 / (1 + step.curvature)).tolist()
-    return errors
-
-
 def _large_contributions(run: Store) -> Iterator[Alarm]:
     largest, limit, epoch = 0.0, float("inf"), run.facts[0].epoch
     large_ids: set[int] = set()
     for step in run:
         if step.epoch != epoch:
             limit, epoch = LARGE_FACTOR * largest, step.epoch
-        norms = _norms(step)
+        norms: Tensor = step.sketch.norm(dim=1) / step.weights.clamp_min(1e-30)
         large_ids.update(step.sample_ids[~(norms <= limit)].tolist())  # NaN is large, too.
         largest = max([largest, *norms[norms.isfinite()].tolist()])
     if large_ids:
         reason = f"a gradient exceeded the largest of all earlier epochs {LARGE_FACTOR:g} times"
         yield Alarm("large_contributions", torch.tensor(sorted(large_ids)), reason)
-
-
-def _norms(step: Step) -> Tensor:
-    norms: Tensor = step.sketch.norm(dim=1) / step.weights.clamp_min(1e-30)
-    return norms
 
 
 def _order(run: Store) -> Iterator[Alarm]:

@@ -20,13 +20,14 @@ def wrong_answers(evidence: Evidence) -> Finding | None:
     if not any(isinstance(answer.prediction, int) for answer in evidence.answers):
         return None
     total, wrong = len(evidence.answers), evidence.wrong
+    are = "query is" if total == 1 else "queries are"
     if not wrong:
         text = f"All {total:,} queries are answered like their labels."
         return Finding("No wrong answers", (text,), "fine")
     k = min(_BESIDE, len(evidence.scores.train_ids))
     opponents = evidence.scores.opponents(k).ids.tolist()
     sentences = [
-        f"{len(wrong):,} of {total:,} {_are(total)} answered wrong.",
+        f"{len(wrong):,} of {total:,} {are} answered wrong.",
         "Beside each: the training samples that pushed hardest toward the wrong answer, with their "
         "labels.",
         *_same_labels(evidence, opponents),
@@ -34,10 +35,6 @@ def wrong_answers(evidence: Evidence) -> Finding | None:
     ]
     cases = [Case(query, tuple(opponents[query])) for query in wrong[:MAX_SHOWN]]
     return Finding("Wrong answers", tuple(sentences), "attention", cases=tuple(cases))
-
-
-def _are(count: int) -> str:
-    return "query is" if count == 1 else "queries are"
 
 
 def _unknown_answers(evidence: Evidence) -> Finding:

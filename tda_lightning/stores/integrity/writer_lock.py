@@ -51,11 +51,6 @@ class WriterLock:
         self._is_owner = False
         self._renewed = 0.0
 
-    @property
-    def is_held(self) -> bool:
-        """Whether this object has acquired the lock, and not released it."""
-        return bool(self._token)
-
     def acquire(self, folder: Path, run: str) -> None:
         """Become the owner. Earlier owners in this thread, and dead ones, lose the lock.
 
@@ -91,7 +86,7 @@ class WriterLock:
         Raises:
             RunInUseError: If another training writes to the run.
         """
-        if self.is_held:
+        if self._token:
             yield
             return
         self.acquire(folder, run)
