@@ -75,6 +75,7 @@ def test_the_readme_runs(after_readme):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # dattri imports it
+@pytest.mark.filterwarnings("ignore:Input Tensor . did not:UserWarning")  # captum
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=pytest.mark.slow if page in LONG_PAGES else ()) for page in PAGES],
