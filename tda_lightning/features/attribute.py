@@ -42,7 +42,7 @@ def attribute_by_features(
         progress: Show progress bars.
 
     Returns:
-        Scores, shape ``(n_query, n_train)``. Memory: the scores and the features of all samples.
+        Scores, shape ``(n_query, n_train)``. Memory holds them and the features of all samples.
 
     Raises:
         ValueError: If the layer or the ids cannot be found, the data do not fit the model, or the

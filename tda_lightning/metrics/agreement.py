@@ -19,8 +19,8 @@ def rank_agreement(one: Scores, other: Scores) -> Float64[Tensor, " n_query"]:
         other: Scores of the same queries and training samples, from another method or training.
 
     Returns:
-        Correlations, shape ``(n_query,)``: 1 for the same order, -1 for the reverse. Ties share
-        their average rank. NaN where either row of scores is constant or holds NaN.
+        Correlations, shape ``(n_query,)``. They are 1 for the same order, and -1 for the
+        reverse. Ties share their average rank. NaN where either row of scores is constant or holds NaN.
 
     Raises:
         ValueError: If the queries or the training samples differ.

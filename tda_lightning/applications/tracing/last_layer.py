@@ -83,8 +83,8 @@ def last_layer_scores(
         progress: Show progress bars.
 
     Returns:
-        Scores, shape ``(n_query, n_train)``, for :func:`candidates_of`. Memory: the features and
-        the gradients at the logits of one batch of passages, and of all completions.
+        Scores, shape ``(n_query, n_train)``, for :func:`candidates_of`. Memory holds the features
+        and the gradients at the logits of one batch of passages, and of all completions.
 
     Raises:
         FileNotFoundError: If there is no run at the path.

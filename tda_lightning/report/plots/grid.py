@@ -60,7 +60,7 @@ def plot_proponents(
         )
     while isinstance(train, Subset):
         train = train.dataset
-    figure = Figure(figsize=(1.25 * (2 * k + 1), 1.6 * n_query + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.15 * (2 * k + 1), 1.55 * n_query + 0.5), layout="constrained")
     axes = figure.subplots(n_query, 2 * k + 1, squeeze=False)
     best, worst = scores.proponents(k), scores.opponents(k)
     for row in range(n_query):
@@ -86,7 +86,7 @@ def _side(
 
 def _tile(axes: Axes, shown: Shown, title: str, color: str) -> None:
     # `$` would start a formula, which user content must not.
-    axes.set_title(title, fontsize=8, color=color, parse_math=False)
+    axes.set_title(title, fontsize=9.5, color=color, parse_math=False)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
