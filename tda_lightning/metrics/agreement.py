@@ -20,7 +20,8 @@ def rank_agreement(one: Scores, other: Scores) -> Float64[Tensor, " n_query"]:
 
     Returns:
         Correlations, shape ``(n_query,)``. They are 1 for the same order, and -1 for the
-        reverse. Ties share their average rank. NaN where either row of scores is constant or holds NaN.
+        reverse. Ties share their average rank. NaN where either row of scores is constant or holds
+        NaN.
 
     Raises:
         ValueError: If the queries or the training samples differ.
