@@ -97,10 +97,21 @@ def given_labels(loader: DataLoader[Any], labels: Labels) -> tuple[Int64[Tensor,
     return ids, given
 
 
+def _several_labels(logits: Tensor, labels: Tensor) -> str:
+    """Return the remedy for several labels per sample, if that is what these look like."""
+    if logits.ndim != 2 or labels.shape != logits.shape:
+        return ""
+    return (
+        " Of several labels per sample, choose one, such as the first: "
+        "`outputs=lambda model, batch: nn.functional.pad(model(batch[0])[:, :1], (1, 0))` and "
+        "`labels=lambda batch: batch[1][:, 0].long()`. `find_mislabeled(run)` needs neither."
+    )
+
+
 def _require_classes(logits: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise ValueError(
             f"The model returned {describe(logits)}, and labels are {describe(labels)}; expected "
             "logits of shape (n, classes) and one whole number per sample. Pass `outputs=` or "
-            "`labels=`, functions that return these."
+            f"`labels=`, functions that return these.{_several_labels(logits, labels)}"
         )

@@ -68,6 +68,16 @@ def test_data_without_errors_have_nothing_to_explain(digits):
         explain_errors(digits.store, digits.model, DataLoader(right, batch_size=50))
 
 
+def test_several_labels_per_sample_are_refused_with_a_way_to_choose_one(digits):
+    loader = DataLoader(digits.test, batch_size=50)
+
+    def several(batch):
+        return torch.nn.functional.one_hot(batch[1], 10).float()
+
+    with pytest.raises(ValueError, match="Of several labels per sample, choose one"):
+        explain_errors(digits.store, digits.model, loader, labels=several, progress=False)
+
+
 def test_groups_sum_training_samples_and_average_queries():
     values = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
     scores = Scores(values, torch.arange(5), torch.arange(7), "")

@@ -1,10 +1,9 @@
 "use strict";
 // Pictures in the findings: training samples, and wrong answers beside the samples behind them.
 const SHOWN_CASES = 6;
-const inShort = (row) => row.slice(0, 2).map(([name, value]) => `${name} ${typeof value === "number" ? number(value) : value}`).join(", ");
 
 // A text of a few words, if there is no picture.
-const summary = (item) => item.text || item.note || (item.row ? inShort(item.row) : "");
+const summary = (item) => item.text || item.note || (item.row ? inShort(item.row, 2) : "");
 
 function sampleTile(id) {
   const sample = sampleOf(id);
@@ -16,7 +15,7 @@ function sampleTile(id) {
     class: `tile${flagged.has(id) ? " flagged" : ""}${image ? "" : " wide"}`,
     "aria-label": `Training sample ${id}, ${sample.label ?? ""}${flag}`,
     onclick: () => findInRanking(id),
-  }, image ?? name, image ? name : make("span", { class: "excerpt" }, `#${id} `, user(summary(sample).slice(0, 160))));
+  }, image ?? name, image ? name : make("span", { class: "excerpt" }, sample.label ? `#${id} ` : "", user(summary(sample).slice(0, 160))));
 }
 
 function goToQuery(query) {

@@ -202,7 +202,7 @@ function showRankingPage(start) {
   byId("rank-next").disabled = end >= ranking.rows.length;
 }
 
-const excerpt = (row) => (row ? row.slice(0, 3).map(([name, value]) => `${name} ${typeof value === "number" ? number(value) : value}`).join(", ") : "–");
+const excerpt = (row) => (row ? inShort(row, 3) : "–");
 
 function rankingRow(row) {
   const sample = sampleOf(row.id);

@@ -33,6 +33,31 @@ function number(value) {
   const size = Math.abs(value);
   return size !== 0 && (size < 1e-4 || size >= 1e7) ? value.toExponential(1) : plainNumber.format(value);
 }
+// Mean and standard deviation of each column over the table rows of the training samples.
+let columnStatistics = null;
+function statistics() {
+  if (columnStatistics) return columnStatistics;
+  const sums = [];
+  for (const { row } of Object.values(data.samples)) {
+    (row ?? []).forEach(([, value], column) => {
+      const [n, sum, squares] = sums[column] ?? [0, 0, 0];
+      if (Number.isFinite(value)) sums[column] = [n + 1, sum + value, squares + value * value];
+    });
+  }
+  columnStatistics = sums.map(([n, sum, squares]) => [sum / n, Math.sqrt(Math.max(0, squares / n - (sum / n) ** 2))]);
+  return columnStatistics;
+}
+
+// The columns in which a row differs most from the others.
+function inShort(row, count) {
+  const unusual = row.map(([, value], column) => {
+    const [mean, deviation] = statistics()[column] ?? [0, 0];
+    return Number.isFinite(value) && deviation ? Math.abs(value - mean) / deviation : 0;
+  });
+  const order = row.map((_, column) => column).sort((a, b) => unusual[b] - unusual[a]).slice(0, count);
+  return order.map((column) => `${row[column][0]}: ${typeof row[column][1] === "number" ? number(row[column][1]) : row[column][1]}`).join(", ");
+}
+
 const signed = (value) => (value > 0 ? "+" : "") + number(value);
 const fold = (text) => String(text ?? "").toLowerCase();
 
