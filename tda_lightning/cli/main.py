@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -23,7 +24,7 @@ from tda_lightning.stores.integrity.damage import printable
 # Printed after the commands of `tda-lightning --help`.
 EPILOG = (
     "Exit codes: 0 all is well; 1 the run cannot be read, or a check found a problem; "
-    "2 the command line is wrong."
+    "2 the command line is wrong; 130 interrupted by Ctrl-C."
 )
 
 
@@ -61,9 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return printable(f"`{_final_name(Path(error.filename))}`: {error.strerror}.")
     is_expected = isinstance(error, OSError | ValueError | ModuleNotFoundError)
     name = "" if is_expected else f"{type(error).__name__}: "
     return printable(f"{name}{' '.join(str(error).split())}")
+
+
+def _final_name(path: Path) -> Path:
+    """Return the path that a file would have had, for the temporary one of a failed write."""
+    is_temporary = path.name.startswith(".") and path.suffix == ".partial"
+    return path.with_name(path.stem[1:]) if is_temporary else path
 
 
 def _discard_output() -> None:

@@ -111,7 +111,7 @@ def class_indices(labels: Any, logits: Float[Tensor, "*n classes"]) -> Int64[Ten
     if not _holds_integers(labels) or labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"Labels are {describe(labels)} for logits of {classes} classes; expected integers of "
-            f"shape {tuple(logits.shape[:-1])}. Pass `labels=`, or name one class, as in `Logit(0)`."
+            f"shape {tuple(logits.shape[:-1])}. Pass `labels=`, or name a class, as in `Logit(0)`."
         )
     counted = labels[labels != IGNORED] if labels.ndim == 2 else labels
     if len(counted) and (counted.min() < 0 or counted.max() >= classes):

@@ -1,6 +1,7 @@
 """`export`: a run or a saved result as CSV, Parquet or NumPy, with the same numbers in each."""
 
 import csv
+import errno
 
 import numpy as np
 import pytest
@@ -107,3 +108,15 @@ def test_a_file_that_is_no_result_exits_with_1(tmp_path, capsys):
     assert main(words) == 1
     assert "expected a result written by `save`" in capsys.readouterr().err
     assert not (tmp_path / "other.csv").exists()
+
+
+def test_a_failed_write_names_the_file_and_not_its_temporary_name(
+    run, tmp_path, monkeypatch, capsys
+):
+    def refuse(source, target):
+        raise OSError(errno.EROFS, "Read-only file system", str(source))
+
+    monkeypatch.setattr("os.replace", refuse)
+    assert main(["export", str(run), "--out", str(tmp_path / "visits.csv")]) == 1
+    expected = f"tda-lightning: `{tmp_path / 'visits.csv'}`: Read-only file system.\n"
+    assert capsys.readouterr().err == expected
