@@ -73,9 +73,9 @@ def losses(model: nn.Module, data: TensorDataset) -> Tensor:
 
 
 def easiest_and_hardest(model: nn.Module, test: TensorDataset) -> Tensor:
-    """Return the indices of the test digit with the lowest loss and the four with the highest."""
+    """Return the indices of the test digit with the lowest loss and the two with the highest."""
     order = losses(model, test).argsort()
-    return torch.cat([order[:1], order[-4:]])
+    return torch.cat([order[:1], order[-2:]])
 
 
 def print_answer(train: TensorDataset, digits: Tensor, best: Ranking, worst: Ranking) -> None:
