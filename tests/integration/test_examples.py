@@ -17,6 +17,6 @@ def test_the_digits_example_finds_the_flipped_labels(tmp_path, monkeypatch, caps
     percentage = float(re.search(r"self-influence stand ([\d.]+)%", output).group(1))
     assert percentage >= 85
     assert re.search(r"highest loss after training\s+[\d.]+%", output)
-    assert output.count("proponents") == output.count("opponents ") == 5
+    assert output.count("proponents") == output.count("opponents ") == 3
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     assert len(HDF5Store.open(tmp_path / "digits.tda")) == 450
