@@ -109,7 +109,14 @@ def _several_labels(logits: Tensor, labels: Tensor) -> str:
 
 
 def _require_classes(logits: Tensor, labels: Tensor) -> None:
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
+    if labels.is_floating_point():
+        raise ValueError(
+            f"Labels are {describe(labels)}, as in a regression; expected classes, one whole "
+            "number per sample. Pass `labels=`, a function that returns these. In a regression, "
+            "use what needs no predicted classes: `find_mislabeled(run)`, `find_outliers(run)`, "
+            "`attribute`."
+        )
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"The model returned {describe(logits)}, and labels are {describe(labels)}; expected "
             "logits of shape (n, classes) and one whole number per sample. Pass `outputs=` or "

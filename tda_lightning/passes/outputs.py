@@ -18,9 +18,10 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
     """Return the logits of the module's ``forward`` on a batch's inputs.
 
     Inputs are the batch if it is a tensor, or its first element if it is a sequence. In a mapping,
-    they are found under a common key, such as ``"x"`` or ``"input_ids"``; what else ``forward``
-    takes by name, such as ``attention_mask``, is passed too, except labels. A ``forward`` of
-    keyword arguments only gets all of the mapping but the labels.
+    they are found under the name of the first argument of ``forward``, or under a common key, such
+    as ``"x"`` or ``"input_ids"``; what else ``forward`` takes by name, such as ``attention_mask``,
+    is passed too, except labels. A ``forward`` of keyword arguments only gets all of the mapping
+    but the labels.
 
     Raises:
         ValueError: If there is no ``forward`` that takes the inputs, or the batch has none.
@@ -62,6 +63,8 @@ def _arguments_of(module: nn.Module, batch: Any) -> tuple[list[Any], dict[str, A
     kinds = [parameter.kind for parameter in parameters.values()]
     if kinds == [inspect.Parameter.VAR_KEYWORD]:
         return [], {name: value for name, value in batch.items() if name not in _LABELS}
+    if _by_name(batch, dict(list(parameters.items())[:1])):
+        return [], _by_name(batch, parameters)
     inputs = _look_up(batch, _INPUTS, "inputs", "outputs=")
     if not any(batch.get(name) is inputs for name in parameters):  # It has another name there.
         parameters = dict(list(parameters.items())[1:])

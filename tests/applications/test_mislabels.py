@@ -112,6 +112,13 @@ def test_a_loader_that_misses_samples_is_refused():
         find_mislabeled(digits.store, loader=digits.loader())
 
 
+def test_the_loader_of_a_regression_is_refused_with_what_needs_no_classes():
+    digits = recorded_digits()
+    targets = TensorDataset(digits.test.tensors[0], digits.test.tensors[1].float())
+    with pytest.raises(ValueError, match=r"as in a regression.*`find_mislabeled\(run\)`"):
+        find_mislabeled(digits.store, digits.model, DataLoader(targets, 50), progress=False)
+
+
 def test_a_loss_without_labels_leaves_self_influence_and_a_note():
     class OddLoss(Plain):
         def training_step(self, batch, batch_idx):

@@ -53,3 +53,11 @@ def test_what_forward_does_not_name_is_not_passed():
 def test_tensors_and_sequences_are_as_before():
     for batch in (X, [X, torch.zeros(5)], (X,)):
         assert outputs_of(WithMask(), batch) is X
+
+
+def test_inputs_of_any_name_are_found_where_forward_names_them():
+    class Words(nn.Module):
+        def forward(self, words):
+            return words
+
+    assert outputs_of(Words(), {"labels": torch.zeros(5), "words": X}) is X
