@@ -179,6 +179,7 @@ def selecting(seed: int) -> Rows:
     run = fit(model, data, batches_of(N_TRAIN, 20, seed))
     features = attribute_by_features(model, DataLoader(data, 100), target, progress=False).values
     influence = select(run, model, target, n=n, method=InfluenceFunction(), progress=False)
+    averaged = select(run, model, target, n=n, method=Averaged(), progress=False)
     mean = select(run, model, target, n=n, reduce="mean", progress=False)
     choices = {
         "all data": torch.arange(N_TRAIN),
@@ -191,6 +192,7 @@ def selecting(seed: int) -> Rows:
         ).ids,
         "select by the mean": mean.ids,
         "select by InfluenceFunction": influence.ids,
+        "select by Averaged": averaged.ids,
     }
     for name, ids in choices.items():
         yield name, mean_accuracy(x[ids], y[ids], test, seed, 100, 30)

@@ -23,6 +23,7 @@ from tda_lightning import (
     self_influence,
 )
 from tda_lightning.applications import BM25, last_layer_scores
+from tda_lightning.attribution import Averaged
 from tda_lightning.full_influence import FullInfluenceFunction
 from tda_lightning.passes.targets import Loss
 
@@ -56,6 +57,7 @@ def facts(seed: int, epochs: int) -> Rows:
         for method in (
             GradientSimilarity(),
             InfluenceFunction(),
+            Averaged(),
             Unrolled(),
             TracIn(),
         ):

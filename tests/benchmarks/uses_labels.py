@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from uses_tasks import (
     ALL,
     TASKS,
@@ -70,17 +70,25 @@ def recovery(seed: int) -> Rows:
     """Yield accuracies of long trainings before and after removal, each the mean of three."""
     for task in MEMORIZING:
         task, noisy, store = replace(task, epochs=4 * task.epochs), split(task, seed), MemoryStore()
-        model = train(task, TensorDataset(noisy.inputs, noisy.given), seed, LossRecorder(store))
+        data = TensorDataset(noisy.inputs, noisy.given)
+        model = train(task, data, seed, LossRecorder(store))
         yield f"{task.name}, wrong labels memorized |", memorized(model, noisy)
         found = find_mislabeled(store, progress=False)
         flagged, n_wrong = found.is_flagged(), int(noisy.wrong.sum())
         yield f"{task.name}, flagged / wrong |", int(flagged.sum()) / n_wrong
         yield f"{task.name}, wrong among the flagged |", float(noisy.wrong[flagged].float().mean())
+        cleaner, more = second_look(task, data, flagged, seed)
+        yield f"{task.name}, wrong labels missed | find_mislabeled", missed(noisy, flagged)
+        yield f"{task.name}, wrong labels missed | and a second look", missed(noisy, more)
+        with torch.no_grad():
+            predicted = torch.where(flagged, cleaner(noisy.inputs).argmax(dim=1), noisy.given)
         random = torch.randperm(len(flagged), generator=torch.Generator().manual_seed(seed))
         everything = torch.ones_like(flagged)
         subsets = {
             "(nothing removed)": (noisy.given, everything),
             "find_mislabeled": (noisy.given, ~flagged),
+            "and a second look": (noisy.given, ~more),
+            "flagged ones relabelled": (predicted, everything),
             "random": (noisy.given, random >= int(flagged.sum())),
             "(the wrong ones removed)": (noisy.given, ~noisy.wrong),
             "(true labels)": (noisy.true, everything),
@@ -91,6 +99,23 @@ def recovery(seed: int) -> Rows:
                 again = train_quickly(task, noisy.inputs[kept], labels[kept], 100 * seed + number)
                 total += accuracy(again, noisy.test)
             yield f"{task.name}, accuracy | {name}", total / 3
+
+
+def second_look(
+    task: Task, data: TensorDataset, flagged: Tensor, seed: int
+) -> tuple[Classifier, Tensor]:
+    """Train without the flagged samples, and flag a tenth as many of the others."""
+    store = MemoryStore()
+    model = train(task, Subset(data, (~flagged).nonzero()[:, 0]), seed, LossRecorder(store))
+    number = round(0.1 * int(flagged.sum()))
+    again = find_mislabeled(store, number=number, progress=False)
+    more = flagged.clone()
+    more[again.ids] = True
+    return model, more
+
+
+def missed(noisy: Noisy, flagged: Tensor) -> float:
+    return float((noisy.wrong & ~flagged).sum() / noisy.wrong.sum())
 
 
 def memorized(model: Classifier, noisy: Noisy) -> float:
