@@ -82,15 +82,23 @@ def recovery(seed: int) -> Rows:
         yield f"{task.name}, wrong labels missed | and a second look", missed(noisy, more)
         with torch.no_grad():
             predicted = torch.where(flagged, cleaner(noisy.inputs).argmax(dim=1), noisy.given)
+        right = (predicted == noisy.true)[flagged].float().mean()
+        yield f"{task.name}, predicted labels of the flagged right |", float(right)
+        agrees = (predicted == noisy.given)[flagged].float().mean()
+        yield f"{task.name}, and equal to the given label |", float(agrees)
         random = torch.randperm(len(flagged), generator=torch.Generator().manual_seed(seed))
+        rank = found.label_scores.argsort().argsort()
         everything = torch.ones_like(flagged)
         subsets = {
             "(nothing removed)": (noisy.given, everything),
             "find_mislabeled": (noisy.given, ~flagged),
             "and a second look": (noisy.given, ~more),
             "flagged ones relabelled": (predicted, everything),
+            "a fifth fewer": (noisy.given, rank >= round(0.8 * int(flagged.sum()))),
+            "a fifth more": (noisy.given, rank >= round(1.2 * int(flagged.sum()))),
             "random": (noisy.given, random >= int(flagged.sum())),
             "(the wrong ones removed)": (noisy.given, ~noisy.wrong),
+            "(the wrong and the flagged ones removed)": (noisy.given, ~noisy.wrong & ~flagged),
             "(true labels)": (noisy.true, everything),
         }
         for name, (labels, kept) in subsets.items():
