@@ -82,7 +82,7 @@ class Errors(ShownInNotebooks):
         """Show the number of errors, and the opponents of the first."""
         head = f"Errors: {len(self.ids):,} of {self.n_examined:,} predictions are wrong"
         lines = [
-            f"  {sample}: {given}, predicted {predicted}; opponents {opponents}"
+            f"  {sample}: label {given}, predicted {predicted}; opponents {opponents}"
             for sample, given, predicted, opponents in zip(
                 self.ids[:5].tolist(),
                 self.given.tolist(),

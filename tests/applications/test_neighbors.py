@@ -148,6 +148,15 @@ def test_a_single_class_has_no_gradients_to_compare():
     assert "most unusual, with distance: none" in repr(find_outliers(store))
 
 
+def test_the_most_unusual_samples_are_shown_even_if_none_is_flagged():
+    store = MemoryStore()
+    quiet_trainer(GradientRecorder(store)).fit(Plain(mlp()), loader(vectors()))
+    found = find_outliers(store, number=0)
+    farthest = int(found.train_ids[found.distances.argmax()])
+    assert found.ids.tolist() == []
+    assert f"most unusual, with distance: {farthest} ({found.distances.max():.2f})" in repr(found)
+
+
 def test_runs_without_rows_need_the_model():
     store, model = MemoryStore(), Plain(mlp())
     quiet_trainer(LossRecorder(store)).fit(model, loader(with_copies()))

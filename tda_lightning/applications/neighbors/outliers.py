@@ -75,19 +75,24 @@ class Outliers(ShownInNotebooks):
         return self.to_pandas().loc[self.ids.tolist()]
 
     def __repr__(self) -> str:
-        """Show the number of outliers, the first of them, and the notes."""
-        pairs = zip(self.ids[:5].tolist(), self.scores[:5].tolist(), strict=True)
-        first = ", ".join(f"{sample_id} ({distance:.2f})" for sample_id, distance in pairs)
+        """Show the number of outliers, the most unusual samples, flagged or not, and the notes."""
+        order = self._order()
+        first = [f"{int(self.train_ids[i])} ({self.distances[i]:.2f})" for i in order[:5]]
         head = f"Outliers: {self.flagged_number:,} of {len(self.train_ids):,} samples"
         lines = [
             f"{head} are farther from their neighbors than {self.fence:.2f}",
-            f"  most unusual, with distance: {first or 'none'}",
+            f"  most unusual, with distance: {', '.join(first) or 'none'}",
         ]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def _flagged(self) -> Int64[Tensor, " n_flagged"]:
+        return self._order()[: self.flagged_number]
+
+    def _order(self) -> Int64[Tensor, " n_known"]:
+        """Return the rows of the samples with a distance, the farthest first."""
         order = self.distances.nan_to_num(nan=-1.0).argsort(descending=True, stable=True)
-        return order[: self.flagged_number]
+        known: Tensor = order[~self.distances[order].isnan()]
+        return known
 
 
 def find_outliers(run: Run, *, neighbors: int = 10, number: int | None = None) -> Outliers:
