@@ -6,7 +6,8 @@ Let :math:`\ell_e` be a sample's mean loss over its first :math:`e` visits. Otsu
 is the :math:`e` with the largest separation, from 5, or all of it if that is not clear.
 
 The number of wrong labels is the size of the upper group there. At most those samples count whose
-label had less than half of the probability on average. The power is between a mean, which
+label had less than half of the probability on average, and was not predicted at most visits: others
+are hard, such as right labels of two classes that are confused. The power is between a mean, which
 misses some, and a square root, which adds hard samples.
 """
 
@@ -84,6 +85,8 @@ def estimate_number(
         return Count(number, separation, 0, 0)
     if history.loss == "cross-entropy":
         number = min(number, int((decisive.confidence().values < 0.5).sum()))
+        if decisive.margins is not None:
+            number = min(number, int((decisive.correctness().values < 0.5).sum()))
         if separation < LEAST_SEPARATION:  # Of two groups there is no sign.
             number = min(number, int((history.last().values > log(2)).sum()))
     return Count(number, separation, decisive.max_visits(), history.max_visits())

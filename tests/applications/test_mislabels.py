@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tda_lightning import GradientRecorder, LossRecorder
 from tda_lightning.applications import Retrainings, find_mislabeled, loss_history, retrain
-from tda_lightning.applications.mislabel_count import best_split, decisive_part
+from tda_lightning.applications.loss_history import LossHistory
+from tda_lightning.applications.mislabel_count import best_split, decisive_part, estimate_number
 from tda_lightning.metrics import mislabel_auc
 from tda_lightning.stores import MemoryStore
 
@@ -144,6 +145,19 @@ def test_the_best_split_has_the_largest_share_of_the_variance():
     assert share == pytest.approx(max(shares))
     assert size == shares.index(max(shares)) + 1
     assert best_split(torch.ones(5)) == (0, 0.0)
+
+
+@pytest.mark.parametrize("margin", [-1.0, 1.0], ids=["contradicted", "predicted"])
+def test_hard_samples_whose_label_was_predicted_are_not_counted(margin):
+    """Of 53 samples, 13 have a high loss; their label was predicted, or it was not."""
+    is_hard = torch.arange(53) < 13
+    losses = torch.where(is_hard, 1.0, 0.05).double().repeat_interleave(3)
+    margins = torch.where(is_hard, margin, 5.0).double().repeat_interleave(3)
+    visits = torch.arange(3).repeat(53)
+    ids = torch.arange(53).repeat_interleave(3)
+    history = LossHistory(ids, visits, visits, losses, margins, torch.arange(53), "cross-entropy")
+    count = estimate_number(history.mean().values, history, history)
+    assert count.number == (13 if margin < 0 else 0)
 
 
 def test_clean_labels_are_said_not_to_fall_in_two_groups():
