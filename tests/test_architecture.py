@@ -33,6 +33,7 @@ NARROW = {
 # The only files of the methods that know how a model is passed data.
 FRONT_DOORS = {
     "attribution/attribute.py",
+    "attribution/question.py",
     "features/__init__.py",
     "features/attribute.py",
     "features/extraction.py",

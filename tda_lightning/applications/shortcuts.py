@@ -21,9 +21,10 @@ from tda_lightning.applications.predictions import Outputs
 from tda_lightning.attribution import Attributor, GradientSimilarity
 from tda_lightning.attribution.attribute import attribute
 from tda_lightning.metrics.checks import require_mask
-from tda_lightning.passes.batches import identified, transfer
+from tda_lightning.passes.batches import transfer
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.outputs import outputs_of
+from tda_lightning.passes.query_batches import identified
 from tda_lightning.passes.targets import Target
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas

@@ -49,7 +49,7 @@ def select(
     reduce: Reduce = "max",
     redundancy: float = 0.0,
     target: Target = Loss(),
-    at: Moment = "now",
+    at: Moment | None = None,
     progress: bool = True,
 ) -> Selection:
     """Select the samples that lower the loss of target data most.

@@ -6,26 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from tda_lightning.attribution import Attributor, Averaged, SelfAttributor, TracIn
+from tda_lightning.attribution.question import Question
 from tda_lightning.attribution.top_scores import top_scores
-from tda_lightning.attribution.tracin import TracInCP
 from tda_lightning.attribution.trajectory import chosen_ids, contributions
-from tda_lightning.passes.batches import batches_in_memory
-from tda_lightning.passes.model_state import Mode, fingerprint, warn_of_other_weights
-from tda_lightning.passes.queries import (
-    QueryRows,
-    checked_for_zeros,
-    identified_rows,
-    queries_at,
-    queries_at_snapshots,
-)
+from tda_lightning.passes.model_state import Mode
+from tda_lightning.passes.query_batches import batches_in_memory
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.ranking import SampleRanking, require_rank
 from tda_lightning.results.sample_scores import SampleScores
@@ -35,19 +27,13 @@ from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import (
     call_like,
-    name_of,
     require_choice,
     require_kind,
     require_object,
     require_whole,
 )
 from tda_lightning.stores.opening import Run, open_run
-from tda_lightning.stores.snapshots import (
-    Moment,
-    describe_snapshots,
-    describe_weights,
-    nearest_parts,
-)
+from tda_lightning.stores.snapshots import Moment
 
 
 def attribute(
@@ -57,7 +43,7 @@ def attribute(
     *,
     method: Attributor = Averaged(),
     target: Target = Loss(),
-    at: Moment = "now",
+    at: Moment | None = None,
     mode: Mode = "eval",
     progress: bool = True,
 ) -> Scores:
@@ -69,7 +55,7 @@ def attribute(
         model: The trained LightningModule, with the weights to query; a list of models for a list
             of runs.
         queries: A batch as the training loader yields it, or a ``DataLoader`` of such batches. With
-            ``at="snapshots"`` or several runs, all batches are held in memory meanwhile.
+            several runs, all batches are held in memory meanwhile.
         method: The attribution method. The default is the mean of ``Unrolled()`` and
             ``InfluenceFunction()``.
         target: The quantity to attribute. The default is the loss. Otherwise a function of (module,
@@ -80,6 +66,8 @@ def attribute(
             uses them without a warning. The index of a step uses the snapshot taken before that
             step. ``"snapshots"`` uses several: ``TracIn`` pairs each step with the nearest
             snapshot; other methods take the mean over snapshots in the last two thirds of the run.
+            By default ``"snapshots"`` for ``InfluenceFunction``, also within ``Averaged``, if the
+            run has any there; otherwise ``"now"``.
         mode: Whether the model is in evaluation or training mode for the queries.
         progress: Show progress bars.
 
@@ -139,7 +127,7 @@ def top_attributions(
     *,
     method: Attributor = Averaged(),
     target: Target = Loss(),
-    at: Moment = "now",
+    at: Moment | None = None,
     query_batch_size: int = 256,
     mode: Mode = "eval",
     progress: bool = True,
@@ -181,7 +169,7 @@ def trajectory(
     *,
     method: Attributor = Averaged(),
     target: Target = Loss(),
-    at: Moment = "now",
+    at: Moment | None = None,
     per: Period = "step",
     mode: Mode = "eval",
     progress: bool = True,
@@ -217,61 +205,7 @@ def trajectory(
     return replace(result, query_ids=query.ids, provenance=provenance)
 
 
-@dataclass(frozen=True)
-class Question:
-    """The keyword arguments of :func:`attribute`, with the method adapted to ``at``."""
-
-    method: Attributor
-    target: Target
-    at: Moment
-    mode: Mode
-    progress: bool
-
-    def query_rows(self, store: Store, model: nn.Module, queries: Any) -> QueryRows:
-        """Return the queries with the rows that the method takes, on the model's device.
-
-        With ``TracIn`` at snapshots, the rows of all nearest snapshots are concatenated.
-        """
-        self.method.require(store)
-        queries = batches_in_memory(queries) if self.at == "snapshots" else queries
-
-        def record(position: int) -> QueryRows:
-            return identified_rows(
-                model,
-                queries,
-                store.recipe,
-                target=self.target,
-                preconditioner=store.preconditioner(position),
-                mode=self.mode,
-                layers=self.method.query_layers,
-                progress=self.progress,
-            )
-
-        if isinstance(self.method, TracInCP):
-            nearest = [snapshot for snapshot, _ in nearest_parts(store)]
-            passes = queries_at_snapshots(store, model, nearest, record)
-            query = replace(passes[0], rows=torch.cat([each.rows for each in passes], dim=1))
-        else:
-            query = queries_at(store, model, self.at, record)
-        if self.at == "now":
-            warn_of_other_weights(model, store.final_fingerprint, stacklevel=4)
-        device = next(model.parameters()).device
-        return checked_for_zeros(replace(query, rows=query.rows.to(device)))
-
-    def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:
-        """Return the provenance of the answer: target, weights and mode."""
-        if self.at == "now" or self.at == "model":
-            weights = [fingerprint(model) for model in models]
-        elif isinstance(self.method, TracInCP):
-            pairs = [[index for index, _ in nearest_parts(store)] for store in stores]
-            weights = [f"the nearest of {describe_snapshots(each)}" for each in pairs]
-        else:
-            weights = [describe_weights(store, self.at) for store in stores]
-        names = ", ".join(dict.fromkeys(weights))
-        return {"target": name_of(self.target), "weights": names, "mode": self.mode}
-
-
-def _method_at(method: Attributor, at: Moment) -> Attributor:
+def _method_at(method: Attributor, at: Moment | None) -> Attributor:
     """Return the method for queries at some weights.
 
     Raises:

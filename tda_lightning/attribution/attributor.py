@@ -36,7 +36,7 @@ class Attributor(ABC):
         """Names of the layers whose gradients queries must have; by default, all layers."""
         return None
 
-    def for_queries_at(self, at: Moment) -> Attributor:
+    def for_queries_at(self, at: Moment | None) -> Attributor:
         """Return the method for queries at some weights; by default, itself."""
         return self
 
@@ -68,6 +68,13 @@ class Attributor(ABC):
                 "The run holds losses and no rows; expected rows to attribute with. Record with "
                 "`GradientRecorder` instead of `LossRecorder`."
             )
+
+    def moments(self, run: Store) -> tuple[Moment, ...]:
+        """Return the weights at which queries are evaluated for this method by default.
+
+        By default, those that the model has now. For several, the query rows are side by side.
+        """
+        return ("now",)
 
     def visit_scores(
         self, run: Store, queries: Float[Tensor, "n_query k"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from tda_lightning.attribution.unrolled import Unrolled
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_kind
+from tda_lightning.stores.snapshots import Moment
 from tda_lightning.stores.step import Step
 
 
@@ -49,6 +51,10 @@ class Averaged(Attributor):
         for method in self.methods:
             method.require(run)
 
+    def moments(self, run: Store) -> tuple[Moment, ...]:
+        """Return the weights that any of the methods takes."""
+        return tuple(dict.fromkeys(m for each in self.methods for m in each.moments(run)))
+
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]
     ) -> Iterator[tuple[Step, Float[Tensor, "n_query k"]]]:
@@ -71,10 +77,14 @@ class Averaged(Attributor):
         return all(method.is_linear() for method in self.methods)
 
     def attribute(
-        self, run: Store, queries: Float[Tensor, "n_query k"], *, progress: bool = True
+        self, run: Store, queries: Float[Tensor, "n_query _"], *, progress: bool = True
     ) -> Scores:
-        """Score every training sample for every query by each method, and average the scores."""
-        return self._mean(m.attribute(run, queries, progress=progress) for m in self.methods)
+        """Score every training sample for every query by each method, and average the scores.
+
+        The rows may also be those at each of the :meth:`moments`, side by side.
+        """
+        pairs = self.with_rows(run, queries)
+        return self._mean(m.attribute(run, rows, progress=progress) for m, rows in pairs)
 
     def attribute_ensemble(
         self,
@@ -84,8 +94,21 @@ class Averaged(Attributor):
         progress: bool = True,
     ) -> Scores:
         """Average over several trainings, as each of the methods does."""
-        methods = self.methods
-        return self._mean(m.attribute_ensemble(runs, queries, progress=progress) for m in methods)
+        per_run = [self.with_rows(*pair) for pair in zip(runs, queries, strict=True)]
+        return self._mean(
+            pairs[0][0].attribute_ensemble(runs, [rows for _, rows in pairs], progress=progress)
+            for pairs in zip(*per_run, strict=True)
+        )
+
+    def with_rows(
+        self, run: Store, queries: Float[Tensor, "n_query _"]
+    ) -> list[tuple[Attributor, Float[Tensor, "n_query _"]]]:
+        """Return each method with its part of the query rows: see :meth:`attribute`."""
+        if queries.shape[1] == run.recipe.dimension:
+            return [(method, queries) for method in self.methods]
+        moments = self.moments(run)
+        rows = dict(zip(moments, queries.chunk(len(moments), dim=1), strict=True))
+        return [(m, torch.cat([rows[a] for a in m.moments(run)], dim=1)) for m in self.methods]
 
     def __repr__(self) -> str:
         """Show the methods as they are typed, without hyper-parameters at their defaults."""

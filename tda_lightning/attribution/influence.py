@@ -46,6 +46,7 @@ from tda_lightning.stores.arguments import (
     require_limit,
     require_not_negative,
 )
+from tda_lightning.stores.snapshots import Moment, has_later_snapshots
 from tda_lightning.stores.step import Step
 
 DAMPING_FACTOR = 1.5
@@ -117,6 +118,10 @@ class InfluenceFunction(SelfAttributor):
                 raise ValueError(
                     f"`{name}` holds no steps; expected at least one. Record some batches."
                 )
+
+    def moments(self, run: Store) -> tuple[Moment, ...]:
+        """Return the later snapshots, if there are any: averages are better at what is typical."""
+        return ("snapshots",) if has_later_snapshots(run) else ("now",)
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]

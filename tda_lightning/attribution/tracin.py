@@ -54,7 +54,7 @@ class TracIn(SelfAttributor):
         """Names of the layers whose gradients count."""
         return self.layers
 
-    def for_queries_at(self, at: Moment) -> Attributor:
+    def for_queries_at(self, at: Moment | None) -> Attributor:
         """Return the method for queries with the gradients of ``layers`` only."""
         chosen = copy(self)
         object.__setattr__(chosen, "_has_chosen_queries", self.layers is not None)
@@ -120,6 +120,10 @@ class TracInCP(Attributor):
     def query_layers(self) -> Sequence[str] | None:
         """Names of the layers whose gradients count."""
         return self.method.layers
+
+    def moments(self, run: Store) -> tuple[int, ...]:
+        """Return the snapshots that are nearest to some steps."""
+        return tuple(snapshot for snapshot, _ in nearest_parts(run))
 
     def require(self, run: Store) -> None:
         """Check that TracIn can be applied to the run."""

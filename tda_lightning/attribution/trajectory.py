@@ -64,8 +64,8 @@ def _terms(
 ) -> dict[int, Tensor]:
     """Return the contributions to each period, in order; shapes ``(n_query, n_selected)``."""
     if isinstance(method, Averaged):
-        parts = [_terms(run, queries, selected_ids, m, per, progress) for m in method.methods]
-        return _mean(parts)
+        parts = method.with_rows(run, queries)
+        return _mean([_terms(run, rows, selected_ids, m, per, progress) for m, rows in parts])
     sums: dict[int, Tensor] = {}
     visits = queries.new_zeros(len(selected_ids), 1)
     pairs: Any = method.visit_scores(run, queries)

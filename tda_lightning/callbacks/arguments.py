@@ -131,8 +131,8 @@ RECORDER: Mapping[str, Check] = {
     ),
     "audit": partial(require_whole, least=0),
     "snapshots": _expect(
-        "a whole number of steps, 0 for none, or a list of indices of steps",
-        lambda value: _is_index(value) or _is_list_of(value, _is_index),
+        "'auto', a whole number of steps, 0 for none, or a list of indices of steps",
+        lambda value: value == "auto" or _is_index(value) or _is_list_of(value, _is_index),
     ),
 }
 TRACKER: Mapping[str, Check] = {

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tda_lightning.callbacks.cost_estimate import describe_cost, stride_within
+from tda_lightning.callbacks.cost_estimate import (
+    automatic_snapshots,
+    describe_cost,
+    describe_snapshots,
+    snapshot_bytes,
+    stride_within,
+)
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.messages import inform, note
 from tda_lightning.callbacks.run_writer import RunWriter
@@ -16,6 +23,9 @@ from tda_lightning.recording.timing import BatchTiming, Stopwatch, measure
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
+
+# Which weights a recorder saves: a stride, 0 for none; the indices of steps; or its own choice.
+Snapshots = int | Sequence[int] | Literal["auto"]
 
 
 class Budgets:
@@ -30,24 +40,29 @@ class Budgets:
     Args:
         max_gb: Largest size on disk, in units of 10^9 bytes.
         max_overhead: Largest time that recording may add, as a share of the training time.
+        snapshots: Those that the user has chosen, or ``"auto"``.
         sampled: Share of the steps at which labels are sampled too.
         store: The store of the run.
         writer: Writes the run into it.
 
     Attributes:
         is_measuring: Whether the first recorded batch is still to be measured.
+        snapshots: A stride, 0 for none, or the indices of steps.
     """
 
     def __init__(
         self,
         max_gb: float | None,
         max_overhead: float | None,
+        snapshots: Snapshots,
         sampled: float,
         store: WritableStore,
         writer: RunWriter,
     ) -> None:
         self._max_gb = max_gb
         self._max_overhead = max_overhead
+        self._are_snapshots_chosen = snapshots != "auto"
+        self.snapshots: int | Sequence[int] = 0 if snapshots == "auto" else snapshots
         self._sampled = sampled
         self._store = store
         self._writer = writer
@@ -69,6 +84,13 @@ class Budgets:
                 "`max_overhead` cannot be kept in manual optimization, where a step may take any "
                 "number of passes; expected automatic optimization. Set `every_n_steps=` instead."
             )
+        reserved = 0.0
+        if self._are_snapshots_chosen:
+            self._notes = tuple(describe_snapshots(trainer, model, self.snapshots))
+        else:
+            limits = (self._sampled, self._store, self._max_gb)
+            self.snapshots = automatic_snapshots(trainer, model, recipe, *limits)
+            reserved = len(self.snapshots) * snapshot_bytes(model) / 1e9
         self._undecided = None
         self.is_measuring = model.automatic_optimization and self._max_overhead is None
         if self._max_gb is None and self._max_overhead is None:
@@ -77,7 +99,8 @@ class Budgets:
         if continued is not None:  # A continued run keeps its stride.
             return replace(recipe, every_n_steps=continued.every_n_steps)
         if self._max_gb is not None:
-            stride = stride_within(trainer, recipe, self._sampled, self._store, self._max_gb)
+            left = self._max_gb - reserved
+            stride = stride_within(trainer, recipe, self._sampled, self._store, left)
             recipe = replace(recipe, every_n_steps=stride)
         if self._max_overhead is not None:
             self._undecided, self.is_measuring = recipe, True

@@ -16,6 +16,9 @@ from tda_lightning.stores.recipe import Recipe
 # Besides its row, a visit stores its sample id and scale (8 bytes each), and its weight, terms and
 # curvature (4 bytes each).
 _VISIT_BYTES = 28
+# Automatic snapshots are taken between equal parts of a training: more of them improve no answer.
+_PARTS = 5
+_SMALL_BYTES = 64 * 2**20
 
 
 def describe_cost(trainer: Trainer, recipe: Recipe, sampled: float, store: WritableStore) -> str:
@@ -45,6 +48,35 @@ def _place_of(store: WritableStore) -> str:
     return f"`{path.relative_to(here) if path.is_relative_to(here := Path.cwd()) else path}`"
 
 
+def automatic_snapshots(
+    trainer: Trainer,
+    model: LightningModule,
+    recipe: Recipe,
+    sampled: float,
+    store: WritableStore,
+    max_gb: float | None,
+) -> list[int]:
+    """Return steps at each fifth of the training whose snapshots take little space, or none.
+
+    Little is a tenth of the rows or of ``max_gb``; without such a limit, 64 MiB are too.
+    """
+    steps = _expected_steps(trainer)
+    if math.isinf(steps) or steps < _PARTS:
+        return []
+    row_bytes = _visit_bytes(recipe, steps / recipe.every_n_steps, sampled, store)
+    visits = _expected_visits(trainer, recipe)
+    rows = visits * row_bytes if math.isfinite(visits) else 0.0
+    limit = max(rows / 10, _SMALL_BYTES) if max_gb is None else max_gb * 1e8
+    indices = [int(steps) * part // _PARTS for part in range(1, _PARTS)]
+    return indices if len(indices) * snapshot_bytes(model) <= limit else []
+
+
+def snapshot_bytes(model: LightningModule) -> int:
+    """Return the size of a snapshot of the weights and buffers."""
+    tensors = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def describe_snapshots(
     trainer: Trainer, model: LightningModule, chosen: int | Sequence[int]
 ) -> Iterator[str]:
@@ -53,8 +85,7 @@ def describe_snapshots(
         return
     steps = _expected_steps(trainer)
     count = steps / chosen if isinstance(chosen, int) else sum(index < steps for index in chosen)
-    tensors = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
-    each = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+    each = snapshot_bytes(model) / 2**20
     total = "an unknown number of them"
     if math.isfinite(count):
         total = f"about {math.ceil(count):,} of them, {math.ceil(count) * each:,.1f} MiB"

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.base_callbacks import RecordedRun, RecordingCallback
-from tda_lightning.callbacks.budgets import Budgets
+from tda_lightning.callbacks.budgets import Budgets, Snapshots
 from tda_lightning.callbacks.checks import (
     lost_blocks,
     require_one_loader,
@@ -24,7 +24,6 @@ from tda_lightning.callbacks.checks import (
     settled_reduction,
     warn_of,
 )
-from tda_lightning.callbacks.cost_estimate import describe_snapshots
 from tda_lightning.callbacks.lightning_trainer import (
     LightningModule,
     Trainer,
@@ -72,7 +71,9 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         audit: Compare the recorded rows with the actual gradient and update every n-th recorded
             step, and always in the first. ``tda-lightning audit`` shows the results.
         snapshots: Save the weights before every n-th optimizer step, or before these steps. Queries
-            can be evaluated at them: ``attribute(..., at=index)``.
+            can be evaluated at them: ``attribute(..., at=index)``. ``"auto"`` saves them after each
+            fifth of a training of known length, if all take less than 64 MiB or a tenth of the
+            rows; they make answers more accurate. 0 saves none.
         sample_ids: A key of the batch, or a function of the batch, that gives each sample's id. By
             default ids are indices into the dataset, inferred from the sampler.
         reduction: Whether the training loss is the mean or the sum over its samples. By default, it
@@ -105,7 +106,7 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         curvature: Literal["fisher", "none"] = "none",
         curvature_share: float = 1.0,
         audit: int = 0,
-        snapshots: int | Sequence[int] = 0,
+        snapshots: Snapshots = "auto",
         sample_ids: IdSource | None = None,
         reduction: Reduction | None = None,
         batch_dims: Mapping[str, int | Literal["flattened"]] | None = None,
@@ -148,12 +149,11 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         warn_of_one_sample(self._ledger)
         warn_of(recipe.left_out)
         self._recipe = recipe
-        notes = describe_snapshots(trainer, pl_module, self.snapshots)
-        self._budgets.describe(trainer, recipe, notes)
+        self._budgets.describe(trainer, recipe)
         self._attach(trainer, recorder, recipe.every_n_steps)
 
     def _new_budgets(self) -> Budgets:
-        limits = (self.max_gb, self.max_overhead)
+        limits = (self.max_gb, self.max_overhead, self.snapshots)
         return Budgets(*limits, self._sampled, self.store, self._writer)
 
     def _create_recorder(self, trainer: Trainer, model: LightningModule) -> TrainingRecorder:
@@ -236,7 +236,7 @@ class GradientRecorder(RecordedRun, RecordingCallback):
     ) -> None:
         """Save a snapshot if one is due, and prepare for the forward pass of the batch."""
         if self._recorder is not None:
-            self._writer.save_snapshot(trainer, pl_module, self.snapshots)
+            self._writer.save_snapshot(trainer, pl_module, self._budgets.snapshots)
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             if self._budgets.is_measuring:
                 self._budgets.start_forward(pl_module, self._recorder)

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from tda_lightning.features.layer_features import HeadOutputs, LayerFeatures, concatenate
 from tda_lightning.passes.batch_contents import batch_size, find_tensors
 from tda_lightning.passes.batches import (
-    identified,
     loss_of,
     named_batches,
     require_loader,
@@ -33,6 +32,7 @@ from tda_lightning.passes.model_state import (
     require_finite_weights,
     require_model,
 )
+from tda_lightning.passes.query_batches import identified
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger, require_once
 from tda_lightning.stores.arguments import describe, require_choice
 

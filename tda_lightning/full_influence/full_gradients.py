@@ -24,8 +24,9 @@ from tda_lightning.full_influence.objective import (
 )
 from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype
 from tda_lightning.gradients.sketching.projectors import Identity
-from tda_lightning.passes.batches import batches_in_memory, columns_by_id
+from tda_lightning.passes.batches import columns_by_id
 from tda_lightning.passes.queries import QueryRows, checked_for_zeros, identified_rows, queries_at
+from tda_lightning.passes.query_batches import batches_in_memory
 from tda_lightning.passes.targets import Target
 from tda_lightning.passes.training_data import sampled_rows, train_rows
 from tda_lightning.recording.sample_ids import IdSource

@@ -5,7 +5,6 @@ Queries, probes and passes over training data use this code, so users write no s
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.passes.stand_ins import manual_losses
-from tda_lightning.recording.collation import ReorderedSamplesError
 from tda_lightning.recording.sample_ids import SampleLedger, require_once
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores.arguments import describe
@@ -83,73 +81,6 @@ def select_samples(
     collate = loader.collate_fn if loader.batch_sampler is not None else None
     size = batch_size or loader.batch_size or 50
     return DataLoader(Subset(loader.dataset, list(positions)), size, collate_fn=collate)
-
-
-class Batches(list[Any]):
-    """The batches of a loader, held in memory so that every pass over them is the same.
-
-    Attributes:
-        ids: Ids of each batch's samples, as :func:`identified` yields them.
-    """
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        pairs = list(identified(loader))
-        super().__init__(batch for _, batch in pairs)
-        self.ids = [ids for ids, _ in pairs]
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield copies, because a step may modify its batch in place."""
-        return map(copy.deepcopy, super().__iter__())
-
-
-def batches_in_memory(queries: Any) -> Any:
-    """Load the batches of a loader into memory: a shuffled loader changes its order every time."""
-    return Batches(queries) if isinstance(queries, DataLoader) else queries
-
-
-def identified(
-    queries: Any, *, progress: bool = False
-) -> Iterator[tuple[Int[Tensor, " n"] | None, Any]]:
-    """Yield the batches of a loader, or the single batch, with the ids of their samples.
-
-    Ids are those of training samples: indices into the dataset below any ``Subset``, also where the
-    loader shuffles. They are ``None`` for a single batch, and where they cannot be inferred.
-    """
-    if not isinstance(queries, DataLoader):
-        is_list = isinstance(queries, Batches)
-        yield from zip(queries.ids, queries, strict=True) if is_list else [(None, _copied(queries))]
-        return
-    bar = progress_bar(queries, "queries", "batch", shown=progress)
-    ledger, n_batches = SampleLedger(None), 0
-    try:
-        ledger.watch(queries, lambda: True)
-    except ValueError:
-        yield from ((None, batch) for batch in bar)
-        return
-    try:
-        for batch in bar:
-            n_batches += 1
-            yield ledger.name(batch, n_batches - 1), batch
-    except ReorderedSamplesError:
-        if n_batches:
-            raise
-    finally:
-        ledger.release()
-    if not n_batches:  # The order of the samples is unknown, or there is no batch at all.
-        yield from ((None, batch) for batch in queries)
-
-
-def batches_of(queries: Any) -> Iterable[Any]:
-    """Return the batches of a loader, or a copy of the single batch."""
-    return queries if isinstance(queries, DataLoader | Batches) else [_copied(queries)]
-
-
-def _copied(batch: Any) -> Any:
-    """Return a copy of a user's batch, because a step may modify its batch in place."""
-    try:
-        return copy.deepcopy(batch)
-    except (RuntimeError, TypeError):  # Such as results of a model, with their graph.
-        return batch
 
 
 def transfer(model: Any, batch: Any) -> Any:

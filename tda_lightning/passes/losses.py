@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.passes.batch_contents import batch_size, part_of, require_batches
-from tda_lightning.passes.batches import batches_of, loss_of, named_batches, step_errors, transfer
+from tda_lightning.passes.batches import loss_of, named_batches, step_errors, transfer
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
+from tda_lightning.passes.query_batches import batches_of
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores.arguments import require_choice

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.gradients.capture.pausing import claimed
 from tda_lightning.passes.stand_ins import idle_optimization, muted_logging
 
 # Pairs of fingerprints; a filter of `warnings` would repeat itself after every `catch_warnings`.
@@ -115,22 +116,33 @@ def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator
 
     Raises:
         ValueError: If names or shapes differ from those of the model.
+        RuntimeError: If another thread is recording or querying the model.
     """
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    differing = [n for n in {*state, *weights} if _shape(state.get(n)) != _shape(weights.get(n))]
-    if differing:
-        name = min(differing)
+    state, name = _tensors_of(model), differing_weight(model, weights)
+    if name is not None:
         raise ValueError(
             f"The weights do not fit the `{type(model).__name__}`: expected `{name}` of shape "
             f"{_shape(state.get(name))}, got {_shape(weights.get(name))}. Pass the model that was "
             "trained."
         )
-    originals = {name: tensor.detach().clone() for name, tensor in state.items()}
-    try:
-        _copy(state, weights)
-        yield
-    finally:
-        _copy(state, originals)
+    with claimed(model):
+        originals = {name: tensor.detach().clone() for name, tensor in state.items()}
+        try:
+            _copy(state, weights)
+            yield
+        finally:
+            _copy(state, originals)
+
+
+def differing_weight(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a weight or buffer that has another shape in the model, or is missing."""
+    state = _tensors_of(model)
+    differing = [n for n in {*state, *weights} if _shape(state.get(n)) != _shape(weights.get(n))]
+    return min(differing) if differing else None
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:

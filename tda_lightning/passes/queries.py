@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tda_lightning.gradients.row_recorder import Labels, RowRecorder
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.batches import (
-    identified,
     record_batch,
     recording,
     sample_gradients,
@@ -33,6 +32,7 @@ from tda_lightning.passes.model_state import (
     swapped_weights,
     warn_of_other_weights,
 )
+from tda_lightning.passes.query_batches import identified
 from tda_lightning.passes.targets import Loss, Target, per_sample, queried_tokens, require_target
 from tda_lightning.stores import Store, open_store_at
 from tda_lightning.stores.arguments import name_of, require_choice
@@ -153,7 +153,8 @@ def identified_rows(
             "All labels of `queries` are -100, so that no token counts; expected at least one "
             "label. Label the tokens to query."
         )
-    result = _joined(parts, _sample_ids(ids, sizes))
+    pairs = zip(parts, _sample_ids(ids, sizes), strict=True)
+    result = joined_rows([replace(part, ids=named[part.ids]) for part, named in pairs])
     _require_finite(result.rows, model)
     return result
 
@@ -217,12 +218,13 @@ def _sample_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Int[
     return list(torch.split(torch.arange(sum(sizes)), list(sizes)))
 
 
-def _joined(parts: Sequence[QueryRows], ids: Sequence[Tensor]) -> QueryRows:
+def joined_rows(parts: Sequence[QueryRows]) -> QueryRows:
+    """Return the queries of all parts, one part after the other."""
     tokens = [part.tokens for part in parts if part.tokens is not None]
     losses = [part.losses.cpu() for part in parts if part.losses is not None]
     return QueryRows(
         torch.cat([part.rows.cpu() for part in parts]),
-        torch.cat([each[part.ids] for each, part in zip(ids, parts, strict=True)]),
+        torch.cat([part.ids for part in parts]),
         torch.cat(tokens) if tokens else None,
         torch.cat(losses) if len(losses) == len(parts) else None,
     )

@@ -52,16 +52,21 @@ def later_snapshots(store: Store) -> list[int]:
     Raises:
         ValueError: If there are none.
     """
-    first, end = _span(store)
-    start = end - 2 * (end - first) / 3
-    later = [index for index in require_snapshots(store) if start <= index <= end]
+    require_snapshots(store)
+    later = _later_in(store)
     if not later:
+        start, end = _last_two_thirds(store)
         raise ValueError(
             f"The run has no snapshots in its last two thirds, steps {start:.0f} to {end}; "
             "expected at least one. Record with `GradientRecorder(..., snapshots=n)` for every "
             "n-th step, or pass the index of a snapshot as `at=`."
         )
     return spread(later, MAX_SNAPSHOTS)
+
+
+def has_later_snapshots(store: Store) -> bool:
+    """Return whether there are snapshots in the last two thirds of a run."""
+    return bool(_later_in(store))
 
 
 def own_snapshots(store: Store) -> list[int]:
@@ -156,6 +161,19 @@ def _require_run_of(checkpoint: Mapping[str, Any], path: str | Path, run: str | 
             f"`{path}` is a checkpoint of the run {', '.join(map(repr, sorted(runs)))}; expected "
             f"one of the training that {run!r} recorded. Pass that training's checkpoints."
         )
+
+
+def _later_in(store: Store) -> list[int]:
+    snapshots = store.snapshots()
+    if not snapshots:
+        return []
+    start, end = _last_two_thirds(store)
+    return [index for index in snapshots if start <= index <= end]
+
+
+def _last_two_thirds(store: Store) -> tuple[float, int]:
+    first, end = _span(store)
+    return end - 2 * (end - first) / 3, end
 
 
 def _indices(store: Store) -> list[int]:

@@ -36,6 +36,7 @@ def own_effects(store, model, data):
             query,
             method=InfluenceFunction(),
             target=Logit(label, outputs=logits_of),
+            at="now",
             progress=False,
         )
         at = (scores.train_ids == sample).nonzero()

@@ -47,7 +47,7 @@ def targets(n=13):
 def trained(data, net, optimizer, loss=nn.functional.cross_entropy, epochs=3, **settings):
     torch.manual_seed(1)
     store, model = MemoryStore(), Model(net.double(), loss, optimizer)
-    recorder = GradientRecorder(store, **{"projector": Identity(), **settings})
+    recorder = GradientRecorder(store, **{"projector": Identity(), "snapshots": 0, **settings})
     trainer = quiet_trainer(recorder, max_epochs=epochs, precision="64-true")
     trainer.fit(model, loader(data, 5))
     return model, store

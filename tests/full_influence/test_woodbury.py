@@ -213,7 +213,9 @@ def test_chosen_layers_use_their_part_of_the_preconditioner():
         layers=["net.3"],
     )
     method = InfluenceFunction(SampledLabels())
-    expected = attribute(head_store, head_model, QUERIES, method=method, progress=False).values
+    expected = attribute(
+        head_store, head_model, QUERIES, method=method, at="now", progress=False
+    ).values
     assert gap(score(model, head, run=store).values, expected) < 1e-6
 
 

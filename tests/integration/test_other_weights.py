@@ -156,7 +156,7 @@ def test_other_running_statistics_warn(tmp_path):
 
 def test_checkpoints_of_another_run_are_no_snapshots(tmp_path):
     for name in ("one", "other"):
-        trainer = quiet_trainer(GradientRecorder(tmp_path / name))
+        trainer = quiet_trainer(GradientRecorder(tmp_path / name, snapshots=0))
         trainer.fit(Plain(mlp()), loader(vectors()))
         trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
     add_snapshots(tmp_path / "one", [tmp_path / "one.ckpt"])

@@ -85,7 +85,7 @@ def test_a_tilde_is_the_home_directory(folders, monkeypatch):
     scores = attribute("~/run.tda", model, DATA[:3], method=TracIn(), progress=False)
     scores.save("~/scores.npz")
     assert len(HDF5Store.open(home / "run.tda")) == 6
-    assert HDF5Store.open("~/run.tda").snapshots() == [6]
+    assert 6 in HDF5Store.open("~/run.tda").snapshots()
     assert Scores.load("~/scores.npz").values.equal(scores.values)
     assert (home / "scores.npz").exists()
     assert not list(mine.iterdir())

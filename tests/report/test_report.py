@@ -150,7 +150,7 @@ def test_without_bokeh_charts_are_drawn_as_svg(tmp_path, monkeypatch):
     monkeypatch.setattr("tda_lightning.report.api.has_bokeh", lambda: False)
     path = report_on_texts(tmp_path, TEXTS)
     text = path.read_text(encoding="utf-8")
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
     assert "BokehJS" not in text
     assert "currentColor" in text
     assert path.stat().st_size < 2**20

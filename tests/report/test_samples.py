@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from tda_lightning.passes.batch_contents import part_of
-from tda_lightning.passes.batches import batches_in_memory
+from tda_lightning.passes.query_batches import batches_in_memory
 from tda_lightning.report.evidence.queries import items_of
 from tda_lightning.report.page.html import element, json_block, shortened, visible, with_code
 from tda_lightning.report.page.payload import mean_by_group

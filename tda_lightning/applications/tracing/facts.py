@@ -135,7 +135,7 @@ def trace_facts(
     k: int = 10,
     method: Attributor = InfluenceFunction(),
     target: Target = Loss(),
-    at: Moment = "now",
+    at: Moment | None = None,
     texts: Texts | None = None,
     progress: bool = True,
 ) -> Candidates:
@@ -187,7 +187,7 @@ def rescore(
     *,
     method: Attributor,
     target: Target = Loss(),
-    at: Moment = "now",
+    at: Moment | None = None,
     progress: bool = True,
 ) -> Candidates:
     """Rank candidates by another method; the former ranks stay beside.

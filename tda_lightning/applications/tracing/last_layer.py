@@ -29,9 +29,7 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.batches import (
-    batches_in_memory,
     columns_by_id,
-    identified,
     loss_of,
     named_batches,
     require_loader,
@@ -43,6 +41,7 @@ from tda_lightning.passes.model_state import (
     require_model,
     swapped_weights,
 )
+from tda_lightning.passes.query_batches import batches_in_memory, identified
 from tda_lightning.passes.targets import Logit, Loss, Target
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.results.scores import Scores

@@ -90,6 +90,21 @@ class PauseSwitch:
 
 
 @contextmanager
+def claimed(model: nn.Module) -> Iterator[None]:
+    """Let no other thread record or query the model inside the context.
+
+    Raises:
+        RuntimeError: If one does so already.
+    """
+    switch = PauseSwitch(model)
+    switch.attach()
+    try:
+        yield
+    finally:
+        switch.detach()
+
+
+@contextmanager
 def _all_paused(switches: frozenset[PauseSwitch]) -> Iterator[None]:
     token = object()
     try:

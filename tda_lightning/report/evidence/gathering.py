@@ -21,11 +21,12 @@ from tda_lightning.applications import (
 )
 from tda_lightning.applications.retraining.removal import RemovalCurve
 from tda_lightning.attribution import Attributor, Averaged, InfluenceFunction, TracIn
+from tda_lightning.attribution.question import Question
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
-from tda_lightning.passes.batches import batches_in_memory
 from tda_lightning.passes.model_state import warn_of_other_weights
-from tda_lightning.passes.queries import record_queries
+from tda_lightning.passes.query_batches import batches_in_memory
+from tda_lightning.passes.targets import Loss
 from tda_lightning.report.evidence.queries import Answer, answers_to, items_of, samples_of
 from tda_lightning.report.evidence.schedule import Schedule, schedule
 from tda_lightning.report.evidence.training_set import TrainingSet, training_set
@@ -128,15 +129,15 @@ def gather(
     loader, queries = queries, batches_in_memory(queries)
     ids = store.train_ids().tolist()
     samples = training_set(train, ids, render, progress=progress)
-    rows = record_queries(model, queries, like=store, at="model", progress=progress)
-    rows = rows.to(next(model.parameters()).device)
+    question = Question(method, Loss(), None, "eval", progress)
+    rows = question.rows(store, model, queries).rows
     answers, reason = answers_to(model, queries, outputs, items_of(loader, queries))
     _require_one_row_each(rows, answers)
     ready = method.precomputed(store, rows)  # All its readers share its curvature.
-    methods = ready.methods if isinstance(ready, Averaged) else (ready,)
-    parts = tuple(each.attribute(store, rows, progress=progress) for each in methods)
+    pairs = ready.with_rows(store, rows) if isinstance(ready, Averaged) else [(ready, rows)]
+    parts = tuple(each.attribute(store, own, progress=progress) for each, own in pairs)
     scores = replace(parts[0], values=Scores.mean(parts).values, method=repr(method))
-    influences = (each for each in methods if isinstance(each, InfluenceFunction))
+    influences = (each for each, _ in pairs if isinstance(each, InfluenceFunction))
     left_out = next(influences, InfluenceFunction())
     order = sorted(range(len(answers)), key=lambda q: (not answers[q].is_wrong, -answers[q].loss))
     return Evidence(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from tda_lightning.passes.batch_contents import batch_size, part_of
-from tda_lightning.passes.batches import Batches, batches_of, loss_of, transfer
+from tda_lightning.passes.batches import loss_of, transfer
 from tda_lightning.passes.model_state import preserved_state
+from tda_lightning.passes.query_batches import Batches, batches_of
 from tda_lightning.report.samples.shown import Label, label_of
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tda_lightning.passes.batches import batches_of
 from tda_lightning.passes.losses import sample_losses
 from tda_lightning.passes.model_state import swapped_weights
+from tda_lightning.passes.query_batches import batches_of
 from tda_lightning.stores import Store
 from tda_lightning.stores.snapshots import spread
 
