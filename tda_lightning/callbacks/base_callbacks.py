@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tda_lightning.callbacks.drawn_samples import DrawnSamples
 from tda_lightning.callbacks.lightning_trainer import (
     LightningModule,
     Trainer,
@@ -39,6 +40,7 @@ class RecordingCallback(pl.Callback):
     def __init__(self, sample_ids: IdSource | None) -> None:
         self.sample_ids = sample_ids
         self._ledger = SampleLedger(sample_ids)
+        self._drawn_samples = DrawnSamples()
         self._recorder: TrainingRecorder | None = None  # Only while it is attached.
         self._undo: list[Callable[[], None]] = []
         self._has_begun = False
@@ -78,6 +80,9 @@ class RecordingCallback(pl.Callback):
             sample_ids = self._ledger.name(batch, batch_idx)
             share = 1 / trainer.accumulate_grad_batches
             self._recorder.start_batch(trainer.global_step, sample_ids, share)
+            if len(sample_ids) > 1 and self._recorder.is_recording():
+                is_compiled = self._recorder.rows.is_compiled
+                self._drawn_samples.start(batch, len(sample_ids), is_compiled)
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -91,7 +96,15 @@ class RecordingCallback(pl.Callback):
     ) -> None:
         """Prepare for the backward pass of the loss."""
         if self._recorder is not None:
+            self._drawn_samples.stop()
             self._recorder.start_backward(loss, loss_scale_of(trainer))
+            self._correct_order(self._recorder, loss)
+
+    def _correct_order(self, recorder: TrainingRecorder, loss: Tensor) -> None:
+        """Give rows the ids of the samples that they hold, if the step has drawn them again."""
+        order = self._drawn_samples.order(loss, recorder.rows_of)
+        if order is not None:
+            recorder.reorder(order)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of the batch."""
@@ -110,6 +123,7 @@ class RecordingCallback(pl.Callback):
     ) -> None:
         """Discard the rows of a batch that led to no step."""
         if self._recorder is not None:
+            self._drawn_samples.stop()
             self._recorder.end_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,6 +150,7 @@ class RecordingCallback(pl.Callback):
         undo, self._undo = self._undo, []
         for action in undo:
             action()
+        self._drawn_samples.stop()
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
             recorder.detach()

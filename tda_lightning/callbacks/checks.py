@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, training_loaders
 from tda_lightning.callbacks.messages import note
 from tda_lightning.gradients.capture.delivery import NO_EFFECT
-from tda_lightning.gradients.losses import Reduction, mixes_samples
+from tda_lightning.gradients.losses import Reduction
 from tda_lightning.recording.trained_layers import require_one_rate
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores.recipe import LeftOut, Recipe
@@ -58,7 +58,6 @@ def settled_reduction(
     The recorder uses the inferred reduction from now on, unless the user has given one. The result
     is the recipe with it.
     """
-    _warn_of_mixed_samples(loss)
     inferred = recorder.reduction_of(loss, 1 / trainer.accumulate_grad_batches)
     if trainer.world_size > 1:
         inferred = trainer.strategy.broadcast(inferred)
@@ -72,17 +71,6 @@ def settled_reduction(
         f"its samples; expected {inferred!r}. Weights and scores will be off by the batch size."
     )
     return recipe
-
-
-def _warn_of_mixed_samples(loss: Tensor) -> None:
-    """Warn of a loss whose rows would hold two samples under one id."""
-    if mixes_samples(loss):
-        rank_zero_warn(
-            "GradientRecorder: the loss has the labels of two samples for each output, as in mixup "
-            "or CutMix. Each row holds two samples under the id of one; expected one sample per "
-            "row. Mix the samples in the loader, with the ids and weights of both: see `Mixup` in "
-            "docs/gotchas.md."
-        )
 
 
 def lost_blocks(recipe: Recipe) -> list[LeftOut]:

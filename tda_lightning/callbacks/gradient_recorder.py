@@ -247,6 +247,7 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         """Prepare for the backward pass of the loss; in the first batch, measure its time."""
         if self._recorder is not None:
             assert self._recipe is not None
+            self._drawn_samples.stop()
             self._settle_reduction(trainer, self._recorder, self._recipe, loss)
             start_backward = self._recorder.start_backward
             if self._budgets.is_measuring:
@@ -256,11 +257,12 @@ class GradientRecorder(RecordedRun, RecordingCallback):
                 start_backward = partial(self._budgets.start_backward, self._recorder)
             with self._ledger.checking_number():
                 start_backward(loss, loss_scale_of(trainer))
+            self._correct_order(self._recorder, loss)
 
     def _settle_reduction(
         self, trainer: Trainer, recorder: TrainingRecorder, recipe: Recipe, loss: Tensor
     ) -> None:
-        """Infer the reduction from the first recorded loss, and check it for mixed samples."""
+        """Infer the reduction from the first recorded loss."""
         if self._is_reduction_settled or not recorder.is_recording():
             return
         self._is_reduction_settled = True

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.pausing import is_compiled, uncompiled
 from tda_lightning.gradients.capture.tracer import joined_rows
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
+from tda_lightning.gradients.graph.walk import Node
 from tda_lightning.gradients.losses import (
     LossFacts,
     LossNode,
@@ -59,6 +61,7 @@ class RowRecorder:
     Attributes:
         label_weight: Factor of the curvature in the rows of sampled labels. With 0, there are none.
         preconditioner: The coordinates of the rows, if they are not raw.
+        is_compiled: Whether the model is compiled; recorded batches run uncompiled.
         excluded: Numbers of the blocks that were known from the start not to be recordable.
     """
 
@@ -83,7 +86,7 @@ class RowRecorder:
         self._sketcher: Sketcher = projector.bind(selection.blocks, device, dtype)
         parameters = named_parameters(selection, lost)
         self._capture = Capture(model, parameters, batch_dims, self._shrinking, followed)
-        self._is_compiled = is_compiled(model)
+        self.is_compiled = is_compiled(model)
         self._eager = ExitStack()
         self._summary: LossSummary | None = None
         self.preconditioner: Preconditioner | None = None
@@ -116,6 +119,10 @@ class RowRecorder:
     def lost(self) -> dict[int, str]:
         """Why the rows of a block cannot be recorded, by the block's number."""
         return {self._places[p].block: reason for p, reason in self._capture.lost.items()}
+
+    def rows_of(self, node: Node) -> SampleLayout | IrregularRows | None:
+        """Return where the samples lie in a node of the last graph, if a parameter shows it."""
+        return self._capture.rows_of(node)
 
     def joined_rows(self) -> int:
         """Return the rows per sample in the last graph, if none of its axes shows the samples."""
@@ -150,7 +157,7 @@ class RowRecorder:
     def start(self, n: int) -> None:
         """Prepare for the forward pass of a batch of ``n`` samples."""
         self._eager.close()
-        if self._is_compiled:
+        if self.is_compiled:
             self._eager.enter_context(uncompiled())
         self._n = n
         self.continue_batch()

@@ -68,6 +68,13 @@ class ManualStepBuilder(StepBuilder):
         self._batch = (index, sample_ids)
         super().start_batch(index, sample_ids, share)
 
+    def reorder(self, order: Int[Tensor, " n"]) -> None:
+        """Give the rows of all passes of the current batch the ids of other samples of it."""
+        super().reorder(order)
+        if self._batch is not None:
+            index, sample_ids = self._batch
+            self._batch = (index, sample_ids[order])
+
     def start_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
         """Prepare for the backward pass of any loss."""
         self._discard_zeroed()

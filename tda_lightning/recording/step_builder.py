@@ -112,6 +112,12 @@ class StepBuilder:
         batch = _SEEDS_PER_STEP * index + len(self._pending)
         self._rows.seed(batch * self._distributed.count + self._distributed.rank)
 
+    def reorder(self, order: Int[Tensor, " n"]) -> None:
+        """Give the rows of the current batch the ids of other samples of it."""
+        if self._current_batch is not None:
+            sample_ids, share = self._current_batch
+            self._current_batch = (sample_ids[order], share)
+
     def start_backward(self, loss: Tensor, loss_scale: float = 1.0) -> None:
         """Prepare for the backward pass of that batch's loss, which contains ``loss_scale``."""
         if self._current_batch is not None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
+from tda_lightning.gradients.graph.walk import Node
 from tda_lightning.gradients.losses import Reduction, reduction_of
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
@@ -171,6 +173,16 @@ class TrainingRecorder:
         if not self._has_checked_rows and self.is_recording():
             self._has_checked_rows = True
             self._warn_of_joined_rows()
+
+    def rows_of(self, node: Node) -> SampleLayout | IrregularRows | None:
+        """Return where the samples lie in a node of the last graph, if a parameter shows it."""
+        known = (recorder.rows.rows_of(node) for recorder in self._recorders)
+        return next((rows for rows in known if rows is not None), None)
+
+    def reorder(self, order: Int[Tensor, " n"]) -> None:
+        """Give the rows of the current batch the ids of other samples of it."""
+        for recorder in self._recorders:
+            recorder.builder.reorder(order)
 
     def _warn_of_joined_rows(self) -> None:
         """Warn if nothing but their order shows whose the rows of the batch are."""

@@ -1,0 +1,98 @@
+"""DrawnSamples: rows of a step that do not hold the samples of the batch in their order.
+
+A ``training_step`` may permute its batch, draw from it again, or mix two samples in a row. That is
+checked in the first recorded batches, with growing distances. A batch that was drawn again gets the
+ids of the samples that were drawn, and so do all later ones. Mixed rows are warned of.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+
+from tda_lightning.callbacks.messages import inform
+from tda_lightning.gradients.losses import mixes_samples
+from tda_lightning.passes.batch_contents import find_tensors
+from tda_lightning.recording.origins.order import MixedSamplesError, RowsOf, actual_order
+from tda_lightning.recording.origins.tracker import OriginTracker
+
+
+class DrawnSamples:
+    """Finds which samples the rows of each batch hold."""
+
+    def __init__(self) -> None:
+        self._n_batches = 0
+        self._tracker: OriginTracker | None = None
+        self._following = ExitStack()
+        self._are_drawn = self._are_mixed = False
+
+    def start(self, batch: Any, n: int, is_compiled: bool) -> None:
+        """Follow the samples of a batch until :meth:`stop`, if it is to be checked.
+
+        In a compiled model, only labels are checked.
+        """
+        self.stop()
+        self._tracker = None
+        if self._are_mixed:  # A warning has named it, and nothing else can be done.
+            return
+        self._n_batches += 1
+        # Batches 1, 2, 4, 8, and so on: a step may mix in some batches only.
+        if self._are_drawn or self._n_batches & (self._n_batches - 1) == 0:
+            self._tracker = OriginTracker(find_tensors(batch), n)
+            if not is_compiled:
+                self._following.enter_context(self._tracker)
+
+    def stop(self) -> None:
+        """Stop following samples: the forward pass is over, or the training."""
+        self._following.close()
+
+    def order(self, loss: Tensor, rows_of: RowsOf) -> Int[Tensor, " n"] | None:
+        """Return the sample in the rows of each sample; ``None`` if they are in order.
+
+        Args:
+            loss: The loss of the batch, with its graph.
+            rows_of: Returns where the recorder takes the samples to lie in the output of a node.
+        """
+        tracker, self._tracker = self._tracker, None
+        if tracker is None:
+            return None
+        try:
+            order = actual_order(tracker.meetings, tracker.n, rows_of)
+        except MixedSamplesError:
+            self._warn_of_mixing()
+            return None
+        if mixes_samples(loss):
+            self._warn_of_mixing()
+        if torch.equal(order, torch.arange(tracker.n)):
+            return None
+        self._tell_of_draws()
+        return order
+
+    def _warn_of_mixing(self) -> None:
+        self._are_mixed = True
+        rank_zero_warn(
+            "GradientRecorder: rows of the batch hold two samples, as in mixup or CutMix, or with "
+            "permuted samples as negatives. Each of them has the id of one; expected one sample "
+            "per row. Mix the samples in the loader, with the ids and weights of both, and permute "
+            "outputs of the model instead of its inputs: see `Mixup and CutMix` in docs/gotchas.md."
+        )
+
+    def _tell_of_draws(self) -> None:
+        if self._are_drawn:
+            return
+        self._are_drawn = True
+        fact = "`training_step` draws the samples of its batch again, or permutes them"
+        if self._n_batches == 1:
+            inform(f"GradientRecorder: {fact}. Rows have the ids of the samples that were drawn.")
+        else:
+            rank_zero_warn(
+                f"GradientRecorder: {fact}, which was noticed in recorded batch {self._n_batches}. "
+                "From here on, rows have the ids of the samples that were drawn. If batches before "
+                "were drawn again too, their ids may be wrong: expected a step that does so from "
+                "the first batch on, or never. Draw in the loader instead, with `sample_ids=`."
+            )

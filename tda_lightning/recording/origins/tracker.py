@@ -1,0 +1,125 @@
+"""OriginTracker: follow the samples of a batch through the operations of a training step.
+
+A step may draw the samples of its batch again: ``x[torch.randperm(n)]``, mixup, pairs of an optimal
+transport. The graph of the loss does not show that, since data require no gradient. So a mode of
+torch sees each operation on the batch, until the data meet a tensor that requires a gradient. It
+computes nothing of the training and draws no random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tda_lightning.gradients.graph.walk import Node
+from tda_lightning.recording.origins.operations import (
+    Origins,
+    name_of,
+    origins_after,
+    origins_assigned,
+    tensors_in,
+)
+
+# Meetings of one step that are kept at most: most models have few with data of the batch.
+_MAX_MEETINGS = 500
+
+
+class DataMeeting(NamedTuple):
+    """Data of the batch in an operation with a tensor that requires a gradient.
+
+    Attributes:
+        node: The node of the operation's result.
+        origins: The origins of the data.
+    """
+
+    node: Node
+    origins: Origins
+
+
+class OriginTracker(TorchFunctionMode):
+    """Follows the rows of a batch's tensors; a context manager.
+
+    Args:
+        tensors: The tensors of the batch. Those with ``n`` rows are followed, unless another axis
+            may be that of the samples too.
+        n: Number of samples.
+
+    Attributes:
+        meetings: Where data of the batch have met tensors that require a gradient.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], n: int) -> None:
+        super().__init__()
+        self.n = n
+        self.meetings: list[DataMeeting] = []
+        self._origins: MutableMapping[Tensor, Origins] = WeakTensorKeyDictionary()
+        for tensor in tensors:
+            if tensor.ndim and len(tensor) == n and n not in tensor.shape[1:2]:
+                self._origins[tensor] = Origins.of_rows(tensor)
+
+    def origins_of(self, value: Any) -> Origins | None:
+        """Return the origins of a tensor, ``None`` if they are unknown."""
+        if not isinstance(value, Tensor):
+            return None
+        known = self._origins.get(value)
+        return known if known is not None and known.low.shape == value.shape else None
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation of the training, and follow the samples through it."""
+        named = kwargs or {}
+        result = func(*args, **named)
+        try:
+            with torch.no_grad():
+                self._follow(func, args, named, result)
+        except Exception:  # An operation that cannot be followed must not end the training.
+            self._forget(result)
+        return result
+
+    def _follow(
+        self, func: Any, args: Sequence[Any], named: Mapping[str, Any], result: Any
+    ) -> None:
+        tensors = list(tensors_in(args, named))
+        tracked = [each for each in tensors if each in self._origins]
+        if not tracked:
+            return
+        name = name_of(func)
+        if name == "__setitem__":
+            self._set(args[0], origins_assigned(args[0], args[1], args[2], self.origins_of))
+            return
+        if any(each.requires_grad and each not in self._origins for each in tensors):
+            self._meet(tracked, result)
+        elif isinstance(result, Tensor | list | tuple):
+            self._set(result, origins_after(func, args, named, result, self.origins_of))
+
+    def _meet(self, tracked: Sequence[Tensor], result: Any) -> None:
+        outputs = tensors_in([result], {})
+        node = next((each.grad_fn for each in outputs if each.grad_fn is not None), None)
+        for tensor in tracked if node is not None else ():
+            origins = self.origins_of(tensor)
+            if origins is not None and len(self.meetings) < _MAX_MEETINGS:
+                self.meetings.append(DataMeeting(node, origins))
+
+    def _set(self, result: Any, origins: Origins | list[Origins] | None) -> None:
+        if isinstance(origins, list):
+            for tensor, each in zip(result, origins, strict=True):
+                self._set(tensor, each)
+        elif origins is None:
+            self._forget(result)
+        elif isinstance(result, Tensor) and origins.low.shape == result.shape:
+            place = result.device
+            self._origins[result] = origins.through(lambda part: part.to(place))
+
+    def _forget(self, result: Any) -> None:
+        for tensor in tensors_in([result], {}):
+            self._origins.pop(tensor, None)
