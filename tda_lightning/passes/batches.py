@@ -20,6 +20,7 @@ from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import Labels, RowRecorder
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.batch_contents import batch_size, require_batches
+from tda_lightning.passes.drawn_batches import DrawnBatch
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model
 from tda_lightning.passes.stand_ins import manual_losses
 from tda_lightning.recording.sample_ids import SampleLedger, require_once
@@ -154,20 +155,25 @@ def record_batch(
     The ``.grad`` of the model's parameters does not change.
 
     Raises:
-        ValueError: If ``training_step`` fails on the batch or returns no loss.
+        ValueError: If ``training_step`` fails on the batch, returns no loss, or draws its samples
+            again so that some have no row.
     """
-    rows.start(batch_size(batch, argument, ids))
+    n = batch_size(batch, argument, ids)
+    rows.start(n)
+    drawn = DrawnBatch(rows, batch, n)
     failure = f"`{type(model).__name__}.training_step` failed on `{argument}`"
     may_be_trained = argument == "queries" and not model.training
     try:
         with step_errors(failure, batch, model, _IN_EVALUATION if may_be_trained else ""):
-            loss = loss_of(model, transfer(model, batch))
+            with drawn.followed():
+                loss = loss_of(model, transfer(model, batch))
             rows.start_backward(loss)
+            drawn.read_order(argument)
             # Not `backward`, which would change the `.grad` of the user's parameters.
             torch.autograd.grad(loss, trained_parameters(model), allow_unused=True)
     finally:
         batch_rows = rows.end_backward()
-    return loss.detach(), batch_rows
+    return loss.detach(), drawn.in_order(batch_rows, argument)
 
 
 _IN_EVALUATION = (

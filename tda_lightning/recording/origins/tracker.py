@@ -45,8 +45,7 @@ class OriginTracker(TorchFunctionMode):
     """Follows the rows of a batch's tensors; a context manager.
 
     Args:
-        tensors: The tensors of the batch. Those with ``n`` rows are followed, unless another axis
-            may be that of the samples too.
+        tensors: The tensors of the batch. Those with ``n`` rows are followed.
         n: Number of samples.
 
     Attributes:
@@ -59,7 +58,7 @@ class OriginTracker(TorchFunctionMode):
         self.meetings: list[DataMeeting] = []
         self._origins: MutableMapping[Tensor, Origins] = WeakTensorKeyDictionary()
         for tensor in tensors:
-            if tensor.ndim and len(tensor) == n and n not in tensor.shape[1:2]:
+            if tensor.ndim and len(tensor) == n:
                 self._origins[tensor] = Origins.of_rows(tensor)
 
     def origins_of(self, value: Any) -> Origins | None:
