@@ -23,6 +23,7 @@ from tda_lightning.callbacks.lightning_trainer import (
     training_loaders,
     watch_clipping,
     watch_loaders,
+    watch_transfers,
 )
 from tda_lightning.callbacks.run_location import Existing, RunLocation
 from tda_lightning.callbacks.run_writer import RunWriter
@@ -40,7 +41,7 @@ class RecordingCallback(pl.Callback):
     def __init__(self, sample_ids: IdSource | None) -> None:
         self.sample_ids = sample_ids
         self._ledger = SampleLedger(sample_ids)
-        self._drawn_samples = DrawnSamples()
+        self._drawn_samples = DrawnSamples(type(self).__name__)
         self._recorder: TrainingRecorder | None = None  # Only while it is attached.
         self._undo: list[Callable[[], None]] = []
         self._has_begun = False
@@ -50,7 +51,8 @@ class RecordingCallback(pl.Callback):
         if stage == "fit":
             self._has_begun = False
             stop = watch_loaders(trainer, lambda loader: self._watch(trainer, loader))
-            self._undo = [stop, self._ledger.release]
+            transfers = watch_transfers(trainer, self._drawn_samples.transferring)
+            self._undo = [stop, transfers, self._ledger.release]
 
     def _watch(self, trainer: Trainer, loader: object) -> None:
         """Infer sample ids from a training loader."""

@@ -7,7 +7,9 @@ ids of the samples that were drawn, and so do all later ones. Mixed rows are war
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,13 +25,36 @@ from tda_lightning.recording.origins.tracker import OriginTracker
 
 
 class DrawnSamples:
-    """Finds which samples the rows of each batch hold."""
+    """Finds which samples the rows of each batch hold.
 
-    def __init__(self) -> None:
+    Args:
+        name: Name of the callback, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._n_batches = 0
+        self._transferred: OriginTracker | None = None
         self._tracker: OriginTracker | None = None
         self._following = ExitStack()
         self._are_drawn = self._are_mixed = False
+
+    def _is_checked(self, number: int) -> bool:
+        """Return whether a batch is checked: 1, 2, 4, 8, since a step may mix in some only."""
+        return not self._are_mixed and (self._are_drawn or number & (number - 1) == 0)
+
+    @contextmanager
+    def transferring(self, batch: Any) -> Iterator[None]:
+        """Follow the samples of the next batch through hooks of the model, inside the context."""
+        self._transferred = None
+        lengths = Counter(len(each) for each in find_tensors(batch) if each.ndim)
+        if not lengths or not self._is_checked(self._n_batches + 1):
+            yield
+            return
+        n = lengths.most_common(1)[0][0]  # How many ids there are is not known yet.
+        self._transferred = OriginTracker(find_tensors(batch), n)
+        with self._transferred:
+            yield
 
     def start(self, batch: Any, n: int, is_compiled: bool) -> None:
         """Follow the samples of a batch until :meth:`stop`, if it is to be checked.
@@ -37,32 +62,37 @@ class DrawnSamples:
         In a compiled model, only labels are checked.
         """
         self.stop()
-        self._tracker = None
-        if self._are_mixed:  # A warning has named it, and nothing else can be done.
-            return
         self._n_batches += 1
-        # Batches 1, 2, 4, 8, and so on: a step may mix in some batches only.
-        if self._are_drawn or self._n_batches & (self._n_batches - 1) == 0:
-            self._tracker = OriginTracker(find_tensors(batch), n)
-            if not is_compiled:
-                self._following.enter_context(self._tracker)
+        before, self._tracker, self._transferred = self._transferred, None, None
+        if not self._is_checked(self._n_batches):
+            return
+        tensors = list(find_tensors(batch))
+        is_followed = before is not None and any(map(before.origins_of, tensors))
+        if before is not None and is_followed and before.n == n:
+            self._tracker = before
+        else:
+            self._tracker = OriginTracker(tensors, n)
+        if not is_compiled:
+            self._following.enter_context(self._tracker)
 
     def stop(self) -> None:
         """Stop following samples: the forward pass is over, or the training."""
         self._following.close()
 
-    def order(self, loss: Tensor, rows_of: RowsOf) -> Int[Tensor, " n"] | None:
+    def order(self, loss: Tensor, rows_of: RowsOf | None) -> Int[Tensor, " n"] | None:
         """Return the sample in the rows of each sample; ``None`` if they are in order.
 
         Args:
             loss: The loss of the batch, with its graph.
             rows_of: Returns where the recorder takes the samples to lie in the output of a node.
+                With ``None``, only the rows of the loss count.
         """
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return None
+        meetings = [m for m in tracker.meetings if rows_of or not m.is_with_parameter]
         try:
-            order = actual_order(tracker.meetings, tracker.n, rows_of)
+            order = actual_order(meetings, tracker.n, rows_of or (lambda node: None))
         except MixedSamplesError:
             self._warn_of_mixing()
             return None
@@ -76,7 +106,7 @@ class DrawnSamples:
     def _warn_of_mixing(self) -> None:
         self._are_mixed = True
         rank_zero_warn(
-            "GradientRecorder: rows of the batch hold two samples, as in mixup or CutMix, or with "
+            f"{self._name}: rows of the batch hold two samples, as in mixup or CutMix, or with "
             "permuted samples as negatives. Each of them has the id of one; expected one sample "
             "per row. Mix the samples in the loader, with the ids and weights of both, and permute "
             "outputs of the model instead of its inputs: see `Mixup and CutMix` in docs/gotchas.md."
@@ -86,12 +116,12 @@ class DrawnSamples:
         if self._are_drawn:
             return
         self._are_drawn = True
-        fact = "`training_step` draws the samples of its batch again, or permutes them"
+        fact = "`training_step`, or a hook, draws the samples of the batch again or permutes them"
         if self._n_batches == 1:
-            inform(f"GradientRecorder: {fact}. Rows have the ids of the samples that were drawn.")
+            inform(f"{self._name}: {fact}. Rows have the ids of the samples that were drawn.")
         else:
             rank_zero_warn(
-                f"GradientRecorder: {fact}, which was noticed in recorded batch {self._n_batches}. "
+                f"{self._name}: {fact}, which was noticed in recorded batch {self._n_batches}. "
                 "From here on, rows have the ids of the samples that were drawn. If batches before "
                 "were drawn again too, their ids may be wrong: expected a step that does so from "
                 "the first batch on, or never. Draw in the loader instead, with `sample_ids=`."

@@ -8,6 +8,7 @@ differ. Watchers are called when the trainer loads data or clips gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
@@ -32,6 +33,7 @@ __all__ = [
     "watch_clipping",
     "watch_loaders",
     "watch_method",
+    "watch_transfers",
 ]
 
 
@@ -72,7 +74,7 @@ def loss_scale_of(trainer: Trainer) -> float:
 
 
 def watch_method(
-    owner: object, name: str, stand_in: type[Any], trainer: Trainer, watch: Callable[..., None]
+    owner: object, name: str, stand_in: type[Any], trainer: Trainer, watch: Callable[..., Any]
 ) -> Callable[[], None]:
     """Replace a method by a stand-in that notifies watchers; several watchers share one stand-in.
 
@@ -144,6 +146,32 @@ def _leaves(loaders: Any) -> Iterator[Any]:
         yield from loaders.flattened
     else:
         yield loaders
+
+
+_TransferWatcher = Callable[[Any], AbstractContextManager[None]]
+
+
+class _WatchedTransfer:
+    """Replaces a strategy's ``batch_to_device`` while there are watchers.
+
+    Inside, the model's hook ``on_after_batch_transfer`` may change the batch.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._transfer = trainer.strategy.batch_to_device
+        self.watchers: list[_TransferWatcher] = []
+
+    def __call__(self, batch: Any, *arguments: Any, **named: Any) -> Any:
+        with ExitStack() as open_contexts:
+            for watch in self.watchers if self._trainer.training else ():
+                open_contexts.enter_context(watch(batch))
+            return self._transfer(batch, *arguments, **named)
+
+
+def watch_transfers(trainer: Trainer, watch: _TransferWatcher) -> Callable[[], None]:
+    """Open a context of ``watch`` around every transfer of a training batch to its device."""
+    return watch_method(trainer.strategy, "batch_to_device", _WatchedTransfer, trainer, watch)
 
 
 class _WatchedClipping:

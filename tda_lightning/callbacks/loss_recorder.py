@@ -21,6 +21,7 @@ from tda_lightning.callbacks.checks import require_one_loader
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
+from tda_lightning.gradients.capture.pausing import is_compiled
 from tda_lightning.gradients.losses import find_losses_and_penalties
 from tda_lightning.gradients.losses.deferred_summary import DeferredSummary, facts_of
 from tda_lightning.gradients.losses.regression_losses import SquarePower
@@ -121,12 +122,17 @@ class LossRecorder(RecordedRun, RecordingCallback):
     ) -> None:
         """Determine the sample ids of the batch."""
         self._ids = self._ledger.name(batch, batch_idx)
+        if len(self._ids) > 1:
+            self._drawn_samples.start(batch, len(self._ids), is_compiled(pl_module))
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Watch the loss function in the backward pass of the batch."""
+        self._drawn_samples.stop()
         if self._ids is not None and len(self._ids):
+            order = self._drawn_samples.order(loss, rows_of=None)
+            self._ids = self._ids if order is None else self._ids[order]
             nodes = find_losses_and_penalties(loss)
             # Squares beside another loss are penalties.
             losses = [node for node in nodes if not isinstance(node, SquarePower)]
@@ -157,6 +163,7 @@ class LossRecorder(RecordedRun, RecordingCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the step, if it was taken, to those whose losses are computed together."""
+        self._drawn_samples.stop()
         label, self._label = self._label, None
         if label is None:
             return

@@ -67,7 +67,7 @@ class DrawnBatch:
         if self._order is None:
             return batch_rows
         n = len(self._order)
-        if len(self._order.unique()) < n:
+        if len(set(self._order.tolist())) < n:
             raise ValueError(
                 f"`training_step` draws from the samples of `{argument}` again, so that some of "
                 "them have several rows and others none; expected a row for each sample. Pass a "
@@ -78,13 +78,13 @@ class DrawnBatch:
         def moved(values: Tensor) -> Tensor:
             return values[place.to(values.device)] if len(values) == n else values
 
-        facts = {
-            field.name: getattr(batch_rows.loss, field.name) for field in fields(batch_rows.loss)
+        loss, curvature_rows = batch_rows.loss, batch_rows.curvature_rows
+        facts = {field.name: getattr(loss, field.name) for field in fields(loss)}
+        known: dict[str, Any] = {
+            name: moved(each) for name, each in facts.items() if isinstance(each, Tensor)
         }
-        known = {name: moved(each) for name, each in facts.items() if isinstance(each, Tensor)}
-        curvature_rows = batch_rows.curvature_rows
         return BatchRows(
             moved(batch_rows.rows),
-            replace(batch_rows.loss, **known),
+            replace(loss, **known),
             None if curvature_rows is None else moved(curvature_rows),
         )

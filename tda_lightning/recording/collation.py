@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, default_convert
 
+from tda_lightning.recording.origins.order import MixedSamplesError, order_of_rows
+from tda_lightning.recording.origins.tracker import OriginTracker
+
 Collate = Callable[[Any], Any]
 
 # Samples of the same length stay in order when they are sorted, so one batch may show nothing.
@@ -41,6 +44,7 @@ class CheckedCollate:
     def __init__(self, collate: Collate) -> None:
         self.wrapped = collate
         self._calls = 0
+        self._has_warned = False
 
     def __call__(self, samples: Any) -> Any:
         """Return the batch of the wrapped function.
@@ -53,8 +57,8 @@ class CheckedCollate:
         if not is_checked or len(samples) < 2:
             return self.wrapped(samples)
         copies = _copied(samples)  # The function may modify its samples.
-        batch = self.wrapped(samples)
-        if copies is not None and _reorders(self.wrapped, copies, batch):
+        batch, moves = self._followed(samples)
+        if moves or (copies is not None and _reorders(self.wrapped, copies, batch)):
             raise ReorderedSamplesError(
                 "`collate_fn` changes the order of its samples, as sorting by length does, so the "
                 "sampler does not show whose row each row is; expected the order of the list that "
@@ -63,6 +67,31 @@ class CheckedCollate:
                 "batch, or a function from the batch to ids."
             )
         return batch
+
+    def _followed(self, samples: list[Any]) -> tuple[Any, bool]:
+        """Return a batch, and whether its rows are samples in another order; warn of mixtures."""
+        tracker, n = OriginTracker((), len(samples)), len(samples)
+        for number, sample in enumerate(samples):
+            tracker.follow(_tensors(sample), number)
+        with tracker:
+            batch = self.wrapped(samples)
+        known = (origins for each in _tensors(batch) if (origins := tracker.origins_of(each)))
+        try:
+            order = order_of_rows(known, n)
+        except MixedSamplesError:
+            self._warn_of_mixing()
+            return batch, False
+        return batch, not torch.equal(order, torch.arange(n))
+
+    def _warn_of_mixing(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "`collate_fn` puts two samples into a row, as mixup and CutMix do. Each row has "
+                "the id of one of them; expected one sample per row. Return both as two rows, with "
+                "their ids and weights: see `Mixup and CutMix` in docs/gotchas.md.",
+                stacklevel=3,
+            )
 
     def __getattr__(self, name: str) -> Any:
         """Look up every other attribute on the wrapped function."""

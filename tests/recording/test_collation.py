@@ -78,6 +78,43 @@ def test_samples_of_the_same_size_may_be_sorted():
     assert [step.sample_ids.tolist() for step in store] == ids
 
 
+def mixup(samples):
+    x, y = default_collate(samples)
+    return x.roll(1, 0).mul_(0.3).add_(x.mul(0.7)), y
+
+
+def cutmix(samples):
+    x, y = default_collate(samples)
+    x[:, 2:4] = x.flip(0)[:, 2:4]
+    return x, y
+
+
+def pairs(samples):
+    x, y = default_collate(samples)
+    return torch.cat([x, x.roll(1, 0)], dim=1)[:, :7] + 0 * x.roll(1, 0), y
+
+
+@pytest.mark.parametrize("collate", [mixup, cutmix, pairs])
+def test_a_function_that_mixes_samples_is_warned_of_once(collate):
+    store, log = MemoryStore(), TrainingLog()
+    data = DataLoader(DATA, batch_size=5, shuffle=True, collate_fn=collate)
+    with pytest.warns(UserWarning, match="`collate_fn` puts two samples into a row") as caught:
+        quiet_trainer(GradientRecorder(store), log).fit(Plain(mlp()), data)
+    assert sum("two samples" in str(warning.message) for warning in caught) == 1
+
+
+def permuted_at_random(samples):
+    x, y = default_collate(samples)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
+    return x[order], y[order]
+
+
+def test_a_permutation_that_is_the_same_in_both_calls_is_refused():
+    data = DataLoader(DATA, batch_size=5, collate_fn=permuted_at_random)
+    with pytest.raises(ReorderedSamplesError):
+        quiet_trainer(GradientRecorder(MemoryStore())).fit(Plain(mlp()), data)
+
+
 class Noisy:
     """Adds noise of every generator that there is, and counts its calls."""
 

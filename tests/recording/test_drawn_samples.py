@@ -7,7 +7,7 @@ from lightning_models import IndexedVectors, Plain, TrainingLog, loader, mlp, qu
 from torch.nn import functional
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
-from tda_lightning import ContributionTracker, GradientRecorder, Identity
+from tda_lightning import ContributionTracker, GradientRecorder, Identity, LossRecorder
 from tda_lightning.stores import MemoryStore
 
 CLASSES = 3
@@ -18,14 +18,16 @@ class Drawing(Plain):
 
     def __init__(self, draw):
         super().__init__(mlp())
-        self.draw, self.seen = draw, []
+        self.draw, self.seen, self.losses = draw, [], []
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         order = self.draw(x)
         x, y = x[order], y[order]
         self.seen.append(x[:, 0].long().tolist())
-        return cross_entropy(self.net(x / 13), y)
+        out = self.net(x / 13)
+        self.losses.append(cross_entropy(out.detach(), y, reduction="none"))
+        return cross_entropy(out, y)
 
 
 DRAWS = {
@@ -290,6 +292,55 @@ def test_following_the_samples_leaves_the_training_unchanged(draw):
     plain, recorded = weights(), weights(GradientRecorder(MemoryStore()))
     assert torch.equal(plain[0], recorded[0])
     assert torch.equal(plain[1], recorded[1])
+
+
+class InHook(Plain):
+    """Changes its batch after the transfer to the device."""
+
+    def __init__(self, change):
+        super().__init__(mlp())
+        self.change, self.seen = change, []
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return self.change(*batch) if self.trainer.training else batch
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[0][:, 0].long().tolist())
+        return cross_entropy(self.net(batch[0] / 13), batch[1])
+
+
+def test_a_hook_may_permute_the_batch():
+    def change(x, y):
+        order = torch.randperm(len(x))
+        return x[order], y[order]
+
+    model = InHook(change)
+    store, _ = recorded(model)
+    assert [step.sample_ids.tolist() for step in store] == model.seen
+
+
+def test_a_hook_that_mixes_is_warned_of():
+    with pytest.warns(UserWarning, match="rows of the batch hold two samples"):
+        recorded(InHook(lambda x, y: (0.7 * x + 0.3 * swapped(x), y)))
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_recorded_losses_have_the_ids_that_were_drawn(draw):
+    store, model = MemoryStore(), Drawing(draw)
+    quiet_trainer(LossRecorder(store)).fit(model, loader(IndexedVectors()))
+    assert [step.sample_ids.tolist() for step in store] == model.seen
+    for step, losses in zip(store, model.losses, strict=True):
+        assert torch.allclose(step.losses, losses, rtol=1e-5)
+
+
+def test_recorded_losses_of_samples_that_are_put_back_in_order_keep_their_ids():
+    def step(model, x, y):
+        order = x[:, 1].argsort()
+        return cross_entropy(model.net(x[order])[order.argsort()], y)
+
+    store, log = MemoryStore(), TrainingLog()
+    quiet_trainer(LossRecorder(store), log).fit(Stepping(step), loader(IndexedVectors()))
+    assert_in_order(store, log)
 
 
 class StepsByHand(Drawing):

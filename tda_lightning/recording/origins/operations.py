@@ -66,6 +66,12 @@ class Origins:
         return cls(rows, rows)
 
     @classmethod
+    def of_sample(cls, like: Tensor, number: int) -> Origins:
+        """Return the origins of a tensor that belongs to one sample."""
+        sample = torch.tensor(float(number), device=like.device).expand(like.shape)
+        return cls(sample, sample)
+
+    @classmethod
     def none(cls, like: Tensor, dtype: torch.dtype) -> Origins:
         """Return the origins of a tensor that depends on no sample."""
         low = torch.tensor(inf, dtype=dtype, device=like.device).expand(like.shape)
@@ -109,6 +115,7 @@ def origins_after(
         of: Returns the origins of an argument.
     """
     name = name_of(function)
+    named = {key: value for key, value in named.items() if key != "out"}  # It is not ours.
     if name in _OF_NO_SAMPLE or name in _COMBINING:
         return None
     if name in _MOVING:

@@ -6,7 +6,7 @@ takes the samples to be in the order of the batch. The origins of the data show 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf, prod
 from typing import Any
 
@@ -62,7 +62,7 @@ def actual_order(meetings: Sequence[DataMeeting], n: int, rows_of: RowsOf) -> In
     order = torch.full((n,), -1)
     placed = [(_rows_behind(meeting.node, rows_of), meeting) for meeting in meetings]
     is_regular = not any(isinstance(rows, IrregularRows) for (rows, _), _ in placed)
-    for (rows, shape), (node, origins) in placed:
+    for (rows, shape), (node, origins, _) in placed:
         if rows is not None:
             samples = _through(origins, shape, rows, n)
         elif is_regular and not _is_picked(node):
@@ -70,13 +70,33 @@ def actual_order(meetings: Sequence[DataMeeting], n: int, rows_of: RowsOf) -> In
         else:
             samples = None
             _require_single(origins, n)
-        if samples is None:
-            continue
-        differs = (order != samples) & (order >= 0) & (samples >= 0)
-        if bool(differs.any()):
-            raise MixedSamplesError
-        order = torch.where(samples >= 0, samples, order)
+        order = order if samples is None else _agreed(order, samples)
     return torch.where(order >= 0, order, torch.arange(n))
+
+
+def order_of_rows(tensors: Iterable[Origins], n: int) -> Int[Tensor, " n"]:
+    """Return the sample whose data the rows of a batch hold.
+
+    Args:
+        tensors: The origins of the tensors in the batch.
+        n: Number of samples.
+
+    Raises:
+        MixedSamplesError: If some rows hold data of several samples.
+    """
+    order = torch.full((n,), -1)
+    for origins in tensors:
+        if origins.low.ndim and len(origins.low) == n:
+            samples = _samples(origins, torch.arange(n), n)
+            order = order if samples is None else _agreed(order, samples)
+    return torch.where(order >= 0, order, torch.arange(n))
+
+
+def _agreed(order: Int[Tensor, " n"], samples: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Return the samples of both, -1 for none; an error if they differ."""
+    if bool(((order != samples) & (order >= 0) & (samples >= 0)).any()):
+        raise MixedSamplesError
+    return torch.where(samples >= 0, samples, order)
 
 
 def _rows_behind(node: Node, rows_of: RowsOf) -> tuple[Rows | None, tuple[int, ...]]:

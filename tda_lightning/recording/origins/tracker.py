@@ -35,10 +35,12 @@ class DataMeeting(NamedTuple):
     Attributes:
         node: The node of the operation's result.
         origins: The origins of the data.
+        is_with_parameter: Whether the other tensor is a parameter, not the output of the model.
     """
 
     node: Node
     origins: Origins
+    is_with_parameter: bool
 
 
 class OriginTracker(TorchFunctionMode):
@@ -60,6 +62,11 @@ class OriginTracker(TorchFunctionMode):
         for tensor in tensors:
             if tensor.ndim and len(tensor) == n:
                 self._origins[tensor] = Origins.of_rows(tensor)
+
+    def follow(self, tensors: Iterable[Tensor], sample: int) -> None:
+        """Follow the tensors of one sample, before they are joined to a batch."""
+        for tensor in tensors:
+            self._origins[tensor] = Origins.of_sample(tensor, sample)
 
     def origins_of(self, value: Any) -> Origins | None:
         """Return the origins of a tensor, ``None`` if they are unknown."""
@@ -96,18 +103,20 @@ class OriginTracker(TorchFunctionMode):
         if name == "__setitem__":
             self._set(args[0], origins_assigned(args[0], args[1], args[2], self.origins_of))
             return
-        if any(each.requires_grad and each not in self._origins for each in tensors):
-            self._meet(tracked, result)
+        trained = [each for each in tensors if each.requires_grad and each not in self._origins]
+        if trained:
+            self._meet(tracked, result, any(each.is_leaf for each in trained))
         elif isinstance(result, Tensor | list | tuple):
             self._set(result, origins_after(func, args, named, result, self.origins_of))
 
-    def _meet(self, tracked: Sequence[Tensor], result: Any) -> None:
+    def _meet(self, tracked: Sequence[Tensor], result: Any, is_with_parameter: bool) -> None:
+        self._forget(result)
         outputs = tensors_in([result], {})
         node = next((each.grad_fn for each in outputs if each.grad_fn is not None), None)
         for tensor in tracked if node is not None else ():
             origins = self.origins_of(tensor)
             if origins is not None and len(self.meetings) < _MAX_MEETINGS:
-                self.meetings.append(DataMeeting(node, origins))
+                self.meetings.append(DataMeeting(node, origins, is_with_parameter))
 
     def _set(self, result: Any, origins: Origins | list[Origins] | None) -> None:
         if isinstance(origins, list):
