@@ -27,8 +27,10 @@ from tda_lightning.recording.origins.tracker import OriginTracker
 
 Collate = Callable[[Any], Any]
 
-# Samples of the same length stay in order when they are sorted, so one batch may show nothing.
-_CHECKED_CALLS = (0, 1, 3, 7)
+_REMEDY = (
+    "Or put an id into each sample, and pass `sample_ids=`: a key of the batch, or a function from "
+    "the batch to ids."
+)
 
 
 class ReorderedSamplesError(ValueError):
@@ -36,8 +38,9 @@ class ReorderedSamplesError(ValueError):
 
 
 class CheckedCollate:
-    """A ``collate_fn`` that checks, in some of its first calls, whether it keeps the order.
+    """A ``collate_fn`` that checks, in its calls 1, 2, 4, 8 and so on, whether it keeps the order.
 
+    Samples of the same length stay in order when they are sorted, so one batch may show nothing.
     It runs where the wrapped function does, in each worker; an error there reaches the training.
     """
 
@@ -50,10 +53,18 @@ class CheckedCollate:
         """Return the batch of the wrapped function.
 
         Raises:
-            ReorderedSamplesError: If its rows are in another order than the samples.
+            ReorderedSamplesError: If its rows are in another order than the samples, or if a sample
+                is missing.
         """
-        is_checked = self._calls in _CHECKED_CALLS and isinstance(samples, list)
         self._calls += 1
+        is_checked = self._calls & (self._calls - 1) == 0 and isinstance(samples, list)
+        if isinstance(samples, list) and any(sample is None for sample in samples):
+            raise ReorderedSamplesError(
+                "The dataset returned None for a sample, which `collate_fn` drops or replaces, so "
+                "the sampler does not show whose row each row is; expected a sample for each "
+                "index. Leave such indices out before training: `Subset(dataset, indices)`. "
+                f"{_REMEDY}"
+            )
         if not is_checked or len(samples) < 2:
             return self.wrapped(samples)
         copies = _copied(samples)  # The function may modify its samples.
@@ -63,8 +74,7 @@ class CheckedCollate:
                 "`collate_fn` changes the order of its samples, as sorting by length does, so the "
                 "sampler does not show whose row each row is; expected the order of the list that "
                 "it is given. Do not sort: `pack_padded_sequence(..., enforce_sorted=False)` needs "
-                "no order. Or put an id into each sample, and pass `sample_ids=`: a key of the "
-                "batch, or a function from the batch to ids."
+                f"no order. {_REMEDY}"
             )
         return batch
 

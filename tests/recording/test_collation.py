@@ -115,6 +115,31 @@ def test_a_permutation_that_is_the_same_in_both_calls_is_refused():
         quiet_trainer(GradientRecorder(MemoryStore())).fit(Plain(mlp()), data)
 
 
+class Damaged(IndexedVectors):
+    """A dataset without its sample 12, of the third batch."""
+
+    def __getitem__(self, index):
+        return None if index == 12 else super().__getitem__(index)
+
+
+def dropping(samples):
+    return default_collate([sample for sample in samples if sample is not None])
+
+
+def filling(samples):
+    good = [sample for sample in samples if sample is not None]
+    return default_collate((good * len(samples))[: len(samples)])
+
+
+@pytest.mark.parametrize("collate", [dropping, filling])
+def test_missing_samples_are_refused_in_any_batch(collate):
+    store = MemoryStore()
+    data = DataLoader(Damaged(), batch_size=5, collate_fn=collate)
+    with pytest.raises(ReorderedSamplesError, match=r"returned None.*Subset.*sample_ids="):
+        quiet_trainer(GradientRecorder(store)).fit(Plain(mlp()), data)
+    assert [step.sample_ids.tolist() for step in store] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
 class Noisy:
     """Adds noise of every generator that there is, and counts its calls."""
 
