@@ -156,18 +156,17 @@ def _require_single(origins: Origins, n: int) -> None:
 
 def _by_shape(origins: Origins, n: int) -> Int[Tensor, " n"] | None:
     """Return the samples of data that meet outputs of the model, by the shape that both have."""
-    mixed = False
     for layout in possible_layouts(origins.low.shape, n, (0, 1)):
         axis, size = layout.axis, origins.low.shape[layout.axis]
         try:
             samples = _samples(_along(origins, axis), layout.owners(size, n), n)
         except MixedSamplesError:
-            mixed = True
+            if size == n:  # Other sizes may be joined in another way.
+                raise
             continue
         if samples is not None:
             return samples
-    if mixed:
-        raise MixedSamplesError
+    _require_single(origins, n)
     return None
 
 
