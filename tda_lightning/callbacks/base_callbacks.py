@@ -20,6 +20,7 @@ from tda_lightning.callbacks.lightning_trainer import (
     LightningModule,
     Trainer,
     loss_scale_of,
+    sampler_pass,
     training_loaders,
     watch_clipping,
     watch_loaders,
@@ -79,7 +80,7 @@ class RecordingCallback(pl.Callback):
     ) -> None:
         """Determine the sample ids of the batch; record its forward pass if its step is due."""
         if self._recorder is not None:
-            sample_ids = self._ledger.name(batch, batch_idx)
+            sample_ids = self._ledger.name(batch, batch_idx, sampler_pass(trainer))
             share = 1 / trainer.accumulate_grad_batches
             self._recorder.start_batch(trainer.global_step, sample_ids, share)
             if len(sample_ids) > 1 and self._recorder.is_recording():

@@ -7,7 +7,7 @@ differ. Watchers are called when the trainer loads data or clips gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -29,6 +29,7 @@ __all__ = [
     "distributed_context",
     "from_first_process",
     "loss_scale_of",
+    "sampler_pass",
     "training_loaders",
     "watch_clipping",
     "watch_loaders",
@@ -134,6 +135,14 @@ def watch_loaders(trainer: Trainer, watch: _LoaderWatcher) -> Callable[[], None]
 def training_loaders(trainer: Trainer) -> list[Any]:
     """Return the loaders of each batch: one, or those of a collection."""
     return list(_leaves(trainer.train_dataloader))
+
+
+def sampler_pass(trainer: Trainer) -> object:
+    """Return the trainer's present pass over the sampler of its loader, ``None`` if not found."""
+    loop: Any = trainer.fit_loop
+    modes = getattr(getattr(loop, "_combined_loader", None), "_iterator", None)
+    iterators: Sequence[Any] = getattr(modes, "iterators", ())
+    return getattr(iterators[0], "_sampler_iter", None) if len(iterators) == 1 else None
 
 
 def _leaves(loaders: Any) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from tda_lightning.callbacks.arguments import RECORDER, require_sensible
 from tda_lightning.callbacks.base_callbacks import RecordedRun, RecordingCallback
 from tda_lightning.callbacks.checks import require_one_loader
-from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer
+from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, sampler_pass
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
 from tda_lightning.gradients.capture.pausing import is_compiled
@@ -121,7 +121,7 @@ class LossRecorder(RecordedRun, RecordingCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Determine the sample ids of the batch."""
-        self._ids = self._ledger.name(batch, batch_idx)
+        self._ids = self._ledger.name(batch, batch_idx, sampler_pass(trainer))
         if len(self._ids) > 1:
             self._drawn_samples.start(batch, len(self._ids), is_compiled(pl_module))
 

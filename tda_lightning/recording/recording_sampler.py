@@ -15,6 +15,34 @@ REMEDY = (
 )
 
 
+class SamplerPass:
+    """One pass over a sampler, with the drawn items that no batch has claimed yet.
+
+    Nothing is drawn before the first item is requested, as in torch's own samplers. So an iterator
+    that is created and dropped (workers do that) neither draws nor resets anything.
+    """
+
+    def __init__(self, sampler: RecordingSampler) -> None:
+        self.sampler = sampler
+        self.drawn: deque[Any] = deque()
+        self.wrapped: Iterator[Any] | None = None
+        self._is_recorded = False
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return this iterator."""
+        return self
+
+    def __next__(self) -> Any:
+        """Return the next item, and store it."""
+        if self.wrapped is None:
+            self._is_recorded = self.sampler.begin(self)
+            self.wrapped = iter(self.sampler.wrapped)
+        item = next(self.wrapped)
+        if self._is_recorded:
+            self.drawn.append(item)
+        return item
+
+
 class RecordingSampler:
     """A sampler that stores the drawn indices, and otherwise behaves like the wrapped sampler.
 
@@ -24,19 +52,18 @@ class RecordingSampler:
     def __init__(self, sampler: Iterable[Any], is_recording: Callable[[], bool]) -> None:
         self.wrapped = sampler
         self._is_recording = is_recording
-        self._drawn: deque[Any] = deque()
+        self._latest = SamplerPass(self)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the items of the wrapped sampler, and store them."""
-        # A generator: nothing below runs before the first draw, as in torch's own samplers. So an
-        # iterator that is created and dropped (workers do that) neither draws nor resets anything.
-        if not self._is_recording():
-            yield from self.wrapped
-            return
-        drawn = self._drawn = deque()
-        for item in self.wrapped:
-            drawn.append(item)
-            yield item
+        """Return a pass over the wrapped sampler that stores its items."""
+        return SamplerPass(self)
+
+    def begin(self, new: SamplerPass) -> bool:
+        """Return whether a pass that begins now is to be stored."""
+        is_recorded = self._is_recording()
+        if is_recorded:
+            self._latest = new
+        return is_recorded
 
     def __len__(self) -> int:
         """Return the length of the wrapped sampler."""
@@ -48,12 +75,30 @@ class RecordingSampler:
             raise AttributeError(name)
         return getattr(self.wrapped, name)
 
-    def claim(self) -> list[int]:
-        """Remove and return the oldest draw that no batch has claimed yet."""
-        if not self._drawn:
+    def claim(self, outer: object = None) -> list[int]:
+        """Remove and return the oldest draw of a pass that no batch has claimed yet.
+
+        Args:
+            outer: The pass that the batch comes from, if it is known: other code may iterate the
+                same loader meanwhile. Otherwise the latest one counts.
+        """
+        drawn = self._pass_in(outer).drawn
+        if not drawn:
             raise RuntimeError(f"A batch arrived that the sampler has not drawn. {REMEDY}")
-        item = self._drawn.popleft()
+        item = drawn.popleft()
         return list(item) if isinstance(item, Iterable) else [item]
+
+    def n_ahead(self, outer: object = None) -> int:
+        """Return the number of draws that no batch has claimed yet."""
+        return len(self._pass_in(outer).drawn)
+
+    def _pass_in(self, outer: object) -> SamplerPass:
+        """Return the pass of this sampler inside that of other wrappers."""
+        while isinstance(outer, SamplerPass):
+            if outer.sampler is self:
+                return outer
+            outer = outer.wrapped
+        return self._latest
 
 
 def watch_sampler(

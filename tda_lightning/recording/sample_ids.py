@@ -42,6 +42,7 @@ class SampleLedger:
         # Index of the last batch in its epoch; `None` when training resumes in the middle of one.
         self._last_batch: int | None = -1
         self._yields_items = False  # Whether a batch is one item of the dataset.
+        self._is_lag_known = False
         self._n_given: int | None = None  # Number of ids that `source` last returned.
 
     @property
@@ -75,10 +76,11 @@ class SampleLedger:
             restore()
         self._restores, self._sampler, self._loader = [], None, None
 
-    def name(self, batch: Any, batch_index: int) -> Int[Tensor, " n"]:
+    def name(self, batch: Any, batch_index: int, source: object = None) -> Int[Tensor, " n"]:
         """Return the sample ids of a batch that has just arrived.
 
-        The draws of dropped batches before it are skipped.
+        The draws of dropped batches before it are skipped. The ``source`` is the pass over the
+        sampler that the batch comes from, if it is known.
         """
         if self._source is not None:
             given = _as_ids(_look_up(batch, self._source))
@@ -92,12 +94,32 @@ class SampleLedger:
             self._require_fresh_order(batch_index)
             self._last_batch = batch_index - 1
         for _ in range(batch_index - self._last_batch - 1):
-            self._sampler.claim()
+            self._sampler.claim(source)
         self._last_batch = batch_index
-        drawn = self._sampler.claim()
+        drawn = self._sampler.claim(source)
+        self._warn_of_lag(self._sampler.n_ahead(source))
         if self._yields_items and batch_index == 0:
             _warn_of_one_id("With `batch_size=None`, the sampler drew", len(drawn), batch)
         return torch.as_tensor(drawn if self._ids is None else self._ids[drawn], dtype=torch.int64)
+
+    def _warn_of_lag(self, n_ahead: int) -> None:
+        """Warn once if a loader with an ``__iter__`` of its class holds back or skips batches."""
+        loader: Any = self._loader
+        is_known = (
+            hasattr(loader, "load_state_dict") or type(loader).__iter__ is DataLoader.__iter__
+        )
+        if self._is_lag_known or is_known:
+            return
+        # Without a length, the trainer requests one batch more, to know which is the last.
+        n_requested = 0 if hasattr(loader.dataset, "__len__") else 1
+        if n_ahead > n_requested + loader.num_workers * (loader.prefetch_factor or 0):
+            self._is_lag_known = True
+            warnings.warn(
+                f"The `{type(loader).__name__}` has drawn samples of {n_ahead} batches that have "
+                "not arrived. If its `__iter__` skips batches, or changes their order, ids are "
+                f"wrong; expected every batch in the order of the draws. {REMEDY}",
+                stacklevel=2,
+            )
 
     @contextmanager
     def checking_number(self) -> Iterator[None]:
