@@ -153,7 +153,7 @@ class RecordingCallback(pl.Callback):
         undo, self._undo = self._undo, []
         for action in undo:
             action()
-        self._drawn_samples.stop()
+        self._drawn_samples.close()
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
             recorder.detach()

@@ -20,6 +20,7 @@ from torch import Tensor
 from tda_lightning.callbacks.messages import inform
 from tda_lightning.gradients.losses import mixes_samples
 from tda_lightning.passes.batch_contents import find_tensors
+from tda_lightning.recording.collation import tensors_of_samples
 from tda_lightning.recording.origins.order import MixedSamplesError, RowsOf, actual_order
 from tda_lightning.recording.origins.tracker import OriginTracker
 
@@ -47,12 +48,12 @@ class DrawnSamples:
     def transferring(self, batch: Any) -> Iterator[None]:
         """Follow the samples of the next batch through hooks of the model, inside the context."""
         self._transferred = None
-        lengths = Counter(len(each) for each in find_tensors(batch) if each.ndim)
-        if not lengths or not self._is_checked(self._n_batches + 1):
+        if not self._is_checked(self._n_batches + 1):
             yield
             return
-        n = lengths.most_common(1)[0][0]  # How many ids there are is not known yet.
-        self._transferred = OriginTracker(find_tensors(batch), n)
+        lengths = Counter(len(each) for each in find_tensors(batch) if each.ndim)
+        n = max(lengths, key=lengths.__getitem__, default=0)  # Ids are not known yet.
+        self._transferred = OriginTracker(tensors_of_samples(batch, n), n)
         with self._transferred:
             yield
 
@@ -66,7 +67,7 @@ class DrawnSamples:
         before, self._tracker, self._transferred = self._transferred, None, None
         if not self._is_checked(self._n_batches):
             return
-        tensors = list(find_tensors(batch))
+        tensors = list(tensors_of_samples(batch, n))
         is_followed = before is not None and any(map(before.origins_of, tensors))
         if before is not None and is_followed and before.n == n:
             self._tracker = before
@@ -78,6 +79,11 @@ class DrawnSamples:
     def stop(self) -> None:
         """Stop following samples: the forward pass is over, or the training."""
         self._following.close()
+
+    def close(self) -> None:
+        """Forget the batch: the training is over."""
+        self.stop()
+        self._tracker = self._transferred = None
 
     def order(self, loss: Tensor, rows_of: RowsOf | None) -> Int[Tensor, " n"] | None:
         """Return the sample in the rows of each sample; ``None`` if they are in order.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.passes.batch_contents import find_tensors
+from tda_lightning.recording.collation import tensors_of_samples
 from tda_lightning.recording.origins.order import MixedSamplesError, actual_order
 from tda_lightning.recording.origins.tracker import OriginTracker
 
@@ -30,7 +30,7 @@ class DrawnBatch:
 
     def __init__(self, rows: RowRecorder, batch: Any, n: int) -> None:
         self._rows = rows
-        self._tracker = OriginTracker(find_tensors(batch), n)
+        self._tracker = OriginTracker(tensors_of_samples(batch, n), n)
         self._is_followed = n > 1 and not rows.is_compiled
         self._order: Int[Tensor, " n"] | None = None
 

@@ -8,6 +8,7 @@ the samples in reverse: its rows come out in the same order, where they should b
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import random
 import warnings
@@ -85,9 +86,9 @@ class CheckedCollate:
             tracker.follow(_tensors(sample), number)
         with tracker:
             batch = self.wrapped(samples)
-        known = (origins for each in _tensors(batch) if (origins := tracker.origins_of(each)))
+        known = map(tracker.origins_of, tensors_of_samples(batch, n))
         try:
-            order = order_of_rows(known, n)
+            order = order_of_rows([each for each in known if each is not None], n)
         except MixedSamplesError:
             self._warn_of_mixing()
             return batch, False
@@ -146,8 +147,7 @@ def _reorders(collate: Collate, samples: list[Any], batch: Any) -> bool:
 
 def _rows(batch: Any, n: int) -> list[tuple[bytes, ...]]:
     """Return the contents of each row of all tensors with ``n`` rows."""
-    tensors = [each for each in _tensors(batch) if each.ndim and len(each) == n]
-    raw = [each.detach().cpu().contiguous() for each in tensors]
+    raw = [each.detach().cpu().contiguous() for each in tensors_of_samples(batch, n)]
     return [tuple(_bytes_of(each[i]) for each in raw) for i in range(n)]
 
 
@@ -155,15 +155,40 @@ def _bytes_of(row: Tensor) -> bytes:
     return row.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def tensors_of_samples(value: Any, n: int) -> Iterator[Tensor]:
+    """Yield the tensors of a batch whose ``n`` rows are its samples.
+
+    A list of ``n`` entries that are no such tensors has an entry for each sample. One of those may
+    have ``n`` rows too, such as the boxes in an image.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim and len(value) == n:
+            yield value
+        return
+    parts = _parts(value)
+    is_of_samples = isinstance(value, list | tuple) and len(parts) == n > 1
+    if not is_of_samples or all(isinstance(p, Tensor) and p.shape[:1] == (n,) for p in parts):
+        for part in parts:
+            yield from tensors_of_samples(part, n)
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
+    else:
+        for part in _parts(value):
             yield from _tensors(part)
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        for part in value:
-            yield from _tensors(part)
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """Return the entries of a list, a mapping or a dataclass."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return ()
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class RecordingSampler:
             raise AttributeError(name)
         return getattr(self.wrapped, name)
 
-    def claim(self, outer: object = None) -> list[int]:
+    def claim(self, outer: object = None) -> list[Any]:
         """Remove and return the oldest draw of a pass that no batch has claimed yet.
 
         Args:

@@ -8,6 +8,7 @@ original sampler is restored at the end.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ class SampleLedger:
         self._warn_of_lag(self._sampler.n_ahead(source))
         if self._yields_items and batch_index == 0:
             _warn_of_one_id("With `batch_size=None`, the sampler drew", len(drawn), batch)
-        return torch.as_tensor(drawn if self._ids is None else self._ids[drawn], dtype=torch.int64)
+        return torch.as_tensor(_indexed(self._ids, drawn), dtype=torch.int64)
 
     def _warn_of_lag(self, n_ahead: int) -> None:
         """Warn once if a loader with an ``__iter__`` of its class holds back or skips batches."""
@@ -168,6 +169,34 @@ def root_ids(dataset: Any) -> Int[np.ndarray, " n"] | None:
         indices = np.asarray(dataset.indices, dtype=np.int64)
         return indices if parent_ids is None else parent_ids[indices]
     return np.arange(len(dataset)) if hasattr(dataset, "__len__") else None
+
+
+def _indexed(
+    ids: Int[np.ndarray, " n_train"] | None, drawn: Sequence[Any]
+) -> Int[np.ndarray, " n"]:
+    """Return the ids at the drawn indices; without a dataset's length, the indices themselves."""
+    n_train = 2**62 if ids is None else len(ids)
+    try:
+        indices = np.asarray(drawn)
+        is_integer = indices.ndim == 1 and indices.dtype.kind in "iu"
+    except ValueError:  # Sequences of different lengths.
+        is_integer = False
+    if len(drawn) and not (is_integer and ((indices >= -n_train) & (indices < n_train)).all()):
+        wrong = next(each for each in drawn if not _is_index(each, n_train))
+        size = "" if ids is None else f" of {n_train:,} samples"
+        raise ValueError(
+            f"The sampler drew {wrong!r}, which is no index into the dataset{size}; expected "
+            f"integers. {REMEDY}"
+        )
+    indices = indices.astype(np.int64)
+    return indices if ids is None else ids[indices]
+
+
+def _is_index(value: Any, n_train: int) -> bool:
+    try:
+        return -n_train <= operator.index(value) < n_train
+    except TypeError:
+        return False
 
 
 def require_once(ids: Int[Tensor, " n"]) -> None:

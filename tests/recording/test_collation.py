@@ -10,7 +10,7 @@ from lightning_models import IndexedVectors, Plain, TrainingLog, mlp, quiet_trai
 from torch.utils.data import DataLoader, Subset, default_collate
 
 from tda_lightning import GradientRecorder, attribute
-from tda_lightning.recording.collation import ReorderedSamplesError
+from tda_lightning.recording.collation import CheckedCollate, ReorderedSamplesError
 from tda_lightning.stores import MemoryStore
 
 DATA = IndexedVectors()
@@ -113,6 +113,43 @@ def test_a_permutation_that_is_the_same_in_both_calls_is_refused():
     data = DataLoader(DATA, batch_size=5, collate_fn=permuted_at_random)
     with pytest.raises(ReorderedSamplesError):
         quiet_trainer(GradientRecorder(MemoryStore())).fit(Plain(mlp()), data)
+
+
+def sequences_first(samples):
+    """Return vectors with one entry for each of as many steps as there are samples."""
+    x, y = default_collate(samples)
+    return x[:, : len(x)].T.contiguous(), y
+
+
+def sets_of_several_rows(samples):
+    """Return rows of which each sample has none, one or two: as many as there are samples."""
+    sizes = [2, 0, 1, 1, 1]
+    rows = [x[None].expand(size, -1) for (x, _), size in zip(samples, sizes, strict=False)]
+    return torch.cat(rows), torch.stack([y for _, y in samples])
+
+
+def one_tensor_for_each_sample(samples):
+    sizes = [3, 5, 2, 7, 1]  # Of the samples, wherever they are.
+    return {"boxes": [x[: sizes[int(x[0])]].clone() for x, _ in samples], "labels": 0}
+
+
+def one_mapping_for_each_sample(samples):
+    return [{"boxes": boxes} for boxes in one_tensor_for_each_sample(samples)["boxes"]]
+
+
+@pytest.mark.parametrize(
+    "collate",
+    [
+        sequences_first,
+        sets_of_several_rows,
+        one_tensor_for_each_sample,
+        one_mapping_for_each_sample,
+    ],
+)
+def test_as_many_rows_as_samples_need_not_be_the_samples(collate):
+    samples = [DATA[i] for i in range(5)]
+    batch, expected = CheckedCollate(collate)(samples), collate(samples)
+    assert str(batch) == str(expected)
 
 
 class Damaged(IndexedVectors):

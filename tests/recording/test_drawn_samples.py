@@ -90,6 +90,13 @@ def test_rows_of_flow_matching_are_the_gradients_of_the_pairs_of_their_samples()
             assert torch.allclose(row.square().sum(), norm, rtol=1e-9)
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
+def test_draws_are_followed_in_any_precision(precision):
+    store, model = MemoryStore(), Drawing(DRAWS["a permutation"])
+    quiet_trainer(GradientRecorder(store), precision=precision).fit(model, loader(IndexedVectors()))
+    assert [step.sample_ids.tolist() for step in store] == model.seen
+
+
 def test_samples_that_are_put_back_in_order_keep_their_ids():
     def step(model, x, y):
         order = x[:, 1].argsort()

@@ -44,7 +44,7 @@ class PassesOverAll(Seen):
 
 
 class IteratesInItsStep(Seen):
-    """Draws a second batch for each of its own."""
+    """Draws another batch in each step."""
 
     def training_step(self, batch, batch_idx):
         if batch_idx == 0:

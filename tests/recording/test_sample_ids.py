@@ -174,6 +174,41 @@ def test_wrong_ids_raise(source, message):
         record(loader(IndexedVectors()), sample_ids=source)
 
 
+class Keyed(IndexedVectors):
+    """A dataset whose keys are no indices."""
+
+    def __init__(self, keys):
+        super().__init__()
+        self.numbers = {key: number for number, key in enumerate(keys)}
+
+    def __getitem__(self, key):
+        return super().__getitem__(self.numbers[key])
+
+
+@pytest.mark.parametrize(
+    ("keys", "first"),
+    [
+        ([(i, 7 * i % 13) for i in range(13)], r"\(0, 0\)"),
+        ([f"sample {i}" for i in range(13)], "'sample 0'"),
+        (range(9, 22), "13"),
+    ],
+    ids=["pairs", "strings", "numbers from 9 on"],
+)
+def test_a_sampler_of_other_things_than_indices_is_refused(keys, first):
+    data = DataLoader(Keyed(keys), batch_size=5, sampler=list(keys))
+    with pytest.raises(ValueError, match=f"drew {first}, which is no index.*sample_ids="):
+        quiet_trainer(GradientRecorder(MemoryStore())).fit(Plain(mlp()), data)
+
+
+@pytest.mark.parametrize("draw", [torch.randperm, np.random.permutation], ids=["torch", "numpy"])
+def test_a_sampler_may_draw_numbers_of_a_library(draw):
+    order = draw(13)
+    store = MemoryStore()
+    data = DataLoader(IndexedVectors(), batch_size=5, sampler=order)
+    quiet_trainer(GradientRecorder(store), max_epochs=1).fit(Plain(mlp()), data)
+    assert torch.cat([step.sample_ids for step in store]).tolist() == order.tolist()
+
+
 def test_one_id_for_several_rows_is_warned_of():
     with pytest.warns(UserWarning, match="one id for a batch whose tensors have 5 rows"):
         record(loader(IndexedVectors()), sample_ids=lambda batch: [1])

@@ -68,7 +68,7 @@ class Origins:
     @classmethod
     def of_sample(cls, like: Tensor, number: int) -> Origins:
         """Return the origins of a tensor that belongs to one sample."""
-        sample = torch.tensor(float(number), device=like.device).expand(like.shape)
+        sample = torch.tensor(number, dtype=torch.float32, device=like.device).expand(like.shape)
         return cls(sample, sample)
 
     @classmethod

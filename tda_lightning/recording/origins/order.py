@@ -77,6 +77,8 @@ def actual_order(meetings: Sequence[DataMeeting], n: int, rows_of: RowsOf) -> In
 def order_of_rows(tensors: Iterable[Origins], n: int) -> Int[Tensor, " n"]:
     """Return the sample whose data the rows of a batch hold.
 
+    Only tensors with one row of each sample count: the number of other rows may be ``n`` by chance.
+
     Args:
         tensors: The origins of the tensors in the batch.
         n: Number of samples.
@@ -84,12 +86,16 @@ def order_of_rows(tensors: Iterable[Origins], n: int) -> Int[Tensor, " n"]:
     Raises:
         MixedSamplesError: If some rows hold data of several samples.
     """
-    order = torch.full((n,), -1)
+    everyone = torch.arange(n)
+    orders = set()
     for origins in tensors:
         if origins.low.ndim and len(origins.low) == n:
-            samples = _samples(origins, torch.arange(n), n)
-            order = order if samples is None else _agreed(order, samples)
-    return torch.where(order >= 0, order, torch.arange(n))
+            samples = _samples(origins, everyone, n)
+            if samples is not None and torch.equal(samples.sort().values, everyone):
+                orders.add(tuple(samples.tolist()))
+    if len(orders) > 1:
+        raise MixedSamplesError
+    return torch.tensor(orders.pop()) if orders else everyone
 
 
 def _agreed(order: Int[Tensor, " n"], samples: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -182,8 +188,12 @@ def _samples(by_row: Origins, owners: Tensor, n: int) -> Int[Tensor, " n"] | Non
     low = low.reshape(len(owners), -1)
     high = high.reshape(len(owners), -1)
     owners, n_owners = owners.cpu(), max(n, int(owners.max()) + 1)
-    lowest = torch.full((n_owners,), inf).scatter_reduce(0, owners, low.amin(1), "amin")
-    highest = torch.full((n_owners,), -inf).scatter_reduce(0, owners, high.amax(1), "amax")
+    lowest = torch.full((n_owners,), inf, dtype=low.dtype).scatter_reduce(
+        0, owners, low.amin(1), "amin"
+    )
+    highest = torch.full((n_owners,), -inf, dtype=low.dtype).scatter_reduce(
+        0, owners, high.amax(1), "amax"
+    )
     several = (lowest < highest).nonzero()[:_MAX_COUNTED, 0]
     counts = [_count(low[owners == owner], high[owners == owner]) for owner in several]
     if counts:

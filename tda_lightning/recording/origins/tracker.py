@@ -47,7 +47,7 @@ class OriginTracker(TorchFunctionMode):
     """Follows the rows of a batch's tensors; a context manager.
 
     Args:
-        tensors: The tensors of the batch. Those with ``n`` rows are followed.
+        tensors: The tensors of the batch whose rows are its samples.
         n: Number of samples.
 
     Attributes:
@@ -60,8 +60,7 @@ class OriginTracker(TorchFunctionMode):
         self.meetings: list[DataMeeting] = []
         self._origins: MutableMapping[Tensor, Origins] = WeakTensorKeyDictionary()
         for tensor in tensors:
-            if tensor.ndim and len(tensor) == n:
-                self._origins[tensor] = Origins.of_rows(tensor)
+            self._origins[tensor] = Origins.of_rows(tensor)
 
     def follow(self, tensors: Iterable[Tensor], sample: int) -> None:
         """Follow the tensors of one sample, before they are joined to a batch."""
