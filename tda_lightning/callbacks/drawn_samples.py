@@ -102,6 +102,8 @@ class DrawnSamples:
         except MixedSamplesError:
             self._warn_of_mixing()
             return None
+        except RuntimeError:  # Tensors of an unusual kind must not end the training.
+            return None
         if mixes_samples(loss):
             self._warn_of_mixing()
         if torch.equal(order, torch.arange(tracker.n)):

@@ -350,6 +350,15 @@ def test_recorded_losses_of_samples_that_are_put_back_in_order_keep_their_ids():
     assert_in_order(store, log)
 
 
+def test_several_recorders_follow_the_same_draws():
+    first, second, third = MemoryStore(), MemoryStore(), MemoryStore()
+    model = Drawing(DRAWS["a permutation"])
+    recorders = GradientRecorder(first), LossRecorder(second), GradientRecorder(third)
+    quiet_trainer(*recorders).fit(model, loader(IndexedVectors()))
+    for store in (first, second, third):
+        assert [step.sample_ids.tolist() for step in store] == model.seen
+
+
 class StepsByHand(Drawing):
     """Optimizes by hand, with two backward passes per step."""
 

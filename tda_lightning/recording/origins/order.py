@@ -184,18 +184,19 @@ def _samples(by_row: Origins, owners: Tensor, n: int) -> Int[Tensor, " n"] | Non
     Raises:
         MixedSamplesError: If the rows of an owner hold a few samples.
     """
-    low, high = by_row.low.float().cpu(), by_row.high.float().cpu()
-    low = low.reshape(len(owners), -1)
-    high = high.reshape(len(owners), -1)
+    if not by_row.low.numel():
+        return None
+    low = by_row.low.reshape(len(owners), -1)
+    high = by_row.high.reshape(len(owners), -1)
+    lows, highs = low.amin(1).float().cpu(), high.amax(1).float().cpu()
     owners, n_owners = owners.cpu(), max(n, int(owners.max()) + 1)
-    lowest = torch.full((n_owners,), inf, dtype=low.dtype).scatter_reduce(
-        0, owners, low.amin(1), "amin"
-    )
-    highest = torch.full((n_owners,), -inf, dtype=low.dtype).scatter_reduce(
-        0, owners, high.amax(1), "amax"
-    )
+    lowest = torch.full((n_owners,), inf, dtype=lows.dtype)
+    lowest = lowest.scatter_reduce(0, owners, lows, "amin")
+    highest = torch.full((n_owners,), -inf, dtype=lows.dtype)
+    highest = highest.scatter_reduce(0, owners, highs, "amax")
     several = (lowest < highest).nonzero()[:_MAX_COUNTED, 0]
-    counts = [_count(low[owners == owner], high[owners == owner]) for owner in several]
+    owners = owners.to(low.device)
+    counts = [_count(low[owners == owner], high[owners == owner]) for owner in several.tolist()]
     if counts:
         if max(counts) <= max(2, n // 2) and max(counts) < n:
             raise MixedSamplesError
@@ -205,5 +206,5 @@ def _samples(by_row: Origins, owners: Tensor, n: int) -> Int[Tensor, " n"] | Non
 
 def _count(low: Tensor, high: Tensor) -> int:
     """Return the number of samples in some rows."""
-    values = torch.cat([low.flatten(), high.flatten()])
+    values = torch.cat([low.flatten(), high.flatten()]).float()
     return len(set(values[values.isfinite()].tolist()))

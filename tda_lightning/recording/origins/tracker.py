@@ -58,6 +58,7 @@ class OriginTracker(TorchFunctionMode):
         super().__init__()
         self.n = n
         self.meetings: list[DataMeeting] = []
+        self._met: set[Any] = set()
         self._origins: MutableMapping[Tensor, Origins] = WeakTensorKeyDictionary()
         for tensor in tensors:
             self._origins[tensor] = Origins.of_rows(tensor)
@@ -114,7 +115,12 @@ class OriginTracker(TorchFunctionMode):
         node = next((each.grad_fn for each in outputs if each.grad_fn is not None), None)
         for tensor in tracked if node is not None else ():
             origins = self.origins_of(tensor)
-            if origins is not None and len(self.meetings) < _MAX_MEETINGS:
+            if origins is None or len(self.meetings) >= _MAX_MEETINGS:
+                continue
+            low = origins.low
+            known = (low.data_ptr(), low.shape, low.stride())
+            if is_with_parameter or known not in self._met:  # Every layer may have the same mask.
+                self._met.add(known)
                 self.meetings.append(DataMeeting(node, origins, is_with_parameter))
 
     def _set(self, result: Any, origins: Origins | list[Origins] | None) -> None:
