@@ -176,3 +176,30 @@ def test_the_axis_of_n_entries_shows_the_samples_of_flattened_terms():
     owners = term_owners(node, N)
     terms = torch.arange(float(T * N)).reshape(T * N, 1)
     assert torch.equal(owners.sums(terms), terms.reshape(T, N).sum(dim=0))
+
+
+class Correlated(Plain):
+    """Two views whose features are correlated over the batch, or whose samples are compared."""
+
+    def __init__(self, features, product):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(T, features))
+        self.product = product
+
+    def training_step(self, batch, batch_idx):
+        x, _ = batch
+        table = self.product(self.net(x), self.net(x.flip(1)))
+        return (table - torch.eye(len(table))).square().mean()
+
+
+@pytest.mark.parametrize("features", [3, N, 11])
+def test_terms_of_features_belong_to_no_sample_also_if_there_are_as_many(features):
+    def losses(product):
+        store = MemoryStore()
+        data = DataLoader(TensorDataset(torch.randn(N, T), torch.zeros(N)), batch_size=N)
+        recorder = GradientRecorder(store)
+        quiet_trainer(recorder, max_epochs=1).fit(Correlated(features, product), data)
+        return store[0].losses
+
+    assert losses(lambda first, second: first.mT @ second) is None
+    assert losses(lambda first, second: first @ second.mT) is not None

@@ -32,6 +32,7 @@ _MOVING = frozenset(
     for name in ("Flip", "Roll", "Gather", "Sort", "IndexSelect", "TakeAlongDim", "Mm", "Bmm")
     for number in (0, 1)
 )
+_PRODUCTS = frozenset({"MmBackward0", "BmmBackward0"})
 _REDUCING = frozenset(
     f"{name}Backward{number}" for name in ("Sum", "Mean", "Logsumexp") for number in (0, 1)
 )
@@ -114,9 +115,12 @@ def term_owners(loss_node: LossNode, n: int, rows_of: RowsOf | None = None) -> T
             break  # One term per sample is in the order of the samples.
         known = None if rows_of is None else rows_of(edge[0])
         if known is not None:
-            owners = _tracked(TermOwners.of(known, shape, n), chain[:-1])
+            start = TermOwners.of(known, shape, n)
+            owners = _tracked(start, chain[:-1])
             if owners is not None and owners.axis() != loss_node.class_axis:
                 return owners
+            if _are_summed(start, chain[:-1]):
+                return None
             break
     return _by_shape(chain, n, loss_node.class_axis)
 
@@ -162,6 +166,18 @@ def _tracked(owners: TermOwners, chain: Sequence[tuple[Any, int]]) -> TermOwners
         if current is not None:
             current = _after(current, edge[0], output_shape(edge))
     return None if current is None or current.axis() is None else current
+
+
+def _are_summed(owners: TermOwners, chain: Sequence[tuple[Any, int]]) -> bool:
+    """Return whether a product of matrices sums over the samples, as a correlation of features."""
+    current: TermOwners | None = owners
+    for edge in reversed(chain):
+        if current is None or edge[0].name() in _PRODUCTS:
+            break
+        current = _after(current, edge[0], output_shape(edge))
+    else:
+        return False
+    return current is not None and current.axis() == len(current.shape) - 1
 
 
 def _after(owners: TermOwners, node: Any, shape: tuple[int, ...]) -> TermOwners | None:
