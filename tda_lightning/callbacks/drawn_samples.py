@@ -42,7 +42,7 @@ class DrawnSamples:
 
     def _is_checked(self, number: int) -> bool:
         """Return whether a batch is checked: 1, 2, 4, 8, since a step may mix in some only."""
-        return not self._are_mixed and (self._are_drawn or number & (number - 1) == 0)
+        return self._are_drawn or (not self._are_mixed and number & (number - 1) == 0)
 
     @contextmanager
     def transferring(self, batch: Any) -> Iterator[None]:
@@ -108,10 +108,12 @@ class DrawnSamples:
             self._warn_of_mixing()
         if torch.equal(order, torch.arange(tracker.n)):
             return None
-        self._tell_of_draws()
+        self._report_draws()
         return order
 
     def _warn_of_mixing(self) -> None:
+        if self._are_mixed:
+            return
         self._are_mixed = True
         rank_zero_warn(
             f"{self._name}: rows of the batch hold two samples, as in mixup or CutMix, or with "
@@ -120,7 +122,7 @@ class DrawnSamples:
             "outputs of the model instead of its inputs: see `Mixup and CutMix` in docs/gotchas.md."
         )
 
-    def _tell_of_draws(self) -> None:
+    def _report_draws(self) -> None:
         if self._are_drawn:
             return
         self._are_drawn = True

@@ -92,6 +92,8 @@ class CheckedCollate:
         except MixedSamplesError:
             self._warn_of_mixing()
             return batch, False
+        except RuntimeError:  # Tensors of an unusual kind must not end the training.
+            return batch, False
         return batch, not torch.equal(order, torch.arange(n))
 
     def _warn_of_mixing(self) -> None:

@@ -77,11 +77,11 @@ class SampleLedger:
             restore()
         self._restores, self._sampler, self._loader = [], None, None
 
-    def name(self, batch: Any, batch_index: int, source: object = None) -> Int[Tensor, " n"]:
+    def name(self, batch: Any, batch_index: int, sampler_pass: object = None) -> Int[Tensor, " n"]:
         """Return the sample ids of a batch that has just arrived.
 
-        The draws of dropped batches before it are skipped. The ``source`` is the pass over the
-        sampler that the batch comes from, if it is known.
+        The draws of dropped batches before it are skipped. The batch comes from ``sampler_pass``,
+        if that is known.
         """
         if self._source is not None:
             given = _as_ids(_look_up(batch, self._source))
@@ -95,10 +95,10 @@ class SampleLedger:
             self._require_fresh_order(batch_index)
             self._last_batch = batch_index - 1
         for _ in range(batch_index - self._last_batch - 1):
-            self._sampler.claim(source)
+            self._sampler.claim(sampler_pass)
         self._last_batch = batch_index
-        drawn = self._sampler.claim(source)
-        self._warn_of_lag(self._sampler.n_ahead(source))
+        drawn = self._sampler.claim(sampler_pass)
+        self._warn_of_lag(self._sampler.n_ahead(sampler_pass))
         if self._yields_items and batch_index == 0:
             _warn_of_one_id("With `batch_size=None`, the sampler drew", len(drawn), batch)
         return torch.as_tensor(_indexed(self._ids, drawn), dtype=torch.int64)

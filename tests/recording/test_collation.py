@@ -137,6 +137,17 @@ def one_mapping_for_each_sample(samples):
     return [{"boxes": boxes} for boxes in one_tensor_for_each_sample(samples)["boxes"]]
 
 
+def labelled(samples):
+    return torch.stack([torch.cat([x, label]) for x, label in samples])
+
+
+def test_samples_may_share_a_tensor():
+    labels = [torch.zeros(1), torch.ones(1)]
+    samples = [(DATA[i][0], labels[i % 2]) for i in range(5)]
+    assert torch.equal(CheckedCollate(labelled)(samples), labelled(samples))
+    assert torch.equal(CheckedCollate(labelled)(samples[:1] * 3), labelled(samples[:1] * 3))
+
+
 @pytest.mark.parametrize(
     "collate",
     [

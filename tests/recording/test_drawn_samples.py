@@ -350,6 +350,25 @@ def test_recorded_losses_of_samples_that_are_put_back_in_order_keep_their_ids():
     assert_in_order(store, log)
 
 
+class DrawingAndMixing(Drawing):
+    """Mixes the samples of its second batch, after it has drawn them."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.global_step == 1:
+            loss = loss + cross_entropy(self.net(batch[0] + batch[0].flip(0)), batch[1])
+        return loss
+
+
+def test_draws_are_followed_after_a_batch_that_mixes():
+    model = DrawingAndMixing(DRAWS["a permutation"])
+    with pytest.warns(UserWarning, match="rows of the batch hold two samples"):
+        store, _ = recorded(model)
+    ids = [step.sample_ids.tolist() for step in store]
+    assert ids[0] == model.seen[0]
+    assert ids[2:] == model.seen[2:]
+
+
 def test_several_recorders_follow_the_same_draws():
     first, second, third = MemoryStore(), MemoryStore(), MemoryStore()
     model = Drawing(DRAWS["a permutation"])

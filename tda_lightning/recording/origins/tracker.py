@@ -66,7 +66,9 @@ class OriginTracker(TorchFunctionMode):
     def follow(self, tensors: Iterable[Tensor], sample: int) -> None:
         """Follow the tensors of one sample, before they are joined to a batch."""
         for tensor in tensors:
-            self._origins[tensor] = Origins.of_sample(tensor, sample)
+            origins = Origins.of_sample(tensor, sample)
+            is_shared = tensor in self._origins  # Such as a label that a dataset creates once.
+            self._origins[tensor] = Origins.none(tensor, torch.float32) if is_shared else origins
 
     def origins_of(self, value: Any) -> Origins | None:
         """Return the origins of a tensor, ``None`` if they are unknown."""
