@@ -298,3 +298,4 @@ def test_a_compiled_function_in_the_training_step_is_refused():
         quiet_trainer(GradientRecorder(MemoryStore())).fit(
             CompilesFunction(mlp()), loader(vectors())
         )
+    torch.compiler.reset()  # It holds the module until something else is compiled.
