@@ -83,6 +83,9 @@ class DrawnSamples:
     def close(self) -> None:
         """Forget the batch: the training is over."""
         self.stop()
+        for tracker in (self._tracker, self._transferred):
+            if tracker is not None:
+                tracker.forget()
         self._tracker = self._transferred = None
 
     def order(self, loss: Tensor, rows_of: RowsOf | None) -> Int[Tensor, " n"] | None:

@@ -77,6 +77,11 @@ class OriginTracker(TorchFunctionMode):
         known = self._origins.get(value)
         return known if known is not None and known.low.shape == value.shape else None
 
+    def forget(self) -> None:
+        """Let go of the graph: compiled functions of the step may hold on to this object."""
+        self.meetings.clear()
+        self._origins.clear()
+
     def __torch_function__(
         self,
         func: Any,
