@@ -108,6 +108,12 @@ def _require_supported_optimizer(optimizer: Optimizer, has_scale: bool) -> None:
             "a `torch.optim.Optimizer` whose `__init__` was called",
             "Derive it from that class.",
         )
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        _refuse(
+            f"`lr=None` in the `{name}`, whose learning rate is then not visible",
+            "a learning rate in every parameter group",
+            "Pass `lr=`; Adafactor also needs `relative_step=False`.",
+        )
     if any(group.get("maximize") for group in optimizer.param_groups):
         _refuse(
             f"`maximize=True` in the `{name}`, which raises what `training_step` returns, so that "

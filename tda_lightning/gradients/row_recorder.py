@@ -32,6 +32,7 @@ from tda_lightning.gradients.row_pass import BatchRows, Coordinates, RowPass
 from tda_lightning.gradients.sketching.block_maps import places
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher, inverse_squares, sketch_parameters
+from tda_lightning.gradients.sparse_gradients import entries_of, to_dense
 from tda_lightning.stores.recipe import SampleAxis
 from tda_lightning.stores.step import Preconditioner
 
@@ -257,7 +258,8 @@ class RowRecorder:
         """Sketch the current ``.grad`` of the parameters, block by block."""
 
         def gradient(parameter: Tensor) -> Tensor:
-            return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            grad = parameter.grad
+            return torch.zeros_like(parameter) if grad is None else to_dense(grad)
 
         return sketch_parameters(self._sketcher, self._selection, gradient)
 
@@ -276,8 +278,8 @@ class RowRecorder:
     def left_out_gradient(self, trained: Sequence[nn.Parameter]) -> Tensor:
         """Return the squared gradient norm of the trained parameters that are not recorded."""
         recorded = set(self.recorded_parameters())
-        grads = [p.grad for p in trained if p not in recorded]
-        squares = [grad.abs().double().square().sum() for grad in grads if grad is not None]
+        grads = [entries_of(p.grad) for p in trained if p not in recorded and p.grad is not None]
+        squares = [grad.abs().double().square().sum() for grad in grads]
         return torch.stack(squares).sum() if squares else torch.zeros(())
 
     def sum_blocks(self) -> None:

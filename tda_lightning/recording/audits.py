@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from tda_lightning.gradients.parameter_selection import COMPLEX_REASON, ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.sparse_gradients import entries_of
 from tda_lightning.stores.recipe import Block, LeftOut
 from tda_lightning.stores.step import Audit
 
@@ -77,46 +78,67 @@ def relative_deviations(
     return torch.where(is_kept.to(relative.device), relative, 0)
 
 
-def check_conserved(
-    blocks: Sequence[Block],
-    start: AuditStart,
-    rounding: Float[Tensor, " blocks"],
-    lost: Collection[int] = (),
-    warn: Callable[[str], None] | None = None,
-) -> None:
-    """Check that the rows of every block sum to its gradient, in the first step of a training.
+class ConservationCheck:
+    """Checks that the rows of every block sum to its gradient.
 
-    ``rounding`` and ``lost`` are as in :func:`relative_deviations`.
+    Args:
+        warn: Called with a warning of a step after the first; in the first, an error is raised.
 
-    Raises:
-        ValueError: If a block deviates; names the one that deviates most. With ``warn``, it is
-            called with a warning instead.
+    Attributes:
+        is_accepted: Whether the first step warns too, since an earlier training was accepted.
     """
-    relative = relative_deviations(start.recorded, start.gradient, rounding, lost)
-    worst = int(relative.argmax())
-    if not relative[worst] > MAX_RELATIVE_DEVIATION:
-        return
-    is_cleared = not start.gradient[worst].any()
-    message = (_cleared if is_cleared else _deviating)(blocks[worst], float(relative[worst]))
-    if warn is None:
-        raise ValueError(message)
-    warn(f"GradientRecorder: {message} The run goes on, since its earlier steps were accepted.")
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._has_warned = self.is_accepted = False
+
+    def __call__(
+        self,
+        blocks: Sequence[Block],
+        start: AuditStart,
+        rounding: Float[Tensor, " blocks"],
+        lost: Collection[int] = (),
+        step: int = 0,
+    ) -> None:
+        """Check a recorded step of a training, counted from 0.
+
+        ``rounding`` and ``lost`` are as in :func:`relative_deviations`.
+
+        Raises:
+            ValueError: If a block deviates in the first step; names the one that deviates most.
+        """
+        relative = relative_deviations(start.recorded, start.gradient, rounding, lost)
+        worst = int(relative.argmax())
+        if self._has_warned or not relative[worst] > MAX_RELATIVE_DEVIATION:
+            return
+        is_cleared = not start.gradient[worst].any()
+        when = f"recorded step {step:,}" if step else "the first step"
+        message = (_cleared if is_cleared else _deviating)(
+            blocks[worst], float(relative[worst]), when
+        )
+        if not step and not self.is_accepted:
+            raise ValueError(message)
+        self._has_warned = True
+        self._warn(
+            f"GradientRecorder: {message} The run goes on, since its earlier steps were accepted."
+        )
 
 
-def _deviating(block: Block, deviation: float) -> str:
+def _deviating(block: Block, deviation: float, when: str) -> str:
     return (
         f"The recorded rows of the {block.layer} `{block.name}` do not sum to its gradient: in "
-        f"the first step the sum is {deviation:.0%} off. Expected that its gradient comes from the "
+        f"{when} the sum is {deviation:.0%} off. Expected that its gradient comes from the "
         "samples alone; a penalty on it, a gradient hook or the output of a custom function may "
-        "change it. Replace a penalty by `weight_decay=` of the optimizer, or leave the layer out "
+        "change it, and so may gradients that were not zeroed. Replace a penalty by "
+        "`weight_decay=` of the optimizer, or leave the layer out "
         f"with `layers=['!{block.name}']`."
     )
 
 
-def _cleared(block: Block, deviation: float) -> str:
+def _cleared(block: Block, deviation: float, when: str) -> str:
     return (
         f"The gradient of the {block.layer} `{block.name}` was cleared between the backward pass "
-        "and the first step, as for a layer that stays frozen in the first epochs. Expected the "
+        f"and {when}, as for a layer that stays frozen in the first epochs. Expected the "
         "gradient of the backward pass. Freeze the layer by `requires_grad_(False)`, or leave it "
         f"out with `layers=['!{block.name}']`."
     )
@@ -197,5 +219,6 @@ def negligible_blocks(parameters: Sequence[Sequence[Parameter]]) -> set[int]:
 
 
 def _square(parameters: Sequence[Parameter]) -> float:
-    squares = [p.grad.abs().double().square().sum() for p in parameters if p.grad is not None]
+    grads = [entries_of(p.grad) for p in parameters if p.grad is not None]
+    squares = [grad.abs().double().square().sum() for grad in grads]
     return float(torch.stack(squares).sum()) if squares else 0.0

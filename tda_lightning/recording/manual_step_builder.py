@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.recording.optimizer_gradients import (
+    MAX_FACTOR_SPREAD,
     ValueClipping,
     clipped_norm,
     first_with_gradient,
@@ -32,8 +33,6 @@ from tda_lightning.recording.taken_step import TakenStep
 
 # The identity of a gradient tensor, and the number of in-place changes to it.
 _GradientVersion = tuple[int, int] | None
-# Clipping by norm scales all gradients by the same factor, up to rounding.
-_MAX_FACTOR_SPREAD = 1e-2
 
 
 class ManualStepBuilder(StepBuilder):
@@ -81,7 +80,7 @@ class ManualStepBuilder(StepBuilder):
         self._versions = _gradient_versions(self._parameters)
         if self._current_batch is None or not self._is_due():
             return
-        if self._is_audit_due():
+        if self._is_check_due():
             self._rows.sum_blocks()
         super().start_backward(loss, loss_scale)
 
@@ -89,7 +88,7 @@ class ManualStepBuilder(StepBuilder):
         """Collect the rows of that pass, if it has added to the gradients of this optimizer."""
         if self._current_batch is None or self._batch is None or not self._is_due():
             return
-        sums = self._rows.block_sums() if self._is_audit_due() else None
+        sums = self._rows.block_sums() if self._is_check_due() else None
         visits = self._visits_of(*self._current_batch)
         before, self._versions = self._versions, _gradient_versions(self._parameters)
         if self._versions != before:
@@ -160,7 +159,7 @@ class ManualStepBuilder(StepBuilder):
         return step
 
     def _probe(self) -> tuple[list[Parameter], Tensor]:
-        reference = self._reference_norms[:1]
+        reference = self._reference_norms if self._watches_all() else self._reference_norms[:1]
         norms = [norm / self._loss_scale for _, norm in reference]
         return [p for p, _ in reference], torch.stack(norms) if norms else gradient_norms([])
 
@@ -189,7 +188,7 @@ class ManualStepBuilder(StepBuilder):
         reference = self._reference_norms
         factors = [gradient_norm(p) / norm for p, norm in reference if p.grad is not None]
         spread = float(max(factors) / min(factors) - 1) if factors else 0.0
-        if spread > _MAX_FACTOR_SPREAD:
+        if spread > MAX_FACTOR_SPREAD:
             raise ValueError(
                 f"The gradients of the {name} were changed between the backward pass and the step, "
                 "and not all by one factor; expected unchanged or clipped gradients. Clip with "

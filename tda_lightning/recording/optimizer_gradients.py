@@ -5,14 +5,15 @@ reproduces it. The multiple of :math:`g` that is nearest to the clipped gradient
 
 .. math:: c = \langle \mathrm{clip}(g), \, g \rangle \; / \; \langle g, \, g \rangle
 
-which is 1 where nothing was clipped.
+which is 1 where nothing was clipped. Where each parameter's gradient was scaled by another factor,
+the same formula, with the norms of the parameters' gradients, combines these factors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.gradients.sparse_gradients import entries_of
 
 
 def gradients_of(
@@ -67,7 +69,7 @@ def second_pass_errors() -> Iterator[None]:
 def first_with_gradient(parameters: Iterable[Parameter]) -> Parameter | None:
     """Return the first parameter whose gradient is not zero, or ``None``."""
     for parameter in parameters:
-        if parameter.grad is not None and bool(parameter.grad.any()):
+        if parameter.grad is not None and bool(entries_of(parameter.grad).any()):
             return parameter
     return None
 
@@ -86,44 +88,75 @@ def parameters_by_size(optimizer: Optimizer) -> list[Parameter]:
 def gradient_norm(parameter: Parameter) -> Tensor:
     """Return the norm of a parameter's gradient, in double precision."""
     assert parameter.grad is not None
-    grad = parameter.grad.abs() if parameter.is_complex() else parameter.grad
+    grad = entries_of(parameter.grad)
+    grad = grad.abs() if parameter.is_complex() else grad
     norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64)
     return norm
 
 
-def watched_parameters(parameters: Sequence[Parameter]) -> list[Parameter]:
+def watched_parameters(parameters: Sequence[Parameter], are_all: bool) -> list[Parameter]:
     """Return parameters whose gradients show by which factor all are scaled.
 
-    On the CPU that is the first whose gradient is not zero. On a device it is all of them, since
-    looking for one would wait for the device.
+    Unless all are wanted, that is the first whose gradient is not zero. On a device it is all of
+    them, since looking for one would wait for the device.
     """
-    if all(parameter.device.type == "cpu" for parameter in parameters):
+    if not are_all and all(parameter.device.type == "cpu" for parameter in parameters):
         first = first_with_gradient(parameters)
         return [] if first is None else [first]
     gradients = [(parameter, parameter.grad) for parameter in parameters]
-    return [p for p, grad in gradients if grad is not None and grad.layout == torch.strided]
+    return [parameter for parameter, gradient in gradients if gradient is not None]
 
 
 def gradient_norms(parameters: Sequence[Parameter]) -> Float[Tensor, " n"]:
     """Return the norms of the parameters' gradients, in double precision."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [entries_of(p.grad) for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(0, dtype=torch.float64)
     return torch.stack(torch._foreach_norm(gradients, 2, torch.float64))
 
 
-def scale_between(
-    before: Float[Tensor, " n"], after: Float[Tensor, " n"], rows: Sequence[Tensor]
-) -> float:
-    """Return the factor between the norms of gradients before any scaling and now.
+# Clipping by norm scales all gradients by the same factor, up to rounding.
+MAX_FACTOR_SPREAD = 1e-2
 
-    It is 0 if no parameter had a gradient, although the rows do not cancel: the gradient was zeroed
-    after the backward pass, as some trainings do where it is not finite.
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the gradients of a step were scaled between the backward pass and the step.
+
+    Attributes:
+        factor: Factor of all gradients, or the nearest one if they have several.
+        smallest: The smallest factor of a parameter's gradient.
+        largest: The largest.
     """
-    for norm, norm_now in zip(before.tolist(), after.tolist(), strict=True):
-        if norm != 0:  # NaN is not zero: such a gradient may be zeroed before the step.
-            return norm_now / norm if norm_now != 0 else 0.0
-    return 1.0 if _cancel(rows) else 0.0
+
+    factor: float
+    smallest: float
+    largest: float
+
+    @property
+    def is_common(self) -> bool:
+        """Whether all gradients have the same factor."""
+        return not self.largest - self.smallest > MAX_FACTOR_SPREAD * self.largest
+
+
+def scaling_between(
+    before: Float[Tensor, " n"], after: Float[Tensor, " n"], rows: Sequence[Tensor]
+) -> Scaling:
+    """Return the factors between the norms of gradients before any scaling and now.
+
+    They are 0 if no parameter had a gradient, although the rows do not cancel: the gradient was
+    zeroed after the backward pass, as some trainings do where it is not finite.
+    """
+    # NaN is not zero: such a gradient may be zeroed before the step.
+    pairs = [each for each in zip(before.tolist(), after.tolist(), strict=True) if each[0] != 0]
+    factors = [now / norm if now != 0 else 0.0 for norm, now in pairs]
+    if not factors:
+        factors = [1.0 if _cancel(rows) else 0.0]
+    scaling = Scaling(factors[0], min(factors), max(factors))
+    if scaling.is_common:
+        return scaling
+    nearest = sum(norm * now for norm, now in pairs) / sum(norm * norm for norm, _ in pairs)
+    return replace(scaling, factor=nearest)
 
 
 @dataclass(frozen=True)
@@ -177,7 +210,7 @@ class GradientScale:
     def factor(self) -> float:
         """Return the factor up to now."""
         before, after = self.norms()
-        return self.factor_before * scale_between(before.cpu(), after.cpu(), [])
+        return self.factor_before * scaling_between(before.cpu(), after.cpu(), []).factor
 
     def before_value_clipping(self, parameters: Iterable[Parameter], bound: float) -> ValueClipping:
         """Account for clipping by value that is about to happen, and return its effect."""

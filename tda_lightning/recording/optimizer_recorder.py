@@ -8,7 +8,11 @@ from torch.optim import Optimizer
 
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.recording.manual_step_builder import ManualStepBuilder
-from tda_lightning.recording.optimizer_gradients import parameters_of
+from tda_lightning.recording.optimizer_gradients import (
+    Scaling,
+    first_with_gradient,
+    parameters_of,
+)
 from tda_lightning.recording.preconditioning import JointPreconditioner, OptimizerPreconditioner
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.step_builder import StepBuilder
@@ -48,7 +52,7 @@ class OptimizerRecorder:
         self._trained = self._trained_ids()
         self._known = set(self._trained)
         self._has_warned_of_clipping = self._has_warned_of_lost_step = False
-        self._has_warned_of_other_gradients = False
+        self._has_warned_of_other_gradients = self._has_warned_of_scaling = False
         preconditioner = None
         if settings.preconditioner == "optimizer":
             preconditioner = OptimizerPreconditioner(optimizer, selection, joint)
@@ -95,6 +99,23 @@ class OptimizerRecorder:
             "rows, set `gradient_clip_algorithm='norm'`."
         )
 
+    def check_scaling(self, index: int, scaling: Scaling) -> None:
+        """Warn once if the gradients of a step were not all scaled by one factor."""
+        if scaling.is_common:
+            return
+        self.builder.watch_all_gradients()
+        if self._has_warned_of_scaling:
+            return
+        self._has_warned_of_scaling = True
+        self._warn(
+            f"GradientRecorder: the gradients of the {type(self.optimizer).__name__} were changed "
+            f"between the backward pass and step {index:,}, and not all by one factor: some are "
+            f"{scaling.smallest:.2g} and others {scaling.largest:.2g} times as large. The rows of "
+            "such steps are the rows before the change, times a mean of these factors (here "
+            f"{scaling.factor:.2g}). For exact rows, clip the gradients of all parameters "
+            "together, freeze layers by `requires_grad_(False)`, and add no noise."
+        )
+
     def warn_of_lost_step(self) -> None:
         """Discard the rows of a step that was not announced; warn once."""
         self.builder.drop_batch()
@@ -113,7 +134,7 @@ class OptimizerRecorder:
         """Warn once of a step with gradients that no backward pass of its batch has led to."""
         if not self.is_due() or self._has_warned_of_other_gradients:
             return
-        if not any(p.grad is not None and p.grad.any() for p in parameters_of(self.optimizer)):
+        if first_with_gradient(parameters_of(self.optimizer)) is None:
             return  # The step of a batch without a loss changes nothing.
         self._has_warned_of_other_gradients = True
         self._warn(

@@ -18,9 +18,9 @@ from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.recording.audits import (
     MAX_LOST_SHARE,
     AuditStart,
+    ConservationCheck,
     begin_audit,
     check_complex,
-    check_conserved,
     finish_audit,
     lost_parameters,
     negligible_blocks,
@@ -51,6 +51,8 @@ from tda_lightning.stores.step import Preconditioner
 
 # Every batch of every step has a different seed for its sampled labels.
 _SEEDS_PER_STEP = 4096
+# These recorded steps are checked thoroughly: something may begin to change gradients later.
+_SPOT_CHECKS = frozenset({0, *(4**power for power in range(1, 20))})
 
 
 class StepBuilder:
@@ -87,7 +89,7 @@ class StepBuilder:
         self._audit_every = settings.audit
         self._distributed = settings.distributed
         self._n_recorded_steps = 0
-        self._warn: Callable[[str], None] | None = None  # Only in a run that was accepted earlier.
+        self._check = ConservationCheck(settings.warn)
         self._current_batch: tuple[Int[Tensor, " n"], float] | None = None
         self._share = self._loss_scale = 1.0
         self._pending: list[BatchVisits] = []
@@ -95,6 +97,7 @@ class StepBuilder:
         self._scale: GradientScale | None = None
         self._audit_start: AuditStart | None = None
         self._parameters_by_size: list[Parameter] = []
+        self._has_several_factors = False
 
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Prepare for the forward pass of a batch, after ``index`` optimizer steps.
@@ -107,7 +110,7 @@ class StepBuilder:
     def _prepare_for_loss(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         self._share = share
         self._current_batch = (sample_ids, share)
-        if not self._pending and self._is_audit_due():
+        if not self._pending and self._is_check_due():
             self._rows.sum_blocks()
         batch = _SEEDS_PER_STEP * index + len(self._pending)
         self._rows.seed(batch * self._distributed.count + self._distributed.rank)
@@ -194,22 +197,22 @@ class StepBuilder:
             self._parameters_by_size = self._parameters_by_size or parameters_by_size(optimizer)
             self._scale = GradientScale(*self._probe())
             self._describe_lost()
-            self._audit_start = self._begin_audit() if self._is_audit_due() else None
+            self._audit_start = self._begin_audit() if self._is_check_due() else None
 
     def _describe_lost(self) -> None:
         """Name the parameters that turned out not to be recordable in this step."""
         new = {n: reason for n, reason in self._rows.lost.items() if n not in self._lost}
         if new:
             self._lost.update(new)
-            limit, trained = 1.0 if self._warn else MAX_LOST_SHARE, self._parameters_by_size
-            self._leave_out(lost_parameters(self._selection, new, trained, limit))
+            limit = 1.0 if self._check.is_accepted else MAX_LOST_SHARE
+            self._leave_out(lost_parameters(self._selection, new, self._parameters_by_size, limit))
 
     def after_step(self) -> TakenStep | None:
         """Return the step that was taken since the last call, or ``None`` if none was recorded."""
         if self._facts is None or self._scale is None:
             return None
         label, batches, scale, start = self._facts, self._pending, self._scale, self._audit_start
-        audit = None if start is None else finish_audit(self._rows, start)
+        audit = finish_audit(self._rows, start) if start and self._is_audit_due() else None
         preconditioner, self._new_preconditioner = self._new_preconditioner, None
         self._discard_step()
         self._n_recorded_steps += 1
@@ -219,10 +222,26 @@ class StepBuilder:
         steps, every = self._n_recorded_steps, self._audit_every
         return steps == 0 or bool(every and steps % every == 0)
 
+    def _is_check_due(self) -> bool:
+        """Return whether the sum of this step's rows is compared with its gradient."""
+        # Only in audits do all processes add up their sums.
+        is_alone = self._distributed.count == 1
+        return self._is_audit_due() or (is_alone and self._is_spot_check())
+
     def _probe(self) -> tuple[list[Parameter], Tensor]:
         """Return parameters that show the scaling of gradients, and their norms before it."""
-        parameters = watched_parameters(self._parameters_by_size)
+        parameters = watched_parameters(self._parameters_by_size, self._watches_all())
         return parameters, gradient_norms(parameters)
+
+    def watch_all_gradients(self) -> None:
+        """Measure the scaling of every parameter's gradient from now on: they differ."""
+        self._has_several_factors = True
+
+    def _watches_all(self) -> bool:
+        return self._has_several_factors or self._is_spot_check()
+
+    def _is_spot_check(self) -> bool:
+        return self._n_recorded_steps in _SPOT_CHECKS
 
     def _block_sums(self) -> Tensor:
         return self._rows.block_sums()
@@ -234,15 +253,22 @@ class StepBuilder:
         start = begin_audit(self._rows, sums[:, :-1], self._parameters_by_size)
         if self._n_recorded_steps == 0:
             check_complex(self._selection, self._parameters_by_size)
-            skipped = negligible_blocks(self._selection.parameters) | self._lost
-            check_conserved(self._selection.blocks, start, sums[:, -1], skipped, self._warn)
+        if self._is_spot_check():
+            skipped = negligible_blocks(self._selection.parameters) | self._lost | self._replaced()
+            self._check(self._selection.blocks, start, sums[:, -1], skipped, self._n_recorded_steps)
         return start
+
+    def _replaced(self) -> set[int]:
+        """Return the blocks with a parameter that the optimizer no longer has."""
+        trained = set(self._parameters_by_size)
+        parts = enumerate(self._selection.parameters)
+        return {number for number, part in parts if not trained.issuperset(part)}
 
     def forget_gradients(self) -> None:
         """Discard the batches whose gradients are zeroed before a step has used them."""
         if self._pending:
             self._discard_step()
-            if self._is_audit_due():
+            if self._is_check_due():
                 self._rows.sum_blocks()
 
     def state(self) -> dict[str, Any]:
@@ -257,9 +283,9 @@ class StepBuilder:
             self._preconditioner.load_state(state)
             self._rows.precondition(preconditioner)
 
-    def accept(self, warn: Callable[[str], None]) -> None:
+    def accept(self) -> None:
         """Warn of what would be refused in a new run, since this run was accepted earlier."""
-        self._warn = warn
+        self._check.is_accepted = True
 
     def drop_batch(self) -> None:
         """Discard a batch without a backward pass, and a step that was not taken."""

@@ -17,7 +17,7 @@ from torch.optim import ASGD, SGD, Optimizer
 
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_pass import BatchRows
-from tda_lightning.recording.optimizer_gradients import GradientScale, scale_between
+from tda_lightning.recording.optimizer_gradients import GradientScale, Scaling, scaling_between
 from tda_lightning.recording.preconditioning import OptimizerPreconditioner
 from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, ParameterGroup, Preconditioner, Step
 
@@ -111,7 +111,12 @@ class TakenStep:
 
     ``scale`` is measured after the step. ``preconditioner`` holds new coordinates, if they begin
     with it.
+
+    Attributes:
+        scaling: How its gradients were scaled; known once it has been finished.
     """
+
+    scaling: Scaling
 
     def __init__(
         self,
@@ -141,7 +146,8 @@ class TakenStep:
         sketch = columns["sketch"]
         batches = self._batches
         sizes = [len(batch.sample_ids) for batch in batches]
-        scale = self._scale_before * scale_between(before, after, torch.split(sketch, sizes))
+        self.scaling = scaling_between(before, after, torch.split(sketch, sizes))
+        scale = self._scale_before * self.scaling.factor
         factors = [batch.applied * scale for batch in batches]
         weights = [
             torch.full((size,), batch.weight * factor)

@@ -23,6 +23,7 @@ from tda_lightning.recording.preconditioning import JointPreconditioner
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.taken_step import TakenStep
 from tda_lightning.recording.trained_layers import split_by_optimizer
+from tda_lightning.recording.unseen_steps import UnseenSteps
 from tda_lightning.stores.step import Preconditioner, Step
 
 
@@ -68,8 +69,9 @@ class TrainingRecorder:
             if any(part.parameters)
         ]
         # A step whose rows are still on the device: it is kept when the next one has been taken.
-        self._waiting: TakenStep | None = None
+        self._waiting: tuple[OptimizerRecorder, TakenStep] | None = None
         self._n_optimizers = len(optimizers)
+        self._unseen_steps = UnseenSteps(optimizers, settings.warn)
         self._hooks: list[Any] = []
         self._backward_passes = self._batch_size = 0
         self._has_checked_rows = False
@@ -89,6 +91,7 @@ class TrainingRecorder:
 
     def detach(self) -> None:
         """Remove all hooks."""
+        self._unseen_steps.end()
         for recorder in self._recorders:
             recorder.rows.__exit__()
         for hook in self._hooks:
@@ -204,6 +207,7 @@ class TrainingRecorder:
 
     def before_step(self, index: int, epoch: int, optimizer: Optimizer) -> None:
         """Read the hyper-parameters that an optimizer is about to use."""
+        self._unseen_steps.before_step(index, optimizer)
         for recorder in self._recorders:
             if recorder.optimizer is optimizer:
                 recorder.warn_of_unrecorded_parameters()
@@ -223,6 +227,7 @@ class TrainingRecorder:
         """Discard the rows of a batch that led to no step."""
         for recorder in self._recorders:
             recorder.builder.drop_batch()
+        self._unseen_steps.end_batch(self._backward_passes > 0)
 
     def state(self) -> list[dict[str, Any]]:
         """Return the state of each optimizer's recorder for a checkpoint, in builtins."""
@@ -253,7 +258,7 @@ class TrainingRecorder:
     def accept(self) -> None:
         """Warn of what would be refused in a new run, since this run was accepted earlier."""
         for recorder in self._recorders:
-            recorder.builder.accept(self.settings.warn)
+            recorder.builder.accept()
 
     def _after_step(self, recorder: OptimizerRecorder) -> Callable[..., None]:
         # A post hook: it does not fire for steps that the loss scale or the model skips.
@@ -264,7 +269,7 @@ class TrainingRecorder:
             taken = recorder.builder.after_step()
             if taken is not None:
                 self.finish_steps()
-                self._waiting = taken
+                self._waiting = recorder, taken
                 if taken.is_ready or not self.may_wait:
                     self.finish_steps()
 
@@ -274,4 +279,7 @@ class TrainingRecorder:
         """Wait for the step whose rows are still on the device, if any, and keep it."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            self._keep(waiting.finish())
+            recorder, taken = waiting
+            step = taken.finish()
+            recorder.check_scaling(step.index, taken.scaling)
+            self._keep(step)

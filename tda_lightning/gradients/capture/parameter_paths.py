@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from tda_lightning.gradients.graph.walk import Edge, output_shape
 from tda_lightning.gradients.nodes.rule import Contribution
+from tda_lightning.gradients.sparse_gradients import to_dense
 
 # Gradients of all samples that are computed at once, in numbers.
 _MAX_NUMBERS_AT_ONCE = 2**26
@@ -220,7 +221,7 @@ def _vjp(edge: Edge, parameters: list[nn.Parameter], gradients: Tensor) -> list[
         torch.autograd.grad([output], parameters, [gradient], retain_graph=True)
         for gradient in gradients
     ]
-    return [torch.stack(values) for values in zip(*per_sample, strict=True)]
+    return [torch.stack([*map(to_dense, values)]) for values in zip(*per_sample, strict=True)]
 
 
 def leaves(edge: Edge) -> list[nn.Parameter]:

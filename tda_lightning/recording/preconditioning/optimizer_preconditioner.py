@@ -31,6 +31,7 @@ from torch.optim import SGD, Optimizer
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_pass import Coordinates
 from tda_lightning.gradients.sketching.block_maps import lay_out
+from tda_lightning.gradients.sparse_gradients import to_dense
 from tda_lightning.recording.preconditioning.second_moments import (
     ADAPTIVE,
     Gradients,
@@ -175,9 +176,10 @@ class OptimizerPreconditioner:
 
     def _age(self) -> int:
         """Return the number of steps that the optimizer has taken."""
-        if self._oldest is None:
+        states = self._optimizer.state
+        if self._oldest is None or "step" not in states.get(self._oldest, ()):  # Or was reset.
             self._oldest = self._find_oldest()
-        return 0 if self._oldest is None else int(self._optimizer.state[self._oldest]["step"])
+        return 0 if self._oldest is None else int(states[self._oldest]["step"])
 
     def _find_oldest(self) -> Tensor | None:
         """Return the parameter with the most steps, so that later calls read one counter only."""
@@ -240,7 +242,7 @@ class GradientCoordinates(Coordinates):
 
     def _read(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         parameters = [self._parameters[number] for number in numbers]
-        gradients = {p: p.grad.detach() for p in parameters if p.grad is not None}
+        gradients = {p: to_dense(p.grad.detach()) for p in parameters if p.grad is not None}
         if self._scale != 1:
             gradients = {p: gradient / self._scale for p, gradient in gradients.items()}
         return self._preconditioner.factors(numbers, gradients)
