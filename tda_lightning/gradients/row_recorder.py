@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.pausing import is_compiled, uncompiled
 from tda_lightning.gradients.capture.tracer import joined_rows
+from tda_lightning.gradients.gradient_layouts import entries_of, to_dense
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Node
 from tda_lightning.gradients.losses import (
@@ -32,7 +33,6 @@ from tda_lightning.gradients.row_pass import BatchRows, Coordinates, RowPass
 from tda_lightning.gradients.sketching.block_maps import places
 from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.gradients.sketching.sketcher import Sketcher, inverse_squares, sketch_parameters
-from tda_lightning.gradients.sparse_gradients import entries_of, to_dense
 from tda_lightning.stores.recipe import SampleAxis
 from tda_lightning.stores.step import Preconditioner
 
@@ -279,7 +279,7 @@ class RowRecorder:
         """Return the squared gradient norm of the trained parameters that are not recorded."""
         recorded = set(self.recorded_parameters())
         grads = [entries_of(p.grad) for p in trained if p not in recorded and p.grad is not None]
-        squares = [grad.abs().double().square().sum() for grad in grads]
+        squares = [grad.double().square().sum() for grad in grads]
         return torch.stack(squares).sum() if squares else torch.zeros(())
 
     def sum_blocks(self) -> None:

@@ -21,7 +21,7 @@ from tda_lightning.gradients.row_recorder import Labels, RowRecorder
 from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.drawn_batches import DrawnBatch
-from tda_lightning.passes.model_state import Mode, preserved_state, require_model
+from tda_lightning.passes.model_state import Mode, preserved_state, require_model, thawed
 from tda_lightning.passes.stand_ins import manual_losses
 from tda_lightning.recording.sample_ids import SampleLedger, require_once
 from tda_lightning.results.progress import progress_bar
@@ -132,19 +132,21 @@ def recording(
     With ``layers``, rows have the gradients of these layers only.
     """
     require_model(model)
-    selection = select_like(model, recipe)
-    recipe.require_blocks(selection.blocks, type(model).__name__)
-    projector = projector_from_dict(recipe.projector)
-    lost = [entry.name for entry in recipe.left_out]
-    if layers is not None:
-        pairs = zip(recipe.blocks, recipe.selects(layers), strict=True)
-        lost += [block.name for block, is_chosen in pairs if not is_chosen]
-    dims, dtype = recipe.batch_dims, recipe.torch_dtype
-    rows = RowRecorder(model, selection, dims, projector, dtype, labels, lost, recipe.normalized)
-    if preconditioner is not None:
-        rows.precondition(preconditioner)
-    with preserved_state(model, mode), rows, torch.enable_grad():
-        yield rows
+    with thawed(model, {name for block in recipe.blocks for name in block.parameters}):
+        selection = select_like(model, recipe)
+        recipe.require_blocks(selection.blocks, type(model).__name__)
+        projector = projector_from_dict(recipe.projector)
+        lost = [entry.name for entry in recipe.left_out]
+        if layers is not None:
+            pairs = zip(recipe.blocks, recipe.selects(layers), strict=True)
+            lost += [block.name for block, is_chosen in pairs if not is_chosen]
+        dims, dtype = recipe.batch_dims, recipe.torch_dtype
+        norms = recipe.normalized
+        rows = RowRecorder(model, selection, dims, projector, dtype, labels, lost, norms)
+        if preconditioner is not None:
+            rows.precondition(preconditioner)
+        with preserved_state(model, mode), rows, torch.enable_grad():
+            yield rows
 
 
 def record_batch(

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tda_lightning.gradients.capture.pausing import claimed
+from tda_lightning.gradients.parameter_selection import clean_name
 from tda_lightning.passes.stand_ins import idle_optimization, muted_logging
 
 # Pairs of fingerprints; a filter of `warnings` would repeat itself after every `catch_warnings`.
@@ -191,6 +192,23 @@ def _preserved_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def thawed(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Let some parameters require a gradient that have been frozen, as by `model.freeze()`."""
+    frozen = [
+        parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad and clean_name(name) in names
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager

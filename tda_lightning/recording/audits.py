@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
+from tda_lightning.gradients.gradient_layouts import entries_of
 from tda_lightning.gradients.parameter_selection import COMPLEX_REASON, ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.sparse_gradients import entries_of
 from tda_lightning.stores.recipe import Block, LeftOut
 from tda_lightning.stores.step import Audit
 
@@ -90,7 +90,7 @@ class ConservationCheck:
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._has_warned = self.is_accepted = False
+        self._has_warned = self._has_warned_of_lost = self.is_accepted = False
 
     def __call__(
         self,
@@ -121,6 +121,29 @@ class ConservationCheck:
         self._has_warned = True
         self._warn(
             f"GradientRecorder: {message} The run goes on, since its earlier steps were accepted."
+        )
+
+    def check_lost(
+        self,
+        selection: ParameterSelection,
+        lost: Collection[int],
+        trained: Sequence[Parameter],
+        step: int,
+    ) -> None:
+        """Warn once if much of a later step's gradient belongs to blocks that are not recorded."""
+        total = _square(trained)
+        squares = {number: _square(selection.parameters[number]) for number in sorted(lost)}
+        share = sum(squares.values()) / total if total else 0.0
+        if self._has_warned_of_lost or not step or share <= MAX_LOST_SHARE:
+            return
+        self._has_warned_of_lost = True
+        largest = selection.blocks[max(squares, key=lambda number: squares[number])]
+        self._warn(
+            f"GradientRecorder: {share:.0%} of the squared gradient of recorded step {step:,} "
+            "belongs to parameters whose rows cannot be separated, above all to "
+            f"`{largest.name}`; expected at most {MAX_LOST_SHARE:.0%}, as in the first step. "
+            "Scores do not contain what the samples did to them. Declare where the samples lie "
+            "with `batch_dims={...}`, or change the batch size, so that no other axis has it."
         )
 
 
@@ -220,5 +243,5 @@ def negligible_blocks(parameters: Sequence[Sequence[Parameter]]) -> set[int]:
 
 def _square(parameters: Sequence[Parameter]) -> float:
     grads = [entries_of(p.grad) for p in parameters if p.grad is not None]
-    squares = [grad.abs().double().square().sum() for grad in grads]
+    squares = [grad.double().square().sum() for grad in grads]
     return float(torch.stack(squares).sum()) if squares else 0.0

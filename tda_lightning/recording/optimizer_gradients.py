@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from tda_lightning.gradients.gradient_layouts import entries_of
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.gradients.sparse_gradients import entries_of
 
 
 def gradients_of(
@@ -88,9 +88,7 @@ def parameters_by_size(optimizer: Optimizer) -> list[Parameter]:
 def gradient_norm(parameter: Parameter) -> Tensor:
     """Return the norm of a parameter's gradient, in double precision."""
     assert parameter.grad is not None
-    grad = entries_of(parameter.grad)
-    grad = grad.abs() if parameter.is_complex() else grad
-    norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(entries_of(parameter.grad), dtype=torch.float64)
     return norm
 
 

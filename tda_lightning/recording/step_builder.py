@@ -254,8 +254,10 @@ class StepBuilder:
         if self._n_recorded_steps == 0:
             check_complex(self._selection, self._parameters_by_size)
         if self._is_spot_check():
-            skipped = negligible_blocks(self._selection.parameters) | self._lost | self._replaced()
-            self._check(self._selection.blocks, start, sums[:, -1], skipped, self._n_recorded_steps)
+            selection, number = self._selection, self._n_recorded_steps
+            skipped = negligible_blocks(selection.parameters) | self._lost | self._replaced()
+            self._check(selection.blocks, start, sums[:, -1], skipped, number)
+            self._check.check_lost(selection, self._lost, self._parameters_by_size, number)
         return start
 
     def _replaced(self) -> set[int]:

@@ -80,6 +80,10 @@ MEETINGS = {
         lambda m, x: torch.cat([m.token.repeat(len(x), 1, 1), x], dim=1),
         {"token": (1, D)},
     ),
+    "mask tokens, repeated for samples and positions": (
+        lambda m, x: torch.cat([m.token.repeat(len(x), T - 1, 1), x], dim=1),
+        {"token": (1, 1, D)},
+    ),
     "a broadcast class token": (
         lambda m, x: torch.cat([x, torch.zeros_like(x[:, :1]) + m.token], dim=1),
         {"token": (D,)},

@@ -221,6 +221,18 @@ def test_an_empty_loader_is_refused():
         attribute(store, model, loader(Subset(vectors(), []), shuffle=False), progress=False)
 
 
+def test_a_model_that_was_frozen_after_training_is_queried_as_if_it_was_not():
+    model = Plain(mlp())
+    recorder = GradientRecorder(MemoryStore())
+    quiet_trainer(recorder).fit(model, loader(vectors()))
+    queries = vectors(5).tensors
+    expected = attribute(recorder.store, model, queries, progress=False).values
+    model.freeze()
+    values = attribute(recorder.store, model, queries, progress=False).values
+    assert torch.equal(values, expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("net", "message"),
     [

@@ -87,6 +87,70 @@ def test_rows_that_do_not_sum_to_a_later_gradient_are_warned_of_once(model):
     assert "do not sum to its gradient: in recorded step 4" in message
 
 
+class GrowingScale(Plain):
+    """The scale of the batch's loss belongs to no sample; its gradient grows."""
+
+    def __init__(self):
+        super().__init__(mlp())
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch, batch_idx):
+        factor = 1e-3 if self.global_step < 3 else 1e3
+        return super().training_step(batch, batch_idx) * (1 + factor * (self.scale - 1)).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-9)
+
+
+def test_a_lost_parameter_whose_gradient_grows_is_warned_of_once():
+    first, later = train(GrowingScale(), max_epochs=7)[2]
+    assert "not recorded: GrowingScale `scale`" in first
+    assert "of the squared gradient of recorded step 4 belongs" in later
+    assert "above all to `scale`" in later
+
+
+class Uncertainties(Plain):
+    """Two losses with learned weights, as in multi-task learning."""
+
+    def __init__(self):
+        super().__init__(mlp())
+        self.logs = nn.Parameter(torch.zeros(2))
+
+    def training_step(self, batch, batch_idx):
+        losses = super().training_step(batch, batch_idx), self.net(batch[0]).square().mean()
+        return sum((-log).exp() * loss + log for log, loss in zip(self.logs, losses, strict=True))
+
+
+def test_learned_weights_of_the_losses_of_a_batch_are_left_out_by_name():
+    recorder = GradientRecorder(MemoryStore(), audit=1)
+    with pytest.warns(UserWarning, match="`logs` .* it meets the loss of the whole batch"):
+        quiet_trainer(recorder).fit(Uncertainties(), loader(vectors()))
+    blocks = recorder.store.recipe.block_names
+    for audit in recorder.store.audits():
+        shares = dict(zip(blocks, audit.explained().tolist(), strict=True))
+        assert min(share for name, share in shares.items() if name != "logs") > 0.999
+
+
+class PartlyComplex(Plain):
+    """The smallest parameter is complex."""
+
+    def __init__(self):
+        super().__init__(mlp())
+        self.phase = nn.Parameter(0.01 * torch.ones(1, dtype=torch.complex64))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.loss(self.net(x) + 0.01 * self.phase.abs() * x[:, :3], y)
+
+
+def test_clipping_is_measured_beside_complex_parameters():
+    store, log, _ = train(PartlyComplex(), gradient_clip_val=0.05)
+    bias = "net.3.bias"
+    pairs = zip(log.gradients, log.applied, store, strict=True)
+    expected = [float(a[bias].norm() / b[bias].norm()) / len(s.weights) for b, a, s in pairs]
+    assert [float(step.weights[0]) for step in store] == pytest.approx(expected, rel=1e-5)
+
+
 class OptimizerReplaced(Plain):
     """Adam is replaced by SGD after the first epoch."""
 

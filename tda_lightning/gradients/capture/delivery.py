@@ -94,11 +94,17 @@ Input = tuple[int, Edge, SampleLayout | IrregularRows]
 Receiver = Callable[[ParameterGradient], None]
 # Positions of inputs that operations add to the others.
 _ADDENDS = {"ConvolutionBackward0": (2,), "AddmmBackward0": (0,), "AddBackward0": (0, 1)}
+_SUMS = frozenset({"AddBackward0", "SubBackward0"})
 NO_EFFECT = "it acts through a batch norm, which subtracts it again, and has no effect"
 
 
 def _no_owner(meeting: Meeting) -> str:
     kind = type(meeting.node).__name__.removesuffix("Backward0")
+    if not meeting.shape:
+        return (
+            f"it meets the loss of the whole batch in an operation `{kind}`, so that its gradient "
+            "belongs to no single sample"
+        )
     return (
         f"it meets the samples in an operation `{kind}` of shape {meeting.shape}, whose rows "
         "belong to no single sample"
@@ -130,7 +136,8 @@ class Delivery:
                 self._layouts.lose(edge, NO_EFFECT)
             elif (rows := self._layouts.rows_of(meeting.node, layout)) is not None:
                 inputs.append((position, edge, rows))
-            elif meeting.shape:  # A penalty is added to a number: no sample's, and no rows.
+            elif meeting.shape or type(meeting.node).__name__ not in _SUMS:
+                # Else it is a penalty, added to a number: no sample's, and no rows.
                 self._layouts.lose(edge, _no_owner(meeting))
         return inputs
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from tda_lightning.gradients.gradient_layouts import to_dense
 from tda_lightning.gradients.graph.walk import Edge, output_shape
 from tda_lightning.gradients.nodes.rule import Contribution
-from tda_lightning.gradients.sparse_gradients import to_dense
 
 # Gradients of all samples that are computed at once, in numbers.
 _MAX_NUMBERS_AT_ONCE = 2**26

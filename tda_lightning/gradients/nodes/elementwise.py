@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor
 
 from tda_lightning.gradients.nodes.rule import (
@@ -51,11 +53,11 @@ def _expand(call: NodeCall) -> Contribution:
 @node_rule("RepeatBackward0", axes=broadcast_axes)
 def _repeat(call: NodeCall) -> Contribution:
     """Sum the repetitions of each sample; only those of the first axis can be the batch."""
-    if call.layout.axis != 0 or call.grad.ndim != len(call.shape):
+    is_on_first_axis = call.grad.ndim == len(call.shape) and call.grad.shape[1:] == call.shape[1:]
+    if call.layout.axis != 0 or not is_on_first_axis:
         return per_sample_vjp(call)
     first = call.samples_first(call.grad)
-    size = call.shape[0] if call.shape else 1
-    if first[0].numel() != size * (call.grad[0].numel() if call.grad.ndim > 1 else 1):
+    if first[0].numel() != prod(call.shape):
         return per_sample_vjp(call)
     return first.reshape(call.n, *call.shape)
 

@@ -28,10 +28,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from tda_lightning.gradients.gradient_layouts import to_dense
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.gradients.row_pass import Coordinates
 from tda_lightning.gradients.sketching.block_maps import lay_out
-from tda_lightning.gradients.sparse_gradients import to_dense
 from tda_lightning.recording.preconditioning.second_moments import (
     ADAPTIVE,
     Gradients,
