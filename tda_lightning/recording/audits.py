@@ -142,8 +142,8 @@ class ConservationCheck:
             f"GradientRecorder: {share:.0%} of the squared gradient of recorded step {step:,} "
             "belongs to parameters whose rows cannot be separated, above all to "
             f"`{largest.name}`; expected at most {MAX_LOST_SHARE:.0%}, as in the first step. "
-            "Scores do not contain what the samples did to them. Declare where the samples lie "
-            "with `batch_dims={...}`, or change the batch size, so that no other axis has it."
+            "Scores do not contain what the samples did to them. See `A parameter is left out` in "
+            "docs/gotchas.md."
         )
 
 

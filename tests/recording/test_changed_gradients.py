@@ -120,6 +120,9 @@ class Uncertainties(Plain):
         losses = super().training_step(batch, batch_idx), self.net(batch[0]).square().mean()
         return sum((-log).exp() * loss + log for log, loss in zip(self.logs, losses, strict=True))
 
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
 
 def test_learned_weights_of_the_losses_of_a_batch_are_left_out_by_name():
     recorder = GradientRecorder(MemoryStore(), audit=1)
