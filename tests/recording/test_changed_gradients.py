@@ -128,7 +128,7 @@ def test_learned_weights_of_the_losses_of_a_batch_are_left_out_by_name():
     recorder = GradientRecorder(MemoryStore(), audit=1)
     with pytest.warns(UserWarning, match="`logs` .* it meets the loss of the whole batch"):
         quiet_trainer(recorder).fit(Uncertainties(), loader(vectors()))
-    blocks = recorder.store.recipe.block_names
+    blocks = [block.name for block in recorder.store.recipe.blocks]
     for audit in recorder.store.audits():
         shares = dict(zip(blocks, audit.explained().tolist(), strict=True))
         assert min(share for name, share in shares.items() if name != "logs") > 0.999

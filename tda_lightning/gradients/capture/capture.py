@@ -129,7 +129,8 @@ class Capture:
                 f"In a batch of {n} samples, no operation has a row for each of the {n} samples; "
                 "expected the samples along an axis of the tensors that parameters meet. If each "
                 "item of the dataset is a batch, pass `sample_ids=` to identify the samples in it. "
-                "If `collate_fn` or the step drops samples, leave them out before training. "
+                "If `collate_fn` drops samples, leave them out before training; if `training_step` "
+                "does, drop their outputs after the forward pass instead. "
                 "If the batch is a single sample, add the axis of samples: `x[None]`."
             )
 
