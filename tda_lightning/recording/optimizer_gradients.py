@@ -197,12 +197,18 @@ class GradientScale:
     def __init__(self, parameters: Sequence[Parameter], norms: Float[Tensor, " n"]) -> None:
         self._parameters, self._norms = parameters, norms
         self.factor_before = 1.0
+        self._settled: tuple[Tensor, Tensor] | None = None
+
+    def settle(self) -> None:
+        """Measure the norms for good: from now on, the optimizer may change gradients itself."""
+        self._settled = self.norms()
 
     def norms(self) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """Return the norms before any scaling and now, without waiting for the device."""
+        if self._settled is not None:
+            return self._settled
         if any(parameter.grad is None for parameter in self._parameters):
             return torch.ones_like(self._norms), torch.ones_like(self._norms)
-        # `.grad` survives, clipped, until the next step's `zero_grad`.
         return self._norms, gradient_norms(self._parameters)
 
     def factor(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -103,7 +104,7 @@ class OptimizerRecorder:
         """Warn once if the gradients of a step were not all scaled by one factor."""
         if scaling.is_common:
             return
-        self.builder.watch_all_gradients()
+        self.builder.has_several_factors = True
         if self._has_warned_of_scaling:
             return
         self._has_warned_of_scaling = True
@@ -115,6 +116,25 @@ class OptimizerRecorder:
             f"{scaling.factor:.2g}). For exact rows, clip the gradients of all parameters "
             "together, freeze layers by `requires_grad_(False)`, and add no noise."
         )
+
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Have the gradients measured right before they are used: a hook of the optimizer.
+
+        It runs before the closure, in which the backward pass is, so it wraps the closure.
+        """
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self.builder.before_update()
+            return None
+
+        def measured() -> Any:
+            result = closure()
+            self.builder.before_update()
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": measured}
+        return (args[0], measured, *args[2:]), kwargs
 
     def warn_of_lost_step(self) -> None:
         """Discard the rows of a step that was not announced; warn once."""

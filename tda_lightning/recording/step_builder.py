@@ -97,7 +97,7 @@ class StepBuilder:
         self._scale: GradientScale | None = None
         self._audit_start: AuditStart | None = None
         self._parameters_by_size: list[Parameter] = []
-        self._has_several_factors = False
+        self.has_several_factors = False  # Gradients of parameters, by which they are scaled.
 
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Prepare for the forward pass of a batch, after ``index`` optimizer steps.
@@ -207,6 +207,11 @@ class StepBuilder:
             limit = 1.0 if self._check.is_accepted else MAX_LOST_SHARE
             self._leave_out(lost_parameters(self._selection, new, self._parameters_by_size, limit))
 
+    def before_update(self) -> None:
+        """Measure the scaling of the gradients, before the optimizer may change them itself."""
+        if self._scale is not None:
+            self._scale.settle()
+
     def after_step(self) -> TakenStep | None:
         """Return the step that was taken since the last call, or ``None`` if none was recorded."""
         if self._facts is None or self._scale is None:
@@ -233,12 +238,8 @@ class StepBuilder:
         parameters = watched_parameters(self._parameters_by_size, self._watches_all())
         return parameters, gradient_norms(parameters)
 
-    def watch_all_gradients(self) -> None:
-        """Measure the scaling of every parameter's gradient from now on: they differ."""
-        self._has_several_factors = True
-
     def _watches_all(self) -> bool:
-        return self._has_several_factors or self._is_spot_check()
+        return self.has_several_factors or self._is_spot_check()
 
     def _is_spot_check(self) -> bool:
         return self._n_recorded_steps in _SPOT_CHECKS

@@ -86,8 +86,11 @@ class TrainingRecorder:
         for recorder in self._recorders:
             recorder.every_n_steps = every_n_steps
             recorder.rows.__enter__()
-            hook = recorder.optimizer.register_step_post_hook(self._after_step(recorder))
-            self._hooks.append(hook)
+            optimizer = recorder.optimizer
+            self._hooks += [
+                optimizer.register_step_pre_hook(recorder.before_step),
+                optimizer.register_step_post_hook(self._after_step(recorder)),
+            ]
 
     def detach(self) -> None:
         """Remove all hooks."""

@@ -41,6 +41,26 @@ class PartlyClipped(Plain):
         nn.utils.clip_grad_norm_(self.net[0].parameters(), 0.01)
 
 
+class NormalizedInPlace(torch.optim.SGD):
+    """Changes gradients in its step, as some optimizers do with weight decay."""
+
+    def step(self, closure):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.div_(parameter.grad.norm())
+        return loss
+
+
+def test_what_an_optimizer_does_to_gradients_in_its_step_does_not_change_rows():
+    model = Plain(mlp(), optimizer=lambda p: NormalizedInPlace(p, lr=0.1))
+    runs = train(model, gradient_clip_val=0.5), train(Plain(mlp()), gradient_clip_val=0.5)
+    assert runs[0][2] == runs[1][2] == []
+    for step, plain in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.equal(step.weights, plain.weights)
+        assert torch.equal(step.sketch, plain.sketch)
+
+
 class FrozenByZeros(Plain):
     """A layer is frozen in the first epoch by gradients of zero."""
 
