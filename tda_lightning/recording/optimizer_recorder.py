@@ -33,6 +33,7 @@ class OptimizerRecorder:
 
     Attributes:
         is_announced: Whether the trainer has announced the next step.
+        depth: Number of steps within each other: a derived optimizer may call `super().step()`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class OptimizerRecorder:
         self.optimizer = optimizer
         self.steps_taken = 0
         self.is_announced = False
+        self.depth = 0
         self.every_n_steps = 1
         self._warn = settings.warn
         self._note_unfrozen = settings.note_unfrozen
@@ -122,6 +124,9 @@ class OptimizerRecorder:
 
         It runs before the closure, in which the backward pass is, so it wraps the closure.
         """
+        self.depth += 1
+        if self.depth > 1:
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self.builder.before_update()

@@ -152,6 +152,7 @@ class TrainingRecorder:
         if len(sample_ids) == 0:  # It contributes nothing, and has no sample axis to find.
             return
         for recorder in self._recorders:
+            recorder.depth = 0  # A step that failed has not ended.
             if self.settings.optimization == "manual" or recorder.is_due():
                 recorder.builder.start_batch(index, sample_ids, share)
 
@@ -268,6 +269,9 @@ class TrainingRecorder:
     def _after_step(self, recorder: OptimizerRecorder) -> Callable[..., None]:
         # A post hook: it does not fire for steps that the loss scale or the model skips.
         def hook(*_: object) -> None:
+            recorder.depth -= 1
+            if recorder.depth > 0:
+                return
             is_announced, recorder.is_announced = recorder.is_announced, False
             if not is_announced and self.settings.optimization == "automatic":
                 recorder.warn_of_lost_step()

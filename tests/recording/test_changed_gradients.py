@@ -53,6 +53,7 @@ class NormalizedInPlace(torch.optim.SGD):
 
 
 def test_what_an_optimizer_does_to_gradients_in_its_step_does_not_change_rows():
+    torch.optim.SGD(mlp().parameters(), lr=0.1)  # From now on, hooks run in `super().step()`, too.
     model = Plain(mlp(), optimizer=lambda p: NormalizedInPlace(p, lr=0.1))
     runs = train(model, gradient_clip_val=0.5), train(Plain(mlp()), gradient_clip_val=0.5)
     assert runs[0][2] == runs[1][2] == []
