@@ -134,7 +134,7 @@ class ConservationCheck:
         total = _square(trained)
         squares = {number: _square(selection.parameters[number]) for number in sorted(lost)}
         share = sum(squares.values()) / total if total else 0.0
-        if self._has_warned_of_lost or not step or share <= MAX_LOST_SHARE:
+        if self._has_warned_of_lost or not step or not share > MAX_LOST_SHARE:  # Or NaN.
             return
         self._has_warned_of_lost = True
         largest = selection.blocks[max(squares, key=lambda number: squares[number])]
