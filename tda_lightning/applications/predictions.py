@@ -99,7 +99,8 @@ def given_labels(loader: DataLoader[Any], labels: Labels) -> tuple[Int64[Tensor,
 
 def _several_labels(logits: Tensor, labels: Tensor) -> str:
     """Return the remedy for several labels per sample, if that is what these look like."""
-    if logits.ndim != 2 or labels.shape != logits.shape:
+    is_each_one_or_zero = bool(((labels == 0) | (labels == 1)).all())
+    if logits.ndim != 2 or labels.shape != logits.shape or not is_each_one_or_zero:
         return ""
     return (
         " Of several labels per sample, choose one, such as the first: "
@@ -109,7 +110,7 @@ def _several_labels(logits: Tensor, labels: Tensor) -> str:
 
 
 def _require_classes(logits: Tensor, labels: Tensor) -> None:
-    if labels.is_floating_point():
+    if labels.is_floating_point() and not _several_labels(logits, labels):
         raise ValueError(
             f"Labels are {describe(labels)}, as in a regression; expected classes, one whole "
             "number per sample. Pass `labels=`, a function that returns these. In a regression, "

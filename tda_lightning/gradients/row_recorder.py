@@ -50,8 +50,7 @@ class RowRecorder:
     Args:
         model: The module to record.
         selection: The parameters to record.
-        batch_dims: Axis of the samples in layers whose names match a pattern, where it cannot be
-            inferred.
+        batch_dims: Axis of the samples in layers whose names match a pattern, if it is unclear.
         projector: Sketches the gradients.
         dtype: Number format of the rows.
         labels: With ``"sampled"``, rows for labels drawn by the model are recorded too. With

@@ -228,6 +228,12 @@ def check_complex(selection: ParameterSelection, trained: Sequence[Parameter]) -
         )
 
 
+def blocks_beyond(selection: ParameterSelection, trained: Sequence[Parameter]) -> set[int]:
+    """Return the blocks with a parameter that is not among those of the optimizer now."""
+    parts = enumerate(selection.parameters)
+    return {number for number, part in parts if not set(trained).issuperset(part)}
+
+
 def negligible_blocks(parameters: Sequence[Sequence[Parameter]]) -> set[int]:
     """Return the vectors whose gradient is below what rounding leaves of the whole one.
 

@@ -20,6 +20,7 @@ from tda_lightning.recording.audits import (
     AuditStart,
     ConservationCheck,
     begin_audit,
+    blocks_beyond,
     check_complex,
     finish_audit,
     lost_parameters,
@@ -256,16 +257,11 @@ class StepBuilder:
             check_complex(self._selection, self._parameters_by_size)
         if self._is_spot_check():
             selection, number = self._selection, self._n_recorded_steps
-            skipped = negligible_blocks(selection.parameters) | self._lost | self._replaced()
+            skipped = negligible_blocks(selection.parameters) | self._lost
+            skipped |= blocks_beyond(selection, self._parameters_by_size)
             self._check(selection.blocks, start, sums[:, -1], skipped, number)
             self._check.check_lost(selection, self._lost, self._parameters_by_size, number)
         return start
-
-    def _replaced(self) -> set[int]:
-        """Return the blocks with a parameter that the optimizer no longer has."""
-        trained = set(self._parameters_by_size)
-        parts = enumerate(self._selection.parameters)
-        return {number for number, part in parts if not trained.issuperset(part)}
 
     def forget_gradients(self) -> None:
         """Discard the batches whose gradients are zeroed before a step has used them."""
