@@ -130,7 +130,7 @@ def from_run(
 
 def averaged(run: Run, recording: str) -> Entry:
     name = f"Averaged, {recording}".strip(", ")
-    return Entry(name, partial(run.scores, Averaged(), "now"), mebibytes=run.mebibytes)
+    return Entry(name, partial(run.scores, Averaged(), None), mebibytes=run.mebibytes)
 
 
 def arguments_of(method: Attributor) -> str:

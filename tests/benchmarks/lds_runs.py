@@ -75,7 +75,7 @@ class Run:
         """Size of the store."""
         return self.store.size_on_disk / 2**20
 
-    def scores(self, method: Attributor, at: Moment) -> Tensor:
+    def scores(self, method: Attributor, at: Moment | None) -> Tensor:
         """Return the scores of the task's queries from the run."""
         queries = self._queries()
         scores = attribute(self.store, self.learner, queries, method=method, at=at, progress=False)

@@ -50,7 +50,7 @@ def print_task(name: str, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = record(TASKS[name], Path(folder) / "run.tda", {}, options.seed)
         queries = slice(options.queries)
-        scores = {m: run.scores(method, "now")[queries] for m, method in METHODS.items()}
+        scores = {m: run.scores(method, None)[queries] for m, method in METHODS.items()}
         chosen = {m: strongest(values, options.samples) for m, values in scores.items()}
         samples = torch.cat([ids.flatten() for ids in chosen.values()]).unique()
         actual = rises(run, samples)[:, queries].mT  # (n_query, m)
