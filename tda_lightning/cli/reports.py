@@ -30,7 +30,7 @@ from tda_lightning.cli.output import Answer, show, show_progress
     help="The dataset of the training, its DataLoader, or a LightningDataModule. By default, the "
     "data of the configuration.",
 )
-@click.option("--method", type=click.Choice(list(METHODS)), default="unrolled", show_default=True)
+@click.option("--method", type=click.Choice(list(METHODS)), default="averaged", show_default=True)
 @count_option(8)
 @click.option(
     "--out", default="report.html", show_default=True, type=OutputFile(), help="File to write."

@@ -1,5 +1,6 @@
 """`attribute` and `self-influence`: models and queries by import path, or by configuration."""
 
+import inspect
 import json
 import sys
 import textwrap
@@ -11,9 +12,11 @@ import yaml
 from click.testing import CliRunner
 from lightning_models import quiet_trainer
 
-from tda_lightning import GradientRecorder, Scores, attribute
+from tda_lightning import GradientRecorder, Scores, attribute, self_influence
+from tda_lightning.cli.answers import METHODS
 from tda_lightning.cli.loading import import_object
 from tda_lightning.cli.main import commands, main
+from tda_lightning.report import report
 from tda_lightning.results import SampleScores
 
 PROJECT = """
@@ -262,3 +265,10 @@ def test_a_configuration_without_classes_names_the_option_of_the_training_data(h
     ]
     assert main(words) == 2
     assert "`--train module:Class`" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("function", [attribute, self_influence, report])
+def test_the_default_methods_are_those_of_the_functions(function):
+    command = commands.commands[function.__name__.replace("_", "-")]
+    default = next(option.default for option in command.params if option.name == "method")
+    assert METHODS[default] == inspect.signature(function).parameters["method"].default
