@@ -1,5 +1,7 @@
 """The mean of several methods, against the methods one by one."""
 
+from dataclasses import dataclass
+
 import least_squares as ls
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tda_lightning import (
     Unrolled,
     embed,
 )
-from tda_lightning.attribution import Averaged, SampledLabels
+from tda_lightning.attribution import Attributor, Averaged, SampledLabels
 from tda_lightning.stores import MemoryStore
 
 RUN = ls.record(ls.problem(steps=8), lambda p: SGD(p, lr=0.1, momentum=0.5))
@@ -36,12 +38,31 @@ def test_the_default_is_unrolled_and_the_influence_function():
     torch.testing.assert_close(scores(Averaged()).values, expected)
 
 
+@pytest.mark.filterwarnings("ignore:The scores of .* times as large")
 def test_several_runs_are_averaged_by_each_method_in_its_own_way():
     """TRAK, for example, multiplies two means."""
     methods, rows = (TRAK(), Unrolled()), [ls.queries(), ls.queries()]
     parts = [m.attribute_ensemble([RUN, OTHER], rows, progress=False).values for m in methods]
     mean = Averaged(methods).attribute_ensemble([RUN, OTHER], rows, progress=False)
     torch.testing.assert_close(mean.values, torch.stack(parts).mean(dim=0))
+
+
+@dataclass(frozen=True)
+class Enlarged(Attributor):
+    """Scores of another method, multiplied by a number."""
+
+    method: Attributor
+    factor: float
+
+    def directions(self, run, queries):
+        yield from self.method.directions(run, self.factor * queries)
+
+
+def test_a_method_whose_scores_count_alone_is_named():
+    expected = r"`Enlarged\(.*are more than 10 times as large as those of `Unrolled\(\)`"
+    with pytest.warns(UserWarning, match=expected):
+        scores(Averaged((Unrolled(), Enlarged(Unrolled(), 11.0))))
+    scores(Averaged((Unrolled(), Enlarged(Unrolled(), 9.0))))  # It raises no warning.
 
 
 def test_it_is_linear_if_all_methods_are():
