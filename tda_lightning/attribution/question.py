@@ -53,8 +53,10 @@ class Question:
 
         The rows at several moments are side by side.
         """
-        result = self.rows(store, model, queries)
+        require_model(model)
+        self.method.require(store)
         moments = self._moments(store, model)
+        result = self._rows(moments, store, model, queries)
         if self.at is None and moments != self.method.moments(store):
             warnings.warn(
                 f"The weights in the run's snapshots do not fit the `{type(model).__name__}`; "
@@ -70,7 +72,11 @@ class Question:
         """Return the rows without a comparison of the model's weights with those of the run."""
         require_model(model)
         self.method.require(store)
-        moments = self._moments(store, model)
+        return self._rows(self._moments(store, model), store, model, queries)
+
+    def _rows(
+        self, moments: Sequence[Moment], store: Store, model: nn.Module, queries: Any
+    ) -> QueryRows:
         is_one_pass = len(moments) == 1 and moments[0] != "snapshots"
         groups = [queries] if is_one_pass else groups_in_memory(queries, progress=self.progress)
         result = joined_rows([self._rows_at(moments, store, model, group) for group in groups])
