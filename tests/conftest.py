@@ -35,6 +35,28 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.filterwarnings(ignored))
 
 
+def seed_torch():
+    """Start torch's random numbers anew: no test depends on which tests ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    if fixturedef.scope != "function":
+        seed_torch()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    seed_torch()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call():
+    seed_torch()
+
+
 @pytest.fixture(autouse=True)
 def compilation_is_switched_on_again():
     """Check that recording leaves torch.compile as it found it."""
