@@ -104,7 +104,7 @@ class Unrolled(SelfAttributor):
         for step in steps_backward(run):
             dynamics = Dynamics.of(step)
             rows, scales = self.curvature.scaled_rows(step)
-            hessian = LimitedCurvature(rows, scales, dynamics.overshoot_lr, self.propagator)
+            hessian = LimitedCurvature(rows, scales, dynamics.effective_lr, self.propagator)
             total: Tensor | None = None
             for _ in range(run.recipe.every_n_steps):
                 adjoint = state.gradient_adjoint_(dynamics)

@@ -10,7 +10,7 @@ from tda_lightning.attribution import Averaged, Linear, SampledLabels
 from tda_lightning.results import Embedding
 
 RUN = ls.record(ls.problem(scale=0.7), lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1))
-EXACT = Unrolled(SampledLabels(), Linear())
+EXACT = Unrolled(SampledLabels(), Linear(4.0))
 
 
 LINEAR = [TracIn(), Unrolled(), GradientSimilarity("dot"), Averaged()]

@@ -183,7 +183,7 @@ class UnrolledUpdate(WeightUpdate):
         for step in task.run:
             rows, scales = self.curvature.scaled_rows(step)
             dynamics = Dynamics.of(step)
-            hessian = LimitedCurvature(rows, scales, dynamics.overshoot_lr, self.propagator)
+            hessian = LimitedCurvature(rows, scales, dynamics.effective_lr, self.propagator)
             missing = step.sketch[torch.isin(step.sample_ids, task.forget_ids)].sum(dim=0)
             for _ in range(task.run.recipe.every_n_steps):
                 state.step_(dynamics, missing, _products(hessian, rows))

@@ -31,7 +31,6 @@ turns is right on average.
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from collections.abc import Sequence
@@ -98,18 +97,13 @@ class Dynamics:
 
     @property
     def effective_lr(self) -> float:
-        """Rate at which plain gradient descent would move the weights as far in the end."""
+        r"""Rate at which plain gradient descent would move the weights as far in the end.
+
+        Without Nesterov's momentum, :math:`\eta (1 - \tau) / (1 - \mu)`. Overshoot is judged by it.
+        """
         direct = self.lr * self.nesterov
         buffered = self.lr * self.buffer_coefficient * self.gradient_share
         return direct + buffered / (1 - self.momentum)
-
-    @property
-    def overshoot_lr(self) -> float:
-        r"""The rate by which overshoot is judged, :math:`\eta (1 - \tau) / \sqrt{1 - \mu}`.
-
-        Momentum applies a step's curvature repeatedly, so overshoot begins at a smaller curvature.
-        """
-        return self.lr * self.gradient_share / math.sqrt(1 - self.momentum)
 
     @property
     def decay(self) -> float:

@@ -9,11 +9,10 @@ the eigenvalue by
 
 .. math:: \tilde \lambda = \frac{1 - \varphi(\eta \lambda)}{\eta} \le \frac{1}{\eta}
 
-With momentum :math:`\mu`, overshoot is judged by the rate :math:`\eta / \sqrt{1 - \mu}`, so that
-:math:`\eta \tilde \lambda \le \sqrt{1 - \mu}`. Each step is then well inside the stability regions
-of heavy ball and of Nesterov's momentum. Alternating steps can still amplify a displacement by
-resonance, but steps drawn at random did not. With only :math:`\eta \tilde \lambda \le 1` they did,
-by many orders of magnitude (``tests/attribution/test_unrolled.py``).
+With momentum, :math:`\eta` is the rate at which plain gradient descent would move the weights as
+far in the end. A product of steps, each stable by itself, can amplify a displacement by resonance.
+A limit :math:`1 / \sqrt{1 - \mu}` times as high did so, on random steps
+(``tests/attribution/test_unrolled.py``) and on a language model that was trained for long.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Linear(Propagator):
 
     Attributes:
         limit: Largest share. With 1, a step that overshoots leaves nothing. With up to 2, signs
-            change as in real training. Above 2, products can explode.
+            change as in real training. Above 2, products can explode; with momentum, above 1.
     """
 
     limit: float = 1.0
