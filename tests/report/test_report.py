@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -153,6 +154,11 @@ def test_without_bokeh_charts_are_drawn_as_svg(tmp_path, monkeypatch):
     assert text.count("<svg") == 5
     assert "BokehJS" not in text
     assert "currentColor" in text
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'(?:xlink:href="|url\()#([\w-]+)', text)
+    assert references
+    assert set(references) <= set(ids)
     assert path.stat().st_size < 2**20
 
 

@@ -118,7 +118,7 @@ def draw_svg(chart: Chart) -> Html:
 
     # Text stays text; equal charts have equal identifiers.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.name}):
-        figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+        figure = Figure(figsize=(4.8, 2.4), layout="constrained")
         axes = figure.add_subplot()
         if isinstance(chart, Histogram):
             _draw_histogram(axes, chart)
@@ -128,7 +128,7 @@ def draw_svg(chart: Chart) -> Html:
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return Html(_themed(file.getvalue()))
+    return Html(_themed(file.getvalue(), chart.name))
 
 
 def _draw_lines(axes: Any, chart: LineChart) -> None:
@@ -155,12 +155,12 @@ def _calm_axes(axes: Any) -> None:
     axes.yaxis.label.set_color(_INK)
 
 
-def _themed(svg: str) -> str:
-    """Return the element without prologue and size, with the page's colours."""
+def _themed(svg: str, name: str) -> str:
+    """Return the element without prologue and size, with the page's colours, and ids of its own."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
     for color, replacement in _PAGE_COLORS.items():
         svg = svg.replace(color, replacement)
-    return svg
+    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
