@@ -28,6 +28,8 @@ html_show_copyright = False
 html_math_renderer = "mathml"  # browsers draw it; MathJax would be loaded from elsewhere
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
+html_show_sourcelink = False
 exclude_patterns = ["_build"]
 
 
@@ -41,14 +43,39 @@ def block_math(translator, node):
     raise nodes.SkipNode
 
 
-def keep_figures_whole(app, doctree):
-    """Never break a line within figures such as ".82 / .64" in a table."""
+def shape_cells(app, doctree):
+    """Give each cell of a table the width that it needs on a telephone.
+
+    Never break a line within figures such as ".82 / .64". Mark words and sentences for `site.css`.
+    """
     for entry in doctree.findall(nodes.entry):
+        length = len(entry.astext())
+        entry["classes"] += ["sentence"] if length > 60 else ["words"] if length > 20 else []
         for text in list(entry.findall(nodes.Text)):
             if re.fullmatch(r"[\d.,/±+() -]*", text) and re.search(r"\d", text):
                 text.parent.replace(text, nodes.Text(text.replace(" ", "\N{NO-BREAK SPACE}")))
 
 
+def lead_back_from_source(app, pagename, templatename, context, doctree):
+    """Repair links from source code to the API pages.
+
+    Sphinx takes all objects of a file to be documented under the module of the first of them.
+    """
+    if not pagename.startswith("_modules/"):
+        return
+    objects = app.env.domains["py"].objects
+
+    def repaired(link):
+        name = link[1]
+        while name not in objects and "." in name:
+            name = name.partition(".")[2]
+            name = next((full for full in objects if full.endswith(f".{name}")), name)
+        return f'#{name}">[docs]'
+
+    context["body"] = re.sub(r'#([^"#]*)">\[docs\]', repaired, context["body"])
+
+
 def setup(app):
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
-    app.connect("doctree-read", keep_figures_whole)
+    app.connect("doctree-read", shape_cells)
+    app.connect("html-page-context", lead_back_from_source)
