@@ -21,7 +21,7 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
     they are found under the name of the first argument of ``forward``, or under a common key, such
     as ``"x"`` or ``"input_ids"``; what else ``forward`` takes by name, such as ``attention_mask``,
     is passed too, except labels. A ``forward`` of keyword arguments only gets all of the mapping
-    but the labels.
+    but the labels. A named tuple is a mapping if its fields have such names.
 
     Raises:
         ValueError: If there is no ``forward`` that takes the inputs, or the batch has none.
@@ -56,6 +56,7 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
 
 def _arguments_of(module: nn.Module, batch: Any) -> tuple[list[Any], dict[str, Any]]:
     """Return the positional and the keyword arguments for ``forward``."""
+    batch = _fields_of(batch, (*_INPUTS, *inspect.signature(module.forward).parameters))
     if not isinstance(batch, Mapping):
         is_sequence = isinstance(batch, list | tuple) and len(batch) > 0
         return [batch[0] if is_sequence else batch], {}
@@ -72,6 +73,13 @@ def _arguments_of(module: nn.Module, batch: Any) -> tuple[list[Any], dict[str, A
     return [], _by_name(batch, parameters)
 
 
+def _fields_of(batch: Any, names: tuple[str, ...]) -> Any:
+    """Return a named tuple as a mapping, if a field has such a name or labels come first."""
+    fields = getattr(batch, "_fields", ())
+    is_named = any(field in names for field in fields) or any(f in _LABELS for f in fields[:1])
+    return batch._asdict() if is_named else batch
+
+
 def _by_name(batch: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {n: value for n, value in batch.items() if n in parameters and n not in _LABELS}
 
@@ -79,9 +87,12 @@ def _by_name(batch: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[st
 def labels_of(batch: Any) -> Tensor:
     """Return the second element of a sequence, or a mapping's ``"y"`` or ``"labels"``.
 
+    A named tuple is a mapping if a field has such a name.
+
     Raises:
         ValueError: If the batch has no labels.
     """
+    batch = _fields_of(batch, _LABELS)
     if isinstance(batch, Mapping):
         labels: Tensor = _look_up(batch, _LABELS, "labels", "labels=")
         return labels

@@ -1,10 +1,12 @@
 """What `forward` gets of a batch: inputs first or by name, and what it takes beside them."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 from torch import nn
 
-from tda_lightning.passes.outputs import outputs_of
+from tda_lightning.passes.outputs import labels_of, outputs_of
 
 X = torch.arange(15.0).reshape(5, 3)
 MASK = torch.tensor([[1.0, 1.0, 0.0]]).expand(5, 3)
@@ -61,3 +63,24 @@ def test_inputs_of_any_name_are_found_where_forward_names_them():
             return words
 
     assert outputs_of(Words(), {"labels": torch.zeros(5), "words": X}) is X
+
+
+@pytest.mark.parametrize("fields", ["label image", "image weight label", "image label"])
+def test_fields_of_a_named_tuple_are_found_by_their_names(fields):
+    values = {"label": torch.arange(5), "image": X, "weight": torch.ones(5)}
+    batch = namedtuple("Batch", fields)(*(values[field] for field in fields.split()))
+    assert outputs_of(nn.Identity(), batch) is X
+    assert labels_of(batch) is values["label"]
+
+
+def test_fields_of_other_names_are_taken_by_position():
+    batch = namedtuple("Batch", "pixels digit")(X, torch.arange(5))
+    assert outputs_of(nn.Identity(), batch) is X
+    assert labels_of(batch) is batch.digit
+
+
+def test_labels_that_come_first_are_no_inputs():
+    batch = namedtuple("Batch", "label pixels")(torch.arange(5), X)
+    assert labels_of(batch) is batch.label
+    with pytest.raises(ValueError, match="no inputs in a batch with the keys"):
+        outputs_of(nn.Identity(), batch)
