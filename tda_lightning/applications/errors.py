@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications.predictions import Labels, Outputs, predict
+from tda_lightning.applications.predictions import Labels, Outputs, of_classes, predict
 from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.attribute import attribute
 from tda_lightning.passes.batches import select_samples
@@ -126,6 +126,7 @@ def explain_errors(
         ValueError: If no prediction is wrong, or the data do not match the model.
     """
     store = open_run(run)
+    outputs, labels = of_classes(store, outputs, labels)
     predictions = predict(model, loader, "loader", outputs, labels, progress)
     is_wrong = predictions.predicted() != predictions.labels
     if not is_wrong.any():

@@ -37,7 +37,7 @@ from tda_lightning.applications.mislabel_count import (
     has_several_terms,
 )
 from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
-from tda_lightning.applications.predictions import Labels, Outputs, predict
+from tda_lightning.applications.predictions import Labels, Outputs, of_classes, predict
 from tda_lightning.applications.retraining import Retrain, check_removal
 from tda_lightning.applications.unlearning.sample_passes import dataset_ids
 from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
@@ -105,6 +105,7 @@ def find_mislabeled(
     count = estimate_number(suspicion, history, decisive)
     labelled = None
     if model is not None and loader is not None:
+        outputs, labels = of_classes(store, outputs, labels)
         named = predict(model, loader, "loader", outputs, labels, progress)
         rows = named.of(store.train_ids(), "loader")
         labelled = Labelled(rows.labels, rows.predicted())

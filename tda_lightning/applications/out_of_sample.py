@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications.predictions import Labels, Outputs, predict
+from tda_lightning.applications.predictions import Labels, Outputs, of_classes, predict
 from tda_lightning.applications.pruning import mean_rows
 from tda_lightning.attribution import InfluenceFunction
 from tda_lightning.attribution.steps import DeviceView
@@ -106,6 +106,7 @@ def out_of_sample_probabilities(
     """
     store = open_run(run)
     InfluenceFunction().require(store)
+    outputs, labels = of_classes(store, outputs, labels)
     predictions = predict(model, loader, "loader", outputs, labels, progress)
     predictions = predictions.of(predictions.ids.sort().values, "loader")
     solutions = _solutions(store, predictions.ids)

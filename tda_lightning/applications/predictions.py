@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.passes.batch_contents import require_batches
 from tda_lightning.passes.batches import named_batches, require_loader, transfer
+from tda_lightning.passes.labelled_logits import require_logits
 from tda_lightning.passes.model_state import preserved_state, require_model
 from tda_lightning.recording.sample_ids import SampleLedger
+from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import describe, require_kind
 
 Outputs = Callable[[nn.Module, Any], Tensor]
@@ -58,6 +60,30 @@ class Predictions:
         return Predictions(ids, self.probabilities[rows], self.labels[rows])
 
 
+def of_classes(run: Store, outputs: Outputs, labels: Labels) -> tuple[Outputs, Labels]:
+    """Return outputs with one logit per class, and whole labels, also for two classes.
+
+    A binary cross-entropy takes one logit :math:`z` per sample. It is that of the logits
+    :math:`(-z/2, z/2)`, of class 0 and class 1.
+    """
+    if run.facts[0].loss != "cross-entropy":
+        return outputs, labels
+
+    def class_logits(module: nn.Module, batch: Any) -> Tensor:
+        logits = outputs(module, batch)
+        if logits.ndim > 2 or logits.numel() != len(logits):
+            return logits
+        return torch.stack([-logits.flatten() / 2, logits.flatten() / 2], dim=1)
+
+    def whole_labels(batch: Any) -> Tensor:
+        given = labels(batch)
+        if given.numel() != len(given) or not ((given == 0) | (given == 1)).all():
+            return given
+        return given.flatten().long()
+
+    return class_logits, whole_labels
+
+
 def predict(
     model: nn.Module,
     loader: DataLoader[Any],
@@ -71,7 +97,8 @@ def predict(
     ``outputs`` returns logits, shape ``(n, classes)``, and ``labels`` one label per sample.
 
     Raises:
-        ValueError: If the logits or the labels have another shape.
+        ValueError: If the logits or the labels have another shape, or the model returns
+            probabilities.
     """
     require_model(model)
     require_loader(loader, argument)
@@ -82,10 +109,12 @@ def predict(
         for ids, batch in batches:
             given, logits = labels(batch), outputs(model, transfer(model, batch))
             _require_classes(logits, given)
-            parts.append((ids, logits.double().softmax(dim=1).cpu(), given.cpu().long()))
+            parts.append((ids, logits.double().cpu(), given.cpu().long()))
     require_batches(parts, argument)
-    ids, probabilities, given = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Predictions(ids, probabilities, given)
+    ids, logits, given = (torch.cat(column) for column in zip(*parts, strict=True))
+    require_logits(logits)
+    _require_single_logit(logits)
+    return Predictions(ids, logits.softmax(dim=1), given)
 
 
 def given_labels(loader: DataLoader[Any], labels: Labels) -> tuple[Int64[Tensor, " n"], Tensor]:
@@ -97,6 +126,18 @@ def given_labels(loader: DataLoader[Any], labels: Labels) -> tuple[Int64[Tensor,
     return ids, given
 
 
+def _require_single_logit(logits: Float[Tensor, "n classes"]) -> None:
+    """Check that a single output per sample was a logit, and not behind a sigmoid."""
+    is_pair = logits.shape[1] == 2 and bool((logits[:, 0] == -logits[:, 1]).all())
+    single = 2 * logits[:, -1]
+    if is_pair and ((single >= 0) & (single <= 1)).all():
+        raise ValueError(
+            "All outputs of the model are between 0 and 1, as behind a sigmoid; expected logits. "
+            "Pass `outputs=lambda module, batch: module(batch[0]).logit()`. If they are logits, "
+            "return those of both classes, such as 0 and the output."
+        )
+
+
 def _several_labels(logits: Tensor, labels: Tensor) -> str:
     """Return the remedy for several labels per sample, if that is what these look like."""
     is_each_one_or_zero = bool(((labels == 0) | (labels == 1)).all())
@@ -105,7 +146,8 @@ def _several_labels(logits: Tensor, labels: Tensor) -> str:
     return (
         " Of several labels per sample, choose one, such as the first: "
         "`outputs=lambda model, batch: nn.functional.pad(model(batch[0])[:, :1], (1, 0))` and "
-        "`labels=lambda batch: batch[1][:, 0].long()`. `find_mislabeled(run)` needs neither."
+        "`labels=lambda batch: batch[1][:, 0].long()`. `find_mislabeled(run)` needs neither. Of "
+        "one-hot labels, take the class: `labels=lambda batch: batch[1].argmax(dim=1)`."
     )
 
 

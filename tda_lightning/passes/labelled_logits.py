@@ -36,6 +36,21 @@ def shifted(logits: Any, labels: Any, axis: ClassAxis, shift: bool) -> tuple[Ten
     return classes_last[:, :-1], labels[:, 1:] if isinstance(labels, Tensor) else labels
 
 
+def require_logits(values: Float[Tensor, "*n classes"]) -> None:
+    """Check that outputs are logits: those of a softmax layer would be normalized twice.
+
+    Raises:
+        ValueError: If all are probabilities. Logarithms of probabilities are logits.
+    """
+    sums = values.detach().sum(dim=-1)
+    if len(values) and (values >= 0).all() and ((sums - 1).abs() < 1e-3).all():
+        raise ValueError(
+            f"The model returned {describe(values)}, all of them at least 0, with sums of 1, as "
+            "behind a softmax; expected logits. Pass `outputs=lambda module, batch: "
+            "module(batch[0]).log()`."
+        )
+
+
 def is_counted(labels: Any, shift: bool) -> Bool[Tensor, "n tokens"] | None:
     """Return which labels are not ignored; ``None`` if all count."""
     if not _holds_integers(labels) or labels.ndim != 2:

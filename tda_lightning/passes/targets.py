@@ -27,6 +27,7 @@ from tda_lightning.passes.labelled_logits import (
     class_indices,
     gather,
     is_counted,
+    require_logits,
     shifted,
     warn_if_unshifted,
 )
@@ -130,6 +131,7 @@ class LogProbability(_OfLabels):
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "*n"]:
         """Return one log-probability per label."""
         logits, classes = _logits_and_classes(self, module, batch)
+        require_logits(logits)
         return gather(logits.log_softmax(dim=-1), classes)
 
 
@@ -143,6 +145,7 @@ class Margin(_OfLabels):
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "*n"]:
         """Return one margin per label."""
         logits, classes = _logits_and_classes(self, module, batch)
+        require_logits(logits)
         others = logits.scatter(-1, classes[..., None], -torch.inf)
         return gather(logits, classes) - others.logsumexp(dim=-1)
 
