@@ -123,8 +123,8 @@ def notes_on_selected(run: Store, ids: Int64[Tensor, " n"]) -> tuple[str, ...]:
     if not number:
         return ()
     return (
-        f"About {len(suspicious):,} labels of the data are wrong, and {number:,} of these samples "
-        "are selected. Remove them first: see `find_mislabeled`.",
+        f"About {len(suspicious):,} labels of the data look wrong, and {number:,} of these samples "
+        "are selected. Check them first: see `find_mislabeled`.",
     )
 
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -118,6 +118,12 @@ def find_mislabeled(
         flagged_number=count.number if number is None else min(number, len(suspicion)),
         labelled=labelled,
         notes=tuple(_notes(store, history, suspicion, count)),
+    )
+    notes_on_classes = tuple(_notes_on_classes(labelled, mislabeled.is_flagged()))
+    mislabeled = replace(
+        mislabeled,
+        is_clear=mislabeled.is_clear and (labelled is None or not notes_on_classes),
+        notes=(*notes_on_classes, *mislabeled.notes),
     )
     if retrain is None or mislabeled.flagged_number == 0:
         return mislabeled
@@ -231,6 +237,26 @@ def _notes(
         "Consistent errors, such as a whole class or a group with the same wrong label, are "
         "learned like correct labels and cannot be found this way."
     )
+
+
+def _notes_on_classes(
+    labelled: Labelled | None, is_flagged: Bool[Tensor, " n_train"]
+) -> Iterator[str]:
+    """Yield a note for each class most of whose samples are flagged, or one if it is unknown."""
+    if labelled is None:
+        yield (
+            "Samples of a rare class are learned late, and may be flagged although their labels "
+            "are right. Pass `model` and `loader` to see whether it is so."
+        )
+        return
+    for label in torch.unique(labelled.given).tolist():
+        flagged = is_flagged[labelled.given == label]
+        if 2 * int(flagged.sum()) > len(flagged):
+            yield (
+                f"{int(flagged.sum()):,} of the {len(flagged):,} samples with label {label} are "
+                "flagged. Either most of these labels are wrong, or the class is rare and learned "
+                "late, and most are right. Look at them before you remove any."
+            )
 
 
 def _notes_on_losses(store: Store, history: LossHistory | None) -> Iterator[str]:

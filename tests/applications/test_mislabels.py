@@ -55,22 +55,41 @@ def test_label_scores_are_geometric_means_over_the_decisive_visits(suspects):
     torch.testing.assert_close(suspects.label_scores, logs[:, :best].mean(dim=1).exp())
 
 
-def test_memorized_labels_are_counted_by_the_visits_before():
-    """Losses of right labels fall at once, those of wrong ones at the fifth of eleven visits."""
+def store_of_late_samples():
+    """Losses of most samples fall at once, those of the first 13 at the fifth of eleven visits."""
     store, noise = MemoryStore(), torch.Generator().manual_seed(0)
-    trained = MemoryStore()
-    quiet_trainer(LossRecorder(trained), max_epochs=11).fit(
-        Plain(mlp()), DataLoader(vectors(n=101), 101)
-    )
+    trained, model = MemoryStore(), Plain(mlp())
+    quiet_trainer(LossRecorder(trained), max_epochs=11).fit(model, DataLoader(vectors(n=101), 101))
     store.begin(trained.recipe)
     for step in trained:
         late = torch.where(step.sample_ids < 13, 3.0 if step.epoch < 5 else 0.0, 0.1)
         losses = late + 0.1 * torch.rand(101, generator=noise)
         store.append(replace(step, losses=losses))
+    return store, model
+
+
+def test_memorized_labels_are_counted_by_the_visits_before():
+    store, _ = store_of_late_samples()
     found = find_mislabeled(store, progress=False)
     assert sorted(found.ids.tolist()) == list(range(13))
     assert found.is_clear
     assert "first 5 of 11 visits" in repr(found)
+    assert "Samples of a rare class are learned late" in repr(found)
+
+
+@pytest.mark.parametrize("n_rare", [13, 30])
+def test_a_class_that_is_flagged_as_a_whole_makes_the_number_unknown(n_rare):
+    """A rare class is learned late, as are wrong labels; the losses do not tell them apart."""
+    store, model = store_of_late_samples()
+    labels = (torch.arange(101) < n_rare).long()
+    data = DataLoader(TensorDataset(vectors(n=101).tensors[0], labels), 50)
+    found = find_mislabeled(
+        store, model, data, outputs=lambda module, batch: module.net(batch[0]), progress=False
+    )
+    assert sorted(found.ids.tolist()) == list(range(13))
+    assert found.is_clear == (n_rare == 30)
+    assert ("13 of the 13 samples with label 1 are flagged" in repr(found)) == (n_rare == 13)
+    assert "rare class are learned" not in repr(found)
 
 
 def test_the_frame_has_cleanlabs_columns_and_every_sample(suspects):

@@ -146,7 +146,7 @@ def test_selected_samples_with_suspicious_labels_are_counted():
     data = loader(TensorDataset(x, y))
     quiet_trainer(GradientRecorder(store), max_epochs=8).fit(model, data)
     assert set(range(7)) <= set(prune(store).ids.tolist())
-    note = "About 7 labels of the data are wrong, and 7 of these samples are selected."
+    note = "About 7 labels of the data look wrong, and 7 of these samples are selected."
     assert note in repr(prune(store))
     assert not prune(store, importance=Lowest(EL2N())).notes
     assert "7 labels" in repr(coreset(store, 0.5))
