@@ -83,13 +83,15 @@ class RowPass:
 
     def rows(self) -> Float[Tensor, "n k"]:
         """Return the rows, with all gradients that still wait."""
-        self._record_all()
-        return self._rows.rows()
+        with torch.no_grad():
+            self._record_all()
+            return self._rows.rows()
 
     def take(self) -> Float[Tensor, "n k"]:
         """Return the rows, and begin with zeros again."""
-        self._record_all()
-        return self._rows.take()
+        with torch.no_grad():
+            self._record_all()
+            return self._rows.take()
 
     def remove_hooks(self) -> None:
         """Remove all hooks of parameters."""
@@ -172,11 +174,10 @@ class WaitingGradients:
     def finish(self) -> Preconditioner:
         """Record the gradients that still wait, and return the coordinates of all blocks."""
         self.remove_hooks()
-        with torch.no_grad():
-            preconditioner = self._coordinates.complete()
-            self._sketcher.precondition(preconditioner)
-            for parameter in list(self._entries):
-                self._work_off(parameter)
+        preconditioner = self._coordinates.complete()
+        self._sketcher.precondition(preconditioner)
+        for parameter in list(self._entries):
+            self._work_off(parameter)
         return preconditioner
 
     def remove_hooks(self) -> None:
@@ -225,6 +226,6 @@ def receiver(
         contribution = gradient.in_rows_of(place.columns)
         start, size = gradient.start // place.columns, gradient.size // place.columns
         values = sketcher.project(place, contribution, start, size)
-        rows.add(place.block, values, gradient.dtype)
+        rows.add((place.block,), values, gradient.dtype)
 
     return receive

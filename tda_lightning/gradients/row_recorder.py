@@ -27,7 +27,6 @@ from tda_lightning.gradients.losses import (
     find_losses,
     label_gradients,
 )
-from tda_lightning.gradients.nodes.stacked import Shrinking
 from tda_lightning.gradients.parameter_selection import ParameterSelection, named_parameters
 from tda_lightning.gradients.row_pass import BatchRows, Coordinates, RowPass
 from tda_lightning.gradients.sketching.block_maps import places
@@ -85,7 +84,7 @@ class RowRecorder:
         self._places = places(selection)
         self._sketcher: Sketcher = projector.bind(selection.blocks, device, dtype)
         parameters = named_parameters(selection, lost)
-        self._capture = Capture(model, parameters, batch_dims, self._shrinking, followed)
+        self._capture = Capture(model, parameters, batch_dims, self._block_of, followed)
         self.is_compiled = is_compiled(model)
         self._eager = ExitStack()
         self._summary: LossSummary | None = None
@@ -295,6 +294,6 @@ class RowRecorder:
         sums, self._sums = self._sums, None
         return sums
 
-    def _shrinking(self, parameter: nn.Parameter) -> tuple[Shrinking, int]:
+    def _block_of(self, parameter: nn.Parameter) -> int | None:
         place = self._places[parameter]
-        return self._sketcher.shrinking(place), place.block
+        return place.block if self._sketcher.is_whole(place) else None

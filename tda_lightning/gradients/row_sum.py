@@ -18,7 +18,7 @@ from tda_lightning.gradients.capture.parameter_paths import ParameterGradient
 from tda_lightning.gradients.factors import Dense, GradientFactors
 from tda_lightning.gradients.factors.gradient_factors import coarser
 from tda_lightning.gradients.nodes.stacked import Slot, StackedFactors
-from tda_lightning.gradients.sketching.block_maps import Factored, Shrunk, multiply
+from tda_lightning.gradients.sketching.block_maps import Shrunk
 from tda_lightning.gradients.sketching.column_maps import Stack
 from tda_lightning.gradients.sketching.sketcher import Sketcher
 
@@ -38,32 +38,22 @@ class RowSum:
         self._n = n
         self._rows: Tensor | None = None
         self._stacks: list[Stack] = []
-        self._factored: dict[tuple[int, ...], list[tuple[int, Factored]]] = {}
         self._waiting = 0
         self.sums: Float[Tensor, "blocks k1"] | None = None
         # The coarsest number format of the gradients.
         self._format = torch.float64
 
-    def add(self, block: int, values: Shrunk, stored: torch.dtype = torch.float64) -> None:
-        """Add the shrunk gradients of a block; ``stored`` is the format they were computed from."""
-        if isinstance(values, Factored):
-            self._format = coarser(stored, self._format)
-            self._factored.setdefault(values.shapes, []).append((block, values))
-            self._waiting += values.left.numel() + values.right.numel()
-            self._hash_if_many()
-        else:
-            self.add_stack((block,), values[None], stored)
-
-    def add_stack(
-        self, blocks: tuple[int, ...], values: Float[Tensor, "blocks n m"], stored: torch.dtype
+    def add(
+        self, blocks: tuple[int, ...], values: Shrunk, stored: torch.dtype = torch.float64
     ) -> None:
-        """Add the shrunk gradients of several blocks of the same shape."""
+        """Add the shrunk gradients of blocks; ``stored`` is the format they were computed from."""
+        if values.numel() > _MAX_WAITING and len(blocks) > 1:
+            for number, block in enumerate(blocks):
+                self.add((block,), values[number : number + 1], stored)
+            return
         self._format = coarser(stored, self._format)
         self._stacks.append((blocks, values))
         self._waiting += values.numel()
-        self._hash_if_many()
-
-    def _hash_if_many(self) -> None:
         if self._waiting > _MAX_WAITING:
             self._hash()
 
@@ -80,22 +70,18 @@ class RowSum:
         return rows
 
     def _hash(self) -> None:
-        for pairs in self._factored.values():
-            blocks = tuple(block for block, _ in pairs)
-            values = multiply([values for _, values in pairs], self._sketcher.dtype)
-            self._stacks.append((blocks, values))
         if self.sums is not None:
             self._add_to_sums(self.sums)
         if self._stacks or self._rows is None:
             rows = self._sketcher.hash_rows(self._stacks, self._n)
             self._rows = rows if self._rows is None else self._rows + rows
-        self._stacks, self._factored, self._waiting = [], {}, 0
+        self._stacks, self._waiting = [], 0
 
     def _add_to_sums(self, sums: Float[Tensor, "blocks k1"]) -> None:
         for blocks, stack in self._stacks:
             for number, block in enumerate(blocks):
-                part = ((block,), stack[number : number + 1])
-                rows = self._sketcher.hash_rows([part], self._n)
+                part = stack[number : number + 1]
+                rows = self._sketcher.hash_rows([((block,), part)], self._n)
                 sums[block, :-1] += rows.sum(dim=0)
                 sums[block, -1] += rows.norm() * rounding_of(self._format, rows.dtype)
 
@@ -152,9 +138,8 @@ class HeldNodes:
     def finish(self) -> None:
         """Record the nodes that wait."""
         groups, self._groups, self._room = self._groups, {}, _MAX_WAITING
-        with torch.no_grad():
-            for slots, values in groups.values():
-                self._record(slots, values)
+        for slots, values in groups.values():
+            self._record(slots, values)
 
     def record(self, slot: Slot, values: Values) -> None:
         """Record a node at once."""
@@ -170,7 +155,7 @@ class HeldNodes:
             stored = gradient.dtype
             if is_transposed and isinstance(gradient, StackedFactors):
                 gradient = gradient.transposed()
-            self._rows.add_stack(blocks, self._sketcher.project_stack(blocks, gradient, n), stored)
+            self._rows.add(blocks, self._sketcher.project_stack(blocks, gradient, n), stored)
 
 
 def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
@@ -217,9 +202,8 @@ class RepeatedGradients:
 
     def _record_all(self) -> None:
         groups, self._groups, self._room = self._groups, {}, _MAX_WAITING
-        with torch.no_grad():
-            for gradients in groups.values():
-                self._receive(_joined(gradients))
+        for gradients in groups.values():
+            self._receive(_joined(gradients))
 
 
 def _kind(gradient: ParameterGradient) -> Any:

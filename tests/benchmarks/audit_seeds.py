@@ -189,9 +189,9 @@ def dropped(training: Training, seed: int) -> Iterator[None]:
     weight = weight_of(training, seed)
     lost = next(number for number, p in enumerate(training.parameters()) if p is weight)
 
-    def add_others(rows: RowSum, block: int, *arguments: Any) -> None:
-        if block != lost:
-            add(rows, block, *arguments)
+    def add_others(rows: RowSum, blocks: tuple[int, ...], *arguments: Any) -> None:
+        if lost not in blocks:
+            add(rows, blocks, *arguments)
 
     with mock.patch.object(RowSum, "add", add_others):
         yield

@@ -64,10 +64,10 @@ def test_factors_and_matrices_have_the_same_sketch(projector):
     weights, biases = grads.mT @ inputs, grads.sum(dim=1)
     weight, bias = Place(0, 0, 0, 11, 13), Place(0, 0, 13, 11, 1)
     rows = RowSum(sketcher, 5)
-    rows.add(0, sketcher.project(weight, factors_of(inputs, grads)))
-    rows.add(0, sketcher.project(bias, biases))
+    rows.add((0,), sketcher.project(weight, factors_of(inputs, grads)))
+    rows.add((0,), sketcher.project(bias, biases))
     # Some rows of a parameter, and a parameter that is a whole block.
-    rows.add(2, sketcher.project(Place(2, 0, 0, 3, 11), torch.ones(5, 2, 11).double(), 1, 2))
+    rows.add((2,), sketcher.project(Place(2, 0, 0, 3, 11), torch.ones(5, 2, 11).double(), 1, 2))
     part = torch.tensor([0.0, 1.0, 1.0]).double()[:, None].expand(3, 11)
     for row, w, b in zip(rows.rows(), weights, biases, strict=True):
         expected = sketcher.sketch_matrix(0, torch.cat([w, b[:, None]], dim=1))
@@ -137,7 +137,7 @@ def test_rows_do_not_depend_on_the_batch():
     def rows_of(samples):
         rows = RowSum(sketcher, len(inputs[samples]))
         factors = factors_of(inputs[samples], grads[samples])
-        rows.add(0, sketcher.project(Place(0, 0, 0, 11, 13), factors))
+        rows.add((0,), sketcher.project(Place(0, 0, 0, 11, 13), factors))
         return rows.rows()
 
     torch.testing.assert_close(rows_of(slice(2, 5)), rows_of(slice(None))[2:5])

@@ -24,7 +24,7 @@ from tda_lightning.gradients.capture.probe import backward_to_meetings
 from tda_lightning.gradients.capture.walk_plan import WalkPlans
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk
-from tda_lightning.gradients.nodes.stacked import ShrinkingOf, Slot, slot_of
+from tda_lightning.gradients.nodes.stacked import BlockOf, Slot, slot_of
 from tda_lightning.stores.recipe import SampleAxis
 
 # Called with a slot, and with the gradient of a node's output followed by what the node has saved.
@@ -44,7 +44,7 @@ class Capture:
         recorded: The recorded parameters by their names.
         batch_dims: Axis of the samples in the layers whose names match a pattern, where it is not
             inferred rightly.
-        shrinking: Returns how the gradients of a parameter are shrunk, and its block.
+        block_of: Returns the number of the block that a parameter fills.
         followed: Names of parameters in front of batch norms whose running statistics follow them.
     """
 
@@ -53,7 +53,7 @@ class Capture:
         model: nn.Module,
         recorded: Mapping[str, nn.Parameter],
         batch_dims: Mapping[str, SampleAxis],
-        shrinking: ShrinkingOf,
+        block_of: BlockOf,
         followed: Collection[str] = (),
     ) -> None:
         self.switch = PauseSwitch(model)
@@ -68,7 +68,7 @@ class Capture:
         self._layouts = LayoutMemory(self._recorded, declared)
         self._norms = NormsBehind(self._recorded, followed)
         self._plans = WalkPlans(
-            self._layouts, lambda meeting: slot_of(meeting, shrinking), self.switch.others_paused
+            self._layouts, lambda meeting: slot_of(meeting, block_of), self.switch.others_paused
         )
         self._walk: Walk | None = None
         self._delivery: Delivery | None = None

@@ -161,14 +161,16 @@ class BatchStatistics:
         return (channels.dense(inputs.dtype).mT @ inputs).sum(dim=0) / self.count
 
 
-def outer(left: Float[Tensor, "*g n a"], right: Float[Tensor, "*g n b"]) -> Tensor:
+def outer(
+    left: Float[Tensor, "*g n a"], right: Float[Tensor, "*g n b"], out: Tensor | None = None
+) -> Tensor:
     """Return the outer products of rows, ``(n, *g, a, b)``, samples last in memory.
 
     Broadcasting is faster than rank-one matrix products, and hashing reads one entry of all samples
-    after another.
+    after another. ``out`` has the shape ``(*g, a, b, n)``.
     """
-    last = left.mT.contiguous()[..., :, None, :] * right.mT.contiguous()[..., None, :, :]
-    return last.movedim(-1, 0)
+    first, second = left.mT.contiguous()[..., :, None, :], right.mT.contiguous()[..., None, :, :]
+    return torch.mul(first, second, out=out).movedim(-1, 0)
 
 
 def projected(operand: Operand, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -232,12 +234,14 @@ class Dense(Operand):
 
     def project(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "n s w"]:
         """Multiply from the right."""
-        return self._by_sample(self.project_rows(matrix))
+        return self._by_sample(self.project_rows(matrix, matrix.dtype))
 
-    def project_rows(self, matrix: Float[Tensor, "d w"]) -> Float[Tensor, "ns w"]:
-        """Multiply from the right; the rows of all samples are one axis."""
-        rows = self.rows
-        return (rows if rows.dtype is matrix.dtype else rows.to(matrix.dtype)).mm(matrix)
+    def project_rows(
+        self, matrix: Float[Tensor, "d w"] | None, dtype: torch.dtype
+    ) -> Float[Tensor, "ns w"]:
+        """Multiply from the right, or only convert; the rows of all samples are one axis."""
+        rows = self.rows.to(dtype)
+        return rows if matrix is None else rows.mm(matrix)
 
     def _by_sample(self, rows: Tensor) -> Tensor:
         return rows.view(self.count, -1, rows.shape[1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -108,10 +108,8 @@ _RULES = {
 }
 
 
-# How a parameter's gradients are shrunk: on both sides, or not at all; ``None`` if otherwise.
-Shrinking = Literal["both sides", "not at all"] | None
-# Returns it for a parameter, with the number of its block.
-ShrinkingOf = Callable[[nn.Parameter], tuple[Shrinking, int]]
+# Returns the number of the block that a parameter fills, ``None`` if it is a part of one.
+BlockOf = Callable[[nn.Parameter], int | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +129,7 @@ class Slot:
     kind: Hashable
 
 
-def slot_of(meeting: Meeting, shrinking: ShrinkingOf) -> Slot | None:
+def slot_of(meeting: Meeting, block_of: BlockOf) -> Slot | None:
     """Return the slot of a meeting, ``None`` if it is recorded alone."""
     rule = _RULES.get(type(meeting.node).__name__)
     if rule is None or rule.weight not in [position for position, _ in meeting.inputs]:
@@ -142,8 +140,8 @@ def slot_of(meeting: Meeting, shrinking: ShrinkingOf) -> Slot | None:
         if parameter is None:
             return None
         is_matrix = position == rule.weight and rule.is_product
-        how, block = shrinking(parameter)
-        if (how, parameter.ndim) != (("both sides", 2) if is_matrix else ("not at all", 1)):
+        block = block_of(parameter)
+        if block is None or parameter.ndim != (2 if is_matrix else 1):
             return None
         if not is_matrix and parameter.shape[0] != meeting.shape[-1]:  # It is broadcast.
             return None

@@ -103,24 +103,21 @@ class BlockMap:
         return BlockMap(self.rows, self.columns, left, right)
 
     def project(self, contribution: Contribution, dtype: torch.dtype) -> Shrunk:
-        """Map per-sample gradients to flat rows of length ``size``."""
+        """Map per-sample gradients to flat rows of length ``size``, as a stack of one."""
         left, right = self.left, self.right
         if isinstance(contribution, Tensor):
             if left is None and right is None:
-                is_flat = contribution.ndim == 2
-                values = contribution if is_flat else contribution.reshape(len(contribution), -1)
-                return values.to(dtype)
-            return _project_dense(contribution, self.rows, left, right, dtype).flatten(1)
+                return contribution.reshape(1, len(contribution), -1).to(dtype)
+            return _project_dense(contribution, self.rows, left, right, dtype).flatten(1)[None]
         inputs, grads = contribution.inputs, contribution.grad_outputs
         if (
-            left is not None
-            and right is not None
-            and isinstance(inputs, Dense)
+            isinstance(inputs, Dense)
             and isinstance(grads, Dense)
             and contribution.correction is None
         ):
-            return Factored(grads.project_rows(left), inputs.project_rows(right), inputs.n)
-        return contribution.project(left, right, dtype).flatten(1)
+            rows = grads.project_rows(left, dtype), inputs.project_rows(right, dtype)
+            return products(rows[0][None], rows[1][None], inputs.n)
+        return contribution.project(left, right, dtype).flatten(1)[None]
 
     def project_matrix(self, matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, " m"]:
         """Map one gradient, given as a matrix, to a flat row."""
@@ -131,7 +128,7 @@ class BlockMap:
 
 def project_part(
     block: BlockMap, rows: slice, columns: slice, contribution: Contribution, dtype: torch.dtype
-) -> Float[Tensor, "n m"]:
+) -> Float[Tensor, "1 n m"]:
     """Map gradients of some rows and columns of a block, to the length of the whole mapped block.
 
     Its other rows and columns are filled with zeros, where they are not shrunk.
@@ -139,58 +136,75 @@ def project_part(
     left = None if block.left is None else block.left[rows]
     right = None if block.right is None else block.right[columns]
     if isinstance(contribution, Tensor):
-        products = _project_dense(contribution, rows.stop - rows.start, left, right, dtype)
+        mapped = _project_dense(contribution, rows.stop - rows.start, left, right, dtype)
     else:
-        products = contribution.project(left, right, dtype)
+        mapped = contribution.project(left, right, dtype)
     above_below = (rows.start, block.rows - rows.stop) if left is None else (0, 0)
     sides = (columns.start, block.columns - columns.stop) if right is None else (0, 0)
     padding = (*sides, *above_below)
-    return (functional.pad(products, padding) if any(padding) else products).flatten(1)
+    return (functional.pad(mapped, padding) if any(padding) else mapped).flatten(1)[None]
 
 
 @dataclass(slots=True)
-class Factored:
-    """Shrunk gradients whose outer products are not computed yet: many blocks' are at once."""
+class Products:
+    """Shrunk gradients of several blocks of one shape, as factors that are not multiplied yet.
 
-    left: Float[Tensor, "ns a"]
-    right: Float[Tensor, "ns b"]
+    Attributes:
+        left: One factor, the rows of one sample after those of another.
+        right: The other factor.
+        n: Number of samples.
+    """
+
+    left: Float[Tensor, "blocks ns a"]
+    right: Float[Tensor, "blocks ns b"]
     n: int
 
-    @property
-    def shapes(self) -> tuple[int, ...]:
-        """Sizes that the factors of blocks must share to be multiplied together."""
-        return (*self.left.shape, self.right.shape[1], self.n)
+    def numel(self) -> int:
+        """Return the number of entries of the products."""
+        return len(self.left) * self.n * self.left.shape[2] * self.right.shape[2]
+
+    def __getitem__(self, part: slice) -> Products:
+        """Return those of some blocks."""
+        return Products(self.left[part], self.right[part], self.n)
+
+    def values(self) -> Float[Tensor, "blocks n m"]:
+        """Return the outer products of the factors' rows, summed over each sample's rows."""
+        left, right, n = self.left, self.right, self.n
+        count, rows, a = left.shape
+        if rows == n:
+            return outer(left, right).transpose(0, 1).flatten(2)
+        sums = torch.bmm(left.view(count * n, -1, a).mT, right.view(count * n, -1, right.shape[2]))
+        return sums.view(count, n, -1)
+
+    def write(self, entries: Float[Tensor, "blocks_m n"]) -> None:
+        """Write the entries of all blocks, samples last."""
+        (count, rows, a), b, n = self.left.shape, self.right.shape[2], self.n
+        if rows == n:
+            outer(self.left, self.right, entries.view(count, a, b, n))
+        else:
+            entries.view(count, a * b, n).copy_(self.values().mT)
 
 
-def multiply(blocks: Sequence[Factored], dtype: torch.dtype) -> Float[Tensor, "blocks n m"]:
-    """Return the outer products of blocks of the same shapes."""
-    left = torch.stack([block.left for block in blocks]).to(dtype)
-    right = torch.stack([block.right for block in blocks]).to(dtype)
-    return multiply_stacks(left, right, blocks[0].n)
-
-
-def multiply_stacks(
+def products(
     left: Float[Tensor, "blocks ns a"], right: Float[Tensor, "blocks ns b"], n: int
-) -> Float[Tensor, "blocks n m"]:
-    """Return the outer products of the rows of two stacks, summed over each sample's rows."""
-    count, rows, a = left.shape
-    b = right.shape[2]
-    if rows == n:
-        return outer(left, right).transpose(0, 1).flatten(2)
-    products = torch.bmm(left.view(count * n, -1, a).mT, right.view(count * n, -1, b))
-    return products.view(count, n, a * b)
+) -> Shrunk:
+    """Return the outer products of rows: multiplied already, unless the factors are smaller."""
+    result = Products(left, right, n)
+    return result if left.numel() + right.numel() <= result.numel() else result.values()
 
 
 def times(
-    stack: Float[Tensor, "k m d"], matrices: Float[Tensor, "k d w"]
+    stack: Float[Tensor, "k m d"], matrices: Float[Tensor, "k d w"] | None, dtype: torch.dtype
 ) -> Float[Tensor, "k m w"]:
-    """Multiply each matrix of a stack by another, in the number format of the latter."""
-    stack = stack.to(matrices.dtype)
+    """Multiply each matrix of a stack by another; ``None`` is the identity."""
+    stack = stack.to(dtype)
+    if matrices is None:
+        return stack
     return stack[0].mm(matrices[0])[None] if len(stack) == 1 else torch.bmm(stack, matrices)
 
 
-# Per-sample gradients of a mapped block, ``(n, m)``, or their factors.
-Shrunk = Tensor | Factored
+# Per-sample gradients of mapped blocks of one shape, ``(blocks, n, m)``, or their factors.
+Shrunk = Tensor | Products
 
 
 def _project_dense(

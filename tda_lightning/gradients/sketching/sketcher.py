@@ -7,7 +7,6 @@ It has two parts. A :class:`BlockMap` shrinks one layer's gradient or leaves it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -21,7 +20,7 @@ from tda_lightning.gradients.sketching.block_maps import (
     Place,
     Shrunk,
     lay_out,
-    multiply_stacks,
+    products,
     project_part,
     times,
 )
@@ -53,7 +52,7 @@ class Sketcher:
         self.dimension = column_map.dimension
         self.widths = column_map.widths
         # The matrices of blocks that are shrunk together.
-        self._stacks: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._stacks: dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]] = {}
 
     def precondition(self, preconditioner: Preconditioner) -> None:
         """Multiply all further gradients by these factors before they are sketched."""
@@ -92,36 +91,35 @@ class Sketcher:
         columns = slice(place.column, place.column + place.columns)
         return project_part(block, rows_of_block, columns, contribution, self.dtype)
 
-    def shrinking(self, place: Place) -> Literal["both sides", "not at all"] | None:
-        """Return how the gradients of a parameter are shrunk, ``None`` if in another way."""
+    def is_whole(self, place: Place) -> bool:
+        """Return whether a parameter fills a block."""
         block = self._unscaled_blocks[place.block]
-        if (place.rows, place.columns) != (block.rows, block.columns):
-            return None
-        if block.left is not None and block.right is not None:
-            return "both sides"
-        return "not at all" if block.left is block.right is None else None
+        return (place.rows, place.columns) == (block.rows, block.columns)
 
     def project_stack(
         self, blocks: tuple[int, ...], gradients: StackedFactors | Tensor, n: int
-    ) -> Float[Tensor, "blocks n m"]:
+    ) -> Shrunk:
         """Shrink the per-sample gradients of whole blocks of the same shape."""
         if isinstance(gradients, Tensor):
             return gradients.to(self.dtype)
         left, right = self._stack(blocks)
-        outputs, inputs = times(gradients.grad_outputs, left), times(gradients.inputs, right)
-        return multiply_stacks(outputs, inputs, n)
+        outputs = times(gradients.grad_outputs, left, self.dtype)
+        return products(outputs, times(gradients.inputs, right, self.dtype), n)
 
-    def _stack(self, numbers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _stack(self, numbers: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
         if numbers not in self._stacks:
             blocks = [self._blocks[number] for number in numbers]
             left = [block.left for block in blocks if block.left is not None]
             right = [block.right for block in blocks if block.right is not None]
-            self._stacks[numbers] = (torch.stack(left), torch.stack(right))
+            self._stacks[numbers] = (
+                torch.stack(left) if left else None,
+                torch.stack(right) if right else None,
+            )
         return self._stacks[numbers]
 
     def hash_rows(self, stacks: Sequence[Stack], n: int) -> Tensor:
         """Add shrunk gradients of blocks to the columns of ``n`` rows."""
-        return self._column_map.rows_of(stacks) if stacks else self.empty_rows(n)
+        return self._column_map.rows_of(stacks, n) if stacks else self.empty_rows(n)
 
     def sketch_matrix(
         self, block: int, matrix: Float[Tensor, "rows columns"]
