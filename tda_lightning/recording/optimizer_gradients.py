@@ -92,17 +92,22 @@ def gradient_norm(parameter: Parameter) -> Tensor:
     return norm
 
 
-def watched_parameters(parameters: Sequence[Parameter], are_all: bool) -> list[Parameter]:
-    """Return parameters whose gradients show by which factor all are scaled.
+def watched_parameters(
+    parameters: Sequence[Parameter], are_all: bool
+) -> tuple[list[Parameter], Float[Tensor, " n"]]:
+    """Return parameters whose gradients show by which factor all are scaled, and their norms.
 
     Unless all are wanted, that is the first whose gradient is not zero. On a device it is all of
     them, since looking for one would wait for the device.
     """
-    if not are_all and all(parameter.device.type == "cpu" for parameter in parameters):
-        first = first_with_gradient(parameters)
-        return [] if first is None else [first]
-    gradients = [(parameter, parameter.grad) for parameter in parameters]
-    return [parameter for parameter, gradient in gradients if gradient is not None]
+    if are_all or any(parameter.device.type != "cpu" for parameter in parameters):
+        watched = [parameter for parameter in parameters if parameter.grad is not None]
+        return watched, gradient_norms(watched)
+    for parameter in parameters:
+        norms = gradient_norms([parameter])
+        if norms.any():
+            return [parameter], norms
+    return [], gradient_norms([])
 
 
 def gradient_norms(parameters: Sequence[Parameter]) -> Float[Tensor, " n"]:

@@ -29,7 +29,6 @@ from tda_lightning.recording.audits import (
 from tda_lightning.recording.optimizer_gradients import (
     GradientScale,
     ValueClipping,
-    gradient_norms,
     gradients_of,
     parameters_by_size,
     second_pass_errors,
@@ -236,8 +235,7 @@ class StepBuilder:
 
     def _probe(self) -> tuple[list[Parameter], Tensor]:
         """Return parameters that show the scaling of gradients, and their norms before it."""
-        parameters = watched_parameters(self._parameters_by_size, self._watches_all())
-        return parameters, gradient_norms(parameters)
+        return watched_parameters(self._parameters_by_size, self._watches_all())
 
     def _watches_all(self) -> bool:
         return self.has_several_factors or self._is_spot_check()
