@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+# Entries that are converted to double precision at a time: copies of large gradients take memory.
+_MAX_CONVERTED = 2**18
 
 
 def entries_of(gradient: Tensor) -> Tensor:
@@ -15,3 +20,14 @@ def entries_of(gradient: Tensor) -> Tensor:
 def to_dense(gradient: Tensor) -> Tensor:
     """Return a gradient that may be sparse as a dense tensor."""
     return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def squared_norm(parameters: Iterable[Tensor]) -> float:
+    """Return the squared norm of the parameters' gradients, in double precision."""
+    squares = [
+        part.double().square().sum()
+        for parameter in parameters
+        if parameter.grad is not None
+        for part in torch.split(entries_of(parameter.grad).flatten(), _MAX_CONVERTED)
+    ]
+    return float(torch.stack(squares).sum()) if squares else 0.0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.pausing import is_compiled, uncompiled
 from tda_lightning.gradients.capture.tracer import joined_rows
-from tda_lightning.gradients.gradient_layouts import entries_of, to_dense
+from tda_lightning.gradients.gradient_layouts import squared_norm, to_dense
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Node
 from tda_lightning.gradients.losses import (
@@ -273,12 +273,10 @@ class RowRecorder:
         lost = self._capture.lost
         return [p for p in self._selection.all_parameters() if p not in lost]
 
-    def left_out_gradient(self, trained: Sequence[nn.Parameter]) -> Tensor:
+    def left_out_gradient(self, trained: Sequence[nn.Parameter]) -> float:
         """Return the squared gradient norm of the trained parameters that are not recorded."""
         recorded = set(self.recorded_parameters())
-        grads = [entries_of(p.grad) for p in trained if p not in recorded and p.grad is not None]
-        squares = [grad.double().square().sum() for grad in grads]
-        return torch.stack(squares).sum() if squares else torch.zeros(())
+        return squared_norm(p for p in trained if p not in recorded)
 
     def sum_blocks(self) -> None:
         """Start to sum the rows of each block over all samples, for :meth:`block_sums`."""

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from tda_lightning.gradients.gradient_layouts import entries_of
+from tda_lightning.gradients.gradient_layouts import squared_norm
 from tda_lightning.gradients.parameter_selection import COMPLEX_REASON, ParameterSelection
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.stores.recipe import Block, LeftOut
@@ -32,7 +32,7 @@ class AuditStart:
     recorded: Float[Tensor, "blocks k"]
     gradient: Float[Tensor, "blocks k"]
     weights: Float[Tensor, "blocks k"]
-    left_out: Tensor
+    left_out: float
 
 
 def begin_audit(
@@ -50,7 +50,7 @@ def finish_audit(rows: RowRecorder, start: AuditStart) -> Audit:
     return Audit(
         gradient=start.gradient.square().sum(dim=1).double().cpu(),
         deviation=(start.recorded - start.gradient).square().sum(dim=1).double().cpu(),
-        left_out=float(start.left_out),
+        left_out=start.left_out,
         update=float(cosine.square()),
     )
 
@@ -131,8 +131,8 @@ class ConservationCheck:
         step: int,
     ) -> None:
         """Warn once if much of a later step's gradient belongs to blocks that are not recorded."""
-        total = _square(trained)
-        squares = {number: _square(selection.parameters[number]) for number in sorted(lost)}
+        total = squared_norm(trained)
+        squares = {number: squared_norm(selection.parameters[number]) for number in sorted(lost)}
         share = sum(squares.values()) / total if total else 0.0
         if self._has_warned_of_lost or not step or not share > MAX_LOST_SHARE:  # Or NaN.
             return
@@ -188,11 +188,11 @@ def lost_parameters(
     Raises:
         ValueError: If more of it would be missing.
     """
-    total = _square(trained)
+    total = squared_norm(trained)
     entries, sum_of_shares = [], 0.0
     for number, reason in sorted(reasons.items()):
         block = selection.blocks[number]
-        share = _square(selection.parameters[number]) / total if total else 0.0
+        share = squared_norm(selection.parameters[number]) / total if total else 0.0
         sum_of_shares += share
         detail = f"{reason}; it has {share:.2%} of the first step's squared gradient"
         entries.append(LeftOut(block.name, block.layer, block.size, detail))
@@ -216,8 +216,8 @@ def check_complex(selection: ParameterSelection, trained: Sequence[Parameter]) -
     names = [entry.name for entry in selection.left_out if entry.reason == COMPLEX_REASON]
     if not names:
         return
-    total = _square(trained)
-    share = _square([p for p in trained if p.is_complex()]) / total if total else 0.0
+    total = squared_norm(trained)
+    share = squared_norm(p for p in trained if p.is_complex()) / total if total else 0.0
     if share > MAX_LOST_SHARE:
         raise ValueError(
             f"{share:.0%} of the first step's squared gradient belongs to complex parameters of "
@@ -240,14 +240,8 @@ def negligible_blocks(parameters: Sequence[Sequence[Parameter]]) -> set[int]:
     A bias to which a softmax over positions is blind has such a gradient: its terms cancel. A
     gradient of exact zeros is compared with its rows: it may have been set to zero.
     """
-    squares = [_square(block) for block in parameters]
+    squares = [squared_norm(block) for block in parameters]
     bound = (64 * torch.finfo(torch.float32).eps) ** 2 * sum(squares)
     are_vectors = [all(p.ndim < 2 for p in block) for block in parameters]
     pairs = enumerate(zip(squares, are_vectors, strict=True))
     return {number for number, (square, is_vector) in pairs if is_vector and 0 < square < bound}
-
-
-def _square(parameters: Sequence[Parameter]) -> float:
-    grads = [entries_of(p.grad) for p in parameters if p.grad is not None]
-    squares = [grad.double().square().sum() for grad in grads]
-    return float(torch.stack(squares).sum()) if squares else 0.0
