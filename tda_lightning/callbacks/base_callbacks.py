@@ -99,9 +99,14 @@ class RecordingCallback(pl.Callback):
     ) -> None:
         """Prepare for the backward pass of the loss."""
         if self._recorder is not None:
-            self._drawn_samples.stop()
+            self._show_rows(self._recorder)
             self._recorder.start_backward(loss, loss_scale_of(trainer))
             self._correct_order(self._recorder, loss)
+
+    def _show_rows(self, recorder: TrainingRecorder) -> None:
+        """Let the recorder know whose rows the batch has, now that its forward pass is over."""
+        self._drawn_samples.stop()
+        recorder.know(self._drawn_samples.known_rows(recorder.batch_size))
 
     def _correct_order(self, recorder: TrainingRecorder, loss: Tensor) -> None:
         """Give rows the ids of the samples that they hold, if the step has drawn them again."""

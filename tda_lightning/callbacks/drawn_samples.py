@@ -18,9 +18,11 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from tda_lightning.callbacks.messages import inform
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.losses import mixes_samples
 from tda_lightning.passes.batch_contents import find_tensors
 from tda_lightning.recording.collation import tensors_of_samples
+from tda_lightning.recording.origins.joined import followable, followed_rows, stated_rows
 from tda_lightning.recording.origins.order import MixedSamplesError, RowsOf, actual_order
 from tda_lightning.recording.origins.tracker import OriginTracker
 
@@ -39,6 +41,10 @@ class DrawnSamples:
         self._tracker: OriginTracker | None = None
         self._following = ExitStack()
         self._are_drawn = self._are_mixed = False
+        self._stated: dict[int, IrregularRows] = {}
+        self._followed: dict[int, SampleLayout | IrregularRows] = {}
+        # The layouts of rows of which the batch has several per sample, by how many there are.
+        self._layouts: dict[int, SampleLayout] = {}
 
     def _is_checked(self, number: int) -> bool:
         """Return whether a batch is checked: 1, 2, 4, 8, since a step may mix in some only."""
@@ -64,10 +70,11 @@ class DrawnSamples:
         """
         self.stop()
         self._n_batches += 1
+        self._stated, self._followed = stated_rows(batch, n), {}
         before, self._tracker, self._transferred = self._transferred, None, None
         if not self._is_checked(self._n_batches):
             return
-        tensors = list(tensors_of_samples(batch, n))
+        tensors = list(followable(batch, n))
         is_followed = before is not None and any(map(before.origins_of, tensors))
         if before is not None and is_followed and before.n == n:
             self._tracker = before
@@ -87,6 +94,18 @@ class DrawnSamples:
             if tracker is not None:
                 tracker.forget()
         self._tracker = self._transferred = None
+
+    def known_rows(self, n: int) -> KnownRows:
+        """Return whose rows the batch of ``n`` samples has, once its forward pass is over."""
+        if self._tracker is not None:
+            self._followed = followed_rows(self._tracker.meetings, n)
+        for size, rows in self._followed.items():
+            if isinstance(rows, SampleLayout):
+                self._layouts[size // n] = rows
+            else:
+                self._are_drawn = True  # They may be others in each batch.
+        regular = {n * count: layout for count, layout in self._layouts.items()}
+        return KnownRows(self._stated, {**regular, **self._followed})
 
     def order(self, loss: Tensor, rows_of: RowsOf | None) -> Int[Tensor, " n"] | None:
         """Return the sample in the rows of each sample; ``None`` if they are in order.

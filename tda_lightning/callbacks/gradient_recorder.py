@@ -247,7 +247,7 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         """Prepare for the backward pass of the loss; in the first batch, measure its time."""
         if self._recorder is not None:
             assert self._recipe is not None
-            self._drawn_samples.stop()
+            self._show_rows(self._recorder)
             self._settle_reduction(trainer, self._recorder, self._recipe, loss)
             start_backward = self._recorder.start_backward
             if self._budgets.is_measuring:

@@ -18,7 +18,7 @@ from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.pausing import is_compiled, uncompiled
 from tda_lightning.gradients.capture.tracer import joined_rows
 from tda_lightning.gradients.gradient_layouts import squared_norm, to_dense
-from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Node
 from tda_lightning.gradients.losses import (
     LossFacts,
@@ -59,6 +59,7 @@ class RowRecorder:
 
     Attributes:
         label_weight: Factor of the curvature in the rows of sampled labels. With 0, there are none.
+        known: Whose rows the batch has, as far as its data show it.
         preconditioner: The coordinates of the rows, if they are not raw.
         is_compiled: Whether the model is compiled; recorded batches run uncompiled.
         excluded: Numbers of the blocks that were known from the start not to be recordable.
@@ -76,8 +77,7 @@ class RowRecorder:
         followed: Collection[str] = (),
     ) -> None:
         device = next(model.parameters()).device
-        self._model = model
-        self._labels = labels
+        self._model, self._labels = model, labels
         self.label_weight = 1.0
         self._generator = torch.Generator(device)
         self._selection = selection
@@ -92,7 +92,7 @@ class RowRecorder:
         self._curvature_rows: Tensor | None = None
         numbers = {block.name: number for number, block in enumerate(selection.blocks)}
         self.excluded = {numbers[name] for name in lost if name in numbers}
-        self._n = 0
+        self._n, self.known = 0, KnownRows()
         self._counts: dict[nn.Parameter, int] = {}
         self._rows = self._new_pass()
         self._sums: Tensor | None = None
@@ -120,12 +120,12 @@ class RowRecorder:
         return {self._places[p].block: reason for p, reason in self._capture.lost.items()}
 
     def rows_of(self, node: Node) -> SampleLayout | IrregularRows | None:
-        """Return where the samples lie in a node of the last graph, if a parameter shows it."""
+        """Return where the samples lie in a node of the last graph, if that is known."""
         return self._capture.rows_of(node)
 
     def joined_rows(self) -> int:
         """Return the rows per sample in the last graph, if none of its axes shows the samples."""
-        return joined_rows(self._capture.with_samples, self._n)
+        return joined_rows(self._capture.with_samples, self._n, self.known)
 
     @property
     def normalized(self) -> set[str]:
@@ -199,7 +199,7 @@ class RowRecorder:
 
     def _read_graph(self, loss: Tensor) -> list[LossNode]:
         self._capture.end_backward()  # Of an earlier pass that was not finished.
-        self._capture.read_graph(loss, self._n)
+        self._capture.read_graph(loss, self._n, self.known)
         if self._labels == "unread":
             return []
         loss_nodes = find_losses(loss, self._capture.with_samples)

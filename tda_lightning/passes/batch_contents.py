@@ -46,7 +46,8 @@ def batch_size(batch: Any, argument: str, ids: Sized | None = None) -> int:
     """Return the number of samples in a batch that comes from a user's argument.
 
     It is the length of the batch's parts: of a tensor, of a list, or of the tensors in a list. A
-    batch may also be a list of samples. If the parts differ, the ids count, where they are known.
+    batch may also be a list of samples. If the parts differ, or have elements of several samples,
+    the ids count, where they are known.
 
     Raises:
         ValueError: If it holds no tensor with an axis of samples, or if the number is not clear.
@@ -66,7 +67,10 @@ def batch_size(batch: Any, argument: str, ids: Sized | None = None) -> int:
             f"The parts of `{argument}` differ in length, so the number of samples is not clear: "
             f"got {describe(batch)}. Pass a `DataLoader` of such batches, whose sampler shows it."
         )
-    n = common[0] if common else len(ids) if ids is not None else 0
+    n = common[0] if common else 0
+    # With a single id, the item of a dataset may be a batch.
+    if ids is not None and (not common or (len(ids) > 1 and len(ids) not in common)):
+        n = len(ids)
     if n == 0:
         raise ValueError(f"`{argument}` is an empty batch; expected at least one sample.")
     return n

@@ -169,6 +169,7 @@ def record_batch(
         with step_errors(failure, batch, model, _IN_EVALUATION if may_be_trained else ""):
             with drawn.followed():
                 loss = loss_of(model, transfer(model, batch))
+            drawn.show_rows()
             rows.start_backward(loss)
             drawn.read_order(argument)
             # Not `backward`, which would change the `.grad` of the user's parameters.

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tda_lightning.gradients.graph.sample_layout import KnownRows
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.recording.collation import tensors_of_samples
+from tda_lightning.recording.origins.joined import followable, followed_rows, stated_rows
 from tda_lightning.recording.origins.order import MixedSamplesError, actual_order
 from tda_lightning.recording.origins.tracker import OriginTracker
 
@@ -29,8 +30,8 @@ class DrawnBatch:
     """
 
     def __init__(self, rows: RowRecorder, batch: Any, n: int) -> None:
-        self._rows = rows
-        self._tracker = OriginTracker(tensors_of_samples(batch, n), n)
+        self._rows, self._batch = rows, batch
+        self._tracker = OriginTracker(followable(batch, n), n)
         self._is_followed = n > 1 and not rows.is_compiled
         self._order: Int[Tensor, " n"] | None = None
 
@@ -42,6 +43,12 @@ class DrawnBatch:
                 yield
         else:
             yield
+
+    def show_rows(self) -> None:
+        """Let the recorder know whose rows the batch has."""
+        n = self._tracker.n
+        followed = followed_rows(self._tracker.meetings, n)
+        self._rows.known = KnownRows(stated_rows(self._batch, n), followed)
 
     def read_order(self, argument: str) -> None:
         """Find the order of the samples, once the graph of the loss has been read."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Node
 from tda_lightning.gradients.losses import Reduction, reduction_of
 from tda_lightning.gradients.parameter_selection import ParameterSelection
@@ -41,6 +41,7 @@ class TrainingRecorder:
         keep: Called with every recorded step, after the optimizer has taken it.
 
     Attributes:
+        batch_size: Number of samples of the current batch.
         may_wait: Whether a step may be kept only after the next one: its rows are on their way.
     """
 
@@ -73,7 +74,7 @@ class TrainingRecorder:
         self._n_optimizers = len(optimizers)
         self._unseen_steps = UnseenSteps(optimizers, settings.warn)
         self._hooks: list[Any] = []
-        self._backward_passes = self._batch_size = 0
+        self._backward_passes = self.batch_size = 0
         self._has_checked_rows = False
 
     @property
@@ -139,7 +140,7 @@ class TrainingRecorder:
         Under accumulation, the loss is a ``share`` of the step's loss.
         """
         with self.rows.paused():
-            return reduction_of(loss, self._batch_size, share)
+            return reduction_of(loss, self.batch_size, share)
 
     def use_reduction(self, reduction: Reduction) -> None:
         """Change how losses are taken to combine their samples, from the current batch on."""
@@ -148,7 +149,7 @@ class TrainingRecorder:
 
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
         """Prepare for the forward pass of a batch, where one of its steps is to be recorded."""
-        self._backward_passes, self._batch_size = 0, len(sample_ids)
+        self._backward_passes, self.batch_size = 0, len(sample_ids)
         if len(sample_ids) == 0:  # It contributes nothing, and has no sample axis to find.
             return
         for recorder in self._recorders:
@@ -186,6 +187,11 @@ class TrainingRecorder:
         known = (recorder.rows.rows_of(node) for recorder in self._recorders)
         return next((rows for rows in known if rows is not None), None)
 
+    def know(self, known: KnownRows) -> None:
+        """Take whose rows the batch has, as far as its data show it."""
+        for recorder in self._recorders:
+            recorder.rows.known = known
+
     def reorder(self, order: Int[Tensor, " n"]) -> None:
         """Give the rows of the current batch the ids of other samples of it."""
         for recorder in self._recorders:
@@ -196,7 +202,7 @@ class TrainingRecorder:
         # Two rows per sample are two views of the batch, one below the other.
         if (count := self.rows.joined_rows()) > 2 and not self.settings.is_axis_declared:
             self.settings.warn(
-                f"GradientRecorder: no operation of the loss has an axis of {self._batch_size} "
+                f"GradientRecorder: no operation of the loss has an axis of {self.batch_size} "
                 f"entries, the samples of the batch; there are {count} rows per sample instead. "
                 "They are taken to follow one another, sample by sample. If `training_step` draws "
                 "or shuffles its rows, or joins three or more views of the batch, ids are wrong: "

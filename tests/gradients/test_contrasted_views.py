@@ -1,4 +1,4 @@
-"""Two views of each sample, one below the other, have the rows of their sample in any loss."""
+"""Views of each sample, one below the other, have the rows of their sample in any loss."""
 
 import pytest
 import pytorch_lightning as pl
@@ -26,6 +26,16 @@ def masked_logsumexp(features):
     similar = similar.masked_fill(is_self, -9e15) / 0.07
     positive = is_self.roll(len(features) // 2, 0)
     return (similar.logsumexp(dim=-1) - similar[positive]).mean()
+
+
+def supervised(features, count):
+    """Attract all views of a sample (Khosla et al. 2020)."""
+    similar = functional.normalize(features, dim=1)
+    is_self = torch.eye(len(features), dtype=torch.bool)
+    log_p = (similar @ similar.mT / 0.3).masked_fill(is_self, -1e9).log_softmax(dim=1)
+    samples = torch.arange(len(features) // count).repeat(count)
+    is_positive = (samples == samples[:, None]) & ~is_self
+    return -log_p[is_positive].mean()
 
 
 class Contrast(pl.LightningModule):
@@ -59,3 +69,36 @@ def test_rows_of_both_views_belong_to_their_sample(n, noise, norm, loss):
     data = TensorDataset(x, x + noise * noises)
     quiet_trainer(recorder, max_epochs=1).fit(model, DataLoader(data, batch_size=n))
     torch.testing.assert_close(store[0].sketch, model.gradient[:n] + model.gradient[n:])
+
+
+class Crops(Contrast):
+    """Draws the views in the step, and joins them with the views of a sample apart or together."""
+
+    def __init__(self, count, norm, are_apart):
+        super().__init__(lambda features: supervised(features, count), norm)
+        self.count, self.are_apart = count, are_apart
+
+    def training_step(self, batch, batch_idx):
+        views = [batch[0] + torch.randn_like(batch[0]) for _ in range(self.count)]
+        joined = torch.cat(views) if self.are_apart else torch.stack(views, dim=1).flatten(0, 1)
+        features = self.net(joined)
+        if not self.are_apart:
+            features = features.unflatten(0, (-1, self.count)).transpose(0, 1).flatten(0, 1)
+        loss = self.loss(features)
+        (gradient,) = torch.autograd.grad(loss, features, retain_graph=True)
+        self.gradient = gradient.unflatten(0, (self.count, -1)).sum(dim=0)
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:.*not among .layers.")
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm1d])
+@pytest.mark.parametrize("are_apart", [True, False], ids=["one below the other", "together"])
+def test_rows_of_several_views_belong_to_their_sample(count, norm, are_apart):
+    x = torch.randn(11, D, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    model, store = Crops(count, norm, are_apart), MemoryStore()
+    recorder = GradientRecorder(store, projector=Identity(), layers=["net.3.bias"])
+    batches = DataLoader(TensorDataset(x), batch_size=8)
+    quiet_trainer(recorder, max_epochs=1).fit(model, batches)
+    assert [len(step.sketch) for step in store] == [8, 3]
+    torch.testing.assert_close(store[1].sketch, model.gradient)

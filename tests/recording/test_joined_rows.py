@@ -8,7 +8,7 @@ from lightning_models import Plain, loader, quiet_trainer
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from tda_lightning import GradientRecorder
+from tda_lightning import GradientRecorder, Identity
 from tda_lightning.stores import MemoryStore
 
 N, T, D = 5, 11, 3
@@ -21,11 +21,20 @@ class Windows(Plain):
         super().__init__(nn.Sequential(nn.Linear(D, 7), nn.ReLU(), nn.Linear(7, 1)))
         self.shuffled = shuffled
 
+    def windows(self, series):
+        windows = series.unfold(1, D + 1, 1).flatten(0, 1)
+        return windows[torch.randperm(len(windows))] if self.shuffled else windows
+
     def training_step(self, batch, batch_idx):
-        windows = batch[0].unfold(1, D + 1, 1).flatten(0, 1)
-        if self.shuffled:
-            windows = windows[torch.randperm(len(windows))]
+        windows = self.windows(batch[0])
         return nn.functional.mse_loss(self.net(windows[:, :D]), windows[:, D:])
+
+
+class Hidden(Windows):
+    """Draws them where nothing shows which samples they hold."""
+
+    def windows(self, series):
+        return torch.from_numpy(super().windows(series).numpy())
 
 
 class Whole(Plain):
@@ -63,8 +72,8 @@ def warnings_of(model, batch_size=N, **settings):
     return [str(w.message) for w in caught if "sample by sample" in str(w.message)]
 
 
-def test_windows_that_the_step_draws_are_warned_of_once():
-    (message,) = warnings_of(Windows())
+def test_windows_that_cannot_be_followed_are_warned_of_once():
+    (message,) = warnings_of(Hidden())
     assert f"an axis of {N} entries" in message
     assert f"{T - D} rows per sample" in message
 
@@ -74,10 +83,43 @@ def test_windows_that_the_step_draws_are_warned_of_once():
     [
         (Whole(), {}),
         (TwoViews(), {}),
-        (Windows(), {"batch_size": 1}),
-        (Windows(shuffled=False), {"batch_dims": {"*": "flattened"}}),
+        (Windows(), {}),
+        (Hidden(), {"batch_size": 1}),
+        (Hidden(shuffled=False), {"batch_dims": {"*": "flattened"}}),
     ],
-    ids=["an axis of samples", "two views", "one sample", "declared"],
+    ids=["an axis of samples", "two views", "followed", "one sample", "declared"],
 )
 def test_other_rows_are_not_warned_of(model, settings):
     assert not warnings_of(model, **settings)
+
+
+class DrawnWindows(Windows):
+    """Draws some of the windows in each step, and notes the gradient of each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.double()
+        self.rows = []
+
+    def training_step(self, batch, batch_idx):
+        series = batch[0].double()
+        windows = series.unfold(1, D + 1, 1).flatten(0, 1)
+        drawn = torch.randperm(len(windows))[: 4 * len(series)]
+        windows = windows[drawn]
+        losses = (self.net(windows[:, :D]) - windows[:, D:]).square().flatten()
+        owners = drawn // (len(series[0]) - D)
+        by_sample = losses.new_zeros(len(series)).index_add(0, owners, losses) / len(losses)
+        bias = self.net[2].bias
+        of = [torch.autograd.grad(each, bias, retain_graph=True)[0] for each in by_sample]
+        self.rows.append(torch.stack(of))
+        return losses.mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*not among .layers.")
+def test_windows_that_the_step_draws_have_the_ids_of_their_series():
+    store, model = MemoryStore(), DrawnWindows()
+    recorder = GradientRecorder(store, projector=Identity(), layers=["net.2.bias"])
+    quiet_trainer(recorder, max_epochs=3).fit(model, loader(series(), batch_size=N))
+    assert len(store) == 6
+    for step, rows in zip(store, model.rows, strict=True):
+        torch.testing.assert_close(step.sketch, rows)

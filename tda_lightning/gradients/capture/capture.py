@@ -22,7 +22,7 @@ from tda_lightning.gradients.capture.layout_memory import LayoutMemory
 from tda_lightning.gradients.capture.pausing import PauseSwitch
 from tda_lightning.gradients.capture.probe import backward_to_meetings
 from tda_lightning.gradients.capture.walk_plan import WalkPlans
-from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk
 from tda_lightning.gradients.nodes.stacked import BlockOf, Slot, slot_of
 from tda_lightning.stores.recipe import SampleAxis
@@ -119,9 +119,9 @@ class Capture:
             return None
         return self._layouts.rows_of(node, self._layouts.layout(node, *meeting.inputs[0]))
 
-    def read_graph(self, loss: Tensor, n: int) -> None:
+    def read_graph(self, loss: Tensor, n: int, known: KnownRows) -> None:
         """Find the meetings in the graph of the loss of ``n`` samples."""
-        self._walk = self._plans.walk(loss, n)
+        self._walk = self._plans.walk(loss, n, known)
         self._norms.start(self._walk)
         self._delivery = Delivery(self._recorded, self._layouts, self._norms, self._walk, n)
         if self._walk.is_sampleless:

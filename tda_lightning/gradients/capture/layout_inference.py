@@ -18,8 +18,12 @@ from torch import Tensor
 from tda_lightning.gradients.capture.parameter_paths import a_parameter
 from tda_lightning.gradients.capture.probe import Evidence
 from tda_lightning.gradients.capture.row_owners import PROVEN, Trace
-from tda_lightning.gradients.capture.tracer import VIEWS
-from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
+from tda_lightning.gradients.graph.sample_layout import (
+    IrregularRows,
+    SampleLayout,
+    possible_layouts,
+    row_axis,
+)
 from tda_lightning.gradients.graph.walk import (
     LOOKUPS,
     TAKES_DATA,
@@ -107,7 +111,8 @@ class LayoutInference:
     _do_samples_mix: bool = False
     _is_trusting: bool = False
     _has_doubts: bool = False
-    _are_views: bool = False
+    _is_irregular: bool = False
+    _joined: dict[int, SampleLayout | IrregularRows] = field(default_factory=dict)
 
     def _inferred(self, node: Node, position: int, edge: Edge) -> Layout | None:
         shape = output_shape((node, 0))
@@ -117,13 +122,14 @@ class LayoutInference:
         declared = self._declared(shape, axes, edge)
         if declared is not None:
             return declared
+        may_be_irregular = row_axis(shape) in axes
         route = next(self._possible_routes(node), None) if 0 in axes else None
         regular = route or next(possible_layouts(shape, self.n, axes), None)
-        return regular or (TRACED if 0 in axes and self._takes_data(node) else None)
+        return regular or (TRACED if may_be_irregular and self._takes_data(node) else None)
 
     def _takes_data(self, node: Node) -> bool:
-        name = type(node).__name__
-        if name in _SPREADING and output_shape((node, 0))[0] > 1:
+        name, shape = type(node).__name__, output_shape((node, 0))
+        if name in _SPREADING and shape[row_axis(shape)] > 1:
             return True
         is_later = any(child in self._with_samples for child, _ in node.next_functions)
         return is_later or name in TAKES_DATA or name in LOOKUPS
@@ -160,7 +166,9 @@ class LayoutInference:
 
     def _agreeing(self, meeting: Meeting, traced: Trace) -> Layout:
         """Return the first layout with the owners of traced rows, or that they are traced."""
-        node = meeting.node
+        node, n_rows = meeting.node, meeting.shape[row_axis(meeting.shape)]
+        if self._is_irregular and n_rows != self.n:  # Even if a batch looks regular by chance.
+            return TRACED
         candidates: list[tuple[Layout, Tensor | None]] = [
             (rows, rows.owners(node, self.n, self._with_samples))
             for rows in self._possible_routes(node)
@@ -182,8 +190,9 @@ class LayoutInference:
         # an auxiliary loss may mix a little.
         is_likely = evidence.proves(self.n) and (self._do_samples_mix or meeting.takes_data)
         proven = evidence.layout if is_likely or evidence.share > PROVEN else None
-        if proven is None and self._are_views and meeting.takes_data:
-            proven = VIEWS if meeting.shape[0] == 2 * self.n else None
+        if proven is None and meeting.takes_data:
+            joined = self._joined.get(meeting.shape[0])
+            proven = joined if isinstance(joined, SampleLayout) else None
         return self._routed(meeting, evidence) or proven or self._trusted(meeting, inferred)
 
     def _trusted(self, meeting: Meeting, inferred: Layout | None) -> Layout | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tda_lightning.gradients.capture.indexed_rows import indexed_rows
 from tda_lightning.gradients.capture.layout_inference import (
     TRACED,
     UNKNOWN,
@@ -22,8 +23,13 @@ from tda_lightning.gradients.capture.layout_inference import (
 from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
 from tda_lightning.gradients.capture.probe import Evidence, certainty, probe
 from tda_lightning.gradients.capture.row_owners import PROVEN, Trace
-from tda_lightning.gradients.capture.tracer import Tracer, are_views, is_proven
-from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
+from tda_lightning.gradients.capture.tracer import Tracer, is_proven, joined_cuts
+from tda_lightning.gradients.graph.sample_layout import (
+    IrregularRows,
+    KnownRows,
+    SampleLayout,
+    row_axis,
+)
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, output_shape, walk
 
 # The kind of a meeting, and what its shape has to do with n.
@@ -62,31 +68,38 @@ class LayoutMemory(LayoutInference):
         """Prepare to trace rows."""
         self._tracer = Tracer(self.recorded)
 
-    def walk(self, loss: Tensor, n: int) -> Walk:
+    def walk(self, loss: Tensor, n: int, known: KnownRows) -> Walk:
         """Return the meetings in a loss's graph, with layouts that are proved for new ones."""
         self.n, self.irregular = n, {}
         decided, traced = dict(self._decided), set(self._traced)
         self._is_trusting = self._has_doubts = False
-        result = self._settled_walk(loss)
+        result = self._settled_walk(loss, known)
         if self._has_doubts and self._do_samples_mix:  # Without trust, nothing is proved either.
             self._decided, self._traced = decided, traced
             self._last.clear()
             self._is_trusting = True
-            result = self._settled_walk(loss)
+            result = self._settled_walk(loss, known)
         if n > 1 and not result.is_reentrant:
             self._trace(loss, result)
         return result
 
-    def _settled_walk(self, loss: Tensor) -> Walk:
+    def _settled_walk(self, loss: Tensor, known: KnownRows) -> Walk:
         """Walk until all layouts are decided."""
         for _ in range(_MAX_WALKS):
             self._with_samples, self.by_shape = set(), []
             result = walk(loss.grad_fn, self.recorded, self._has_samples)
             self._with_samples = result.with_samples
+            self._know(known, result)
             # A reentrant checkpoint does not allow the extra backward pass of a proof.
             if self.n == 1 or result.is_reentrant or not self._decide(loss, result):
                 break
         return result
+
+    def _know(self, known: KnownRows, result: Walk) -> None:
+        stated = {**indexed_rows(result.with_samples, self.n), **known.stated}
+        self._tracer.known = KnownRows(stated, known.followed)
+        rows = [*stated.values(), *known.followed.values()]
+        self._is_irregular = any(isinstance(each, IrregularRows) for each in rows)
 
     def rows_of(self, node: Node, layout: Layout | None) -> SampleLayout | IrregularRows | None:
         """Return where the samples lie in a node of the last batch, ``None`` if it is unknown."""
@@ -138,13 +151,16 @@ class LayoutMemory(LayoutInference):
         for meeting, position, edge, _ in open_inputs:
             wanted = axes.setdefault(meeting.node, [])
             wanted += [a for a in self._axes(meeting.node, position, edge) if a not in wanted]
-        rows = {node for node, each in axes.items() if 0 in each}
+        rows = {node for node, each in axes.items() if row_axis(output_shape((node, 0))) in each}
         traces = self._tracer.first_traces(loss, result, rows, self.n)
         proven = {node for node, each in traces.items() if is_proven(each)}
         rest = {node: each for node, each in axes.items() if node not in proven}
-        start = self._tracer.start
-        self._are_views = are_views(loss, result, self.n)
-        evidence = probe(loss, result, rest, self.n, start)
+        start, known = self._tracer.start, self._tracer.known
+        self._joined = {
+            output_shape((edge.node, edge.output_nr))[0]: rows
+            for edge, (rows, *_) in joined_cuts(loss, result, self.n, known)
+        }
+        evidence = probe(loss, result, rest, self.n, known, start)
         are_independent = start is not None or certainty(evidence) >= PROVEN
         self._is_trusting |= result.has_batch_statistics
         self._do_samples_mix = result.has_batch_statistics or not are_independent

@@ -17,7 +17,12 @@ from torch.autograd.graph import GradientEdge
 
 from tda_lightning.gradients.capture.row_owners import PROVEN, Cuts
 from tda_lightning.gradients.capture.tracer import starts_of
-from tda_lightning.gradients.graph.sample_layout import SampleLayout, possible_layouts
+from tda_lightning.gradients.graph.sample_layout import (
+    IrregularRows,
+    KnownRows,
+    SampleLayout,
+    possible_layouts,
+)
 from tda_lightning.gradients.graph.walk import Meeting, Node, Walk
 
 # The share of a sample's gradient that its rows must hold, where samples meet in batch statistics
@@ -72,6 +77,7 @@ def probe(
     result: Walk,
     axes: Mapping[Node, Sequence[int]],
     n: int,
+    known: KnownRows,
     start: int | None = None,
 ) -> dict[Node, Evidence]:
     """Return the evidence about the layouts of some meetings.
@@ -81,6 +87,7 @@ def probe(
         result: A walk over its graph.
         axes: The meetings in question, by node, with the axes on which samples can lie.
         n: Number of samples.
+        known: Whose rows the batch is known to have.
         start: Number of a place at which samples are known to be independent, if there is one. The
             others then count only for meetings that no gradient from there reaches.
     """
@@ -88,13 +95,13 @@ def probe(
     best: dict[Node, Evidence] = {}
     shown: dict[Node, Evidence] = {}
     if start is not None and meetings:
-        known = next(islice(starts_of(loss, result, n), start, None), None)
-        found = _Prober(result, meetings, axes, n).evidence_from(loss, *known) if known else {}
+        place = next(islice(starts_of(loss, result, n, known), start, None), None)
+        found = _Prober(result, meetings, axes, n).evidence_from(loss, *place) if place else {}
         shown = {node: each for node, each in found.items() if not each.is_empty}
         meetings = [meeting for meeting in meetings if meeting.node not in shown]
     prober = _Prober(result, meetings, axes, n)
     n_certain = 0
-    for cuts, choice in starts_of(loss, result, n) if meetings else ():
+    for cuts, choice in starts_of(loss, result, n, known) if meetings else ():
         evidence = prober.evidence_from(loss, cuts, choice)
         is_certain = certainty(evidence) > _CERTAIN
         n_certain += is_certain
@@ -128,7 +135,7 @@ def _better(first: Evidence, second: Evidence | None) -> Evidence:
 
 
 # An edge, the gradient there, and where the samples lie in it.
-_Start = tuple[GradientEdge, Tensor, SampleLayout]
+_Start = tuple[GradientEdge, Tensor, SampleLayout | IrregularRows]
 
 
 @dataclass(frozen=True)

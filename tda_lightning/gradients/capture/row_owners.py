@@ -19,11 +19,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout, row_axis
 from tda_lightning.gradients.graph.walk import BATCH_NORMS, Node, Walk, output_shape
 
 # Edges of the graph, each with the layouts that its shape allows.
-Cuts = list[tuple[GradientEdge, list[SampleLayout]]]
+Cuts = list[tuple[GradientEdge, list[SampleLayout | IrregularRows]]]
 # The share of a sample's gradient that its rows must hold, where samples are independent.
 PROVEN = 0.999
 
@@ -156,7 +156,7 @@ def trace(
         scaled = [section.squares(starts, each, n) for each in factors]
         floors = _floors(plain)
         new = {
-            node: _trace_of(squares, [each[node] for each in scaled], grid, n, floors[node])
+            node: _trace_of(node, squares, [each[node] for each in scaled], grid, n, floors[node])
             for node, squares in plain.items()
             if node not in traces
         }
@@ -185,7 +185,9 @@ def _floors(plain: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
     }
 
 
-def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int, floor: Tensor) -> Trace:
+def _trace_of(
+    node: Node, plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int, floor: Tensor
+) -> Trace:
     """Read the owners of rows off the squared gradients ``(rows, groups)`` of some passes.
 
     Rows below the floor may hold rounding errors, as where a softmax cancels what is added to all
@@ -205,7 +207,8 @@ def _trace_of(plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int, floo
     # A row that rounding has blurred most likely belongs to the sample with the nearest factor.
     is_possible = has_gradient & (owners >= 0) & (owners < n)
     is_single &= is_possible
-    rows = IrregularRows(torch.where(is_possible, owners, 0), n)
+    axis = row_axis(output_shape((node, 0)))
+    rows = IrregularRows(torch.where(is_possible, owners, 0), n, axis)
     share = by_row[is_single].sum() / by_row[is_single | (by_row > floor)].sum()
     return Trace(rows, share, is_single, by_row, grid.blurred)
 
@@ -252,6 +255,7 @@ class _Section:
         def keep(node: Node, grad: Tensor | None) -> None:
             if grad is not None and grad.ndim:
                 values = grad.detach().abs().double().square()
+                values = values.movedim(row_axis(values.shape), 0)
                 rows = values.flatten(1) if values.ndim > 1 else values[:, None]
                 squares[node] = torch.stack(
                     [rows[:, number::_GROUPS].sum(dim=1) for number in range(_GROUPS)], dim=1

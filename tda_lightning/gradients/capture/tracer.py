@@ -7,6 +7,7 @@ places in question.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from itertools import islice
 from math import prod
 from typing import Final
@@ -18,8 +19,10 @@ from tda_lightning.gradients.capture.parameter_paths import leaves
 from tda_lightning.gradients.capture.row_owners import PROVEN, Cuts, Trace, trace
 from tda_lightning.gradients.graph.sample_layout import (
     IrregularRows,
+    KnownRows,
     SampleLayout,
     possible_layouts,
+    row_axis,
 )
 from tda_lightning.gradients.graph.walk import Edge, Node, Walk, output_shape
 
@@ -31,45 +34,69 @@ _MAX_CUTS = 12
 VIEWS: Final = SampleLayout(0, None, 1)
 
 
-def starts_of(loss: Tensor, result: Walk, n: int) -> Iterator[tuple[Cuts, int]]:
+def starts_of(loss: Tensor, result: Walk, n: int, known: KnownRows) -> Iterator[tuple[Cuts, int]]:
     """Yield places at which probes can start, each with the number of a layout there.
 
     An axis of exactly ``n`` entries is most likely the samples'. The loss may mix samples, as
     contrastive losses do, so starts behind its first operations follow.
     """
-    if are_views(loss, result, n):
-        cuts = _cuts({loss.grad_fn}, result, n, is_exact=False)
-        yield [(edge, [VIEWS]) for edge, _ in cuts], 0
+    joined = joined_cuts(loss, result, n, known)
+    if joined:
+        yield joined, 0
         return
-    cuts = _cuts({loss.grad_fn}, result, n, is_exact=True)
+    cuts = _cuts({loss.grad_fn}, result, n, known, is_exact=True)
     for _ in range(1 if result.has_batch_statistics else _MAX_CUTS):
         yield from ((cuts, choice) for choice in _choices(cuts))
-        cuts = _cuts({edge.node for edge, _ in cuts}, result, n, is_exact=True)
-    cuts = _cuts({loss.grad_fn}, result, n, is_exact=False)
+        cuts = _cuts({edge.node for edge, _ in cuts}, result, n, known, is_exact=True)
+    cuts = _cuts({loss.grad_fn}, result, n, known, is_exact=False)
     yield from ((cuts, choice) for choice in _choices(cuts))
 
 
-def are_views(loss: Tensor, result: Walk, n: int) -> bool:
-    """Return whether the loss has twice as many rows as samples, and nothing has as many.
+def joined_cuts(loss: Tensor, result: Walk, n: int, known: KnownRows) -> Cuts:
+    """Return where the loss has joined rows, if nothing has as many rows as samples.
 
-    These are two views, one below the other. Losses that contrast all rows hardly show which two
-    rows are of one sample, so no other layout is tried.
+    Their layout is known where the samples were followed to so many rows. Twice as many rows as
+    samples are two views, one below the other. Losses that contrast all rows hardly show which rows
+    are of one sample, so no other layout is tried.
     """
+    if n == 1 or known.stated:
+        return []
     exact, others = (
-        _cuts({loss.grad_fn}, result, n, is_exact=is_exact) for is_exact in (True, False)
+        _cuts({loss.grad_fn}, result, n, known, is_exact=is_exact) for is_exact in (True, False)
     )
-    shapes = [output_shape((edge.node, edge.output_nr)) for edge, _ in [*exact, *others]]
-    return n > 1 and bool(others) and all(shape[0] == 2 * n for shape in shapes)
+    if any(_n_rows(edge) not in (2 * n, *known.followed) for edge, _ in exact):
+        return []
+    if known.followed:
+        followed = KnownRows(known.followed)
+        found = _cuts({loss.grad_fn}, result, n, followed, is_exact=True, is_known=True)
+        if found:
+            return found
+    are_views = all(_n_rows(edge) == 2 * n for edge, _ in others)
+    return [(edge, [VIEWS]) for edge, _ in others] if are_views else []
+
+
+def _n_rows(edge: GradientEdge) -> int:
+    shape = output_shape((edge.node, edge.output_nr))
+    return shape[row_axis(shape)]
 
 
 def _choices(cuts: Cuts) -> range:
     return range(min(2, max((len(layouts) for _, layouts in cuts), default=0)))
 
 
-def _cuts(roots: set[Node], result: Walk, n: int, *, is_exact: bool) -> Cuts:
+def _cuts(
+    roots: set[Node],
+    result: Walk,
+    n: int,
+    known: KnownRows,
+    *,
+    is_exact: bool,
+    is_known: bool = False,
+) -> Cuts:
     """Return the first edges behind some nodes that have samples, with the layouts they allow.
 
-    With ``is_exact``, the axis of the samples must have exactly ``n`` entries.
+    With ``is_exact``, the axis of the samples must have exactly ``n`` entries, or stated rows; with
+    ``is_known``, only the latter count.
     """
     waiting, seen = list(roots), set(roots)
     cuts: Cuts = []
@@ -81,11 +108,13 @@ def _cuts(roots: set[Node], result: Walk, n: int, *, is_exact: bool) -> Cuts:
             if child not in result.with_samples or child in uncertain:
                 continue
             shape = output_shape((child, number))
-            layouts = [
+            layouts: list[SampleLayout | IrregularRows] = [
                 layout
                 for layout in possible_layouts(shape, n, (0, 1))
-                if not is_exact or shape[layout.axis] == n
+                if not (is_known or (is_exact and shape[layout.axis] != n))
             ]
+            if shape and (rows := known.stated.get(shape[row_axis(shape)])) is not None:
+                layouts = [replace(rows, axis=row_axis(shape))]
             edge = GradientEdge(child, number)
             if layouts:
                 if all(edge != other for other, _ in cuts):
@@ -100,7 +129,7 @@ def _cuts(roots: set[Node], result: Walk, n: int, *, is_exact: bool) -> Cuts:
 _MAX_AXES = 3
 
 
-def joined_rows(with_samples: Iterable[Node], n: int) -> int:
+def joined_rows(with_samples: Iterable[Node], n: int, known: KnownRows) -> int:
     """Return the number of rows of each sample, if no operation shows the samples on an axis.
 
     Then nothing but the order of the rows shows whose they are.
@@ -108,12 +137,15 @@ def joined_rows(with_samples: Iterable[Node], n: int) -> int:
     Args:
         with_samples: The nodes of a graph whose outputs depend on samples.
         n: Number of samples.
+        known: Whose rows the batch is known to have.
 
     Returns:
-        The largest number of rows per sample; 0 if some output has an axis of ``n`` entries.
+        The largest number of rows per sample; 0 if some output has an axis of ``n`` entries, or
+        rows that are known.
     """
     shapes = [shape for node in with_samples if (shape := output_shape((node, 0)))]
-    if n <= 1 or any(n in shape[:_MAX_AXES] for shape in shapes):
+    places = {n, *known.stated, *known.followed}
+    if n <= 1 or any(places & {*shape[:_MAX_AXES]} for shape in shapes):
         return 0
     return max((shape[0] // n for shape in shapes if shape[0] % n == 0), default=0)
 
@@ -125,12 +157,15 @@ _MAX_STARTS = 4
 class Tracer:
     """Traces rows from that place in the graph at which samples turned out to be independent.
 
-    ``start`` is the number of the place, as :func:`.starts_of` yields them, once it is known.
+    Attributes:
+        start: The number of the place, as :func:`.starts_of` yields them, once it is known.
+        known: Whose rows the batch is known to have.
     """
 
     def __init__(self, recorded: Mapping[Tensor, object]) -> None:
         self._recorded = recorded
         self.start: int | None = None
+        self.known = KnownRows()
 
     def first_traces(
         self, loss: Tensor, result: Walk, nodes: Set[Node], n: int
@@ -152,10 +187,11 @@ class Tracer:
         """Yield the first places with their numbers; the one that was right before comes first."""
         known = self.start
         if known is not None:
-            place = next(islice(starts_of(loss, result, n), known, None), None)
+            place = next(islice(starts_of(loss, result, n, self.known), known, None), None)
             if place is not None:
                 yield known, place
-        for number, place in enumerate(islice(starts_of(loss, result, n), _MAX_STARTS)):
+        places = starts_of(loss, result, n, self.known)
+        for number, place in enumerate(islice(places, _MAX_STARTS)):
             if number != known:
                 yield number, place
 

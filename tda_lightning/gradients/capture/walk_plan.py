@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tda_lightning.gradients.capture.layout_inference import Layout
 from tda_lightning.gradients.capture.layout_memory import LayoutMemory
-from tda_lightning.gradients.graph.sample_layout import SampleLayout
+from tda_lightning.gradients.graph.sample_layout import KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Normalized, Walk
 from tda_lightning.gradients.nodes.stacked import Slot
 
@@ -226,14 +226,14 @@ class WalkPlans:
         self._layouts, self._slot_of, self._alone = layouts, slot_of, alone
         self._plans: list[_WalkPlan] = []
 
-    def walk(self, loss: Tensor, n: int) -> Walk:
+    def walk(self, loss: Tensor, n: int, known: KnownRows) -> Walk:
         """Return the meetings in a loss's graph, with layouts that are proved for new ones."""
         for plan in self._plans:
             result = plan.walk(loss, n)
             if result is not None:
                 return result
         with self._alone():
-            result = self._layouts.walk(loss, n)
+            result = self._layouts.walk(loss, n, known)
         if result.is_reentrant or loss.grad_fn is None:
             return result
         if self._layouts.irregular:  # Such rows are traced in each batch.

@@ -12,8 +12,8 @@ zeros. A gradient of zero contributes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -101,17 +101,18 @@ def possible_layouts(shape: Sequence[int], n: int, axes: Sequence[int]) -> Itera
                     yield SampleLayout(axis, parts // inner, inner)
 
 
+def row_axis(shape: Sequence[int]) -> int:
+    """Return the axis of irregular rows: the first one, unless a batch is packed into one entry."""
+    return int(len(shape) > 1 and shape[0] == 1)
+
+
 @dataclass(frozen=True)
 class IrregularRows:
-    """The samples lie on the first axis; ``of_rows`` is the sample of each entry of it."""
+    """The samples lie on ``axis``; ``of_rows`` is the sample of each entry of it."""
 
     of_rows: Int[Tensor, " rows"]
     n: int
-
-    @property
-    def axis(self) -> int:
-        """The axis with the samples."""
-        return 0
+    axis: int = 0
 
     @property
     def is_contiguous(self) -> bool:
@@ -120,7 +121,7 @@ class IrregularRows:
 
     def fits(self, shape: Sequence[int], n: int) -> bool:
         """Return whether a tensor of this shape can have this layout."""
-        return len(shape) > 0 and shape[0] == len(self.of_rows)
+        return len(shape) > self.axis and shape[self.axis] == len(self.of_rows)
 
     def sizes(self, size: int, n: int) -> tuple[int, int]:
         """Return one, and the largest number of rows of a sample."""
@@ -129,12 +130,19 @@ class IrregularRows:
     def samples_first(self, values: Tensor, n: int) -> Tensor:
         """Return each sample's rows on a second axis, padded with zeros, ``(n, s, ...)``."""
         slots, length = self._slots
+        values = values.movedim(self.axis, 0)
         padded = values.new_zeros(n * length, *values.shape[1:])
         return padded.index_copy(0, slots, values).reshape(n, length, *values.shape[1:])
 
     def unflattened(self, values: Tensor, n: int) -> Tensor:
-        """Return a tensor with three axes for the first one: ``1, n, s``."""
-        return self.samples_first(values, n)[None]
+        """Return a tensor with three axes for the one of the samples: ``1, n, s``."""
+        parts = self.samples_first(values, n).movedim((0, 1), (self.axis, self.axis + 1))
+        return parts.unsqueeze(self.axis)
+
+    def totals(self, weights: Float[Tensor, " size"], n: int) -> Float[Tensor, " n"]:
+        """Sum one number per entry of the axis to one number per sample."""
+        owners = self.of_rows.to(weights.device)
+        return weights.new_zeros(n).index_add(0, owners, weights)
 
     def entries_of(self, size: int, n: int, sample: int) -> Int[Tensor, " m"]:
         """Return the entries of the axis that belong to one sample."""
@@ -155,3 +163,17 @@ class IrregularRows:
         rank = torch.empty_like(owners)
         rank[order] = torch.arange(len(owners), device=owners.device) - starts[owners[order]]
         return owners * length + rank, length
+
+
+@dataclass(frozen=True)
+class KnownRows:
+    """Whose rows a batch has, as far as its data show it, by the number of rows.
+
+    Attributes:
+        stated: Rows whose samples the batch states, such as the nodes of graphs.
+        followed: Rows to which the samples were followed, such as several views of a batch. Rows
+            of that number may have another order in other places.
+    """
+
+    stated: Mapping[int, SampleLayout | IrregularRows] = field(default_factory=dict)
+    followed: Mapping[int, SampleLayout | IrregularRows] = field(default_factory=dict)

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from tda_lightning.gradients.factors import GradientFactors
-from tda_lightning.gradients.graph.sample_layout import SampleLayout
 from tda_lightning.gradients.nodes.rule import Contribution, NodeCall, node_rule, per_sample_vjp
 
 
@@ -60,8 +59,7 @@ def _product(call: NodeCall, left: str, right: str, is_left: bool) -> Contributi
     """
     if is_left:
         layout = call.layout
-        first = replace(layout, axis=0) if isinstance(layout, SampleLayout) else layout
-        turned = replace(call, layout=first)
+        turned = replace(call, layout=replace(layout, axis=0))
         inputs, grads = turned.rows(call.saved(right).mT), turned.rows(call.grad.mT)
         return GradientFactors(inputs=inputs, grad_outputs=grads)
     return GradientFactors(inputs=call.rows(call.grad), grad_outputs=call.rows(call.saved(left)))

@@ -1,0 +1,141 @@
+"""Which sample each row belongs to, where a batch joins the elements of its samples.
+
+Graphs of a batch are joined to one, sentences are packed into one row, point clouds lie one below
+the other. Their batches state which elements are of one sample, in one of four ways: the number of
+the sample for each element, the positions where samples begin, the number of elements of each
+sample, or the position of each element in its sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tda_lightning.gradients.graph.sample_layout import (
+    IrregularRows,
+    SampleLayout,
+    possible_layouts,
+    row_axis,
+)
+from tda_lightning.recording.collation import tensors_of_samples
+from tda_lightning.recording.origins.tracker import DataMeeting
+
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def stated_rows(batch: Any, n: int) -> dict[int, IrregularRows]:
+    """Return the samples of joined rows, by the number of rows, as far as a batch states them.
+
+    Args:
+        batch: The batch.
+        n: Number of its samples.
+    """
+    tensors = [each[0] if row_axis(each.shape) else each for each in _tensors(batch) if each.ndim]
+    sizes = {len(each) for each in tensors if len(each) > n}
+    if n == 1 or not sizes:  # Nothing is read from the device then.
+        return {}
+    integers = [each.cpu() for each in tensors if each.ndim == 1 and each.dtype in _INTEGERS]
+    stated: dict[int, IrregularRows] = {}
+    for owners_of in (_numbers, _starts, _lengths, _positions):
+        found: dict[int, list[Tensor]] = {}
+        for values in integers:
+            owners = owners_of(values, n)
+            if owners is not None and len(owners) in sizes:
+                found.setdefault(len(owners), []).append(owners)
+        for size, (first, *others) in found.items():
+            if size not in stated and all(torch.equal(first, other) for other in others):
+                stated[size] = IrregularRows(first, n)
+    return stated
+
+
+def followable(batch: Any, n: int) -> Iterator[Tensor]:
+    """Yield the tensors of a batch whose ``n`` rows are its samples.
+
+    Two rows of numbers beside joined elements are the edges of graphs.
+    """
+    are_joined = n == 2 and bool(stated_rows(batch, n))
+    for tensor in tensors_of_samples(batch, n):
+        if not (are_joined and tensor.ndim == 2 and tensor.dtype in _INTEGERS):
+            yield tensor
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, and its lists of whole numbers as such."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if not isinstance(value, Mapping) and hasattr(value, "to_dict"):  # Batches of graphs.
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        return
+    if value and all(type(each) is int for each in value):
+        yield torch.tensor(value)
+    for each in value:
+        yield from _tensors(each)
+
+
+def _numbers(values: Int[Tensor, " m"], n: int) -> Tensor | None:
+    """Return the numbers of the samples of elements in order, if these are such numbers."""
+    if len(values) <= n or int(values[0]) != 0 or int(values[-1]) != n - 1:
+        return None
+    steps = values.diff()
+    return values.long() if bool(((steps == 0) | (steps == 1)).all()) else None
+
+
+def _starts(values: Int[Tensor, " m"], n: int) -> Tensor | None:
+    is_possible = len(values) == n + 1 and int(values[0]) == 0
+    return _lengths(values.diff(), n) if is_possible else None
+
+
+def _lengths(values: Int[Tensor, " m"], n: int) -> Tensor | None:
+    if len(values) != n or bool((values < 0).any()):
+        return None
+    return torch.repeat_interleave(torch.arange(n), values.long())
+
+
+def _positions(values: Int[Tensor, " m"], n: int) -> Tensor | None:
+    """Return the samples of elements that are counted from zero in each sample."""
+    is_first = values == 0
+    if len(values) <= n or not is_first[0] or int(is_first.sum()) != n:
+        return None
+    goes_on = values[1:] == values[:-1] + 1
+    return is_first.cumsum(0) - 1 if bool((goes_on | is_first[1:]).all()) else None
+
+
+def followed_rows(
+    meetings: Iterable[DataMeeting], n: int
+) -> dict[int, SampleLayout | IrregularRows]:
+    """Return the samples of rows to which the step joins those of the batch, by their number.
+
+    Args:
+        meetings: Where data of the batch have met tensors that require a gradient.
+        n: Number of samples.
+    """
+    found: dict[int, list[Tensor]] = {}
+    for _, origins, _ in meetings:
+        shape = origins.low.shape
+        if len(shape) == 0 or shape[0] <= n:
+            continue
+        low, high = (part.reshape(shape[0], -1) for part in (origins.low, origins.high))
+        owners = low.amin(1)
+        if bool((owners == high.amax(1)).all()):
+            found.setdefault(shape[0], []).append(owners.long().cpu())
+    return {
+        size: _layout_of(first, n)
+        for size, (first, *others) in found.items()
+        if all(torch.equal(first, other) for other in others)
+    }
+
+
+def _layout_of(owners: Int[Tensor, " rows"], n: int) -> SampleLayout | IrregularRows:
+    """Return the regular layout with the given owners, if there is one."""
+    size = len(owners)
+    layouts = possible_layouts((size,), n, (0,))
+    regular = (each for each in layouts if torch.equal(each.owners(size, n), owners))
+    return next(regular, IrregularRows(owners, n))

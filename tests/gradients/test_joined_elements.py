@@ -1,0 +1,164 @@
+"""A loss for each element of joined samples: nodes of graphs, points, packed tokens."""
+
+from ast import literal_eval
+
+import pytest
+import torch
+from lightning_models import loader, quiet_trainer
+from replayed import MeanOfLosses, assert_rows_are_gradients
+from torch import nn
+from torch.nn import functional
+
+from tda_lightning import GradientRecorder, Identity, attribute
+from tda_lightning.recording.origins.joined import stated_rows
+from tda_lightning.stores import MemoryStore
+
+D, CLASSES = 7, 3
+RAGGED = (4, 2, 5, 3, 1, 6, 2, 2, 7, 3, 5, 1, 4)
+
+
+class Sets(torch.utils.data.Dataset):
+    """Sets of vectors with a label for each vector."""
+
+    def __init__(self, sizes):
+        random = torch.Generator().manual_seed(1)
+        self.sets = [torch.randn(size, D, generator=random).double() for size in sizes]
+        self.labels = [torch.randint(CLASSES, (size,), generator=random) for size in sizes]
+
+    def __len__(self):
+        return len(self.sets)
+
+    def __getitem__(self, index):
+        return self.sets[index], self.labels[index]
+
+
+def owners_of(sizes):
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
+def positions_of(sizes):
+    return torch.cat([torch.arange(size) for size in sizes])
+
+
+STATEMENTS = {
+    "numbers of samples": owners_of,
+    "where samples begin": lambda sizes: torch.tensor([0, *sizes]).cumsum(0),
+    "lengths": torch.tensor,
+    "a list of lengths": list,
+    "positions": positions_of,
+}
+
+
+class Joined:
+    """Joins a batch and states which vectors are of one sample; packs them into one row or not."""
+
+    def __init__(self, statement=owners_of, is_packed=False):
+        self.statement, self.is_packed = statement, is_packed
+
+    def __call__(self, samples):
+        vectors, labels = (torch.cat(parts) for parts in zip(*samples, strict=True))
+        sizes = [len(part) for part, _ in samples]
+        if self.is_packed:
+            vectors, labels = vectors[None], labels[None]
+        return {"x": vectors, "y": labels, "where": self.statement(sizes), "sizes": str(sizes)}
+
+
+class Elements(MeanOfLosses):
+    """Classifies each vector by itself and by the mean of its sample's vectors."""
+
+    def __init__(self):
+        super().__init__(nn.Identity())
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(D, 5), nn.LayerNorm(5), nn.Tanh())
+        self.shift, self.head = nn.Parameter(torch.rand(5)), nn.Linear(5, CLASSES)
+        self.double()
+
+    def elements(self, batch):
+        """Return the loss of each vector, and the sample that it belongs to."""
+        owners = owners_of(literal_eval(batch["sizes"]))
+        is_same = (owners == owners[:, None]).double()
+        hidden = self.first(batch["x"])
+        outputs = self.head(is_same / is_same.sum(1) @ hidden + hidden * self.shift)
+        flat = outputs.flatten(0, -2), batch["y"].flatten()
+        return functional.cross_entropy(*flat, reduction="none"), owners
+
+    def losses(self, batch):
+        losses, owners = self.elements(batch)
+        count = int(owners[-1]) + 1
+        return losses.new_zeros(count).index_add(0, owners, losses) * count / len(owners)
+
+    def training_step(self, batch, batch_idx):
+        losses, _ = self.elements(batch)
+        return losses.mean()
+
+
+@pytest.mark.parametrize("statement", STATEMENTS.values(), ids=STATEMENTS)
+@pytest.mark.parametrize("is_packed", [False, True], ids=["joined", "packed"])
+@pytest.mark.parametrize("batch_size", [5, 6])
+def test_rows_of_elements_are_gradients(statement, is_packed, batch_size):
+    assert_rows_are_gradients(
+        Elements(), Sets(RAGGED), batch_size, collate_fn=Joined(statement, is_packed)
+    )
+
+
+class Growing(Sets):
+    """Has vectors of equal number in the first epoch only, and of the same total in each."""
+
+    draws = 0
+
+    def __getitem__(self, index):
+        self.draws += 1
+        size = 3 if self.draws <= len(self) else (1, 5, 3)[index % 3 if index < 12 else 2]
+        return self.sets[index][:size], self.labels[index][:size]
+
+
+def test_samples_of_equal_size_do_not_settle_the_sizes_of_later_batches():
+    assert_rows_are_gradients(Elements(), Growing((5,) * 13), 13, collate_fn=Joined())
+
+
+def test_elements_of_queries_are_known_too():
+    store, model = MemoryStore(), Elements()
+    joined = Joined(STATEMENTS["where samples begin"])
+    quiet_trainer(GradientRecorder(store, projector=Identity())).fit(
+        model, loader(Sets(RAGGED), collate_fn=joined)
+    )
+    queries = Sets((3, 1, 4, 5))
+    together = attribute(store, model, loader(queries, 4, shuffle=False, collate_fn=joined))
+    alone = attribute(store, model, loader(queries, 1, shuffle=False, collate_fn=joined))
+    shares = torch.tensor([3.0, 1, 4, 5]).double()[:, None] / 13 * 4
+    torch.testing.assert_close(together.values, (alone.values * shares).to(together.values))
+
+
+@pytest.mark.parametrize(
+    ("batch", "n"),
+    [
+        ({"x": torch.rand(6, 2), "y": torch.tensor([0, 2, 1, 0, 1, 2])}, 3),  # labels
+        ({"x": torch.rand(6, 2), "lengths": torch.tensor([3, 2, 2])}, 3),  # of other rows
+        ({"x": torch.rand(3, 2), "y": torch.tensor([0, 1, 2])}, 3),  # one row per sample
+        ({"x": torch.rand(6, 2), "a": torch.tensor([3, 2, 1]), "b": torch.tensor([1, 2, 3])}, 3),
+    ],
+    ids=["labels", "other rows", "samples", "contradictions"],
+)
+def test_other_numbers_state_nothing(batch, n):
+    assert not stated_rows(batch, n)
+
+
+def silent(sizes):
+    """State nothing."""
+    return str(sizes)
+
+
+class Points(Elements):
+    """Repeats the mean of a sample's vectors beside each of them, by an index."""
+
+    def elements(self, batch):
+        owners = owners_of(literal_eval(batch["sizes"]))
+        hidden = self.first(batch["x"])
+        total = hidden.new_zeros(int(owners[-1]) + 1, 5).index_add(0, owners, hidden)
+        outputs = self.head(total[owners] + hidden * self.shift)
+        return functional.cross_entropy(outputs, batch["y"], reduction="none"), owners
+
+
+@pytest.mark.parametrize("batch_size", [5, 6])
+def test_an_index_of_the_model_shows_the_samples_of_elements(batch_size):
+    assert_rows_are_gradients(Points(), Sets(RAGGED), batch_size, collate_fn=Joined(silent))
