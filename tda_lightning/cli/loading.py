@@ -215,11 +215,14 @@ def import_object(path: str) -> Any:
     try:
         value: Any = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     except Exception as error:
-        raise click.UsageError(f"`{place}` cannot be imported: {_in_short(error)}.") from error
+        raise click.UsageError(
+            f"`{place}` cannot be imported: {_in_short(error)}. Modules are searched in the "
+            "working directory and among installed packages; `path/to/file.py:name` names a file."
+        ) from error
     for part in name.split("."):
         if not hasattr(value, part):
             close = difflib.get_close_matches(part, dir(value), n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
+            hint = f" Did you mean `{close[0]}`?" if close else f" Correct `{path}`."
             raise click.UsageError(f"`{place}` has no `{name}`.{hint}")
         value = getattr(value, part)
     return value
