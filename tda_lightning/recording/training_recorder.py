@@ -205,10 +205,9 @@ class TrainingRecorder:
                 f"GradientRecorder: no operation of the loss has an axis of {self.batch_size} "
                 f"entries, the samples of the batch; there are {count} rows per sample instead. "
                 "They are taken to follow one another, sample by sample. If `training_step` draws "
-                "or shuffles its rows, or joins three or more views of the batch, ids are wrong: "
-                "expected them in order. Load batches of one sample then, return the id of each "
-                "row with `sample_ids=`, or reshape the outputs of views to `(views, samples, "
-                "...)` before the loss. If rows are in order, state it with "
+                "or shuffles its rows where operations of torch do not show it, ids are wrong: "
+                "expected them in order. Load batches of one sample then, or return the id of each "
+                "row with `sample_ids=`. If rows are in order, state it with "
                 "`batch_dims={'*': 'flattened'}`."
             )
 

@@ -191,7 +191,6 @@ MIXING = [
     permuted_negatives,
     joined_negatives,
     labels_of_others,
-    copies_that_follow_one_another,
 ]
 
 
@@ -243,6 +242,7 @@ HONEST = [
     contrast_of_views,
     loss_of_some,
     augmented,
+    copies_that_follow_one_another,
 ]
 
 

@@ -20,9 +20,9 @@ from tda_lightning.gradients.capture.probe import Evidence
 from tda_lightning.gradients.capture.row_owners import PROVEN, Trace
 from tda_lightning.gradients.graph.sample_layout import (
     IrregularRows,
+    KnownRows,
     SampleLayout,
     possible_layouts,
-    row_axis,
 )
 from tda_lightning.gradients.graph.walk import (
     LOOKUPS,
@@ -111,7 +111,7 @@ class LayoutInference:
     _do_samples_mix: bool = False
     _is_trusting: bool = False
     _has_doubts: bool = False
-    _is_irregular: bool = False
+    _known: KnownRows = field(default_factory=KnownRows)
     _joined: dict[int, SampleLayout | IrregularRows] = field(default_factory=dict)
 
     def _inferred(self, node: Node, position: int, edge: Edge) -> Layout | None:
@@ -122,14 +122,14 @@ class LayoutInference:
         declared = self._declared(shape, axes, edge)
         if declared is not None:
             return declared
-        may_be_irregular = row_axis(shape) in axes
+        may_be_irregular = self._known.axis(shape) in axes
         route = next(self._possible_routes(node), None) if 0 in axes else None
         regular = route or next(possible_layouts(shape, self.n, axes), None)
         return regular or (TRACED if may_be_irregular and self._takes_data(node) else None)
 
     def _takes_data(self, node: Node) -> bool:
         name, shape = type(node).__name__, output_shape((node, 0))
-        if name in _SPREADING and shape[row_axis(shape)] > 1:
+        if name in _SPREADING and shape[self._known.axis(shape)] > 1:
             return True
         is_later = any(child in self._with_samples for child, _ in node.next_functions)
         return is_later or name in TAKES_DATA or name in LOOKUPS
@@ -166,8 +166,10 @@ class LayoutInference:
 
     def _agreeing(self, meeting: Meeting, traced: Trace) -> Layout:
         """Return the first layout with the owners of traced rows, or that they are traced."""
-        node, n_rows = meeting.node, meeting.shape[row_axis(meeting.shape)]
-        if self._is_irregular and n_rows != self.n:  # Even if a batch looks regular by chance.
+        node, n_rows = meeting.node, meeting.shape[self._known.axis(meeting.shape)]
+        if (
+            self._known.are_irregular and n_rows != self.n
+        ):  # Even if a batch looks regular by chance.
             return TRACED
         candidates: list[tuple[Layout, Tensor | None]] = [
             (rows, rows.owners(node, self.n, self._with_samples))

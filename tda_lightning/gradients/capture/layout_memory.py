@@ -28,7 +28,6 @@ from tda_lightning.gradients.graph.sample_layout import (
     IrregularRows,
     KnownRows,
     SampleLayout,
-    row_axis,
 )
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, output_shape, walk
 
@@ -97,9 +96,7 @@ class LayoutMemory(LayoutInference):
 
     def _know(self, known: KnownRows, result: Walk) -> None:
         stated = {**indexed_rows(result.with_samples, self.n), **known.stated}
-        self._tracer.known = KnownRows(stated, known.followed)
-        rows = [*stated.values(), *known.followed.values()]
-        self._is_irregular = any(isinstance(each, IrregularRows) for each in rows)
+        self._known = self._tracer.known = KnownRows(stated, known.followed)
 
     def rows_of(self, node: Node, layout: Layout | None) -> SampleLayout | IrregularRows | None:
         """Return where the samples lie in a node of the last batch, ``None`` if it is unknown."""
@@ -151,7 +148,8 @@ class LayoutMemory(LayoutInference):
         for meeting, position, edge, _ in open_inputs:
             wanted = axes.setdefault(meeting.node, [])
             wanted += [a for a in self._axes(meeting.node, position, edge) if a not in wanted]
-        rows = {node for node, each in axes.items() if row_axis(output_shape((node, 0))) in each}
+        axis_of = self._known.axis
+        rows = {node for node, each in axes.items() if axis_of(output_shape((node, 0))) in each}
         traces = self._tracer.first_traces(loss, result, rows, self.n)
         proven = {node for node, each in traces.items() if is_proven(each)}
         rest = {node: each for node, each in axes.items() if node not in proven}

@@ -19,11 +19,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout, row_axis
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import BATCH_NORMS, Node, Walk, output_shape
 
 # Edges of the graph, each with the layouts that its shape allows.
 Cuts = list[tuple[GradientEdge, list[SampleLayout | IrregularRows]]]
+# Some of them, and the number of a layout there.
+Place = tuple[Cuts, int]
 # The share of a sample's gradient that its rows must hold, where samples are independent.
 PROVEN = 0.999
 
@@ -133,33 +135,33 @@ class _Start:
 
 
 def trace(
-    cuts: Cuts, choice: int, result: Walk, wanted: Set[Node], n: int, seed: int = 0
+    place: Place, result: Walk, wanted: Set[Node], n: int, known: KnownRows, seed: int = 0
 ) -> dict[Node, Trace]:
     """Return whose rows arrive in some nodes; nodes that no gradient reaches are missing.
 
     Args:
-        cuts: Edges at which the samples' rows are known, as from :func:`.starts_of`.
-        choice: Number of the layout there.
+        place: Where the samples' rows are known, as from :func:`.starts_of`.
         result: A walk over the graph, which is retained.
         wanted: The nodes.
         n: Number of samples.
-        seed: Seed of the random gradients.
+        known: Whose rows the batch is known to have.
+        seed: Of the random gradients.
     """
+    cuts, choice = place
     starts = [_Start(edge, layouts[min(choice, len(layouts) - 1)], seed) for edge, layouts in cuts]
     formats = {node._input_metadata[0].dtype for node in wanted}
     grid = next((grid for dtype, grid in _COARSE.items() if dtype in formats), _FINE)
     traces: dict[Node, Trace] = {}
     while starts:
-        section = _Section.behind(starts, result, wanted)
+        section = _Section.behind(starts, result, wanted, known)
         plain = section.squares(starts, None, n)
         factors = [partial(grid.factors, digit=digit) for digit in range(grid.digits(n))]
         scaled = [section.squares(starts, each, n) for each in factors]
         floors = _floors(plain)
-        new = {
-            node: _trace_of(node, squares, [each[node] for each in scaled], grid, n, floors[node])
-            for node, squares in plain.items()
-            if node not in traces
-        }
+        new: dict[Node, Trace] = {}
+        for node in [each for each in plain if each not in traces]:
+            axis, passes = known.axis(output_shape((node, 0))), [each[node] for each in scaled]
+            new[node] = _trace_of(axis, plain[node], passes, grid, n, floors[node])
         traces |= new
         starts = [
             _Start(GradientEdge(*node.next_functions[0]), rows.rows, seed, rows.is_certain)
@@ -186,7 +188,7 @@ def _floors(plain: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
 
 
 def _trace_of(
-    node: Node, plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int, floor: Tensor
+    axis: int, plain: Tensor, scaled: Sequence[Tensor], grid: _Grid, n: int, floor: Tensor
 ) -> Trace:
     """Read the owners of rows off the squared gradients ``(rows, groups)`` of some passes.
 
@@ -207,7 +209,6 @@ def _trace_of(
     # A row that rounding has blurred most likely belongs to the sample with the nearest factor.
     is_possible = has_gradient & (owners >= 0) & (owners < n)
     is_single &= is_possible
-    axis = row_axis(output_shape((node, 0)))
     rows = IrregularRows(torch.where(is_possible, owners, 0), n, axis)
     share = by_row[is_single].sum() / by_row[is_single | (by_row > floor)].sum()
     return Trace(rows, share, is_single, by_row, grid.blurred)
@@ -220,14 +221,17 @@ class _Section:
     ``inner`` are the nodes to observe within it. Behind ``firsts`` there are no samples.
     """
 
+    known: KnownRows
     inner: list[Node] = field(default_factory=list)
     norms: list[Node] = field(default_factory=list)
     firsts: list[Node] = field(default_factory=list)
 
     @classmethod
-    def behind(cls, starts: Sequence[_Start], result: Walk, wanted: Set[Node]) -> _Section:
+    def behind(
+        cls, starts: Sequence[_Start], result: Walk, wanted: Set[Node], known: KnownRows
+    ) -> _Section:
         """Find the section behind some edges."""
-        section = cls()
+        section = cls(known)
         firsts = {meeting.node for meeting in result.meetings if meeting.is_first}
         waiting: list[Node] = [start.edge.node for start in starts]
         seen = set(waiting)
@@ -255,7 +259,7 @@ class _Section:
         def keep(node: Node, grad: Tensor | None) -> None:
             if grad is not None and grad.ndim:
                 values = grad.detach().abs().double().square()
-                values = values.movedim(row_axis(values.shape), 0)
+                values = values.movedim(self.known.axis(grad.shape), 0)
                 rows = values.flatten(1) if values.ndim > 1 else values[:, None]
                 squares[node] = torch.stack(
                     [rows[:, number::_GROUPS].sum(dim=1) for number in range(_GROUPS)], dim=1

@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from tda_lightning.gradients.capture.parameter_paths import leaves
-from tda_lightning.gradients.capture.row_owners import PROVEN, Cuts, Trace, trace
+from tda_lightning.gradients.capture.row_owners import PROVEN, Cuts, Place, Trace, trace
 from tda_lightning.gradients.graph.sample_layout import (
     IrregularRows,
     KnownRows,
     SampleLayout,
     possible_layouts,
-    row_axis,
 )
 from tda_lightning.gradients.graph.walk import Edge, Node, Walk, output_shape
 
@@ -34,7 +33,7 @@ _MAX_CUTS = 12
 VIEWS: Final = SampleLayout(0, None, 1)
 
 
-def starts_of(loss: Tensor, result: Walk, n: int, known: KnownRows) -> Iterator[tuple[Cuts, int]]:
+def starts_of(loss: Tensor, result: Walk, n: int, known: KnownRows) -> Iterator[Place]:
     """Yield places at which probes can start, each with the number of a layout there.
 
     An axis of exactly ``n`` entries is most likely the samples'. The loss may mix samples, as
@@ -64,20 +63,17 @@ def joined_cuts(loss: Tensor, result: Walk, n: int, known: KnownRows) -> Cuts:
     exact, others = (
         _cuts({loss.grad_fn}, result, n, known, is_exact=is_exact) for is_exact in (True, False)
     )
-    if any(_n_rows(edge) not in (2 * n, *known.followed) for edge, _ in exact):
+    shapes = [output_shape((edge.node, edge.output_nr)) for edge, _ in exact]
+    if any(shape[0] not in (2 * n, *known.followed) for shape in shapes):
         return []
     if known.followed:
         followed = KnownRows(known.followed)
         found = _cuts({loss.grad_fn}, result, n, followed, is_exact=True, is_known=True)
         if found:
             return found
-    are_views = all(_n_rows(edge) == 2 * n for edge, _ in others)
+    shapes = [output_shape((edge.node, edge.output_nr)) for edge, _ in others]
+    are_views = all(shape[0] == 2 * n for shape in shapes)
     return [(edge, [VIEWS]) for edge, _ in others] if are_views else []
-
-
-def _n_rows(edge: GradientEdge) -> int:
-    shape = output_shape((edge.node, edge.output_nr))
-    return shape[row_axis(shape)]
 
 
 def _choices(cuts: Cuts) -> range:
@@ -113,8 +109,9 @@ def _cuts(
                 for layout in possible_layouts(shape, n, (0, 1))
                 if not (is_known or (is_exact and shape[layout.axis] != n))
             ]
-            if shape and (rows := known.stated.get(shape[row_axis(shape)])) is not None:
-                layouts = [replace(rows, axis=row_axis(shape))]
+            axis = known.axis(shape)
+            if shape and (rows := known.stated.get(shape[axis])) is not None:
+                layouts = [replace(rows, axis=axis)]
             edge = GradientEdge(child, number)
             if layouts:
                 if all(edge != other for other, _ in cuts):
@@ -152,6 +149,8 @@ def joined_rows(with_samples: Iterable[Node], n: int, known: KnownRows) -> int:
 
 # Places at which a trace may start, from the loss on.
 _MAX_STARTS = 4
+# Rows of fewer numbers may look like those of a single sample by chance.
+_MIN_COLUMNS = 3
 
 
 class Tracer:
@@ -174,7 +173,7 @@ class Tracer:
         best: dict[Node, Trace] = {}
         most = -1
         for number, start in self._starts(loss, result, n) if nodes else ():
-            traces = _confirmed(trace(*start, result, nodes, n), start, result, n)
+            traces = self._confirmed(self._trace(start, result, nodes, n), start, result, n)
             n_proven = sum(is_proven(each) for each in traces.values())
             if n_proven > most:
                 best, most = traces, n_proven
@@ -183,7 +182,7 @@ class Tracer:
                 break
         return best
 
-    def _starts(self, loss: Tensor, result: Walk, n: int) -> Iterator[tuple[int, tuple[Cuts, int]]]:
+    def _starts(self, loss: Tensor, result: Walk, n: int) -> Iterator[tuple[int, Place]]:
         """Yield the first places with their numbers; the one that was right before comes first."""
         known = self.start
         if known is not None:
@@ -206,13 +205,35 @@ class Tracer:
         traces: dict[Node, Trace] = {}
         shared: list[Node] = []
         for _, start in self._starts(loss, result, n):
-            traces = trace(*start, result, nodes.keys(), n)
+            traces = self._trace(start, result, nodes.keys(), n)
             shared = [node for node, each in traces.items() if is_disproven(each)]
             if traces and not shared:
                 break
         for node in shared:
             raise ValueError(self._shared(nodes[node], float(traces[node].share), n))
         return {node: each.rows for node, each in traces.items()}
+
+    def _trace(
+        self, start: Place, result: Walk, nodes: Set[Node], n: int, seed: int = 0
+    ) -> dict[Node, Trace]:
+        return trace(start, result, nodes, n, self.known, seed)
+
+    def _confirmed(
+        self, traces: dict[Node, Trace], start: Place, result: Walk, n: int
+    ) -> dict[Node, Trace]:
+        """Trace short rows with other gradients too; leave out those of other samples then."""
+        short = {
+            node
+            for node, each in traces.items()
+            if is_proven(each) and prod(output_shape((node, 0))[1:]) < _MIN_COLUMNS
+        }
+        again = self._trace(start, result, short, n, seed=1) if short else {}
+        differing = {
+            node
+            for node, each in again.items()
+            if not (is_proven(each) and traces[node].agrees(each.rows.of_rows))
+        }
+        return {node: each for node, each in traces.items() if node not in differing}
 
     def _shared(self, edge: Edge, share: float, n: int) -> str:
         name = next(self._recorded[leaf] for leaf in leaves(edge) if leaf in self._recorded)
@@ -221,28 +242,6 @@ class Tracer:
             f"`{name}` belongs to several samples at once; expected rows of single samples, as in "
             f"earlier batches. Leave it out with `layers=['!{name}']`."
         )
-
-
-# Rows of fewer numbers may look like those of a single sample by chance.
-_MIN_COLUMNS = 3
-
-
-def _confirmed(
-    traces: dict[Node, Trace], start: tuple[Cuts, int], result: Walk, n: int
-) -> dict[Node, Trace]:
-    """Trace short rows again with other gradients, and leave out those of other samples then."""
-    short = {
-        node
-        for node, each in traces.items()
-        if is_proven(each) and prod(output_shape((node, 0))[1:]) < _MIN_COLUMNS
-    }
-    again = trace(*start, result, short, n, seed=1) if short else {}
-    differing = {
-        node
-        for node, each in again.items()
-        if not (is_proven(each) and traces[node].agrees(each.rows.of_rows))
-    }
-    return {node: each for node, each in traces.items() if node not in differing}
 
 
 def is_proven(traced: Trace | None) -> bool:

@@ -101,11 +101,6 @@ def possible_layouts(shape: Sequence[int], n: int, axes: Sequence[int]) -> Itera
                     yield SampleLayout(axis, parts // inner, inner)
 
 
-def row_axis(shape: Sequence[int]) -> int:
-    """Return the axis of irregular rows: the first one, unless a batch is packed into one entry."""
-    return int(len(shape) > 1 and shape[0] == 1)
-
-
 @dataclass(frozen=True)
 class IrregularRows:
     """The samples lie on ``axis``; ``of_rows`` is the sample of each entry of it."""
@@ -177,3 +172,13 @@ class KnownRows:
 
     stated: Mapping[int, SampleLayout | IrregularRows] = field(default_factory=dict)
     followed: Mapping[int, SampleLayout | IrregularRows] = field(default_factory=dict)
+
+    @property
+    def are_irregular(self) -> bool:
+        """Whether samples have different numbers of rows, or rows in any order."""
+        rows = (*self.stated.values(), *self.followed.values())
+        return any(isinstance(each, IrregularRows) for each in rows)
+
+    def axis(self, shape: Sequence[int]) -> int:
+        """Return the axis of a tensor's rows: the first, unless they are packed into one entry."""
+        return int(len(shape) > 1 and shape[0] == 1 and shape[1] in self.stated)

@@ -19,7 +19,6 @@ from tda_lightning.gradients.graph.sample_layout import (
     IrregularRows,
     SampleLayout,
     possible_layouts,
-    row_axis,
 )
 from tda_lightning.recording.collation import tensors_of_samples
 from tda_lightning.recording.origins.tracker import DataMeeting
@@ -34,7 +33,12 @@ def stated_rows(batch: Any, n: int) -> dict[int, IrregularRows]:
         batch: The batch.
         n: Number of its samples.
     """
-    tensors = [each[0] if row_axis(each.shape) else each for each in _tensors(batch) if each.ndim]
+    # All samples may be packed into one entry.
+    tensors = [
+        each[0] if each.ndim > 1 and len(each) == 1 else each
+        for each in _tensors(batch)
+        if each.ndim
+    ]
     sizes = {len(each) for each in tensors if len(each) > n}
     if n == 1 or not sizes:  # Nothing is read from the device then.
         return {}
