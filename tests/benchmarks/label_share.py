@@ -13,9 +13,7 @@ queries of Spearman's correlation with it, and its standard deviation over seeds
 """
 
 import argparse
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,7 @@ import torch
 from lds import judge
 from lds_runs import Run, record
 from lds_tasks import TASKS
-from lds_truths import Retrainer, Truth
+from lds_truths import Retrainer, Truth, options_of
 from torch import Generator, Tensor
 
 from tda_lightning import InfluenceFunction, Source, Unrolled
@@ -112,12 +110,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--subsets", type=int, default=30, help="to retrain on")
-    default = Path(tempfile.gettempdir()) / "tda-lightning-lds"
-    parser.add_argument("--cache", type=Path, default=default, help="folder of retraining results")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    options = options_of(parser)
     names = [type(method).__name__ for method in METHODS]
     print(f"| task | labels | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
     for name in options.tasks:

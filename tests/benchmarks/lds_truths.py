@@ -11,8 +11,12 @@ as many epochs instead, and so half of the steps, the digits MLP is far from tra
 a hundred neighbours then predict its losses best.)
 """
 
+import argparse
 import hashlib
+import logging
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,3 +163,13 @@ def fingerprint(tensors: Sequence[Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the options of a comparison, with the cache; compute quietly and on one thread."""
+    default = Path(tempfile.gettempdir()) / "tda-lightning-lds"
+    parser.add_argument("--cache", type=Path, default=default, help="folder of retraining results")
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    return parser.parse_args()

@@ -12,18 +12,15 @@ has the mean over queries of Spearman's correlation with it.
 """
 
 import argparse
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from lds import judge
 from lds_runs import record
 from lds_tasks import TASKS
-from lds_truths import Retrainer
+from lds_truths import Retrainer, options_of
 from torch import Tensor
 
 from tda_lightning import InfluenceFunction, Source, Unrolled
@@ -83,12 +80,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--seed", type=int, default=0, help="of the recorded run")
     parser.add_argument("--subsets", type=int, default=30, help="to retrain on")
-    default = Path(tempfile.gettempdir()) / "tda-lightning-lds"
-    parser.add_argument("--cache", type=Path, default=default, help="folder of retraining results")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    options = options_of(parser)
     print("| task | factor | Unrolled | InfluenceFunction | Source |\n|---|---|---|---|---|")
     for name in options.tasks:
         print_task(name, options)

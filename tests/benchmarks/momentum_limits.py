@@ -11,9 +11,7 @@ the mean reciprocal ranks of planted facts: the same words and paraphrased, by `
 """
 
 import argparse
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 from lds import judge
 from lds_runs import record
 from lds_tasks import TASKS
-from lds_truths import Retrainer
+from lds_truths import Retrainer, options_of
 from torch.utils.data import DataLoader
 from uses_data import batches_of, fit
 from uses_data_text import LanguageModel, corpus
@@ -91,12 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--tasks", nargs="*", choices=WITH_MOMENTUM, default=WITH_MOMENTUM)
     parser.add_argument("--facts", nargs="*", type=int, default=[0, 1], help="seeds", metavar="S")
-    default = Path(tempfile.gettempdir()) / "tda-lightning-lds"
-    parser.add_argument("--cache", type=Path, default=default, help="folder of retraining results")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    options = options_of(parser)
     print("| task | power | same run / expected, or Unrolled / Averaged |\n|---|---|---|")
     for name in options.tasks:
         print_task(name, options.cache)

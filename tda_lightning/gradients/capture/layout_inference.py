@@ -167,9 +167,8 @@ class LayoutInference:
     def _agreeing(self, meeting: Meeting, traced: Trace) -> Layout:
         """Return the first layout with the owners of traced rows, or that they are traced."""
         node, n_rows = meeting.node, meeting.shape[self._known.axis(meeting.shape)]
-        if (
-            self._known.are_irregular and n_rows != self.n
-        ):  # Even if a batch looks regular by chance.
+        # Even if a batch looks regular by chance.
+        if self._known.are_irregular and n_rows != self.n:
             return TRACED
         candidates: list[tuple[Layout, Tensor | None]] = [
             (rows, rows.owners(node, self.n, self._with_samples))

@@ -145,7 +145,7 @@ def trace(
         wanted: The nodes.
         n: Number of samples.
         known: Whose rows the batch is known to have.
-        seed: Of the random gradients.
+        seed: Seed of the random gradients.
     """
     cuts, choice = place
     starts = [_Start(edge, layouts[min(choice, len(layouts) - 1)], seed) for edge, layouts in cuts]
