@@ -30,6 +30,7 @@ from tda_lightning.stores.contract import same
 KILLS = 30
 RANKS = 2
 SAMPLES, BATCH = 48, 3
+CHECKPOINT_STEPS = 7
 # Longer than any training here takes; the upper limit of every wait.
 MAX_SECONDS = 60.0
 
@@ -81,14 +82,15 @@ class FailsOnSignal(Plain):
         return super().training_step(batch, batch_idx)
 
 
-class SignalStart(pl.Callback):
-    """Write a byte to a pipe when the training starts."""
+class SignalSteps(pl.Callback):
+    """Write a byte to a pipe after each step of the first process."""
 
     def __init__(self, pipe):
         self.pipe = pipe
 
-    def on_train_start(self, trainer, module):
-        os.write(self.pipe, b"!")
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.is_global_zero:
+            os.write(self.pipe, b"!")
 
 
 def train(folder, rank, pipe, max_steps):
@@ -98,11 +100,13 @@ def train(folder, rank, pipe, max_steps):
     random.seed(os.getpid())
     signal.signal(signal.SIGUSR1, fail)
     store = SlowStore(folder / "run", storage="as computed", segment_bytes=20_000)
-    saver = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=7)
+    saver = ModelCheckpoint(
+        folder, save_last=True, save_top_k=0, every_n_train_steps=CHECKPOINT_STEPS
+    )
     recorder = GradientRecorder(store, projector=Identity(), existing="replace", snapshots=10)
     stream = Stream(rank)
     trainer = quiet_trainer(
-        *(recorder, saver, ResumeStream(stream), SignalStart(pipe)),
+        *(recorder, saver, ResumeStream(stream), SignalSteps(pipe)),
         devices=RANKS,
         strategy="ddp",
         use_distributed_sampler=False,
@@ -133,7 +137,7 @@ def tracebacks(folder):
 
 
 def start(folder, max_steps=-1):
-    """Fork the processes; return them and a pipe on which they signal that training started."""
+    """Fork the processes; return them and a pipe that receives a byte per step."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -177,9 +181,10 @@ def finish(folder, max_steps):
 def kill(folder, rng, is_early):
     """Start or resume a training, and kill it; return the signal and the victims."""
     children, read_end = start(folder)
-    if not is_early:
+    # Steps, not seconds: a busy machine takes none in a second.
+    for _ in range(0 if is_early else rng.randint(1, 2 * CHECKPOINT_STEPS)):
         assert os.read(read_end, 1), tracebacks(folder)
-    time.sleep(rng.uniform(0.0, 1.0 if is_early else 0.5))
+    time.sleep(rng.uniform(0.0, 1.0 if is_early else 0.05))
     chosen_signal = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
     victims = rng.choice([[0], [1], [0, 1]])
     for rank in victims:
@@ -222,10 +227,7 @@ def check(folder):
 
 def main(folder):
     rng, lengths, kills = random.Random(0), [], []
-    # On a busy machine, trainings take fewer steps before they are killed; then kill more of them.
-    for number in range(3 * KILLS):
-        if number >= KILLS and len(set(lengths)) > KILLS // 2:
-            break
+    for number in range(KILLS):
         kills.append(kill(folder / "parts", rng, is_early=number % 5 == 0))
         lengths.append(check(folder / "parts"))
     print(list(zip(lengths, kills, strict=True)), flush=True)
