@@ -179,7 +179,9 @@ def value_clipping_of(parameters: Iterable[Parameter], bound: float) -> ValueCli
     """Predict the effect of clipping by value on the joint gradient of the parameters."""
     gradients = [p.grad.detach() for p in parameters if p.grad is not None]
     products = [_products(gradient.flatten().double(), bound) for gradient in gradients]
-    lost, square, square_after = torch.stack(products).sum(dim=0).tolist() if products else (0,) * 3
+    lost, square, square_after = (
+        torch.stack(products).sum(dim=0).cpu().tolist() if products else (0,) * 3
+    )
     if square == 0:
         return ValueClipping(factor=1.0, cosine=1.0)
     # Computed from the clipped-off part, which is exactly zero where nothing is clipped.

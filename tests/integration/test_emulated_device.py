@@ -1,8 +1,7 @@
 """Recording and attribution on an emulated device give the CPU's results, with all tensors on it.
 
 Not covered: iterative solvers, and `EKFAC`, since curvlinops does not support a device that is
-written in Python. Recorded convolutions, attention and recurrent
-layers are not either: there, torch replaces them by operations that neither a CPU nor a GPU has.
+written in Python; fused recurrent layers.
 """
 
 import ast
@@ -15,7 +14,6 @@ import pytest
 from torch.utils import backend_registration
 
 SUPPORT = Path(__file__).parents[1] / "support"
-SCRIPT = SUPPORT / "emulated_device_cases.py"
 pytestmark = [
     pytest.mark.skipif(
         not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -25,30 +23,50 @@ pytestmark = [
 ]
 
 
-def names_in(table):
-    """Return the keys of a table in the script without running it; a missing answer then fails."""
+def names_in(table, script="emulated_device_cases.py"):
+    """Return the keys of a table in a script without running it; a missing answer then fails."""
     tables = [
         node
-        for node in ast.walk(ast.parse(SCRIPT.read_text()))
+        for node in ast.walk(ast.parse((SUPPORT / script).read_text()))
         if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == table
     ]
     return [key.value for key in tables[0].value.keys]
 
 
 @functools.cache
-def result():
-    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
+def result(script="emulated_device_cases.py", *arguments):
+    command = [sys.executable, "-W", "ignore", script, *arguments]
     return subprocess.run(command, cwd=SUPPORT, capture_output=True, text=True, check=False)
 
 
-def answer(name):
-    lines = (line.split(": ", 1) for line in result().stdout.splitlines() if ": " in line)
+def answer(name, *command):
+    lines = (line.split(": ", 1) for line in result(*command).stdout.splitlines() if ": " in line)
     return dict(lines).get(name, "no answer")
 
 
 @pytest.mark.parametrize("name", names_in("CASES"))
 def test_a_device_gives_the_results_of_the_cpu(name):
     assert answer(name) == "equal", result().stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names_in("USES", "emulated_device_uses.py"))
+def test_runs_are_used_on_a_device_as_on_the_cpu(name):
+    command = ("emulated_device_uses.py",)
+    assert answer(name, *command) == "equal", result(*command).stderr[-3000:]
+
+
+# One of each kind; without names, the script records every model of the zoo.
+MODELS = ["peft-lora", "gpt2-padded", "llama-tied", "mamba", "bert-mlm", "t5", "swin", "resnet"]
+MODELS += ["segformer", "whisper", "clip"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_the_zoo_has_the_rows_of_the_cpu(name):
+    pytest.importorskip("transformers")
+    command = ("emulated_device_zoo.py", *MODELS)
+    assert answer(name, *command) == "equal", result(*command).stderr[-3000:]
 
 
 @pytest.mark.parametrize("name", names_in("MIXED_DEVICES"))

@@ -5,7 +5,6 @@ torch cannot pass an exception through a device that is written in Python.
 """
 
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,11 +15,9 @@ import emulated_device
 import lean_lightning  # noqa: F401, before Lightning
 import pytorch_lightning as pl
 import torch
-from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
-from pytorch_lightning.accelerators import Accelerator, CPUAccelerator
-from pytorch_lightning.strategies import SingleDeviceStrategy
+from emulated_trainings import THERE, Setup, compare, outcome
+from lightning_models import Plain, loader, mlp, vectors
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 import tda_lightning as tda
 from tda_lightning.attribution import Linear, LossWeighted, Mixed
@@ -41,71 +38,6 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.narrowing(self.embedding(x) + self.positions)
         return self.head(self.norms(x).mean(dim=1))
-
-
-class Device(Accelerator):
-    """The emulated device as a Lightning accelerator."""
-
-    def setup_device(self, device: torch.device) -> None:
-        pass
-
-    def teardown(self) -> None:
-        pass
-
-    def get_device_stats(self, device: Any) -> dict[str, Any]:
-        return {}
-
-    @staticmethod
-    def parse_devices(devices: Any) -> Any:
-        return devices
-
-    @staticmethod
-    def get_parallel_devices(devices: Any) -> list[torch.device]:
-        return [torch.device("elsewhere", 0)]
-
-    @staticmethod
-    def auto_device_count() -> int:
-        return 1
-
-    @staticmethod
-    def is_available() -> bool:
-        return True
-
-    @staticmethod
-    def name() -> str:
-        return "elsewhere"
-
-
-class Setup:
-    """A recorded training on a device, with data and queries."""
-
-    def __init__(self, accelerator: Any, device: torch.device) -> None:
-        self.accelerator, self.device = accelerator, device
-        generator = torch.Generator().manual_seed(3)
-        labels = torch.randint(3, (23,), generator=generator)
-        self.vectors = TensorDataset(torch.randn(23, 7, generator=generator), labels)
-        self.tokens = TensorDataset(torch.randint(7, (23, 11), generator=generator), labels)
-        self.model = Plain(mlp(), optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
-        self.run, self.live = self.train(self.model, self.vectors, curvature="fisher", snapshots=3)
-        self.model.to(device)
-        self.queries = self.vectors[:5]
-
-    def train(self, model: Plain, data: TensorDataset, **settings: Any) -> tuple[Any, Any]:
-        """Return the recorded run, and the contributions of a tracker."""
-        torch.manual_seed(0)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3)
-        folder = Path(tempfile.mkdtemp(dir=WORKSPACE))
-        recorder = tda.GradientRecorder(folder / "run.tda", audit=2, **settings)
-        tracker = tda.ContributionTracker(data[:3], folder / "probe.npz")
-        callbacks = [recorder, tracker]
-        # Lightning would choose the CPU for an accelerator that it does not know.
-        strategy = SingleDeviceStrategy(self.device, accelerator=self.accelerator)
-        quiet_trainer(*callbacks, accelerator="auto", strategy=strategy).fit(model, loader(data))
-        return tda.HDF5Store.open(folder / "run.tda"), tracker.contributions
-
-    def batches(self) -> Any:
-        return loader(self.vectors, shuffle=False)
 
 
 def rows(net: Callable[[], nn.Module], tokens: bool, **settings: Any) -> Callable[[Setup], Tensor]:
@@ -153,7 +85,7 @@ def recorded_again(s: Setup, labels: Any) -> Any:
 
 def embedding_scores(s: Setup, method: Any) -> Tensor:
     gradients = tda.record_queries(s.model, s.queries, like=s.run, progress=False)
-    embedding = tda.embed(s.run, method=method, device=s.device, progress=False)
+    embedding = tda.embed(s.run, method=method, device=s.place.device, progress=False)
     return embedding.attribute(gradients).values
 
 
@@ -240,8 +172,7 @@ class StepTransfers(pl.Callback):
 def transfers_of_a_step(optimizer: Callable[[Any], Any], *callbacks: pl.Callback) -> list[str]:
     """Return the transfers of a step that is not audited, with unchanged coordinates."""
     log = StepTransfers(step=23)  # Later than the first twenty.
-    strategy = SingleDeviceStrategy(torch.device("elsewhere", 0), accelerator=Device())
-    trainer = quiet_trainer(log, *callbacks, accelerator="auto", strategy=strategy, max_epochs=9)
+    trainer = THERE.trainer(log, *callbacks, max_epochs=9)
     trainer.fit(Silent(mlp(), optimizer=optimizer), loader(vectors()))
     return log.transfers
 
@@ -269,35 +200,7 @@ MIXED_DEVICES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-# Every value is a chain of sums. The longest has (columns of a row) x (visits of a run) terms.
-MAX_TERMS = 2048 * 46
-# An upper bound of the number of sums: gradient, row, curvature, direction, score.
-MAX_SUMS = 8
-
-
-def same_values(value: Tensor, expected: Tensor) -> bool:
-    """Return whether two results agree to rounding; shape, dtype and device must be the same.
-
-    The order of the terms of a sum depends on the processor and on the alignment of memory.
-    Rounding errors of a sum of n terms grow like the square root of n. See Higham & Mary (2019),
-    "A New Approach to Probabilistic Rounding Error Analysis".
-    """
-    assert value.shape == expected.shape
-    assert value.dtype == expected.dtype
-    assert value.device == expected.device
-    bound = MAX_SUMS * MAX_TERMS**0.5 * torch.finfo(expected.dtype).eps
-    return bool((value - expected).abs().max() <= bound * expected.abs().max())
-
-
-def outcome(call: Callable[[], Any]) -> str:
-    try:
-        return "equal" if call() else "different"
-    except Exception as error:
-        traceback.print_exc()
-        return f"{type(error).__name__} {error}".replace("\n", " ")
-
-
-def main() -> None:
+def main(folder: Path) -> None:
     on_device = torch.ones(2, 3, device="elsewhere")
     for name, operation in MIXED_DEVICES.items():
         print(name, outcome(partial(operation, on_device)), sep=": ", flush=True)
@@ -306,15 +209,11 @@ def main() -> None:
         recorder = tda.GradientRecorder(MemoryStore())
         recorded = transfers_of_a_step(optimizer, recorder)
         print(f"transfers with {name}: {plain} {recorded} {len(recorder.store)}", flush=True)
-    here = Setup(CPUAccelerator(), torch.device("cpu"))
-    there = Setup(Device(), torch.device("elsewhere", 0))
-    for name, case in CASES.items():
-        equal = lambda case=case: same_values(case(there), case(here))  # noqa: E731
-        print(name, outcome(equal), sep=": ", flush=True)
+    compare(CASES, folder)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     libraries = emulated_device.install()
-    with tempfile.TemporaryDirectory() as WORKSPACE:
-        main()
+    with tempfile.TemporaryDirectory() as workspace:
+        main(Path(workspace))

@@ -206,7 +206,7 @@ def _trajectory(
     method: Attributor,
     progress: bool,
 ) -> Trajectory:
-    chosen = order[:MAX_TRAJECTORIES]
+    chosen = torch.tensor(order[:MAX_TRAJECTORIES])
     k = min(TRAJECTORY_SAMPLES, len(scores.train_ids))
     best, worst = scores.proponents(k).ids[chosen], scores.opponents(k).ids[chosen]
     ids = torch.unique(torch.cat([best, worst]))
