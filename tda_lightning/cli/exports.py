@@ -24,12 +24,43 @@ from tda_lightning.stores.integrity.durable import atomic_write
 Table = dict[str, NDArray[Any]]
 
 
+def _write_csv(path: Path, table: Table) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(table)
+        writer.writerows(zip(*(column.tolist() for column in table.values()), strict=True))
+
+
+def _write_parquet(path: Path, table: Table) -> None:
+    with needs("parquet"):
+        import pyarrow
+        from pyarrow import parquet
+    parquet.write_table(pyarrow.table(table), path)
+
+
+def _write_numpy(path: Path, table: Table) -> None:
+    """Write a structured array, with one field per column."""
+    fields = [(name, column.dtype) for name, column in table.items()]
+    array = np.empty(len(next(iter(table.values()))), dtype=fields)
+    for name, column in table.items():
+        array[name] = column
+    with path.open("wb") as file:  # Given a path, NumPy would append a suffix.
+        np.save(file, array, allow_pickle=False)
+
+
+WRITERS: dict[str, Callable[[Path, Table], None]] = {
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+    ".npy": _write_numpy,
+}
+
+
 @click.command(short_help="Write a run or scores as CSV, Parquet or NumPy.")
 @click.argument("source", type=click.Path(path_type=Path), metavar="SOURCE")
 @click.option(
     "--out",
     required=True,
-    type=OutputFile(),
+    type=OutputFile(*WRITERS),
     help="File to write; its suffix chooses the format: `.csv`, `.parquet` or `.npy`.",
 )
 @click.option(
@@ -45,12 +76,9 @@ def export(source: Path, out: Path, top: int | None, as_json: bool) -> None:
     row per visit of a training sample, without the sketch. Scores give one row per query and
     training sample.
     """
-    write = WRITERS.get(out.suffix)
-    if write is None:
-        raise click.UsageError(f"`{out}` has no known suffix; expected {', '.join(WRITERS)}.")
     table = _table_of(source, top)
     with atomic_write(absolute_path(out)) as partial:
-        write(partial, table)
+        WRITERS[out.suffix](partial, table)
     n_rows = len(next(iter(table.values())))
     line = f"{out}: {n_rows:,} rows of {', '.join(table)}"
     content = {"source": str(source), "out": str(out), "rows": n_rows, "columns": list(table)}
@@ -59,14 +87,20 @@ def export(source: Path, out: Path, top: int | None, as_json: bool) -> None:
 
 def _table_of(source: Path, top: int | None) -> Table:
     if source.suffix != ".npz":
-        if top is not None:
-            raise click.UsageError("`--top` is for scores; a run has none.")
+        _require_no_top(top, "a run has none")
         return _visits(source)
     try:
         scores = Scores.load(source)
     except ValueError:
-        return _sample_table(SampleScores.load(source))
+        of_samples = SampleScores.load(source)
+        _require_no_top(top, f"`{source}` has one score per training sample")
+        return _sample_table(of_samples)
     return _score_table(scores) if top is None else _top_table(scores, top)
+
+
+def _require_no_top(top: int | None, reason: str) -> None:
+    if top is not None:
+        raise click.UsageError(f"`--top` is for scores of queries; {reason}.")
 
 
 def _visits(run: Path) -> Table:
@@ -114,34 +148,3 @@ def _top_table(scores: Scores, k: int) -> Table:
 
 def _sample_table(scores: SampleScores) -> Table:
     return {"train_id": scores.train_ids.numpy(), "score": scores.values.numpy()}
-
-
-def _write_csv(path: Path, table: Table) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(table)
-        writer.writerows(zip(*(column.tolist() for column in table.values()), strict=True))
-
-
-def _write_parquet(path: Path, table: Table) -> None:
-    with needs("parquet"):
-        import pyarrow
-        from pyarrow import parquet
-    parquet.write_table(pyarrow.table(table), path)
-
-
-def _write_numpy(path: Path, table: Table) -> None:
-    """Write a structured array, with one field per column."""
-    fields = [(name, column.dtype) for name, column in table.items()]
-    array = np.empty(len(next(iter(table.values()))), dtype=fields)
-    for name, column in table.items():
-        array[name] = column
-    with path.open("wb") as file:  # Given a path, NumPy would append a suffix.
-        np.save(file, array, allow_pickle=False)
-
-
-WRITERS: dict[str, Callable[[Path, Table], None]] = {
-    ".csv": _write_csv,
-    ".parquet": _write_parquet,
-    ".npy": _write_numpy,
-}

@@ -161,6 +161,10 @@ def _build_section(config: Path, section: Literal["model", "data"], named: Any, 
             f"`{section}` in `{config}` has no `class_path`. Name the class: "
             f"`{option} module:Class`."
         )
+    if class_path is not None and not (isinstance(class_path, str) and "." in class_path):
+        raise click.UsageError(
+            f"`class_path` of `{section}` in `{config}` is `{class_path}`; expected `module.Class`."
+        )
     cls = named if class_path is None else import_object(":".join(class_path.rsplit(".", 1)))
     arguments = settings if class_path is None else settings.get("init_args") or {}
     try:
@@ -181,7 +185,7 @@ def _read_section(config: Path, section: Literal["model", "data"]) -> dict[str, 
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise click.UsageError(f"`{config}` is no YAML: {_in_short(error)}.") from error
     content = content.get("fit", content) if isinstance(content, dict) else {}
-    settings = content.get(section)
+    settings = content.get(section) if isinstance(content, dict) else None
     if not isinstance(settings, dict):
         raise click.UsageError(f"`{config}` has no section `{section}`.")
     return settings

@@ -6,8 +6,6 @@ is wrong. 130: interrupted by Ctrl-C.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,8 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (click.Abort, KeyboardInterrupt):
         return 130
-    except BrokenPipeError:
-        _discard_output()
     except Exception as error:  # Whatever is wrong with a run, its user gets one line.
         click.echo(f"tda-lightning: {_in_one_line(error)}", err=True)
         return 1
@@ -73,8 +69,3 @@ def _final_name(path: Path) -> Path:
     """Return the path that a file would have had, for the temporary one of a failed write."""
     is_temporary = path.name.startswith(".") and path.suffix == ".partial"
     return path.with_name(path.stem[1:]) if is_temporary else path
-
-
-def _discard_output() -> None:
-    """Let Python flush to nowhere at its end: the reader of the pipe, such as `head`, is gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

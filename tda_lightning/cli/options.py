@@ -13,16 +13,22 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class OutputFile(click.Path):
-    """A file to write, in a folder that exists: checked before the work, not after it."""
+    """A file to write, in a folder that exists: checked before the work, not after it.
 
-    def __init__(self) -> None:
+    ``suffixes`` are those that its name may have; none stands for any.
+    """
+
+    def __init__(self, *suffixes: str) -> None:
         super().__init__(path_type=Path, dir_okay=False)
+        self._suffixes = suffixes
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Return the path, if its folder exists."""
+        """Return the path, if its folder exists and its suffix is allowed."""
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if not path.parent.is_dir():
             self.fail(f"there is no folder `{path.parent}`. Create it, or correct the path.")
+        if self._suffixes and path.suffix not in self._suffixes:
+            self.fail(f"`{path}` has no known suffix; expected {', '.join(self._suffixes)}.")
         return path
 
 
@@ -39,7 +45,7 @@ rows_option = click.option(
 )
 scores_option = click.option(
     "--out",
-    type=OutputFile(),
+    type=OutputFile(".npz"),
     help="Also save all scores to this `.npz` file; see the command `export`.",
 )
 

@@ -53,6 +53,8 @@ def mislabeled(
     loaded = None
     if model is not None or config is not None:
         loaded = load_model(model, config, checkpoint, trust_checkpoint)
+    elif train is not None or trusted is not None:
+        raise click.UsageError("`--train` and `--trusted` need the trained model: `--model`.")
     has_data = train is not None or config is not None
     result = find_mislabeled(
         run,

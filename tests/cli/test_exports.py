@@ -88,6 +88,16 @@ def test_self_influence_is_exported(tmp_path):
     ]
 
 
+def test_the_top_of_self_influence_is_refused(tmp_path, capsys):
+    SampleScores(torch.tensor([1.0, 2.0]), torch.tensor([3, 5]), "m").save(tmp_path / "own.npz")
+    words = ["--out", str(tmp_path / "own.csv"), "--top", "1"]
+    assert main(["export", str(tmp_path / "own.npz"), *words]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "`--top` is for scores of queries" in message
+    assert "has one score per training sample" in message
+    assert not (tmp_path / "own.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

@@ -1,6 +1,7 @@
 """The commands that inspect a run: text, JSON, exit codes, and one line per error."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -238,6 +239,15 @@ def test_a_process_prints_and_exits(run):
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert "a recording of" in result.stdout
+
+
+def test_a_reader_that_is_gone_ends_the_process_without_a_word(run):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tda_lightning", "info", str(run)]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_an_error_ends_the_process_with_a_line(tmp_path, run_module):

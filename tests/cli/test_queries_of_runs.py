@@ -85,6 +85,9 @@ def project(tmp_path_factory):
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     untyped = {"model": {"width": 7}, "data": {"n_query": 5}}
     (folder / "without_classes.yaml").write_text(yaml.safe_dump(untyped))
+    (folder / "fit_is_a_number.yaml").write_text("fit: 3")
+    (folder / "short_name.yaml").write_text("model: {class_path: Model}")
+    (folder / "class_is_a_number.yaml").write_text("model: {class_path: 3}")
     scores = attribute(folder / "run.tda", model, import_object(f"{folder}/project.py:queries")())
     return folder, scores
 
@@ -174,6 +177,12 @@ def test_mislabeled_shows_labels_of_the_training_data(here, capsys):
     assert "opposition" in lines[0]
 
 
+@pytest.mark.parametrize("option", ["--train", "--trusted"])
+def test_data_for_mislabeled_need_the_model(here, capsys, option):
+    assert main(["mislabeled", "run.tda", option, "project:Data"]) == 2
+    assert "need the trained model: `--model`" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_report_without_charts_names_the_extra(here, tmp_path, monkeypatch, capsys):
     for package in ("bokeh", "matplotlib"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -220,6 +229,10 @@ def test_report_writes_a_page(here, tmp_path, capsys):
         (["--model", "torch.nn:Identity", "--checkpoint", "model.ckpt"], "do not fit `Identity`"),
         (["--config", "without_classes.yaml", "--checkpoint", "model.ckpt"], "no `class_path`"),
         (["--config", "project.py"], "`project.py` is no YAML"),
+        (["--config", "fit_is_a_number.yaml"], "has no section `model`"),
+        (["--config", "short_name.yaml"], "is `Model`; expected `module.Class`"),
+        (["--config", "class_is_a_number.yaml"], "is `3`; expected `module.Class`"),
+        (["--out", "scores.csv"], "`scores.csv` has no known suffix; expected .npz"),
         (
             ["--model", "project:Model", "--checkpoint", "model.ckpt"],
             "Name the queries",
