@@ -20,6 +20,17 @@ def require_numbers(name: str, value: Any, axes: int, example: str) -> None:
         )
 
 
+def require_rankable(name: str, value: Any, axes: int, example: str) -> None:
+    """Check an argument as :func:`require_numbers` does, and that none of its numbers is NaN."""
+    require_numbers(name, value, axes, example)
+    n_nan = int(value.isnan().sum())
+    if n_nan:
+        raise ValueError(
+            f"`{name}` has {n_nan} NaN among {value.numel()} numbers; expected none, since NaN has "
+            "no rank. Leave these queries or samples out, or find out why they are NaN."
+        )
+
+
 def require_mask(name: str, value: Any, shape: tuple[int, ...]) -> None:
     """Check that an argument is a tensor of booleans of this shape."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool or tuple(value.shape) != shape:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from tda_lightning.metrics.agreement import rank_correlation
-from tda_lightning.metrics.checks import describe, require_numbers
+from tda_lightning.metrics.checks import describe, require_numbers, require_rankable
 from tda_lightning.results.ranking import require_rank
 
 
@@ -38,7 +38,7 @@ def kept_without_proponents(
     tensor([[ True, False,  True],
             [ True, False, False]])
     """
-    require_numbers("scores", scores, 1, "attribute(...).values[0]")
+    require_rankable("scores", scores, 1, "attribute(...).values[0]")
     order = scores.argsort(descending=True)
     kept = torch.ones(len(sizes), len(scores), dtype=torch.bool)
     for mask, size in zip(kept, sizes, strict=True):
@@ -103,6 +103,11 @@ def removal_curve(
     """
     require_numbers("losses", losses, 2, "torch.stack(losses_of_each_size)")
     require_numbers("full_losses", full_losses, 1, "losses_of_the_full_training")
+    if losses.shape[1:] != full_losses.shape:
+        raise ValueError(
+            f"`losses` is {describe(losses)} and `full_losses` {describe(full_losses)}; expected "
+            "the shapes (n_sizes, n_query) and (n_query,)."
+        )
     return (losses.double() - full_losses.double()).mean(dim=1)
 
 

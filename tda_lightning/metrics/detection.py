@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from tda_lightning.metrics.checks import require_mask, require_numbers
+from tda_lightning.metrics.checks import describe, require_mask, require_rankable
 from tda_lightning.results.ranking import require_rank
 
 
@@ -41,13 +41,13 @@ def class_detection(
     >>> class_detection(scores, torch.tensor([0, 1]), torch.tensor([0, 0, 1]), k=2)
     0.75
     """
-    require_numbers("scores", scores, 2, "attribute(...).values")
+    require_rankable("scores", scores, 2, "attribute(...).values")
     require_rank(k, scores.shape[1])
-    sizes = (len(query_labels), len(train_labels))
-    if sizes != tuple(scores.shape):
+    if (*query_labels.shape, *train_labels.shape) != scores.shape or query_labels.ndim != 1:
         raise ValueError(
-            f"There are {sizes[0]} query labels and {sizes[1]} training labels; expected "
-            f"{scores.shape[0]} and {scores.shape[1]}, one for each row and column of `scores`."
+            f"`query_labels` is {describe(query_labels)} and `train_labels` "
+            f"{describe(train_labels)}; expected the shapes ({scores.shape[0]},) and "
+            f"({scores.shape[1]},), one label for each row and column of `scores`."
         )
     nearest = scores.topk(k, dim=1).indices
     return float((train_labels[nearest] == query_labels[:, None]).double().mean())
@@ -79,7 +79,7 @@ def group_detection(
     >>> group_detection(scores, torch.tensor([True, False, True, False]))
     tensor([0.8333], dtype=torch.float64)
     """
-    require_numbers("scores", scores, 2, "attribute(...).values")
+    require_rankable("scores", scores, 2, "attribute(...).values")
     require_mask("members", members, (scores.shape[1],))
     if not members.any():
         raise ValueError("`members` is false for all samples; expected some true ones.")

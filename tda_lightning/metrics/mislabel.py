@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tda_lightning.metrics.checks import require_mask, require_numbers
+from tda_lightning.metrics.checks import require_mask, require_rankable
 from tda_lightning.results.ranking import require_rank
 from tda_lightning.stores.arguments import require_positive
 
@@ -98,12 +98,7 @@ def mislabel_auc(values: Float[Tensor, " n_train"], mislabelled: Bool[Tensor, " 
 
 
 def _require(values: Tensor, mislabelled: Tensor) -> None:
-    require_numbers("values", values, 1, "self_influence(run).values")
+    require_rankable("values", values, 1, "self_influence(run).values")
     require_mask("mislabelled", mislabelled, (len(values),))
     if not mislabelled.any():
         raise ValueError("`mislabelled` is false for all samples; expected some true ones.")
-    n_nan = int(values.isnan().sum())
-    if n_nan:
-        raise ValueError(
-            f"`values` of {n_nan} samples are NaN; expected numbers only, since NaN has no rank."
-        )

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from tda_lightning.metrics.checks import require_mask, require_numbers
+from tda_lightning.metrics.checks import require_mask, require_numbers, require_rankable
 from tda_lightning.results.ranking import require_rank
 
 
@@ -30,7 +30,7 @@ def mean_reciprocal_rank(
         below the other samples with an equal score, so constant scores gain nothing.
 
     Raises:
-        ValueError: If an argument has another type or shape.
+        ValueError: If an argument has another type or shape, or a score is NaN.
 
     >>> import torch
     >>> scores = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
@@ -82,7 +82,7 @@ def top_k_cardinality(scores: Float[Tensor, "n_query n_train"], k: int = 1) -> f
     >>> top_k_cardinality(torch.tensor([[3.0, 2.0, 1.0], [4.0, 2.0, 1.0]]), k=1)
     0.5
     """
-    require_numbers("scores", scores, 2, "attribute(...).values")
+    require_rankable("scores", scores, 2, "attribute(...).values")
     nearest = scores.topk(require_rank(k, scores.shape[1]), dim=1).indices
     return len(torch.unique(nearest)) / nearest.numel()
 
@@ -122,7 +122,7 @@ def _first_ranks(
     scores: Float[Tensor, "n_query n_train"], relevant: Bool[Tensor, "n_query n_train"]
 ) -> Int64[Tensor, " n_query"]:
     """Return the rank of each query's best relevant sample, from 1; 0 if there is none."""
-    require_numbers("scores", scores, 2, "attribute(...).values")
+    require_rankable("scores", scores, 2, "attribute(...).values")
     require_mask("relevant", relevant, tuple(scores.shape))
     best = scores.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
     ranks = 1 + ((scores >= best) & ~relevant).sum(dim=1)

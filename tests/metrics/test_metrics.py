@@ -80,7 +80,7 @@ def test_recall_with_ties_is_the_mean_over_orders_of_the_ties(k):
             {"mislabelled": torch.zeros(4, dtype=torch.bool)},
             "`mislabelled` is false for all samples",
         ),
-        ({"values": torch.tensor([1.0, 2.0, torch.nan, 0.0])}, "of 1 samples are NaN"),
+        ({"values": torch.tensor([1.0, 2.0, torch.nan, 0.0])}, "has 1 NaN among 4 numbers"),
         ({"fraction": 0.1}, "`fraction` is 0.1, which is 0 of 4 samples; expected from 1 to all"),
         ({"fraction": 1.5}, "`fraction` is 1.5, which is 6 of 4 samples; expected from 1 to all"),
         ({"fraction": -0.5}, "expected a finite number above 0"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
+from unchecked_calls import type_checks_disabled
 
 from tda_lightning import Scores
 from tda_lightning.metrics import (
@@ -143,4 +144,37 @@ def test_randomization_leaves_out_constant_queries():
 )
 def test_arguments_that_do_not_fit_are_refused(call):
     with pytest.raises(ValueError, match="expected"):
+        call()
+
+
+WITH_NAN = SCORES.masked_fill(torch.eye(7, 11, dtype=torch.bool), torch.nan)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: group_detection(WITH_NAN, RELEVANT[0] | RELEVANT[1]),
+        lambda: class_detection(WITH_NAN, torch.zeros(7).long(), torch.zeros(11).long()),
+        lambda: mean_reciprocal_rank(WITH_NAN, RELEVANT),
+        lambda: recall_at_k(WITH_NAN, RELEVANT, k=3),
+        lambda: top_k_cardinality(WITH_NAN, k=3),
+        lambda: kept_without_proponents(WITH_NAN[0], sizes=[1]),
+    ],
+)
+def test_nan_has_no_rank(call):
+    with pytest.raises(ValueError, match="NaN has no rank"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: class_detection(SCORES, torch.zeros(7, 1).long(), torch.zeros(11).long()),
+        lambda: class_detection(SCORES, torch.zeros(7).long(), torch.zeros(11, 1).long()),
+        lambda: removal_curve(LOSSES, LOSSES[0, :1]),
+        lambda: removal_curve(LOSSES[:, :1], LOSSES[0]),
+    ],
+)
+def test_arguments_that_would_broadcast_are_refused(call):
+    with type_checks_disabled(), pytest.raises(ValueError, match="expected the shapes"):
         call()
