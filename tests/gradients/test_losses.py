@@ -381,6 +381,49 @@ def test_a_penalty_on_activations_is_a_loss_of_samples():
     assert kinds == {"SoftmaxLoss", "SquarePower"}
 
 
+def focal_by_cross_entropy(outputs):
+    losses = functional.cross_entropy(outputs, classes(N), reduction="none")
+    return ((1 - (-losses).exp()) ** 2 * losses).mean()
+
+
+def focal_by_log_softmax(outputs):
+    log_p = outputs.log_softmax(1)
+    return -((1 - log_p.exp()) ** 2 * log_p).gather(1, classes(N)[:, None]).mean()
+
+
+def focal_of_logits(outputs):
+    labels = probabilities(N, C).round()
+    losses = functional.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
+    p = outputs.sigmoid()
+    return (losses * (1 - (p * labels + (1 - p) * (1 - labels))) ** 2).sum(1).mean()
+
+
+@pytest.mark.parametrize("focal", [focal_by_cross_entropy, focal_by_log_softmax, focal_of_logits])
+def test_a_focal_loss_is_a_weighted_loss(focal):
+    leaf = draw(N, C).requires_grad_()
+    outputs = leaf * 1.0
+    (node,) = losses_of(focal(outputs), outputs)
+    assert node.name == "cross-entropy"
+
+
+@pytest.mark.parametrize("focal", [focal_by_cross_entropy, focal_by_log_softmax])
+def test_losses_and_margins_of_a_focal_loss_are_those_of_its_cross_entropy(focal):
+    leaf = draw(N, C).requires_grad_()
+    facts = facts_of(focal(outputs := leaf * 1.0), outputs)
+    expected = facts_of(functional.cross_entropy(plain := leaf * 1.0, classes(N)), plain)
+    torch.testing.assert_close(facts.losses, expected.losses)
+    torch.testing.assert_close(facts.errors, expected.errors)
+    torch.testing.assert_close(facts.margins, expected.margins)
+
+
+def test_a_square_beside_a_product_of_another_loss_is_a_loss():
+    hidden = draw(N, C).requires_grad_() * 1.0
+    losses = functional.cross_entropy(2 * hidden, classes(N), reduction="none")
+    loss = (losses * hidden.sigmoid().sum(1)).mean() + 0.1 * (hidden**2).sum()
+    kinds = {type(node).__name__ for node in losses_of(loss, hidden)}
+    assert kinds == {"SoftmaxLoss", "SquarePower"}
+
+
 def test_a_loss_inside_a_layer_is_found():
     """Some modules return each sample's loss, or log-probabilities."""
     weight = draw(C, C, seed=4).requires_grad_()

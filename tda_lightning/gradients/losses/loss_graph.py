@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,20 +47,51 @@ def find_losses(loss: Tensor, with_samples: Collection[Any]) -> list[LossNode]:
 
 
 def find_losses_and_penalties(loss: Tensor) -> list[LossNode]:
-    """Return the loss functions near the root, including penalties on parameters."""
-    waiting, seen = deque([loss.grad_fn]), {loss.grad_fn}
+    """Return the loss functions near the root, including penalties on parameters.
+
+    A square that multiplies another loss function is a weight of its terms, as in a focal loss.
+    """
+    waiting, parents = deque([loss.grad_fn]), {loss.grad_fn: list[Any]()}
     found = []
-    while waiting and len(seen) < _MAX_SEARCHED_NODES:
+    while waiting and len(parents) < _MAX_SEARCHED_NODES:
         node = waiting.popleft()
         kind = _kind_of(node)
         if kind is not None:
             found.append(kind(node))
             continue
         for child in _children(node):
-            if child not in seen:
-                seen.add(child)
+            if child not in parents:
+                parents[child] = []
                 waiting.append(child)
-    return found
+            parents[child].append(node)
+    others = [node.node for node in found if not isinstance(node, SquarePower)]
+    return [
+        each
+        for each in found
+        if not isinstance(each, SquarePower)
+        or not any(_are_multiplied(each.node, other, parents) for other in others)
+    ]
+
+
+def _are_multiplied(a: Any, b: Any, parents: Mapping[Any, Sequence[Any]]) -> bool:
+    """Return whether functions of two nodes are multiplied with one another."""
+    above_a, above_b = _with_ancestors(a, parents), _with_ancestors(b, parents)
+    products = (node for node in above_a & above_b if node.name() == "MulBackward0")
+    factors = (list(_children(node)) for node in products)
+    return any(
+        (x in above_a - above_b and y in above_b - above_a)
+        or (x in above_b - above_a and y in above_a - above_b)
+        for x, y in (pair for pair in factors if len(pair) == 2)
+    )
+
+
+def _with_ancestors(node: Any, parents: Mapping[Any, Sequence[Any]]) -> set[Any]:
+    waiting, above = [node], {node}
+    while waiting:
+        new = set(parents[waiting.pop()]) - above
+        above |= new
+        waiting += new
+    return above
 
 
 def nodes_near(loss: Tensor) -> list[Any]:
