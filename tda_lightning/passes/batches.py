@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from tda_lightning.gradients.losses import UnsampledLossError
 from tda_lightning.gradients.parameter_selection import select_like
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import Labels, RowRecorder
@@ -195,6 +196,8 @@ def step_errors(failure: str, batch: Any, model: nn.Module, otherwise: str = "")
     """
     try:
         yield
+    except UnsampledLossError:
+        raise  # The batch is not to blame.
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         # The class, since the text of a `KeyError` is its key only.
         shown = f"The error was {type(error).__name__}: {str(error).rstrip('.')}."

@@ -17,7 +17,7 @@ from tda_lightning.applications import (
     rewind_plan,
     unlearn,
 )
-from tda_lightning.full_influence import ConjugateGradient
+from tda_lightning.full_influence import ConjugateGradient, GaussNewton, Hessian
 from tda_lightning.stores import MemoryStore
 
 FORGET = [2, 7, 9]
@@ -96,8 +96,17 @@ def test_the_unrolled_update_is_the_sum_of_the_data_value_embeddings(optimizer):
         torch.testing.assert_close(actual.detach(), part.to(actual), rtol=1e-6, atol=1e-9)
 
 
+def squared_by_hand(outputs, y):
+    return ((outputs - y) * (outputs - y)).mean()
+
+
 @pytest.mark.filterwarnings("ignore:The weights or running statistics of `model`")
-def test_a_newton_step_on_a_quadratic_loss_is_exact_retraining():
+@pytest.mark.parametrize(
+    ("loss", "curvature"),
+    [(nn.functional.mse_loss, GaussNewton()), (squared_by_hand, Hessian())],
+    ids=["known loss", "unknown loss"],
+)
+def test_a_newton_step_on_a_quadratic_loss_is_exact_retraining(loss, curvature):
     pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
     data = targets()
     x, y = data.tensors
@@ -105,15 +114,23 @@ def test_a_newton_step_on_a_quadratic_loss_is_exact_retraining():
         data,
         nn.Linear(3, 1, bias=False),
         sgd,
-        nn.functional.mse_loss,
+        loss,
     )
     with torch.no_grad():
         model.net.weight.copy_(torch.linalg.lstsq(x, y).solution.mT)
     keep = [i for i in range(13) if i not in FORGET]
     retrained = torch.linalg.lstsq(x[keep], y[keep]).solution.mT
-    update = SecondOrder(ConjugateGradient(tolerance=1e-12), damping=1e-10)
+    update = SecondOrder(ConjugateGradient(tolerance=1e-12), damping=1e-10, curvature=curvature)
     result = unlearn(model, store, loader(data), FORGET, update=update, progress=False)
     torch.testing.assert_close(result.state_dict["net.weight"], retrained, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("update", [SecondOrder(), Replay()])
+def test_a_loss_without_sampled_labels_names_the_solver_that_needs_none(update):
+    model, store = trained(targets(), nn.Linear(3, 1), sgd, squared_by_hand, snapshots=3)
+    words = r"^Labels cannot be sampled .* `ConjugateGradient\(\)` and `curvature=Hessian\(\)`"
+    with pytest.raises(ValueError, match=words):
+        unlearn(model, store, loader(targets()), FORGET, update=update, progress=False)
 
 
 def test_the_first_order_is_a_gradient_step_up():

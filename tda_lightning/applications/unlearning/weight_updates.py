@@ -39,6 +39,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
 )
 from tda_lightning.attribution.dynamics.propagator import Exponential, LimitedCurvature, Propagator
 from tda_lightning.full_influence.attribute import suggested_full_damping
+from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
 from tda_lightning.full_influence.influence import FullInfluenceFunction
 from tda_lightning.full_influence.solvers import Solver
@@ -125,14 +126,18 @@ class SecondOrder(WeightUpdate):
     Attributes:
         solver: The solver of the damped linear system.
         damping: Added to the curvature's diagonal; by default the value that the run suggests.
+        curvature: The curvature; other solvers than ``Woodbury()`` take ``Hessian()``, for a loss
+            whose labels cannot be sampled.
     """
 
     solver: Solver = Woodbury()
     damping: float | None = None
+    curvature: ModelCurvature = GaussNewton()
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         require_kind("solver", self.solver, Solver, "`Woodbury()`")
+        require_kind("curvature", self.curvature, ModelCurvature, "`GaussNewton()`")
         if self.damping is not None:
             require_positive("damping", self.damping)
 
@@ -141,7 +146,7 @@ class SecondOrder(WeightUpdate):
         has_snapshots = bool(task.run.snapshots())
         gradients = task.gradients(task.run) if has_snapshots else task.current_gradients()
         summed = gradients.sum_over(task.forget, progress=task.progress)
-        method = FullInfluenceFunction(self.solver, damping=self.damping)
+        method = FullInfluenceFunction(self.solver, self.curvature, self.damping)
         suggested = None if self.damping is not None else suggested_full_damping(task.run)
         with preserved_state(task.model, "eval"):
             objective = gradients.objective(task.retain, suggested, progress=task.progress)

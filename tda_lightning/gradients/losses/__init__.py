@@ -23,6 +23,7 @@ from tda_lightning.gradients.losses.loss_nodes import LossNode
 from tda_lightning.gradients.losses.reduction import Reduction, mixes_samples, reduction_of
 from tda_lightning.gradients.losses.sampled_labels import (
     LabelSchedule,
+    UnsampledLossError,
     label_gradients,
     sampled_gradients,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "LossNode",
     "LossSummary",
     "Reduction",
+    "UnsampledLossError",
     "find_losses",
     "find_losses_and_penalties",
     "label_gradients",

@@ -64,6 +64,10 @@ class LabelSchedule:
         return complete + (1 - complete) * self.share
 
 
+class UnsampledLossError(ValueError):
+    """Labels cannot be sampled for a loss."""
+
+
 def sampled_gradients(
     loss: Tensor, nodes: Sequence[LossNode], generator: Generator
 ) -> list[tuple[GradientEdge, Tensor]]:
@@ -99,17 +103,18 @@ def label_gradients(
         generator: Generator of the samples.
 
     Raises:
-        ValueError: If labels cannot be sampled for the loss.
+        UnsampledLossError: If labels cannot be sampled for the loss.
     """
     sample = getattr(model, "sampled_output_gradients", None)
     if sample is not None:
         return [(get_gradient_edge(outputs), grad) for outputs, grad in sample(loss, generator)]
     gradients = sampled_gradients(loss, nodes, generator)
     if not gradients:
-        raise ValueError(
+        raise UnsampledLossError(
             f"Labels cannot be sampled for the loss of `{type(model).__name__}."
             "training_step`: expected cross-entropy, binary cross-entropy, squared error, "
             "Huber's loss, or a method `sampled_output_gradients(loss, generator)` of the "
-            "model. Write that method, or record with `curvature='none'`."
+            "model. Write that method, or do without it: record with `curvature='none'`, and solve "
+            "for full gradients with `ConjugateGradient()` and `curvature=Hessian()`."
         )
     return gradients
