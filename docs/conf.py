@@ -32,6 +32,8 @@ html_js_files = ["site.js"]
 html_show_sourcelink = False
 exclude_patterns = ["_build"]
 
+FIGURES = r"([\d.,/±+()% -]|\b(to|m?s|[MG]B|MiB)\b)*"
+
 
 def inline_math(translator, node):
     translator.body.append(tex2mathml(node.astext()))
@@ -46,13 +48,16 @@ def block_math(translator, node):
 def shape_cells(app, doctree):
     """Give each cell of a table the width that it needs on a telephone.
 
-    Never break a line within figures such as ".82 / .64". Mark words and sentences for `site.css`.
+    Never break a line within short code or within figures such as ".82 / .64" and "57 MiB, 10 %".
+    Mark words and sentences for `site.css`.
     """
+    for literal in doctree.findall(nodes.literal):
+        literal["classes"] += ["whole"] if len(literal.astext()) <= 30 else []
     for entry in doctree.findall(nodes.entry):
         length = len(entry.astext())
         entry["classes"] += ["sentence"] if length > 60 else ["words"] if length > 20 else []
         for text in list(entry.findall(nodes.Text)):
-            if re.fullmatch(r"[\d.,/±+() -]*", text) and re.search(r"\d", text):
+            if re.search(r"\d", text) and re.fullmatch(FIGURES, text):
                 text.parent.replace(text, nodes.Text(text.replace(" ", "\N{NO-BREAK SPACE}")))
 
 
