@@ -78,7 +78,8 @@ def _of_the_recording(evidence: Evidence) -> list[str]:
 
 
 def _not_searched(evidence: Evidence) -> list[str]:
-    reasons = [] if evidence.suspects is None else list(evidence.suspects.notes)
+    notes = () if evidence.suspects is None else evidence.suspects.notes
+    reasons = [note.partition(" Pass `")[0] for note in notes]  # the page's readers have no code
     if evidence.suspects is None:
         reasons.append(
             "The loss is no cross-entropy, so labels were examined by their self-influence alone."

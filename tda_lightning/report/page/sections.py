@@ -149,7 +149,8 @@ def _heat_cell(value: float, largest: float) -> Html:
     side = "helped" if value > 0 else "harmed"
     share = round(100 * (abs(value) / largest) ** 0.5)
     style = f"--share:{share}%"
-    return element("td", {"class": side, "style": style}, f"{100 * value / largest:+.0f}")
+    percent = round(100 * value / largest)
+    return element("td", {"class": side, "style": style}, f"{percent:+d}" if percent else "0")
 
 
 def facts_of(evidence: Evidence, run: str) -> Html:

@@ -209,7 +209,7 @@ function rankingRow(row) {
   const first = picture(sample, `Training sample ${row.id}`)
     ?? make("span", { class: "text", dir: "auto" }, sample.text ?? sample.note ?? excerpt(sample.row));
   return make("tr", { class: row.id === ranking.chosen ? "chosen" : false, "data-sample": row.id },
-    make("td", {}, first), make("td", {}, String(row.id)), make("td", {}, user(row.label)), make("td", {}, number(row.value)));
+    make("td", {}, first), make("td", {}, String(row.id)), make("td", {}, user(row.label)), make("td", {}, number(row.value, alignedNumber)));
 }
 
 function findInRanking(id) {

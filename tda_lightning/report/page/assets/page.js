@@ -27,11 +27,12 @@ function picture(sample, description) {
 }
 
 const plainNumber = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+const alignedNumber = new Intl.NumberFormat("en", { minimumSignificantDigits: 3, maximumSignificantDigits: 3 });
 
-function number(value) {
+function number(value, format = plainNumber) {
   if (value === null || value === undefined) return "unknown";
   const size = Math.abs(value);
-  return size !== 0 && (size < 1e-4 || size >= 1e7) ? value.toExponential(1) : plainNumber.format(value);
+  return size !== 0 && (size < 1e-4 || size >= 1e7) ? value.toExponential(1) : format.format(value);
 }
 // Mean and standard deviation of each column over the table rows of the training samples.
 let columnStatistics = null;
@@ -58,7 +59,7 @@ function inShort(row, count) {
   return order.map((column) => `${row[column][0]}: ${typeof row[column][1] === "number" ? number(row[column][1]) : row[column][1]}`).join(", ");
 }
 
-const signed = (value) => (value > 0 ? "+" : "") + number(value);
+const signed = (value) => (value > 0 ? "+" : "") + number(value, alignedNumber);
 const fold = (text) => String(text ?? "").toLowerCase();
 
 // A cell that a spreadsheet could run as a formula is made a text; numbers stay numbers.
