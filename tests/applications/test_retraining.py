@@ -99,12 +99,10 @@ def test_the_random_numbers_of_the_caller_stay_the_same():
 @pytest.mark.slow
 def test_a_failing_training_ends_the_others_and_keeps_their_results(tmp_path):
     failing = {**FUNCTIONS, "measure": retrained.losses_unless_odd}
-    started = time.monotonic()
     plan = same_data(13, seeds=[0, 2, 3, *range(100, 1000, 2)])
     with pytest.raises(RuntimeError, match="Training 2 of the plan failed: ArithmeticError: odd"):
         retrain(plan, folder=tmp_path, processes=2, **failing)
-    assert time.monotonic() - started < 120  # 450 trainings would take minutes
-    assert len(list(tmp_path.glob("0*.npy"))) >= 1
+    assert 1 <= len(list(tmp_path.glob("0*.npy"))) < 200  # of 453 in the plan
 
 
 @pytest.mark.slow
@@ -133,7 +131,7 @@ def test_a_killed_retraining_leaves_no_processes_and_continues(tmp_path):
         assert len(np.load(path)) == 5
 
 
-def wait_until(condition, seconds=200):
+def wait_until(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it has not happened in time"

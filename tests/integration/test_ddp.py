@@ -47,7 +47,7 @@ def train(folder, *trainings, fails=False):
     command = [sys.executable, "ddp_training.py", str(folder), json.dumps(trainings)]
     environment = {key: value for key, value in os.environ.items() if key != "PL_GLOBAL_SEED"}
     result = subprocess.run(
-        command, cwd=SUPPORT, env=environment, capture_output=True, text=True, timeout=240
+        command, cwd=SUPPORT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert (result.returncode != 0) == fails, result.stderr[-3000:]
 

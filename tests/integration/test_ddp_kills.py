@@ -21,7 +21,7 @@ def test_processes_killed_thirty_times_leave_the_run_of_an_undisturbed_training(
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=500)
+            output, _ = process.communicate(timeout=1500)
         finally:
             # Always end the script and its child processes, which are one process group.
             with contextlib.suppress(ProcessLookupError):

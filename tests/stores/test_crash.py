@@ -206,6 +206,6 @@ assert lengths[-1] > lengths[0] and len(set(lengths)) > 15, lengths
 def test_trainings_resume_after_thirty_kills_in_three_ways(tmp_path, request):
     command = [sys.executable, "-c", KILLED_TRAININGS, str(tmp_path)]
     result = subprocess.run(
-        command, cwd=request.path.parents[1] / "support", capture_output=True, timeout=500
+        command, cwd=request.path.parents[1] / "support", capture_output=True, timeout=1500
     )
     assert result.returncode == 0, result.stderr[-2000:].decode()
