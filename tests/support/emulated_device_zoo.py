@@ -1,8 +1,8 @@
 """Record models of the zoo on both devices; run as a script, with the names of models.
 
-Without names, it records all of them. 15 of 88 need what the emulated device lacks: compiled functions,
-indices that are lists, fused recurrent cells, sums of bags, products of groups, random numbers of
-its own.
+Without names, it records all of them. 15 of 88 need what the emulated device lacks: compiled
+functions, indices that are lists, fused recurrent cells, sums of bags, products of groups, random
+numbers of its own.
 """
 
 import os
