@@ -79,33 +79,70 @@ def batch_size(batch: Any, argument: str, ids: Sized | None = None) -> int:
 def part_of(batch: Any, n: int, key: int | slice) -> Any:
     """Return one of a batch's ``n`` samples, or a slice of them, in a batch of the same kind.
 
-    Tensors with ``n`` rows are cut, and lists of ``n`` objects without tensors; the rest is kept.
+    Tensors with ``n`` rows are cut, and lists of ``n`` samples; the rest is kept.
     """
-    if isinstance(batch, Tensor):
-        return batch[key] if batch.ndim and len(batch) == n else batch
+    is_list = _is_list_of_samples(batch) or _is_without_tensors(batch)
+    return batch[key] if is_list and len(batch) == n else _with_parts(batch, n, key)
+
+
+def _with_parts(batch: Any, n: int, key: int | slice) -> Any:
     if isinstance(batch, Mapping):
         part = copy.copy(batch) if hasattr(batch, "__setitem__") else dict(batch)
         for name, value in batch.items():
-            part[name] = part_of(value, n, key)
+            part[name] = _cut(value, n, key)
         return part
     if isinstance(batch, list | tuple):
-        if len(batch) == n and next(find_tensors(batch), None) is None:
-            return batch[key]
-        parts = [part_of(value, n, key) for value in batch]
+        parts = [_cut(value, n, key) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         names = [field.name for field in dataclasses.fields(batch) if field.init]
-        fields = {name: part_of(getattr(batch, name), n, key) for name in names}
+        fields = {name: _cut(getattr(batch, name), n, key) for name in names}
         return dataclasses.replace(batch, **fields)
-    return batch
+    return _cut(batch, n, key)
+
+
+def _cut(part: Any, n: int, key: int | slice) -> Any:
+    """Return the same for a part of a batch."""
+    if isinstance(part, Tensor):
+        return part[key] if part.ndim and len(part) == n else part
+    if isinstance(part, list | tuple) and len(part) == n and _has_an_entry_per_sample(part):
+        return part[key]
+    return _with_parts(part, n, key) if _parts(part) else part
+
+
+def _has_an_entry_per_sample(part: list[Any] | tuple[Any, ...]) -> bool:
+    """Return whether a list of ``n`` entries, within a batch of ``n`` samples, has one for each.
+
+    Otherwise its entries are tensors with ``n`` rows, such as views.
+    """
+    if _is_without_tensors(part):
+        return True
+    have_rows = all(tensor.ndim and len(tensor) == len(part) for tensor in find_tensors(part))
+    kinds = {(type(entry), entry.ndim if isinstance(entry, Tensor) else None) for entry in part}
+    return not have_rows and len(kinds) == 1
+
+
+def _is_without_tensors(batch: Any) -> bool:
+    return isinstance(batch, list | tuple) and next(find_tensors(batch), None) is None
 
 
 def _is_list_of_samples(batch: Any) -> bool:
-    """Return whether each entry is a tuple such as an image and the dictionary of its objects."""
-    if not isinstance(batch, list) or not all(isinstance(sample, tuple) for sample in batch):
+    """Return whether each entry is a sample.
+
+    It is a tuple such as an image and the dictionary of its objects, or a mapping with a number.
+    """
+    if not isinstance(batch, list) or not batch:
+        return False
+    if all(isinstance(sample, Mapping) for sample in batch):
+        return all(any(map(_is_number, sample.values())) for sample in batch)
+    if not all(isinstance(sample, tuple) for sample in batch):
         return False
     kinds = {tuple(map(type, sample)) for sample in batch}
     return len(kinds) == 1 and len(set(kinds.pop())) > 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and not value.ndim)
 
 
 def _top(batch: Any) -> Iterable[Any]:
@@ -133,6 +170,6 @@ def _lengths(part: Any) -> list[int]:
         return [len(part)] if part.ndim else []
     inner = {len(tensor) for tensor in find_tensors(part) if tensor.ndim}
     lengths = [*inner] if len(inner) == 1 else []
-    if isinstance(part, list | tuple) and inner:
+    if isinstance(part, list | tuple) and not _is_without_tensors(part):
         lengths.append(len(part))
     return lengths

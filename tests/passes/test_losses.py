@@ -87,3 +87,45 @@ def test_a_batch_is_cut_along_its_samples(batch, second):
     part = part_of(batch, 5, slice(1, 2))
     assert type(part) is type(batch)
     assert repr(part) == repr(second)
+
+
+def as_pairs(x, y):
+    return [(sample, int(label)) for sample, label in zip(x, y, strict=True)]
+
+
+def as_mappings(x, y):
+    return [{"x": sample, "y": int(label)} for sample, label in zip(x, y, strict=True)]
+
+
+def as_two_lists(x, y):
+    return [list(x), [{"label": label} for label in y]]
+
+
+class OfSamples(Plain):
+    """Takes samples as a ``collate_fn`` that joins nothing returns them."""
+
+    def training_step(self, batch, batch_idx):
+        if isinstance(batch[0], list):
+            inputs, labels = batch[0], [target["label"] for target in batch[1]]
+        else:
+            pairs = [tuple(s.values()) if isinstance(s, dict) else s for s in batch]
+            inputs, labels = zip(*pairs, strict=True)
+        return self.loss(self.net(torch.stack(tuple(inputs))), torch.as_tensor(labels))
+
+
+@pytest.mark.parametrize(
+    ("form", "n"),
+    [(as_pairs, 3), (as_pairs, 7), (as_mappings, 3), (as_mappings, 7), (as_two_lists, 3)],
+)
+def test_samples_in_lists_are_taken_one_by_one(form, n):
+    """Also if there are as many samples as features."""
+    model = OfSamples(mlp())
+    losses = sample_losses(model, form(*DATA[:n]), progress=False)
+    torch.testing.assert_close(losses.values, expected_losses(model)[:n])
+
+
+def test_views_in_a_list_are_cut_like_tensors():
+    views = [torch.arange(6.0).view(2, 3), torch.arange(6.0, 12.0).view(2, 3)]
+    part, label = part_of([views, torch.arange(2)], 2, slice(1, 2))
+    assert [view.tolist() for view in part] == [[[3, 4, 5]], [[9, 10, 11]]]
+    assert label.tolist() == [1]

@@ -362,5 +362,6 @@ def test_a_batch_that_is_a_list_of_samples_has_as_many_as_entries():
 
     assert batch_size([sample(1), sample(2), sample(3)], "queries") == 3
     assert batch_size([torch.zeros(5, 7), torch.zeros(5)], "queries") == 5
+    assert batch_size([{"x": torch.zeros(5), "y": 1}] * 3, "queries") == 3
     images, targets = zip(sample(1), sample(2), sample(3), strict=True)
     assert batch_size([list(images), list(targets)], "queries") == 3
