@@ -271,6 +271,10 @@ def test_unlearning_refuses_what_it_cannot_do():
         unlearn(model, store, loader(data), [3, 99], progress=False)
     with pytest.raises(ValueError, match="expected some to remain"):
         unlearn(model, store, loader(data), range(13), progress=False)
+    with pytest.raises(ValueError, match=r"lacks 2 of the 13 training samples.* has 0 others"):
+        unlearn(model, store, loader(classes(11)), FORGET, progress=False)
+    with pytest.raises(ValueError, match=r"lacks 0 of the 13 training samples.* has 4 others"):
+        unlearn(model, store, loader(classes(17)), FORGET, progress=False)
     with pytest.raises(ValueError, match="is a mask"):
         unlearn(model, store, loader(data), [True] * 13, progress=False)
     with pytest.raises(ValueError, match="expected a `DataLoader` of a dataset"):

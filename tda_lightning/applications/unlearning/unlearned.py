@@ -142,14 +142,15 @@ def unlearn(
 
     Raises:
         FileNotFoundError: If there is no run at the path.
-        ValueError: If an id is not in the training set, or in the dataset of the loader.
+        ValueError: If an id is not in the training set, or the loader has another one.
     """
     require_model(model)
     require_kind("update", update, WeightUpdate, "`SecondOrder()`")
     store = open_run(run)
     warn_of_other_weights(model, store.final_fingerprint, remedy="")
-    ids = require_trained("forget_ids", ids_tensor("forget_ids", forget_ids), store.train_ids())
-    forget, retain = _split(train_loader, ids)
+    train_ids = store.train_ids()
+    ids = require_trained("forget_ids", ids_tensor("forget_ids", forget_ids), train_ids)
+    forget, retain = _split(train_loader, ids, train_ids)
     selection = select_like(model, store.recipe)
     store.recipe.require_blocks(selection.blocks, type(model).__name__)
     task = ForgettingTask(
@@ -193,10 +194,19 @@ def unlearn(
     )
 
 
-def _split(loader: DataLoader[Any], ids: Int[Tensor, " n"]) -> tuple[list[int], list[int]]:
+def _split(
+    loader: DataLoader[Any], ids: Int[Tensor, " n"], train_ids: Int[Tensor, " n_train"]
+) -> tuple[list[int], list[int]]:
     """Return the positions in the dataset of the samples to forget, and of all others."""
     all_ids = dataset_ids(loader, "train_loader")
-    require_trained("forget_ids", ids, all_ids)
+    n_missing = int((~torch.isin(train_ids, all_ids)).sum())
+    n_other = int((~torch.isin(all_ids, train_ids)).sum())
+    if n_missing or n_other:
+        raise ValueError(
+            f"`train_loader` lacks {n_missing:,} of the {len(train_ids):,} training samples of the "
+            f"run, and has {n_other:,} others; expected the training data, over which updates take "
+            "means. Pass a loader of the dataset that the model was trained on."
+        )
     is_forgotten = torch.isin(all_ids, ids)
     if is_forgotten.all():
         raise ValueError(
