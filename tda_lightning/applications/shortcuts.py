@@ -29,7 +29,7 @@ from tda_lightning.passes.targets import Target
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.sample_scores import SampleScores
-from tda_lightning.stores.arguments import require_whole
+from tda_lightning.stores.arguments import require_kind, require_whole
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def find_shortcut(
     store = open_run(run)
     require_whole("n_permutations", n_permutations, least=19)
     n_train = len(store.train_ids())
+    require_kind("attributes", attributes, Mapping, '`{"watermark": mask}`')
     for name, members in attributes.items():
         require_mask(f"attributes[{name!r}]", members, (n_train,))
     if classes is not None and classes.shape != (n_train,):

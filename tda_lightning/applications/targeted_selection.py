@@ -31,7 +31,7 @@ from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.ranking import require_rank
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
-from tda_lightning.stores.arguments import require_choice, require_not_negative
+from tda_lightning.stores.arguments import require_choice, require_kind, require_not_negative
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.snapshots import Moment
 
@@ -79,6 +79,8 @@ def select(
     require_choice("reduce", reduce, Reduce)
     require_not_negative("redundancy", redundancy)
     store = open_run(run)
+    if pool is not None:
+        require_kind("pool", pool, Store, "`record(model, loader, like=run)`")
     source = store if pool is None else pool
     chosen = method if pool is None else _for_pool(method, store)
     require_rank(n, len(source.train_ids()), "n")

@@ -18,6 +18,9 @@ from typing import Any, ParamSpec, TypeVar, get_args
 
 from torch import Tensor
 
+# Longer values are described, in place of their `repr`, in error messages.
+MAX_SHOWN = 100
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -98,7 +101,10 @@ def require_kind(name: str, value: object, kind: type, examples: str) -> None:
             f"Call the class: `{value.__name__}()`."
         )
     if not isinstance(value, kind):
-        raise ValueError(f"`{name}` is {value!r}; expected an object such as {examples}.")
+        shown = repr(value)
+        if len(shown) > MAX_SHOWN:
+            shown = describe(value)
+        raise ValueError(f"`{name}` is {shown}; expected an object such as {examples}.")
 
 
 def require_object(name: str, value: object) -> None:

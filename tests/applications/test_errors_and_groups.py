@@ -5,6 +5,7 @@ import torch
 from lightning_models import Plain, mlp, quiet_trainer, vectors
 from recorded_digits import recorded_digits
 from torch.utils.data import DataLoader, TensorDataset
+from unchecked_calls import type_checks_disabled
 
 from tda_lightning import (
     GradientRecorder,
@@ -256,3 +257,14 @@ def test_a_reference_is_compared_by_the_class_of_the_slice(digits):
     )
     expected = slice_.double().mean(dim=0) - reference.double().mean(dim=0)
     torch.testing.assert_close(found.scores.values, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_kinds_of_arguments_are_described(digits):
+    """And not printed with all their numbers."""
+    store, model = digits.store, digits.model
+    batch = (torch.zeros(30, 64), torch.zeros(30, dtype=torch.long))
+    with type_checks_disabled():
+        with pytest.raises(ValueError, match=r"`loader` is \(a tensor of shape \(30, 64\)"):
+            explain_errors(store, model, batch, progress=False)
+        with pytest.raises(ValueError, match=r"`attributes` is \[1, 2\]; .*\"watermark\": mask"):
+            find_shortcut(store, model, batch, [1, 2], progress=False)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
+from unchecked_calls import type_checks_disabled
 
 from tda_lightning import GradientRecorder, GradientSimilarity, InfluenceFunction, attribute, record
 from tda_lightning.applications import select
@@ -69,3 +70,8 @@ def test_impossible_selections_are_refused(trained):
         select(*trained, TARGETS, n=14, progress=False)
     with pytest.raises(ValueError, match="`redundancy` is -1"):
         select(*trained, TARGETS, n=3, redundancy=-1.0, progress=False)
+
+
+def test_a_pool_that_is_not_recorded_is_refused(trained):
+    with type_checks_disabled(), pytest.raises(ValueError, match=r"`pool` is .*`record\("):
+        select(*trained, TARGETS, n=3, pool=loader(vectors()), progress=False)

@@ -9,6 +9,7 @@ from lightning_models import loader, quiet_trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+from unchecked_calls import type_checks_disabled
 
 from tda_lightning import (
     GradientRecorder,
@@ -101,6 +102,19 @@ def test_bm25_refuses_wrong_constants():
         BM25(b=2.0)
     with pytest.raises(ValueError, match="`passages` is empty"):
         BM25().scores(["a"], [])
+
+
+@pytest.mark.parametrize("words", [{"queries": "word"}, {"passages": "word"}])
+def test_bm25_refuses_one_text_in_place_of_a_list(words):
+    with type_checks_disabled(), pytest.raises(ValueError, match=r"is one text; expected a list"):
+        BM25().scores(**{"queries": ["word"], "passages": ["word"], **words})
+
+
+@pytest.mark.parametrize("texts", [["text"] * (N - 1), {0: "text"}], ids=["list", "mapping"])
+def test_a_passage_without_a_text_is_refused(trained, texts):
+    store, model = trained
+    with pytest.raises(ValueError, match=r"`texts` has no text for the passage with id"):
+        trace_facts(store, model, None, texts=texts)
 
 
 def test_the_candidates_are_the_best_of_all(trained):

@@ -63,8 +63,11 @@ class BM25:
             passages: The texts of the passages: a sequence, or a mapping from their ids.
 
         Raises:
-            ValueError: If there are no passages.
+            ValueError: If there are no passages, or an argument is a single text.
         """
+        for name, texts in (("queries", queries), ("passages", passages)):
+            if isinstance(texts, str):
+                raise ValueError(f"`{name}` is one text; expected a list of texts: `[text]`.")
         by_id = dict(passages) if isinstance(passages, Mapping) else dict(enumerate(passages))
         if not by_id:
             raise ValueError("`passages` is empty; expected at least one text.")

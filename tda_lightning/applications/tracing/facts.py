@@ -22,7 +22,7 @@ from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.ranking import require_rank
 from tda_lightning.results.scores import Scores
-from tda_lightning.stores.opening import Run
+from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.snapshots import Moment
 
 if TYPE_CHECKING:
@@ -158,8 +158,9 @@ def trace_facts(
 
     Raises:
         FileNotFoundError: If there is no run at the path.
-        ValueError: If the model or the queries do not match the run.
+        ValueError: If the model, the queries or the texts do not match the run.
     """
+    _require_texts(texts, open_run(run).train_ids())
     scores = attribute(run, model, queries, method=method, target=target, at=at, progress=progress)
     return candidates_of(scores, k, texts)
 
@@ -173,10 +174,25 @@ def candidates_of(scores: Scores, k: int = 10, texts: Texts | None = None) -> Ca
         texts: The passages, for tables.
 
     Raises:
-        ValueError: If there are fewer than ``k`` passages.
+        ValueError: If there are fewer than ``k`` passages, or one has no text.
     """
+    _require_texts(texts, scores.train_ids)
     top = scores.proponents(require_rank(k, len(scores.train_ids)))
     return Candidates(top.ids, top.values, scores.method, texts)
+
+
+def _require_texts(texts: Texts | None, train_ids: Int[Tensor, " n_train"]) -> None:
+    """Check that there is a text for each passage."""
+    if texts is None:
+        return
+    known = texts if isinstance(texts, Mapping) else range(len(texts))
+    missing = [sample_id for sample_id in train_ids.tolist() if sample_id not in known]
+    if missing:
+        raise ValueError(
+            f"`texts` has no text for the passage with id {missing[0]}, and lacks {len(missing):,} "
+            f"of {len(train_ids):,} in all; expected one for each training sample. Pass a list in "
+            "the order of the dataset, or a mapping from ids."
+        )
 
 
 def rescore(
