@@ -13,6 +13,7 @@ import retrained
 import torch
 from lightning_models import loader, vectors
 from torch.utils.data import Subset, WeightedRandomSampler
+from unchecked_calls import type_checks_disabled
 
 from tda_lightning.applications import (
     Plan,
@@ -81,6 +82,20 @@ def test_measurements_of_another_number_are_refused_at_once(tmp_path):
     changed = {**FUNCTIONS, "measure": lambda model: torch.zeros(next(lengths))}
     with pytest.raises(ValueError, match="2 values after training 1, and 3"):
         retrain(same_data(13, [0, 1, 2]), folder=tmp_path, **changed)
+
+
+@pytest.mark.parametrize("name", ["model", "trainer"])
+def test_models_and_trainers_of_an_earlier_training_are_refused(name):
+    same = FUNCTIONS[name]()
+    with pytest.raises(ValueError, match=f"`{name}` returned the `.*` of an earlier training"):
+        retrain(same_data(13, [0, 1]), **{**FUNCTIONS, name: lambda: same})
+
+
+@pytest.mark.parametrize("name", ["model", "loader", "trainer"])
+def test_objects_in_place_of_functions_are_refused(name):
+    wrong = {**FUNCTIONS, name: FUNCTIONS[name]()}
+    with type_checks_disabled(), pytest.raises(ValueError, match=f"`{name}` is a .* a function"):
+        retrain(same_data(13, [0]), **wrong)
 
 
 def test_functions_that_other_processes_cannot_import_are_refused():
@@ -164,6 +179,9 @@ def test_subsets_are_random_and_of_one_size():
     [
         (lambda: leave_out(5, [[7]]), "expected 0 to 4"),
         (lambda: leave_out(2, [[0, 1]]), "some that remain"),
+        (lambda: leave_out(2, [torch.tensor([True, False])]), r"torch\.bool.*mask\.nonzero"),
+        (lambda: leave_out(3, [torch.tensor([1.7])]), "expected lists of positions"),
+        (lambda: leave_out(3, []), "holds no training"),
         (lambda: random_subsets(5, 2, keep=0.01), "`keep` is 0.01"),
         (lambda: Plan(-torch.ones(1, 3), torch.zeros(1).long()), "expected 0 or more"),
         (lambda: retrain(same_data(5, [0]), **FUNCTIONS), "of 13 samples; expected 5"),

@@ -34,6 +34,8 @@ class Plan:
                 f"`weights` is {describe(self.weights)} and `seeds` is {describe(self.seeds)}; "
                 "expected the shapes (n_trainings, n_train) and (n_trainings,)."
             )
+        if not len(self.weights):
+            raise ValueError("The plan holds no training; expected at least one.")
         if not self.weights.isfinite().all() or (self.weights < 0).any():
             raise ValueError("`weights` holds negative or infinite numbers; expected 0 or more.")
 
@@ -104,7 +106,16 @@ def leave_out(n_train: int, groups: Sequence[Sequence[int] | Tensor], *, seed: i
     """
     weights = torch.ones(len(groups), n_train)
     for row, group in zip(weights, groups, strict=True):
-        positions = torch.as_tensor(group, dtype=torch.int64)
+        positions = torch.as_tensor(group)
+        if positions.ndim != 1 or (
+            len(positions) and (positions.is_floating_point() or positions.dtype == torch.bool)
+        ):
+            raise ValueError(
+                f"`groups` holds {describe(positions)}; expected lists of positions, whole "
+                "numbers. Pass `[[i] for i in positions]` to leave out one sample at a time, and "
+                "`mask.nonzero()[:, 0]` for a mask."
+            )
+        positions = positions.to(torch.int64)
         if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < n_train:
             raise ValueError(
                 f"`groups` holds positions from {int(positions.min())} to {int(positions.max())}; "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from tda_lightning.applications.retraining.plan import Plan
 from tda_lightning.applications.retraining.pool import require_importable, run_in_processes
 from tda_lightning.applications.retraining.results import ResultFolder, Retrainings
 from tda_lightning.passes.model_state import preserved_rng
-from tda_lightning.stores.arguments import describe, require_whole
+from tda_lightning.stores.arguments import describe, require_kind, require_whole
 
 _SAMPLERS = (RandomSampler, SequentialSampler)
 
@@ -41,6 +42,8 @@ class _Task:
 
 
 _Result = tuple[int, Tensor]
+# The models and trainers of earlier trainings in this process.
+_used: WeakSet[Any] = WeakSet()
 
 
 def retrain(
@@ -81,10 +84,18 @@ def retrain(
         FileExistsError: If the folder holds the results of another plan or of other functions.
         RuntimeError: If a training fails in one of several processes. Finished results are kept.
         ValueError: If the loader has a sampler of an unknown kind, its dataset has another length
-            than the plan, or ``measure`` returns anything but numbers.
+            than the plan, a model or trainer is returned again, or ``measure`` returns anything but
+            numbers.
     """
+    require_kind("plan", plan, Plan, "`random_subsets(n_train, 50)`")
     require_whole("processes", processes, least=1)
     task = _Task(model, loader, trainer, measure)
+    for name, function in vars(task).items():
+        if isinstance(function, nn.Module) or not callable(function):
+            raise ValueError(
+                f"`{name}` is a `{type(function).__name__}`; expected a function that is called "
+                "for each training, such as the name of a class."
+            )
     if processes > 1:
         require_importable(vars(task))
     with TemporaryDirectory() as temporary:
@@ -126,9 +137,9 @@ def _train(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    module = task.model()
+    module = _new("model", task.model())
     loader = part_of(task.loader(), weights)
-    task.trainer().fit(module, loader)
+    _new("trainer", task.trainer()).fit(module, loader)
     module.eval()
     with torch.no_grad():
         values = task.measure(module)
@@ -138,6 +149,17 @@ def _train(
             "(n_values,)."
         )
     return values.detach().double().cpu()
+
+
+def _new(name: str, made: Any) -> Any:
+    """Check that no earlier training had this object: it would continue there, or not at all."""
+    if made in _used:
+        raise ValueError(
+            f"`{name}` returned the `{type(made).__name__}` of an earlier training; expected a new "
+            "one for each training. Create it inside the function."
+        )
+    _used.add(made)
+    return made
 
 
 def part_of(loader: DataLoader[Any], weights: Float[Tensor, " n_train"]) -> DataLoader[Any]:
