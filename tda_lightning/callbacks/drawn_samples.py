@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tda_lightning.callbacks.messages import inform
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
-from tda_lightning.gradients.losses import mixes_samples
+from tda_lightning.gradients.losses import compares_all_pairs, mixes_samples
 from tda_lightning.passes.batch_contents import find_tensors
 from tda_lightning.recording.collation import tensors_of_samples
 from tda_lightning.recording.origins.joined import followable, followed_rows, stated_rows
@@ -128,6 +128,13 @@ class DrawnSamples:
             return None
         if mixes_samples(loss):
             self._warn_of_mixing()
+        if self._n_batches == 1 and compares_all_pairs(loss, tracker.n):
+            rank_zero_warn(
+                f"{self._name}: the loss subtracts targets of another shape from the outputs, such "
+                f"as ({tracker.n},) from ({tracker.n}, 1). So each output is compared with the "
+                "targets of all samples, and its row holds all of them; expected equal shapes. Add "
+                "or remove the axis: `targets[:, None]` or `outputs[:, 0]`."
+            )
         if torch.equal(order, torch.arange(tracker.n)):
             return None
         self._report_draws()

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
 
 from tda_lightning import GradientRecorder, Identity
-from tda_lightning.gradients.losses import mixes_samples
+from tda_lightning.gradients.losses import compares_all_pairs, mixes_samples
 from tda_lightning.stores import MemoryStore
 
 N, CLASSES, SHARE = 7, 3, 0.7
@@ -114,3 +114,37 @@ def test_with_the_remedy_each_sample_has_its_part_of_the_gradient():
         (share / 5 * cross_entropy(reference.net(mixture), label)).backward()
         expected = torch.cat([p.grad.flatten() for p in reference.parameters()])
         torch.testing.assert_close(step.sketch[row], expected)
+
+
+COLUMN, FLAT = torch.arange(7.0)[:, None], torch.arange(7.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (lambda out: ((out - FLAT) ** 2).mean(), True),
+        (lambda out: (FLAT - out).abs().mean(), True),
+        (lambda out: (out[:, 0] - COLUMN).pow(2).mean(), True),
+        (lambda out: ((out - COLUMN) ** 2).mean(), False),
+        (lambda out: (out[:, 0] - FLAT).abs().mean(), False),
+        (lambda out: ((out - out[:, 0]) ** 2).mean(), False),
+    ],
+    ids=["square", "swapped", "column", "equal columns", "equal vectors", "pairs of outputs"],
+)
+def test_targets_that_broadcast_against_outputs_are_recognised(loss, expected):
+    out = torch.randn(7, 1, generator=GENERATOR).requires_grad_() * 1.0
+    assert compares_all_pairs(loss(out), 7) is expected
+
+
+def test_a_training_with_targets_of_another_shape_warns_once():
+    def loss(out, y):
+        return (out - y.float()).abs().mean()
+
+    net = nn.Linear(7, 1)
+    with pytest.warns(
+        UserWarning, match=r"each output is compared with the targets of all"
+    ) as all_:
+        quiet_trainer(GradientRecorder(MemoryStore()), max_epochs=2).fit(
+            Plain(net, loss), loader(vectors())
+        )
+    assert sum("targets of all samples" in str(each.message) for each in all_) == 1

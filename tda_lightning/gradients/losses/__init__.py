@@ -20,7 +20,12 @@ from tda_lightning.gradients.losses.loss_graph import (
     term_weights,
 )
 from tda_lightning.gradients.losses.loss_nodes import LossNode
-from tda_lightning.gradients.losses.reduction import Reduction, mixes_samples, reduction_of
+from tda_lightning.gradients.losses.reduction import (
+    Reduction,
+    compares_all_pairs,
+    mixes_samples,
+    reduction_of,
+)
 from tda_lightning.gradients.losses.sampled_labels import (
     LabelSchedule,
     UnsampledLossError,
@@ -35,6 +40,7 @@ __all__ = [
     "LossSummary",
     "Reduction",
     "UnsampledLossError",
+    "compares_all_pairs",
     "find_losses",
     "find_losses_and_penalties",
     "label_gradients",

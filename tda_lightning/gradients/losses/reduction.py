@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tda_lightning.gradients.graph.walk import output_shape
 from tda_lightning.gradients.losses.loss_graph import (
     find_losses_and_penalties,
     nodes_near,
@@ -60,6 +61,7 @@ def _kind(weights: Tensor, n: int) -> Reduction | None:
     return "mean" if is_mean else None
 
 
+_RESIDUALS_OF = {"PowBackward0", "AbsBackward0"}
 _NEGATIVE_LOG_LIKELIHOODS = {"NllLossBackward0", "NllLoss2DBackward0"}
 _MAX_DIFFERENCE = 1e-4
 
@@ -86,6 +88,29 @@ def mixes_samples(loss: Tensor) -> bool:
     if any(_are_permuted(each) for each in labels.values()):
         return True
     return any(_are_mixed(each) for node in nodes for each in _distributions(node))
+
+
+def compares_all_pairs(loss: Tensor, n: int) -> bool:
+    """Return whether each output meets the targets of all samples: ``(n, 1)`` minus ``(n,)``.
+
+    Args:
+        loss: The loss of a batch, with its graph.
+        n: Number of samples in the batch.
+    """
+    return any(
+        node.name() in _RESIDUALS_OF and _is_of_all_pairs(node.next_functions[0][0], n)
+        for node in nodes_near(loss)
+    )
+
+
+def _is_of_all_pairs(node: Any, n: int) -> bool:
+    if node is None or node.name() not in ("SubBackward0", "RsubBackward1"):
+        return False
+    edges = [edge for edge in node.next_functions if edge[0] is not None]
+    if len(edges) != 1 or not edges[0][0]._input_metadata:  # Both sides are outputs of the model.
+        return False
+    shape = tuple(node._input_metadata[0].shape)
+    return n > 1 and shape == (n, n) and output_shape(edges[0]) in ((n,), (n, 1))
 
 
 def _outputs_of(node: Any) -> Any:
