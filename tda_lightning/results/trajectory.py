@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Period = Literal["step", "epoch"]
 
+MAX_NAMED = 10  # lines in a legend, each with a colour of its own
+
 
 @dataclass(frozen=True)
 class Trajectory(SavedResult, ShownInNotebooks):
@@ -74,6 +76,8 @@ class Trajectory(SavedResult, ShownInNotebooks):
     def plot(self, query: int = 0, axes: Axes | None = None) -> Axes:
         """Plot the samples' cumulative contributions to one query (needs ``matplotlib``).
 
+        More than ten samples are drawn without a legend: their colours repeat.
+
         Args:
             query: Position of the query.
             axes: Axes to draw on; those of a new figure by default.
@@ -100,7 +104,8 @@ class Trajectory(SavedResult, ShownInNotebooks):
         axes.locator_params(axis="x", integer=True)  # no ticks at fractions of a step
         axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
         axes.set(xlabel=self.per, ylabel="contribution so far", title=f"query {query}")
-        axes.legend(title="sample", frameon=False)
+        if len(self.train_ids) <= MAX_NAMED:
+            axes.legend(title="sample", frameon=False)
         return axes
 
     def __repr__(self) -> str:

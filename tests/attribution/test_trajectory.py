@@ -73,6 +73,14 @@ def test_a_plot_has_a_line_per_sample_that_ends_at_its_score():
     pyplot.close(axes.figure)
 
 
+def test_many_samples_are_drawn_without_a_legend():
+    ids = torch.arange(11)
+    trajectory = Trajectory(torch.rand(1, 11, 3), torch.arange(3), ids, ids[:1], "step", "")
+    axes = trajectory.plot()
+    assert axes.get_legend() is None
+    pyplot.close(axes.figure)
+
+
 def test_repr_shows_shape_and_method():
     expected = "Trajectory of 3 samples over 8 steps, 3 queries, TracIn(layers=None)"
     assert repr(trajectory_of(TracIn())) == expected

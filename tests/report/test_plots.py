@@ -1,5 +1,7 @@
 """Plots show the given numbers and texts, and refuse what does not fit together."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hostile_strings import HOSTILE
@@ -60,6 +62,18 @@ def test_too_many_queries_are_refused():
     many = SCORES[[0] * 21]
     with pytest.raises(ValueError, match="`scores` has 21 queries; expected 1 to 20"):
         plot_proponents(many, QUERIES, TRAIN)
+
+
+def test_long_labels_and_texts_stay_within_their_tiles():
+    long = Shown(label="a very long class name " * 9, text="some words in a text " * 99)
+    figure = plot_proponents(SCORES[:1], QUERIES, TRAIN, k=2, render=lambda item: long)
+    figure.draw_without_rendering()
+    titles = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in pairwise(titles))
+    for axes in figure.axes:
+        text, tile = axes.texts[0].get_window_extent(), axes.get_window_extent()
+        assert text.x1 < tile.x1
+        assert text.y0 > tile.y0
 
 
 def test_the_histogram_counts_every_sample():

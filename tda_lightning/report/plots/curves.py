@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from tda_lightning.results.optional import needs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+MAX_MARKERS = 30  # of a line; more would hide it
 
 
 def plot_self_influence(
@@ -54,6 +57,7 @@ def plot_self_influence(
         axes.hist(chosen, bins=edges.tolist(), color="tab:red", alpha=0.7, label="marked")
         axes.legend(frameon=False)
     axes.set_xscale("log")
+    axes.locator_params(axis="y", integer=True)  # no ticks at fractions of a sample
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="self-influence", ylabel="training samples")
     return axes
@@ -83,15 +87,16 @@ def plot_removal(
                 "each entry of `removed`."
             )
     axes = _axes(axes)
+    marker = "o" if len(removed) <= MAX_MARKERS else ""
     for name, values in changes.items():
         style, color = ("--", "0.5") if name == "random" else ("-", None)
         axes.plot(
-            list(removed), list(values), style, color=color, marker="o", markersize=4, label=name
+            list(removed), list(values), style, color=color, marker=marker, markersize=4, label=name
         )
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="removed training samples", ylabel="change of the loss after retraining")
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.8, edgecolor="none")  # lines behind a long name stay visible
     return axes
 
 
@@ -117,20 +122,22 @@ def plot_lds(
             raise ValueError(f"`by_method[{name!r}]` has no score; expected one per query.")
         means[name] = float(known.mean())
         errors[name] = 1.96 * float(known.std(correction=0)) / max(len(known) - 1, 1) ** 0.5
-    axes = _axes(axes)
     names = sorted(means, key=means.__getitem__)
+    labels = [textwrap.fill(name, 30) for name in names]
+    lines = max((label.count("\n") + 1 for label in labels), default=1)
+    axes = _axes(axes, height=max(4.0, 0.8 + (0.1 + 0.16 * lines) * len(labels)))
     widths, bars = [means[name] for name in names], [errors[name] for name in names]
-    axes.barh(names, widths, xerr=bars, color="tab:blue", alpha=0.7, height=0.6)
+    axes.barh(labels, widths, xerr=bars, color="tab:blue", alpha=0.7, height=0.6)
     axes.axvline(0, color="0.7", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="linear datamodeling score, mean over the queries")
     return axes
 
 
-def _axes(axes: Axes | None) -> Axes:
+def _axes(axes: Axes | None, height: float = 4.0) -> Axes:
     if axes is not None:
         return axes
     with needs("plots"):
         from matplotlib.figure import Figure
 
-    return Figure(figsize=(7, 4), layout="constrained").add_subplot()
+    return Figure(figsize=(7, height), layout="constrained").add_subplot()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Subset
 
 from tda_lightning.passes.batch_contents import part_of
-from tda_lightning.report.page.html import shortened
+from tda_lightning.report.page.html import visible
 from tda_lightning.report.samples.images import pixels_of
 from tda_lightning.report.samples.shown import ShowItem, Shown
 from tda_lightning.results import SampleRanking, Scores
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 HELPED, HARMED = "tab:blue", "tab:red"
 MAX_QUERIES = 20
-# Characters of a text and of a line, and columns of a table row.
-_TEXT, _WIDTH, _ROWS = 160, 26, 8
+# Characters of a line of a label and of a text, lines of a text, and columns of a table row.
+_LABEL, _WIDTH, _LINES, _ROWS = 13, 24, 9, 8
+_CAPTION = (
+    "Query (left), the training samples that helped it most (blue) and harmed it most (red).",
+    "In quotes: the label of each training sample. Below: its score.",
+)
 
 
 def plot_proponents(
@@ -60,7 +64,10 @@ def plot_proponents(
         )
     while isinstance(train, Subset):
         train = train.dataset
-    figure = Figure(figsize=(1.15 * (2 * k + 1), 1.55 * n_query + 0.5), layout="constrained")
+    width = 1.15 * (2 * k + 1)
+    caption = "\n".join(textwrap.fill(sentence, int(11 * width)) for sentence in _CAPTION)
+    height = 1.55 * n_query + 0.25 * (caption.count("\n") + 1)
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(n_query, 2 * k + 1, squeeze=False)
     best, worst = scores.proponents(k), scores.opponents(k)
     for row in range(n_query):
@@ -68,11 +75,7 @@ def plot_proponents(
         _tile(axes[row, 0], query, _label(query), "black")
         _side(axes[row, 1 : k + 1], best[row], train, render, HELPED)
         _side(axes[row, k + 1 :], worst[row], train, render, HARMED)
-    figure.suptitle(
-        "Query (left), the training samples that helped it most (blue) and harmed it most (red).\n"
-        "In quotes: the label of each training sample. Below: its score.",
-        fontsize=11,
-    )
+    figure.suptitle(caption, fontsize=11)
     return figure
 
 
@@ -96,21 +99,28 @@ def _tile(axes: Axes, shown: Shown, title: str, color: str) -> None:
         array = pixels.squeeze(-1).numpy()
         axes.imshow(array, cmap="gray_r" if array.ndim == 2 else None)
         return
-    text = textwrap.fill(shortened(shown.text or shown.note, _TEXT), _WIDTH) or _rows(shown)
-    axes.text(0.04, 0.96, text, fontsize=5, va="top", transform=axes.transAxes, parse_math=False)
+    text = _filled(shown.text or shown.note, _WIDTH, _LINES) or _rows(shown)
+    inside = {"transform": axes.transAxes, "clip_on": True, "in_layout": False}
+    axes.text(0.04, 0.96, text, fontsize=5, va="top", parse_math=False, **inside)
 
 
 def _rows(shown: Shown) -> str:
     """Return the first columns of a table row, one a line."""
     cells = [
-        f"{shortened(str(name), _WIDTH - 8)} {value:.3g}"
+        f"{_filled(str(name), _WIDTH - 8, 1)} {value:.3g}"
         if isinstance(value, float)
-        else shortened(f"{name} {value}", _WIDTH)
+        else _filled(f"{name} {value}", _WIDTH, 1)
         for name, value in list(shown.row.items())[:_ROWS]
     ]
     return "\n".join(cells)
 
 
 def _label(shown: Shown) -> str:
-    label = " ".join(shortened(shown.label, 24).split())
+    label = _filled(shown.label, _LABEL, 2)
     return f"“{label}”" if label else ""
+
+
+def _filled(text: str, width: int, lines: int) -> str:
+    """Return the beginning of a text that fits some lines."""
+    start = visible(text[: 2 * width * lines])  # a text of a megabyte is not wrapped as a whole
+    return textwrap.fill(start, width, max_lines=lines, placeholder="…")
