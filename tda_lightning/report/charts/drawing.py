@@ -50,6 +50,7 @@ def _bokeh_histogram(chart: Histogram) -> Any:
 
 
 def _bokeh_figure(chart: Chart, x_axis_type: Literal["linear", "log"]) -> Any:
+    from bokeh.models import BasicTickFormatter
     from bokeh.plotting import figure
 
     plot = figure(
@@ -62,7 +63,7 @@ def _bokeh_figure(chart: Chart, x_axis_type: Literal["linear", "log"]) -> Any:
         y_axis_label=chart.y_label,
         min_border_right=16,
     )
-    plot.yaxis.formatter.power_limit_low = -6  # a learning rate is 0.003, not 3.000e-3
+    plot.yaxis.formatter = BasicTickFormatter(power_limit_low=-6)  # 0.003, not 3.000e-3
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
     _calm_bokeh(plot)

@@ -100,7 +100,7 @@ def _tile(axes: Axes, shown: Shown, title: str, color: str) -> None:
         axes.imshow(array, cmap="gray_r" if array.ndim == 2 else None)
         return
     text = _filled(shown.text or shown.note, _WIDTH, _LINES) or _rows(shown)
-    inside = {"transform": axes.transAxes, "clip_on": True, "in_layout": False}
+    inside: dict[str, Any] = {"transform": axes.transAxes, "clip_on": True, "in_layout": False}
     axes.text(0.04, 0.96, text, fontsize=5, va="top", parse_math=False, **inside)
 
 
