@@ -24,6 +24,7 @@ from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.opening import Run, open_run
+from tda_lightning.stores.precision import with_double_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,8 +210,9 @@ def attribute_summary(
     if losses is None:  # Only some summaries depend on them.
         losses = torch.full((len(queries.rows),), torch.nan)
     weights = summary.weights(losses.double())
-    row = (weights.to(queries.rows) @ queries.rows)[None].to(next(model.parameters()).device)
-    return method.attribute(store, row, progress=progress)
+    row = (weights.to(queries.rows) @ queries.rows)[None]
+    device = with_double_precision(next(model.parameters()).device)
+    return method.attribute(store, row.to(device), progress=progress)
 
 
 def _number(groups: Groups, n: int, name: str) -> tuple[tuple[Hashable, ...], Int64[Tensor, " n"]]:

@@ -109,7 +109,7 @@ def predict(
         for ids, batch in batches:
             given, logits = labels(batch), outputs(model, transfer(model, batch))
             _require_classes(logits, given)
-            parts.append((ids, logits.double().cpu(), given.cpu().long()))
+            parts.append((ids, logits.cpu().double(), given.cpu().long()))
     require_batches(parts, argument)
     ids, logits, given = (torch.cat(column) for column in zip(*parts, strict=True))
     require_logits(logits)

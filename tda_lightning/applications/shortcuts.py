@@ -205,7 +205,7 @@ def _predicted_shares(model: nn.Module, slice_: Any, outputs: Outputs) -> Float[
     with preserved_state(model, "eval"), torch.no_grad():
         logits = [outputs(model, transfer(model, batch)) for _, batch in identified(slice_)]
     is_predicted = [nn.functional.one_hot(part.argmax(-1), part.shape[-1]) for part in logits]
-    return torch.cat(is_predicted).double().mean(dim=0).cpu()
+    return torch.cat(is_predicted).cpu().double().mean(dim=0)
 
 
 def _test(

@@ -20,6 +20,7 @@ from tda_lightning.attribution.averaged import Averaged
 from tda_lightning.results.embedding import Embedding
 from tda_lightning.stores import Store, open_store
 from tda_lightning.stores.arguments import require_object
+from tda_lightning.stores.precision import with_double_precision
 
 
 def embed(
@@ -37,7 +38,7 @@ def embed(
     Args:
         run: The recorded training: its folder or a store.
         method: The attribution method; its scores must be linear in the query.
-        device: Device of the computation.
+        device: Device of the computation; the CPU replaces one without double precision.
         progress: Show a progress bar.
 
     Returns:
@@ -54,8 +55,9 @@ def embed(
             "`Unrolled()`, `TracIn()` or `GradientSimilarity('dot')`. Use `attribute` instead."
         )
     store = open_store(run, "run")
-    unit_vectors = torch.eye(store.recipe.dimension, dtype=store.recipe.torch_dtype, device=device)
-    scores = method.attribute(store, unit_vectors, progress=progress)
+    unit_vectors = torch.eye(store.recipe.dimension, dtype=store.recipe.torch_dtype)
+    computed_on = with_double_precision(torch.device(device))
+    scores = method.attribute(store, unit_vectors.to(computed_on), progress=progress)
     return Embedding(
         scores.values.mT.contiguous(), scores.train_ids, scores.method, scores.provenance
     )

@@ -37,7 +37,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
     require_training,
     warn_of_approximations,
 )
-from tda_lightning.attribution.linalg import damped_root, in_double_precision, is_lost_in_rounding
+from tda_lightning.attribution.linalg import damped_root, is_lost_in_rounding
 from tda_lightning.attribution.steps import DeviceView, last_epoch, last_visits, unweighted
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import (
@@ -46,6 +46,7 @@ from tda_lightning.stores.arguments import (
     require_limit,
     require_not_negative,
 )
+from tda_lightning.stores.precision import in_double_precision
 from tda_lightning.stores.snapshots import Moment, has_later_snapshots
 from tda_lightning.stores.step import Step
 

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tda_lightning.stores.precision import in_double_precision
+
 # Rows of a symmetric matrix that are computed at once. Smaller products would be slower.
 _STRIP = 256
 
@@ -86,12 +88,6 @@ def eigendecomposition(
             "projector, or use another method."
         ) from error
     return values.to(matrix), vectors.to(matrix)
-
-
-def in_double_precision(tensor: Tensor) -> Tensor:
-    """Return a tensor in double precision, on its device if that has it, otherwise on the CPU."""
-    device = "cpu" if tensor.device.type == "mps" else tensor.device
-    return tensor.to(device, torch.float64)
 
 
 def is_lost_in_rounding(damping: float, gramian: Float[Tensor, "k k"]) -> bool:

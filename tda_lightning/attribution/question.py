@@ -30,6 +30,7 @@ from tda_lightning.passes.query_batches import groups_in_memory
 from tda_lightning.passes.targets import Target
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import name_of
+from tda_lightning.stores.precision import with_double_precision
 from tda_lightning.stores.snapshots import (
     Moment,
     describe_snapshots,
@@ -49,7 +50,9 @@ class Question:
     progress: bool
 
     def query_rows(self, store: Store, model: nn.Module, queries: Any) -> QueryRows:
-        """Return the queries with the rows that the method takes, on the model's device.
+        """Return the queries with the rows that the method takes.
+
+        They are on the model's device, or on the CPU if that has no double precision.
 
         The rows at several moments are side by side.
         """
@@ -80,7 +83,8 @@ class Question:
         is_one_pass = len(moments) == 1 and moments[0] != "snapshots"
         groups = [queries] if is_one_pass else groups_in_memory(queries, progress=self.progress)
         result = joined_rows([self._rows_at(moments, store, model, group) for group in groups])
-        return replace(result, rows=result.rows.to(next(model.parameters()).device))
+        device = with_double_precision(next(model.parameters()).device)
+        return replace(result, rows=result.rows.to(device))
 
     def _moments(self, store: Store, model: nn.Module) -> tuple[Moment, ...]:
         """Return the moments whose rows the method takes."""

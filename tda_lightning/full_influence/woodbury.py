@@ -28,6 +28,7 @@ from tda_lightning.full_influence.objective import Objective
 from tda_lightning.full_influence.operators import Operator
 from tda_lightning.full_influence.solvers import DAMPING_PER_LARGEST, Inverse, Solver
 from tda_lightning.stores.arguments import require_limit, require_whole
+from tda_lightning.stores.precision import in_double_precision
 
 # Below this size, computing all eigenvalues is faster than iterating for the largest one.
 _MIN_ITERATIVE_SIZE = 64
@@ -109,7 +110,7 @@ class LowRankCurvature:
     def __init__(self, rows: Float[Tensor, "m d"]) -> None:
         self._rows = rows
         # Double precision from here on: with little damping, two large terms nearly cancel.
-        self._gram = (rows @ rows.mT).double()
+        self._gram = in_double_precision(rows @ rows.mT)
         self.shape = (rows.shape[1], rows.shape[1])
         self.device, self.dtype = rows.device, rows.dtype
 
@@ -126,7 +127,7 @@ class LowRankCurvature:
         root = damped_root(self._gram, damping)
 
         def solve(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-            inner = torch.cholesky_solve((self._rows @ vectors.mT).double(), root)
+            inner = torch.cholesky_solve(in_double_precision(self._rows @ vectors.mT), root)
             return (vectors - inner.mT.to(vectors) @ self._rows) / damping
 
         return solve
@@ -148,13 +149,13 @@ class DenseCurvature:
     def __init__(self, rows: Iterable[Float[Tensor, "n d"]], d: int) -> None:
         parts = _gathered(rows)
         first = next(parts)
-        self._matrix = (first.mT @ first).double()
+        self._matrix = in_double_precision(first.mT @ first)
         for part in parts:
-            self._matrix += part.mT @ part
+            self._matrix += (part.mT @ part).to(self._matrix.device)
         self.shape, self.device, self.dtype = (d, d), first.device, first.dtype
 
     def __matmul__(self, vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
-        return (self._matrix @ vectors.double()).to(vectors)
+        return (self._matrix @ in_double_precision(vectors)).to(vectors)
 
     def largest_eigenvalue(self) -> float:
         """Return the largest eigenvalue."""
@@ -163,7 +164,11 @@ class DenseCurvature:
     def inverse(self, damping: float) -> Inverse:
         """Return the inverse of the damped curvature."""
         root = damped_root(self._matrix, damping)
-        return lambda vectors: torch.cholesky_solve(vectors.mT.double(), root).mT.to(vectors)
+
+        def solve(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+            return torch.cholesky_solve(in_double_precision(vectors.mT), root).mT.to(vectors)
+
+        return solve
 
 
 def _stacked(batches: Iterable[Float[Tensor, "n d"]], m: int) -> Float[Tensor, "m d"]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from tda_lightning.stores.precision import widest_format
+
 # Entries that are converted to double precision at a time: copies of large gradients take memory.
 _MAX_CONVERTED = 2**18
 
@@ -25,7 +27,7 @@ def to_dense(gradient: Tensor) -> Tensor:
 def squared_norm(parameters: Iterable[Tensor]) -> float:
     """Return the squared norm of the parameters' gradients, in double precision."""
     squares = [
-        part.double().square().sum()
+        part.to(widest_format(part.device)).square().sum()
         for parameter in parameters
         if parameter.grad is not None
         for part in torch.split(entries_of(parameter.grad).flatten(), _MAX_CONVERTED)

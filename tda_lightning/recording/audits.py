@@ -48,8 +48,8 @@ def finish_audit(rows: RowRecorder, start: AuditStart) -> Audit:
     update = (rows.sketch_weights() - start.weights).sum(dim=0)
     cosine = torch.nn.functional.cosine_similarity(update, start.recorded.sum(dim=0), dim=0)
     return Audit(
-        gradient=start.gradient.square().sum(dim=1).double().cpu(),
-        deviation=(start.recorded - start.gradient).square().sum(dim=1).double().cpu(),
+        gradient=start.gradient.square().sum(dim=1).cpu().double(),
+        deviation=(start.recorded - start.gradient).square().sum(dim=1).cpu().double(),
         left_out=start.left_out,
         update=float(cosine.square()),
     )

@@ -58,7 +58,7 @@ class ContributionTable:
         if time not in self._sums:
             self._sums[time] = self._zeros()
         columns = torch.searchsorted(self.train_ids, sample_ids)
-        self._sums[time].index_add_(1, columns, values.double())
+        self._sums[time].index_add_(1, columns, values.cpu().double())
         self.steps += 1
 
     def state(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from tda_lightning.gradients.gradient_layouts import entries_of
 from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.stores.precision import widest_format
 
 
 def gradients_of(
@@ -88,8 +89,7 @@ def parameters_by_size(optimizer: Optimizer) -> list[Parameter]:
 def gradient_norm(parameter: Parameter) -> Tensor:
     """Return the norm of a parameter's gradient, in double precision."""
     assert parameter.grad is not None
-    norm: Tensor = torch.linalg.vector_norm(entries_of(parameter.grad), dtype=torch.float64)
-    return norm
+    return _norm(entries_of(parameter.grad))
 
 
 def watched_parameters(
@@ -115,7 +115,12 @@ def gradient_norms(parameters: Sequence[Parameter]) -> Float[Tensor, " n"]:
     gradients = [entries_of(p.grad) for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(0, dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(gradients, 2, torch.float64))
+    return torch.stack(torch._foreach_norm(gradients, 2, widest_format(gradients[0].device)))
+
+
+def _norm(values: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=widest_format(values.device))
+    return norm
 
 
 # Clipping by norm scales all gradients by the same factor, up to rounding.
@@ -178,7 +183,7 @@ class ValueClipping:
 def value_clipping_of(parameters: Iterable[Parameter], bound: float) -> ValueClipping:
     """Predict the effect of clipping by value on the joint gradient of the parameters."""
     gradients = [p.grad.detach() for p in parameters if p.grad is not None]
-    products = [_products(gradient.flatten().double(), bound) for gradient in gradients]
+    products = [_products(gradient, bound) for gradient in gradients]
     lost, square, square_after = (
         torch.stack(products).sum(dim=0).cpu().tolist() if products else (0,) * 3
     )
@@ -189,7 +194,8 @@ def value_clipping_of(parameters: Iterable[Parameter], bound: float) -> ValueCli
     return ValueClipping(factor, factor * (square / square_after) ** 0.5)
 
 
-def _products(gradient: Float[Tensor, " n"], bound: float) -> Tensor:
+def _products(gradient: Tensor, bound: float) -> Float[Tensor, 3]:
+    gradient = gradient.flatten().to(widest_format(gradient.device))
     clipped = gradient.clamp(-bound, bound)
     return torch.stack([(gradient - clipped) @ gradient, gradient @ gradient, clipped @ clipped])
 
@@ -241,6 +247,4 @@ def _cancel(rows: Sequence[Tensor]) -> bool:
 def clipped_norm(parameter: Parameter, bound: float) -> Tensor:
     """Return the norm that a parameter's gradient will have after clipping by value."""
     assert parameter.grad is not None
-    clipped = parameter.grad.clamp(-bound, bound)
-    norm: Tensor = torch.linalg.vector_norm(clipped, dtype=torch.float64)
-    return norm
+    return _norm(parameter.grad.clamp(-bound, bound))

@@ -211,8 +211,9 @@ def _scaled(
 class HostCopy:
     """A copy of several tensors to the CPU: begun at once, and awaited when it is read.
 
-    All of them travel together. On a GPU the copy goes into pinned memory, so that neither the
-    device nor Python waits for it. Tensors on the CPU are not copied.
+    All of them travel together. With CUDA the copy goes into pinned memory, so that neither the
+    device nor Python waits for it, and an event tells when it is complete. On other devices Python
+    waits: a copy in the background could be read too early. Tensors on the CPU are not copied.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -247,7 +248,7 @@ class HostCopy:
         joined = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors])
         is_cuda = joined.device.type == "cuda"
         self._bytes = torch.empty(joined.shape, dtype=torch.uint8, pin_memory=is_cuda)
-        self._bytes.copy_(joined, non_blocking=True)
+        self._bytes.copy_(joined, non_blocking=is_cuda)
         if is_cuda:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(joined.device))

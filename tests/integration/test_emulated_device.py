@@ -35,7 +35,7 @@ def names_in(table, script="emulated_device_cases.py"):
 
 @functools.cache
 def result(script="emulated_device_cases.py", *arguments):
-    command = [sys.executable, "-W", "ignore", script, *arguments]
+    command = [sys.executable, "-W", "ignore", script, *(arguments or ["cuda"])]
     return subprocess.run(command, cwd=SUPPORT, capture_output=True, text=True, check=False)
 
 
@@ -50,9 +50,17 @@ def test_a_device_gives_the_results_of_the_cpu(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", names_in("CASES"))
+def test_a_device_without_double_precision_gives_the_results_of_the_cpu(name):
+    command = ("emulated_device_cases.py", "apple")
+    assert answer(name, *command) == "equal", result(*command).stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cuda", "apple"])
 @pytest.mark.parametrize("name", names_in("USES", "emulated_device_uses.py"))
-def test_runs_are_used_on_a_device_as_on_the_cpu(name):
-    command = ("emulated_device_uses.py",)
+def test_runs_are_used_on_a_device_as_on_the_cpu(name, kind):
+    command = ("emulated_device_uses.py", kind)
     assert answer(name, *command) == "equal", result(*command).stderr[-3000:]
 
 
@@ -65,7 +73,7 @@ MODELS += ["segformer", "whisper", "clip"]
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_the_zoo_has_the_rows_of_the_cpu(name):
     pytest.importorskip("transformers")
-    command = ("emulated_device_zoo.py", *MODELS)
+    command = ("emulated_device_zoo.py", "apple", *MODELS)
     assert answer(name, *command) == "equal", result(*command).stderr[-3000:]
 
 
@@ -75,6 +83,6 @@ def test_the_device_refuses_tensors_of_another(name):
 
 
 @pytest.mark.parametrize("optimizer", names_in("OPTIMIZERS"))
-def test_a_recorded_step_makes_one_copy_in_the_background_and_waits_for_nothing(optimizer):
-    copied = ["copy from the device, in the background"]
+def test_a_recorded_step_makes_one_copy_and_waits_for_nothing_else(optimizer):
+    copied = ["copy from the device, waited for"]  # With CUDA, it is in the background.
     assert answer(f"transfers with {optimizer}") == f"[] {copied} 27", result().stderr[-3000:]

@@ -7,6 +7,7 @@ devices that CUDA refuses. Its results equal those of the CPU to the bit.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 
+from tda_lightning.stores.precision import DEVICES_WITHOUT_DOUBLE
+
 # Their default implementations would create an empty tensor first, and then resize it.
 _FACTORIES = ("eye", "eye.m", "arange", "arange.start", "arange.start_step", "randperm")
 _COPIES = {"copy_", "_to_copy"}
@@ -22,6 +25,9 @@ _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 # Operations for which a program waits, since their results, or the sizes of these, are needed.
 _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
 _WAITING |= {"_unique2", "unique_dim", "unique_consecutive"}
+# What Apple's GPUs refuse: a number format, and operations.
+APPLE = {torch.float64, "_linalg_eigh", "linalg_eigvalsh", "cholesky_solve", "cholesky_inverse"}
+_refused: set[Any] = set()
 # While it is a list: the copies between the device and the CPU, and the operations that wait.
 transfers: list[str] | None = None
 
@@ -34,6 +40,8 @@ class Elsewhere(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor) -> Elsewhere:
         assert not isinstance(inner, Elsewhere)
+        if inner.dtype in _refused:
+            raise TypeError(f"this device does not support {inner.dtype}")
         tensor = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
@@ -66,6 +74,8 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     there = [x for x in leaves if isinstance(x, Elsewhere)]
     if here and there and name not in _COPIES:
         raise RuntimeError(f"Expected all tensors to be on the same device: {func}")
+    if there and name in _refused:
+        raise NotImplementedError(f"{func} is not implemented for this device")
     requested = kwargs.get("device")
     if requested is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -117,8 +127,15 @@ class Generator(torch.Generator):
         return super().__new__(cls, "cpu")
 
 
-def install() -> list[torch.library.Library]:
-    """Register the device in this process; it works as long as the returned libraries are alive."""
+def install(refusing: Collection[Any] = ()) -> list[torch.library.Library]:
+    """Register the device in this process; it works as long as the returned libraries are alive.
+
+    Args:
+        refusing: Number formats and names of operations that it refuses.
+    """
+    _refused.update(refusing)
+    if torch.float64 in _refused:
+        DEVICES_WITHOUT_DOUBLE.add("elsewhere")
     backend_registration._setup_privateuseone_for_python_backend("elsewhere")
     fallback = torch.library.Library("_", "IMPL")
     fallback.fallback(_compute, "PrivateUse1")

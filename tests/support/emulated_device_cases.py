@@ -1,9 +1,12 @@
 """Compare trainings and queries on the CPU and on the emulated device; run as a script.
 
+Its argument is `cuda` or `apple`.
+
 It runs in a separate process, since an error in a backward pass on the device ends the process.
 torch cannot pass an exception through a device that is written in Python.
 """
 
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -15,7 +18,7 @@ import emulated_device
 import lean_lightning  # noqa: F401, before Lightning
 import pytorch_lightning as pl
 import torch
-from emulated_trainings import THERE, Setup, compare, outcome
+from emulated_trainings import KINDS, THERE, Setup, compare, outcome
 from lightning_models import Plain, loader, mlp, vectors
 from torch import Tensor, nn
 
@@ -214,6 +217,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    libraries = emulated_device.install()
+    libraries = emulated_device.install(KINDS[sys.argv[1]])
     with tempfile.TemporaryDirectory() as workspace:
         main(Path(workspace))

@@ -1,8 +1,11 @@
 """Compare what runs are used for, and more kinds of trainings, on both devices; run as a script.
 
+Its argument is `cuda` or `apple`.
+
 Each case returns all numbers of a result in one tensor.
 """
 
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +16,7 @@ from typing import Any
 import emulated_device
 import lean_lightning  # noqa: F401, before Lightning
 import torch
-from emulated_trainings import Setup, compare
+from emulated_trainings import KINDS, Setup, compare
 from lightning_models import Plain, loader, mlp
 from torch import Tensor, nn
 from torch.nn import functional
@@ -228,6 +231,6 @@ USES: dict[str, Callable[[Setup], Tensor]] = {
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    libraries = emulated_device.install()
+    libraries = emulated_device.install(KINDS[sys.argv[1]])
     with tempfile.TemporaryDirectory() as workspace:
         compare(USES, Path(workspace))

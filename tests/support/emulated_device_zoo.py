@@ -1,4 +1,6 @@
-"""Record models of the zoo on both devices; run as a script, with the names of models.
+"""Record models of the zoo on both devices; run as a script.
+
+Its arguments are `cuda` or `apple`, and names of models.
 
 Without names, it records all of them. 15 of 88 need what the emulated device lacks: compiled
 functions, indices that are lists, fused recurrent cells, sums of bags, products of groups, random
@@ -14,7 +16,7 @@ from pathlib import Path
 import emulated_device
 import pytorch_lightning as pl
 import torch
-from emulated_trainings import HERE, THERE, Place, outcome, same_values
+from emulated_trainings import HERE, KINDS, THERE, Place, outcome, same_values
 from torch import Tensor
 from torch.utils.data import DataLoader
 from zoo_cases import Case, quiet
@@ -58,7 +60,7 @@ def in_a_fork(name: str, folder: Path) -> str:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    libraries = emulated_device.install()
+    libraries = emulated_device.install(KINDS[sys.argv[1]])
     with tempfile.TemporaryDirectory() as workspace:
-        for name in sys.argv[1:] or ZOO:
+        for name in sys.argv[2:] or ZOO:
             print(name, in_a_fork(name, Path(workspace)), sep=": ", flush=True)

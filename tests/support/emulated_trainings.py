@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import emulated_device
 import pytorch_lightning as pl
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer
@@ -85,6 +86,8 @@ class Place:
         return quiet_trainer(*callbacks, accelerator="auto", strategy=strategy, **settings)
 
 
+# What the kinds of GPUs refuse.
+KINDS = {"cuda": set(), "apple": emulated_device.APPLE}
 HERE = Place(CPUAccelerator(), "cpu")
 THERE = Place(Device(), "elsewhere:0")
 

@@ -148,7 +148,7 @@ def _train(
             f"`measure` returned {describe(values)}; expected a tensor of numbers, shape "
             "(n_values,)."
         )
-    return values.detach().double().cpu()
+    return values.detach().cpu().double()
 
 
 def _new(name: str, made: Any) -> Any:

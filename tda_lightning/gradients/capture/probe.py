@@ -24,6 +24,7 @@ from tda_lightning.gradients.graph.sample_layout import (
     possible_layouts,
 )
 from tda_lightning.gradients.graph.walk import Meeting, Node, Walk
+from tda_lightning.stores.precision import in_double_precision
 
 # The share of a sample's gradient that its rows must hold, where samples meet in batch statistics
 # or in the loss.
@@ -224,7 +225,7 @@ def _strongest_samples(starts: Sequence[_Start], n: int) -> list[int]:
 
 def _squares_along(grad: Tensor, axis: int) -> Tensor:
     """Return the sum of squares per entry of an axis."""
-    squares = grad.detach().abs().double().square()
+    squares = in_double_precision(grad.detach().abs()).square()
     others = [other for other in range(grad.ndim) if other != axis]
     return squares.sum(dim=others) if others else squares
 

@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge
 
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import BATCH_NORMS, Node, Walk, output_shape
+from tda_lightning.stores.precision import widest_format
 
 # Edges of the graph, each with the layouts that its shape allows.
 Cuts = list[tuple[GradientEdge, list[SampleLayout | IrregularRows]]]
@@ -85,7 +86,7 @@ class _Grid:
     def factors(self, owners: Int[Tensor, " rows"], digit: int) -> Float[Tensor, " rows"]:
         """Return the factor of each row in the pass of a digit."""
         number = owners // (2 * self.half) ** digit % (2 * self.half) - self.half
-        return torch.exp2(number.double() / self.steps)
+        return torch.exp2(number.to(widest_format(number.device)) / self.steps)
 
     def numbers(self, scaled: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
         """Return the digit between two squared norms, and whether it is one sample's."""
@@ -258,7 +259,7 @@ class _Section:
 
         def keep(node: Node, grad: Tensor | None) -> None:
             if grad is not None and grad.ndim:
-                values = grad.detach().abs().double().square()
+                values = grad.detach().abs().to(widest_format(grad.device)).square()
                 values = values.movedim(self.known.axis(grad.shape), 0)
                 rows = values.flatten(1) if values.ndim > 1 else values[:, None]
                 squares[node] = torch.stack(

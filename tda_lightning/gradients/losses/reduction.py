@@ -17,6 +17,7 @@ from tda_lightning.gradients.losses.loss_graph import (
 )
 from tda_lightning.gradients.losses.loss_nodes import LossNode
 from tda_lightning.gradients.losses.regression_losses import SquarePower
+from tda_lightning.stores.precision import in_double_precision
 
 Reduction = Literal["mean", "sum"]
 _TOLERANCE = 1e-3
@@ -51,7 +52,7 @@ def _is_of_samples(node: LossNode, n: int) -> bool:
 
 
 def _kind(weights: Tensor, n: int) -> Reduction | None:
-    counted = weights[weights != 0].double()
+    counted = in_double_precision(weights[weights != 0])
     if not len(counted) or float(counted.max() - counted.min()) > _TOLERANCE * float(counted.max()):
         return None
     weight, total = float(counted.mean()), float(counted.sum())
