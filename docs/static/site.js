@@ -5,6 +5,7 @@ addEventListener("load", () => {
   for (const [kind, name] of Object.entries(names)) {
     document.querySelectorAll(`aside.${kind}`).forEach((aside) => (aside.ariaLabel = name));
   }
+  document.getElementById("search-results")?.insertAdjacentHTML("beforebegin", "<h1>Search</h1>");
   /* Whatever scrolls can be scrolled by the arrow keys. */
   const reach = () =>
     document.querySelectorAll("article :is(pre, .table-wrapper, div.math, p:has(> img))").forEach((box) => {
