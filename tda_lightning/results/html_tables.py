@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 # Maximal number of rows; another row counts the rest. Further columns are left out.
 MAX_ROWS, MAX_COLUMNS = 10, 12
-_COLORS = ("#1f77b4", "#d62728")  # of positive and of negative scores
+# Of positive and of negative scores, on light and on dark pages; old browsers know the first alone.
+_COLORS = (
+    "color: #1f77b4; color: light-dark(#1f77b4, #6cb2f0)",
+    "color: #d62728; color: light-dark(#d62728, #ff8a80)",
+)
+# A caption may be wider than its table, and is folded before it is wider than a page.
+_CAPTION = "display: block; width: max-content; max-width: 60em"
 
 
 Cell = str | Iterable[tuple[int, float]]
@@ -64,7 +70,8 @@ def _table(
     if total > len(rows):
         body += f'<tr><td colspan="{len(headings)}">… {total - len(rows):,} more</td></tr>'
     return (
-        f'<table><caption style="text-align: left; white-space: nowrap">{escape(caption)}</caption>'
+        f'<table><caption style="text-align: left"><span style="{_CAPTION}">{escape(caption)}'
+        "</span></caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
 
@@ -80,5 +87,4 @@ def _cell(content: Cell) -> str:
 
 def _entry(pair: tuple[int, float]) -> str:
     sample, score = pair
-    color = _COLORS[score < 0]
-    return f'#{sample} <span style="color: {color}">{score:+.3g}</span>'
+    return f'#{sample} <span style="{_COLORS[score < 0]}">{score:+.3g}</span>'
