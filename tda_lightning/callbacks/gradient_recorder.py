@@ -236,7 +236,8 @@ class GradientRecorder(RecordedRun, RecordingCallback):
     ) -> None:
         """Save a snapshot if one is due, and prepare for the forward pass of the batch."""
         if self._recorder is not None:
-            self._writer.save_snapshot(trainer, pl_module, self._budgets.snapshots)
+            chosen, finish_steps = self._budgets.snapshots, self._recorder.finish_steps
+            self._writer.save_snapshot(trainer, pl_module, chosen, finish_steps)
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             if self._budgets.is_measuring:
                 self._budgets.start_forward(pl_module, self._recorder)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,19 +20,15 @@ from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, 
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
 from tda_lightning.gradients.capture.pausing import is_compiled
-from tda_lightning.gradients.losses import find_losses_and_penalties
-from tda_lightning.gradients.losses.deferred_summary import DeferredSummary, facts_of
+from tda_lightning.gradients.losses import DeferredSummary, LossFacts, find_losses_and_penalties
 from tda_lightning.gradients.losses.regression_losses import SquarePower
 from tda_lightning.recording.sample_ids import IdSource
-from tda_lightning.recording.taken_step import HostCopy, joined
+from tda_lightning.recording.taken_step import StepsTogether, WaitingStep, common_name, joined
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import OPTIONAL_FACTS, ParameterGroup, Step
 
 _CHECKED = ("store", "sample_ids", "reduction", "existing")
-# Losses of so many steps are computed together, or of this many seconds.
-_STEPS_TOGETHER = 8
-_SECONDS_TOGETHER = 0.5
 
 
 class LossRecorder(RecordedRun, RecordingCallback):
@@ -76,8 +70,7 @@ class LossRecorder(RecordedRun, RecordingCallback):
         self._summary: DeferredSummary | None = None
         self._batches: list[_Batch] = []
         self._label: dict[str, Any] | None = None
-        self._waiting_since = 0.0
-        self._pending = _Pending()
+        self._steps = StepsTogether()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin or continue the run."""
@@ -169,27 +162,10 @@ class LossRecorder(RecordedRun, RecordingCallback):
             return
         batches, self._batches = self._batches, []
         if batches and trainer.global_step > label["index"]:
-            waiting, now = self._pending.waiting, time.monotonic()
-            self._waiting_since = self._waiting_since if waiting else now
-            waiting.append(_TakenStep(label, batches))
-            if len(waiting) >= _STEPS_TOGETHER or now - self._waiting_since >= _SECONDS_TOGETHER:
-                self._compute()
-
-    def _compute(self) -> None:
-        """Write the steps before; a device computes and copies the losses of these meanwhile."""
-        self._write()
-        if self._pending.waiting:
-            # One assignment: an exception from a signal handler neither loses nor repeats them.
-            self._pending = _Pending(_ComputedSteps(self._pending.waiting))
-
-    def _write(self) -> None:
-        if self._pending.computed is not None:
-            for step in self._pending.computed.take():
-                self._writer.append(step)
+            self._steps.add(_TakenStep(label, batches), self._writer.append)
 
     def _finish_steps(self) -> dict[str, Any] | None:
-        self._compute()
-        self._write()
+        self._steps.flush()
         return {} if self._is_attached else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,54 +191,34 @@ class _Batch:
     summary: DeferredSummary
 
 
-@dataclass(frozen=True)
-class _TakenStep:
-    """A step that was taken, and the optimizer's values at that time."""
+class _TakenStep(WaitingStep):
+    """A step that was taken, with the optimizer's values at that time, as its ``label``."""
 
-    label: dict[str, Any]
-    batches: Sequence[_Batch]
+    size = 0
 
-    def finish(self, names: set[str], facts: dict[str, Tensor]) -> Step:
-        """Return the step with the facts of its visits, and the names of the losses."""
-        ids = torch.cat([batch.sample_ids for batch in self.batches])
-        weights = [torch.full((len(b.sample_ids),), b.weight) for b in self.batches]
-        known: dict[str, Any] = {name: facts.get(name) for name in OPTIONAL_FACTS}
+    def __init__(self, label: dict[str, Any], batches: Sequence[_Batch]) -> None:
+        self._label, self._batches = label, batches
+
+    @property
+    def summaries(self) -> list[DeferredSummary]:
+        """The summaries of the losses of its batches."""
+        return [batch.summary for batch in self._batches]
+
+    def columns(self, facts: Sequence[LossFacts]) -> dict[str, Tensor]:
+        """Return the facts of its visits, given those of each batch."""
+        pairs = zip(self._batches, facts, strict=True)
+        return joined([facts.of_visits(batch.weight) for batch, facts in pairs])
+
+    def finish(self, columns: Mapping[str, Tensor]) -> Step:
+        """Return the step, given the facts of its visits."""
+        ids = torch.cat([batch.sample_ids for batch in self._batches])
+        weights = [torch.full((len(b.sample_ids),), b.weight) for b in self._batches]
+        known: dict[str, Any] = {name: columns.get(name) for name in OPTIONAL_FACTS}
         return Step(
-            **self.label,
+            **self._label,
             **known,
             sample_ids=ids,
             weights=torch.cat(weights),
             sketch=torch.zeros(len(ids), 1),
-            loss=names.pop() if len(names) == 1 else "",
+            loss=common_name(self.summaries),
         )
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """Steps whose losses are computed and not yet written, and those that wait to be computed."""
-
-    computed: _ComputedSteps | None = None
-    waiting: list[_TakenStep] = field(default_factory=list)
-
-
-class _ComputedSteps:
-    """Steps whose losses are computed; the facts travel to the CPU while the training goes on."""
-
-    def __init__(self, steps: Sequence[_TakenStep]) -> None:
-        facts = iter(facts_of([batch.summary for step in steps for batch in step.batches]))
-        self._remaining: deque[tuple[_TakenStep, set[str], list[str], slice]] = deque()
-        copied: list[Tensor] = []
-        for step in steps:
-            parts = [(next(facts), batch.weight) for batch in step.batches]
-            columns = joined([batch.of_visits(weight) for batch, weight in parts])
-            place = slice(len(copied), len(copied) + len(columns))
-            copied += columns.values()
-            self._remaining.append((step, {batch.name for batch, _ in parts}, [*columns], place))
-        self._copy = HostCopy(copied)
-
-    def take(self) -> Iterator[Step]:
-        """Wait for the facts; yield one step after the other, and forget it."""
-        values = self._copy.read()
-        while self._remaining:
-            step, names, columns, place = self._remaining.popleft()
-            yield step.finish(names, dict(zip(columns, values[place], strict=True)))

@@ -119,9 +119,13 @@ class RunWriter:
             self._count += 1
 
     def save_snapshot(
-        self, trainer: Trainer, model: LightningModule, chosen: int | Sequence[int]
+        self,
+        trainer: Trainer,
+        model: LightningModule,
+        chosen: int | Sequence[int],
+        finish_steps: Callable[[], None],
     ) -> None:
-        """Write the weights before the next step, if a snapshot is due.
+        """Write the weights before the next step, after all steps before, if a snapshot is due.
 
         The user has ``chosen`` a stride (0 for none), or the indices of steps.
         """
@@ -130,6 +134,7 @@ class RunWriter:
             chosen = [index] if chosen and index % chosen == 0 else []
         if index not in chosen or not trainer.is_global_zero or self.has_failed:
             return
+        finish_steps()
         if not self._try(lambda: self._keep_weights(index, model)):
             with suppress(Exception):  # Rows are far smaller than weights, and may still fit.
                 self._store.seal()

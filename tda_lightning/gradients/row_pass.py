@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from tda_lightning.gradients.capture.capture import Hold
 from tda_lightning.gradients.capture.delivery import Receiver
 from tda_lightning.gradients.capture.parameter_paths import ParameterGradient
-from tda_lightning.gradients.losses import LossFacts
+from tda_lightning.gradients.losses import DeferredSummary
 from tda_lightning.gradients.nodes.stacked import Slot
 from tda_lightning.gradients.row_sum import HeldNodes, RepeatedGradients, RowSum, Values
 from tda_lightning.gradients.sketching.block_maps import Place
@@ -113,14 +113,14 @@ class BatchRows:
 
     Attributes:
         rows: Sketched contribution of each sample to the gradient of the loss, shape ``(n, k)``.
-        loss: Facts of each sample's loss.
+        loss: Summary of each sample's loss.
         curvature_rows: Rows for labels sampled from the model, if requested; none in a step that is
             not drawn. The expected sum of their outer products is the Gauss-Newton matrix of the
             loss.
     """
 
     rows: Float[Tensor, "n k"]
-    loss: LossFacts
+    loss: DeferredSummary
     curvature_rows: Float[Tensor, "m k"] | None
 
 

@@ -21,9 +21,8 @@ from tda_lightning.gradients.gradient_layouts import squared_norm, to_dense
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Node
 from tda_lightning.gradients.losses import (
-    LossFacts,
+    DeferredSummary,
     LossNode,
-    LossSummary,
     find_losses,
     label_gradients,
 )
@@ -87,7 +86,7 @@ class RowRecorder:
         self._capture = Capture(model, parameters, batch_dims, self._block_of, followed)
         self.is_compiled = is_compiled(model)
         self._eager = ExitStack()
-        self._summary: LossSummary | None = None
+        self._summary = DeferredSummary((), 0)
         self.preconditioner: Preconditioner | None = None
         self._curvature_rows: Tensor | None = None
         numbers = {block.name: number for number, block in enumerate(selection.blocks)}
@@ -165,7 +164,7 @@ class RowRecorder:
         """Prepare for another backward pass of the same batch, through the same graph or not."""
         self._rows.remove_hooks()  # Of a pass that was not finished.
         self._rows = self._new_pass()
-        self._summary = self._curvature_rows = None
+        self._summary, self._curvature_rows = DeferredSummary((), self._n), None
 
     def start_backward(self, loss: Tensor, coordinates: Coordinates | None = None) -> None:
         """Prepare for the backward pass of the batch's loss.
@@ -176,7 +175,7 @@ class RowRecorder:
         loss_nodes = self._read_graph(loss)
         if self._labels != "unread":
             switch = self._capture.switch
-            self._summary = LossSummary(
+            self._summary = DeferredSummary(
                 loss_nodes, self._n, lambda: bool(switch.pauses), self._capture.rows_of
             )
         self._rows.sum_blocks(self._sums)
@@ -214,8 +213,7 @@ class RowRecorder:
         with self._capture.time_added():
             rows = self._rows.rows()
         self.preconditioner = self._rows.preconditioner or self.preconditioner
-        facts = LossFacts() if self._summary is None else self._summary.facts()
-        return BatchRows(rows, facts, self._curvature_rows)
+        return BatchRows(rows, self._summary, self._curvature_rows)
 
     def take(self) -> Float[Tensor, "n k"]:
         """Return the rows of the last backward pass, and prepare for one more."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -85,13 +84,9 @@ class DrawnBatch:
         def moved(values: Tensor) -> Tensor:
             return values[place.to(values.device)] if len(values) == n else values
 
-        loss, curvature_rows = batch_rows.loss, batch_rows.curvature_rows
-        facts = {field.name: getattr(loss, field.name) for field in fields(loss)}
-        known: dict[str, Any] = {
-            name: moved(each) for name, each in facts.items() if isinstance(each, Tensor)
-        }
+        curvature_rows = batch_rows.curvature_rows
         return BatchRows(
             moved(batch_rows.rows),
-            replace(loss, **known),
+            batch_rows.loss.in_order(place),
             None if curvature_rows is None else moved(curvature_rows),
         )

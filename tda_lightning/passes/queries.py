@@ -141,7 +141,8 @@ def identified_rows(
         for batch_ids, batch in identified(queries, progress=progress):
             if isinstance(target, Loss):
                 batch_rows = record_batch(model, rows, batch, "queries", batch_ids)[1]
-                recorded, losses = sample_gradients(batch_rows, recipe), batch_rows.loss.losses
+                recorded = sample_gradients(batch_rows, recipe)
+                losses = batch_rows.loss.facts().losses
                 parts.append(QueryRows(recorded, torch.arange(len(recorded)), None, losses))
             else:
                 parts.append(_record_target(model, rows, batch, target, batch_ids))

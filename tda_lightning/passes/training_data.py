@@ -116,7 +116,7 @@ def _step(
 ) -> Step:
     n = len(sample_ids)
     weight = 1 / n if run.recipe.reduction == "mean" else 1.0
-    known = batch_rows.loss.of_visits(weight)
+    known = batch_rows.loss.facts().of_visits(weight)
     loss_facts: dict[str, Any] = {name: _on_cpu(fact) for name, fact in known.items()}
     return Step(
         index=number,

@@ -9,14 +9,11 @@ from torch.optim import Optimizer
 
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.recording.manual_step_builder import ManualStepBuilder
-from tda_lightning.recording.optimizer_gradients import (
-    Scaling,
-    first_with_gradient,
-    parameters_of,
-)
+from tda_lightning.recording.optimizer_gradients import first_with_gradient, parameters_of
 from tda_lightning.recording.preconditioning import JointPreconditioner, OptimizerPreconditioner
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.step_builder import StepBuilder
+from tda_lightning.recording.taken_step import TakenStep
 
 # Clipping by value that leaves a gradient's cosine above this counts as scaling.
 _MIN_COSINE = 0.99
@@ -102,9 +99,10 @@ class OptimizerRecorder:
             "rows, set `gradient_clip_algorithm='norm'`."
         )
 
-    def check_scaling(self, index: int, scaling: Scaling) -> None:
-        """Warn once if the gradients of a step were not all scaled by one factor."""
-        if scaling.is_common:
+    def check_scaling(self, taken: TakenStep) -> None:
+        """Warn once if the gradients of a step were not all scaled by one factor, if known."""
+        scaling = taken.scaling
+        if scaling is None or scaling.is_common:
             return
         self.builder.has_several_factors = True
         if self._has_warned_of_scaling:
@@ -112,9 +110,9 @@ class OptimizerRecorder:
         self._has_warned_of_scaling = True
         self._warn(
             f"GradientRecorder: the gradients of the {type(self.optimizer).__name__} were changed "
-            f"between the backward pass and step {index:,}, and not all by one factor: some are "
-            f"{scaling.smallest:.2g} and others {scaling.largest:.2g} times as large. The rows of "
-            "such steps are the rows before the change, times a mean of these factors (here "
+            f"between the backward pass and step {taken.index:,}, and not all by one factor: some "
+            f"are {scaling.smallest:.2g} and others {scaling.largest:.2g} times as large. The rows "
+            "of such steps are the rows before the change, times a mean of these factors (here "
             f"{scaling.factor:.2g}). For exact rows, clip the gradients of all parameters "
             "together, freeze layers by `requires_grad_(False)`, and add no noise."
         )

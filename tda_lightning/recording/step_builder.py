@@ -43,10 +43,10 @@ from tda_lightning.recording.preconditioning import (
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.taken_step import (
     BatchVisits,
-    HyperparameterReader,
     StepLabel,
     TakenStep,
 )
+from tda_lightning.recording.trained_layers import HyperparameterReader
 from tda_lightning.stores.step import Preconditioner
 
 # Every batch of every step has a different seed for its sampled labels.

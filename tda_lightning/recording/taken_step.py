@@ -1,24 +1,25 @@
 """TakenStep: a step that the optimizer has taken, with rows that may still be on the device.
 
-:class:`HyperparameterReader` reads the optimizer's values before it takes the step.
+:class:`StepsTogether` computes the facts of the losses of several steps at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.optim import ASGD, SGD, Optimizer
 
-from tda_lightning.gradients.parameter_selection import ParameterSelection
+from tda_lightning.gradients.losses import DeferredSummary, LossFacts, facts_of
 from tda_lightning.gradients.row_pass import BatchRows
-from tda_lightning.recording.optimizer_gradients import GradientScale, Scaling, scaling_between
-from tda_lightning.recording.preconditioning import OptimizerPreconditioner
+from tda_lightning.recording.optimizer_gradients import GradientScale, scaling_between
 from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, ParameterGroup, Preconditioner, Step
 
 
@@ -50,73 +51,36 @@ class StepLabel:
     groups: tuple[ParameterGroup, ...]
 
 
-class HyperparameterReader:
-    """Reads the hyper-parameters of one optimizer's parameter groups."""
+class WaitingStep(ABC):
+    """A step whose losses are still to be computed, with ``size`` numbers in its rows."""
 
-    def __init__(
-        self, selection: ParameterSelection, preconditioner: OptimizerPreconditioner | None
-    ) -> None:
-        self._preconditioner = preconditioner
-        self._sizes = {p: int(p.numel()) for p in selection.all_parameters()}
-        self._total = sum(block.size for block in selection.blocks)
-        self._first_block = next(n for n, part in enumerate(selection.parameters) if part)
-        # The share of each parameter group, by the numbers of parameters in the groups.
-        self._shares: dict[tuple[int, ...], list[float]] = {}
+    size: int
 
-    def read(self, optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
-        """Return the hyper-parameters of every group, with its share of recorded parameters."""
-        is_adaptive = self._preconditioner is not None and self._preconditioner.is_adaptive()
-        descent = float(is_adaptive or isinstance(optimizer, SGD | ASGD))
-        pairs = zip(read_groups(optimizer), self._shares_of(optimizer), strict=True)
-        return tuple(
-            replace(group, share=share, descent=descent, owner=float(self._first_block))
-            for group, share in pairs
-        )
+    @property
+    @abstractmethod
+    def summaries(self) -> Sequence[DeferredSummary]:
+        """The summaries of the losses of its batches."""
 
-    def _shares_of(self, optimizer: Optimizer) -> list[float]:
-        groups = [group["params"] for group in optimizer.param_groups]
-        counts = tuple(map(len, groups))
-        if counts not in self._shares:
-            recorded = [sum(self._sizes.get(p, 0) for p in group) for group in groups]
-            self._shares[counts] = [size / self._total for size in recorded]
-        return self._shares[counts]
+    @abstractmethod
+    def columns(self, facts: Sequence[LossFacts]) -> dict[str, Tensor]:
+        """Return the tensors that travel to the CPU, given the facts of each batch."""
+
+    @abstractmethod
+    def finish(self, columns: Mapping[str, Tensor]) -> Step:
+        """Return the step, given the columns on the CPU."""
 
 
-def read_groups(optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
-    """Return the current hyper-parameters of every parameter group."""
-    return tuple(_read_group(group) for group in optimizer.param_groups)
-
-
-def _read_group(group: Mapping[str, Any]) -> ParameterGroup:
-    # Some optimizers have no betas. Adan has three, of which the first two are used.
-    betas: Sequence[float] = group.get("betas", ())
-    beta1, beta2, *_ = (*betas, 0.0, 0.0)
-    eps = group.get("eps", 0.0)
-    return ParameterGroup(
-        lr=float(group["lr"]),
-        weight_decay=float(group.get("weight_decay", 0.0)),
-        momentum=float(group.get("momentum", 0.0)),
-        dampening=float(group.get("dampening", 0.0)),
-        beta1=float(beta1),
-        beta2=float(beta2),
-        # Adafactor has a pair; neither is the term that others add to a denominator.
-        eps=0.0 if isinstance(eps, tuple | list) else float(eps),
-        nesterov=float(group.get("nesterov", False)),
-        decoupled=float(group.get("decoupled_weight_decay", False)),
-    )
-
-
-class TakenStep:
-    """A step that the optimizer has taken. Its tensors travel to the CPU in one copy.
+class TakenStep(WaitingStep):
+    """A step that the optimizer has taken.
 
     ``scale`` is measured after the step. ``preconditioner`` holds new coordinates, if they begin
     with it.
 
     Attributes:
-        scaling: How its gradients were scaled; known once it has been finished.
+        index: Number of steps taken before it.
+        size: Numbers in its rows.
+        scaling: How its gradients were scaled: on a device, known once it has been finished.
     """
-
-    scaling: Scaling
 
     def __init__(
         self,
@@ -126,27 +90,38 @@ class TakenStep:
         audit: Audit | None,
         preconditioner: Preconditioner | None,
     ) -> None:
+        self.index = label.index
         self._label, self._batches = label, batches
         self._scale_before = scale.factor_before
         self._audit, self._preconditioner = audit, preconditioner
-        columns = joined([_columns_of(batch) for batch in batches])
-        self._names = list(columns)
-        norms = [norm.to(columns["sketch"].device) for norm in scale.norms()]
-        self._copy = HostCopy([*norms, *columns.values()])
+        self._norms = scale.norms()
+        rows = [batch.recorded.rows for batch in batches]
+        self.size = sum(part.numel() for part in rows)
+        is_known = all(norms.device.type == "cpu" for norms in self._norms)
+        self.scaling = scaling_between(*self._norms, rows) if is_known else None
 
     @property
-    def is_ready(self) -> bool:
-        """Whether :meth:`finish` returns at once, since nothing is on a device."""
-        return self._copy.is_ready
+    def summaries(self) -> list[DeferredSummary]:
+        """The summaries of the losses of its batches."""
+        return [batch.recorded.loss for batch in self._batches]
 
-    def finish(self) -> Step:
-        """Wait for the tensors, and return the step."""
-        before, after, *values = self._copy.read()
-        columns = dict(zip(self._names, values, strict=True))
-        sketch = columns["sketch"]
-        batches = self._batches
+    def columns(self, facts: Sequence[LossFacts]) -> dict[str, Tensor]:
+        """Return the tensors that travel to the CPU, given the facts of each batch."""
+        pairs = zip(self._batches, facts, strict=True)
+        columns = joined([_columns_of(batch, facts) for batch, facts in pairs])
+        if self.scaling is None:
+            device = columns["sketch"].device
+            before, after = (norms.to(device) for norms in self._norms)
+            columns.update(before=before, after=after)
+        return columns
+
+    def finish(self, columns: Mapping[str, Tensor]) -> Step:
+        """Return the step, given the columns on the CPU."""
+        sketch, batches = columns["sketch"], self._batches
         sizes = [len(batch.sample_ids) for batch in batches]
-        self.scaling = scaling_between(before, after, torch.split(sketch, sizes))
+        if self.scaling is None:
+            rows = torch.split(sketch, sizes)
+            self.scaling = scaling_between(columns["before"], columns["after"], rows)
         scale = self._scale_before * self.scaling.factor
         factors = [batch.applied * scale for batch in batches]
         weights = [
@@ -156,9 +131,11 @@ class TakenStep:
         # If the scale is NaN, so are the weights. Unscaled rows show which samples are the cause.
         is_finite = isfinite(scale)
         # Curvature scales with the loss, and its rows with the square root.
-        roots = [factor**0.5 for factor in factors]
+        roots, curvature = [factor**0.5 for factor in factors], columns.get("curvature_rows")
+        counts = [
+            0 if (r := batch.recorded.curvature_rows) is None else len(r) for batch in batches
+        ]
         facts: dict[str, Any] = {name: columns.get(name) for name in OPTIONAL_FACTS}
-        names = {batch.recorded.loss.name for batch in batches}
         return Step(
             **vars(self._label),
             sample_ids=torch.cat([batch.sample_ids for batch in batches]),
@@ -166,27 +143,24 @@ class TakenStep:
             sketch=_scaled(sketch, sizes, factors) if is_finite else sketch,
             audit=self._audit,
             **facts,
-            curvature_rows=self._scaled_curvature_rows(columns.get("curvature_rows"), roots),
+            curvature_rows=None if curvature is None else _scaled(curvature, counts, roots),
             preconditioner=self._preconditioner,
-            loss=names.pop() if len(names) == 1 else "",
+            loss=common_name(self.summaries),
         )
 
-    def _scaled_curvature_rows(
-        self, rows: Tensor | None, factors: Sequence[float]
-    ) -> Tensor | None:
-        if rows is None:
-            return None
-        parts = [batch.recorded.curvature_rows for batch in self._batches]
-        return _scaled(rows, [0 if part is None else len(part) for part in parts], factors)
 
-
-def _columns_of(batch: BatchVisits) -> dict[str, Tensor | None]:
-    recorded = batch.recorded
+def _columns_of(batch: BatchVisits, facts: LossFacts) -> dict[str, Tensor | None]:
     return {
-        "sketch": recorded.rows,
-        **recorded.loss.of_visits(batch.weight),
-        "curvature_rows": recorded.curvature_rows,
+        "sketch": batch.recorded.rows,
+        **facts.of_visits(batch.weight),
+        "curvature_rows": batch.recorded.curvature_rows,
     }
+
+
+def common_name(summaries: Sequence[DeferredSummary]) -> str:
+    """Return the name of the losses of a step, empty if they differ."""
+    names = {summary.name for summary in summaries}
+    return names.pop() if len(names) == 1 else ""
 
 
 def joined(batches: Sequence[dict[str, Tensor | None]]) -> dict[str, Tensor]:
@@ -252,3 +226,75 @@ class HostCopy:
         if is_cuda:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(joined.device))
+
+
+# Facts of so many steps are computed together, of this many seconds, or of so many numbers in rows.
+_STEPS_TOGETHER, _SECONDS_TOGETHER, _NUMBERS_TOGETHER = 8, 0.5, 2**20
+
+_Keep = Callable[[Step], None]
+
+
+class StepsTogether:
+    """Steps whose losses are computed together; all tensors travel to the CPU in one copy."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        # Steps that are computed and not kept yet, and those that wait. One assignment changes
+        # both: an exception from a signal handler neither loses nor repeats them.
+        self._steps: tuple[_ComputedSteps | None, list[tuple[WaitingStep, _Keep]]] = (None, [])
+
+    def add(self, step: WaitingStep, keep: _Keep) -> None:
+        """Add a step; ``keep`` is called with it once it is finished."""
+        waiting, now = self._steps[1], time.monotonic()
+        self._since = self._since if waiting else now
+        waiting.append((step, keep))
+        is_full = (len(waiting) + 1) * step.size > _NUMBERS_TOGETHER
+        if is_full or len(waiting) >= _STEPS_TOGETHER or now - self._since >= _SECONDS_TOGETHER:
+            self._compute()
+
+    def flush(self) -> None:
+        """Keep all steps."""
+        self._compute()
+        self._keep_computed()
+
+    def _compute(self) -> None:
+        """Compute the steps that wait, and keep them: on a device, once the next are computed."""
+        self._keep_computed()
+        if self._steps[1]:
+            computed = _ComputedSteps(self._steps[1])
+            self._steps = computed, []
+            if computed.is_ready:
+                self._keep_computed()
+
+    def _keep_computed(self) -> None:
+        computed, waiting = self._steps
+        if computed is not None:
+            computed.keep()
+            self._steps = None, waiting
+
+
+class _ComputedSteps:
+    """Steps whose losses are computed, and whose tensors are on their way to the CPU."""
+
+    def __init__(self, steps: Sequence[tuple[WaitingStep, _Keep]]) -> None:
+        facts = iter(facts_of([each for step, _ in steps for each in step.summaries]))
+        self._remaining: deque[tuple[WaitingStep, _Keep, list[str], slice]] = deque()
+        copied: list[Tensor] = []
+        for step, keep in steps:
+            columns = step.columns([next(facts) for _ in step.summaries])
+            place = slice(len(copied), len(copied) + len(columns))
+            copied += columns.values()
+            self._remaining.append((step, keep, list(columns), place))
+        self._copy = HostCopy(copied)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing is on a device."""
+        return self._copy.is_ready
+
+    def keep(self) -> None:
+        """Wait for the tensors; keep one step after the other, and forget it."""
+        values = self._copy.read()
+        while self._remaining:
+            step, keep, names, place = self._remaining.popleft()
+            keep(step.finish(dict(zip(names, values[place], strict=True))))

@@ -1,13 +1,14 @@
-"""What the optimizers train: each recorded layer has one optimizer."""
+"""What the optimizers train, and how: each recorded layer has one optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from torch.nn import Parameter
-from torch.optim import Optimizer
+from torch.optim import ASGD, SGD, Optimizer
 
 from tda_lightning.gradients.parameter_selection import (
     CHOSEN_REASONS,
@@ -15,8 +16,9 @@ from tda_lightning.gradients.parameter_selection import (
     select_parameters,
 )
 from tda_lightning.recording.optimizer_gradients import parameters_of
-from tda_lightning.recording.taken_step import read_groups
+from tda_lightning.recording.preconditioning import OptimizerPreconditioner
 from tda_lightning.stores.recipe import Recipe
+from tda_lightning.stores.step import ParameterGroup
 
 
 def select_trained_layers(
@@ -102,3 +104,59 @@ def require_one_rate(optimizer: Optimizer) -> None:
             "expected one rate per step, since a raw sketch row mixes all layers. Use one rate, or "
             "record with `preconditioner='optimizer'`."
         )
+
+
+class HyperparameterReader:
+    """Reads the hyper-parameters of one optimizer's parameter groups."""
+
+    def __init__(
+        self, selection: ParameterSelection, preconditioner: OptimizerPreconditioner | None
+    ) -> None:
+        self._preconditioner = preconditioner
+        self._sizes = {p: int(p.numel()) for p in selection.all_parameters()}
+        self._total = sum(block.size for block in selection.blocks)
+        self._first_block = next(n for n, part in enumerate(selection.parameters) if part)
+        # The share of each parameter group, by the numbers of parameters in the groups.
+        self._shares: dict[tuple[int, ...], list[float]] = {}
+
+    def read(self, optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
+        """Return the hyper-parameters of every group, with its share of recorded parameters."""
+        is_adaptive = self._preconditioner is not None and self._preconditioner.is_adaptive()
+        descent = float(is_adaptive or isinstance(optimizer, SGD | ASGD))
+        pairs = zip(read_groups(optimizer), self._shares_of(optimizer), strict=True)
+        return tuple(
+            replace(group, share=share, descent=descent, owner=float(self._first_block))
+            for group, share in pairs
+        )
+
+    def _shares_of(self, optimizer: Optimizer) -> list[float]:
+        groups = [group["params"] for group in optimizer.param_groups]
+        counts = tuple(map(len, groups))
+        if counts not in self._shares:
+            recorded = [sum(self._sizes.get(p, 0) for p in group) for group in groups]
+            self._shares[counts] = [size / self._total for size in recorded]
+        return self._shares[counts]
+
+
+def read_groups(optimizer: Optimizer) -> tuple[ParameterGroup, ...]:
+    """Return the current hyper-parameters of every parameter group."""
+    return tuple(_read_group(group) for group in optimizer.param_groups)
+
+
+def _read_group(group: Mapping[str, Any]) -> ParameterGroup:
+    # Some optimizers have no betas. Adan has three, of which the first two are used.
+    betas: Sequence[float] = group.get("betas", ())
+    beta1, beta2, *_ = (*betas, 0.0, 0.0)
+    eps = group.get("eps", 0.0)
+    return ParameterGroup(
+        lr=float(group["lr"]),
+        weight_decay=float(group.get("weight_decay", 0.0)),
+        momentum=float(group.get("momentum", 0.0)),
+        dampening=float(group.get("dampening", 0.0)),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        # Adafactor has a pair; neither is the term that others add to a denominator.
+        eps=0.0 if isinstance(eps, tuple | list) else float(eps),
+        nesterov=float(group.get("nesterov", False)),
+        decoupled=float(group.get("decoupled_weight_decay", False)),
+    )

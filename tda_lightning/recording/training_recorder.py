@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxtyping import Int
@@ -21,7 +22,7 @@ from tda_lightning.gradients.sketching.projectors import Projector
 from tda_lightning.recording.optimizer_recorder import OptimizerRecorder
 from tda_lightning.recording.preconditioning import JointPreconditioner
 from tda_lightning.recording.settings import RecordingSettings
-from tda_lightning.recording.taken_step import TakenStep
+from tda_lightning.recording.taken_step import StepsTogether, TakenStep
 from tda_lightning.recording.trained_layers import split_by_optimizer
 from tda_lightning.recording.unseen_steps import UnseenSteps
 from tda_lightning.stores.step import Preconditioner, Step
@@ -42,7 +43,7 @@ class TrainingRecorder:
 
     Attributes:
         batch_size: Number of samples of the current batch.
-        may_wait: Whether a step may be kept only after the next one: its rows are on their way.
+        may_wait: Whether steps may wait for later ones, to be kept together.
     """
 
     may_wait = True
@@ -69,8 +70,7 @@ class TrainingRecorder:
             for optimizer, part in zip(optimizers, parts, strict=True)
             if any(part.parameters)
         ]
-        # A step whose rows are still on the device: it is kept when the next one has been taken.
-        self._waiting: tuple[OptimizerRecorder, TakenStep] | None = None
+        self._steps = StepsTogether()
         self._n_optimizers = len(optimizers)
         self._unseen_steps = UnseenSteps(optimizers, settings.warn)
         self._hooks: list[Any] = []
@@ -282,18 +282,17 @@ class TrainingRecorder:
                 recorder.warn_of_lost_step()
             taken = recorder.builder.after_step()
             if taken is not None:
-                self.finish_steps()
-                self._waiting = recorder, taken
-                if taken.is_ready or not self.may_wait:
+                recorder.check_scaling(taken)  # The next step is measured accordingly.
+                self._steps.add(taken, partial(self._keep_step, recorder, taken))
+                if not self.may_wait:
                     self.finish_steps()
 
         return hook
 
     def finish_steps(self) -> None:
-        """Wait for the step whose rows are still on the device, if any, and keep it."""
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            recorder, taken = waiting
-            step = taken.finish()
-            recorder.check_scaling(step.index, taken.scaling)
-            self._keep(step)
+        """Keep all steps that were taken."""
+        self._steps.flush()
+
+    def _keep_step(self, recorder: OptimizerRecorder, taken: TakenStep, step: Step) -> None:
+        recorder.check_scaling(taken)
+        self._keep(step)

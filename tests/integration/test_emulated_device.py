@@ -83,6 +83,6 @@ def test_the_device_refuses_tensors_of_another(name):
 
 
 @pytest.mark.parametrize("optimizer", names_in("OPTIMIZERS"))
-def test_a_recorded_step_makes_one_copy_and_waits_for_nothing_else(optimizer):
+def test_eight_recorded_steps_make_one_copy_and_wait_for_nothing_else(optimizer):
     copied = ["copy from the device, waited for"]  # With CUDA, it is in the background.
-    assert answer(f"transfers with {optimizer}") == f"[] {copied} 27", result().stderr[-3000:]
+    assert answer(f"transfers with {optimizer}") == f"[] {copied} 30", result().stderr[-3000:]

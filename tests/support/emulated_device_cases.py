@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import tda_lightning as tda
 from tda_lightning.attribution import Linear, LossWeighted, Mixed
 from tda_lightning.features import LocalJacobianExpansion, query_features, representers
+from tda_lightning.recording import taken_step
 from tda_lightning.stores import MemoryStore
 
 
@@ -158,24 +159,25 @@ class Silent(Plain):
 
 
 class StepTransfers(pl.Callback):
-    """Collects the transfers of one training step."""
+    """Collects the transfers of some training steps."""
 
-    def __init__(self, step: int) -> None:
-        self.step, self.transfers = step, ["no step"]
+    def __init__(self, steps: range) -> None:
+        self.steps, self.transfers = steps, []
 
     def on_train_batch_start(self, trainer: Any, *arguments: Any) -> None:
-        if trainer.global_step == self.step:
+        if trainer.global_step in self.steps:
             emulated_device.transfers = []
 
     def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
-        if emulated_device.transfers is not None:
-            self.transfers, emulated_device.transfers = emulated_device.transfers, None
+        self.transfers += emulated_device.transfers or []
+        emulated_device.transfers = None
 
 
-def transfers_of_a_step(optimizer: Callable[[Any], Any], *callbacks: pl.Callback) -> list[str]:
-    """Return the transfers of a step that is not audited, with unchanged coordinates."""
-    log = StepTransfers(step=23)  # Later than the first twenty.
-    trainer = THERE.trainer(log, *callbacks, max_epochs=9)
+def transfers_of_steps(optimizer: Callable[[Any], Any], *callbacks: pl.Callback) -> list[str]:
+    """Return the transfers of eight steps without audit, with unchanged coordinates."""
+    taken_step._SECONDS_TOGETHER = float("inf")  # However slow the machine is.
+    log = StepTransfers(range(22, 30))  # Later than the first twenty.
+    trainer = THERE.trainer(log, *callbacks, max_epochs=10)
     trainer.fit(Silent(mlp(), optimizer=optimizer), loader(vectors()))
     return log.transfers
 
@@ -208,9 +210,9 @@ def main(folder: Path) -> None:
     for name, operation in MIXED_DEVICES.items():
         print(name, outcome(partial(operation, on_device)), sep=": ", flush=True)
     for name, optimizer in OPTIMIZERS.items():
-        plain = transfers_of_a_step(optimizer)
-        recorder = tda.GradientRecorder(MemoryStore())
-        recorded = transfers_of_a_step(optimizer, recorder)
+        plain = transfers_of_steps(optimizer)
+        recorder = tda.GradientRecorder(MemoryStore(), snapshots=0)
+        recorded = transfers_of_steps(optimizer, recorder)
         print(f"transfers with {name}: {plain} {recorded} {len(recorder.store)}", flush=True)
     compare(CASES, folder)
 

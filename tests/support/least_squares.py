@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.recording.taken_step import read_groups
+from tda_lightning.recording.trained_layers import read_groups
 from tda_lightning.stores import MemoryStore, Step
 from tda_lightning.stores.recipe import Recipe
 

@@ -12,9 +12,9 @@ Anything linear in a log-softmax counts as cross-entropy. The forward pass needs
 global random state is unchanged, and the graph is retained.
 """
 
+from tda_lightning.gradients.losses.deferred_summary import DeferredSummary, facts_of
 from tda_lightning.gradients.losses.loss_graph import (
     LossFacts,
-    LossSummary,
     find_losses,
     find_losses_and_penalties,
     term_weights,
@@ -34,13 +34,14 @@ from tda_lightning.gradients.losses.sampled_labels import (
 )
 
 __all__ = [
+    "DeferredSummary",
     "LabelSchedule",
     "LossFacts",
     "LossNode",
-    "LossSummary",
     "Reduction",
     "UnsampledLossError",
     "compares_all_pairs",
+    "facts_of",
     "find_losses",
     "find_losses_and_penalties",
     "label_gradients",

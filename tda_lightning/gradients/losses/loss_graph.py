@@ -138,7 +138,6 @@ class LossFacts:
     """Facts of each sample's loss in a batch, each of them ``None`` if unknown.
 
     Attributes:
-        name: Name of the loss, empty if it is not supported.
         terms: Number of loss terms that each sample's loss is the mean of.
         spread: Second derivative of each sample's loss with respect to the outputs of its labels,
             divided by its squared gradient there. Both are weighted as in the loss of the batch.
@@ -148,7 +147,6 @@ class LossFacts:
         margins: Logit of the label minus the highest other logit.
     """
 
-    name: str = ""
     terms: Float[Tensor, " n"] | None = None
     spread: Float[Tensor, " n"] | None = None
     full_spread: Float[Tensor, " n"] | None = None
@@ -184,6 +182,10 @@ class LossSummary:
         n: Number of samples in the batch.
         is_paused: Returns whether the current backward pass is not the batch's.
         rows_of: Returns where the samples lie in a node's output, as far as that is known.
+
+    Attributes:
+        name: Name of the losses, empty if they are not supported.
+        n: Number of samples in the batch.
     """
 
     def __init__(
@@ -193,19 +195,18 @@ class LossSummary:
         is_paused: Callable[[], bool] = lambda: False,
         rows_of: RowsOf | None = None,
     ) -> None:
-        self._is_paused = is_paused
-        self._n = n
-        self._names = sorted({node.name for node in nodes})
+        self._is_paused, self._rows_of = is_paused, rows_of
+        self.n = n
+        self.name = " and ".join(sorted({node.name for node in nodes}))
         # Sums over terms of a sample: weights, their squares, losses, traces, squared gradients.
         self._sums: list[Tensor] = []
         self._predictions: list[Predictions | None] = []
         # Terms without a known sample: the others would be a part of the loss only.
         self._is_partial = False
         for node in nodes:
-            owners = term_owners(node, n, rows_of)
-            node.node.register_hook(self._hook(node, owners))
+            node.node.register_hook(self._hook(node))
 
-    def _hook(self, node: LossNode, owners: TermOwners | None) -> Callable[[Any, Any], None]:
+    def _hook(self, node: LossNode) -> Callable[[Any, Any], None]:
         # The hook must not hold the node, which holds the hook: a cycle would keep its tensors.
         waiting, position = [node], node.position
 
@@ -214,22 +215,27 @@ class LossSummary:
             if not waiting or self._is_paused() or value_grad is None or outputs_grad is None:
                 return
             with torch.no_grad():
-                self.add(waiting.pop(), owners, value_grad, outputs_grad)
+                self.add(waiting.pop(), value_grad, outputs_grad)
 
         return hook
 
-    def add(
-        self, node: LossNode, owners: TermOwners | None, value_grad: Tensor, outputs_grad: Tensor
-    ) -> None:
+    def add(self, node: LossNode, value_grad: Tensor, outputs_grad: Tensor) -> None:
         """Add a loss function, with the gradients of the loss at its result and its outputs."""
+        owners = term_owners(node, self.n, self._rows_of)
         if owners is None:
             self._is_partial = True
-            return
+        else:
+            self.add_terms(node, owners, value_grad, outputs_grad)
+
+    def add_terms(
+        self, node: LossNode, owners: TermOwners, value_grad: Tensor, outputs_grad: Tensor
+    ) -> None:
+        """Add the terms of a loss function, whose samples are known."""
         weights = node.weights(value_grad)
         divisors = torch.where(weights == 0, 1, weights)
         terms = node.summarize(outputs_grad, divisors)
         # Only then is a label one of few classes: a look at all of a vocabulary takes time.
-        is_one_term = weights.numel() == self._n
+        is_one_term = weights.numel() == self.n
         predictions = node.predictions(value_grad, outputs_grad, divisors) if is_one_term else None
         facts = predictions and Predictions(*(owners.sums(each) for each in predictions))
         self._predictions.append(facts)
@@ -246,9 +252,8 @@ class LossSummary:
 
     def facts(self) -> LossFacts:
         """Return the facts of each sample's loss, after the backward pass."""
-        name = " and ".join(self._names)
         if self._is_partial or not self._sums:
-            return LossFacts(name)
+            return LossFacts()
         total, squares, loss, trace, square, full_trace, full_square = self._sums
         is_counted = total != 0
         # Labels that two loss functions share have two predictions.
@@ -258,7 +263,6 @@ class LossSummary:
             for values in (predictions[1:] if predictions else (None, None))
         )
         return LossFacts(
-            name,
             terms=torch.where(squares > 0, total.square() / squares, 1),
             spread=torch.where(square == 0, 0, trace / square),
             full_spread=torch.where(full_square == 0, 0, full_trace / full_square),
