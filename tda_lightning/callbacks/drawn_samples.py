@@ -8,8 +8,7 @@ ids of the samples that were drawn, and so do all later ones. Mixed rows are war
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -50,18 +49,15 @@ class DrawnSamples:
         """Return whether a batch is checked: 1, 2, 4, 8, since a step may mix in some only."""
         return self._are_drawn or (not self._are_mixed and number & (number - 1) == 0)
 
-    @contextmanager
-    def transferring(self, batch: Any) -> Iterator[None]:
+    def transferring(self, batch: Any) -> AbstractContextManager[object]:
         """Follow the samples of the next batch through hooks of the model, inside the context."""
         self._transferred = None
         if not self._is_checked(self._n_batches + 1):
-            yield
-            return
+            return nullcontext()
         lengths = Counter(len(each) for each in find_tensors(batch) if each.ndim)
         n = max(lengths, key=lengths.__getitem__, default=0)  # Ids are not known yet.
         self._transferred = OriginTracker(tensors_of_samples(batch, n), n)
-        with self._transferred:
-            yield
+        return self._transferred
 
     def start(self, batch: Any, n: int, is_compiled: bool) -> None:
         """Follow the samples of a batch until :meth:`stop`, if it is to be checked.

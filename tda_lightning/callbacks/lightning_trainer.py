@@ -157,7 +157,7 @@ def _leaves(loaders: Any) -> Iterator[Any]:
         yield loaders
 
 
-_TransferWatcher = Callable[[Any], AbstractContextManager[None]]
+_TransferWatcher = Callable[[Any], AbstractContextManager[object]]
 
 
 class _WatchedTransfer:

@@ -235,6 +235,8 @@ class RowRecorder:
 
     def seed(self, number: int) -> None:
         """Seed the generator of the sampled labels."""
+        if self._labels != "sampled":
+            return
         # The first numbers for seeds in succession are alike, unless their bits are mixed.
         number = (number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF
         self._generator.manual_seed((number ^ number >> 16) * 0x45D9F3B & 0xFFFFFFFF)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from pathlib import Path
 
 import h5py
@@ -97,7 +96,8 @@ def _write_steps(group: h5py.Group, steps: Sequence[Step]) -> None:
     group["loss"] = [step.loss for step in steps]
     counts = [len(step.sample_ids) for step in steps]
     group["offset"] = np.cumsum([0, *counts], dtype=np.int64)
-    values = np.array([[astuple(g) for g in step.groups] for step in steps], dtype=np.float64)
+    groups = [[tuple(vars(group).values()) for group in step.groups] for step in steps]
+    values = np.array(groups, dtype=np.float64)
     for number, name in enumerate(GROUP_FIELDS):
         group[name] = values[:, :, number]
 
