@@ -26,7 +26,7 @@ from tda_lightning.passes.batches import (
     transfer,
 )
 from tda_lightning.passes.model_state import (
-    cuda_devices,
+    gpus_of,
     preserved_rng,
     preserved_state,
     require_finite_weights,
@@ -224,7 +224,7 @@ class _FeatureHooks:
         """Return the last call, and the gradient of each sample's loss at its outputs."""
         self._probed_layer = probed
         # A step that draws random numbers must draw the same ones in both passes.
-        with preserved_rng(cuda_devices(self._model)):
+        with preserved_rng(gpus_of(self._model)):
             loss = loss_of(self._model, batch)
         call = self._require_call(n)
         _require_head(call)

@@ -90,7 +90,7 @@ def warn_of_other_weights(
 def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
     """Put the model into ``mode`` with logging muted, and restore its state afterwards."""
     with ExitStack() as stack:
-        stack.enter_context(preserved_rng(cuda_devices(model)))
+        stack.enter_context(preserved_rng(gpus_of(model)))
         stack.enter_context(_preserved_parameters(model))
         for context in (
             _preserved_attributes,
@@ -106,9 +106,9 @@ def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
         yield
 
 
-def cuda_devices(model: nn.Module) -> list[torch.device]:
+def gpus_of(model: nn.Module) -> list[torch.device]:
     """Return the GPUs on which a model has parameters."""
-    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    return list({p.device for p in model.parameters() if p.device.type in ("cuda", "xpu", "mps")})
 
 
 @contextmanager
@@ -160,10 +160,15 @@ def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
 def preserved_rng(devices: Sequence[torch.device] = ()) -> Iterator[None]:
     """Restore the random states of torch, of some GPUs, of NumPy and of Python afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    # Apple's only GPU is not named.
+    places = [(getattr(torch, d.type), () if d.type == "mps" else (d,)) for d in devices]
+    states = [module.get_rng_state(*place) for module, place in places]
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=[]):
             yield
     finally:
+        for (module, place), state in zip(places, states, strict=True):
+            module.set_rng_state(state, *place)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
 

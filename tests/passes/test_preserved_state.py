@@ -2,10 +2,12 @@
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from pytorch_lightning.trainer.states import RunningStage
 
 from tda_lightning import GradientRecorder, attribute
+from tda_lightning.passes.model_state import preserved_rng
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.stores import MemoryStore
 
@@ -158,3 +160,24 @@ def test_a_logger_that_a_loaded_model_lacks_is_named(tmp_path):
     loaded.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match=r"NoneType.*such as `self.logger`"):
         attribute(store, loaded, vectors(5).tensors, progress=False)
+
+
+class Gpu:
+    """Stands for the module of a kind of GPU, such as `torch.xpu`."""
+
+    def __init__(self):
+        self.states = {0: torch.tensor([3]), 1: torch.tensor([5])}
+
+    def get_rng_state(self, device):
+        return self.states[device.index].clone()
+
+    def set_rng_state(self, state, device):
+        self.states[device.index] = state
+
+
+def test_the_random_states_of_gpus_are_restored(monkeypatch):
+    gpu = Gpu()
+    monkeypatch.setattr(torch, "xpu", gpu)
+    with preserved_rng([torch.device("xpu", 1)]):
+        gpu.states = {0: torch.tensor([7]), 1: torch.tensor([7])}
+    assert gpu.states == {0: torch.tensor([7]), 1: torch.tensor([5])}
