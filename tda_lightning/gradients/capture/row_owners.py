@@ -1,8 +1,7 @@
 """Trace whose row it is: send back a gradient of another size for each sample.
 
-A backward pass is linear. If a row depends on one sample alone, then a factor on the gradient of
-that sample's outputs multiplies the row too. So two backward passes, with and without factors, show
-the sample of every row, whatever lies between.
+A backward pass is linear: where a row depends on one sample alone, a factor on the gradient of that
+sample's outputs multiplies the row too. So two passes, with and without factors, show its sample.
 
 A batch norm mixes the rows of a batch. It maps rows to rows, so the trace stops in front of it and
 goes on behind it with another gradient for the same rows.
