@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -101,8 +100,10 @@ class TrainingRecorder:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        with suppress(RuntimeError):  # The device may have failed, which ends the training.
+        try:
             self.finish_steps()
+        except RuntimeError as error:  # A device has failed, say, which ends the training.
+            self.settings.warn(f"GradientRecorder: the last steps are not recorded: {error}")
 
     def is_recording(self) -> bool:
         """Return whether the next step of some optimizer is to be recorded."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, default_collate
 
 from tda_lightning import GradientRecorder, HDF5Store, TracIn, Unrolled, attribute
+from tda_lightning.recording.taken_step import StepsTogether
 from tda_lightning.stores import MemoryStore
 from tda_lightning.stores.hdf5 import snapshot_files
 
@@ -151,3 +152,14 @@ def test_steps_with_other_gradients_are_named():
     with pytest.warns(UserWarning, match=r"SGD took a step without a backward pass.*not recorded"):
         trainer.fit(model, DataLoader(DATA, batch_size=5))
     assert len(store) == 0
+
+
+def test_steps_that_a_lost_device_still_holds_are_named(monkeypatch):
+    def fail(steps):
+        raise RuntimeError("the device is lost")
+
+    expected = trained()[1]
+    monkeypatch.setattr(StepsTogether, "flush", fail)
+    with pytest.warns(UserWarning, match=r"last steps are not recorded: the device is lost"):
+        _, weights = trained(GradientRecorder(MemoryStore(), snapshots=0))
+    assert same_weights(weights, expected)
