@@ -295,6 +295,8 @@ class _ComputedSteps:
     def keep(self) -> None:
         """Wait for the tensors; keep one step after the other, and forget it."""
         values = self._copy.read()
-        while self._remaining:
-            step, keep, names, place = self._remaining.popleft()
+        # An exception from a signal handler loses the steps that are left: a run has no gap.
+        remaining, self._remaining = self._remaining, deque()
+        while remaining:
+            step, keep, names, place = remaining.popleft()
             keep(step.finish(dict(zip(names, values[place], strict=True))))
