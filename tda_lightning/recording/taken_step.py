@@ -1,7 +1,4 @@
-"""TakenStep: a step that the optimizer has taken, with rows that may still be on the device.
-
-:class:`StepsTogether` computes the facts of the losses of several steps at once.
-"""
+"""TakenStep: a step that the optimizer has taken; StepsTogether: several, finished at once."""
 
 from __future__ import annotations
 
