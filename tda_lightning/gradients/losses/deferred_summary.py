@@ -7,7 +7,7 @@ to run. So a cross-entropy of few classes only keeps its tensors, until :func:`f
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from tda_lightning.gradients.graph.sample_layout import SampleLayout
 from tda_lightning.gradients.losses.loss_graph import LossFacts, LossSummary
 from tda_lightning.gradients.losses.loss_nodes import LossNode, Predictions, SoftmaxLoss
-from tda_lightning.gradients.losses.term_owners import RowsOf, TermOwners
+from tda_lightning.gradients.losses.term_owners import TermOwners
 
 # Numbers of a batch that are kept at most: beyond it, an operation takes longer than its start.
 _MAX_KEPT = 2**14
@@ -39,23 +39,14 @@ class DeferredSummary(LossSummary):
     The arguments are those of :class:`LossSummary`.
     """
 
-    def __init__(
-        self,
-        nodes: Sequence[LossNode],
-        n: int,
-        is_paused: Callable[[], bool] = lambda: False,
-        rows_of: RowsOf | None = None,
-    ) -> None:
-        super().__init__(nodes, n, is_paused, rows_of)
-        self._is_alone = len(nodes) == 1
-        # Log-probabilities, their gradients and those of the outputs, each ``(n, classes)``.
-        self.kept: Tensor | None = None
+    # Log-probabilities, their gradients and those of the outputs, each ``(n, classes)``.
+    kept: Tensor | None = None
 
     def add(self, node: LossNode, value_grad: Tensor, outputs_grad: Tensor) -> None:
         """Keep the tensors of a small cross-entropy; summarize any other loss function now."""
         is_small = value_grad.ndim == 2 and value_grad.numel() <= _MAX_KEPT
         is_of_classes = isinstance(node, SoftmaxLoss) and node.class_axis == 1
-        if self._is_alone and is_small and is_of_classes and len(value_grad) == self.n:
+        if self.n_functions == 1 and is_small and is_of_classes and len(value_grad) == self.n:
             # A copy, since a training may change its log-probabilities in place.
             self.kept = torch.stack((node.node._saved_result, value_grad, outputs_grad))
         else:

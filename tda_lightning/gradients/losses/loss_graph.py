@@ -186,6 +186,7 @@ class LossSummary:
     Attributes:
         name: Name of the losses, empty if they are not supported.
         n: Number of samples in the batch.
+        n_functions: Number of loss functions.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class LossSummary:
         rows_of: RowsOf | None = None,
     ) -> None:
         self._is_paused, self._rows_of = is_paused, rows_of
-        self.n = n
+        self.n, self.n_functions = n, len(nodes)
         self.name = " and ".join(sorted({node.name for node in nodes}))
         # Sums over terms of a sample: weights, their squares, losses, traces, squared gradients.
         self._sums: list[Tensor] = []
