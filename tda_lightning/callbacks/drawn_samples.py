@@ -21,7 +21,7 @@ from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows
 from tda_lightning.gradients.losses import compares_all_pairs, mixes_samples
 from tda_lightning.passes.batch_contents import find_tensors
 from tda_lightning.recording.collation import tensors_of_samples
-from tda_lightning.recording.origins.joined import followable, followed_rows, stated_rows
+from tda_lightning.recording.origins.joined import StatedRows, followable, followed_rows
 from tda_lightning.recording.origins.order import MixedSamplesError, RowsOf, actual_order
 from tda_lightning.recording.origins.tracker import OriginTracker
 
@@ -40,6 +40,7 @@ class DrawnSamples:
         self._tracker: OriginTracker | None = None
         self._following = ExitStack()
         self._are_drawn = self._are_mixed = False
+        self._statements = StatedRows()
         self._stated: dict[int, IrregularRows] = {}
         self._followed: dict[int, SampleLayout | IrregularRows] = {}
         # The layouts of rows of which the batch has several per sample, by how many there are.
@@ -66,11 +67,11 @@ class DrawnSamples:
         """
         self.stop()
         self._n_batches += 1
-        self._stated, self._followed = stated_rows(batch, n), {}
+        self._stated, self._followed = self._statements.of(batch, n), {}
         before, self._tracker, self._transferred = self._transferred, None, None
         if not self._is_checked(self._n_batches):
             return
-        tensors = list(followable(batch, n))
+        tensors = list(followable(batch, n, self._stated))
         is_followed = before is not None and any(map(before.origins_of, tensors))
         if before is not None and is_followed and before.n == n:
             self._tracker = before
@@ -86,6 +87,7 @@ class DrawnSamples:
     def close(self) -> None:
         """Forget the batch: the training is over."""
         self.stop()
+        self._statements = StatedRows()
         for tracker in (self._tracker, self._transferred):
             if tracker is not None:
                 tracker.forget()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
@@ -14,9 +15,12 @@ from torch import Tensor
 from tda_lightning.gradients.graph.sample_layout import KnownRows
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.recording.origins.joined import followable, followed_rows, stated_rows
+from tda_lightning.recording.origins.joined import StatedRows, followable, followed_rows
 from tda_lightning.recording.origins.order import MixedSamplesError, actual_order
 from tda_lightning.recording.origins.tracker import OriginTracker
+
+# What earlier batches of a pass have shown.
+_STATEMENTS: MutableMapping[RowRecorder, StatedRows] = WeakKeyDictionary()
 
 
 class DrawnBatch:
@@ -29,8 +33,9 @@ class DrawnBatch:
     """
 
     def __init__(self, rows: RowRecorder, batch: Any, n: int) -> None:
-        self._rows, self._batch = rows, batch
-        self._tracker = OriginTracker(followable(batch, n), n)
+        self._rows = rows
+        self._stated = _STATEMENTS.setdefault(rows, StatedRows()).of(batch, n)
+        self._tracker = OriginTracker(followable(batch, n, self._stated), n)
         self._is_followed = n > 1 and not rows.is_compiled
         self._order: Int[Tensor, " n"] | None = None
 
@@ -47,7 +52,7 @@ class DrawnBatch:
         """Let the recorder know whose rows the batch has."""
         n = self._tracker.n
         followed = followed_rows(self._tracker.meetings, n)
-        self._rows.known = KnownRows(stated_rows(self._batch, n), followed)
+        self._rows.known = KnownRows(self._stated, followed)
 
     def read_order(self, argument: str) -> None:
         """Find the order of the samples, once the graph of the loss has been read."""

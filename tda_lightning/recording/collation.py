@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, default_convert
 
-from tda_lightning.recording.origins.order import MixedSamplesError, order_of_rows
+from tda_lightning.recording.origins.order import MixedSamplesError, are_elements, order_of_rows
 from tda_lightning.recording.origins.tracker import OriginTracker
 
 Collate = Callable[[Any], Any]
@@ -69,8 +69,10 @@ class CheckedCollate:
         if not is_checked or len(samples) < 2:
             return self.wrapped(samples)
         copies = _copied(samples)  # The function may modify its samples.
-        batch, moves = self._followed(samples)
-        if moves or (copies is not None and _reorders(self.wrapped, copies, batch)):
+        batch, is_reordered = self._followed(samples)
+        if is_reordered is None and copies is not None:
+            is_reordered = _reorders(self.wrapped, copies, batch)
+        if is_reordered:
             raise ReorderedSamplesError(
                 "`collate_fn` changes the order of its samples, as sorting by length does, so the "
                 "sampler does not show whose row each row is; expected the order of the list that "
@@ -79,22 +81,28 @@ class CheckedCollate:
             )
         return batch
 
-    def _followed(self, samples: list[Any]) -> tuple[Any, bool]:
-        """Return a batch, and whether its rows are samples in another order; warn of mixtures."""
+    def _followed(self, samples: list[Any]) -> tuple[Any, bool | None]:
+        """Return a batch, and whether its rows are samples in another order, if that is certain.
+
+        Warns of rows that hold several samples.
+        """
         tracker, n = OriginTracker((), len(samples)), len(samples)
         for number, sample in enumerate(samples):
             tracker.follow(_tensors(sample), number)
         with tracker:
             batch = self.wrapped(samples)
-        known = map(tracker.origins_of, tensors_of_samples(batch, n))
+        origins = map(tracker.origins_of, tensors_of_samples(batch, n))
+        known = [each for each in origins if each is not None]
         try:
-            order = order_of_rows([each for each in known if each is not None], n)
+            if not torch.equal(order_of_rows(known, n), torch.arange(n)):
+                return batch, True
+            # Elements of samples, joined; there are as many as samples by chance.
+            return batch, False if any(are_elements(each, n) for each in known) else None
         except MixedSamplesError:
             self._warn_of_mixing()
-            return batch, False
         except RuntimeError:  # Tensors of an unusual kind must not end the training.
-            return batch, False
-        return batch, not torch.equal(order, torch.arange(n))
+            pass
+        return batch, None
 
     def _warn_of_mixing(self) -> None:
         if not self._has_warned:

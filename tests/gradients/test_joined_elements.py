@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from tda_lightning import GradientRecorder, Identity, attribute
-from tda_lightning.recording.origins.joined import stated_rows
+from tda_lightning.recording.origins.joined import StatedRows
 from tda_lightning.stores import MemoryStore
 
 D, CLASSES = 7, 3
@@ -84,7 +84,7 @@ class Elements(MeanOfLosses):
 
     def losses(self, batch):
         losses, owners = self.elements(batch)
-        count = int(owners[-1]) + 1
+        count = len(literal_eval(batch["sizes"]))
         return losses.new_zeros(count).index_add(0, owners, losses) * count / len(owners)
 
     def training_step(self, batch, batch_idx):
@@ -116,6 +116,60 @@ def test_samples_of_equal_size_do_not_settle_the_sizes_of_later_batches():
     assert_rows_are_gradients(Elements(), Growing((5,) * 13), 13, collate_fn=Joined())
 
 
+class Shortened(Sets):
+    """Leaves samples of all batches of five but the first this many vectors."""
+
+    draws = 0
+
+    def __init__(self, sizes):
+        super().__init__((4,) * 13)
+        self.left = sizes
+
+    def __getitem__(self, index):
+        size = 4 if self.draws < 5 else self.left[self.draws % len(self) % 5]
+        self.draws += 1
+        return self.sets[index][:size], self.labels[index][:size]
+
+
+class LossesSeen(Elements):
+    """Remembers the mean loss of each sample's vectors; NaN where there are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        losses, owners = self.elements(batch)
+        counts = torch.tensor(literal_eval(batch["sizes"]))
+        sums = losses.detach().new_zeros(len(counts)).index_add(0, owners, losses.detach())
+        self.seen.append(sums / counts)
+        return losses.mean()
+
+
+CAN_BE_EMPTY = {name: each for name, each in STATEMENTS.items() if name != "positions"}
+
+
+@pytest.mark.parametrize("statement", CAN_BE_EMPTY.values(), ids=CAN_BE_EMPTY)
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 0, 1, 2, 0), (3, 0, 4, 2, 0), (1, 0, 1, 0, 0)],
+    ids=["as many vectors as samples", "more", "fewer"],
+)
+def test_later_batches_may_have_empty_samples(statement, sizes):
+    model = LossesSeen()
+    store = assert_rows_are_gradients(model, Shortened(sizes), collate_fn=Joined(statement))
+    for step, losses in zip(store, model.seen, strict=True):
+        torch.testing.assert_close(step.losses.double(), losses, equal_nan=True)
+
+
+def test_labels_in_order_state_nothing_before_a_tensor_has_named_all_samples():
+    rows, elements = StatedRows(), torch.rand(5, 2)
+    assert not rows.of({"x": elements, "y": torch.tensor([0, 0, 2, 3, 3])}, 5)
+    assert rows.of({"x": torch.rand(7, 2), "y": torch.tensor([0, 0, 1, 2, 3, 3, 4])}, 5)
+    stated = rows.of({"x": elements, "y": torch.tensor([0, 0, 2, 3, 3])}, 5)
+    assert stated[5].of_rows.tolist() == [0, 0, 2, 3, 3]
+
+
 def test_elements_of_queries_are_known_too():
     store, model = MemoryStore(), Elements()
     joined = Joined(STATEMENTS["where samples begin"])
@@ -140,7 +194,7 @@ def test_elements_of_queries_are_known_too():
     ids=["labels", "other rows", "samples", "contradictions"],
 )
 def test_other_numbers_state_nothing(batch, n):
-    assert not stated_rows(batch, n)
+    assert not StatedRows().of(batch, n)
 
 
 def silent(sizes):

@@ -42,15 +42,18 @@ class DeferredSummary(LossSummary):
     # Log-probabilities, their gradients and those of the outputs, each ``(n, classes)``.
     kept: Tensor | None = None
 
-    def add(self, node: LossNode, value_grad: Tensor, outputs_grad: Tensor) -> None:
+    def add_terms(
+        self, node: LossNode, owners: TermOwners, value_grad: Tensor, outputs_grad: Tensor
+    ) -> None:
         """Keep the tensors of a small cross-entropy; summarize any other loss function now."""
         is_small = value_grad.ndim == 2 and value_grad.numel() <= _MAX_KEPT
         is_of_classes = isinstance(node, SoftmaxLoss) and node.class_axis == 1
-        if self.n_functions == 1 and is_small and is_of_classes and len(value_grad) == self.n:
+        is_in_order = value_grad.shape[:1] == (self.n,) and owners.rows is None
+        if self.n_functions == 1 and is_small and is_of_classes and is_in_order:
             # A copy, since a training may change its log-probabilities in place.
             self.kept = torch.stack((node.node._saved_result, value_grad, outputs_grad))
         else:
-            super().add(node, value_grad, outputs_grad)
+            super().add_terms(node, owners, value_grad, outputs_grad)
 
     def facts(self) -> LossFacts:
         """Return the facts of each sample's loss, after the backward pass."""

@@ -236,7 +236,7 @@ class LossSummary:
         divisors = torch.where(weights == 0, 1, weights)
         terms = node.summarize(outputs_grad, divisors)
         # Only then is a label one of few classes: a look at all of a vocabulary takes time.
-        is_one_term = weights.numel() == self.n
+        is_one_term = weights.numel() == self.n and owners.rows is None
         predictions = node.predictions(value_grad, outputs_grad, divisors) if is_one_term else None
         facts = predictions and Predictions(*(owners.sums(each) for each in predictions))
         self._predictions.append(facts)

@@ -111,9 +111,10 @@ def term_owners(loss_node: LossNode, n: int, rows_of: RowsOf | None = None) -> T
     for edge in _edges_behind(loss_node):
         chain.append(edge)
         shape = output_shape(edge)
-        if len(chain) == 1 and loss_node.n_terms(shape) == n:
-            break  # One term per sample is in the order of the samples.
         known = None if rows_of is None else rows_of(edge[0])
+        is_in_order = len(chain) == 1 and loss_node.n_terms(shape) == n
+        if is_in_order and not isinstance(known, IrregularRows):
+            break  # One term per sample is in the order of the samples.
         if known is not None:
             start = TermOwners.of(known, shape, n)
             owners = _tracked(start, chain[:-1])

@@ -8,7 +8,7 @@ sample, or the position of each element in its sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -24,46 +24,89 @@ from tda_lightning.recording.collation import tensors_of_samples
 from tda_lightning.recording.origins.tracker import DataMeeting
 
 _INTEGERS = (torch.int64, torch.int32)
+# Returns the sample of each element, `None` if a tensor of whole numbers does not state it.
+Reading = Callable[[Tensor, int], Tensor | None]
 
 
-def stated_rows(batch: Any, n: int) -> dict[int, IrregularRows]:
-    """Return the samples of joined rows, by the number of rows, as far as a batch states them.
+class StatedRows:
+    """Reads whose the joined rows of batches are, and remembers which tensors state it.
+
+    At first, a statement must name every sample, and more rows than samples: labels of elements may
+    look like any other. The same tensor may state later that samples are empty.
+    """
+
+    def __init__(self) -> None:
+        # By the form of the batch: loaders in turns may have others.
+        self._readings: dict[object, dict[int, Reading]] = {}
+
+    def of(self, batch: Any, n: int) -> dict[int, IrregularRows]:
+        """Return the samples of joined rows, by the number of rows, as far as a batch states them.
+
+        Args:
+            batch: The batch.
+            n: Number of its samples.
+        """
+        # All samples may be packed into one entry.
+        tensors = [
+            each[0] if each.ndim > 1 and len(each) == 1 else each
+            for each in _tensors(batch)
+            if each.ndim
+        ]
+        sizes = {len(each) for each in tensors}
+        form = tuple((each.ndim, each.dtype) for each in tensors)
+        readings = self._readings.get(form, {})
+        if n == 1 or not (readings or any(size > n for size in sizes)):
+            return {}  # Nothing is read from the device then.
+        integers = {
+            number: each.cpu()
+            for number, each in enumerate(tensors)
+            if each.ndim == 1 and each.dtype in _INTEGERS
+        }
+        known = {
+            number: _WITH_EMPTY_SAMPLES.get(reading, reading)(integers[number], n)
+            for number, reading in readings.items()
+        }
+        if stated := _agreed(known, sizes, n):
+            return stated
+        for reading in (_starts, _numbers, _lengths, _positions):
+            owners = {number: reading(values, n) for number, values in integers.items()}
+            is_plain = reading is _starts  # Nothing else has an entry more than there are samples.
+            found = _agreed(owners, {size for size in sizes if is_plain or size > n}, n)
+            for number, each in owners.items():
+                if each is not None and len(each) in found:
+                    readings = self._readings.setdefault(form, {})
+                    readings.setdefault(number, reading)
+            stated = {**found, **stated}
+        return stated
+
+
+def _agreed(
+    statements: Mapping[int, Tensor | None], sizes: Set[int], n: int
+) -> dict[int, IrregularRows]:
+    """Return the samples of rows on which all statements of a number of rows agree."""
+    by_size: dict[int, list[Tensor]] = {}
+    for owners in statements.values():
+        if owners is not None and len(owners) in sizes:
+            by_size.setdefault(len(owners), []).append(owners)
+    return {
+        size: IrregularRows(first, n)
+        for size, (first, *others) in by_size.items()
+        if all(torch.equal(first, other) for other in others)
+    }
+
+
+def followable(batch: Any, n: int, stated: Collection[int]) -> Iterator[Tensor]:
+    """Yield the tensors of a batch whose ``n`` rows are its samples.
+
+    Two rows of numbers beside joined elements are the edges of graphs.
 
     Args:
         batch: The batch.
         n: Number of its samples.
+        stated: Numbers of joined rows; with ``n`` among them, no tensor surely has samples.
     """
-    # All samples may be packed into one entry.
-    tensors = [
-        each[0] if each.ndim > 1 and len(each) == 1 else each
-        for each in _tensors(batch)
-        if each.ndim
-    ]
-    sizes = {len(each) for each in tensors if len(each) > n}
-    if n == 1 or not sizes:  # Nothing is read from the device then.
-        return {}
-    integers = [each.cpu() for each in tensors if each.ndim == 1 and each.dtype in _INTEGERS]
-    stated: dict[int, IrregularRows] = {}
-    for owners_of in (_numbers, _starts, _lengths, _positions):
-        found: dict[int, list[Tensor]] = {}
-        for values in integers:
-            owners = owners_of(values, n)
-            if owners is not None and len(owners) in sizes:
-                found.setdefault(len(owners), []).append(owners)
-        for size, (first, *others) in found.items():
-            if size not in stated and all(torch.equal(first, other) for other in others):
-                stated[size] = IrregularRows(first, n)
-    return stated
-
-
-def followable(batch: Any, n: int) -> Iterator[Tensor]:
-    """Yield the tensors of a batch whose ``n`` rows are its samples.
-
-    Two rows of numbers beside joined elements are the edges of graphs.
-    """
-    are_joined = n == 2 and bool(stated_rows(batch, n))
-    for tensor in tensors_of_samples(batch, n):
-        if not (are_joined and tensor.ndim == 2 and tensor.dtype in _INTEGERS):
+    for tensor in tensors_of_samples(batch, n) if n not in stated else ():
+        if not (stated and n == 2 and tensor.ndim == 2 and tensor.dtype in _INTEGERS):
             yield tensor
 
 
@@ -92,6 +135,13 @@ def _numbers(values: Int[Tensor, " m"], n: int) -> Tensor | None:
     return values.long() if bool(((steps == 0) | (steps == 1)).all()) else None
 
 
+def _numbers_of_some(values: Int[Tensor, " m"], n: int) -> Tensor | None:
+    """Return the numbers of the samples of elements in order, if these may be such numbers."""
+    if not len(values) or int(values[0]) < 0 or int(values[-1]) >= n:
+        return None
+    return values.long() if bool((values.diff() >= 0).all()) else None
+
+
 def _starts(values: Int[Tensor, " m"], n: int) -> Tensor | None:
     is_possible = len(values) == n + 1 and int(values[0]) == 0
     return _lengths(values.diff(), n) if is_possible else None
@@ -110,6 +160,10 @@ def _positions(values: Int[Tensor, " m"], n: int) -> Tensor | None:
         return None
     goes_on = values[1:] == values[:-1] + 1
     return is_first.cumsum(0) - 1 if bool((goes_on | is_first[1:]).all()) else None
+
+
+# The readings of statements which allow that samples are empty.
+_WITH_EMPTY_SAMPLES: dict[Reading, Reading] = {_numbers: _numbers_of_some}
 
 
 def followed_rows(

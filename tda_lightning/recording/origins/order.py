@@ -87,15 +87,29 @@ def order_of_rows(tensors: Iterable[Origins], n: int) -> Int[Tensor, " n"]:
         MixedSamplesError: If some rows hold data of several samples.
     """
     everyone = torch.arange(n)
-    orders = set()
-    for origins in tensors:
-        if origins.low.ndim and len(origins.low) == n:
-            samples = _samples(origins, everyone, n)
-            if samples is not None and torch.equal(samples.sort().values, everyone):
-                orders.add(tuple(samples.tolist()))
+    orders = {
+        tuple(samples.tolist())
+        for origins in tensors
+        if (samples := _samples_in_rows(origins, n)) is not None
+        and torch.equal(samples.sort().values, everyone)
+    }
     if len(orders) > 1:
         raise MixedSamplesError
     return torch.tensor(orders.pop()) if orders else everyone
+
+
+def are_elements(origins: Origins, n: int) -> bool:
+    """Return whether the rows of a tensor hold single samples, some of them in several rows."""
+    samples = _samples_in_rows(origins, n)
+    if samples is None or bool((samples < 0).any()):
+        return False
+    return not torch.equal(samples.sort().values, torch.arange(n))
+
+
+def _samples_in_rows(origins: Origins, n: int) -> Int[Tensor, " n"] | None:
+    """Return the samples in the ``n`` rows of a tensor, ``None`` if they are unknown."""
+    has_rows = origins.low.ndim > 0 and len(origins.low) == n
+    return _samples(origins, torch.arange(n), n) if has_rows else None
 
 
 def _agreed(order: Int[Tensor, " n"], samples: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
