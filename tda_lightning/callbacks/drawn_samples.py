@@ -21,7 +21,13 @@ from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows
 from tda_lightning.gradients.losses import compares_all_pairs, mixes_samples
 from tda_lightning.passes.batch_contents import find_tensors
 from tda_lightning.recording.collation import tensors_of_samples
-from tda_lightning.recording.origins.joined import StatedRows, followable, followed_rows
+from tda_lightning.recording.origins.joined import (
+    StatedRows,
+    followable,
+    followed_rows,
+    known_rows,
+    tracker_of,
+)
 from tda_lightning.recording.origins.order import MixedSamplesError, RowsOf, actual_order
 from tda_lightning.recording.origins.tracker import OriginTracker
 
@@ -42,7 +48,7 @@ class DrawnSamples:
         self._are_drawn = self._are_mixed = False
         self._statements = StatedRows()
         self._stated: dict[int, IrregularRows] = {}
-        self._followed: dict[int, SampleLayout | IrregularRows] = {}
+        self._known = KnownRows()
         # The layouts of rows of which the batch has several per sample, by how many there are.
         self._layouts: dict[int, SampleLayout] = {}
 
@@ -67,16 +73,17 @@ class DrawnSamples:
         """
         self.stop()
         self._n_batches += 1
-        self._stated, self._followed = self._statements.of(batch, n), {}
+        self._stated = self._statements.of(batch, n)
+        self._known = KnownRows(self._stated)
         before, self._tracker, self._transferred = self._transferred, None, None
         if not self._is_checked(self._n_batches):
             return
-        tensors = list(followable(batch, n, self._stated))
+        tensors = followable(batch, n, self._stated)
         is_followed = before is not None and any(map(before.origins_of, tensors))
         if before is not None and is_followed and before.n == n:
             self._tracker = before
         else:
-            self._tracker = OriginTracker(tensors, n)
+            self._tracker = tracker_of(batch, n, self._stated)
         if not is_compiled:
             self._following.enter_context(self._tracker)
 
@@ -96,14 +103,16 @@ class DrawnSamples:
     def known_rows(self, n: int) -> KnownRows:
         """Return whose rows the batch of ``n`` samples has, once its forward pass is over."""
         if self._tracker is not None:
-            self._followed = followed_rows(self._tracker.meetings, n)
-        for size, rows in self._followed.items():
+            self._known = known_rows(self._stated, followed_rows(self._tracker.meetings, n))
+        for size, rows in self._known.followed.items():
             if isinstance(rows, SampleLayout):
                 self._layouts[size // n] = rows
             else:
                 self._are_drawn = True  # They may be others in each batch.
+        stated = self._known.stated.items()
+        self._are_drawn |= any(rows is not self._stated.get(size) for size, rows in stated)
         regular = {n * count: layout for count, layout in self._layouts.items()}
-        return KnownRows(self._stated, {**regular, **self._followed})
+        return KnownRows(self._known.stated, {**regular, **self._known.followed})
 
     def order(self, loss: Tensor, rows_of: RowsOf | None) -> Int[Tensor, " n"] | None:
         """Return the sample in the rows of each sample; ``None`` if they are in order.

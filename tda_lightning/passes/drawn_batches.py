@@ -12,12 +12,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.gradients.graph.sample_layout import KnownRows
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import RowRecorder
-from tda_lightning.recording.origins.joined import StatedRows, followable, followed_rows
+from tda_lightning.recording.origins.joined import (
+    StatedRows,
+    followed_rows,
+    known_rows,
+    tracker_of,
+)
 from tda_lightning.recording.origins.order import MixedSamplesError, actual_order
-from tda_lightning.recording.origins.tracker import OriginTracker
 
 # What earlier batches of a pass have shown.
 _STATEMENTS: MutableMapping[RowRecorder, StatedRows] = WeakKeyDictionary()
@@ -35,7 +38,7 @@ class DrawnBatch:
     def __init__(self, rows: RowRecorder, batch: Any, n: int) -> None:
         self._rows = rows
         self._stated = _STATEMENTS.setdefault(rows, StatedRows()).of(batch, n)
-        self._tracker = OriginTracker(followable(batch, n, self._stated), n)
+        self._tracker = tracker_of(batch, n, self._stated)
         self._is_followed = n > 1 and not rows.is_compiled
         self._order: Int[Tensor, " n"] | None = None
 
@@ -52,7 +55,7 @@ class DrawnBatch:
         """Let the recorder know whose rows the batch has."""
         n = self._tracker.n
         followed = followed_rows(self._tracker.meetings, n)
-        self._rows.known = KnownRows(self._stated, followed)
+        self._rows.known = known_rows(self._stated, followed)
 
     def read_order(self, argument: str) -> None:
         """Find the order of the samples, once the graph of the loss has been read."""

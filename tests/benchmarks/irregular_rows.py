@@ -3,10 +3,10 @@
     python tests/benchmarks/irregular_rows.py
 
 Three models are trained by one thread at the recorder's defaults, on samples of equal sizes and of
-different ones. With equal sizes, the shapes show whose row each one is. With different ones, each
-recorded batch takes two more backward passes, which compute no parameter's gradient. Plain and
-recording runs take turns. The table has a recorded step as a multiple of a plain one: a ratio of
-medians of processor time, after the first ten steps.
+different ones. With equal sizes, the shapes show whose row each one is. With different ones, the
+batches of graphs state it. Each recorded batch of packed sequences takes two more backward passes,
+which compute no parameter's gradient. Plain and recording runs take turns. The table has a recorded
+step as a multiple of a plain one: a ratio of medians of processor time, after the first ten steps.
 """
 
 import argparse

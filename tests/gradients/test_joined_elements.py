@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from tda_lightning import GradientRecorder, Identity, attribute
+from tda_lightning.gradients.capture.tracer import Tracer
 from tda_lightning.recording.origins.joined import StatedRows
 from tda_lightning.stores import MemoryStore
 
@@ -92,6 +93,31 @@ class Elements(MeanOfLosses):
         return losses.mean()
 
 
+def silent(sizes):
+    """State nothing."""
+    return str(sizes)
+
+
+class Points(Elements):
+    """Repeats the mean of a sample's vectors beside each of them, by an index."""
+
+    def elements(self, batch):
+        owners = owners_of(literal_eval(batch["sizes"]))
+        hidden = self.first(batch["x"])
+        total = hidden.new_zeros(int(owners[-1]) + 1, 5).index_add(0, owners, hidden)
+        outputs = self.head(total[owners] + hidden * self.shift)
+        return functional.cross_entropy(outputs, batch["y"], reduction="none"), owners
+
+
+class MovedElements(Elements):
+    """Computes on the vectors in reverse."""
+
+    def elements(self, batch):
+        owners = owners_of(literal_eval(batch["sizes"])).flip(0)
+        outputs = self.head(self.first(batch["x"].flip(0)) * self.shift)
+        return functional.cross_entropy(outputs, batch["y"].flip(0), reduction="none"), owners
+
+
 @pytest.mark.parametrize("statement", STATEMENTS.values(), ids=STATEMENTS)
 @pytest.mark.parametrize("is_packed", [False, True], ids=["joined", "packed"])
 @pytest.mark.parametrize("batch_size", [5, 6])
@@ -140,9 +166,9 @@ class LossesSeen(Elements):
 
     def training_step(self, batch, batch_idx):
         losses, owners = self.elements(batch)
-        counts = torch.tensor(literal_eval(batch["sizes"]))
-        sums = losses.detach().new_zeros(len(counts)).index_add(0, owners, losses.detach())
-        self.seen.append(sums / counts)
+        n = len(literal_eval(batch["sizes"]))
+        sums = losses.detach().new_zeros(n).index_add(0, owners, losses.detach())
+        self.seen.append(sums / owners.bincount(minlength=n))
         return losses.mean()
 
 
@@ -160,6 +186,69 @@ def test_later_batches_may_have_empty_samples(statement, sizes):
     store = assert_rows_are_gradients(model, Shortened(sizes), collate_fn=Joined(statement))
     for step, losses in zip(store, model.seen, strict=True):
         torch.testing.assert_close(step.losses.double(), losses, equal_nan=True)
+
+
+class PartlyLabelled(Joined):
+    """Only some vectors have labels: often as many as there are samples."""
+
+    def __call__(self, samples):
+        batch = super().__call__(samples)
+        m, n = len(batch["y"]), len(samples)
+        chosen = torch.linspace(0, m - 1, n if m % 3 else min(m, n + 2)).long()
+        return {
+            **batch,
+            "is_labelled": torch.zeros(m, dtype=torch.bool).index_fill(0, chosen, True),
+        }
+
+
+class LabelledOutputs(LossesSeen):
+    """Has losses of the labelled vectors only."""
+
+    def elements(self, batch):
+        owners, chosen = owners_of(literal_eval(batch["sizes"])), batch["is_labelled"]
+        outputs = self.head(self.first(batch["x"]) * self.shift)[chosen]
+        return functional.cross_entropy(outputs, batch["y"][chosen], reduction="none"), owners[
+            chosen
+        ]
+
+
+class LabelledInputs(LossesSeen):
+    """Picks the labelled vectors in front of the last layer."""
+
+    def elements(self, batch):
+        owners, chosen = (
+            owners_of(literal_eval(batch["sizes"])),
+            batch["is_labelled"].nonzero()[:, 0],
+        )
+        outputs = self.head(self.first(batch["x"])[chosen] * self.shift)
+        return functional.cross_entropy(outputs, batch["y"][chosen], reduction="none"), owners[
+            chosen
+        ]
+
+
+@pytest.mark.parametrize("model", [LabelledOutputs, LabelledInputs])
+@pytest.mark.parametrize("batch_size", [4, 5, 6])
+def test_as_many_labelled_elements_as_samples_are_no_samples(model, batch_size):
+    module, data = model(), Sets(torch.arange(25).remainder(7).add(1).tolist())
+    store = assert_rows_are_gradients(module, data, batch_size, collate_fn=PartlyLabelled())
+    for step, losses in zip(store, module.seen, strict=True):
+        torch.testing.assert_close(step.losses.double(), losses, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "statement", "n_traced"),
+    [(Elements, owners_of, 4), (Points, silent, 4), (MovedElements, owners_of, 4)],
+    ids=["stated by the batch", "by an index of the model", "moved by the step"],
+)
+def test_rows_that_batches_state_are_traced_ever_more_rarely(
+    model, statement, n_traced, monkeypatch
+):
+    traced = []
+    original = Tracer.traces
+    monkeypatch.setattr(Tracer, "traces", lambda *parts: traced.append(1) or original(*parts))
+    data = Sets(torch.arange(25).remainder(7).add(1).tolist())
+    assert_rows_are_gradients(model(), data, collate_fn=Joined(statement))
+    assert len(traced) == n_traced  # of ten batches
 
 
 def test_labels_in_order_state_nothing_before_a_tensor_has_named_all_samples():
@@ -195,22 +284,6 @@ def test_elements_of_queries_are_known_too():
 )
 def test_other_numbers_state_nothing(batch, n):
     assert not StatedRows().of(batch, n)
-
-
-def silent(sizes):
-    """State nothing."""
-    return str(sizes)
-
-
-class Points(Elements):
-    """Repeats the mean of a sample's vectors beside each of them, by an index."""
-
-    def elements(self, batch):
-        owners = owners_of(literal_eval(batch["sizes"]))
-        hidden = self.first(batch["x"])
-        total = hidden.new_zeros(int(owners[-1]) + 1, 5).index_add(0, owners, hidden)
-        outputs = self.head(total[owners] + hidden * self.shift)
-        return functional.cross_entropy(outputs, batch["y"], reduction="none"), owners
 
 
 @pytest.mark.parametrize("batch_size", [5, 6])

@@ -6,9 +6,10 @@ from collections.abc import Set
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.gradients.graph.sample_layout import IrregularRows
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows
 from tda_lightning.gradients.graph.walk import Edge, Node, output_shape
 from tda_lightning.gradients.nodes.rule import saved_value
 
@@ -16,6 +17,8 @@ from tda_lightning.gradients.nodes.rule import saved_value
 _POOLING = frozenset(
     f"{name}Backward0" for name in ("IndexAdd", "IndexReduce", "ScatterAdd", "ScatterReduce")
 )
+# Operations between a loss and the place where elements are picked.
+_MAX_NODES = 60
 
 
 def indexed_rows(with_samples: Set[Node], n: int) -> dict[int, IrregularRows]:
@@ -38,6 +41,50 @@ def indexed_rows(with_samples: Set[Node], n: int) -> dict[int, IrregularRows]:
         for size, (first, *others) in found.items()
         if all(torch.equal(first, other) for other in others)
     }
+
+
+def picked_elements(
+    node: Node, known: KnownRows, with_samples: Set[Node]
+) -> Int[Tensor, " rows"] | None:
+    """Return the samples of rows that are picked from joined elements, ``None`` if they are not.
+
+    A loss of the labelled elements only may have as many terms as there are samples.
+
+    Args:
+        node: A node whose output has the rows.
+        known: Whose rows the batch is known to have.
+        with_samples: The nodes of a graph whose outputs depend on samples.
+    """
+    count = output_shape((node, 0))[:1]
+    waiting, seen = [node], {node}
+    while waiting and len(seen) < _MAX_NODES:
+        current = waiting.pop()
+        index, source = _first_index(current), current.next_functions[0]
+        if index is not None and source[0] in with_samples:
+            rows = known.stated.get(output_shape(source)[0])
+            if isinstance(rows, IrregularRows) and (len(rows.of_rows),) != count:
+                return rows.of_rows[index.to(rows.of_rows.device)]
+        for child, number in current.next_functions:
+            is_new = child in with_samples and child not in seen
+            if is_new and output_shape((child, number))[:1] == count:
+                seen.add(child)
+                waiting.append(child)
+    return None
+
+
+def _first_index(node: Any) -> Tensor | None:
+    """Return the index, or the places of a mask, by which an operation picks rows."""
+    name = type(node).__name__
+    if name == "IndexSelectBackward0" and node._saved_dim == 0:
+        index: Tensor = saved_value(node, "index").reshape(-1)
+        return index
+    if name != "IndexBackward0":
+        return None
+    chosen, *others = saved_value(node, "indices")
+    if chosen is None or chosen.ndim != 1 or any(other is not None for other in others):
+        return None
+    places: Tensor = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
+    return places
 
 
 def _sample_index(node: Any, n: int, with_samples: Set[Node]) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tda_lightning.gradients.capture.indexed_rows import picked_elements
 from tda_lightning.gradients.capture.parameter_paths import a_parameter
 from tda_lightning.gradients.capture.probe import Evidence
 from tda_lightning.gradients.capture.row_owners import PROVEN, Trace
@@ -167,9 +168,10 @@ class LayoutInference:
     def _agreeing(self, meeting: Meeting, traced: Trace) -> Layout:
         """Return the first layout with the owners of traced rows, or that they are traced."""
         node, n_rows = meeting.node, meeting.shape[self._known.axis(meeting.shape)]
-        # Even if a batch looks regular by chance.
-        if self._known.are_irregular and n_rows != self.n:
-            return TRACED
+        if self._known.are_irregular and (
+            n_rows != self.n or picked_elements(node, self._known, self._with_samples) is not None
+        ):
+            return TRACED  # Even if a batch looks regular by chance.
         candidates: list[tuple[Layout, Tensor | None]] = [
             (rows, rows.owners(node, self.n, self._with_samples))
             for rows in self._possible_routes(node)

@@ -1,7 +1,7 @@
 """LayoutMemory: where the samples lie in each node in which a parameter meets data.
 
 A layout is inferred from shapes when a kind of meeting occurs first. It is proved in that batch,
-and remembered for all later ones. Rows in no regular order are traced in each batch.
+and remembered for all later ones. Rows in no regular order are traced in batch after batch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tda_lightning.gradients.capture.confirmed_rows import ConfirmedRows
 from tda_lightning.gradients.capture.indexed_rows import indexed_rows
 from tda_lightning.gradients.capture.layout_inference import (
     TRACED,
@@ -24,11 +25,7 @@ from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
 from tda_lightning.gradients.capture.probe import Evidence, certainty, probe
 from tda_lightning.gradients.capture.row_owners import PROVEN, Trace
 from tda_lightning.gradients.capture.tracer import Tracer, is_proven, joined_cuts
-from tda_lightning.gradients.graph.sample_layout import (
-    IrregularRows,
-    KnownRows,
-    SampleLayout,
-)
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, output_shape, walk
 
 # The kind of a meeting, and what its shape has to do with n.
@@ -65,7 +62,7 @@ class LayoutMemory(LayoutInference):
 
     def __post_init__(self) -> None:
         """Prepare to trace rows."""
-        self._tracer = Tracer(self.recorded)
+        self._tracer, self._confirmed = Tracer(self.recorded), ConfirmedRows()
 
     def walk(self, loss: Tensor, n: int, known: KnownRows) -> Walk:
         """Return the meetings in a loss's graph, with layouts that are proved for new ones."""
@@ -178,14 +175,20 @@ class LayoutMemory(LayoutInference):
     def _trace(self, loss: Tensor, result: Walk) -> None:
         """Find the samples of all rows in no regular order."""
         nodes = {
-            meeting.node: edge
+            meeting.node: (position, edge)
             for meeting in result.meetings
             for (position, edge), layout in zip(meeting.inputs, meeting.layouts, strict=True)
             if (self.layout(meeting.node, position, edge) if layout is UNKNOWN else layout)
             is TRACED
         }
         if nodes:
-            self.irregular = self._tracer.rows(loss, result, nodes, self.n)
+            self.irregular = self._confirmed.rows(
+                {node: _kind_of(node, *place) for node, place in nodes.items()},
+                self._known,
+                result.with_samples,
+                self.n,
+                lambda: self._tracer.traces(loss, result, nodes, self.n),
+            )
             places = [(m.node, *place) for m in result.meetings for place in m.inputs]
             layouts = (self.layout(*place) for place in places)
             if not self.irregular and all(layout in (None, TRACED) for layout in layouts):

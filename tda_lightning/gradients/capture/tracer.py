@@ -6,15 +6,17 @@ places in question.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import islice
 from math import prod
 from typing import Final
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from tda_lightning.gradients.capture.indexed_rows import picked_elements
 from tda_lightning.gradients.capture.parameter_paths import leaves
 from tda_lightning.gradients.capture.row_owners import PROVEN, Cuts, Place, Trace, trace
 from tda_lightning.gradients.graph.sample_layout import (
@@ -104,14 +106,11 @@ def _cuts(
             if child not in result.with_samples or child in uncertain:
                 continue
             shape = output_shape((child, number))
-            layouts: list[SampleLayout | IrregularRows] = [
+            layouts = _known_layouts(child, shape, result, n, known) or [
                 layout
                 for layout in possible_layouts(shape, n, (0, 1))
                 if not (is_known or (is_exact and shape[layout.axis] != n))
             ]
-            axis = known.axis(shape)
-            if shape and (rows := known.stated.get(shape[axis])) is not None:
-                layouts = [replace(rows, axis=axis)]
             edge = GradientEdge(child, number)
             if layouts:
                 if all(edge != other for other, _ in cuts):
@@ -120,6 +119,18 @@ def _cuts(
                 seen.add(child)
                 waiting.append(child)
     return cuts
+
+
+def _known_layouts(
+    node: Node, shape: Sequence[int], result: Walk, n: int, known: KnownRows
+) -> list[SampleLayout | IrregularRows]:
+    """Return the layout of a node's output, if its rows are stated, or picked from such rows."""
+    axis = known.axis(shape)
+    if shape and (rows := known.stated.get(shape[axis])) is not None:
+        return [replace(rows, axis=axis)]
+    picked = picked_elements(node, known, result.with_samples) if shape and known.stated else None
+    is_in_order = picked is None or torch.equal(picked.cpu(), torch.arange(n))
+    return [] if picked is None or is_in_order else [IrregularRows(picked, n)]
 
 
 # Axes of a node's output that may be the samples': `(n, ...)`, `(s, n, d)` and the like.
@@ -194,10 +205,12 @@ class Tracer:
             if number != known:
                 yield number, place
 
-    def rows(
-        self, loss: Tensor, result: Walk, nodes: Mapping[Node, Edge], n: int
-    ) -> dict[Node, IrregularRows]:
-        """Return whose rows a batch has in some nodes; those that no gradient reaches are missing.
+    def traces(
+        self, loss: Tensor, result: Walk, nodes: Mapping[Node, tuple[int, Edge]], n: int
+    ) -> dict[Node, Trace]:
+        """Trace whose rows a batch has in some nodes; those that no gradient reaches are missing.
+
+        Each node has the position and the edge of its parameter's input, for messages.
 
         Raises:
             ValueError: If rows belong to several samples, unlike in earlier batches.
@@ -210,8 +223,8 @@ class Tracer:
             if traces and not shared:
                 break
         for node in shared:
-            raise ValueError(self._shared(nodes[node], float(traces[node].share), n))
-        return {node: each.rows for node, each in traces.items()}
+            raise ValueError(self._shared(nodes[node][1], float(traces[node].share), n))
+        return traces
 
     def _trace(
         self, start: Place, result: Walk, nodes: Set[Node], n: int, seed: int = 0

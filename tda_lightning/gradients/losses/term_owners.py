@@ -32,6 +32,7 @@ _MOVING = frozenset(
     for name in ("Flip", "Roll", "Gather", "Sort", "IndexSelect", "TakeAlongDim", "Mm", "Bmm")
     for number in (0, 1)
 )
+_PICKING = frozenset({"IndexBackward0", "IndexSelectBackward0"})
 _PRODUCTS = frozenset({"MmBackward0", "BmmBackward0"})
 _REDUCING = frozenset(
     f"{name}Backward{number}" for name in ("Sum", "Mean", "Logsumexp") for number in (0, 1)
@@ -113,7 +114,7 @@ def term_owners(loss_node: LossNode, n: int, rows_of: RowsOf | None = None) -> T
         shape = output_shape(edge)
         known = None if rows_of is None else rows_of(edge[0])
         is_in_order = len(chain) == 1 and loss_node.n_terms(shape) == n
-        if is_in_order and not isinstance(known, IrregularRows):
+        if is_in_order and not isinstance(known, IrregularRows) and not _is_picked(edge[0], n):
             break  # One term per sample is in the order of the samples.
         if known is not None:
             start = TermOwners.of(known, shape, n)
@@ -124,6 +125,11 @@ def term_owners(loss_node: LossNode, n: int, rows_of: RowsOf | None = None) -> T
                 return None
             break
     return _by_shape(chain, n, loss_node.class_axis)
+
+
+def _is_picked(node: Any, n: int) -> bool:
+    """Return whether rows have been picked from others, not from one row of each sample."""
+    return node.name() in _PICKING and output_shape(node.next_functions[0])[:1] != (n,)
 
 
 def _by_shape(

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from tda_lightning.gradients.graph.sample_layout import (
     IrregularRows,
+    KnownRows,
     SampleLayout,
     possible_layouts,
 )
 from tda_lightning.recording.collation import tensors_of_samples
-from tda_lightning.recording.origins.tracker import DataMeeting
+from tda_lightning.recording.origins.tracker import DataMeeting, OriginTracker
 
 _INTEGERS = (torch.int64, torch.int32)
 # Returns the sample of each element, `None` if a tensor of whole numbers does not state it.
@@ -110,6 +111,22 @@ def followable(batch: Any, n: int, stated: Collection[int]) -> Iterator[Tensor]:
             yield tensor
 
 
+def tracker_of(batch: Any, n: int, stated: Mapping[int, IrregularRows]) -> OriginTracker:
+    """Return a tracker of a batch's samples, and of its joined elements.
+
+    Args:
+        batch: The batch.
+        n: Number of its samples.
+        stated: The samples of joined rows, by the number of rows.
+    """
+    tracker = OriginTracker(followable(batch, n, stated), n)
+    for tensor in _tensors(batch):
+        rows = stated.get(len(tensor)) if tensor.ndim else None
+        if rows is not None:
+            tracker.follow_elements([tensor], rows.of_rows)
+    return tracker
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors of a batch, and its lists of whole numbers as such."""
     if isinstance(value, Tensor):
@@ -189,6 +206,19 @@ def followed_rows(
         for size, (first, *others) in found.items()
         if all(torch.equal(first, other) for other in others)
     }
+
+
+def known_rows(
+    stated: Mapping[int, IrregularRows], followed: Mapping[int, SampleLayout | IrregularRows]
+) -> KnownRows:
+    """Return whose rows a batch has: what it states, unless the step moves the elements."""
+    moved = {
+        size: followed[size]
+        for size, rows in stated.items()
+        if size in followed and not torch.equal(followed[size].owners(size, rows.n), rows.of_rows)
+    }
+    others = {size: rows for size, rows in followed.items() if size not in stated}
+    return KnownRows({**stated, **moved}, others)
 
 
 def _layout_of(owners: Int[Tensor, " rows"], n: int) -> SampleLayout | IrregularRows:

@@ -14,6 +14,7 @@ from math import inf
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -63,6 +64,13 @@ class Origins:
         dtype = torch.float16 if n <= 2048 else torch.float32
         rows = torch.arange(n, dtype=dtype, device=like.device)
         rows = rows.reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape)
+        return cls(rows, rows)
+
+    @classmethod
+    def of_elements(cls, like: Tensor, owners: Int[Tensor, " rows"]) -> Origins:
+        """Return the origins of a tensor whose rows are elements of the given samples."""
+        rows = owners.to(like.device, torch.float32).reshape(-1, *[1] * (like.ndim - 1))
+        rows = rows.expand(like.shape)
         return cls(rows, rows)
 
     @classmethod

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -69,6 +70,11 @@ class OriginTracker(TorchFunctionMode):
             origins = Origins.of_sample(tensor, sample)
             is_shared = tensor in self._origins  # Such as a label that a dataset creates once.
             self._origins[tensor] = Origins.none(tensor, torch.float32) if is_shared else origins
+
+    def follow_elements(self, tensors: Iterable[Tensor], owners: Int[Tensor, " rows"]) -> None:
+        """Follow tensors whose rows are elements of the given samples."""
+        for tensor in tensors:
+            self._origins[tensor] = Origins.of_elements(tensor, owners)
 
     def origins_of(self, value: Any) -> Origins | None:
         """Return the origins of a tensor, ``None`` if they are unknown."""
