@@ -29,6 +29,7 @@ from tda_lightning.applications.neighbors import (
     find_duplicates,
     find_outliers,
 )
+from tda_lightning.applications.notes import Note
 from tda_lightning.applications.out_of_sample import OutOfSample, out_of_sample_probabilities
 from tda_lightning.applications.pruning import coreset, prune
 from tda_lightning.applications.retraining import (
@@ -87,6 +88,7 @@ __all__ = [
     "MeanLoss",
     "Mislabeled",
     "NextToken",
+    "Note",
     "OutOfSample",
     "Outliers",
     "Plan",

@@ -26,6 +26,7 @@ from tda_lightning.applications.loss_history import (
     holds_losses,
     loss_history,
 )
+from tda_lightning.applications.notes import Note
 from tda_lightning.stores import Store
 
 LEAST_SEPARATION = 0.68
@@ -116,15 +117,18 @@ def suspicious_ids(run: Store) -> Int64[Tensor, " n"]:
     return history.train_ids[suspicion.topk(number).indices]
 
 
-def notes_on_selected(run: Store, ids: Int64[Tensor, " n"]) -> tuple[str, ...]:
+def notes_on_selected(run: Store, ids: Int64[Tensor, " n"]) -> tuple[Note, ...]:
     """Return a note if samples with suspicious labels were selected."""
     suspicious = suspicious_ids(run)
     number = int(torch.isin(suspicious, ids).sum())
     if not number:
         return ()
     return (
-        f"About {len(suspicious):,} labels of the data look wrong, and {number:,} of these samples "
-        "are selected. Check them first: see `find_mislabeled`.",
+        Note(
+            f"About {len(suspicious):,} labels of the data look wrong, and {number:,} of these "
+            "samples are selected.",
+            remedy="Check them first: see `find_mislabeled`.",
+        ),
     )
 
 

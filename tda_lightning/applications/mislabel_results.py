@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from tda_lightning.applications.notes import Note
 from tda_lightning.applications.retraining.removal import RemovalCurve
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
@@ -38,7 +39,7 @@ class Mislabeled(ShownInNotebooks):
         is_clear: Whether the scores fall into two groups. If not, the number is a guess.
         flagged_number: Number of flagged samples.
         labelled: Given and predicted labels, if a model and a loader were passed.
-        notes: What limits the answer, in sentences.
+        notes: What limits the answer, and what to do about it.
         removal: What changes after retraining without the flagged samples, if that was asked for.
     """
 
@@ -49,7 +50,7 @@ class Mislabeled(ShownInNotebooks):
     is_clear: bool
     flagged_number: int
     labelled: Labelled | None
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     removal: RemovalCurve | None = None
 
     @property

@@ -37,6 +37,7 @@ from tda_lightning.applications.mislabel_count import (
     has_several_terms,
 )
 from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
+from tda_lightning.applications.notes import Note
 from tda_lightning.applications.predictions import Labels, Outputs, of_classes, predict
 from tda_lightning.applications.retraining import Retrain, check_removal
 from tda_lightning.applications.unlearning.sample_passes import dataset_ids
@@ -209,31 +210,31 @@ def _label_scores(
 
 def _notes(
     store: Store, history: LossHistory | None, suspicion: Float[Tensor, " n"], count: Count
-) -> Iterator[str]:
+) -> Iterator[Note]:
     yield from _notes_on_losses(store, history)
     n = len(suspicion)
     if n < FEW:
-        yield f"{n} samples are too few to count wrong labels: their scores split by chance."
+        yield Note(f"{n} samples are too few to count wrong labels: their scores split by chance.")
     if count.separation == 0:
-        yield (
+        yield Note(
             "All samples have the same score, as with a single class: no wrong label could have "
             "been found."
         )
     elif count.separation < LEAST_SEPARATION:
-        yield (
+        yield Note(
             f"The scores do not fall into two groups (separation {count.separation:.3f}; with a "
             f"tenth of the labels flipped it was above {LEAST_SEPARATION}): the flagged samples "
             "may simply be hard, or the training too short."
         )
     if count.decisive_visits < count.visits:
-        yield (
+        yield Note(
             f"Losses of the first {count.decisive_visits} of {count.visits} visits of each sample "
             "count, since they separate best: later, wrong labels may have been memorized."
         )
     never = store.n_train - len(store.visited_ids())
     if never:
-        yield f"{never:,} samples were never drawn; their labels were not examined."
-    yield (
+        yield Note(f"{never:,} samples were never drawn; their labels were not examined.")
+    yield Note(
         "Consistent errors, such as a whole class or a group with the same wrong label, are "
         "learned like correct labels and cannot be found this way."
     )
@@ -241,34 +242,36 @@ def _notes(
 
 def _notes_on_classes(
     labelled: Labelled | None, is_flagged: Bool[Tensor, " n_train"]
-) -> Iterator[str]:
+) -> Iterator[Note]:
     """Yield a note for each class most of whose samples are flagged, or one if it is unknown."""
     if labelled is None:
-        yield (
+        yield Note(
             "Samples of a rare class are learned late, and may be flagged although their labels "
-            "are right. Pass `model` and `loader` to see whether it is so."
+            "are right.",
+            remedy="Pass `model` and `loader` to see whether it is so.",
         )
         return
     for label in torch.unique(labelled.given).tolist():
         flagged = is_flagged[labelled.given == label]
         if 2 * int(flagged.sum()) > len(flagged):
-            yield (
+            yield Note(
                 f"{int(flagged.sum()):,} of the {len(flagged):,} samples with label {label} are "
                 "flagged. Either most of these labels are wrong, or the class is rare and learned "
-                "late, and most are right. Look at them before you remove any."
+                "late, and most are right.",
+                remedy="Look at them before you remove any.",
             )
 
 
-def _notes_on_losses(store: Store, history: LossHistory | None) -> Iterator[str]:
+def _notes_on_losses(store: Store, history: LossHistory | None) -> Iterator[Note]:
     if history is None:
-        yield (
+        yield Note(
             "The run holds no losses, so self-influence ranks the samples. It also finds unusual "
             "samples with correct labels."
         )
     elif history.loss != "cross-entropy":
-        yield f"The loss is {history.loss}: the number was tested for classes only."
+        yield Note(f"The loss is {history.loss}: the number was tested for classes only.")
     elif has_several_terms(store):
-        yield (
+        yield Note(
             "The loss of a sample is the mean of several terms, such as tokens: a single wrong one "
             "may be hidden, and the number was tested for one label per sample only."
         )

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.applications.notes import Note
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 
@@ -32,7 +33,7 @@ class Selection(ShownInNotebooks):
         scores: The score by which each was selected, shape ``(n,)``.
         n_train: Number of samples to select from.
         method: How the samples were selected.
-        notes: What limits the answer, in sentences.
+        notes: What limits the answer, and what to do about it.
     """
 
     ids: Int[Tensor, " n"]
@@ -40,7 +41,7 @@ class Selection(ShownInNotebooks):
     scores: Float[Tensor, " n"]
     n_train: int
     method: str
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with the weight and the score of each sample, indexed by its id."""

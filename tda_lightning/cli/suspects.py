@@ -96,7 +96,7 @@ def _answer(run: Path, result: Mislabeled, limit: int) -> Answer:
         "estimated_number": result.estimated_number,
         "is_clear": result.is_clear,
         "flagged": flagged,
-        "notes": list(result.notes),
+        "notes": [str(note) for note in result.notes],
     }
     return Answer([head, *table, *more, *notes], content)
 

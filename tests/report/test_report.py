@@ -13,6 +13,7 @@ from reported_runs import TextClassifier, Texts, report_on_texts
 from torch.utils.data import Subset, TensorDataset
 
 from tda_lightning import GradientRecorder, Identity, Unrolled, attribute
+from tda_lightning.applications import find_mislabeled
 from tda_lightning.attribution import Averaged
 from tda_lightning.metrics import rank_agreement
 from tda_lightning.report import Case, Finding, RemovalCurve, Shown, report
@@ -105,6 +106,15 @@ def test_the_page_shows_the_scores_of_attribute_and_how_far_its_two_methods_agre
         assert query["helped"][0][1] == pytest.approx(float(best.values[0]), rel=1e-2)
         assert query["agreement"] == pytest.approx(float(agreement[query["id"]]), abs=0.01)
     assert "Rank correlation of Unrolled and InfluenceFunction" in " ".join(parsed.texts)
+
+
+def test_the_page_shows_why_labels_may_be_missed_but_no_advice_on_arguments(tmp_path):
+    text = " ".join(Parsed(report_on_texts(tmp_path, TEXTS)).texts)
+    doubts = text.partition("This could be a false all-clear")[2]
+    notes = find_mislabeled(tmp_path / "run.tda", progress=False).notes
+    assert any(note.remedy.startswith("Pass `model`") for note in notes)
+    assert all(note.reason in doubts for note in notes)
+    assert "Pass" not in doubts
 
 
 def test_one_method_alone_has_nothing_to_agree_with(tmp_path):

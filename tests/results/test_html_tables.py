@@ -12,7 +12,7 @@ import torch
 from hostile_strings import HOSTILE
 
 import tda_lightning
-from tda_lightning.applications import Duplicates, Mislabeled, Shortcut
+from tda_lightning.applications import Duplicates, Mislabeled, Note, Shortcut
 from tda_lightning.applications.shortcuts import Effect
 from tda_lightning.results import SampleScores, Scores, TopScores, Trajectory
 from tda_lightning.results.alarms import Alarm, Alarms
@@ -64,9 +64,10 @@ def test_few_training_samples_are_no_error():
 
 IDS = torch.arange(23)
 SUSPICION = torch.rand(23, generator=torch.Generator().manual_seed(5))
+NOTES = (Note("a < b", "c > d"),)
 TABLES = {
-    "mislabeled": Mislabeled(IDS, 1 - SUSPICION, {"loss": SUSPICION}, 5, True, 5, None, ("a < b",)),
-    "duplicates": Duplicates((IDS[2:4], IDS[7:11]), IDS, SUSPICION, None, 0.9, ("a < b",)),
+    "mislabeled": Mislabeled(IDS, 1 - SUSPICION, {"loss": SUSPICION}, 5, True, 5, None, NOTES),
+    "duplicates": Duplicates((IDS[2:4], IDS[7:11]), IDS, SUSPICION, None, 0.9, NOTES),
     "shortcut": Shortcut((Effect("<b>", 1.5, 0.01, 3),), SampleScores(SUSPICION, IDS, ""), 7, 99),
     "trajectory": Trajectory(torch.randn(3, 5, 7), IDS[:7], IDS[:5], IDS[:3], "epoch", ""),
     "alarms": Alarms((Alarm("never_seen", IDS[:3], "a < b"),), ("labels: <none>",)),

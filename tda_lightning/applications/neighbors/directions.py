@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tda_lightning.applications.notes import Note
 from tda_lightning.attribution.attributor import Totals
 from tda_lightning.attribution.linalg import unit_rows
 from tda_lightning.features.layer_features import LayerFeatures
@@ -50,14 +51,16 @@ class Directions:
         for start in range(0, n, size):
             yield start, self.units[start : start + size] @ self.units.mT
 
-    def notes(self) -> list[str]:
-        """Return which samples could not be compared, in sentences."""
+    def notes(self) -> list[Note]:
+        """Return which samples could not be compared."""
         n_unknown = int((~self.is_known()).sum())
         if not n_unknown:
             return []
         return [
-            f"{n_unknown:,} samples have no direction, since they were never drawn or their "
-            "gradients are zero or not finite; they were not examined."
+            Note(
+                f"{n_unknown:,} samples have no direction, since they were never drawn or their "
+                "gradients are zero or not finite; they were not examined."
+            )
         ]
 
 

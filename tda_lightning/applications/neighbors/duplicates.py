@@ -23,6 +23,7 @@ from tda_lightning.applications.neighbors.directions import (
     feature_directions,
     gradient_directions,
 )
+from tda_lightning.applications.notes import Note
 from tda_lightning.applications.predictions import Labels, given_labels
 from tda_lightning.features import train_features
 from tda_lightning.passes.outputs import labels_of
@@ -48,7 +49,7 @@ class Duplicates(ShownInNotebooks):
         similarities: Largest cosine of each training sample with another, shape ``(n_train,)``.
         labels: Label of each training sample, if a loader was passed; shape ``(n_train,)``.
         threshold: Least cosine of two copies.
-        notes: What limits the answer, in sentences.
+        notes: What limits the answer, and what to do about it.
     """
 
     groups: tuple[Int64[Tensor, " _"], ...]
@@ -56,7 +57,7 @@ class Duplicates(ShownInNotebooks):
     similarities: Float[Tensor, " n_train"]
     labels: Int[Tensor, " n_train"] | None
     threshold: float
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
     @property
     def ids(self) -> Int64[Tensor, " n_grouped"]:
@@ -212,22 +213,22 @@ def _groups(
     return tuple(directions.train_ids[group] for group in groups), nearest.clamp(-1, 1)
 
 
-def _notes(store: Store, directions: Directions, is_by_features: bool) -> Iterator[str]:
+def _notes(store: Store, directions: Directions, is_by_features: bool) -> Iterator[Note]:
     yield from directions.notes()
     missing = ~torch.isin(store.train_ids(), directions.train_ids)
     if missing.any():
-        yield (
+        yield Note(
             f"{int(missing.sum()):,} samples of the run are not in the loader; they were not "
             "examined."
         )
     if is_by_features:
-        yield (
+        yield Note(
             f"Samples were compared by {directions.origin}: different samples with the same "
             "features are in a group, too."
         )
     else:
-        yield (
-            "Gradients depend on labels, so copies with different labels cannot be found this "
-            "way. Pass `model` and `loader` to find them."
+        yield Note(
+            "Gradients depend on labels, so copies with different labels cannot be found this way.",
+            remedy="Pass `model` and `loader` to find them.",
         )
-    yield "Copies that the model sees differently, such as shifted images, cannot be found."
+    yield Note("Copies that the model sees differently, such as shifted images, cannot be found.")

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tda_lightning.applications.neighbors.directions import Directions, gradient_directions
+from tda_lightning.applications.notes import Note
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.stores.arguments import require_whole
@@ -42,7 +43,7 @@ class Outliers(ShownInNotebooks):
         nearest: Id of the most similar other sample, shape ``(n_train,)``.
         fence: Samples with a larger distance are flagged.
         flagged_number: Number of flagged samples.
-        notes: What limits the answer, in sentences.
+        notes: What limits the answer, and what to do about it.
     """
 
     train_ids: Int64[Tensor, " n_train"]
@@ -50,7 +51,7 @@ class Outliers(ShownInNotebooks):
     nearest: Int64[Tensor, " n_train"]
     fence: float
     flagged_number: int
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
     @property
     def ids(self) -> Int64[Tensor, " n_flagged"]:
@@ -157,16 +158,16 @@ def _fence(distances: Float[Tensor, " n"]) -> float:
     return float(high + _FENCE * (high - low))
 
 
-def _notes(directions: Directions, n_known: int, neighbors: int, flagged: int) -> Iterator[str]:
+def _notes(directions: Directions, n_known: int, neighbors: int, flagged: int) -> Iterator[Note]:
     yield from directions.notes()
     if n_known < _FEW:
-        yield f"Only {n_known} samples were compared, too few for a reliable fence."
+        yield Note(f"Only {n_known} samples were compared, too few for a reliable fence.")
     if flagged:
-        yield (
-            "Mislabeled samples are often among them, and rare but correct ones: compare with "
-            "`find_mislabeled`."
+        yield Note(
+            "Mislabeled samples are often among them, and rare but correct ones.",
+            remedy="Compare with `find_mislabeled`.",
         )
-    yield (
+    yield Note(
         f"Foreign samples that resemble more than {neighbors} others cannot be found this way, nor "
         "those that the model treats like the others."
     )

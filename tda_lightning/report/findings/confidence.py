@@ -79,7 +79,7 @@ def _of_the_recording(evidence: Evidence) -> list[str]:
 
 def _not_searched(evidence: Evidence) -> list[str]:
     notes = () if evidence.suspects is None else evidence.suspects.notes
-    reasons = [note.partition(" Pass `")[0] for note in notes]  # the page's readers have no code
+    reasons = [note.reason for note in notes]  # Readers of the page cannot act on the remedies.
     if evidence.suspects is None:
         reasons.append(
             "The loss is no cross-entropy, so labels were examined by their self-influence alone."
