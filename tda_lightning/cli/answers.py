@@ -36,6 +36,7 @@ from tda_lightning.cli.output import Answer, aligned, show, show_progress
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results import Ranking, SampleRanking, Scores, TopScores
 from tda_lightning.results.ranking import describe_ranking
+from tda_lightning.stores.opening import open_run
 
 # The methods and targets that need no arguments, by their names on the command line.
 METHODS: dict[str, Attributor] = {
@@ -90,6 +91,12 @@ def attribute(
     as_json: bool,
 ) -> None:
     """Show the most helpful and the most harmful training samples of each query."""
+    store = open_run(run)
+    n_train = len(store.train_ids())
+    if k > n_train:
+        raise click.UsageError(
+            f"`-k` is {k:,}, and the run has {n_train:,} training samples. Pass at most as many."
+        )
     loaded = load_model(model, config, checkpoint, trust_checkpoint)
     batch = as_loader(load_queries(queries, config, split))
     options: dict[str, Any] = {
@@ -99,10 +106,10 @@ def attribute(
     }
     answer: Scores | TopScores
     if out is None:
-        answer = top_attributions(run, loaded, batch, k, **options)
+        answer = top_attributions(store, loaded, batch, k, **options)
         best, worst = answer.proponents, answer.opponents
     else:
-        answer = attribute_run(run, loaded, batch, **options)
+        answer = attribute_run(store, loaded, batch, **options)
         answer.save(out)
         best, worst = answer.proponents(k), answer.opponents(k)
     show(_top_answer(run, answer, best, worst, show_), as_json)

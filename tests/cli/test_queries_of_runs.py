@@ -255,6 +255,16 @@ def test_a_wrong_command_line_is_named_and_exits_with_2(here, capsys, words, mes
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_more_samples_than_there_are_are_refused_before_the_work(here, tmp_path, capsys, is_saved):
+    words = ["--config", "config.yaml", "--checkpoint", "model.ckpt"]
+    words += ["--out", str(tmp_path / "scores.npz")] if is_saved else []
+    assert main(["attribute", "run.tda", "-k", "12", *words]) == 2
+    assert "`-k` is 12, and the run has 11 training samples" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main(["attribute", "run.tda", "-k", "11", *words]) == 0
+
+
 def test_weights_of_another_architecture_do_not_fit(here, tmp_path, capsys):
     torch.save({"net.0.weight": torch.zeros(2, 2)}, tmp_path / "other.ckpt")
     words = ["--model", "project:Model", "--checkpoint", str(tmp_path / "other.ckpt")]
