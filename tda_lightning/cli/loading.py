@@ -15,6 +15,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import click
@@ -24,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 # Of loaders over a dataset that has none.
 _BATCH_SIZE = 50
+# First bytes of the files of `torch.save`: a zip archive, or a pickle by old versions.
+_SAVED_BY_TORCH = (b"PK", b"\x80\x02")
 # Stage and loader of a LightningDataModule, per split.
 SPLITS = {
     "train": ("fit", "train_dataloader"),
@@ -104,13 +107,21 @@ def _loader_of(data: Any, split: str) -> Any:
 
 
 def _read_checkpoint(checkpoint: Path, trust: bool) -> dict[str, Any]:
+    with checkpoint.open("rb") as file:
+        is_saved_by_torch = file.read(2) in _SAVED_BY_TORCH
+    if not is_saved_by_torch:
+        raise click.UsageError(
+            f"`{checkpoint}` is no checkpoint; expected a file saved by a Trainer or `torch.save`."
+        )
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=not trust)
     except Exception as error:
-        remedy = "" if trust else " If you trust its source, pass `--trust-checkpoint`."
-        raise click.UsageError(
-            f"`{checkpoint}` cannot be loaded: {_in_short(error)}.{remedy}"
-        ) from error
+        if isinstance(error, UnpicklingError) and not trust:
+            raise click.UsageError(
+                f"`{checkpoint}` holds more than weights and Python's own types, and loading it "
+                "may run code. If you trust its source, pass `--trust-checkpoint`."
+            ) from error
+        raise click.UsageError(f"`{checkpoint}` cannot be loaded: {_in_short(error)}.") from error
     if not isinstance(saved, dict):
         raise click.UsageError(f"`{checkpoint}` holds a {type(saved).__name__}; expected weights.")
     return saved

@@ -77,6 +77,7 @@ def project(tmp_path_factory):
     trainer = quiet_trainer(GradientRecorder(folder / "run.tda"))
     trainer.fit(model, data.train_dataloader())
     trainer.save_checkpoint(folder / "model.ckpt")
+    (folder / "cut.ckpt").write_bytes((folder / "model.ckpt").read_bytes()[:100])
     config = {
         "trainer": {"max_epochs": 2},
         "model": {"class_path": "project.Model", "init_args": {"width": 7}},
@@ -224,7 +225,15 @@ def test_report_writes_a_page(here, tmp_path, capsys):
         (["--model", "project:Modell"], "`project` has no `Modell`. Did you mean `Model`?"),
         (["--model", "project:queries"], "is a list; expected a model"),
         (["--model", "project:number"], "is a int; expected a model"),
-        (["--model", "project:Model", "--checkpoint", "project.py"], "cannot be loaded"),
+        (
+            ["--model", "project:Model", "--checkpoint", "project.py"],
+            "`project.py` is no checkpoint; expected a file saved by a Trainer or `torch.save`.",
+        ),
+        (
+            ["--model", "project:Model", "--checkpoint", "project.py", "--trust-checkpoint"],
+            "`project.py` is no checkpoint",
+        ),
+        (["--model", "project:Model", "--checkpoint", "cut.ckpt"], "`cut.ckpt` cannot be loaded"),
         (["--model", "project:Model", "--checkpoint", "absent.ckpt"], "does not exist"),
         (["--model", "torch.nn:Identity", "--checkpoint", "model.ckpt"], "do not fit `Identity`"),
         (["--config", "without_classes.yaml", "--checkpoint", "model.ckpt"], "no `class_path`"),
@@ -272,12 +281,15 @@ def test_weights_of_another_architecture_do_not_fit(here, tmp_path, capsys):
     assert "do not fit `Model`" in capsys.readouterr().err
 
 
-def test_a_checkpoint_with_objects_needs_trust(here, tmp_path):
+def test_a_checkpoint_with_objects_needs_trust(here, tmp_path, capsys):
     saved = torch.load("model.ckpt", weights_only=True)
     torch.save({**saved, "note": pl.LightningDataModule}, tmp_path / "object.ckpt")
     words = ["--model", "project:Model", "--checkpoint", str(tmp_path / "object.ckpt")]
     words = ["attribute", "run.tda", *words, "--queries", "project:queries"]
     assert main(words) == 2
+    message = capsys.readouterr().err
+    assert "If you trust its source, pass `--trust-checkpoint`" in " ".join(message.split())
+    assert "weights_only" not in message
     assert main([*words, "--trust-checkpoint"]) == 0
 
 
