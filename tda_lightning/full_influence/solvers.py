@@ -220,11 +220,14 @@ class EKFAC(Solver):
                 f"`EKFAC` approximates the Gauss-Newton matrix of the training step; expected "
                 f"`curvature=GaussNewton()`, got `{curvature}`. Omit it, or use another solver."
             )
-        if objective.linearization_points != (CURRENT_WEIGHTS,):
+        points = objective.linearization_points
+        if points != (CURRENT_WEIGHTS,):
+            along = "gradients that the run's optimizer rescales"
+            if points[0].weights is not None:
+                along = f"the {len(points)} snapshots of the run"
             raise ValueError(
-                "`EKFAC` approximates the curvature at one set of weights; expected no `run=`, got "
-                f"one with {len(objective.linearization_points)} snapshots. Omit it, or use "
-                "`Woodbury()`."
+                f"`EKFAC` approximates the curvature at one set of weights, and not with {along}. "
+                "Use `Woodbury()`. `attribute_by_gradients` takes `EKFAC()` without `run=`."
             )
         return KroneckerFactored.of(objective, "type-2" if self.labels == "all" else "mc")
 

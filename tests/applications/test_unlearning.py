@@ -17,7 +17,7 @@ from tda_lightning.applications import (
     rewind_plan,
     unlearn,
 )
-from tda_lightning.full_influence import ConjugateGradient, GaussNewton, Hessian
+from tda_lightning.full_influence import EKFAC, ConjugateGradient, GaussNewton, Hessian
 from tda_lightning.stores import MemoryStore
 
 FORGET = [2, 7, 9]
@@ -123,6 +123,18 @@ def test_a_newton_step_on_a_quadratic_loss_is_exact_retraining(loss, curvature):
     update = SecondOrder(ConjugateGradient(tolerance=1e-12), damping=1e-10, curvature=curvature)
     result = unlearn(model, store, loader(data), FORGET, update=update, progress=False)
     torch.testing.assert_close(result.state_dict["net.weight"], retrained, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "snapshots", "reason"),
+    [(sgd, 2, "the 5 snapshots of the run"), (torch.optim.AdamW, 0, "optimizer rescales")],
+    ids=["snapshots", "adamw"],
+)
+def test_ekfac_is_refused_with_a_solver_to_use_instead(optimizer, snapshots, reason):
+    model, store = trained(classes(), net(), optimizer, snapshots=snapshots)
+    update = SecondOrder(EKFAC())
+    with pytest.raises(ValueError, match=rf"{reason}\. Use `Woodbury\(\)`"):
+        unlearn(model, store, loader(classes()), FORGET, update=update, progress=False)
 
 
 @pytest.mark.parametrize("update", [SecondOrder(), Replay()])

@@ -256,5 +256,5 @@ def test_ekfac_refuses_a_run():
     pytest.importorskip("curvlinops", reason="the extra `solvers` is not installed")
     store = MemoryStore()
     model = trained("SGD", store)
-    with pytest.raises(ValueError, match="expected no `run=`, got one with 6 snapshots"):
+    with pytest.raises(ValueError, match="and not with the 6 snapshots of the run"):
         score(model, FullInfluenceFunction(EKFAC()), run=store)
