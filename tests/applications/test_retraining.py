@@ -196,6 +196,14 @@ def test_plans_that_cannot_be_run_are_refused(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    "plan", [lambda: same_data(5, [0, 1.5]), lambda: leave_out(5, [[2]], seed=1.5)]
+)
+def test_a_seed_with_a_fraction_is_refused(plan):
+    with type_checks_disabled(), pytest.raises(ValueError, match=r"`seeds` .* whole numbers"):
+        plan()
+
+
 def test_a_check_by_removal_compares_with_random_samples_of_each_seed():
     plans = []
 

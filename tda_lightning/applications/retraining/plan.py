@@ -36,6 +36,8 @@ class Plan:
             )
         if not len(self.weights):
             raise ValueError("The plan holds no training; expected at least one.")
+        if self.seeds.dtype != torch.int64:
+            raise ValueError(f"`seeds` is {describe(self.seeds)}; expected whole numbers.")
         if not self.weights.isfinite().all() or (self.weights < 0).any():
             raise ValueError("`weights` holds negative or infinite numbers; expected 0 or more.")
 
@@ -129,4 +131,4 @@ def leave_out(n_train: int, groups: Sequence[Sequence[int] | Tensor], *, seed: i
 
 def same_data(n_train: int, seeds: Sequence[int]) -> Plan:
     """Plan trainings on all samples with several seeds: how much is chance?"""
-    return Plan(torch.ones(len(seeds), n_train), torch.tensor(list(seeds), dtype=torch.int64))
+    return Plan(torch.ones(len(seeds), n_train), torch.tensor(list(seeds)))
