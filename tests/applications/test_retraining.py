@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import retrained
 import torch
-from lightning_models import loader, vectors
+from lightning_models import loader, quiet_trainer, vectors
 from torch.utils.data import Subset, WeightedRandomSampler
 from unchecked_calls import type_checks_disabled
 
+from tda_lightning import GradientRecorder
 from tda_lightning.applications import (
     Plan,
     check_removal,
@@ -82,6 +83,15 @@ def test_measurements_of_another_number_are_refused_at_once(tmp_path):
     changed = {**FUNCTIONS, "measure": lambda model: torch.zeros(next(lengths))}
     with pytest.raises(ValueError, match="2 values after training 1, and 3"):
         retrain(same_data(13, [0, 1, 2]), folder=tmp_path, **changed)
+
+
+def test_the_folder_of_a_recorded_run_is_refused(tmp_path):
+    recorder = GradientRecorder(tmp_path / "run.tda")
+    quiet_trainer(recorder).fit(retrained.new_model(), retrained.train_loader())
+    before = sorted((tmp_path / "run.tda").iterdir())
+    with pytest.raises(FileExistsError, match="` holds a recorded run; expected a folder"):
+        retrain(same_data(13, [0]), folder=tmp_path / "run.tda", **FUNCTIONS)
+    assert sorted((tmp_path / "run.tda").iterdir()) == before
 
 
 @pytest.mark.parametrize("name", ["model", "trainer"])

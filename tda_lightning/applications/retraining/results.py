@@ -19,6 +19,7 @@ from torch import Tensor
 from tda_lightning.applications.retraining.plan import Plan
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
+from tda_lightning.stores.hdf5.folder import is_run
 from tda_lightning.stores.integrity.durable import atomic_write
 
 if TYPE_CHECKING:
@@ -57,13 +58,19 @@ class ResultFolder:
     """A folder that holds the result of each finished training of one plan.
 
     Raises:
-        FileExistsError: If it holds the results of another plan, or of other functions.
+        FileExistsError: If it holds a recorded run, or the results of another plan or of other
+            functions.
     """
 
     def __init__(
         self, path: str | Path, plan: Plan, functions: Mapping[str, Callable[..., Any]]
     ) -> None:
         self.path, self._plan = Path(path), plan
+        if is_run(self.path):
+            raise FileExistsError(
+                f"`{self.path}` holds a recorded run; expected a folder for the results of "
+                "retrainings. Choose an empty or a new one."
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         header = self.path / "plan.json"
         expected = {

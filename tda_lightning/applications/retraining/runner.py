@@ -81,7 +81,8 @@ def retrain(
         The measurements, shape ``(n_trainings, n_values)``.
 
     Raises:
-        FileExistsError: If the folder holds the results of another plan or of other functions.
+        FileExistsError: If the folder holds a recorded run, or the results of another plan or of
+            other functions.
         RuntimeError: If a training fails in one of several processes. Finished results are kept.
         ValueError: If the loader has a sampler of an unknown kind, its dataset has another length
             than the plan, a model or trainer is returned again, or ``measure`` returns anything but
