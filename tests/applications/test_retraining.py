@@ -94,6 +94,16 @@ def test_the_folder_of_a_recorded_run_is_refused(tmp_path):
     assert sorted((tmp_path / "run.tda").iterdir()) == before
 
 
+def test_measurements_that_are_nan_are_named_once():
+    values = iter([[0.1, 0.2], [0.3, torch.nan], [torch.nan, torch.nan]])
+    changed = {**FUNCTIONS, "measure": lambda model: torch.tensor(next(values))}
+    with pytest.warns(UserWarning, match="NaN after 2 of 3") as caught:
+        results = retrain(same_data(13, [0, 1, 2]), **changed)
+    (message,) = [str(w.message) for w in caught if "NaN" in str(w.message)]
+    assert "first after number 1:" in message
+    assert results.values.isnan().any(dim=1).tolist() == [False, True, True]
+
+
 @pytest.mark.parametrize("name", ["model", "trainer"])
 def test_models_and_trainers_of_an_earlier_training_are_refused(name):
     same = FUNCTIONS[name]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,8 @@ def retrain(
         progress: Show a progress bar with the remaining time.
 
     Returns:
-        The measurements, shape ``(n_trainings, n_values)``.
+        The measurements, shape ``(n_trainings, n_values)``. A warning names trainings that gave
+        NaN.
 
     Raises:
         FileExistsError: If the folder holds a recorded run, or the results of another plan or of
@@ -111,7 +113,20 @@ def retrain(
             for number, values in _run(task, plan, missing, processes):
                 results.add(number, values)
                 bar.update()
-        return results.load()
+        retrained = results.load()
+    _warn_of_nan(retrained)
+    return retrained
+
+
+def _warn_of_nan(retrained: Retrainings) -> None:
+    numbers = retrained.values.isnan().any(dim=1).nonzero()[:, 0].tolist()
+    if numbers:
+        warnings.warn(
+            f"`measure` returned NaN after {len(numbers)} of {len(retrained.values)} trainings, "
+            f"first after number {numbers[0]}: these may have diverged. Metrics of values that "
+            "are NaN are NaN, too. Leave such rows out, or train with a lower learning rate.",
+            stacklevel=3,
+        )
 
 
 def _run(task: _Task, plan: Plan, numbers: list[int], processes: int) -> Iterator[_Result]:
