@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.npz import SavedResult
+from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.results.scores import Scores
 
 
@@ -50,6 +52,15 @@ class Embedding(SavedResult):
             method=self.method,
             provenance=self.provenance,
         )
+
+    def _repr_html_(self) -> str:
+        """Show the longest and the shortest vectors, in notebooks."""
+        norms = SampleScores(self.vectors.norm(dim=1), self.train_ids, self.method)
+        k = min(5, len(norms))
+        rows: list[list[Cell]] = []
+        if k:
+            rows = [["longest", norms.highest(k)], ["shortest", norms.lowest(k)]]
+        return html_table(repr(self), ["", "sample and length of its vector"], rows)
 
     def __repr__(self) -> str:
         n_train, k = self.vectors.shape

@@ -14,9 +14,10 @@ from hostile_strings import HOSTILE
 import tda_lightning
 from tda_lightning.applications import Duplicates, Mislabeled, Note, Shortcut
 from tda_lightning.applications.shortcuts import Effect
-from tda_lightning.results import SampleScores, Scores, TopScores, Trajectory
+from tda_lightning.results import Embedding, SampleScores, Scores, TopScores, Trajectory
 from tda_lightning.results.alarms import Alarm, Alarms
 from tda_lightning.results.contributions import Contributions
+from tda_lightning.results.npz import SavedResult
 
 METHOD = "<script>alert(1)</script>"
 SCORES = Scores(
@@ -33,6 +34,7 @@ RESULTS = {
     "sample scores": SAMPLES,
     "ranking": TOP.proponents,
     "sample ranking": SAMPLES.highest(3),
+    "embedding": Embedding(SCORES.values.mT, SCORES.train_ids, METHOD),
 }
 
 
@@ -60,6 +62,14 @@ def test_many_queries_are_counted():
 def test_few_training_samples_are_no_error():
     assert "#100 " in SCORES.of([100])._repr_html_()
     assert "<tbody></tbody>" in SCORES[0].of([])._repr_html_()
+
+
+def test_the_longest_and_shortest_vectors_of_an_embedding_are_shown():
+    html = RESULTS["embedding"]._repr_html_()
+    norms = SCORES.values.norm(dim=0)
+    for sample, norm in ((int(norms.argmax()), norms.max()), (int(norms.argmin()), norms.min())):
+        assert f"#{100 + sample} " in html
+        assert f"{norm:+.3g}" in html
 
 
 IDS = torch.arange(23)
@@ -135,14 +145,13 @@ def test_contributions_show_their_sums():
     assert frame.contribution.sum() == pytest.approx(float(contributions.values.sum()), abs=1e-4)
 
 
-def test_every_result_with_a_table_is_shown_in_notebooks():
+def test_every_result_is_shown_in_notebooks():
     names = [info.name for info in pkgutil.walk_packages(tda_lightning.__path__, "tda_lightning.")]
     rooms = ("results", "applications", "metrics", "attribution", "report")
     ours = [name for name in names if name.split(".")[1] in rooms]
     modules = [import_module(name) for name in ours if not name.endswith(".quanda")]
     classes = {cls for m in modules for _, cls in inspect.getmembers(m, inspect.isclass)}
     ours = [c for c in classes if c.__module__.startswith("tda_lightning")]
-    missing = [
-        c.__name__ for c in ours if hasattr(c, "to_pandas") and not hasattr(c, "_repr_html_")
-    ]
-    assert not missing
+    results = [c for c in ours if hasattr(c, "to_pandas") or issubclass(c, SavedResult)]
+    missing = [c.__name__ for c in results if not hasattr(c, "_repr_html_")]
+    assert missing == ["SavedResult"]
