@@ -11,6 +11,7 @@ For :class:`~tda_lightning.Unrolled` these are the data value embeddings of Wang
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ def embed(
     Args:
         run: The recorded training: its folder or a store.
         method: The attribution method; its scores must be linear in the query.
-        device: Device of the computation; the CPU replaces one without double precision.
+        device: Device of the computation. The CPU replaces one without double precision, such as
+            ``"mps"``, with a warning.
         progress: Show a progress bar.
 
     Returns:
@@ -57,6 +59,12 @@ def embed(
     store = open_store(run, "run")
     unit_vectors = torch.eye(store.recipe.dimension, dtype=store.recipe.torch_dtype)
     computed_on = with_double_precision(torch.device(device))
+    if computed_on != torch.device(device):
+        warnings.warn(
+            f"`device={str(device)!r}` has no double precision, which methods need; the embedding "
+            "is computed on the CPU. Pass `device='cpu'` to omit this warning.",
+            stacklevel=2,
+        )
     scores = method.attribute(store, unit_vectors.to(computed_on), progress=progress)
     return Embedding(
         scores.values.mT.contiguous(), scores.train_ids, scores.method, scores.provenance

@@ -52,3 +52,9 @@ def test_a_saved_embedding_can_be_loaded(tmp_path):
 def test_a_method_that_is_not_linear_cannot_be_embedded():
     with pytest.raises(ValueError, match="is not linear in the query; expected a method that is"):
         embed(RUN, GradientSimilarity("cosine"))
+
+
+def test_a_device_without_double_precision_is_replaced_with_a_warning():
+    with pytest.warns(UserWarning, match=r"`device='mps'` has no double .* on the CPU"):
+        embedding = embed(RUN, EXACT, device="mps", progress=False)
+    assert torch.equal(embedding.vectors, embed(RUN, EXACT, progress=False).vectors)
