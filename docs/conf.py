@@ -17,7 +17,7 @@ extensions = [
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True  # `outputs=outputs_of`, not `<function outputs_of>`
+autodoc_preserve_defaults = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_use_ivar = True
@@ -61,6 +61,11 @@ def shape_cells(app, doctree):
                 text.parent.replace(text, nodes.Text(text.replace(" ", "\N{NO-BREAK SPACE}")))
 
 
+def name_default_functions(app, what, name, obj, options, signature, returned):
+    """Show `outputs=outputs_of` of a dataclass, not `<function outputs_of>`."""
+    return signature and re.sub(r"<function (\w+)>", r"\1", signature), returned
+
+
 def lead_back_from_source(app, pagename, templatename, context, doctree):
     """Repair links from source code to the API pages.
 
@@ -82,5 +87,6 @@ def lead_back_from_source(app, pagename, templatename, context, doctree):
 
 def setup(app):
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
+    app.connect("autodoc-process-signature", name_default_functions)
     app.connect("doctree-read", shape_cells)
     app.connect("html-page-context", lead_back_from_source)

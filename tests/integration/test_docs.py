@@ -1,5 +1,6 @@
 """Every documented Python block runs, in order, in one folder, after those of the README."""
 
+import inspect
 import re
 from importlib import import_module
 from importlib.util import find_spec
@@ -108,6 +109,19 @@ def test_links_within_the_pages_lead_somewhere(page):
         assert there.exists(), f"{page} links to {target}"
         there = ROOT / "README.md" if there.name == "index.md" else there  # which includes it
         assert not anchor or anchor in anchors_of(there), f"{page} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("package", ["", *(f".{name}" for name in PUBLIC_PACKAGES)])
+def test_functions_that_are_defaults_have_a_name(package):
+    module = import_module(f"tda_lightning{package}")
+    functions = [
+        (name, parameter.name)
+        for name in module.__all__
+        if callable(getattr(module, name))
+        for parameter in inspect.signature(getattr(module, name)).parameters.values()
+        if getattr(parameter.default, "__name__", "") == "<lambda>"
+    ]
+    assert functions == []
 
 
 def test_pictures_have_a_text_for_those_who_do_not_see_them():

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 _IGNORED = -100
 
 
+def first_entry(batch: Any) -> Tensor:
+    """Return the first entry of a batch: its inputs."""
+    entry: Tensor = batch[0]
+    return entry
+
+
 @dataclass(frozen=True)
 class NextToken:
     """Log-probability of each token given those before it: a target with one number per token.
@@ -42,7 +48,7 @@ class NextToken:
     """
 
     outputs: Callable[[nn.Module, Any], Tensor] = outputs_of
-    tokens: Callable[[Any], Tensor] = lambda batch: batch[0]
+    tokens: Callable[[Any], Tensor] = first_entry
 
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "n tokens"]:
         """Return one number for each token after the first."""
