@@ -124,6 +124,13 @@ def test_samples_in_lists_are_taken_one_by_one(form, n):
     torch.testing.assert_close(losses.values, expected_losses(model)[:n])
 
 
+@pytest.mark.xfail(strict=True, reason="n images of n channels look like n views of n samples")
+def test_as_many_images_in_a_list_as_channels_are_cut_into_images():
+    images = [torch.zeros(3, 5, 5), torch.zeros(3, 5, 7), torch.zeros(3, 7, 5)]
+    part, _ = part_of([images, torch.arange(3)], 3, slice(1, 2))
+    assert [image.shape for image in part] == [images[1].shape]
+
+
 def test_views_in_a_list_are_cut_like_tensors():
     views = [torch.arange(6.0).view(2, 3), torch.arange(6.0, 12.0).view(2, 3)]
     part, label = part_of([views, torch.arange(2)], 2, slice(1, 2))
