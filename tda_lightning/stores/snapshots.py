@@ -13,6 +13,7 @@ import bisect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -141,7 +142,10 @@ def _checkpoint(path: str | Path) -> Mapping[str, Any]:
         )
     expected = "a checkpoint saved by a `ModelCheckpoint`, with weights and builtins only"
     with reading(file, expected, "Pass another checkpoint."):
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:  # Torch advises to load it without a check.
+            raise ValueError("it is no checkpoint, or holds other objects") from error
     if not isinstance(checkpoint, Mapping) or not {"state_dict", "global_step"} <= set(checkpoint):
         raise ValueError(
             f"`{path}` is not a Lightning checkpoint; expected the keys `state_dict` and "

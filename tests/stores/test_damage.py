@@ -343,6 +343,13 @@ def test_a_damaged_checkpoint_raises_with_its_name(run, tmp_path, damage):
         add_snapshots(run, [checkpoint])
 
 
+def test_a_text_is_no_checkpoint(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("# Notes")
+    with pytest.raises(OSError, match=r"notes\.txt`.* it is no checkpoint, or holds") as raised:
+        add_snapshots(run, [tmp_path / "notes.txt"])
+    assert "weights_only" not in str(raised.value)
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StoreFileError, match=r"file/run` cannot be written: .*Choose another path"):
