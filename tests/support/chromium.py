@@ -128,8 +128,7 @@ class Tab:
         """Load a file, and wait until its ranking is there."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self._call("Emulation.setDeviceMetricsOverride", **size)
+        self.resize(width, 900)
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self._call("Emulation.setEmulatedMedia", features=[feature])
         self.address = path.as_uri()
@@ -210,6 +209,12 @@ class Tab:
             assert time.monotonic() < end, "nothing was saved"
             self.browser.listen(0.05)
         return files[0]
+
+    def resize(self, width: int, height: int, scale: float = 1) -> None:
+        """Set the size of the window, and the pixels of a picture per pixel of the window."""
+        size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+        self._call("Emulation.setScrollbarsHidden", hidden=True)
 
     def picture(self, path: Path) -> None:
         """Save a screenshot of what is in view."""
