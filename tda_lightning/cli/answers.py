@@ -32,7 +32,7 @@ from tda_lightning.cli.options import (
     run_argument,
     scores_option,
 )
-from tda_lightning.cli.output import Answer, aligned, show, show_progress
+from tda_lightning.cli.output import Answer, aligned, show
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results import Ranking, SampleRanking, Scores, TopScores
 from tda_lightning.results.ranking import describe_ranking
@@ -99,11 +99,7 @@ def attribute(
         )
     loaded = load_model(model, config, checkpoint, trust_checkpoint)
     batch = as_loader(load_queries(queries, config, split))
-    options: dict[str, Any] = {
-        "method": METHODS[method],
-        "target": TARGETS[target],
-        "progress": show_progress(),
-    }
+    options: dict[str, Any] = {"method": METHODS[method], "target": TARGETS[target]}
     answer: Scores | TopScores
     if out is None:
         answer = top_attributions(store, loaded, batch, k, **options)
@@ -149,7 +145,7 @@ def _top_answer(
 @json_option
 def self_influence(run: Path, method: str, show_: int, out: Path | None, as_json: bool) -> None:
     """Rank the training samples by their effect on their own loss: unusual ones come first."""
-    scores = self_influence_of(run, method=SELF_METHODS[method], progress=show_progress())
+    scores = self_influence_of(run, method=SELF_METHODS[method])
     if out is not None:
         scores.save(out)
     order = torch.argsort(scores.values, descending=True, stable=True)

@@ -64,11 +64,6 @@ def folded(line: str, width: int) -> str:
     )
 
 
-def show_progress() -> bool:
-    """Return whether to show progress bars: only on a terminal, so that no log file is flooded."""
-    return sys.stderr.isatty()
-
-
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the rows of a table as lines, with aligned columns."""
     cells = [[_cell(text) for text in row] for row in rows]

@@ -17,7 +17,7 @@ from tda_lightning.cli.options import (
     query_options,
     run_argument,
 )
-from tda_lightning.cli.output import Answer, show, show_progress
+from tda_lightning.cli.output import Answer, show
 
 
 @click.command(short_help="Write one HTML page to look at and to send.")
@@ -80,7 +80,6 @@ def report(
         class_names=_names(class_names),
         column_names=_names(column_names),
         title=title,
-        progress=show_progress(),
     )
     size = path.stat().st_size
     line = f"{path}: {size / 2**20:.1f} MiB; open it in a browser"

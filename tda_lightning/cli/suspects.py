@@ -9,7 +9,7 @@ import click
 
 from tda_lightning.cli.loading import as_loader, load_model, load_queries
 from tda_lightning.cli.options import json_option, model_options, rows_option, run_argument
-from tda_lightning.cli.output import Answer, aligned, show, show_progress
+from tda_lightning.cli.output import Answer, aligned, show
 
 if TYPE_CHECKING:
     from tda_lightning.applications import Mislabeled
@@ -62,7 +62,6 @@ def mislabeled(
         as_loader(load_queries(train, config, "train", "--train")) if has_data else None,
         trusted=None if trusted is None else as_loader(load_queries(trusted, None, "val")),
         number=number,
-        progress=show_progress(),
     )
     n_train = len(result.train_ids)
     if number is not None and number > n_train:
