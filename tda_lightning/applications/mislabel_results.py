@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tda_lightning.applications.notes import Note
 from tda_lightning.applications.retraining.removal import RemovalCurve
-from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.html_tables import ShownInNotebooks, with_notes
+from tda_lightning.results.tables import frame_by_sample
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +79,6 @@ class Mislabeled(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame of all samples with cleanlab's columns and the witnesses."""
-        pd = import_pandas()
         columns: dict[str, Tensor] = {
             "is_label_issue": self.is_flagged(),
             "label_score": self.label_scores,
@@ -89,8 +88,7 @@ class Mislabeled(ShownInNotebooks):
             columns["predicted_label"] = self.labelled.predicted
         columns["agreement"] = self.agreement()
         columns.update(self.witnesses)
-        index = pd.Index(self.train_ids.numpy(), name="train")
-        return pd.DataFrame({name: values.numpy() for name, values in columns.items()}, index=index)
+        return frame_by_sample(self.train_ids, columns)
 
     def _shown_first(self) -> pd.DataFrame:
         return self.to_pandas().loc[self.ids.tolist()]
@@ -116,7 +114,7 @@ class Mislabeled(ShownInNotebooks):
                 f"  retrained without them: the measured mean changes by {flagged:+.3g}, without "
                 f"as many random samples by {random:+.3g}"
             )
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return with_notes(lines, self.notes)
 
     def _order(self) -> Int64[Tensor, " n_train"]:
         suspicion = next(iter(self.witnesses.values()))

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.applications.notes import Note
-from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.html_tables import ShownInNotebooks, with_notes
+from tda_lightning.results.tables import frame_by_sample
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,10 +45,7 @@ class Selection(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with the weight and the score of each sample, indexed by its id."""
-        pd = import_pandas()
-        index = pd.Index(self.ids.numpy(), name="train")
-        columns = {"weight": self.weights.numpy(), "score": self.scores.numpy()}
-        return pd.DataFrame(columns, index=index)
+        return frame_by_sample(self.ids, {"weight": self.weights, "score": self.scores})
 
     def __len__(self) -> int:
         """Return the number of selected samples."""
@@ -66,7 +63,7 @@ class Selection(ShownInNotebooks):
         if len(self.weights) and float(self.weights.min()) != float(self.weights.max()):
             low, high = float(self.weights.min()), float(self.weights.max())
             lines.append(f"  weights from {low:.3g} to {high:.3g}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return with_notes(lines, self.notes)
 
 
 Labels = Sequence[int] | Int[np.ndarray, " n_all"] | Int[Tensor, " n_all"]

@@ -23,6 +23,11 @@ _CAPTION = "display: block; width: max-content; max-width: 60em"
 Cell = str | Iterable[tuple[int, float]]
 
 
+def with_notes(lines: Iterable[str], notes: Iterable[str]) -> str:
+    """Return a ``repr`` of several lines; notebooks show its notes below the table."""
+    return "\n".join([*lines, *(f"  note: {note}" for note in notes)])
+
+
 def html_table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Return a table with a caption; cells are texts, or samples with their scores."""
     return _table(caption, headings, rows[:MAX_ROWS], len(rows))

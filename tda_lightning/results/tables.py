@@ -57,6 +57,13 @@ def data_frame(columns: Columns) -> pd.DataFrame:
     return pd.DataFrame(dict(columns))
 
 
+def frame_by_sample(ids: Int[Tensor, " n"], columns: Mapping[str, Tensor]) -> pd.DataFrame:
+    """Return a data frame with a row per training sample, indexed by its id."""
+    pd = import_pandas()
+    index = pd.Index(ids.numpy(), name="train")
+    return pd.DataFrame({name: values.numpy() for name, values in columns.items()}, index=index)
+
+
 def write_columns(path: str | Path, columns: Columns) -> None:
     """Write columns to a CSV file; an existing file is replaced."""
     write_csv(path, list(columns), zip(*(c.tolist() for c in columns.values()), strict=True))

@@ -27,8 +27,8 @@ from tda_lightning.applications.notes import Note
 from tda_lightning.applications.predictions import Labels, given_labels
 from tda_lightning.features import train_features
 from tda_lightning.passes.outputs import labels_of
-from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.html_tables import ShownInNotebooks, with_notes
+from tda_lightning.results.tables import frame_by_sample
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_not_negative
 from tda_lightning.stores.opening import Run, open_run
@@ -92,10 +92,9 @@ class Duplicates(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with a row per sample in a group, indexed by its id."""
-        pd = import_pandas()
         numbers = [number for number, group in enumerate(self.groups) for _ in group.tolist()]
-        index = pd.Index(self.ids.numpy(), name="train")
-        frame = pd.DataFrame({"group": numbers, "similarity": self.scores.numpy()}, index=index)
+        frame = frame_by_sample(self.ids, {"similarity": self.scores})
+        frame.insert(0, "group", numbers)
         if self.labels is None:
             return frame
         frame["label"] = self._labels_of(self.ids).numpy()
@@ -112,7 +111,7 @@ class Duplicates(ShownInNotebooks):
         shown = {int(group[0]): group for group in (*first, *self.groups[:5])}
         lines += [f"  {self._describe(group)}" for group in list(shown.values())[:5]]
         lines += ["  ..."] if len(self.groups) > 5 else []
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return with_notes(lines, self.notes)
 
     def _describe(self, group: Int64[Tensor, " _"]) -> str:
         ids = group[:6].tolist()

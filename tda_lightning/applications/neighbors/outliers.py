@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tda_lightning.applications.neighbors.directions import Directions, gradient_directions
 from tda_lightning.applications.notes import Note
-from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.html_tables import ShownInNotebooks, with_notes
+from tda_lightning.results.tables import frame_by_sample
 from tda_lightning.stores.arguments import require_whole
 from tda_lightning.stores.opening import Run, open_run
 
@@ -65,12 +65,10 @@ class Outliers(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with a row per training sample, indexed by its id."""
-        pd = import_pandas()
         is_flagged = torch.zeros(len(self.train_ids), dtype=torch.bool)
         is_flagged[self._flagged()] = True
         columns = {"is_outlier": is_flagged, "distance": self.distances, "nearest": self.nearest}
-        index = pd.Index(self.train_ids.numpy(), name="train")
-        return pd.DataFrame({name: c.numpy() for name, c in columns.items()}, index=index)
+        return frame_by_sample(self.train_ids, columns)
 
     def _shown_first(self) -> pd.DataFrame:
         return self.to_pandas().loc[self.ids.tolist()]
@@ -84,7 +82,7 @@ class Outliers(ShownInNotebooks):
             f"{head} are farther from their neighbors than {self.fence:.2f}",
             f"  most unusual, with distance: {', '.join(first) or 'none'}",
         ]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return with_notes(lines, self.notes)
 
     def _flagged(self) -> Int64[Tensor, " n_flagged"]:
         return self._order()[: self.flagged_number]

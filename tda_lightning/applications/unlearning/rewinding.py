@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tda_lightning.applications.unlearning.sample_passes import Ids, ids_tensor
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.tables import frame_by_sample
 from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ class RewindPlan(ShownInNotebooks):
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with the first step of each sample, indexed by its id."""
-        pd = import_pandas()
-        index = pd.Index(self.ids.numpy(), name="train")
-        return pd.DataFrame({"first_step": self.first_steps.numpy()}, index=index)
+        return frame_by_sample(self.ids, {"first_step": self.first_steps})
 
     def __repr__(self) -> str:
         """Describe the plan in full sentences."""
