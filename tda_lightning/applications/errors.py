@@ -79,7 +79,6 @@ class Errors(ShownInNotebooks):
         return list(zip(ids[order].tolist(), counts[order].tolist(), strict=True))
 
     def __repr__(self) -> str:
-        """Show the number of errors, and the opponents of the first."""
         head = f"Errors: {len(self.ids):,} of {self.n_examined:,} predictions are wrong"
         lines = [
             f"  {sample}: label {given}, predicted {predicted}; opponents {opponents}"

@@ -61,7 +61,6 @@ class GroupInfluence(ShownInNotebooks):
         return pd.DataFrame(self.values.numpy(), index=index, columns=columns)
 
     def __repr__(self) -> str:
-        """Show one line per query group."""
         lines = [
             f"  {group}: "
             + ", ".join(f"{n} {v:+.3g}" for n, v in zip(self.train_groups, row, strict=True))

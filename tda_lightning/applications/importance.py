@@ -61,7 +61,6 @@ class _MeanOverVisits(Importance):
     epochs: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the number of epochs."""
         if self.epochs is not None:
             require_whole("epochs", self.epochs, least=1)
 
@@ -148,7 +147,6 @@ class SelfInfluence(Importance):
     method: SelfAttributor = field(default_factory=TracIn)
 
     def __post_init__(self) -> None:
-        """Check the method."""
         require_kind("method", self.method, SelfAttributor, "`TracIn()` or `InfluenceFunction()`")
 
     def scores(self, run: Store) -> SampleScores:
@@ -163,7 +161,6 @@ class Lowest(Importance):
     importance: Importance
 
     def __post_init__(self) -> None:
-        """Check the importance."""
         require_kind("importance", self.importance, Importance, "`EL2N()`")
 
     def scores(self, run: Store) -> SampleScores:

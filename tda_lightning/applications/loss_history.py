@@ -174,7 +174,6 @@ class LossHistory(ShownInNotebooks):
         return frame if self.margins is None else frame.assign(margin=self.margins.numpy())
 
     def __repr__(self) -> str:
-        """Show the size, and the samples that stay hard."""
         n_visited, n_unknown = len(torch.unique(self.sample_ids)), int(self.losses.isnan().sum())
         hardest = ", ".join(map(str, self.hardest(min(5, n_visited)).tolist()))
         head = f"LossHistory of {len(self.losses):,} visits of {n_visited:,} samples ({self.loss})"

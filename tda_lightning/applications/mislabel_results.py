@@ -94,7 +94,6 @@ class Mislabeled(ShownInNotebooks):
         return self.to_pandas().loc[self.ids.tolist()]
 
     def __repr__(self) -> str:
-        """Show the number, the worst samples, the agreement and the limits."""
         n, k = len(self.train_ids), min(5, self.flagged_number)
         share = self.estimated_number / max(n, 1)
         worst = [f"{int(i)} ({s:.2g})" for i, s in zip(self.ids[:k], self.scores[:k], strict=True)]

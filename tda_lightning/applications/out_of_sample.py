@@ -62,7 +62,6 @@ class OutOfSample(ShownInNotebooks):
         return pd.DataFrame(self.probabilities.numpy(), index=index)
 
     def __repr__(self) -> str:
-        """Show the mean probability of the labels, with and without each sample."""
         n, classes = self.probabilities.shape
         without, within = (
             float(part.gather(1, self.labels[:, None]).mean())

@@ -48,11 +48,9 @@ class Selection(ShownInNotebooks):
         return frame_by_sample(self.ids, {"weight": self.weights, "score": self.scores})
 
     def __len__(self) -> int:
-        """Return the number of selected samples."""
         return len(self.ids)
 
     def __repr__(self) -> str:
-        """Show the share that was selected, and the first ids with their scores."""
         pairs = zip(self.ids[:5].tolist(), self.scores[:5].tolist(), strict=True)
         first = ", ".join(f"{sample_id} ({score:.3g})" for sample_id, score in pairs)
         more = ", ..." if len(self.ids) > 5 else ""

@@ -85,7 +85,6 @@ class Shortcut(ShownInNotebooks):
         return pd.DataFrame(rows, columns=columns).set_index("attribute")
 
     def __repr__(self) -> str:
-        """Show the attributes and the main samples."""
         samples = ", ".join(map(str, self.ids[:5].tolist()))
         lines = [
             f"  {effect.attribute}: effect {effect.effect:+.1f}, p = {effect.p_value:.3g} "

@@ -101,7 +101,6 @@ class Duplicates(ShownInNotebooks):
         return frame.assign(disagrees=frame.groupby("group").label.transform("nunique") > 1)
 
     def __repr__(self) -> str:
-        """Show the number of groups, some of them, and the notes; those that disagree first."""
         n = len(self.train_ids)
         head = f"Duplicates: {len(self.ids):,} of {n:,} samples are in {len(self.groups):,} groups"
         lines = [head + f" with cosines above {self.threshold:g}"]

@@ -74,7 +74,6 @@ class Outliers(ShownInNotebooks):
         return self.to_pandas().loc[self.ids.tolist()]
 
     def __repr__(self) -> str:
-        """Show the number of outliers, the most unusual samples, flagged or not, and the notes."""
         order = self._order()
         first = [f"{int(self.train_ids[i])} ({self.distances[i]:.2f})" for i in order[:5]]
         head = f"Outliers: {self.flagged_number:,} of {len(self.train_ids):,} samples"

@@ -28,7 +28,6 @@ class Plan:
     seeds: Int64[Tensor, " n_trainings"]
 
     def __post_init__(self) -> None:
-        """Check shapes and values."""
         if self.weights.ndim != 2 or self.seeds.shape != self.weights.shape[:1]:
             raise ValueError(
                 f"`weights` is {describe(self.weights)} and `seeds` is {describe(self.seeds)}; "
@@ -47,7 +46,6 @@ class Plan:
         return self.weights > 0
 
     def __len__(self) -> int:
-        """Return the number of trainings."""
         return len(self.weights)
 
     def with_different_seeds(self) -> Plan:

@@ -35,7 +35,6 @@ class RemovalCurve:
     changes: Mapping[str, Sequence[float]]
 
     def __post_init__(self) -> None:
-        """Check the lengths and the values."""
         if not self.removed or not self.changes:
             raise ValueError("A removal curve is empty; expected some sizes and some changes.")
         for name, values in self.changes.items():
@@ -48,7 +47,6 @@ class RemovalCurve:
                 raise ValueError(f"`changes[{name!r}]` holds NaN or infinity; expected numbers.")
 
     def __repr__(self) -> str:
-        """Show the changes of each method, one line per number of removed samples."""
         lines = [f"RemovalCurve: change after retraining without {', '.join(self.changes)}"]
         for position, size in enumerate(self.removed):
             values = ", ".join(f"{values[position]:+.3g}" for values in self.changes.values())

@@ -47,7 +47,6 @@ class Retrainings(ShownInNotebooks):
         return frame.rename_axis("training")
 
     def __repr__(self) -> str:
-        """Show the sizes."""
         trainings, values = self.values.shape
         kept = self.plan.kept.sum(dim=1)
         sizes = f"{int(kept.min()):,} to {int(kept.max()):,} of {self.plan.weights.shape[1]:,}"

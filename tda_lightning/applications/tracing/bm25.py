@@ -49,7 +49,6 @@ class BM25:
     words: Words = words_of
 
     def __post_init__(self) -> None:
-        """Check the constants."""
         require_not_negative("k1", self.k1)
         require_not_negative("b", self.b)
         if self.b > 1:

@@ -112,7 +112,6 @@ class Candidates(ShownInNotebooks):
         return frame
 
     def __repr__(self) -> str:
-        """Show the best passages of the first queries."""
         lines = [f"Candidates: {self.ids.shape[1]} passages for each query by {self.method}"]
         for query in range(min(len(self.ids), 5)):
             lines.append(f"  query {query}:")

@@ -89,7 +89,6 @@ class TokenScores(ShownInNotebooks):
         )
 
     def __repr__(self) -> str:
-        """Show the strongest tokens of the passage."""
         totals = self.by_passage_token()
         best = totals.topk(min(5, len(totals)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)

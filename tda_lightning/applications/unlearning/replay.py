@@ -52,7 +52,6 @@ class Replay(WeightUpdate):
     before: WeightUpdate = SecondOrder()
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         if not 0 < self.share <= 1:
             raise ValueError(f"`share` is {self.share!r}; expected a number above 0 and up to 1.")
         require_kind("before", self.before, WeightUpdate, "`SecondOrder()`")

@@ -57,7 +57,6 @@ class RewindPlan(ShownInNotebooks):
         return frame_by_sample(self.ids, {"first_step": self.first_steps})
 
     def __repr__(self) -> str:
-        """Describe the plan in full sentences."""
         if self.is_untouched:
             return f"RewindPlan: no step visited any of the {len(self.ids)} samples. Keep the model"
         first = int(self.first_steps[self.first_steps >= 0].min())

@@ -93,7 +93,6 @@ class Unlearned(ShownInNotebooks):
         return pd.DataFrame(columns).rename_axis("model")
 
     def __repr__(self) -> str:
-        """Show a table of the models, and what is not guaranteed."""
         lines = [f"Unlearned {len(self.ids)} samples by {self.method}"]
         for name, values in self.losses.items():
             lines.append(f"  mean loss, {name + ':':9s} {_listed(values)}")

@@ -108,7 +108,6 @@ class FirstOrder(WeightUpdate):
     rate: float
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         require_positive("rate", self.rate)
 
     def displacement(self, task: ForgettingTask) -> Float[Tensor, " d"]:
@@ -135,7 +134,6 @@ class SecondOrder(WeightUpdate):
     curvature: ModelCurvature = GaussNewton()
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         require_kind("solver", self.solver, Solver, "`Woodbury()`")
         require_kind("curvature", self.curvature, ModelCurvature, "`GaussNewton()`")
         if self.damping is not None:
@@ -170,7 +168,6 @@ class UnrolledUpdate(WeightUpdate):
     propagator: Propagator = Exponential()
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         require_kind("curvature", self.curvature, Curvature, "`BestAvailable()`")
         require_kind("propagator", self.propagator, Propagator, "`Exponential()` or `Linear()`")
 
