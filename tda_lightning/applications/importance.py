@@ -18,7 +18,7 @@ classes. Rows are needed for ``GraNd`` only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -67,54 +67,57 @@ class _MeanOverVisits(Importance):
     def scores(self, run: Store) -> SampleScores:
         """Average over the visits."""
         totals = Totals(run.train_ids(), 1, torch.empty(0, dtype=run.recipe.torch_dtype))
-        for sample_ids, values in self._visits(run):
-            totals.add_(sample_ids, values[:, None].to(totals.values))
-        means = totals.values / totals.visits.clamp_min(1)
-        return _scores(run, means[:, 0], repr(self))
-
-    @abstractmethod
-    def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the sample and the number of each visit, step by step."""
+        for step in takewhile(self._counts, self._steps(run)):
+            totals.add_(step.sample_ids, self._values(step)[:, None].to(totals.values))
+        return _scores(run, totals.means()[:, 0], repr(self))
 
     def _counts(self, step: StepFacts) -> bool:
         return self.epochs is None or step.epoch < self.epochs
+
+    def _steps(self, run: Store) -> Sequence[StepFacts]:
+        """Return the steps to average over, without their rows."""
+        return run.facts
+
+    @abstractmethod
+    def _values(self, step: StepFacts) -> Float[Tensor, " n"]:
+        """Return the number of each visit of a step."""
 
 
 @dataclass(frozen=True)
 class GraNd(_MeanOverVisits):
     """Norm of the gradient of each visit's loss, in the coordinates of the run."""
 
-    def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in takewhile(self._counts, run):
-            assert isinstance(step, Step)
-            yield step.sample_ids, step.sketch.norm(dim=1) / step.weights.clamp_min(1e-30)
+    def _steps(self, run: Store) -> Sequence[StepFacts]:
+        return run
+
+    def _values(self, step: StepFacts) -> Float[Tensor, " n"]:
+        assert isinstance(step, Step)
+        norms: Tensor = step.sketch.norm(dim=1)
+        return norms / step.weights.clamp_min(1e-30)
 
 
 @dataclass(frozen=True)
 class EL2N(_MeanOverVisits):
     """Norm of the predicted probabilities minus the label."""
 
-    def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in takewhile(self._counts, run.facts):
-            yield step.sample_ids, _of_one_label(step, step.errors)
+    def _values(self, step: StepFacts) -> Float[Tensor, " n"]:
+        return _of_one_label(step, step.errors)
 
 
 @dataclass(frozen=True)
 class LabelLoss(_MeanOverVisits):
     """Loss at each visit, before the step. A sample's loss may be the mean of several terms."""
 
-    def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in takewhile(self._counts, run.facts):
-            yield step.sample_ids, visit_losses(step)
+    def _values(self, step: StepFacts) -> Float[Tensor, " n"]:
+        return visit_losses(step)
 
 
 @dataclass(frozen=True)
 class AUM(_MeanOverVisits):
     """Minus the area under the margin: samples with a small or negative margin score high."""
 
-    def _visits(self, run: Store) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in takewhile(self._counts, run.facts):
-            yield step.sample_ids, -_of_one_label(step, step.margins)
+    def _values(self, step: StepFacts) -> Float[Tensor, " n"]:
+        return -_of_one_label(step, step.margins)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def prune(
 def _top_of_each_group(scores: SampleScores, n: int, balance: Labels | None) -> Int[Tensor, " n"]:
     if scores.values.isnan().any():
         raise ValueError("`importance` holds NaN, which has no rank; expected numbers only.")
-    groups = [positions for positions, _ in groups_of(scores.train_ids, balance)]
+    groups = groups_of(scores.train_ids, balance)
     counts = quotas([len(positions) for positions in groups], n)
     chosen = torch.cat(
         [
@@ -99,7 +99,7 @@ def coreset(run: Run, keep: float = 0.1, *, balance: Labels | None = None) -> Se
     store = open_run(run)
     ids, rows = mean_rows(store)
     n = count_of(keep, len(ids))
-    groups = [positions for positions, _ in groups_of(ids, balance)]
+    groups = groups_of(ids, balance)
     counts = quotas([len(positions) for positions in groups], n)
     parts = []
     for positions, count in zip(groups, counts, strict=True):
@@ -124,7 +124,7 @@ def mean_rows(run: Store) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_tra
     totals = Totals(run.train_ids(), run.recipe.dimension, like)
     for step in map(unweighted, run):
         totals.add_(step.sample_ids, step.sketch.to(like))
-    return totals.train_ids, totals.values / totals.visits.clamp_min(1)
+    return totals.train_ids, totals.means()
 
 
 def _facility_location(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,16 +67,13 @@ class Selection(ShownInNotebooks):
 Labels = Sequence[int] | Int[np.ndarray, " n_all"] | Int[Tensor, " n_all"]
 
 
-def groups_of(
-    ids: Int[Tensor, " n"], balance: Labels | None
-) -> Iterator[tuple[Int[Tensor, " m"], int]]:
-    """Yield the positions of each group of samples, with a number for the group.
+def groups_of(ids: Int[Tensor, " n"], balance: Labels | None) -> list[Int[Tensor, " _"]]:
+    """Return the positions of each group of samples.
 
     The label of the sample with id ``i`` is ``balance[i]``; with ``None``, there is one group.
     """
     if balance is None:
-        yield torch.arange(len(ids)), 0
-        return
+        return [torch.arange(len(ids))]
     labels = torch.as_tensor(balance)
     if labels.ndim != 1 or len(labels) <= int(ids.max()) or labels.is_floating_point():
         raise ValueError(
@@ -85,8 +82,7 @@ def groups_of(
             "labels of the whole dataset."
         )
     classes = labels[ids]
-    for label in torch.unique(classes).tolist():
-        yield (classes == label).nonzero()[:, 0], label
+    return [(classes == label).nonzero()[:, 0] for label in torch.unique(classes)]
 
 
 def quotas(sizes: Sequence[int], n: int) -> list[int]:

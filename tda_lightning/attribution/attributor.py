@@ -235,6 +235,10 @@ class Totals:
         self.values.index_add_(0, positions, values)
         self.visits.index_add_(0, positions, self.visits.new_ones(len(positions), 1))
 
+    def means(self) -> Float[Tensor, "n_train width"]:
+        """Return the means over visits; zeros for samples without any."""
+        return self.values / self.visits.clamp_min(1)
+
 
 def require_finite_totals(values: Tensor, run: Store, method: str) -> None:
     """Check that a method's sums over visits are finite: rankings would put NaN first.

@@ -133,5 +133,4 @@ def _mean_one_minus_p(run: Store) -> Float[Tensor, " n_train"]:
     totals = Totals(run.train_ids(), 1, torch.empty(0, dtype=run.recipe.torch_dtype))
     for step in last_visits(run):
         totals.add_(step.sample_ids, _one_minus_p(step)[:, None].to(totals.values))
-    means = totals.values / totals.visits.clamp_min(1)
-    return torch.where(totals.visits > 0, means, 1)[:, 0]
+    return torch.where(totals.visits > 0, totals.means(), 1)[:, 0]
