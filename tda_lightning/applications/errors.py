@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 from tda_lightning.applications.predictions import Labels, Outputs, of_classes, predict
 from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.attribute import attribute
-from tda_lightning.passes.batches import select_samples
+from tda_lightning.passes.batches import dataset_ids, select_samples
 from tda_lightning.passes.outputs import labels_of, outputs_of
-from tda_lightning.recording.sample_ids import root_ids
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import import_pandas
 from tda_lightning.results.ranking import Ranking
+from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.opening import Run, open_run
 
@@ -134,8 +134,8 @@ def explain_errors(
             "other data, or query samples of your choice with `attribute`."
         )
     ids = predictions.ids[is_wrong]
-    places = {int(root): place for place, root in enumerate(root_ids(loader.dataset))}  # type: ignore[arg-type]
-    queries = select_samples(loader, [places[sample] for sample in ids.tolist()])
+    positions = positions_of(dataset_ids(loader, "loader"), ids)
+    queries = select_samples(loader, positions.tolist())
     return Errors(
         ids,
         predictions.labels[is_wrong],

@@ -40,11 +40,12 @@ from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
 from tda_lightning.applications.notes import Note
 from tda_lightning.applications.predictions import Labels, Outputs, of_classes, predict
 from tda_lightning.applications.retraining import Retrain, check_removal
-from tda_lightning.applications.unlearning.sample_passes import dataset_ids
 from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
 from tda_lightning.attribution.attribute import attribute, self_influence
 from tda_lightning.attribution.attributor import SelfAttributor
+from tda_lightning.passes.batches import dataset_ids
 from tda_lightning.passes.outputs import labels_of, outputs_of
+from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.opening import Run, open_run
@@ -129,8 +130,7 @@ def find_mislabeled(
     if retrain is None or mislabeled.flagged_number == 0:
         return mislabeled
     all_ids = _ids_of_data(store, loader)
-    order = all_ids.argsort()
-    positions = order[torch.searchsorted(all_ids[order], mislabeled.ids)]
+    positions = positions_of(all_ids, mislabeled.ids)
     removal = check_removal(positions, len(all_ids), retrain, name="flagged")
     return replace(mislabeled, removal=removal)
 

@@ -29,7 +29,6 @@ from tda_lightning.attribution.influence import DAMPING_FACTOR
 from tda_lightning.attribution.linalg import unit_rows
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.ranking import require_rank
-from tda_lightning.results.scores import Scores
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_choice, require_kind, require_not_negative
 from tda_lightning.stores.opening import Run, open_run
@@ -87,7 +86,7 @@ def select(
     scores = attribute(
         source, model, targets, method=chosen, target=target, at=at, progress=progress
     )
-    values = reduced(scores, reduce)
+    values = scores.values.mean(dim=0) if reduce == "mean" else scores.values.amax(dim=0)
     positions = (
         values.topk(n).indices if redundancy == 0 else _spread(source, values, n, redundancy)
     )
@@ -99,11 +98,6 @@ def select(
         method=f"{reduce} over {len(scores.values)} targets of {method!r}",
         notes=notes_on_selected(store, scores.train_ids[positions]) if pool is None else (),
     )
-
-
-def reduced(scores: Scores, reduce: Reduce) -> Float[Tensor, " n_train"]:
-    """Combine the scores of all queries."""
-    return scores.values.mean(dim=0) if reduce == "mean" else scores.values.amax(dim=0)
 
 
 def _for_pool(method: Attributor, run: Store) -> Attributor:

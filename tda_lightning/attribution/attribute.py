@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from tda_lightning.attribution import Attributor, Averaged, SelfAttributor, TracIn
 from tda_lightning.attribution.question import Question
 from tda_lightning.attribution.top_scores import top_scores
-from tda_lightning.attribution.trajectory import chosen_ids, contributions
+from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.passes.model_state import Mode
 from tda_lightning.passes.query_batches import batches_in_memory
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.ranking import SampleRanking, require_rank
+from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.results.scores import Scores
 from tda_lightning.results.top_scores import TopScores
@@ -198,7 +199,8 @@ def trajectory(
     question = Question(_method_at(method, at), target, at, mode, progress)
     require_choice("per", per, Period)
     store = open_run(run)
-    selected = chosen_ids(store, train_ids)
+    all_ids = store.train_ids()
+    selected = all_ids[positions_of(all_ids, train_ids)]
     query = question.query_rows(store, model, queries)
     result = contributions(store, query.rows, selected, question.method, per=per, progress=progress)
     provenance = {**result.provenance, **question.describe([store], [model])}

@@ -20,8 +20,6 @@ from tda_lightning.attribution.attributor import Attributor, provenance_of, requ
 from tda_lightning.attribution.averaged import Averaged
 from tda_lightning.attribution.steps import DeviceView
 from tda_lightning.results.progress import progress_bar
-from tda_lightning.results.ranking import SampleRanking
-from tda_lightning.results.sample_groups import whole_ids
 from tda_lightning.results.trajectory import Period, Trajectory
 from tda_lightning.stores import Store
 
@@ -84,21 +82,3 @@ def _mean(parts: Sequence[dict[int, Tensor]]) -> dict[int, Tensor]:
     times = sorted({time for terms in parts for time in terms})
     present = [[terms[time] for terms in parts if time in terms] for time in times]
     return {t: torch.stack(c).sum(dim=0) / len(parts) for t, c in zip(times, present, strict=True)}
-
-
-def chosen_ids(
-    run: Store, train_ids: Int[Tensor, " n_selected"] | Sequence[int] | SampleRanking
-) -> Int[Tensor, " n_selected"]:
-    """Return ids of training samples as a tensor.
-
-    Raises:
-        ValueError: If they are not whole numbers, or if one is not in the training set.
-    """
-    ids, all_ids = whole_ids(train_ids), run.train_ids()
-    unknown = ids[~torch.isin(ids, all_ids)]
-    if len(unknown):
-        raise ValueError(
-            f"Sample {int(unknown[0])} is not in the training set of the run; expected some of "
-            f"the {len(all_ids)} ids of `run.train_ids()`."
-        )
-    return ids

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from tda_lightning.gradients.losses import UnsampledLossError
 from tda_lightning.gradients.parameter_selection import select_like
@@ -24,7 +24,7 @@ from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.drawn_batches import DrawnBatch
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model, thawed
 from tda_lightning.passes.stand_ins import manual_losses
-from tda_lightning.recording.sample_ids import SampleLedger, require_once
+from tda_lightning.recording.sample_ids import SampleLedger, require_once, root_ids
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores.arguments import describe
 from tda_lightning.stores.recipe import Recipe
@@ -83,6 +83,19 @@ def select_samples(
     collate = loader.collate_fn if loader.batch_sampler is not None else None
     size = batch_size or loader.batch_size or 50
     return DataLoader(Subset(loader.dataset, list(positions)), size, collate_fn=collate)
+
+
+def dataset_ids(loader: Any, argument: str) -> Int[Tensor, " n"]:
+    """Return the id of each sample of a loader's dataset, in the order of the dataset."""
+    dataset = getattr(loader, "dataset", None)
+    ids = None if isinstance(dataset, IterableDataset) else root_ids(dataset)
+    if not isinstance(loader, DataLoader) or ids is None:
+        raise ValueError(
+            f"`{argument}` is a `{type(loader).__name__}` of `{type(dataset).__name__}`; expected "
+            "a `DataLoader` of a dataset with `__len__` and `__getitem__`, since samples are "
+            "selected by their ids."
+        )
+    return torch.as_tensor(ids, dtype=torch.int64)
 
 
 def transfer(model: Any, batch: Any) -> Any:

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.results.npz import SavedResult
-from tda_lightning.results.sample_groups import whole_ids
+from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.results.scores import Scores
 from tda_lightning.results.trajectory import Trajectory
 
@@ -67,18 +66,11 @@ class Contributions(SavedResult):
         Raises:
             ValueError: If the ids are not whole numbers, or one is not in the training set.
         """
-        ids = whole_ids(train_ids)
-        unknown = ids[~torch.isin(ids, self.train_ids)]
-        if len(unknown):
-            raise ValueError(
-                f"Sample {int(unknown[0])} was not tracked; expected some of the "
-                f"{len(self.train_ids)} ids of `contributions.train_ids`."
-            )
-        positions = torch.searchsorted(self.train_ids, ids)
+        positions = positions_of(self.train_ids, train_ids)
         return Trajectory(
             values=self.values[:, :, positions].permute(1, 2, 0).contiguous(),
             times=self.times,
-            train_ids=ids,
+            train_ids=self.train_ids[positions],
             query_ids=self.query_ids,
             per="epoch" if self.provenance.get("period") == "epoch" else "step",
             method=self.method,

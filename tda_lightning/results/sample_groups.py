@@ -34,7 +34,7 @@ def positions_of(
     return in_given_order
 
 
-def whole_ids(train_ids: object) -> Int[Tensor, " k"]:
+def whole_ids(train_ids: object, argument: str = "train_ids") -> Int[Tensor, " k"]:
     """Return ids of training samples, from a list or a ranking of them.
 
     Raises:
@@ -44,7 +44,7 @@ def whole_ids(train_ids: object) -> Int[Tensor, " k"]:
         return train_ids.ids
     if isinstance(train_ids, Ranking):
         raise ValueError(
-            f"`train_ids` is a ranking for {len(train_ids)} queries; expected one list of ids. "
+            f"`{argument}` is a ranking for {len(train_ids)} queries; expected one list of ids. "
             "Pass those of one query, `ranking[0]`, or all of them, `ranking.ids.unique()`."
         )
     ids = torch.as_tensor(train_ids)
@@ -53,7 +53,7 @@ def whole_ids(train_ids: object) -> Int[Tensor, " k"]:
         is_array = isinstance(train_ids, Tensor) or ids.ndim > 1
         shown = describe(ids) if is_array else repr(train_ids)
         raise ValueError(
-            f"`train_ids` is {shown}; expected a list of whole numbers, ids of training samples, "
+            f"`{argument}` is {shown}; expected a list of whole numbers, ids of training samples, "
             "such as `scores.proponents(3).ids[0]`. Turn a mask into ids: `train_ids[mask]`."
         )
     return ids.to(torch.int64)

@@ -12,7 +12,7 @@ from torch.optim import SGD
 from tda_lightning import TRAK, GradientSimilarity, InfluenceFunction, Source, TracIn, Unrolled
 from tda_lightning.attribution import Averaged, EmpiricalFisher
 from tda_lightning.attribution.top_scores import top_scores
-from tda_lightning.attribution.trajectory import chosen_ids, contributions
+from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.results import Trajectory
 
 RUN = ls.record(ls.problem(steps=8), lambda p: SGD(p, lr=0.1, momentum=0.5))
@@ -55,12 +55,6 @@ def test_contributions_are_zero_in_steps_that_did_not_draw_the_sample():
         for position, sample in enumerate(CHOSEN):
             drawn = sample in step.sample_ids.tolist()
             assert bool((values[:, position, step.index] != 0).all()) == drawn
-
-
-def test_ids_may_be_a_tensor_and_must_be_in_the_training_set():
-    assert torch.equal(chosen_ids(RUN, torch.tensor(CHOSEN)), chosen_ids(RUN, CHOSEN))
-    with pytest.raises(ValueError, match="Sample 99 is not in the training set"):
-        chosen_ids(RUN, [0, 99])
 
 
 def test_a_plot_has_a_line_per_sample_that_ends_at_its_score():

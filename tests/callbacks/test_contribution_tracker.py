@@ -292,7 +292,7 @@ def test_a_trajectory_shows_when_a_sample_helped(tmp_path):
     assert trajectory.values.shape == (3, 2, 3)
     assert trajectory.per == "epoch"
     torch.testing.assert_close(trajectory.total(), tracker.scores.values[:, [11, 2]])
-    with pytest.raises(ValueError, match="Sample 99 was not tracked"):
+    with pytest.raises(ValueError, match="Sample 99 is not among"):
         tracker.contributions.trajectory([99])
 
 

@@ -54,7 +54,7 @@ EXPECTED = {
     "fractions": "`train_ids` is [3.5]; expected a list of whole numbers, ids of training samples",
     "one number": "`train_ids` is 3; expected a list of whole numbers, ids of training samples",
     "a mask": "expected a list of whole numbers, ids of training samples",
-    "another sample": "Sample 6 was not tracked; expected some of the 4 ids of `contributions",
+    "another sample": "Sample 6 is not among the 4 training samples; expected ids from `train_ids`",
     "another probe": "`query` is 99; expected a position from 0 to 1",
 }
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tda_lightning.applications.unlearning.sample_passes import Ids, ids_tensor
+from tda_lightning.applications.unlearning.sample_passes import Ids, ids_to_forget
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.tables import frame_by_sample
 from tda_lightning.stores.opening import Run, open_run
@@ -95,7 +95,7 @@ def rewind_plan(run: Run, forget_ids: Ids) -> RewindPlan:
         ValueError: If an id is not in the training set, or the run does not hold every step.
     """
     store = open_run(run)
-    ids = require_trained("forget_ids", ids_tensor("forget_ids", forget_ids), store.train_ids())
+    ids = ids_to_forget(forget_ids, store.train_ids())
     if store.recipe.every_n_steps != 1:
         raise ValueError(
             f"The run holds one of every {store.recipe.every_n_steps} steps, and the others may "
@@ -120,16 +120,3 @@ def rewind_plan(run: Run, forget_ids: Ids) -> RewindPlan:
         all_visits=sum(len(step.sample_ids) for step in steps),
         has_state=any(group.momentum or group.beta1 for group in steps[-1].groups),
     )
-
-
-def require_trained(
-    name: str, ids: Int[Tensor, " n"], train_ids: Int[Tensor, " n_train"]
-) -> Int[Tensor, " n"]:
-    """Return ids, if all of them are in the training set."""
-    unknown = ids[~torch.isin(ids, train_ids)]
-    if len(unknown):
-        raise ValueError(
-            f"`{name}` holds {int(unknown[0])}, which is not in the training set of the run; "
-            f"expected some of its {len(train_ids):,} ids. See `run.train_ids()`."
-        )
-    return ids

@@ -9,50 +9,28 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from tda_lightning.passes.batches import loss_of, select_samples, transfer
+from tda_lightning.passes.batches import dataset_ids, loss_of, select_samples, transfer
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.targets import Target
-from tda_lightning.recording.sample_ids import root_ids
+from tda_lightning.results.sample_groups import positions_of, whole_ids
 from tda_lightning.stores.snapshots import spread
 
 Ids = Sequence[int] | Int[np.ndarray, " n"] | Int[Tensor, " n"]
 
 
-def ids_tensor(name: str, ids: Ids) -> Int[Tensor, " n"]:
-    """Return ids as a sorted tensor without repetitions, if they are whole numbers."""
-    values = torch.as_tensor(ids)
-    if values.ndim != 1 or len(values) == 0 or values.is_floating_point():
-        raise ValueError(
-            f"`{name}` is {ids!r}; expected at least one whole number, in a list. Pass the ids of "
-            "training samples."
-        )
-    if values.dtype == torch.bool:
-        raise ValueError(
-            f"`{name}` is a mask; expected ids, whole numbers. Pass `mask.nonzero()[:, 0]`."
-        )
-    distinct: Tensor = torch.unique(values.to(torch.int64))
-    return distinct
-
-
-def dataset_ids(loader: DataLoader[Any], argument: str) -> Int[Tensor, " n"]:
-    """Return the id of each sample of a loader's dataset, in the order of the dataset."""
-    dataset = getattr(loader, "dataset", None)
-    ids = None if isinstance(dataset, IterableDataset) else root_ids(dataset)
-    if not isinstance(loader, DataLoader) or ids is None:
-        raise ValueError(
-            f"`{argument}` is a `{type(loader).__name__}` of `{type(dataset).__name__}`; expected "
-            "a `DataLoader` of a dataset with `__len__` and `__getitem__`, since samples are "
-            "selected by their ids."
-        )
-    return torch.as_tensor(ids, dtype=torch.int64)
+def ids_to_forget(forget_ids: Ids, train_ids: Int[Tensor, " n_train"]) -> Int[Tensor, " n"]:
+    """Return ids of training samples as a sorted tensor without repetitions."""
+    ids = torch.unique(whole_ids(forget_ids, "forget_ids"))
+    if not len(ids):
+        raise ValueError("`forget_ids` is empty; expected the id of at least one training sample.")
+    return train_ids[positions_of(train_ids, ids)]
 
 
 def batch_of(loader: DataLoader[Any], ids: Int[Tensor, " n"]) -> Any:
     """Return one batch of some samples of a loader's dataset, in the order of their ids."""
-    all_ids, order = dataset_ids(loader, "train_loader").sort()
-    positions = order[torch.searchsorted(all_ids, ids)].tolist()
+    positions = positions_of(dataset_ids(loader, "train_loader"), ids).tolist()
     return next(iter(select_samples(loader, positions, batch_size=len(positions))))
 
 

@@ -12,12 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications.unlearning.rewinding import require_trained
 from tda_lightning.applications.unlearning.sample_passes import (
     Ids,
     batch_of,
-    dataset_ids,
-    ids_tensor,
+    ids_to_forget,
     sample_losses,
     sample_predictions,
     spread_samples,
@@ -29,7 +27,7 @@ from tda_lightning.applications.unlearning.weight_updates import (
 )
 from tda_lightning.gradients.parameter_selection import select_like
 from tda_lightning.metrics.mislabel import mislabel_auc
-from tda_lightning.passes.batches import select_samples
+from tda_lightning.passes.batches import dataset_ids, select_samples
 from tda_lightning.passes.model_state import require_model, swapped_weights, warn_of_other_weights
 from tda_lightning.passes.outputs import outputs_of
 from tda_lightning.passes.targets import Target
@@ -148,7 +146,7 @@ def unlearn(
     store = open_run(run)
     warn_of_other_weights(model, store.final_fingerprint, remedy="")
     train_ids = store.train_ids()
-    ids = require_trained("forget_ids", ids_tensor("forget_ids", forget_ids), train_ids)
+    ids = ids_to_forget(forget_ids, train_ids)
     forget, retain = _split(train_loader, ids, train_ids)
     selection = select_like(model, store.recipe)
     store.recipe.require_blocks(selection.blocks, type(model).__name__)
