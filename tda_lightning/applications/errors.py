@@ -126,7 +126,7 @@ def explain_errors(
     """
     store = open_run(run)
     outputs, labels = of_classes(store, outputs, labels)
-    predictions = predict(model, loader, "loader", outputs, labels, progress)
+    predictions = predict(model, loader, outputs, labels, progress)
     is_wrong = predictions.predicted() != predictions.labels
     if not is_wrong.any():
         raise ValueError(

@@ -108,8 +108,8 @@ def find_mislabeled(
     labelled = None
     if model is not None and loader is not None:
         outputs, labels = of_classes(store, outputs, labels)
-        named = predict(model, loader, "loader", outputs, labels, progress)
-        rows = named.of(store.train_ids(), "loader")
+        named = predict(model, loader, outputs, labels, progress)
+        rows = named.of(store.train_ids())
         labelled = Labelled(rows.labels, rows.predicted())
     mislabeled = Mislabeled(
         train_ids=store.train_ids(),

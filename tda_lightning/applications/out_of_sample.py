@@ -106,8 +106,8 @@ def out_of_sample_probabilities(
     store = open_run(run)
     InfluenceFunction().require(store)
     outputs, labels = of_classes(store, outputs, labels)
-    predictions = predict(model, loader, "loader", outputs, labels, progress)
-    predictions = predictions.of(predictions.ids.sort().values, "loader")
+    predictions = predict(model, loader, outputs, labels, progress)
+    predictions = predictions.of(predictions.ids.sort().values)
     solutions = _solutions(store, predictions.ids)
     warn_of_other_weights(model, store.final_fingerprint)
     effects = []

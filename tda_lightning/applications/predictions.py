@@ -41,7 +41,7 @@ class Predictions:
         """Return the most probable class of each sample."""
         return self.probabilities.argmax(dim=1)
 
-    def of(self, ids: Int64[Tensor, " m"], argument: str) -> Predictions:
+    def of(self, ids: Int64[Tensor, " m"]) -> Predictions:
         """Return the predictions for some ids, in their order.
 
         Raises:
@@ -53,7 +53,7 @@ class Predictions:
         missing = ids[self.ids[rows] != ids]
         if len(missing):
             raise ValueError(
-                f"`{argument}` does not yield sample {int(missing[0])} and {len(missing) - 1} more "
+                f"`loader` does not yield sample {int(missing[0])} and {len(missing) - 1} more "
                 "of the run's training set; expected all of them. Pass a loader of the training "
                 "data without `drop_last`."
             )
@@ -87,7 +87,6 @@ def of_classes(run: Store, outputs: Outputs, labels: Labels) -> tuple[Outputs, L
 def predict(
     model: nn.Module,
     loader: DataLoader[Any],
-    argument: str,
     outputs: Outputs,
     labels: Labels,
     progress: bool,
@@ -101,8 +100,8 @@ def predict(
             probabilities.
     """
     require_model(model)
-    require_loader(loader, argument)
-    require_kind(argument, loader, DataLoader, "`DataLoader(test, batch_size=50)`")
+    require_loader(loader, "loader")
+    require_kind("loader", loader, DataLoader, "`DataLoader(test, batch_size=50)`")
     parts = []
     named = named_batches(SampleLedger(None), loader, "predictions", progress)
     with named as batches, preserved_state(model, "eval"), torch.no_grad():
@@ -110,7 +109,7 @@ def predict(
             given, logits = labels(batch), outputs(model, transfer(model, batch))
             _require_classes(logits, given)
             parts.append((ids, logits.cpu().double(), given.cpu().long()))
-    require_batches(parts, argument)
+    require_batches(parts, "loader")
     ids, logits, given = (torch.cat(column) for column in zip(*parts, strict=True))
     require_logits(logits)
     _require_single_logit(logits)

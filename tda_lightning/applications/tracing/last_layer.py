@@ -42,7 +42,7 @@ from tda_lightning.passes.model_state import (
     swapped_weights,
 )
 from tda_lightning.passes.query_batches import batches_in_memory, identified
-from tda_lightning.passes.targets import Logit, Loss, Target
+from tda_lightning.passes.targets import Logit, Loss, Target, per_sample, queried_tokens
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.arguments import describe
@@ -248,7 +248,5 @@ def _summed(model: nn.Module, batch: Any, target: Target, n: int) -> Tensor:
     with torch.enable_grad():
         if isinstance(target, Loss):
             return -n * loss_of(model, batch)
-        values = target(model, batch)
-        is_query = getattr(target, "is_query", None)
-        counted = None if is_query is None else is_query(batch)
-        return values.sum() if counted is None else values[counted].sum()
+        values, _ = per_sample(target, model, batch, n)
+        return values[queried_tokens(target, batch, values)].sum()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tda_lightning.passes.labelled_logits import IGNORED
 from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.outputs import outputs_of
 from tda_lightning.passes.queries import record_queries
@@ -25,8 +26,6 @@ from tda_lightning.stores.opening import Run, open_run
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_IGNORED = -100
 
 
 def first_entry(batch: Any) -> Tensor:
@@ -54,7 +53,7 @@ class NextToken:
         """Return one number for each token after the first."""
         logits = self.outputs(module, batch)[:, :-1]
         labels = self.tokens(batch)[:, 1:]
-        counts = labels != _IGNORED
+        counts = labels != IGNORED
         picked = logits.log_softmax(dim=-1).gather(-1, labels.where(counts, 0)[..., None])
         return picked.squeeze(-1) * counts
 
