@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from tda_lightning.applications.retraining.removal import RANDOM, RemovalCurve
-from tda_lightning.report.evidence.gathering import Evidence
+from tda_lightning.report.evidence.gathering import TRAJECTORY_SAMPLES, Evidence
 from tda_lightning.results import Trajectory
 
 Role = Literal["helped", "harmed", "plain", "muted"]
@@ -72,16 +72,15 @@ Chart = LineChart | Histogram
 def charts(evidence: Evidence) -> list[Chart]:
     """Return the charts of a report."""
     return [
-        trajectory_chart(evidence.trajectory, 0),
+        _trajectory_chart(evidence.trajectory),
         *_schedule_charts(evidence),
         _influence_chart(evidence),
         *([] if evidence.removal is None else [_removal_chart(evidence.removal)]),
     ]
 
 
-def trajectory_chart(trajectory: Trajectory, row: int) -> LineChart:
-    """Return the cumulative contributions of the samples that matter most to one query."""
-    lines = trajectory_lines(trajectory, row)
+def _trajectory_chart(trajectory: Trajectory) -> LineChart:
+    """Return the cumulative contributions of the samples that matter most to the worst query."""
     return LineChart(
         name="trajectory",
         description=(
@@ -90,14 +89,14 @@ def trajectory_chart(trajectory: Trajectory, row: int) -> LineChart:
         ),
         x_label=trajectory.per,
         y_label="contribution so far",
-        lines=tuple(lines),
+        lines=tuple(trajectory_lines(trajectory, 0)),
     )
 
 
-def trajectory_lines(trajectory: Trajectory, row: int, k: int = 3) -> list[Line]:
-    """Return one line per sample: the ``k`` most helpful and the ``k`` most harmful."""
+def trajectory_lines(trajectory: Trajectory, row: int) -> list[Line]:
+    """Return one line per sample: the most helpful and the most harmful ones of a query."""
     totals = trajectory.values[row].sum(dim=1)
-    k = min(k, len(totals))
+    k = min(TRAJECTORY_SAMPLES, len(totals))
     positions = [*totals.topk(k).indices.tolist(), *totals.topk(k, largest=False).indices.tolist()]
     stride = -(-len(trajectory.times) // MAX_POINTS)
     times = [float(time) for time in trajectory.times[::stride].tolist()]

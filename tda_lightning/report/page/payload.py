@@ -19,6 +19,7 @@ from tda_lightning.report.samples.images import data_uri
 from tda_lightning.report.samples.shown import Label, ShowItem, Shown
 
 MAX_LABEL, MAX_TEXT, MAX_COLUMNS = 120, 1200, 60
+MAX_GROUPS = 24
 # Limit of pictures in the ranking; further samples are listed by number and label.
 MAX_RANKED_PICTURES = 300
 
@@ -42,20 +43,11 @@ class Payload:
         best, worst = evidence.scores.proponents(self._k), evidence.scores.opponents(self._k)
         queries = []
         for query in evidence.order:
-            sides = {"helped": best, "harmed": worst}
-            ranked = {
-                side: [
-                    [sample, _number(value)]
-                    for sample, value in zip(
-                        ranking.ids[query].tolist(), ranking.values[query].tolist(), strict=True
-                    )
-                    if (value > 0) == (side == "helped") and value != 0
-                ]
-                for side, ranking in sides.items()
-            }
-            for sample, _ in [*ranked["helped"], *ranked["harmed"]]:
+            helped = [(sample, _number(score)) for sample, score in best[query] if score > 0]
+            harmed = [(sample, _number(score)) for sample, score in worst[query] if score < 0]
+            for sample, _ in (*helped, *harmed):
                 self._add(sample)
-            queries.append({**self._query(query), **ranked})
+            queries.append({**self._query(query), "helped": helped, "harmed": harmed})
         ranking = self._ranking()
         for sample in [*findings, *ranking["ids"][:MAX_RANKED_PICTURES]]:
             self._add(sample)
@@ -119,12 +111,12 @@ class Payload:
         ]
 
 
-def group_scores(evidence: Evidence, at_most: int = 24) -> dict[str, Any] | None:
+def group_scores(evidence: Evidence) -> dict[str, Any] | None:
     """Return the mean score of each pair of a query's label and a training sample's label.
 
     Returns:
         ``rows``, ``columns`` and ``values``; ``None`` if labels are unknown, are no classes, or
-        there are more than ``at_most``.
+        there are more than 24.
     """
     scores, train = evidence.scores, evidence.train
     query_labels = [answer.label for answer in evidence.answers]
@@ -132,7 +124,7 @@ def group_scores(evidence: Evidence, at_most: int = 24) -> dict[str, Any] | None
     if not _are_classes(query_labels) or not _are_classes(train_labels):
         return None
     rows, columns = _sorted(query_labels), _sorted(train_labels)
-    if max(len(rows), len(columns)) > at_most:
+    if max(len(rows), len(columns)) > MAX_GROUPS:
         return None
     row_of = torch.tensor([rows.index(label) for label in query_labels])
     column_of = torch.tensor([columns.index(label) for label in train_labels])

@@ -96,13 +96,12 @@ class ShowItem:
 
 def label_of(item: Any) -> Label | None:
     """Return the label of an item: under a common key, or the last part that is a single value."""
+    key: str | int | None
     if isinstance(item, Mapping):
-        values = [item[key] for key in LABEL_KEYS if key in item]
-    elif isinstance(item, list | tuple) and len(item) > 1:
-        values = [part for part in item[:0:-1] if _scalar(part) is not None]
+        key = next((key for key in LABEL_KEYS if key in item), None)
     else:
-        values = []
-    return _scalar(values[0]) if values else None
+        key = _label_position(item) if isinstance(item, list | tuple) else None
+    return None if key is None else _scalar(item[key])
 
 
 def content_hash(item: Any) -> bytes:
@@ -126,8 +125,8 @@ def _content(item: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _label_position(item: Sequence[Any]) -> int | None:
-    singles = [i for i in range(len(item) - 1, 0, -1) if _scalar(item[i]) is not None]
-    return singles[0] if singles else None
+    backwards = range(len(item) - 1, 0, -1)
+    return next((i for i in backwards if _scalar(item[i]) is not None), None)
 
 
 def _scalar(value: Any) -> Label | None:
