@@ -269,16 +269,9 @@ def queries_at(store: Store, model: nn.Module, at: Moment, record: Record) -> Qu
             "has a snapshot."
         )
     snapshots = later_snapshots(store) if at == "snapshots" else [at]
-    passes = queries_at_snapshots(store, model, snapshots, record)
-    return replace(passes[0], rows=torch.stack([each.rows for each in passes]).mean(dim=0))
-
-
-def queries_at_snapshots(
-    store: Store, model: nn.Module, snapshots: Sequence[int], record: Record
-) -> list[QueryRows]:
-    """Return the queries at each snapshot; the model's weights are restored afterwards."""
     passes = []
     for snapshot in snapshots:
         with swapped_weights(model, store.weights_at(snapshot)):
             passes.append(record(position_of(store, snapshot)))
-    return passes
+    mean = torch.stack([queries.rows for queries in passes]).mean(dim=0)
+    return replace(passes[0], rows=mean)
