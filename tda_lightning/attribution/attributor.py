@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +27,8 @@ from tda_lightning.stores import Store
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.snapshots import Moment
 from tda_lightning.stores.step import Step
+
+_Method = TypeVar("_Method", bound="Attributor")
 
 
 class Attributor(ABC):
@@ -98,6 +101,12 @@ class Attributor(ABC):
             like: A tensor with the device and number format of the queries to come.
         """
         return self
+
+    def _with(self: _Method, **private: object) -> _Method:
+        """Return a copy with values in private fields, which are no arguments of the method."""
+        method = copy(self)
+        vars(method).update(private)
+        return method
 
     def combine(
         self, total: Float[Tensor, "n_train n_query"], visits: Float[Tensor, "n_train 1"]

@@ -17,7 +17,6 @@ on every measured task. Weight decay is also curvature, and is added.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -137,9 +136,7 @@ class InfluenceFunction(SelfAttributor):
 
     def precomputed(self, run: Store, like: Tensor) -> InfluenceFunction:
         """Return a method that stores the factorized curvature."""
-        method = copy(self)
-        object.__setattr__(method, "_factor", self._root(run, Extent.of(run), like))
-        return method
+        return self._with(_factor=self._root(run, Extent.of(run), like))
 
     def own_scores(self, run: Store) -> Iterator[tuple[Step, Float[Tensor, " n"]]]:
         """Yield each step with the effect of each visit's sample on that visit's loss."""

@@ -19,7 +19,6 @@ makes a segment of one step equal to an unrolled step. Momentum is modelled as a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -96,9 +95,7 @@ class Source(Attributor):
         """Return a method that stores the averaged segments, if there are at most eight."""
         if len(_split(run, self.segments)) > _MAX_PRECOMPUTED_SEGMENTS:
             return self
-        method = copy(self)
-        object.__setattr__(method, "_averaged", tuple(self._segments_backward(run)))
-        return method
+        return self._with(_averaged=tuple(self._segments_backward(run)))
 
     def _segments_backward(self, run: Store) -> Iterator[_Segment]:
         """Yield the averaged segments, from the last to the first."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -56,8 +55,7 @@ class TracIn(SelfAttributor):
 
     def for_queries_at(self, at: Moment | None) -> Attributor:
         """Return the method for queries with the gradients of ``layers`` only."""
-        chosen = copy(self)
-        object.__setattr__(chosen, "_has_chosen_queries", self.layers is not None)
+        chosen = self._with(_has_chosen_queries=self.layers is not None)
         return TracInCP(chosen) if at == "snapshots" else chosen
 
     def directions(

@@ -14,7 +14,6 @@ about the loss, so :math:`\phi_q` is its gradient. Over several trainings, the p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -66,9 +65,7 @@ class TRAK(Attributor):
 
     def precomputed(self, run: Store, like: Tensor) -> TRAK:
         """Return a method that stores the factorized second moments of the features."""
-        method = copy(self)
-        object.__setattr__(method, "_factor", self._root(run))
-        return method
+        return self._with(_factor=self._root(run))
 
     def attribute_ensemble(
         self,
