@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.attribution.dynamics.optimizer import Extent, has_plain_rates
 from tda_lightning.attribution.influence import suggested_damping
-from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
+from tda_lightning.full_influence.full_gradients import FullGradients
 from tda_lightning.full_influence.influence import FullInfluenceFunction
 from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.passes.batches import require_loader
@@ -112,8 +112,7 @@ def attribute_by_gradients(
     if store is not None:
         reduction = reduction or store.recipe.reduction
         batch_dims = store.recipe.batch_dims if batch_dims is None else batch_dims
-    recipe = full_recipe(model, selection, reduction or "mean", batch_dims or {})
-    gradients = FullGradients(model, selection, recipe, store)
+    gradients = FullGradients(model, selection, store, reduction or "mean", batch_dims or {})
     query = gradients.of_queries(queries, target, at, progress=progress)
     with preserved_state(model, "eval"):
         objective = gradients.objective(
@@ -130,11 +129,11 @@ def attribute_by_gradients(
         train_ids=train_ids,
         method=repr(method),
         provenance={
-            "model": recipe.model,
+            "model": type(model).__name__,
             "weights": _weights(model, store, at),
             "mode": "eval",
             "target": name_of(target),
-            "parameters": f"{recipe.dimension:,}",
+            "parameters": f"{objective.d:,}",
             "curvature": f"of {objective.n:,} samples, damping {solution.damping:.3g}",
             "along": describe_snapshots(gradients.snapshots) if store else "no run",
         },

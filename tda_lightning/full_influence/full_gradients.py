@@ -36,39 +36,35 @@ from tda_lightning.stores.recipe import Recipe, SampleAxis
 from tda_lightning.stores.snapshots import MAX_SNAPSHOTS, Moment, own_snapshots, position_of, spread
 
 
-def full_recipe(
-    model: nn.Module,
-    selection: ParameterSelection,
-    reduction: Literal["mean", "sum"],
-    batch_dims: Mapping[str, SampleAxis],
-) -> Recipe:
-    """Return the recipe of unprojected rows."""
-    return Recipe(
-        blocks=selection.blocks,
-        left_out=selection.left_out,
-        projector=Identity().to_dict(),
-        dimension=sum(block.size for block in selection.blocks),
-        dtype="float64" if row_dtype(model) == torch.float64 else "float32",
-        reduction=reduction,
-        batch_dims=dict(batch_dims),
-        model=type(model).__name__,
-    )
-
-
 class FullGradients:
     """Computes gradients as vectors that hold the parameters one after the other, flattened.
 
     The linearization points are at most ten snapshots of a run, or the model's current weights
-    without a run. The recipe is that of :func:`full_recipe`.
+    without a run.
 
     Raises:
         ValueError: If the run has no snapshots, or did not record a selected layer.
     """
 
     def __init__(
-        self, model: nn.Module, selection: ParameterSelection, recipe: Recipe, run: Store | None
+        self,
+        model: nn.Module,
+        selection: ParameterSelection,
+        run: Store | None,
+        reduction: Literal["mean", "sum"],
+        batch_dims: Mapping[str, SampleAxis],
     ) -> None:
-        self._model, self._recipe, self._run = model, recipe, run
+        self._model, self._run = model, run
+        self._recipe = Recipe(
+            blocks=selection.blocks,
+            left_out=selection.left_out,
+            projector=Identity().to_dict(),
+            dimension=sum(block.size for block in selection.blocks),
+            dtype="float64" if row_dtype(model) == torch.float64 else "float32",
+            reduction=reduction,
+            batch_dims=dict(batch_dims),
+            model=type(model).__name__,
+        )
         self._parameters = selection.all_parameters()
         # From the columns of a row to the entries of a vector, and back.
         self._vector_indices = columns_of(selection)
@@ -81,10 +77,10 @@ class FullGradients:
 
     @classmethod
     def at_current_weights(
-        cls, model: nn.Module, selection: ParameterSelection, recipe: Recipe, run: Store
+        cls, model: nn.Module, selection: ParameterSelection, run: Store
     ) -> FullGradients:
         """Return gradients at the model's current weights, in the coordinates of a run's end."""
-        gradients = cls(model, selection, recipe, None)
+        gradients = cls(model, selection, None, run.recipe.reduction, run.recipe.batch_dims)
         gradients._run = run
         gradients._linearization_points = [LinearizationPoint(scale=gradients._scale(-1))]
         return gradients

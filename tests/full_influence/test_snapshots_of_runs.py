@@ -8,7 +8,7 @@ from unchecked_calls import require_error
 
 from tda_lightning import FullInfluenceFunction, GradientRecorder, Identity, attribute_by_gradients
 from tda_lightning.full_influence import GaussNewton, Woodbury
-from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
+from tda_lightning.full_influence.full_gradients import FullGradients
 from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.stores import MemoryStore
@@ -121,12 +121,7 @@ def test_learning_rates_suggest_a_damping_only_for_gradient_steps(optimizer, pre
     with pytest.warns(UserWarning, match=f"Steps of {optimizer} are not gradient steps") as warned:
         actual = score(model, method=by_default, run=store)
     assert len(warned) == 1
-    gradients = FullGradients(
-        model,
-        select_parameters(model),
-        full_recipe(model, select_parameters(model), "mean", {}),
-        store,
-    )
+    gradients = FullGradients(model, select_parameters(model), store, "mean", {})
     objective = gradients.objective(loader(DATA, 4, shuffle=False), None, progress=False)
     with preserved_state(model, "eval"):
         operator = by_default.solver.operator(objective, GaussNewton())

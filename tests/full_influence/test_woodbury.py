@@ -19,7 +19,7 @@ from tda_lightning import (
 )
 from tda_lightning.attribution import SampledLabels
 from tda_lightning.full_influence import EKFAC, ConjugateGradient, GaussNewton, Hessian, Woodbury
-from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
+from tda_lightning.full_influence.full_gradients import FullGradients
 from tda_lightning.full_influence.woodbury import LowRankCurvature
 from tda_lightning.gradients.parameter_selection import select_parameters
 from tda_lightning.passes.model_state import preserved_state
@@ -51,8 +51,7 @@ def regressor(optimizer=OPTIMIZERS["SGD"]):
 
 def operator_of(model, data, solver, reduction="mean"):
     selection = select_parameters(model)
-    recipe = full_recipe(model, selection, reduction, {})
-    gradients = FullGradients(model, selection, recipe, None)
+    gradients = FullGradients(model, selection, None, reduction, {})
     objective = gradients.objective(loader(data, 4), None, progress=False)  # ragged: 4, 4, 3
     with preserved_state(model, "eval"):
         return solver.operator(objective, GaussNewton())

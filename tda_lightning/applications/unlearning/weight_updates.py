@@ -40,7 +40,7 @@ from tda_lightning.attribution.dynamics.optimizer import (
 from tda_lightning.attribution.dynamics.propagator import Exponential, LimitedCurvature, Propagator
 from tda_lightning.full_influence.attribute import suggested_full_damping
 from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
-from tda_lightning.full_influence.full_gradients import FullGradients, full_recipe
+from tda_lightning.full_influence.full_gradients import FullGradients
 from tda_lightning.full_influence.influence import FullInfluenceFunction
 from tda_lightning.full_influence.solvers import Solver
 from tda_lightning.full_influence.woodbury import Woodbury
@@ -48,7 +48,6 @@ from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_kind, require_positive
-from tda_lightning.stores.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -75,16 +74,12 @@ class ForgettingTask:
 
     def gradients(self, run: Store | None) -> FullGradients:
         """Return the full gradients along a run, or at the current weights without one."""
-        return FullGradients(self.model, self.selection, self._recipe(), run)
+        recipe = self.run.recipe
+        return FullGradients(self.model, self.selection, run, recipe.reduction, recipe.batch_dims)
 
     def current_gradients(self) -> FullGradients:
         """Return the full gradients at the current weights, in the run's last coordinates."""
-        arguments = self.model, self.selection, self._recipe(), self.run
-        return FullGradients.at_current_weights(*arguments)
-
-    def _recipe(self) -> Recipe:
-        recorded = self.run.recipe
-        return full_recipe(self.model, self.selection, recorded.reduction, recorded.batch_dims)
+        return FullGradients.at_current_weights(self.model, self.selection, self.run)
 
 
 class WeightUpdate(ABC):
