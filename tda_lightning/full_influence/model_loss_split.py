@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from tda_lightning.full_influence.checks import require_finite
 from tda_lightning.full_influence.objective import Objective
-from tda_lightning.full_influence.second_derivatives import differentiation_errors, step_loss
+from tda_lightning.full_influence.second_derivatives import (
+    differentiation_errors,
+    gradients_of,
+    step_loss,
+)
 from tda_lightning.gradients.losses import find_losses_and_penalties
 
 # These may also be arithmetic; the graph of the loss determines whether they are loss functions.
@@ -132,21 +136,22 @@ class ModelLossSplit:
         return [recorder.calls[index] for index in self._cuts[number]]
 
     def _find_cuts(self, number: int) -> tuple[int, ...]:
-        model, parameters = self._objective.model, self._objective.parameters
+        objective = self._objective
         with torch.enable_grad(), _LossCallRecorder() as recorder:
-            loss = step_loss(self._objective, number)
+            loss = step_loss(objective, number)
         require_finite(
             loss,
-            f"The loss of batch {number} of `{self._objective.argument}`",
+            f"The loss of batch {number} of `{objective.argument}`",
             "Look for NaN or infinity in its samples, and in the weights.",
         )
         cuts = _indices_of_loss_calls(recorder.calls, loss)
-        through_outputs = [torch.zeros_like(parameter) for parameter in parameters]
+        through_outputs: Sequence[Tensor] = [torch.zeros_like(p) for p in objective.parameters]
         if cuts:
             outputs = torch.cat([recorder.calls[index].outputs.flatten() for index in cuts])
             output_gradient = self._output_gradient(outputs, cuts, number)
-            through_outputs = _gradients(outputs, parameters, output_gradient)
-        _require_all(through_outputs, _gradients(loss, parameters), type(model).__name__)
+            through_outputs = gradients_of(outputs, objective, output_gradient)
+        model = type(objective.model).__name__
+        _require_all(through_outputs, gradients_of(loss, objective), model)
         return cuts
 
     def _output_gradient(self, outputs: Tensor, cuts: Sequence[int], number: int) -> Tensor:
@@ -191,15 +196,6 @@ def _depends_on(call: LossCall, other: LossCall) -> bool:
 def _graph_edge(outputs: Tensor) -> tuple[Any, ...]:
     """Return the autograd node of a tensor, and its output number there."""
     return tuple(get_gradient_edge(outputs))[:2]
-
-
-def _gradients(
-    outputs: Tensor, parameters: Sequence[nn.Parameter], output_gradient: Tensor | None = None
-) -> list[Tensor]:
-    gradients = torch.autograd.grad(
-        outputs, parameters, output_gradient, retain_graph=True, materialize_grads=True
-    )
-    return list(gradients)
 
 
 def _require_all(

@@ -75,7 +75,7 @@ def hessian_products(objective: Objective, vectors: Float[Tensor, "d n"]) -> Flo
         gradient = _joined(torch.autograd.grad(loss, objective.parameters, create_graph=True))
         for vector, product in zip(vectors.mT, products.mT, strict=True):
             if gradient.requires_grad:  # Else the loss is linear.
-                product += share * _joined(_gradients(gradient @ vector, objective))
+                product += share * _joined(gradients_of(gradient @ vector, objective))
     return products
 
 
@@ -109,7 +109,7 @@ def gauss_newton_products(
             (jv,) = torch.autograd.grad(transposed @ v, w, retain_graph=True)
             if slope.requires_grad:  # Else the loss is linear in the outputs.
                 (hjv,) = torch.autograd.grad(slope, leaf, jv, retain_graph=True)
-                product += share * _joined(_gradients(outputs, objective, hjv))
+                product += share * _joined(gradients_of(outputs, objective, hjv))
     return products
 
 
@@ -120,9 +120,10 @@ def _twice_differentiable(objective: Objective) -> Iterator[None]:
         yield
 
 
-def _gradients(
+def gradients_of(
     outputs: Tensor, objective: Objective, directions: Tensor | None = None
 ) -> Sequence[Tensor]:
+    """Return the gradients of outputs by the parameters, and keep the graph."""
     return torch.autograd.grad(
         outputs, objective.parameters, directions, retain_graph=True, materialize_grads=True
     )
