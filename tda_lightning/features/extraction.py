@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tda_lightning.features.layer_features import HeadOutputs, LayerFeatures, concatenate
-from tda_lightning.passes.batch_contents import batch_size, find_tensors
+from tda_lightning.passes.batch_contents import batch_size, find_tensors, require_batches
 from tda_lightning.passes.batches import (
     loss_of,
     named_batches,
@@ -75,7 +75,8 @@ def train_features(
         for batch_ids, batch in batches:
             ids.append(batch_ids)
             parts.append(hooks.extract(batch, "train_loader", batch_ids))
-    layer_features = concatenate(parts, torch.cat(ids) if ids else None, "train_loader")
+    require_batches(parts, "train_loader")
+    layer_features = concatenate(parts, torch.cat(ids), "train_loader")
     require_once(layer_features.ids)
     layer_features = layer_features.sorted()
     _require_finite(layer_features, model, "train_loader")
@@ -103,8 +104,9 @@ def query_features(
     with _feature_hooks(model, layer, reads) as hooks:
         batches = identified(queries, progress=progress)
         pairs = [(ids, hooks.extract(batch, "queries", ids)) for ids, batch in batches]
+    require_batches(pairs, "queries")
     known = [ids for ids, _ in pairs if ids is not None]
-    ids = torch.cat(known) if pairs and len(known) == len(pairs) else None
+    ids = torch.cat(known) if len(known) == len(pairs) else None
     layer_features = concatenate([part for _, part in pairs], ids, "queries")
     _require_finite(layer_features, model, "queries")
     return layer_features

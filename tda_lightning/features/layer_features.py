@@ -96,10 +96,8 @@ def concatenate(
     """Concatenate the layer features of the batches of an argument; ids are positions by default.
 
     Raises:
-        ValueError: If there are no batches, or their numbers of features differ.
+        ValueError: If their numbers of features differ.
     """
-    if not parts:
-        raise ValueError(f"`{argument}` is an empty loader; expected at least one batch.")
     widths = {part.features.shape[1] for part in parts}
     if len(widths) > 1:
         raise ValueError(
