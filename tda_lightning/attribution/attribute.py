@@ -83,8 +83,8 @@ def attribute(
     stores, models = _pairs(run, model)
     queries = batches_in_memory(queries) if len(stores) > 1 else queries
     per_run = [
-        question.query_rows(store, own_model, queries)
-        for store, own_model in zip(stores, models, strict=True)
+        question.query_rows(store, trained, queries)
+        for store, trained in zip(stores, models, strict=True)
     ]
     first, rows = per_run[0], [query.rows for query in per_run]
     if isinstance(run, list | tuple):
@@ -230,4 +230,4 @@ def _pairs(run: Any, model: Any) -> tuple[list[Store], list[nn.Module]]:
     if len(runs) != len(models) or not runs:
         counts = f"There are {len(runs)} runs and {len(models)} models; expected one model for each"
         raise ValueError(f"{counts} run. Pass two lists of the same length, or one of each.")
-    return [open_run(each) for each in runs], models
+    return list(map(open_run, runs)), models

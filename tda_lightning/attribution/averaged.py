@@ -57,7 +57,8 @@ class Averaged(Attributor):
 
     def moments(self, run: Store) -> tuple[Moment, ...]:
         """Return the weights that any of the methods takes."""
-        return tuple(dict.fromkeys(m for each in self.methods for m in each.moments(run)))
+        moments = (moment for method in self.methods for moment in method.moments(run))
+        return tuple(dict.fromkeys(moments))
 
     def directions(
         self, run: Store, queries: Float[Tensor, "n_query k"]

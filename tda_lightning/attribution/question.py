@@ -112,8 +112,8 @@ class Question:
                 progress=self.progress,
             )
 
-        passes = [queries_at(store, model, moment, record) for moment in moments]
-        return replace(passes[0], rows=torch.cat([each.rows for each in passes], dim=1))
+        recorded = [queries_at(store, model, moment, record) for moment in moments]
+        return replace(recorded[0], rows=torch.cat([part.rows for part in recorded], dim=1))
 
     def describe(self, stores: Sequence[Store], models: Sequence[nn.Module]) -> dict[str, str]:
         """Return the provenance of the answer: target, weights and mode."""

@@ -92,8 +92,8 @@ class Unrolled(SelfAttributor):
         queries = gradients if n_train <= k else unit_vectors
         for step, directions in self.directions(run, queries):
             positions = torch.searchsorted(train_ids, step.sample_ids).to(gradients.device)
-            own = directions[positions] if n_train <= k else gradients[positions] @ directions
-            yield step, (own * step.sketch).sum(dim=1)
+            u = directions[positions] if n_train <= k else gradients[positions] @ directions
+            yield step, (u * step.sketch).sum(dim=1)
 
     def _backward(
         self, run: Store, queries: Float[Tensor, "n_query k"], take: _Take

@@ -57,7 +57,7 @@ def sample_losses(
             losses.update(zip(ids.tolist(), (_loss(model, part) for part in parts), strict=True))
     require_batches(losses, "samples")
     train_ids = sorted(losses)
-    values = torch.tensor([losses[each] for each in train_ids])
+    values = torch.tensor([losses[sample_id] for sample_id in train_ids])
     provenance = {"model": type(model).__name__, "mode": mode}
     return SampleScores(values, torch.tensor(train_ids), "loss", provenance)
 

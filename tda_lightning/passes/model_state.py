@@ -91,8 +91,8 @@ def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
     """Put the model into ``mode`` with logging muted, and restore its state afterwards."""
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(gpus_of(model)))
-        stack.enter_context(_preserved_parameters(model))
         for context in (
+            _preserved_parameters,
             _preserved_attributes,
             _preserved_modes,
             _preserved_buffers,
@@ -177,14 +177,14 @@ def preserved_rng(devices: Sequence[torch.device] = ()) -> Iterator[None]:
 def _preserved_attributes(model: nn.Module) -> Iterator[None]:
     """Restore counters and other attributes, and lists that a step appends its outputs to."""
     attributes = [vars(module) for module in model.modules()]
-    originals = [dict(each) for each in attributes]
-    lists = [value for each in originals for value in each.values() if type(value) is list]
-    contents = [list(each) for each in lists]
+    originals = [dict(current) for current in attributes]
+    lists = [v for original in originals for v in original.values() if type(v) is list]
+    contents = [list(values) for values in lists]
     try:
         yield
     finally:
-        for each, original in zip(attributes, originals, strict=True):
-            each.update(original)
+        for current, original in zip(attributes, originals, strict=True):
+            current.update(original)
         for values, content in zip(lists, contents, strict=True):
             values[:] = content
 
@@ -220,7 +220,7 @@ def thawed(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 def _preserved_parameters(model: nn.Module) -> Iterator[None]:
     """Undo changes in place: a training step may move an average of the weights."""
     # Changes through `.data` do not show in `_version`, so the numbers are compared.
-    copies = [(each, each.data, each.detach().clone()) for each in model.parameters()]
+    copies = [(p, p.data, p.detach().clone()) for p in model.parameters()]
     try:
         yield
     finally:

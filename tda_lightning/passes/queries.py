@@ -213,8 +213,8 @@ def _token_rows(
 
 def _sample_ids(ids: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Int[Tensor, " n"]]:
     """Return the ids of each batch's samples: the inferred ones, or their positions."""
-    known = [each for each in ids if each is not None]
-    if [len(each) for each in known] == list(sizes):
+    known = [batch_ids for batch_ids in ids if batch_ids is not None]
+    if list(map(len, known)) == list(sizes):
         return known
     return list(torch.split(torch.arange(sum(sizes)), list(sizes)))
 
@@ -273,5 +273,5 @@ def queries_at(store: Store, model: nn.Module, at: Moment, record: Record) -> Qu
     for snapshot in snapshots:
         with swapped_weights(model, store.weights_at(snapshot)):
             passes.append(record(position_of(store, snapshot)))
-    mean = torch.stack([queries.rows for queries in passes]).mean(dim=0)
+    mean = torch.stack([part.rows for part in passes]).mean(dim=0)
     return replace(passes[0], rows=mean)

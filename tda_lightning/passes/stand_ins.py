@@ -176,7 +176,7 @@ def _result_of(model: Any, name: str) -> Any:
 
 def _idle(result: Any) -> list[IdleOptimizer]:
     wrapped = result if isinstance(result, list | tuple) else [result]
-    return [IdleOptimizer(each) for each in wrapped] or [IdleOptimizer()]
+    return list(map(IdleOptimizer, wrapped)) or [IdleOptimizer()]
 
 
 def _one_or_all(stand_ins: Sequence[IdleOptimizer]) -> Any:

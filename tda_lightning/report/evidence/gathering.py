@@ -135,9 +135,9 @@ def gather(
     _require_one_row_each(rows, answers)
     ready = method.precomputed(store, rows)  # All its readers share its curvature.
     pairs = ready.with_rows(store, rows) if isinstance(ready, Averaged) else [(ready, rows)]
-    parts = tuple(each.attribute(store, own, progress=progress) for each, own in pairs)
+    parts = tuple(m.attribute(store, of_method, progress=progress) for m, of_method in pairs)
     scores = replace(parts[0], values=Scores.mean(parts).values, method=repr(method))
-    influences = (each for each, _ in pairs if isinstance(each, InfluenceFunction))
+    influences = (m for m, _ in pairs if isinstance(m, InfluenceFunction))
     left_out = next(influences, InfluenceFunction())
     order = sorted(range(len(answers)), key=lambda q: (not answers[q].is_wrong, -answers[q].loss))
     return Evidence(
