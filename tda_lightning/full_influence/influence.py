@@ -29,10 +29,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.full_influence.checks import require_finite
 from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.objective import Objective
-from tda_lightning.full_influence.operators import Operator
+from tda_lightning.full_influence.operators import Operator, require_finite
 from tda_lightning.full_influence.solvers import Solver
 from tda_lightning.full_influence.woodbury import Woodbury
 from tda_lightning.results.progress import progress_bar

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from tda_lightning.full_influence.checks import require_finite
 from tda_lightning.full_influence.objective import Objective
+from tda_lightning.full_influence.operators import require_finite
 from tda_lightning.full_influence.second_derivatives import (
     differentiation_errors,
     gradients_of,

@@ -32,11 +32,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.attribution.linalg import conjugate_gradient
-from tda_lightning.full_influence.checks import require_definite
 from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.ekfac import KroneckerFactored
 from tda_lightning.full_influence.objective import CURRENT_WEIGHTS, Objective
-from tda_lightning.full_influence.operators import Operator, damped_definite, mean_over_points
+from tda_lightning.full_influence.operators import (
+    Operator,
+    damped_definite,
+    mean_over_points,
+    require_definite,
+)
 from tda_lightning.stores.arguments import require_choice, require_positive, require_whole
 
 # Default damping, relative to the largest or the mean eigenvalue.

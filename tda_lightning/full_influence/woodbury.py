@@ -22,10 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tda_lightning.attribution.linalg import damped_root
-from tda_lightning.full_influence.checks import require_finite
 from tda_lightning.full_influence.curvature import GaussNewton, ModelCurvature
 from tda_lightning.full_influence.objective import Objective
-from tda_lightning.full_influence.operators import Operator
+from tda_lightning.full_influence.operators import Operator, require_finite
 from tda_lightning.full_influence.solvers import DAMPING_PER_LARGEST, Inverse, Solver
 from tda_lightning.stores.arguments import require_limit, require_whole
 from tda_lightning.stores.precision import in_double_precision
