@@ -18,8 +18,14 @@ from tda_lightning.report.charts.drawing import bokeh_source, draw_bokeh, draw_s
 from tda_lightning.report.evidence.gathering import Evidence, gather
 from tda_lightning.report.findings import find
 from tda_lightning.report.findings.finding import Finding
-from tda_lightning.report.page.assembly import assemble, asset
-from tda_lightning.report.page.html import Html, join, json_block, shortened
+from tda_lightning.report.page.html import (
+    Html,
+    assemble,
+    asset,
+    join,
+    json_block,
+    shortened,
+)
 from tda_lightning.report.page.payload import Payload, group_scores
 from tda_lightning.report.page.sections import (
     chart_figure,

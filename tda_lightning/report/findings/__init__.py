@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from tda_lightning.report.evidence.gathering import Evidence
-from tda_lightning.report.findings.copies import exact_copies, near_copies
-from tda_lightning.report.findings.data_order import order_of_data
-from tda_lightning.report.findings.errors import repeated_opponents, wrong_answers
+from tda_lightning.report.findings.errors import repeated_opponents, shortcuts, wrong_answers
 from tda_lightning.report.findings.finding import Finding
 from tda_lightning.report.findings.labels import suspicious_labels
-from tda_lightning.report.findings.shortcuts import shortcuts
+from tda_lightning.report.findings.training_data import exact_copies, near_copies, order_of_data
 
 _ORDER = {"attention": 0, "unknown": 1, "fine": 2}
 

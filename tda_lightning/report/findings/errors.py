@@ -1,9 +1,10 @@
-"""Wrong answers, and the training samples behind them."""
+"""Wrong answers, with the training samples and the attributes behind them."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+from tda_lightning.applications.shortcuts import SIGNIFICANT, Effect
 from tda_lightning.report.evidence.gathering import Evidence
 from tda_lightning.report.findings.finding import MAX_SHOWN, Case, Finding
 
@@ -11,6 +12,7 @@ from tda_lightning.report.findings.finding import MAX_SHOWN, Case, Finding
 _NEAR = 5
 # Opponents that are shown beside a wrong answer.
 _BESIDE = 3
+_MAX_EFFECTS = 5
 
 
 def wrong_answers(evidence: Evidence) -> Finding | None:
@@ -96,3 +98,44 @@ def repeated_opponents(evidence: Evidence) -> Finding | None:
     )
     samples = tuple(sample for sample, _ in often)
     return Finding("The same samples harm again and again", sentences, "attention", samples)
+
+
+def shortcuts(evidence: Evidence) -> Finding:
+    """Report the attributes of training samples that drive the wrong answers, or all answers."""
+    shortcut = evidence.shortcut
+    if shortcut is None:
+        return Finding(
+            "Shortcuts were not searched", (_reason_without_shortcut(evidence),), "unknown"
+        )
+    behind = "wrong answers" if evidence.wrong else "answers"
+    effects = [_describe(effect) for effect in shortcut.effects[:_MAX_EFFECTS]]
+    strongest = shortcut.effects[0]
+    if strongest.p_value > SIGNIFICANT:
+        first = f"None of the {len(shortcut.effects)} attributes drives the {behind} significantly."
+        if len(shortcut.effects) == 1:
+            first = f"The attribute “{strongest.attribute}” does not drive the {behind}."
+        return Finding("No shortcut was found", (first, *effects), "fine")
+    first = f"The attribute “{strongest.attribute}” of training samples drives the {behind}."
+    how = (
+        "Samples with it push toward these answers more than samples of the same class without it. "
+        "Effects are in standard deviations of chance:"
+    )
+    members = set(evidence.members_of(strongest.attribute))
+    strong = [sample for sample in shortcut.ids.tolist() if sample in members]
+    return Finding("A shortcut", (first, how, *effects), "attention", tuple(strong[:MAX_SHOWN]))
+
+
+def _describe(effect: Effect) -> str:
+    return (
+        f"“{effect.attribute}”: {effect.effect:+.1f} (p = {effect.p_value:.2g}), "
+        f"{effect.n_samples:,} training samples."
+    )
+
+
+def _reason_without_shortcut(evidence: Evidence) -> str:
+    if evidence.attributes:
+        return "The model's answers are unknown, so nothing could be tested."
+    return (
+        "Name suspected attributes of the training samples, such as a watermark or a hospital. The "
+        "report then tests whether they drive the wrong answers (argument: attributes)."
+    )

@@ -1,4 +1,4 @@
-"""Copies in the training set: samples with equal contents, or with nearly equal gradients."""
+"""Findings in the training data: copies, and faults of the order in which it was drawn."""
 
 from __future__ import annotations
 
@@ -59,3 +59,25 @@ def near_copies(evidence: Evidence) -> Finding:
     samples = [sample for group in groups for sample in group.tolist()]
     weight: Weight = "attention" if extra >= _MANY * len(duplicates.train_ids) else "fine"
     return Finding("Near copies", sentences, weight, tuple(samples[:MAX_SHOWN]))
+
+
+def order_of_data(evidence: Evidence) -> Finding:
+    """Report missing and repeated samples, and steps and epochs that repeat others."""
+    order = evidence.data_order
+    faults = []
+    if len(order.never):
+        faults.append(f"{len(order.never):,} training samples were never drawn.")
+    if order.repeated:
+        faults.append(f"Samples were drawn twice within {len(order.repeated):,} epochs.")
+    if order.replayed:
+        faults.append(f"{len(order.replayed):,} steps repeated the batch of an earlier step.")
+    if order.same_order:
+        faults.append(
+            f"{len(order.same_order):,} epochs drew the samples in the same order as an earlier "
+            "one. Was shuffling switched off?"
+        )
+    if faults:
+        samples = tuple(order.never[:MAX_SHOWN].tolist())
+        return Finding("The order of the data", tuple(faults), "attention", samples)
+    text = "Every recorded epoch drew every sample at most once, each time in another order."
+    return Finding("The order of the data is sound", (text,), "fine")
