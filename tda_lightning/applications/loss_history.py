@@ -242,9 +242,10 @@ def loss_history(run: Run) -> LossHistory:
     )
 
 
-def holds_losses(run: Store) -> bool:
-    """Return whether the loss of every visit is known."""
-    return all(_reason_without_losses(facts) is None for facts in run.facts)
+def known_losses(run: Store) -> LossHistory | None:
+    """Return the loss of every recorded visit, or ``None`` if some are unknown."""
+    are_known = all(_reason_without_losses(facts) is None for facts in run.facts)
+    return loss_history(run) if are_known else None
 
 
 def visit_losses(facts: StepFacts) -> Float[Tensor, " n"]:

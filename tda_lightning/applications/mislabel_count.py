@@ -20,12 +20,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tda_lightning.applications.loss_history import (
-    ROUNDING,
-    LossHistory,
-    holds_losses,
-    loss_history,
-)
+from tda_lightning.applications.loss_history import ROUNDING, LossHistory, known_losses
 from tda_lightning.applications.notes import Note
 from tda_lightning.stores import Store
 
@@ -105,9 +100,9 @@ def has_several_terms(run: Store) -> bool:
     return any(bool((part > 1 + ROUNDING).any()) for part in terms)
 
 
-def suspicious_ids(run: Store) -> Int64[Tensor, " n"]:
+def _suspicious_ids(run: Store) -> Int64[Tensor, " n"]:
     """Return the samples whose labels are likely wrong; none unless they are a clear group."""
-    history = loss_history(run) if holds_losses(run) else None
+    history = known_losses(run)
     if history is None or not can_count(run, history):
         return torch.empty(0, dtype=torch.int64)
     decisive = decisive_part(history)
@@ -119,7 +114,7 @@ def suspicious_ids(run: Store) -> Int64[Tensor, " n"]:
 
 def notes_on_selected(run: Store, ids: Int64[Tensor, " n"]) -> tuple[Note, ...]:
     """Return a note if samples with suspicious labels were selected."""
-    suspicious = suspicious_ids(run)
+    suspicious = _suspicious_ids(run)
     number = int(torch.isin(suspicious, ids).sum())
     if not number:
         return ()

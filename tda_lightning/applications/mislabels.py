@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications.loss_history import LossHistory, holds_losses, loss_history
+from tda_lightning.applications.loss_history import LossHistory, known_losses
 from tda_lightning.applications.mislabel_count import (
     FEW,
     LEAST_SEPARATION,
@@ -95,7 +95,7 @@ def find_mislabeled(
     """
     store = open_run(run)
     _require_complete(model, loader, trusted)
-    history = loss_history(store) if holds_losses(store) else None
+    history = known_losses(store)
     decisive = None if history is None else decisive_part(history)
     require_kind("left_out", left_out, SelfAttributor, "`InfluenceFunction()`")
     witnesses = _witnesses(store, history, decisive, left_out, progress)

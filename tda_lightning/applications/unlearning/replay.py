@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tda_lightning.applications.unlearning.sample_passes import batch_of
 from tda_lightning.applications.unlearning.weight_updates import (
     ForgettingTask,
     SecondOrder,
@@ -115,7 +116,8 @@ def _replayed(
                 for group, recorded in zip(optimizer.param_groups, step.groups, strict=True):
                     group["lr"] = recorded.lr
                 optimizer.zero_grad()
-                torch.autograd.backward(loss_of(model, transfer(model, task.batch_of(ids))))
+                batch = batch_of(task.train_loader, ids)
+                torch.autograd.backward(loss_of(model, transfer(model, batch)))
                 optimizer.step()
         return torch.cat([parameter.detach().flatten() for parameter in parameters]).clone()
 

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.applications.unlearning.sample_passes import (
     Ids,
-    batch_of,
     ids_to_forget,
     sample_losses,
     sample_predictions,
@@ -157,8 +156,7 @@ def unlearn(
         forget_ids=ids,
         forget=select_samples(train_loader, forget),
         retain=select_samples(train_loader, retain),
-        n_retain=len(retain),
-        batch_of=partial(batch_of, train_loader),
+        train_loader=train_loader,
         progress=progress,
     )
     moved = selection.all_parameters()

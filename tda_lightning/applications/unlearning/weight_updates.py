@@ -59,7 +59,7 @@ class ForgettingTask:
         run: The recorded training.
         forget: The samples to forget.
         retain: The other training samples.
-        batch_of: Function from ids to a batch of these training samples.
+        train_loader: All training samples.
     """
 
     model: nn.Module
@@ -68,8 +68,7 @@ class ForgettingTask:
     forget_ids: Int[Tensor, " n_forget"]
     forget: DataLoader[Any]
     retain: DataLoader[Any]
-    n_retain: int
-    batch_of: Callable[[Int[Tensor, " n"]], Any]
+    train_loader: DataLoader[Any]
     progress: bool
 
     def gradients(self, run: Store | None) -> FullGradients:
@@ -144,7 +143,7 @@ class SecondOrder(WeightUpdate):
         with preserved_state(task.model, "eval"):
             objective = gradients.objective(task.retain, suggested, progress=task.progress)
             solution = method.solve(objective, summed[None], progress=task.progress)
-        return gradients.as_parameters(solution.directions[0]) / task.n_retain
+        return gradients.as_parameters(solution.directions[0]) / objective.n
 
 
 @dataclass(frozen=True)
