@@ -95,24 +95,20 @@ def attribute_by_gradients(
     _require_method(method)
     require_model(model)
     require_loader(train_loader, "train_loader")
-    if curvature_loader is not None:
-        require_loader(curvature_loader, "curvature_loader")
+    curvature_data = train_loader if curvature_loader is None else curvature_loader
+    argument = "train_loader" if curvature_loader is None else "curvature_loader"
+    require_loader(curvature_data, argument)
     if batch_dims is not None:
         require_kind("batch_dims", batch_dims, Mapping, '`{"encoder.*": 1}`')
     if reduction is not None:
         require_choice("reduction", reduction, Reduction)
-    curvature_data = train_loader if curvature_loader is None else curvature_loader
-    argument = "train_loader" if curvature_loader is None else "curvature_loader"
     store = _open_run(run, at)
     if store is not None and at == "now":
         warn_of_other_weights(model, store.final_fingerprint)
     damping = None if store is None or method.damping is not None else suggested_full_damping(store)
     _warn_of_skipped_layers(model, method)
     selection = select_parameters(model, method.layers)
-    if store is not None:
-        reduction = reduction or store.recipe.reduction
-        batch_dims = store.recipe.batch_dims if batch_dims is None else batch_dims
-    gradients = FullGradients(model, selection, store, reduction or "mean", batch_dims or {})
+    gradients = FullGradients(model, selection, store, reduction, batch_dims)
     query = gradients.of_queries(queries, target, at, progress=progress)
     with preserved_state(model, "eval"):
         objective = gradients.objective(

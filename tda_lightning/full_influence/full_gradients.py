@@ -40,7 +40,8 @@ class FullGradients:
     """Computes gradients as vectors that hold the parameters one after the other, flattened.
 
     The linearization points are at most ten snapshots of a run, or the model's current weights
-    without a run.
+    without a run. How losses are reduced, and the axis of the samples, are by default those of the
+    run.
 
     Raises:
         ValueError: If the run has no snapshots, or did not record a selected layer.
@@ -51,9 +52,12 @@ class FullGradients:
         model: nn.Module,
         selection: ParameterSelection,
         run: Store | None,
-        reduction: Literal["mean", "sum"],
-        batch_dims: Mapping[str, SampleAxis],
+        reduction: Literal["mean", "sum"] | None = None,
+        batch_dims: Mapping[str, SampleAxis] | None = None,
     ) -> None:
+        if run is not None:
+            reduction = reduction or run.recipe.reduction
+            batch_dims = run.recipe.batch_dims if batch_dims is None else batch_dims
         self._model, self._run = model, run
         self._recipe = Recipe(
             blocks=selection.blocks,
@@ -61,8 +65,8 @@ class FullGradients:
             projector=Identity().to_dict(),
             dimension=sum(block.size for block in selection.blocks),
             dtype="float64" if row_dtype(model) == torch.float64 else "float32",
-            reduction=reduction,
-            batch_dims=dict(batch_dims),
+            reduction=reduction or "mean",
+            batch_dims=dict(batch_dims or {}),
             model=type(model).__name__,
         )
         self._parameters = selection.all_parameters()

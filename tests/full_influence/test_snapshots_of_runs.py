@@ -121,7 +121,7 @@ def test_learning_rates_suggest_a_damping_only_for_gradient_steps(optimizer, pre
     with pytest.warns(UserWarning, match=f"Steps of {optimizer} are not gradient steps") as warned:
         actual = score(model, method=by_default, run=store)
     assert len(warned) == 1
-    gradients = FullGradients(model, select_parameters(model), store, "mean", {})
+    gradients = FullGradients(model, select_parameters(model), store)
     objective = gradients.objective(loader(DATA, 4, shuffle=False), None, progress=False)
     with preserved_state(model, "eval"):
         operator = by_default.solver.operator(objective, GaussNewton())

@@ -51,7 +51,7 @@ def regressor(optimizer=OPTIMIZERS["SGD"]):
 
 def operator_of(model, data, solver, reduction="mean"):
     selection = select_parameters(model)
-    gradients = FullGradients(model, selection, None, reduction, {})
+    gradients = FullGradients(model, selection, None, reduction)
     objective = gradients.objective(loader(data, 4), None, progress=False)  # ragged: 4, 4, 3
     with preserved_state(model, "eval"):
         return solver.operator(objective, GaussNewton())
