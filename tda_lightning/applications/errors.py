@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -17,14 +17,11 @@ from tda_lightning.attribution.attribute import attribute
 from tda_lightning.passes.batches import dataset_ids, select_samples
 from tda_lightning.passes.outputs import labels_of, outputs_of
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.results.ranking import Ranking
 from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.opening import Run, open_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Errors(ShownInNotebooks):
         """The training samples that spoke most for another label."""
         return self.scores.opponents(self.k)
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with a row per error and rank."""
         pd = import_pandas()
         index = pd.MultiIndex.from_product([self.ids.tolist(), range(self.k)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -20,14 +20,11 @@ from tda_lightning.attribution import Attributor, Averaged
 from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.queries import identified_rows
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.precision import with_double_precision
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Groups = Sequence[Hashable] | Tensor
 
@@ -53,7 +50,7 @@ class GroupInfluence(ShownInNotebooks):
         """Return the mean influence of one training sample of each group."""
         return self.values / self.train_sizes
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with query groups as rows and training groups as columns."""
         pd = import_pandas()
         index = pd.Index(list(self.query_groups), name="query_group")

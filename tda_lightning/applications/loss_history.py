@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -25,14 +24,11 @@ from torch import Tensor
 
 from tda_lightning.attribution.attributor import provenance_of
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.step import StepFacts
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Below it, the probability of a label is rounding.
 _LEAST_PROBABILITY = 1e-7
@@ -165,7 +161,7 @@ class LossHistory(ShownInNotebooks):
         values = means.values.nan_to_num(nan=-torch.inf)
         return SampleScores(values, means.train_ids, means.method).highest(k).ids
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with one row per visit."""
         pd = import_pandas()
         columns = {"sample": self.sample_ids, "step": self.steps, "epoch": self.epochs}

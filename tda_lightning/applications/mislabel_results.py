@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
@@ -13,10 +12,8 @@ from torch import Tensor
 from tda_lightning.applications.notes import Note
 from tda_lightning.applications.retraining.removal import RemovalCurve
 from tda_lightning.results.html_tables import ShownInNotebooks, with_notes
+from tda_lightning.results.optional import DataFrame
 from tda_lightning.results.tables import frame_by_sample
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Mislabeled(ShownInNotebooks):
             votes[suspicion.topk(self.flagged_number).indices] += 1
         return votes
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame of all samples with cleanlab's columns and the witnesses."""
         columns: dict[str, Tensor] = {
             "is_label_issue": self.is_flagged(),
@@ -90,7 +87,7 @@ class Mislabeled(ShownInNotebooks):
         columns.update(self.witnesses)
         return frame_by_sample(self.train_ids, columns)
 
-    def _shown_first(self) -> pd.DataFrame:
+    def _shown_first(self) -> DataFrame:
         return self.to_pandas().loc[self.ids.tolist()]
 
     def __repr__(self) -> str:

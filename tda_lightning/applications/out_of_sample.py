@@ -14,7 +14,7 @@ to first order (Koh & Liang 2017, "Understanding Black-box Predictions via Influ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int64
@@ -30,12 +30,9 @@ from tda_lightning.passes.outputs import labels_of, outputs_of
 from tda_lightning.passes.queries import identified_rows
 from tda_lightning.passes.targets import Logit
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class OutOfSample(ShownInNotebooks):
     in_sample: Float[Tensor, "n classes"]
     labels: Int[Tensor, " n"]
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with a row per sample and a column per class, indexed by its id."""
         pd = import_pandas()
         index = pd.Index(self.ids.numpy(), name="train")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor
 
 from tda_lightning.applications.notes import Note
 from tda_lightning.results.html_tables import ShownInNotebooks, with_notes
+from tda_lightning.results.optional import DataFrame
 from tda_lightning.results.tables import frame_by_sample
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Selection(ShownInNotebooks):
     method: str
     notes: tuple[Note, ...] = ()
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with the weight and the score of each sample, indexed by its id."""
         return frame_by_sample(self.ids, {"weight": self.weights, "score": self.scores})
 

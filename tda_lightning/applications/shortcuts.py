@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
@@ -27,13 +27,10 @@ from tda_lightning.passes.outputs import labels_of, outputs_of
 from tda_lightning.passes.query_batches import identified
 from tda_lightning.passes.targets import Target
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.stores.arguments import require_kind, require_whole
 from tda_lightning.stores.opening import Run, open_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SIGNIFICANT = 0.05
 
@@ -77,7 +74,7 @@ class Shortcut(ShownInNotebooks):
         """Ids of the training samples, from those that push most towards the predictions."""
         return self.scores.train_ids[self.scores.values.argsort(descending=True)]
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with a row per attribute."""
         pd = import_pandas()
         rows = [vars(effect) for effect in self.effects]

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.stores.data_order import data_order
 from tda_lightning.stores.opening import open_store
 from tda_lightning.stores.store import Store
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # A label is suspicious if the model contradicts it at this many visits in a row, the last ones.
 SUSPICIOUS_VISITS = 3
@@ -65,7 +61,7 @@ class Alarms(ShownInNotebooks):
         raised = {alarm.name: len(alarm.ids) for alarm in self.raised}
         return {name: raised.get(name, 0) for name in _NAMES}
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with a row per alarm and sample.
 
         Its columns are ``alarm``, ``train_id`` and ``reason``.

@@ -12,18 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.results.npz import SavedResult
+from tda_lightning.results.optional import DataFrame
 from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.results.scores import Scores
 from tda_lightning.results.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Contributions(SavedResult):
             provenance=self.provenance,
         )
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a tidy data frame of all periods: as many rows as ``values`` has entries.
 
         Its columns are ``query``, ``train_id``, ``step`` or ``epoch``, and ``contribution``.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas as pd
+from tda_lightning.results.optional import DataFrame
 
 # Maximal number of rows; another row counts the rest. Further columns are left out.
 MAX_ROWS, MAX_COLUMNS = 10, 12
@@ -49,13 +48,13 @@ class ShownInNotebooks:
         notes = [line.strip() for line in lines if line.strip().startswith("note:")]
         return _frame_table(head, frame) + "".join(f"<p>{escape(note)}</p>" for note in notes)
 
-    def _shown_first(self) -> pd.DataFrame:
+    def _shown_first(self) -> DataFrame:
         """Return the table in the order in which it is shown."""
-        frame: pd.DataFrame = self.to_pandas()  # type: ignore[attr-defined]
+        frame: DataFrame = self.to_pandas()  # type: ignore[attr-defined]
         return frame
 
 
-def _frame_table(caption: str, frame: pd.DataFrame) -> str:
+def _frame_table(caption: str, frame: DataFrame) -> str:
     is_numbered = frame.index.names == [None]  # An index without a name is left out.
     flat = frame if is_numbered else frame.reset_index()
     shown = flat.iloc[:MAX_ROWS, :MAX_COLUMNS]

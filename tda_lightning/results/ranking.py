@@ -6,16 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
-from typing import TYPE_CHECKING
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.results.html_tables import Cell, html_table
+from tda_lightning.results.optional import DataFrame
 from tda_lightning.results.tables import data_frame, ranked_columns
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class SampleRanking:
         """Yield each sample's id and score."""
         yield from zip(self.ids.tolist(), self.values.tolist(), strict=True)
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with the columns ``rank``, ``train_id`` and ``score``."""
         return data_frame(ranked_columns(None, self.ids[None], self.values[None]))
 
@@ -84,7 +81,7 @@ class Ranking:
         """Yield the ranking of each query."""
         return (self[row] for row in range(len(self)))
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a tidy data frame with a row per query and rank.
 
         Its columns are ``query``, ``rank`` (from 0), ``train_id`` and ``score``.

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.npz import SavedResult
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import Series, import_pandas
 from tda_lightning.results.ranking import SampleRanking, describe_pairs, require_rank
 from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.results.tables import write_columns
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _INSTEAD = {"proponents": "highest", "opponents": "lowest"}
 
@@ -79,7 +76,7 @@ class SampleScores(SavedResult):
         positions = positions_of(self.train_ids, train_ids)
         return replace(self, values=self.values[positions], train_ids=self.train_ids[positions])
 
-    def to_pandas(self) -> pd.Series[float]:
+    def to_pandas(self) -> Series:
         """Return a series indexed by training sample."""
         pd = import_pandas()
         return pd.Series(self.values.numpy(), index=pd.Index(self.train_ids.numpy(), name="train"))

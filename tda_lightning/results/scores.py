@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -19,16 +19,13 @@ from torch import Tensor
 from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.joining import joined_provenance, require_same_ids
 from tda_lightning.results.npz import SavedResult
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.results.ranking import Ranking, SampleRanking, describe_pairs, require_rank
 from tda_lightning.results.sample_groups import positions_of, sum_over_groups
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.results.tables import write_csv
 from tda_lightning.results.top_scores import TopScores
 from tda_lightning.stores.arguments import call_like
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -202,7 +199,7 @@ class Scores(SavedResult):
             provenance["train groups"] = f"{len(train_ids)} of {len(self.train_ids)} samples"
         return Scores(values, query_ids, train_ids, self.method, provenance, tokens)
 
-    def to_pandas(self, k: int | None = None) -> pd.DataFrame:
+    def to_pandas(self, k: int | None = None) -> DataFrame:
         """Return a data frame of all scores, or a tidy one of the ``k`` most extreme per query.
 
         Args:

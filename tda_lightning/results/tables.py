@@ -5,19 +5,16 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.stores.arguments import absolute_path
 from tda_lightning.stores.integrity.durable import atomic_write
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -51,13 +48,13 @@ def signed_columns(proponents: Columns, opponents: Columns) -> dict[str, NDArray
     return {name: column[order] for name, column in {**joined, "sign": signs}.items()}
 
 
-def data_frame(columns: Columns) -> pd.DataFrame:
+def data_frame(columns: Columns) -> DataFrame:
     """Return a data frame of columns (needs ``pandas``)."""
     pd = import_pandas()
     return pd.DataFrame(dict(columns))
 
 
-def frame_by_sample(ids: Int[Tensor, " n"], columns: Mapping[str, Tensor]) -> pd.DataFrame:
+def frame_by_sample(ids: Int[Tensor, " n"], columns: Mapping[str, Tensor]) -> DataFrame:
     """Return a data frame with a row per training sample, indexed by its id."""
     pd = import_pandas()
     index = pd.Index(ids.numpy(), name="train")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.results.html_tables import Cell, html_table
+from tda_lightning.results.optional import DataFrame
 from tda_lightning.results.ranking import Ranking
 from tda_lightning.results.tables import (
     Columns,
@@ -19,9 +19,6 @@ from tda_lightning.results.tables import (
     signed_columns,
     write_columns,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class TopScores:
     def __len__(self) -> int:
         return len(self.query_ids)
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a tidy data frame: a row per query, sign and rank, as ``Scores.to_pandas(k)``."""
         return data_frame(self._columns())
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.npz import SavedResult
-from tda_lightning.results.optional import import_pandas, needs
+from tda_lightning.results.optional import DataFrame, import_pandas, needs
 from tda_lightning.results.tables import data_frame
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 
@@ -52,7 +51,7 @@ class Trajectory(SavedResult, ShownInNotebooks):
         """Return the sums over time: the samples' scores."""
         return self.values.sum(dim=2)
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a tidy data frame.
 
         Its columns are ``query``, ``train_id``, ``step`` or ``epoch``, and ``contribution``.
@@ -66,7 +65,7 @@ class Trajectory(SavedResult, ShownInNotebooks):
         }
         return data_frame(columns)
 
-    def _shown_first(self) -> pd.DataFrame:
+    def _shown_first(self) -> DataFrame:
         """Return the sums over time, with a row per query and a column per training sample."""
         pd = import_pandas()
         columns = [f"sample {sample}" for sample in self.train_ids.tolist()]

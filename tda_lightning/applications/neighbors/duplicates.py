@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int64
@@ -28,13 +28,11 @@ from tda_lightning.applications.predictions import Labels, given_labels
 from tda_lightning.features import train_features
 from tda_lightning.passes.outputs import labels_of
 from tda_lightning.results.html_tables import ShownInNotebooks, with_notes
+from tda_lightning.results.optional import DataFrame
 from tda_lightning.results.tables import frame_by_sample
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_not_negative
 from tda_lightning.stores.opening import Run, open_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 GRADIENT_SIMILARITY, FEATURE_SIMILARITY = 0.98, 0.995
 
@@ -90,7 +88,7 @@ class Duplicates(ShownInNotebooks):
             group for group in self.groups if len(torch.unique(self._labels_of(group))) > 1
         )
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with a row per sample in a group, indexed by its id."""
         numbers = [number for number, group in enumerate(self.groups) for _ in group.tolist()]
         frame = frame_by_sample(self.ids, {"similarity": self.scores})

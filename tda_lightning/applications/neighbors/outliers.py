@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int64
@@ -20,12 +19,10 @@ from torch import Tensor
 from tda_lightning.applications.neighbors.directions import Directions, gradient_directions
 from tda_lightning.applications.notes import Note
 from tda_lightning.results.html_tables import ShownInNotebooks, with_notes
+from tda_lightning.results.optional import DataFrame
 from tda_lightning.results.tables import frame_by_sample
 from tda_lightning.stores.arguments import require_whole
 from tda_lightning.stores.opening import Run, open_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _FENCE = 3.0
 # Quartiles of fewer samples are unreliable.
@@ -63,14 +60,14 @@ class Outliers(ShownInNotebooks):
         """Distances of the flagged samples."""
         return self.distances[self._flagged()]
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with a row per training sample, indexed by its id."""
         is_flagged = torch.zeros(len(self.train_ids), dtype=torch.bool)
         is_flagged[self._flagged()] = True
         columns = {"is_outlier": is_flagged, "distance": self.distances, "nearest": self.nearest}
         return frame_by_sample(self.train_ids, columns)
 
-    def _shown_first(self) -> pd.DataFrame:
+    def _shown_first(self) -> DataFrame:
         return self.to_pandas().loc[self.ids.tolist()]
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,9 @@ from torch import Tensor
 
 from tda_lightning.applications.retraining.plan import Plan
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.stores.hdf5.folder import is_run
 from tda_lightning.stores.integrity.durable import atomic_write
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Retrainings(ShownInNotebooks):
     plan: Plan
     values: Float[Tensor, "n_trainings n_values"]
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with a row per training: seed, samples kept, measurements."""
         pd = import_pandas()
         frame = pd.DataFrame(self.values.numpy()).add_prefix("value_")

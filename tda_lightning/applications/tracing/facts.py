@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,14 +19,11 @@ from tda_lightning.attribution import Attributor, InfluenceFunction
 from tda_lightning.attribution.attribute import attribute
 from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.results.ranking import require_rank
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.snapshots import Moment
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Texts = Mapping[int, str] | Sequence[str]
 
@@ -98,7 +95,7 @@ class Candidates(ShownInNotebooks):
         at = order[torch.searchsorted(scores.train_ids[order], self.ids)]
         return scores.values.gather(1, at)
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with a row per query and rank."""
         pd = import_pandas()
         n_query, k = self.ids.shape

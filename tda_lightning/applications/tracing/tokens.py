@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -21,11 +21,8 @@ from tda_lightning.passes.outputs import outputs_of
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.passes.targets import Target
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.stores.opening import Run, open_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def first_entry(batch: Any) -> Tensor:
@@ -80,7 +77,7 @@ class TokenScores(ShownInNotebooks):
         """Return the scores of the whole passage for each token of the query."""
         return self.values.sum(dim=1)
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with the query's tokens as rows and the passage's as columns."""
         pd = import_pandas()
         return pd.DataFrame(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -11,11 +10,9 @@ from torch import Tensor
 
 from tda_lightning.applications.unlearning.sample_passes import Ids, ids_to_forget
 from tda_lightning.results.html_tables import ShownInNotebooks
+from tda_lightning.results.optional import DataFrame
 from tda_lightning.results.tables import frame_by_sample
 from tda_lightning.stores.opening import Run, open_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class RewindPlan(ShownInNotebooks):
         """Visits to repeat, as a share of those of the whole training."""
         return self.n_visits / self.all_visits
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with the first step of each sample, indexed by its id."""
         return frame_by_sample(self.ids, {"first_step": self.first_steps})
 

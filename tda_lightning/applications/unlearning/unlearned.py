@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -31,12 +31,9 @@ from tda_lightning.passes.model_state import require_model, swapped_weights, war
 from tda_lightning.passes.outputs import outputs_of
 from tda_lightning.passes.targets import Target
 from tda_lightning.results.html_tables import ShownInNotebooks
-from tda_lightning.results.optional import import_pandas
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.stores.arguments import require_kind
 from tda_lightning.stores.opening import Run, open_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Losses are compared on at most this many samples of each set.
 MAX_SAMPLES = 1000
@@ -80,7 +77,7 @@ class Unlearned(ShownInNotebooks):
     method: str
     not_guaranteed: str = NOT_GUARANTEED
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> DataFrame:
         """Return a data frame with models as rows and all measurements as columns."""
         pd = import_pandas()
         columns = {f"loss, {name}": values for name, values in self.losses.items()}
