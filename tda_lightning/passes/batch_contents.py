@@ -102,7 +102,7 @@ def _with_parts(batch: Any, n: int, key: int | slice) -> Any:
 
 
 def _cut(part: Any, n: int, key: int | slice) -> Any:
-    """Return the same for a part of a batch."""
+    """Cut a part of a batch, as :func:`part_of` cuts the batch."""
     if isinstance(part, Tensor):
         return part[key] if part.ndim and len(part) == n else part
     if isinstance(part, list | tuple) and len(part) == n and _has_an_entry_per_sample(part):

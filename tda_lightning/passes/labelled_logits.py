@@ -64,12 +64,8 @@ def warn_if_unshifted(batch: Any, labels: Any, shift: bool) -> None:
     if shift or not _holds_integers(labels) or labels.ndim != 2:
         return
     is_label = labels != IGNORED
-    same = (
-        _holds_integers(value) and value.shape == labels.shape and value[is_label].equal(part)
-        for value in _values(batch)
-        if value is not labels
-        for part in [labels[is_label].to(value)]
-    )
+    inputs = [v for v in _values(batch) if v is not labels and v.shape == labels.shape]
+    same = (v[is_label].equal(labels[is_label].to(v)) for v in inputs if _holds_integers(v))
     if is_label.any() and any(same):
         warnings.warn(
             "The labels equal the inputs, token by token, as in a causal language model, whose "
