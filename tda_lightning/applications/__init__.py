@@ -31,7 +31,7 @@ from tda_lightning.applications.neighbors import (
 )
 from tda_lightning.applications.notes import Note
 from tda_lightning.applications.out_of_sample import OutOfSample, out_of_sample_probabilities
-from tda_lightning.applications.pruning import coreset, prune
+from tda_lightning.applications.pruning import Selection, coreset, prune
 from tda_lightning.applications.retraining import (
     Plan,
     Retrainings,
@@ -41,7 +41,6 @@ from tda_lightning.applications.retraining import (
     retrain,
     same_data,
 )
-from tda_lightning.applications.selection import Selection
 from tda_lightning.applications.shortcuts import Shortcut, find_shortcut
 from tda_lightning.applications.targeted_selection import select
 from tda_lightning.applications.tracing import (

@@ -11,19 +11,73 @@ greedily, with the number of samples that :math:`j` stands for as its weight: Mi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.applications.importance import EL2N, Importance
 from tda_lightning.applications.mislabel_count import notes_on_selected
-from tda_lightning.applications.selection import Labels, Selection, count_of, groups_of, quotas
+from tda_lightning.applications.notes import Note
 from tda_lightning.attribution.attributor import Totals
 from tda_lightning.attribution.linalg import unit_rows
 from tda_lightning.attribution.steps import unweighted
+from tda_lightning.results.html_tables import ShownInNotebooks, with_notes
+from tda_lightning.results.optional import DataFrame
 from tda_lightning.results.sample_scores import SampleScores
+from tda_lightning.results.tables import frame_by_sample
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
+
+Labels = Sequence[int] | Int[np.ndarray, " n_all"] | Int[Tensor, " n_all"]
+
+
+@dataclass(frozen=True)
+class Selection(ShownInNotebooks):
+    """Some training samples, the most important first.
+
+    ``Subset(dataset, selection.ids)`` is the selected data. With weights that differ, draw from it
+    by ``WeightedRandomSampler(selection.weights, len(selection.ids))``.
+
+    Attributes:
+        ids: Ids of the selected samples: indices into the dataset below any ``Subset``; shape
+            ``(n,)``.
+        weights: Weight of each selected sample, 1 on average; shape ``(n,)``.
+        scores: The score by which each was selected, shape ``(n,)``.
+        n_train: Number of samples to select from.
+        method: How the samples were selected.
+        notes: What limits the answer, and what to do about it.
+    """
+
+    ids: Int[Tensor, " n"]
+    weights: Float[Tensor, " n"]
+    scores: Float[Tensor, " n"]
+    n_train: int
+    method: str
+    notes: tuple[Note, ...] = ()
+
+    def to_pandas(self) -> DataFrame:
+        """Return a data frame with the weight and the score of each sample, indexed by its id."""
+        return frame_by_sample(self.ids, {"weight": self.weights, "score": self.scores})
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        pairs = zip(self.ids[:5].tolist(), self.scores[:5].tolist(), strict=True)
+        first = ", ".join(f"{sample_id} ({score:.3g})" for sample_id, score in pairs)
+        more = ", ..." if len(self.ids) > 5 else ""
+        lines = [
+            f"Selection of {len(self.ids):,} of {self.n_train:,} samples by {self.method}",
+            f"  first: {first}{more}",
+        ]
+        if len(self.weights) and float(self.weights.min()) != float(self.weights.max()):
+            low, high = float(self.weights.min()), float(self.weights.max())
+            lines.append(f"  weights from {low:.3g} to {high:.3g}")
+        return with_notes(lines, self.notes)
 
 
 def prune(
@@ -51,7 +105,7 @@ def prune(
     """
     store = open_run(run)
     scores = importance.scores(store) if isinstance(importance, Importance) else importance
-    n = count_of(keep, len(scores.train_ids))
+    n = _count_of(keep, len(scores.train_ids))
     positions = _top_of_each_group(scores, n, balance)
     return Selection(
         ids=scores.train_ids[positions],
@@ -66,12 +120,10 @@ def prune(
 def _top_of_each_group(scores: SampleScores, n: int, balance: Labels | None) -> Int[Tensor, " n"]:
     if scores.values.isnan().any():
         raise ValueError("`importance` holds NaN, which has no rank; expected numbers only.")
-    groups = groups_of(scores.train_ids, balance)
-    counts = quotas([len(positions) for positions in groups], n)
     chosen = torch.cat(
         [
             positions[scores.values[positions].topk(count).indices]
-            for positions, count in zip(groups, counts, strict=True)
+            for positions, count in _groups(scores.train_ids, balance, n)
         ]
     )
     return chosen[scores.values[chosen].argsort(descending=True, stable=True)]
@@ -98,11 +150,8 @@ def coreset(run: Run, keep: float = 0.1, *, balance: Labels | None = None) -> Se
     """
     store = open_run(run)
     ids, rows = mean_rows(store)
-    n = count_of(keep, len(ids))
-    groups = groups_of(ids, balance)
-    counts = quotas([len(positions) for positions in groups], n)
     parts = []
-    for positions, count in zip(groups, counts, strict=True):
+    for positions, count in _groups(ids, balance, _count_of(keep, len(ids))):
         units = unit_rows(rows[positions])
         chosen, gains, sizes = _facility_location(units @ units.mT, count)
         parts.append((positions[chosen], gains, sizes))
@@ -116,6 +165,54 @@ def coreset(run: Run, keep: float = 0.1, *, balance: Labels | None = None) -> Se
         method="facility location of gradients",
         notes=notes_on_selected(store, ids[at[order]]),
     )
+
+
+def _groups(
+    ids: Int[Tensor, " n_train"], balance: Labels | None, n: int
+) -> list[tuple[Int[Tensor, " _"], int]]:
+    """Return the positions of the samples of each class, and how many of them to keep, if any.
+
+    The class of the sample with id ``i`` is ``balance[i]``; with ``None``, there is only one.
+    """
+    if balance is None:
+        return [(torch.arange(len(ids)), n)]
+    labels = torch.as_tensor(balance)
+    if labels.ndim != 1 or len(labels) <= int(ids.max()) or labels.is_floating_point():
+        raise ValueError(
+            f"`balance` has the shape {tuple(labels.shape)}; expected one whole number for every "
+            f"id up to {int(ids.max())}, since `balance[i]` is the class of sample `i`. Pass the "
+            "labels of the whole dataset."
+        )
+    classes = labels[ids]
+    groups = [(classes == label).nonzero()[:, 0] for label in torch.unique(classes)]
+    counts = quotas(list(map(len, groups)), n)
+    return [(group, count) for group, count in zip(groups, counts, strict=True) if count]
+
+
+def quotas(sizes: Sequence[int], n: int) -> list[int]:
+    """Divide ``n`` over groups in proportion to their sizes, by largest remainders.
+
+    >>> quotas([5, 3, 3], 4)
+    [2, 1, 1]
+    """
+    total = sum(sizes)
+    shares = [size * n / total for size in sizes]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(sizes)), key=lambda at: counts[at] - shares[at])
+    for at in by_remainder[: n - sum(counts)]:
+        counts[at] += 1
+    return counts
+
+
+def _count_of(keep: float, n_train: int) -> int:
+    """Return the number of samples in a share of them, if it is valid."""
+    valid = isinstance(keep, float | int) and not isinstance(keep, bool) and 0 < keep <= 1
+    if not valid or round(keep * n_train) < 1:
+        raise ValueError(
+            f"`keep` is {keep!r}; expected a share of the {n_train:,} samples, above 0 and up to "
+            "1, with at least one sample."
+        )
+    return round(keep * n_train)
 
 
 def mean_rows(run: Store) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_train k"]]:
@@ -142,9 +239,6 @@ def _facility_location(
         chosen.append(best)
         gains.append(gain[best])
         covered = torch.maximum(covered, similarity[best])
-    if not chosen:
-        empty = similarity.new_zeros(0)
-        return torch.empty(0, dtype=torch.int64), empty, empty
     nearest = similarity[chosen].argmax(dim=0)
     sizes = torch.bincount(nearest, minlength=count).to(similarity)
     return torch.tensor(chosen), torch.stack(gains), sizes

@@ -20,8 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tda_lightning.applications.mislabel_count import notes_on_selected
-from tda_lightning.applications.pruning import mean_rows
-from tda_lightning.applications.selection import Selection
+from tda_lightning.applications.pruning import Selection, mean_rows
 from tda_lightning.attribution import Attributor, GradientSimilarity, InfluenceFunction
 from tda_lightning.attribution.attribute import attribute
 from tda_lightning.attribution.dynamics.optimizer import Extent
