@@ -24,7 +24,7 @@ from tda_lightning.applications import (
     retrain,
     same_data,
 )
-from tda_lightning.applications.retraining.runner import part_of
+from tda_lightning.applications.retraining.runner import weighted_loader
 
 FUNCTIONS = {
     "model": retrained.new_model,
@@ -181,7 +181,7 @@ def test_several_processes_give_the_same_results():
 
 
 def test_unequal_weights_draw_in_proportion():
-    part = part_of(loader(vectors()), torch.tensor([3.0, 1.0, 0.0, 0.0, 2.0] + [0.0] * 8))
+    part = weighted_loader(loader(vectors()), torch.tensor([3.0, 1.0, 0.0, 0.0, 2.0] + [0.0] * 8))
     assert isinstance(part.sampler, WeightedRandomSampler)
     assert part.sampler.weights.tolist() == [3, 1, 2]
     assert part.dataset.indices == [0, 1, 4]

@@ -154,7 +154,7 @@ def _train(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     module = _new("model", task.model())
-    loader = part_of(task.loader(), weights)
+    loader = weighted_loader(task.loader(), weights)
     _new("trainer", task.trainer()).fit(module, loader)
     module.eval()
     with torch.no_grad():
@@ -178,7 +178,7 @@ def _new(name: str, made: Any) -> Any:
     return made
 
 
-def part_of(loader: DataLoader[Any], weights: Float[Tensor, " n_train"]) -> DataLoader[Any]:
+def weighted_loader(loader: DataLoader[Any], weights: Float[Tensor, " n_train"]) -> DataLoader[Any]:
     """Return a loader with the same settings that draws samples by their weights.
 
     A weight of 0 leaves a sample out. If the others are all equal, each is drawn once per epoch;
