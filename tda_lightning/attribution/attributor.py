@@ -143,20 +143,21 @@ class Attributor(ABC):
             Scores, shape ``(n_query, n_train)``; zero for samples that were never drawn.
         """
         self.require(run)
-        totals = Totals(run.train_ids(), len(queries), queries)
-        view = DeviceView(run, queries)
-        pairs: Iterable[Any] = self.visit_scores(view, queries)
-        name = type(self).__name__
-        for step, scores in progress_bar(pairs, name, "step", shown=progress, total=len(run)):
+        view, totals = DeviceView(run, queries), Totals(run.train_ids(), len(queries), queries)
+        pairs = self.visit_scores(view, queries)
+        origin = self._add_up(totals, view, pairs, type(self).__name__, progress)
+        values = self.combine(totals.values, totals.visits).mT.contiguous().cpu()
+        return Scores(values=values, query_ids=torch.arange(len(queries)), **origin)
+
+    def _add_up(
+        self, totals: Totals, view: DeviceView, pairs: Iterable[Any], name: str, progress: bool
+    ) -> dict[str, Any]:
+        """Add the scores of all visits to totals; return the fields that all results have."""
+        for step, scores in progress_bar(pairs, name, "step", shown=progress, total=len(view)):
             totals.add_(step.sample_ids, scores)
         require_finite_totals(totals.values, view, repr(self))
-        return Scores(
-            values=self.combine(totals.values, totals.visits).mT.contiguous().cpu(),
-            query_ids=torch.arange(len(queries)),
-            train_ids=totals.train_ids,
-            method=repr(self),
-            provenance={**provenance_of(run), **view.provenance()},
-        )
+        provenance = {**provenance_of(view), **view.provenance()}
+        return {"train_ids": totals.train_ids, "method": repr(self), "provenance": provenance}
 
     def attribute_ensemble(
         self,
@@ -199,19 +200,11 @@ class SelfAttributor(Attributor):
         """
         self.require(run)
         like = torch.empty(0, dtype=run.recipe.torch_dtype)
-        totals = Totals(run.train_ids(), 1, like)
+        view, totals = DeviceView(run, like), Totals(run.train_ids(), 1, like)
+        pairs = ((step, scores[:, None]) for step, scores in self.own_scores(view))
         name = f"{type(self).__name__}, self-influence"
-        view = DeviceView(run, like)
-        pairs: Iterable[Any] = self.own_scores(view)
-        for step, scores in progress_bar(pairs, name, "step", shown=progress, total=len(run)):
-            totals.add_(step.sample_ids, scores[:, None])
-        require_finite_totals(totals.values, view, repr(self))
-        return SampleScores(
-            values=self.combine(totals.values, totals.visits)[:, 0],
-            train_ids=totals.train_ids,
-            method=repr(self),
-            provenance={**provenance_of(run), **view.provenance()},
-        )
+        origin = self._add_up(totals, view, pairs, name, progress)
+        return SampleScores(values=self.combine(totals.values, totals.visits)[:, 0], **origin)
 
 
 class Totals:
