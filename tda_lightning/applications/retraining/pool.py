@@ -21,10 +21,10 @@ def require_importable(functions: Mapping[str, Callable[..., Any]]) -> None:
     for name, function in functions.items():
         try:
             pickle.dumps(function)
-            fits = not (is_interactive and getattr(function, "__module__", "") == "__main__")
+            is_importable = not is_interactive or getattr(function, "__module__", "") != "__main__"
         except (pickle.PicklingError, AttributeError, TypeError):
-            fits = False
-        if not fits:
+            is_importable = False
+        if not is_importable:
             raise ValueError(
                 f"Other processes cannot import `{name}`, which is {function!r}; expected a "
                 "function at the top of a file. Move it into a module, or pass `processes=1`."

@@ -167,15 +167,15 @@ def _train(
     return values.detach().cpu().double()
 
 
-def _new(name: str, made: Any) -> Any:
+def _new(name: str, created: Any) -> Any:
     """Check that no earlier training had this object: it would continue there, or not at all."""
-    if made in _used:
+    if created in _used:
         raise ValueError(
-            f"`{name}` returned the `{type(made).__name__}` of an earlier training; expected a new "
-            "one for each training. Create it inside the function."
+            f"`{name}` returned the `{type(created).__name__}` of an earlier training; expected a "
+            "new one for each training. Create it inside the function."
         )
-    _used.add(made)
-    return made
+    _used.add(created)
+    return created
 
 
 def weighted_loader(loader: DataLoader[Any], weights: Float[Tensor, " n_train"]) -> DataLoader[Any]:

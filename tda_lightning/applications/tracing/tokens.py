@@ -145,10 +145,10 @@ def _names(
 ) -> tuple[str, ...]:
     if names is None:
         return tuple(map(str, counted.tolist()))
-    every = list(names(batch))
-    if counted.numel() and len(every) <= int(counted.max()):
+    all_names = list(names(batch))
+    if counted.numel() and len(all_names) <= int(counted.max()):
         raise ValueError(
-            f"`names` returned {len(every)} names; expected one for each number that the target "
-            f"returns, at least {int(counted.max()) + 1}."
+            f"`names` returned {len(all_names)} names; expected one for each number that the "
+            f"target returns, at least {int(counted.max()) + 1}."
         )
-    return tuple(every[at] for at in counted.tolist())
+    return tuple(all_names[at] for at in counted.tolist())

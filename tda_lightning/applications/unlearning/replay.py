@@ -67,14 +67,15 @@ class Replay(WeightUpdate):
         snapshot, steps = self._rest(task)
         n_before = len(task.run) - len(steps)
         parameters = task.selection.all_parameters()
-        earlier = torch.zeros(sum(parameter.numel() for parameter in parameters))
+        displaced = torch.zeros(sum(parameter.numel() for parameter in parameters))
         weights = task.run.weights_at(snapshot)
         if n_before:
             with swapped_weights(task.model, weights):
-                earlier = self.before.displacement(replace(task, run=task.run[:n_before]))
-        nothing = torch.empty(0, dtype=torch.int64)
-        every = _replayed(task, weights, torch.zeros_like(earlier), steps, nothing)
-        return _replayed(task, weights, earlier, steps, task.forget_ids) - every
+                displaced = self.before.displacement(replace(task, run=task.run[:n_before]))
+        no_ids = torch.empty(0, dtype=torch.int64)
+        with_all = _replayed(task, weights, torch.zeros_like(displaced), steps, no_ids)
+        without = _replayed(task, weights, displaced, steps, task.forget_ids)
+        return without - with_all
 
     def _rest(self, task: ForgettingTask) -> tuple[int, list[StepFacts]]:
         """Return the snapshot to start from, and the steps from there on."""
