@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -165,22 +165,14 @@ def unlearn(
     if holdout is not None:
         positions = list(range(len(dataset_ids(holdout, "holdout"))))
         sets["holdout"] = spread_samples(holdout, positions, MAX_SAMPLES)
-    by_model = partial(_by_model, model, state, retrained)
-    losses = {
-        name: by_model(partial(sample_losses, samples=samples)) for name, samples in sets.items()
-    }
-    distances = {}
-    if retrained is not None:
-        for name, samples in sets.items():
-            predict = partial(sample_predictions, samples=samples, outputs=outputs)
-            distances[name] = _distances(by_model(predict))
+    losses, predictions = _measured(model, state, retrained, sets, outputs)
     moved_parts = {id(parameter) for parameter in moved}
     return Unlearned(
         state_dict=state,
         ids=ids,
         losses={name: _means(values) for name, values in losses.items()},
         membership_auc=_membership(losses) if holdout is not None else {},
-        distances=distances,
+        distances={name: _distances(by_model) for name, by_model in predictions.items()},
         unchanged=tuple(n for n, p in model.named_parameters() if id(p) not in moved_parts),
         method=repr(update),
     )
@@ -226,19 +218,29 @@ def _moved_state(
     return state
 
 
-def _by_model(
+def _measured(
     model: nn.Module,
     state: Mapping[str, Tensor],
     retrained: nn.Module | None,
-    measure: Callable[[nn.Module], Tensor],
-) -> dict[str, Tensor]:
-    """Measure the model before and after an update, and the retrained one."""
-    measured = {"before": measure(model)}
-    with swapped_weights(model, state):
-        measured["after"] = measure(model)
+    sets: Mapping[str, DataLoader[Any]],
+    outputs: Target,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+    """Return the losses of each set by each model, and the predictions if one is retrained."""
+    models: dict[str, tuple[nn.Module, AbstractContextManager[None]]] = {
+        "before": (model, nullcontext()),
+        "after": (model, swapped_weights(model, state)),
+    }
     if retrained is not None:
-        measured["retrained"] = measure(retrained)
-    return measured
+        models["retrained"] = (retrained, nullcontext())
+    losses: dict[str, dict[str, Tensor]] = {name: {} for name in sets}
+    predictions: dict[str, dict[str, Tensor]] = {name: {} for name in sets if retrained is not None}
+    for version, (module, weights) in models.items():
+        with weights:
+            for name, samples in sets.items():
+                losses[name][version] = sample_losses(module, samples)
+                if name in predictions:
+                    predictions[name][version] = sample_predictions(module, samples, outputs)
+    return losses, predictions
 
 
 def _distances(predictions: Mapping[str, Float[Tensor, "n outputs"]]) -> dict[str, float]:
