@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pandas import DataFrame as DataFrame
     from pandas import Series as Series
-else:  # for annotations
+else:  # Annotations need no import of pandas, which takes long and may be missing.
     DataFrame = Series = Any
 
 
