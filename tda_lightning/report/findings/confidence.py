@@ -46,16 +46,16 @@ def doubts(evidence: Evidence) -> list[str]:
 
 
 def _of_the_scores(evidence: Evidence) -> list[str]:
-    reasons = [
-        "Only the weights of this one training were examined. Another random seed shifts the ranks "
-        "of samples that matter little.",
-    ]
+    reasons = []
     if evidence.removal is None:
-        reasons.insert(
-            0,
+        reasons.append(
             "Scores estimate what retraining without a sample would change. Nothing was retrained "
-            "for this page.",
+            "for this page."
         )
+    reasons.append(
+        "Only the weights of this one training were examined. Another random seed shifts the ranks "
+        "of samples that matter little."
+    )
     if len(evidence.answers) < _FEW_QUERIES:
         reasons.append(
             f"There are only {len(evidence.answers)} queries. Errors of other kinds are not on "
@@ -114,20 +114,14 @@ def _recorded(evidence: Evidence) -> Check:
 
 
 def _covered(evidence: Evidence) -> Check:
-    store = evidence.store
-    stride = store.recipe.every_n_steps
-    share = 1 / stride
+    stride = evidence.store.recipe.every_n_steps
     sentence = (
         "Every step of the recorded training counts."
         if stride == 1
         else f"One step in {stride} was recorded and stands for its neighbours."
     )
-    return Check(
-        "Was every step recorded?",
-        f"{share:.0%}".replace("%", " %"),
-        sentence,
-        stride == 1,
-    )
+    share = f"{1 / stride:.0%}".replace("%", " %")
+    return Check("Was every step recorded?", share, sentence, stride == 1)
 
 
 def _agreement(evidence: Evidence) -> Check:
