@@ -20,7 +20,7 @@ from tda_lightning.results.progress import progress_bar
 _MAX_GROUP_BYTES = 2**28
 
 
-class Batches(list[Any]):
+class Batches:
     """The batches of a loader, held in memory so that every pass over them is the same.
 
     Attributes:
@@ -28,13 +28,12 @@ class Batches(list[Any]):
     """
 
     def __init__(self, pairs: Iterable[tuple[Tensor | None, Any]]) -> None:
-        pairs = list(pairs)
-        super().__init__(batch for _, batch in pairs)
-        self.ids = [ids for ids, _ in pairs]
+        self._pairs = list(pairs)
+        self.ids = [ids for ids, _ in self._pairs]
 
     def __iter__(self) -> Iterator[Any]:
         """Yield copies, because a step may modify its batch in place."""
-        return map(copy.deepcopy, super().__iter__())
+        return (copy.deepcopy(batch) for _, batch in self._pairs)
 
 
 def batches_in_memory(queries: Any) -> Any:
@@ -74,9 +73,11 @@ def identified(
     Ids are those of training samples: indices into the dataset below any ``Subset``, also where the
     loader shuffles. They are ``None`` for a single batch, and where they cannot be inferred.
     """
+    if isinstance(queries, Batches):
+        yield from zip(queries.ids, queries, strict=True)
+        return
     if not isinstance(queries, DataLoader):
-        is_list = isinstance(queries, Batches)
-        yield from zip(queries.ids, queries, strict=True) if is_list else [(None, _copied(queries))]
+        yield None, _copied(queries)
         return
     bar = progress_bar(queries, "queries", "batch", shown=progress)
     ledger, n_batches = SampleLedger(None), 0
