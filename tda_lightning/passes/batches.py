@@ -85,6 +85,13 @@ def select_samples(
     return DataLoader(Subset(loader.dataset, list(positions)), size, collate_fn=collate)
 
 
+def root_dataset(dataset: Any) -> Any:
+    """Return the dataset below any ``Subset``, which ids of samples index."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
 def dataset_ids(loader: Any, argument: str) -> Int[Tensor, " n"]:
     """Return the id of each sample of a loader's dataset, in the order of the dataset."""
     dataset = getattr(loader, "dataset", None)

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from tda_lightning.passes.batch_contents import batch_size, part_of
-from tda_lightning.passes.batches import loss_of, transfer
+from tda_lightning.passes.batches import loss_of, root_dataset, transfer
 from tda_lightning.passes.model_state import preserved_state
 from tda_lightning.passes.query_batches import Batches, batches_of
 from tda_lightning.report.samples.shown import Label, label_of
@@ -53,9 +52,7 @@ def items_of(loader: Any, queries: Any) -> list[Any]:
         An item per query; none if the loader's order is unknown, or if there is no dataset.
     """
     ids = queries.ids if isinstance(queries, Batches) else [None]
-    dataset = getattr(loader, "dataset", None)
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
+    dataset = root_dataset(getattr(loader, "dataset", None))
     known = [batch_ids for batch_ids in ids if batch_ids is not None]
     if len(known) < len(ids) or dataset is None or not hasattr(dataset, "__getitem__"):
         return []

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import Subset
-
+from tda_lightning.passes.batches import root_dataset
 from tda_lightning.report.samples.shown import Label, Shown, content_hash, label_of
 from tda_lightning.results.progress import progress_bar
 
@@ -80,8 +79,7 @@ def rendered(render: Callable[[Any], Shown], item: Any) -> Shown:
 
 
 def _require_dataset(train: Any, ids: list[int]) -> Any:
-    while isinstance(train, Subset):
-        train = train.dataset
+    train = root_dataset(train)
     if not hasattr(train, "__getitem__") or not hasattr(train, "__len__"):
         raise ValueError(
             f"`train` is a `{type(train).__name__}`; expected the dataset of the training, with "

@@ -6,9 +6,8 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Subset
-
 from tda_lightning.passes.batch_contents import part_of
+from tda_lightning.passes.batches import root_dataset
 from tda_lightning.report.page.html import visible
 from tda_lightning.report.samples.images import pixels_of
 from tda_lightning.report.samples.shown import ShowItem, Shown
@@ -62,8 +61,7 @@ def plot_proponents(
             f"`scores` has {n_query} queries; expected 1 to {MAX_QUERIES}, one row each. Select "
             "some of them, and of the batch: `scores[:5]`."
         )
-    while isinstance(train, Subset):
-        train = train.dataset
+    train = root_dataset(train)
     width = 1.15 * (2 * k + 1)
     caption = "\n".join(textwrap.fill(sentence, int(11 * width)) for sentence in _CAPTION)
     height = 1.55 * n_query + 0.25 * (caption.count("\n") + 1)
