@@ -11,11 +11,11 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications.predictions import Labels, Outputs, of_classes, predict
+from tda_lightning.applications.predictions import of_classes, predict
 from tda_lightning.attribution import Attributor, TracIn
 from tda_lightning.attribution.attribute import attribute
 from tda_lightning.passes.batches import dataset_ids, select_samples
-from tda_lightning.passes.outputs import labels_of, outputs_of
+from tda_lightning.passes.outputs import Labels, Outputs, labels_of, outputs_of
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.results.ranking import Ranking

@@ -38,13 +38,13 @@ from tda_lightning.applications.mislabel_count import (
 )
 from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
 from tda_lightning.applications.notes import Note
-from tda_lightning.applications.predictions import Labels, Outputs, of_classes, predict
+from tda_lightning.applications.predictions import of_classes, predict
 from tda_lightning.applications.retraining import Retrain, check_removal
 from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
 from tda_lightning.attribution.attribute import attribute, self_influence
 from tda_lightning.attribution.attributor import SelfAttributor
 from tda_lightning.passes.batches import dataset_ids
-from tda_lightning.passes.outputs import labels_of, outputs_of
+from tda_lightning.passes.outputs import Labels, Outputs, labels_of, outputs_of
 from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_kind

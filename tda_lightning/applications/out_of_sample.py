@@ -21,12 +21,12 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications.predictions import Labels, Outputs, of_classes, predict
+from tda_lightning.applications.predictions import of_classes, predict
 from tda_lightning.applications.pruning import mean_rows
 from tda_lightning.attribution import InfluenceFunction
 from tda_lightning.attribution.steps import DeviceView
 from tda_lightning.passes.model_state import warn_of_other_weights
-from tda_lightning.passes.outputs import labels_of, outputs_of
+from tda_lightning.passes.outputs import Labels, Outputs, labels_of, outputs_of
 from tda_lightning.passes.queries import identified_rows
 from tda_lightning.passes.targets import Logit
 from tda_lightning.results.html_tables import ShownInNotebooks

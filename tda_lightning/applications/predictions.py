@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,10 @@ from tda_lightning.passes.batch_contents import require_batches
 from tda_lightning.passes.batches import named_batches, require_loader, transfer
 from tda_lightning.passes.labelled_logits import require_logits
 from tda_lightning.passes.model_state import preserved_state, require_model
+from tda_lightning.passes.outputs import Labels, Outputs
 from tda_lightning.recording.sample_ids import SampleLedger
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import describe, require_kind
-
-Outputs = Callable[[nn.Module, Any], Tensor]
-Labels = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor, nn
 
-from tda_lightning.applications.predictions import Outputs, of_classes
+from tda_lightning.applications.predictions import of_classes
 from tda_lightning.attribution import Attributor, GradientSimilarity
 from tda_lightning.attribution.attribute import attribute
 from tda_lightning.metrics.checks import require_mask
 from tda_lightning.passes.batches import transfer
 from tda_lightning.passes.model_state import preserved_state
-from tda_lightning.passes.outputs import labels_of, outputs_of
+from tda_lightning.passes.outputs import Outputs, labels_of, outputs_of
 from tda_lightning.passes.query_batches import identified
 from tda_lightning.passes.targets import Target
 from tda_lightning.results.html_tables import ShownInNotebooks

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tda_lightning.full_influence.model_loss_split import ModelLossSplit
 from tda_lightning.full_influence.objective import Objective
@@ -27,6 +27,7 @@ from tda_lightning.full_influence.second_derivatives import (
     gauss_newton_products,
     hessian_products,
 )
+from tda_lightning.passes.outputs import Outputs
 
 
 class ModelCurvature(ABC):
@@ -57,7 +58,7 @@ class GaussNewton(ModelCurvature):
         loss: Function from (outputs, batch) to the loss of the batch. Required with ``outputs``.
     """
 
-    outputs: Callable[[nn.Module, Any], Tensor] | None = field(default=None, repr=False)
+    outputs: Outputs | None = field(default=None, repr=False)
     loss: Callable[[Tensor, Any], Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

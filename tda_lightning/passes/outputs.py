@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from tda_lightning.stores.arguments import describe
+
+# From a module and a batch to logits or other outputs, and from a batch to its labels.
+Outputs = Callable[[nn.Module, Any], Tensor]
+Labels = Callable[[Any], Tensor]
 
 _INPUTS = ("x", "input", "inputs", "image", "images", "input_ids", "pixel_values", "features")
 _LABELS = ("y", "label", "labels", "target", "targets")

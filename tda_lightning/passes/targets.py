@@ -31,7 +31,7 @@ from tda_lightning.passes.labelled_logits import (
     shifted,
     warn_if_unshifted,
 )
-from tda_lightning.passes.outputs import labels_of, outputs_of
+from tda_lightning.passes.outputs import Labels, Outputs, labels_of, outputs_of
 from tda_lightning.stores.arguments import (
     describe,
     name_of,
@@ -65,8 +65,8 @@ class Logit:
     """
 
     index: int | None = None
-    outputs: Callable[[nn.Module, Any], Tensor] = field(default=outputs_of, repr=False)
-    labels: Callable[[Any], Tensor] = field(default=labels_of, repr=False)
+    outputs: Outputs = field(default=outputs_of, repr=False)
+    labels: Labels = field(default=labels_of, repr=False)
     class_axis: ClassAxis = field(default=None, repr=False)
     shift: bool = False
 
@@ -104,8 +104,8 @@ class Logit:
 class _OfLabels:
     """A target with one number per label; :class:`LogProbability` describes its arguments."""
 
-    outputs: Callable[[nn.Module, Any], Tensor] = field(default=outputs_of, repr=False)
-    labels: Callable[[Any], Tensor] = field(default=labels_of, repr=False)
+    outputs: Outputs = field(default=outputs_of, repr=False)
+    labels: Labels = field(default=labels_of, repr=False)
     class_axis: ClassAxis = field(default=None, repr=False)
     shift: bool = False
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tda_lightning.applications.retraining.removal import RemovalCurve
 from tda_lightning.attribution import Attributor, Averaged
-from tda_lightning.passes.outputs import outputs_of
+from tda_lightning.passes.outputs import Outputs, outputs_of
 from tda_lightning.report.charts.charts import Chart, charts, has_bokeh
 from tda_lightning.report.charts.drawing import bokeh_source, draw_bokeh, draw_svg
 from tda_lightning.report.evidence.gathering import Evidence, gather
@@ -56,7 +56,7 @@ def report(
     class_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
     render: Callable[[Any], Shown] | None = None,
-    outputs: Callable[[nn.Module, Any], Tensor] = outputs_of,
+    outputs: Outputs = outputs_of,
     attributes: Mapping[str, Bool[Tensor, " n_train"]] | None = None,
     removal: RemovalCurve | None = None,
     findings: Sequence[Finding] = (),

@@ -24,9 +24,9 @@ from tda_lightning.applications.neighbors.directions import (
     gradient_directions,
 )
 from tda_lightning.applications.notes import Note
-from tda_lightning.applications.predictions import Labels, given_labels
+from tda_lightning.applications.predictions import given_labels
 from tda_lightning.features import train_features
-from tda_lightning.passes.outputs import labels_of
+from tda_lightning.passes.outputs import Labels, labels_of
 from tda_lightning.results.html_tables import ShownInNotebooks, with_notes
 from tda_lightning.results.optional import DataFrame
 from tda_lightning.results.tables import frame_by_sample

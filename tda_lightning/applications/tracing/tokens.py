@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tda_lightning.passes.labelled_logits import IGNORED
 from tda_lightning.passes.model_state import warn_of_other_weights
-from tda_lightning.passes.outputs import outputs_of
+from tda_lightning.passes.outputs import Outputs, outputs_of
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.passes.targets import Target
 from tda_lightning.results.html_tables import ShownInNotebooks
@@ -43,7 +43,7 @@ class NextToken:
         tokens: Function of the batch that returns the tokens, shape ``(n, T)``.
     """
 
-    outputs: Callable[[nn.Module, Any], Tensor] = outputs_of
+    outputs: Outputs = outputs_of
     tokens: Callable[[Any], Tensor] = first_entry
 
     def __call__(self, module: nn.Module, batch: Any) -> Float[Tensor, "n tokens"]:

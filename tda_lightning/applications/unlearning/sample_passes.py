@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from tda_lightning.passes.batches import dataset_ids, loss_of, select_samples, transfer
 from tda_lightning.passes.model_state import preserved_state
-from tda_lightning.passes.targets import Target
+from tda_lightning.passes.outputs import Outputs
 from tda_lightning.results.sample_groups import positions_of, whole_ids
 from tda_lightning.stores.snapshots import spread
 
@@ -41,15 +41,15 @@ def spread_samples(
     return select_samples(loader, spread(positions, at_most) if positions else [], batch_size=1)
 
 
-def sample_losses(model: nn.Module, samples: Iterable[Any]) -> Float[Tensor, " n"]:
+def single_losses(model: nn.Module, samples: Iterable[Any]) -> Float[Tensor, " n"]:
     """Return the loss of every batch of one sample, in evaluation mode."""
     with preserved_state(model, "eval"), torch.enable_grad():
         losses = [loss_of(model, transfer(model, batch)).detach().reshape(()) for batch in samples]
     return torch.stack(losses).cpu() if losses else torch.empty(0)
 
 
-def sample_predictions(
-    model: nn.Module, samples: Iterable[Any], outputs: Target
+def single_predictions(
+    model: nn.Module, samples: Iterable[Any], outputs: Outputs
 ) -> Float[Tensor, "n outputs"]:
     """Return the outputs of every batch of one sample, flattened: class probabilities if possible.
 

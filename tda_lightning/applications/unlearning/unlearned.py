@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from tda_lightning.applications.unlearning.sample_passes import (
     Ids,
     ids_to_forget,
-    sample_losses,
-    sample_predictions,
+    single_losses,
+    single_predictions,
     spread_samples,
 )
 from tda_lightning.applications.unlearning.weight_updates import (
@@ -28,8 +28,7 @@ from tda_lightning.gradients.parameter_selection import select_like
 from tda_lightning.metrics.mislabel import mislabel_auc
 from tda_lightning.passes.batches import dataset_ids, select_samples
 from tda_lightning.passes.model_state import require_model, swapped_weights, warn_of_other_weights
-from tda_lightning.passes.outputs import outputs_of
-from tda_lightning.passes.targets import Target
+from tda_lightning.passes.outputs import Outputs, outputs_of
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.stores.arguments import require_kind
@@ -110,7 +109,7 @@ def unlearn(
     update: WeightUpdate = SecondOrder(),
     holdout: DataLoader[Any] | None = None,
     retrained: nn.Module | None = None,
-    outputs: Target = outputs_of,
+    outputs: Outputs = outputs_of,
     progress: bool = True,
 ) -> Unlearned:
     """Compute weights that approximate those of a training without some samples.
@@ -223,7 +222,7 @@ def _measured(
     state: Mapping[str, Tensor],
     retrained: nn.Module | None,
     sets: Mapping[str, DataLoader[Any]],
-    outputs: Target,
+    outputs: Outputs,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
     """Return the losses of each set by each model, and the predictions if one is retrained."""
     models: dict[str, tuple[nn.Module, AbstractContextManager[None]]] = {
@@ -237,9 +236,9 @@ def _measured(
     for version, (module, weights) in models.items():
         with weights:
             for name, samples in sets.items():
-                losses[name][version] = sample_losses(module, samples)
+                losses[name][version] = single_losses(module, samples)
                 if name in predictions:
-                    predictions[name][version] = sample_predictions(module, samples, outputs)
+                    predictions[name][version] = single_predictions(module, samples, outputs)
     return losses, predictions
 
 

@@ -25,6 +25,7 @@ from tda_lightning.attribution.question import Question
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.model_state import warn_of_other_weights
+from tda_lightning.passes.outputs import Outputs
 from tda_lightning.passes.query_batches import batches_in_memory
 from tda_lightning.passes.targets import Loss
 from tda_lightning.report.evidence.queries import Answer, answers_to, items_of, samples_of
@@ -118,7 +119,7 @@ def gather(
     train: Any,
     *,
     method: Attributor,
-    outputs: Callable[[nn.Module, Any], Tensor],
+    outputs: Outputs,
     render: Callable[[Any], Shown],
     attributes: Mapping[str, Bool[Tensor, " n_train"]],
     removal: RemovalCurve | None,
@@ -177,7 +178,7 @@ def _shortcut(
     answers: Sequence[Answer],
     train: TrainingSet,
     attributes: Mapping[str, Bool[Tensor, " n_train"]],
-    outputs: Callable[[nn.Module, Any], Tensor],
+    outputs: Outputs,
 ) -> Shortcut | None:
     """Test the attributes on the wrong answers, or on all answers if none is wrong."""
     known = [q for q, answer in enumerate(answers) if isinstance(answer.prediction, int)]

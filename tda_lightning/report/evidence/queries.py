@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tda_lightning.passes.batch_contents import batch_size, part_of
 from tda_lightning.passes.batches import loss_of, root_dataset, transfer
 from tda_lightning.passes.model_state import preserved_state
+from tda_lightning.passes.outputs import Outputs
 from tda_lightning.passes.query_batches import Batches, batches_of
 from tda_lightning.report.samples.shown import Label, label_of
 
@@ -62,7 +63,7 @@ def items_of(loader: Any, queries: Any) -> list[Any]:
 def answers_to(
     model: nn.Module,
     queries: Any,
-    outputs: Callable[[nn.Module, Any], Tensor],
+    outputs: Outputs,
     items: Sequence[Any] = (),
 ) -> tuple[list[Answer], str]:
     """Pass every query through the model, one at a time; its state is restored afterwards.
@@ -99,9 +100,7 @@ def _samples(queries: Any) -> Iterator[tuple[Any, Any]]:
             yield part_of(batch, n, row), part_of(batch, n, slice(row, row + 1))
 
 
-def _outputs(
-    model: nn.Module, batch: Any, outputs: Callable[[nn.Module, Any], Tensor]
-) -> tuple[Tensor | None, str]:
+def _outputs(model: nn.Module, batch: Any, outputs: Outputs) -> tuple[Tensor | None, str]:
     try:
         with torch.no_grad():
             return outputs(model, batch).detach().cpu()[0], ""
