@@ -21,6 +21,7 @@ from tda_lightning.passes.targets import Loss, Target
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.results.ranking import require_rank
+from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.results.scores import Scores
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.snapshots import Moment
@@ -91,9 +92,8 @@ class Candidates(ShownInNotebooks):
                 f"passages; expected the {len(self.ids)} queries of these candidates, and scores "
                 "for each passage among them. Score the same queries and the same data."
             )
-        order = scores.train_ids.argsort()
-        at = order[torch.searchsorted(scores.train_ids[order], self.ids)]
-        return scores.values.gather(1, at)
+        columns = positions_of(scores.train_ids, self.ids.flatten()).view_as(self.ids)
+        return scores.values.gather(1, columns)
 
     def to_pandas(self) -> DataFrame:
         """Return a data frame with a row per query and rank."""
