@@ -34,7 +34,7 @@ from tda_lightning.cli.options import (
 )
 from tda_lightning.cli.output import Answer, aligned, show
 from tda_lightning.passes.targets import Loss, Target
-from tda_lightning.results import Ranking, SampleRanking, Scores, TopScores
+from tda_lightning.results import SampleRanking, TopScores
 from tda_lightning.results.ranking import describe_ranking
 from tda_lightning.stores.opening import open_run
 
@@ -100,30 +100,24 @@ def attribute(
     loaded = load_model(model, config, checkpoint, trust_checkpoint)
     batch = as_loader(load_queries(queries, config, split))
     options: dict[str, Any] = {"method": METHODS[method], "target": TARGETS[target]}
-    answer: Scores | TopScores
     if out is None:
-        answer = top_attributions(store, loaded, batch, k, **options)
-        best, worst = answer.proponents, answer.opponents
+        top = top_attributions(store, loaded, batch, k, **options)
     else:
-        answer = attribute_run(store, loaded, batch, **options)
-        answer.save(out)
-        best, worst = answer.proponents(k), answer.opponents(k)
-    show(_top_answer(run, answer, best, worst, show_), as_json)
+        scores = attribute_run(store, loaded, batch, **options)
+        scores.save(out)
+        sides = scores.proponents(k), scores.opponents(k)
+        top = TopScores(*sides, scores.query_ids, scores.method, scores.provenance)
+    show(_top_answer(run, top, show_), as_json)
 
 
-def _top_answer(
-    run: Path, top: Scores | TopScores, best: Ranking, worst: Ranking, limit: int
-) -> Answer:
+def _top_answer(run: Path, top: TopScores, limit: int) -> Answer:
+    rankings = list(zip(top.query_ids.tolist(), top.proponents, top.opponents, strict=True))
     answers = [
-        {
-            "query": query,
-            "proponents": _ranked(best[row]),
-            "opponents": _ranked(worst[row]),
-        }
-        for row, query in enumerate(top.query_ids.tolist())
+        {"query": query, "proponents": _ranked(helped), "opponents": _ranked(harmed)}
+        for query, helped, harmed in rankings
     ]
     lines = [f"{run}: {len(answers):,} queries by {top.method}"]
-    for query, helped, harmed in zip(top.query_ids[:limit].tolist(), best, worst, strict=False):
+    for query, helped, harmed in rankings[:limit]:
         lines += [
             f"  query {query}",
             f"    proponents  {describe_ranking(helped)}",
