@@ -118,24 +118,21 @@ def _schedule_charts(evidence: Evidence) -> list[Chart]:
     losses = [_loss_chart(schedule.losses)] if len(schedule.losses) > 1 else []
     steps = schedule.steps[::stride]
     rates, gradients = schedule.rates[::stride], schedule.gradients[::stride]
+    of_rates = (
+        f"Learning rate over the training: {rates[0]:.3g} at first, {max(rates):.3g} at most, "
+        f"{rates[-1]:.3g} at the end."
+    )
+    if len(set(rates)) == 1:
+        of_rates = f"The learning rate stayed at {rates[0]:.3g}."
+    of_gradients = (
+        f"Size of the gradient over the training: {gradients[0]:.3g} at first, "
+        f"{gradients[-1]:.3g} at the end."
+    )
+    rate_of, norm_of = (dict(zip(steps, values, strict=True)) for values in (rates, gradients))
     return [
         *losses,
-        _over_steps(
-            "rates",
-            f"The learning rate stayed at {rates[0]:.3g}."
-            if len(set(rates)) == 1
-            else f"Learning rate over the training: {rates[0]:.3g} at first, "
-            f"{max(rates):.3g} at most, {rates[-1]:.3g} at the end.",
-            "learning rate",
-            dict(zip(steps, rates, strict=True)),
-        ),
-        _over_steps(
-            "gradients",
-            f"Size of the gradient over the training: {gradients[0]:.3g} at first, "
-            f"{gradients[-1]:.3g} at the end.",
-            "size of the gradient",
-            dict(zip(steps, gradients, strict=True)),
-        ),
+        _over_steps("rates", of_rates, "learning rate", rate_of),
+        _over_steps("gradients", of_gradients, "size of the gradient", norm_of),
     ]
 
 
