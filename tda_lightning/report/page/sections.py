@@ -117,32 +117,22 @@ def groups_of(groups: dict[str, Any] | None, label: Callable[[Any], str]) -> Htm
         "model."
     )
     largest = max((abs(v) for row in groups["values"] for v in row), default=0.0) or 1.0
-    head = element(
-        "tr",
-        {},
-        element("th", {"scope": "col"}, "query \\ training"),
-        *(element("th", {"scope": "col"}, label(column)) for column in groups["columns"]),
-    )
+    columns = ("query \\ training", *map(label, groups["columns"]))
+    head = element("tr", {}, *(_heading("col", column) for column in columns))
     rows = [
-        element(
-            "tr",
-            {},
-            element("th", {"scope": "row"}, label(name)),
-            *(_heat_cell(value, largest) for value in values),
-        )
+        element("tr", {}, _heading("row", label(name)), *(_heat_cell(v, largest) for v in values))
         for name, values in zip(groups["rows"], groups["values"], strict=True)
     ]
     name = "Mean score by label of query and training sample; the largest is 100"
     caption = element("caption", {}, element("span", {}, name))
-    table = element(
-        "table",
-        {"class": "heat"},
-        caption,
-        element("thead", {}, head),
-        element("tbody", {}, *rows),
-    )
+    parts = caption, element("thead", {}, head), element("tbody", {}, *rows)
+    table = element("table", {"class": "heat"}, *parts)
     region = {"role": "region", "aria-label": "Heat map of groups", "tabindex": "0"}
     return join(intro(text), element("div", {"class": "scroll", **region}, table))
+
+
+def _heading(scope: str, text: str) -> Html:
+    return element("th", {"scope": scope}, text)
 
 
 def _heat_cell(value: float, largest: float) -> Html:
@@ -166,10 +156,5 @@ def facts_of(evidence: Evidence, run: str) -> Html:
         "left out": "; ".join(entry.describe() for entry in recipe.left_out[:5]) or "nothing",
         "recorded by": ", ".join(f"{name} {number}" for name, number in recipe.versions.items()),
     }
-    return join(
-        *(
-            element("tr", {}, element("th", {"scope": "row"}, name), element("td", {}, value))
-            for name, value in rows.items()
-            if value
-        )
-    )
+    pairs = [(name, value) for name, value in rows.items() if value]
+    return join(*(element("tr", {}, _heading("row", n), element("td", {}, v)) for n, v in pairs))
