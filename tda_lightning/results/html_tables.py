@@ -22,7 +22,7 @@ _CAPTION = "display: block; width: max-content; max-width: 60em"
 Cell = str | Iterable[tuple[int, float]]
 
 
-def with_notes(lines: Iterable[str], notes: Iterable[str]) -> str:
+def with_notes(lines: Iterable[str], notes: Iterable[object]) -> str:
     """Return a ``repr`` of several lines; notebooks show its notes below the table."""
     return "\n".join([*lines, *(f"  note: {note}" for note in notes)])
 
