@@ -140,8 +140,9 @@ class TrainingRecorder:
 
         Under accumulation, the loss is a ``share`` of the step's loss.
         """
+        is_divided = self.settings.optimization == "automatic"  # By Lightning: it may accumulate.
         with self.rows.paused():
-            return reduction_of(loss, self.batch_size, share)
+            return reduction_of(loss, self.batch_size, share, quotients=int(is_divided))
 
     def use_reduction(self, reduction: Reduction) -> None:
         """Change how losses are taken to combine their samples, from the current batch on."""

@@ -10,7 +10,7 @@ from tda_lightning import GradientRecorder, HDF5Store, Unrolled, attribute
 from tda_lightning.gradients.losses import reduction_of
 from tda_lightning.stores import MemoryStore
 
-N = 5
+N, CLASSES = 5, 3
 OUT, LABELS = torch.randn(N, 3, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 3
 TARGETS, WEIGHT = torch.rand(N, 3, generator=torch.Generator().manual_seed(1)), torch.randn(7, 3)
 
@@ -38,6 +38,8 @@ CASES = {
     "with a penalty": (lambda out: cross_entropy()(out) + (WEIGHT_IN_GRAPH**2).sum(), "mean"),
     "a factor": (lambda out: 3 * cross_entropy()(out), None),
     "class weights": (cross_entropy(weight=torch.tensor([1.0, 2.0, 3.0]), reduction="sum"), None),
+    "a quotient of one": (lambda out: cross_entropy(reduction="sum")(out) / LABELS[:2].sum(), None),
+    "a mean by hand": (lambda out: cross_entropy(reduction="sum")(out) / len(out), "mean"),
     "not a known loss": (lambda out: out.square().sum().sqrt(), None),
 }
 WEIGHT_IN_GRAPH = WEIGHT.clone().requires_grad_()
@@ -49,7 +51,7 @@ def test_the_reduction_is_read_off_the_graph(name):
     out = OUT.clone().requires_grad_()
     assert reduction_of(loss(out), N) == expected
     assert out.grad is None
-    assert reduction_of(loss(out) / 4, N, share=1 / 4) == expected
+    assert reduction_of(loss(out) / 4, N, share=1 / 4, quotients=1) == expected
 
 
 def test_one_sample_leaves_it_open():
@@ -88,6 +90,13 @@ def test_a_forgotten_sum_is_recorded_as_one(settings, tmp_path):
     for a, b in zip(inferred[1], given[1], strict=True):
         torch.testing.assert_close(a.weights, b.weights)
     same_scores(inferred, given)
+
+
+def test_a_sum_over_the_number_of_positives_counts_as_a_mean_even_if_there_is_one():
+    def loss(out, y):
+        return F.cross_entropy(out, y, reduction="sum") / (y == CLASSES).sum().clamp_min(1)
+
+    assert train(loss)[1].recipe.reduction == "mean"
 
 
 def test_a_mean_stays_a_mean():

@@ -278,3 +278,19 @@ def test_a_gradient_penalty_on_inputs_is_recorded():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     assert_rows_are_gradients(Penalized(net), data_of((D,)))
+
+
+class Hierarchical(MeanOfLosses):
+    """A softmax in two levels; in some batches, a single sample reaches the second one."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.AdaptiveLogSoftmaxWithLoss(D, 5, [2]).double())
+
+    def losses(self, batch):
+        return -self.net(*batch).output
+
+
+@pytest.mark.parametrize("batch_size", [5, 3, 1])
+def test_rows_of_a_softmax_in_two_levels_are_gradients(batch_size):
+    assert_rows_are_gradients(Hierarchical(), data_of((D,)), batch_size)

@@ -83,7 +83,7 @@ def _row_index(node: Any) -> tuple[Tensor | None, int]:
         if len(used) == 1 and used[0][1].ndim == 1 and used[0][1].dtype == torch.int64:
             return used[0][1], used[0][0]
     if name == "IndexSelectBackward0":
-        return saved_value(node, "index"), node._saved_dim
+        return saved_value(node, "index").reshape(-1), node._saved_dim  # It may have no axis.
     return None, 0
 
 

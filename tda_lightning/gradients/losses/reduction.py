@@ -23,24 +23,38 @@ Reduction = Literal["mean", "sum"]
 _TOLERANCE = 1e-3
 
 
-def reduction_of(loss: Tensor, n: int, share: float = 1.0) -> Reduction | None:
+def reduction_of(
+    loss: Tensor, n: int, share: float = 1.0, *, quotients: int = 0
+) -> Reduction | None:
     """Return how a batch's loss combines its samples, or ``None`` if its graph leaves that open.
 
     Each term of a plain sum has the weight 1. The weights of a plain mean's terms sum to 1. If each
     sample's loss is itself a sum of terms, they are ``1 / n``. Losses with a factor,
-    with class weights, or of a batch of one sample are left open.
+    with class weights, or of a batch of one sample are left open. So are quotients with weights of
+    1, since a sum may be divided by the number of positives, of which this batch has one.
 
     Args:
         loss: The loss of a batch, with its graph. A pass from it to its loss functions is made.
         n: Number of samples in the batch.
         share: Factor of the loss in the step's loss.
+        quotients: Number of divisions of the loss that are not the user's.
     """
     if n < 2 or not loss.requires_grad:
         return None
     nodes = [node for node in find_losses_and_penalties(loss) if _is_of_samples(node, n)]
     weights = [each for each in (term_weights(loss, nodes) if nodes else []) if each is not None]
     kinds = {_kind(each / share, n) for each in weights}
-    return kinds.pop() if len(kinds) == 1 else None
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return None if kind == "sum" and _count_quotients(loss) > quotients else kind
+
+
+def _count_quotients(loss: Tensor) -> int:
+    """Return the number of divisions between single numbers, above the functions of samples."""
+    scalars: list[Any] = [loss.grad_fn]
+    for node in scalars:
+        children = [child for child, _ in node.next_functions if child not in scalars]
+        scalars += [c for c in children if c is not None and output_shape((c, 0)) == ()]
+    return sum(node.name() == "DivBackward0" for node in scalars)
 
 
 def _is_of_samples(node: LossNode, n: int) -> bool:
