@@ -209,7 +209,7 @@ def _trace_of(
     # A row that rounding has blurred most likely belongs to the sample with the nearest factor.
     is_possible = has_gradient & (owners >= 0) & (owners < n)
     is_single &= is_possible
-    rows = IrregularRows(torch.where(is_possible, owners, 0), n, axis)
+    rows = IrregularRows(torch.where(is_possible, owners, 0), n, axis, is_possible)
     share = by_row[is_single].sum() / by_row[is_single | (by_row > floor)].sum()
     return Trace(rows, share, is_single, by_row, grid.blurred)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -103,11 +103,15 @@ def possible_layouts(shape: Sequence[int], n: int, axes: Sequence[int]) -> Itera
 
 @dataclass(frozen=True)
 class IrregularRows:
-    """The samples lie on ``axis``; ``of_rows`` is the sample of each entry of it."""
+    """The samples lie on ``axis``; ``of_rows`` is the sample of each entry of it.
+
+    Entries without a gradient may have the wrong sample; ``is_known`` marks the others.
+    """
 
     of_rows: Int[Tensor, " rows"]
     n: int
     axis: int = 0
+    is_known: Bool[Tensor, " rows"] | None = None
 
     @property
     def is_contiguous(self) -> bool:

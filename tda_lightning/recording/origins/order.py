@@ -156,7 +156,12 @@ def _through(
         by_row = origins.through(lambda part: part.reshape(size, -1))
     else:
         return None
-    return _samples(by_row, rows.owners(size, n), n)
+    owners = rows.owners(size, n)
+    if isinstance(rows, IrregularRows) and rows.is_known is not None:
+        known = rows.is_known.nonzero()[:, 0].cpu()
+        by_row = by_row.through(lambda part: part[known.to(part.device)])
+        owners = owners.cpu()[known]
+    return _samples(by_row, owners, n)
 
 
 def _along(origins: Origins, axis: int) -> Origins:
