@@ -29,6 +29,7 @@ from tda_lightning.recording.origins.joined import (
     tracker_of,
 )
 from tda_lightning.recording.origins.order import MixedSamplesError, RowsOf, actual_order
+from tda_lightning.recording.origins.repeated import repeated_rows
 from tda_lightning.recording.origins.tracker import OriginTracker
 
 
@@ -78,6 +79,9 @@ class DrawnSamples:
         before, self._tracker, self._transferred = self._transferred, None, None
         if not self._is_checked(self._n_batches):
             return
+        for size, layout in repeated_rows(find_tensors(batch), n).items():
+            if size not in self._stated:
+                self._layouts[size // n] = layout
         tensors = followable(batch, n, self._stated)
         is_followed = before is not None and any(map(before.origins_of, tensors))
         if before is not None and is_followed and before.n == n:
@@ -103,7 +107,7 @@ class DrawnSamples:
     def known_rows(self, n: int) -> KnownRows:
         """Return whose rows the batch of ``n`` samples has, once its forward pass is over."""
         if self._tracker is not None:
-            self._known = known_rows(self._stated, followed_rows(self._tracker.meetings, n))
+            self._known = known_rows(self._stated, followed_rows(self._tracker.meetings, n), {})
         for size, rows in self._known.followed.items():
             if isinstance(rows, SampleLayout):
                 self._layouts[size // n] = rows

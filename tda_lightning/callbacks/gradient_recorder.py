@@ -181,7 +181,6 @@ class GradientRecorder(RecordedRun, RecordingCallback):
             warn=rank_zero_warn,
             leave_out=self._leave_out,
             note_unfrozen=partial(self._note_unfrozen, model),
-            is_axis_declared=bool(self.batch_dims),
             labels=LabelSchedule(self.curvature_share) if self._sampled else None,
         )
         keep = self._writer.append

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from tda_lightning.gradients.capture.capture import Capture
 from tda_lightning.gradients.capture.pausing import is_compiled, uncompiled
-from tda_lightning.gradients.capture.tracer import joined_rows
 from tda_lightning.gradients.gradient_layouts import squared_norm, to_dense
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Node
@@ -123,8 +122,8 @@ class RowRecorder:
         return self._capture.rows_of(node)
 
     def joined_rows(self) -> int:
-        """Return the rows per sample in the last graph, if none of its axes shows the samples."""
-        return joined_rows(self._capture.with_samples, self._n, self.known)
+        """Return the rows per sample in the last graph, if nothing shows whose they are; else 0."""
+        return self._capture.joined_rows(self._n, self.known)
 
     @property
     def normalized(self) -> set[str]:

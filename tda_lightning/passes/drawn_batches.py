@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tda_lightning.gradients.row_pass import BatchRows
 from tda_lightning.gradients.row_recorder import RowRecorder
+from tda_lightning.passes.batch_contents import find_tensors
 from tda_lightning.recording.origins.joined import (
     StatedRows,
     followed_rows,
@@ -21,6 +22,7 @@ from tda_lightning.recording.origins.joined import (
     tracker_of,
 )
 from tda_lightning.recording.origins.order import MixedSamplesError, actual_order
+from tda_lightning.recording.origins.repeated import repeated_rows
 
 # What earlier batches of a pass have shown.
 _STATEMENTS: MutableMapping[RowRecorder, StatedRows] = WeakKeyDictionary()
@@ -37,6 +39,7 @@ class DrawnBatch:
 
     def __init__(self, rows: RowRecorder, batch: Any, n: int) -> None:
         self._rows = rows
+        self._repeated = repeated_rows(find_tensors(batch), n)
         self._stated = _STATEMENTS.setdefault(rows, StatedRows()).of(batch, n)
         self._tracker = tracker_of(batch, n, self._stated)
         self._is_followed = n > 1 and not rows.is_compiled
@@ -55,11 +58,18 @@ class DrawnBatch:
         """Let the recorder know whose rows the batch has."""
         n = self._tracker.n
         followed = followed_rows(self._tracker.meetings, n)
-        self._rows.known = known_rows(self._stated, followed)
+        self._rows.known = known_rows(self._stated, followed, self._repeated)
 
     def read_order(self, argument: str) -> None:
         """Find the order of the samples, once the graph of the loss has been read."""
         tracker = self._tracker
+        if count := self._rows.joined_rows():
+            warnings.warn(
+                f"Nothing shows which rows of `{argument}` are of one sample: there are {count} "
+                "rows per sample; expected labels or ids that are repeated alike. Pass a "
+                "`DataLoader` with `batch_size=1`, so that each row is a query.",
+                stacklevel=2,
+            )
         try:
             order = actual_order(tracker.meetings, tracker.n, self._rows.rows_of)
         except MixedSamplesError:

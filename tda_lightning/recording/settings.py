@@ -45,7 +45,6 @@ class RecordingSettings:
         warn: Called with the text of a warning.
         leave_out: Called with the parameters that turn out not to be recordable.
         note_unfrozen: Called with the parameters that are trained only from some later step on.
-        is_axis_declared: Whether the user has declared where the samples lie in some layer.
         labels: The steps at which labels are sampled, if rows for sampled labels are recorded.
     """
 
@@ -58,5 +57,4 @@ class RecordingSettings:
     warn: Callable[[str], None]
     leave_out: Callable[[Sequence[LeftOut]], None]
     note_unfrozen: Callable[[Sequence[Parameter]], None] = lambda parameters: None
-    is_axis_declared: bool = False
     labels: LabelSchedule | None = None

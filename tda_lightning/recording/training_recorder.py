@@ -201,16 +201,15 @@ class TrainingRecorder:
 
     def _warn_of_joined_rows(self) -> None:
         """Warn if nothing but their order shows whose the rows of the batch are."""
-        # Two rows per sample are two views of the batch, one below the other.
-        if (count := self.rows.joined_rows()) > 2 and not self.settings.is_axis_declared:
+        count, views = self.rows.joined_rows(), "be two views of the batch, one below the other"
+        if count > 1:
             self.settings.warn(
                 f"GradientRecorder: no operation of the loss has an axis of {self.batch_size} "
                 f"entries, the samples of the batch; there are {count} rows per sample instead. "
-                "They are taken to follow one another, sample by sample. If `training_step` draws "
-                "or shuffles its rows where operations of torch do not show it, ids are wrong: "
-                "expected them in order. Load batches of one sample then, or return the id of each "
-                "row with `sample_ids=`. If rows are in order, state it with "
-                "`batch_dims={'*': 'flattened'}`."
+                f"They are taken to {views if count == 2 else 'follow one another'}. If the loader "
+                "or `training_step` has them in another order, ids are wrong. Load batches of one "
+                "sample then, or return the id of each row with `sample_ids=`. If the rows of a "
+                "sample follow one another, state it with `batch_dims={'*': 'flattened'}`."
             )
 
     def end_backward(self) -> None:

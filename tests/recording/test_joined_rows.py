@@ -4,11 +4,12 @@ import warnings
 
 import pytest
 import torch
-from lightning_models import Plain, loader, quiet_trainer
+from lightning_models import Plain, loader, quiet_trainer, vectors
+from replayed import MeanOfLosses, assert_rows_are_gradients
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 
-from tda_lightning import GradientRecorder, Identity
+from tda_lightning import GradientRecorder, Identity, TracIn, attribute
 from tda_lightning.stores import MemoryStore
 
 N, T, D = 5, 11, 3
@@ -69,7 +70,7 @@ def warnings_of(model, batch_size=N, **settings):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quiet_trainer(recorder).fit(model, loader(series(), batch_size=batch_size))
-    return [str(w.message) for w in caught if "sample by sample" in str(w.message)]
+    return [str(w.message) for w in caught if "rows per sample" in str(w.message)]
 
 
 def test_windows_that_cannot_be_followed_are_warned_of_once():
@@ -123,3 +124,68 @@ def test_windows_that_the_step_draws_have_the_ids_of_their_series():
     assert len(store) == 6
     for step, rows in zip(store, model.rows, strict=True):
         torch.testing.assert_close(step.sketch, rows)
+
+
+class OfCrops(MeanOfLosses):
+    """Sees several crops of each sample, as its loader arranges them."""
+
+    def __init__(self, count, are_together):
+        torch.manual_seed(0)
+        super().__init__(nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 3)).double())
+        self.count, self.are_together = count, are_together
+
+    def collate(self, samples):
+        crops = [[(x.double() + crop, y) for x, y in samples] for crop in range(self.count)]
+        rows = [*zip(*crops, strict=True)] if self.are_together else crops
+        return default_collate([row for each in rows for row in each])
+
+    def losses(self, batch):
+        losses = super().losses(batch)
+        if self.are_together:
+            return losses.unflatten(0, (-1, self.count)).mean(1)
+        return losses.unflatten(0, (self.count, -1)).mean(0)
+
+    def training_step(self, batch, batch_idx):
+        return super().losses(batch).mean()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("are_together", [True, False], ids=["together", "one batch after another"])
+def test_labels_show_the_order_of_crops_that_the_loader_joins(count, are_together):
+    model = OfCrops(count, are_together)
+    store = assert_rows_are_gradients(model, vectors(), collate_fn=model.collate)
+    in_one, in_two, alone = (
+        loader(vectors(7), size, shuffle=False, collate_fn=model.collate) for size in (7, 4, 1)
+    )
+    first, second, by_crop = (
+        attribute(store, model, each, method=TracIn(), at="model").values
+        for each in (in_one, in_two, alone)
+    )
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(first, by_crop.unflatten(0, (7, count)).mean(dim=1))
+
+
+class Unlabelled(OfCrops):
+    """An autoencoder, whose batches have no labels that would show the order of the crops."""
+
+    def __init__(self):
+        super().__init__(2, are_together=True)
+        self.net[2] = nn.Linear(11, 7).double()
+
+    def collate(self, samples):
+        return super().collate(samples)[0]
+
+    def training_step(self, batch, batch_idx):
+        return (self.net(batch) - batch).square().mean()
+
+
+def test_two_rows_of_each_sample_whose_order_nothing_shows_are_warned_of():
+    model, store = Unlabelled(), MemoryStore()
+    train = loader(vectors(), collate_fn=model.collate)
+    with pytest.warns(UserWarning, match="2 rows per sample instead. They are taken to be two vi"):
+        quiet_trainer(GradientRecorder(store)).fit(model, train)
+    with pytest.warns(UserWarning, match="Nothing shows which rows of `queries` are of one sample"):
+        attribute(store, model, train, method=TracIn())
+    recorder = GradientRecorder(MemoryStore(), batch_dims={"*": "flattened"})
+    quiet_trainer(recorder).fit(model, train)
+    attribute(recorder.store, model, train, method=TracIn())

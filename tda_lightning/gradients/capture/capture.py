@@ -21,6 +21,7 @@ from tda_lightning.gradients.capture.delivery import Delivery, NormsBehind, Rece
 from tda_lightning.gradients.capture.layout_memory import LayoutMemory
 from tda_lightning.gradients.capture.pausing import PauseSwitch
 from tda_lightning.gradients.capture.probe import backward_to_meetings
+from tda_lightning.gradients.capture.tracer import joined_rows
 from tda_lightning.gradients.capture.walk_plan import WalkPlans
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk
@@ -106,6 +107,10 @@ class Capture:
     def with_samples(self) -> set[Node]:
         """The nodes of the last graph whose outputs depend on samples."""
         return set() if self._walk is None else self._walk.with_samples
+
+    def joined_rows(self, n: int, known: KnownRows) -> int:
+        """Return the rows per sample in the last graph, if nothing shows whose they are; else 0."""
+        return 0 if self._layouts.declared else joined_rows(self.with_samples, n, known)
 
     @property
     def is_reentrant(self) -> bool:

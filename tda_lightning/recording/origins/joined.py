@@ -209,15 +209,24 @@ def followed_rows(
 
 
 def known_rows(
-    stated: Mapping[int, IrregularRows], followed: Mapping[int, SampleLayout | IrregularRows]
+    stated: Mapping[int, IrregularRows],
+    followed: Mapping[int, SampleLayout | IrregularRows],
+    repeated: Mapping[int, SampleLayout],
 ) -> KnownRows:
-    """Return whose rows a batch has: what it states, unless the step moves the elements."""
+    """Return whose rows a batch has: what it states, unless the step moves the elements.
+
+    Args:
+        stated: Rows whose samples the batch states, by their number.
+        followed: Rows to which the samples were followed.
+        repeated: Rows in which labels are repeated.
+    """
     moved = {
         size: followed[size]
         for size, rows in stated.items()
         if size in followed and not torch.equal(followed[size].owners(size, rows.n), rows.of_rows)
     }
-    others = {size: rows for size, rows in followed.items() if size not in stated}
+    others = {**repeated, **followed}
+    others = {size: rows for size, rows in others.items() if size not in stated}
     return KnownRows({**stated, **moved}, others)
 
 
