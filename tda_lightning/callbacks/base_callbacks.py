@@ -28,6 +28,7 @@ from tda_lightning.callbacks.lightning_trainer import (
 )
 from tda_lightning.callbacks.run_location import Existing, RunLocation
 from tda_lightning.callbacks.run_writer import RunWriter
+from tda_lightning.callbacks.training_ids import warn_of_other_loaders
 from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.recording.training_recorder import TrainingRecorder
 from tda_lightning.stores import WritableStore
@@ -81,6 +82,8 @@ class RecordingCallback(pl.Callback):
         """Determine the sample ids of the batch; record its forward pass if its step is due."""
         if self._recorder is not None:
             sample_ids = self._ledger.name(batch, batch_idx, sampler_pass(trainer))
+            if batch_idx == trainer.global_step == 0:
+                warn_of_other_loaders(trainer, batch, len(sample_ids))
             share = 1 / trainer.accumulate_grad_batches
             self._recorder.start_batch(trainer.global_step, sample_ids, share)
             if len(sample_ids) > 1 and self._recorder.is_recording():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from pytorch_lightning.utilities import rank_zero_warn
 
-from tda_lightning.callbacks.lightning_trainer import Trainer
+from tda_lightning.callbacks.lightning_trainer import Trainer, training_loaders
+from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.recording.sample_ids import SampleLedger
 from tda_lightning.stores.recipe import Recipe, ids_of, ranges_of
 
@@ -46,6 +49,24 @@ def warn_of_one_sample(ledger: SampleLedger) -> None:
             "GradientRecorder: the training data are a single sample; expected several, among "
             "which scores choose. If the rows of this sample are meant, as with the nodes of a "
             "graph, load them as samples: in a graph, each node with its neighbourhood."
+        )
+
+
+def warn_of_other_loaders(trainer: Trainer, batch: Any, n_ids: int) -> None:
+    """Warn if there are fewer ids than samples of all loaders in a batch."""
+    if len(training_loaders(trainer)) < 2:
+        return
+    parts = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+    try:
+        n_samples = sum(batch_size(part, "batch") for part in parts if part is not None)
+    except ValueError:  # Such as samples of different sizes.
+        return
+    if n_ids < n_samples:
+        rank_zero_warn(
+            f"GradientRecorder: `sample_ids` returned {n_ids} ids for a batch of {n_samples} "
+            "samples from several loaders; expected one id per sample. A row may hold a sample of "
+            "each loader, with the id of one. Return all ids, and pass all samples through the "
+            "model in one call: see `Several loaders` in docs/gotchas.md."
         )
 
 

@@ -43,6 +43,20 @@ def test_samples_of_two_loaders_in_one_call_are_recorded(mode):
     assert scores.values.shape == (5, len(store.train_ids()))
 
 
+def test_ids_of_one_loader_alone_are_warned_of_once():
+    class OfPairs(Joined):
+        def training_step(self, batch, batch_idx):
+            (x, y), (other_x, other_y) = batch["a"], batch["b"]
+            own = functional.cross_entropy(self.net(x), y)
+            return own + functional.cross_entropy(self.net(other_x), other_y)
+
+    recorder = GradientRecorder(MemoryStore(), sample_ids=lambda batch: batch["a"][0][:, 0].long())
+    pairs = {"a": loader(IndexedVectors(), 3), "b": loader(IndexedVectors(), 3)}
+    with pytest.warns(UserWarning, match="3 ids for a batch of 6 samples from several") as caught:
+        quiet_trainer(recorder).fit(OfPairs(mlp()), CombinedLoader(pairs, "min_size"))
+    assert sum("several loaders" in str(warning.message) for warning in caught) == 1
+
+
 def test_several_calls_are_refused_with_a_remedy():
     class Apart(Joined):
         def training_step(self, batch, batch_idx):
