@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tda_lightning.applications.loss_history import visit_losses
@@ -42,7 +42,8 @@ class Importance(ABC):
     def scores(self, run: Store) -> SampleScores:
         """Return the importance of each training sample, shape ``(n_train,)``.
 
-        Samples without a visit score zero.
+        Samples without a visit score zero. Visits whose loss has no weight, as where a step drops
+        easy samples, do not count.
 
         Raises:
             ValueError: If the run does not hold what the score needs.
@@ -68,7 +69,8 @@ class _MeanOverVisits(Importance):
         """Average over the visits."""
         totals = Totals(run.train_ids(), 1, torch.empty(0, dtype=run.recipe.torch_dtype))
         for step in takewhile(self._counts, self._steps(run)):
-            totals.add_(step.sample_ids, self._values(step)[:, None].to(totals.values))
+            sample_ids, values = _with_weight(step, self._values(step))
+            totals.add_(sample_ids, values[:, None].to(totals.values))
         return _scores(run, totals.means()[:, 0], repr(self))
 
     def _counts(self, step: StepFacts) -> bool:
@@ -134,8 +136,8 @@ class Forgetting(Importance):
         ever, visited = learned.clone(), learned.clone()
         events = torch.zeros(len(train_ids), dtype=run.recipe.torch_dtype)
         for step in run.facts:
-            at = torch.searchsorted(train_ids, step.sample_ids)
-            now = _of_one_label(step, step.margins) > 0
+            sample_ids, margins = _with_weight(step, _of_one_label(step, step.margins))
+            at, now = torch.searchsorted(train_ids, sample_ids), margins > 0
             events[at] += (learned[at] & ~now).to(events)
             learned[at], visited[at] = now, True
             ever[at] |= now
@@ -182,6 +184,20 @@ def _of_one_label(step: StepFacts, values: Float[Tensor, " n"] | None) -> Float[
             "from `tda_lightning.applications`, or `SampleScores`."
         )
     return values
+
+
+def _with_weight(
+    step: StepFacts, values: Float[Tensor, " n"]
+) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
+    """Return the samples and values of the visits whose loss has a weight.
+
+    The values of the others are NaN, and their curvature is zero. That of a model which has
+    diverged is NaN too.
+    """
+    if step.curvature is None:
+        return step.sample_ids, values
+    counts = ~values.isnan() | (step.curvature != 0)
+    return step.sample_ids[counts], values[counts]
 
 
 def _scores(run: Store, values: Float[Tensor, " n_train"], method: str) -> SampleScores:

@@ -187,6 +187,42 @@ def test_wrong_labels_and_scores_are_refused(trained):
         prune(store, importance=nan)
 
 
+class HardestHalf(Log):
+    """Learns from the harder half of each batch, and logs the visits that count."""
+
+    def training_step(self, batch, batch_idx):
+        x, y, ids = batch
+        losses = nn.functional.cross_entropy(self.net(x), y, reduction="none")
+        chosen = losses.topk(len(x) // 2).indices
+        for i, logits in zip(ids[chosen].tolist(), self.net(x[chosen]).detach(), strict=True):
+            self.seen[i].append(logits)
+        return losses[chosen].mean()
+
+
+def test_visits_without_weight_do_not_count():
+    torch.manual_seed(2)
+    x, y = torch.randn(N, 5).double(), torch.randint(3, (N,))
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    model = HardestHalf(net, optimizer=lambda p: torch.optim.SGD(p, lr=3.0))
+    store, data = MemoryStore(), TensorDataset(x, y, torch.arange(N))
+    trainer = quiet_trainer(GradientRecorder(store), max_epochs=12, precision="64-true")
+    trainer.fit(model, loader(data, 6))
+    for importance, of in ((EL2N(), error), (LabelLoss(), loss)):
+        visits = [[of(each, y[i]) for each in seen] for i, seen in model.seen.items()]
+        means = [sum(each) / max(len(each), 1) for each in visits]
+        assert importance.scores(store).values.tolist() == pytest.approx(means, rel=1e-5)
+        assert len(prune(store, importance=importance).ids) == 6
+    right = [[margin(each, y[i]) > 0 for each in seen] for i, seen in model.seen.items()]
+    counts = [sum(a and not b for a, b in itertools.pairwise(each)) for each in right]
+    most = max(counts)
+    expected = [
+        most + 1 if seen and not any(seen) else count
+        for seen, count in zip(right, counts, strict=True)
+    ]
+    assert most > 0
+    assert Forgetting().scores(store).values.tolist() == expected
+
+
 def test_a_regression_has_no_label_probabilities():
     store = MemoryStore()
     data = TensorDataset(torch.randn(7, 3), torch.randn(7, 1))
