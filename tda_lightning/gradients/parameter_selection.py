@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
 
 from tda_lightning.stores.arguments import is_selected, unmatched
 from tda_lightning.stores.recipe import Block, LeftOut, Recipe
@@ -80,7 +81,8 @@ def select_parameters(
         like: Blocks of a run, whose layout is adopted if it has the same parameters.
 
     Raises:
-        ValueError: If an entry of ``layers`` matches no trained parameter, or none is left.
+        ValueError: If an entry of ``layers`` matches no trained parameter, none is left, or one has
+            no shape yet.
     """
     owners = _owners(model)
     _require_matches(layers, owners)
@@ -128,6 +130,13 @@ def _owners(model: nn.Module) -> _Owners:
 
     Parameters without a number, such as a table of no categories, have nothing to record.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"The parameter `{name}` has no shape before the first batch; expected shapes "
+                "before training. Pass a batch through the lazy modules first: call the model in "
+                "its `configure_model`, say."
+            )
     return {
         ".".join(filter(None, (clean_name(prefix), name))): (parameter, clean_name(prefix), module)
         for prefix, module in model.named_modules()

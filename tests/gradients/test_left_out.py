@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from lightning_models import AppliedGradientsLog, Plain, loader, quiet_trainer
+from lightning_models import AppliedGradientsLog, Plain, loader, quiet_trainer, vectors
 from networks import data_of
 from pytorch_lightning.callbacks import ModelCheckpoint
 from replayed import assert_rows_are_gradients
@@ -252,3 +252,9 @@ def test_parameters_without_a_number_are_no_obstacle(tmp_path):
     assert not store.recipe.left_out
     assert all(audit.explained_in_all() > 1 - 1e-12 for audit in store.audits())
     assert attribute(store, model, data_of((D,))[:3], progress=False).values.any()
+
+
+def test_lazy_parameters_are_refused_with_a_remedy():
+    model = Plain(nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 3)))
+    with pytest.raises(ValueError, match=r"`net.0.weight` has no shape.*Pass a batch through"):
+        quiet_trainer(GradientRecorder(MemoryStore())).fit(model, loader(vectors()))

@@ -294,3 +294,20 @@ class Hierarchical(MeanOfLosses):
 @pytest.mark.parametrize("batch_size", [5, 3, 1])
 def test_rows_of_a_softmax_in_two_levels_are_gradients(batch_size):
     assert_rows_are_gradients(Hierarchical(), data_of((D,)), batch_size)
+
+
+def test_rows_of_an_embedding_scaled_by_frequency_are_gradients():
+    class OfFrequency(nn.Module):
+        """Divides the gradients of tokens by their number in the batch."""
+
+        def __init__(self):
+            torch.manual_seed(0)
+            super().__init__()
+            self.embed = nn.Embedding(11, D, scale_grad_by_freq=True)
+            self.head = nn.Linear(D, 3)
+
+        def forward(self, x):
+            tokens = x[..., 0].mul(10).long() % 11
+            return self.head(self.embed(tokens).tanh().mean(dim=1))
+
+    assert_rows_are_gradients(OfFrequency().double(), data_of((T, D)))

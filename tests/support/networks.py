@@ -275,6 +275,7 @@ NETS = {
     "checkpoint": (lambda: Checkpointed(False), VECTOR),
     "reentrant checkpoint": (lambda: Checkpointed(True), VECTOR),
     "embedding bag, mean": (lambda: Bag(mode="mean", padding_idx=3), TOKENS),
+    "embedding bag, maximum": (lambda: Bag(mode="max", padding_idx=3), TOKENS),
     "embedding bag, sum": (lambda: Bag(mode="sum"), TOKENS),
     "embedding bag, offsets and weights": (OffsetBag, TOKENS),
     "weight norm": (

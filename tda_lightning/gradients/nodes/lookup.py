@@ -31,11 +31,13 @@ def _embedding(call: NodeCall) -> Contribution:
 
 
 def _lookup(call: NodeCall, indices: Tensor, grads: Dense) -> Contribution:
-    padding = call.saved("padding_idx")
+    rows, padding = grads.rows, call.saved("padding_idx")
+    if call.saved("scale_grad_by_freq"):
+        counts = torch.bincount(call.saved("indices").flatten(), minlength=call.shape[0])
+        rows = rows / counts[indices].reshape(-1, 1).clamp_min(1)
     if padding not in _NO_PADDING:
-        is_padding = (indices == padding).reshape(-1, 1)
-        grads = Dense(grads.rows.masked_fill(is_padding, 0.0), call.n)
-    return GradientFactors(inputs=grads, grad_outputs=OneHot(indices, call.shape[0]))
+        rows = rows.masked_fill((indices == padding).reshape(-1, 1), 0.0)
+    return GradientFactors(inputs=Dense(rows, call.n), grad_outputs=OneHot(indices, call.shape[0]))
 
 
 def _index_axes(output: Sequence[int], parameter: Sequence[int], position: int) -> Sequence[int]:
@@ -61,6 +63,10 @@ def _embedding_bag(call: NodeCall) -> Contribution:
     if mode == 1:  # The mean of a bag.
         shares = shares / (shares != 0).sum(dim=1, keepdim=True).clamp_min(1)
     grads = shares[..., None] * call.samples_first(call.grad).reshape(call.n, 1, -1)
+    if mode == 2:  # The maximum of a bag: the gradient is that of the first entry which has it.
+        is_again = (indices[:, :, None] == indices[:, None]).tril(-1).any(dim=2)
+        highest = call.samples_first(call.saved("result3")).reshape(call.n, 1, -1)
+        grads = grads * ((indices[..., None] == highest) & ~is_again[..., None])
     rows = Dense(grads.flatten(0, 1), call.n)
     return GradientFactors(inputs=rows, grad_outputs=OneHot(indices, call.shape[0]))
 
