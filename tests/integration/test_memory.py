@@ -17,7 +17,7 @@ from tda_lightning import (
 from tda_lightning.attribution import Averaged, Linear
 from tda_lightning.attribution.top_scores import top_scores
 from tda_lightning.stores import Step
-from tda_lightning.stores.hdf5 import segment_reader
+from tda_lightning.stores.hdf5 import segment_datasets
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import ParameterGroup
 
@@ -30,7 +30,9 @@ ROWS = 2 * 4 * BATCH * K  # of one step in float32, and those of sampled labels
 def runs(tmp_path_factory):
     """Return runs of 40 and 100 steps, in blocks of one step and segments of several."""
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(segment_reader, "_BLOCK_BYTES", 1)  # Blocks are read as they were written.
+    monkeypatch.setattr(
+        segment_datasets, "_BLOCK_BYTES", 1
+    )  # Blocks are read as they were written.
     folder, stores = tmp_path_factory.mktemp("runs"), []
     for count in (40, 100):
         generator = torch.Generator().manual_seed(count)

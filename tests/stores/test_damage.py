@@ -17,7 +17,7 @@ import xxhash
 from tda_lightning import HDF5Store, Scores, add_snapshots
 from tda_lightning.cli import main
 from tda_lightning.stores.contract import RECIPE, make_steps
-from tda_lightning.stores.hdf5 import segment_datasets, segment_reader
+from tda_lightning.stores.hdf5 import segment_reader, stored_rows
 from tda_lightning.stores.hdf5.segment_file import HEADER_BYTES, read_header
 from tda_lightning.stores.hdf5.verification import verify_files
 from tda_lightning.stores.integrity.damage import Checksum, StoreFileError
@@ -549,12 +549,12 @@ def test_a_long_block_is_read_verified_and_decoded_in_parts(tmp_path, monkeypatc
     width = HDF5Store.open(tmp_path / "run").recipe.dimension
     for rows in (1, 2, 3, 14, 15):  # The block has 15.
         size = {"as computed": 4, "float16": 2, "bfloat16": 2, "int8": 1}[storage]
-        monkeypatch.setattr(segment_datasets, "_PART_BYTES", rows * size * width)
+        monkeypatch.setattr(stored_rows, "_PART_BYTES", rows * size * width)
         run = HDF5Store.open(tmp_path / "run")
         assert all(map(torch.equal, whole, [step.sketch for step in run]))
     (file,) = (tmp_path / "run").glob("segment-*.h5")
     raw, (first, size) = file.read_bytes(), read_header(file).rows[0]
-    monkeypatch.setattr(segment_datasets, "_PART_BYTES", size // 4)
+    monkeypatch.setattr(stored_rows, "_PART_BYTES", size // 4)
     for place in range(first, first + size, size // 11):
         file.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
         with pytest.raises(StoreFileError, match=r"segment-000000.h5` is damaged.*checksum"):

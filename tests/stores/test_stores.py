@@ -24,9 +24,9 @@ from tda_lightning.stores.contract import (
     same,
     same_facts,
 )
-from tda_lightning.stores.hdf5 import OpenSegment, Segment, segment_reader
-from tda_lightning.stores.hdf5.segment_datasets import StoredRows, stamp_of
+from tda_lightning.stores.hdf5 import Segment, segment_datasets
 from tda_lightning.stores.hdf5.segment_file import HEADER_BYTES
+from tda_lightning.stores.hdf5.stored_rows import StoredRows, stamp_of
 from tda_lightning.stores.integrity import durable
 from tda_lightning.stores.integrity.damage import StoreFileError
 
@@ -46,7 +46,7 @@ class TestSmallBlocks(StoreContract):
 
     @pytest.fixture(autouse=True)
     def _one_step_per_block(self, monkeypatch):
-        monkeypatch.setattr(segment_reader, "_BLOCK_BYTES", 1)
+        monkeypatch.setattr(segment_datasets, "_BLOCK_BYTES", 1)
 
     def make(self, folder):
         return HDF5Store(folder / "run", segment_bytes=1)
@@ -176,7 +176,7 @@ def test_a_run_can_begin_after_a_kill_during_begin(tmp_path):
 def test_blocks_cover_every_step_once():
     offset = [0, 3, 4, 9, 9, 11]
     for visits in (1, 4, 5, 100):
-        blocks = segment_reader.split(offset, visits)
+        blocks = segment_datasets.split(offset, visits)
         assert [p for block in blocks for p in block] == [0, 1, 2, 3, 4]
         assert all(len(b) == 1 or offset[b.stop] - offset[b.start] <= visits for b in blocks)
 
@@ -212,7 +212,7 @@ def test_segments_of_older_versions_may_lack_columns_of_groups(tmp_path):
 
 
 def test_several_threads_can_read_one_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(segment_reader, "_BLOCK_BYTES", 90)
+    monkeypatch.setattr(segment_datasets, "_BLOCK_BYTES", 90)
     steps = make_steps(12)
     store = filled(HDF5Store(tmp_path / "run"), steps)
 
@@ -270,7 +270,7 @@ def test_reading_a_run_that_was_resumed_after_opening_raises_an_error(tmp_path, 
 def test_facts_are_read_without_rows(tmp_path, monkeypatch):
     steps = make_steps(2)
     filled(HDF5Store(tmp_path / "run"), steps)
-    segment = OpenSegment(Segment(tmp_path / "run" / "segment-000000.h5"))
+    segment = Segment(tmp_path / "run" / "segment-000000.h5")
     monkeypatch.delattr(StoredRows, "read")
     assert all(same_facts(segment.facts_at(n), step) for n, step in enumerate(steps))
     with pytest.raises(OSError, match="no attribute 'read'"):

@@ -4,7 +4,7 @@ A segment is written under a temporary name, synced to disk and renamed. Under i
 complete and never changes. ``docs/file-format.md`` describes the content.
 """
 
-from tda_lightning.stores.hdf5.segment_reader import OpenSegment, Segment
+from tda_lightning.stores.hdf5.segment_reader import Segment
 from tda_lightning.stores.hdf5.segment_writer import write_segment
 
-__all__ = ["OpenSegment", "Segment", "write_segment"]
+__all__ = ["Segment", "write_segment"]

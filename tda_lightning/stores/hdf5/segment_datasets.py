@@ -1,24 +1,17 @@
-"""Datasets of a segment: its rows, and the facts of its steps."""
+"""Datasets of a segment: facts of its steps, and of their visits."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import fields
 from itertools import pairwise
-from pathlib import Path
-from typing import get_args
 
-import h5py
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from tda_lightning.stores.hdf5.segment_file import open_hdf5, require_lengths, require_offsets
-from tda_lightning.stores.integrity.damage import Checksum, StoreFileError, read_into
-from tda_lightning.stores.row_formats import Storage, decode, decode_into, raw_bytes
+from tda_lightning.stores.hdf5.stored_rows import StoredRows
 from tda_lightning.stores.step import (
     OPTIONAL_FACTS,
     Audit,
@@ -27,199 +20,72 @@ from tda_lightning.stores.step import (
     StepFacts,
 )
 
-Stamp = tuple[int, int]
-# Rows, with the position of the first.
-Part = tuple[int, np.ndarray]
-# Small enough to stay in a processor's cache while rows are read, summed and decoded.
-_PART_BYTES = 2**20
+Datasets = Mapping[str, np.ndarray]
+
 # The hyper-parameters of a group are stored under these names.
 GROUP_FIELDS = tuple(field.name for field in fields(ParameterGroup))
-
-
-def stamp_of(file: Path | int) -> Stamp:
-    """Return the size and modification time of a file, given as a path or a descriptor."""
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
-
-
-def require_unchanged(path: Path, expected: Stamp, stamp: Stamp) -> None:
-    """Check that a sealed file has not been replaced or modified.
-
-    Raises:
-        StoreFileError: If the stamps differ.
-    """
-    if stamp != expected:
-        raise _changed_error(path)
-
-
-def _changed_error(path: Path) -> StoreFileError:
-    return StoreFileError(
-        f"`{path}` has changed since the run was opened; expected a sealed segment, which never "
-        "changes. If training was resumed meanwhile, open the run again; else restore the file."
-    )
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """The rows of one dataset.
-
-    Attributes:
-        path: Path of the segment.
-        name: Name of the dataset.
-        storage: Number format of the encoded rows.
-        dtype: NumPy dtype of the dataset.
-        width: Length of a row.
-        offset: Position of the first byte in the file; ``None`` if the rows are not contiguous,
-            such as in a file that a user has compressed.
-        stamp: Stamp of the file when the dataset was inspected.
-        checksums: Checksum of the encoded rows of each block; earlier segments have none.
-        verified: Numbers of the blocks whose checksum was right when they were read first. Later
-            reads only check the stamp.
-    """
-
-    path: Path
-    name: str
-    storage: Storage
-    dtype: np.dtype
-    width: int
-    offset: int | None
-    stamp: Stamp
-    checksums: Sequence[int] | None
-    verified: set[int] = field(default_factory=set, compare=False)
-
-    @classmethod
-    def of(
-        cls, path: Path, group: h5py.Group, stamp: Stamp, checksums: Sequence[int] | None = None
-    ) -> StoredRows:
-        """Return the rows of a group in a file with the given stamp and checksums."""
-        dataset, storage = group["sketch"], group.attrs["storage"]
-        if storage not in get_args(Storage):
-            raise ValueError(f"'storage' is {str(storage)[:60]!r}; expected a known number format")
-        return cls(
-            path=path,
-            name=dataset.name,
-            storage=storage,
-            dtype=dataset.dtype,
-            width=dataset.shape[1],
-            offset=dataset.id.get_offset(),
-            stamp=stamp,
-            checksums=checksums,
-        )
-
-    @property
-    def row_bytes(self) -> int:
-        """Number of bytes per row in the file."""
-        return self.width * self.dtype.itemsize
-
-    def read(
-        self, span: slice, scales: Float[np.ndarray, " n"], block: int
-    ) -> Float[Tensor, "n k"]:
-        """Return the decoded rows of a block.
-
-        Args:
-            span: Slice of the rows.
-            scales: Scale of each row.
-            block: Number of the block.
-
-        Raises:
-            StoreFileError: If the file has changed.
-            ValueError: If the rows have another checksum than when they were sealed.
-        """
-        count = span.stop - span.start
-        rows = torch.empty(0, self.width)
-        parts = self._read_encoded(span)
-        if self.checksums is not None and block not in self.verified:
-            parts = self._verified(parts, block)
-        for start, encoded in parts:
-            if len(encoded) == count:
-                rows = decode(encoded, scales, self.storage)
-                continue
-            if start == 0:
-                dtype = decode(encoded[:0], scales[:0], self.storage).dtype
-                rows = torch.empty(count, self.width, dtype=dtype)
-            place = slice(start, start + len(encoded))
-            decode_into(rows[place], encoded, scales[place], self.storage)
-        return rows
-
-    def _verified(self, parts: Iterator[Part], block: int) -> Iterator[Part]:
-        """Yield parts of a block; check their sum at the end."""
-        assert self.checksums is not None
-        checksum = Checksum()
-        for start, encoded in parts:
-            checksum.add(raw_bytes(encoded))
-            yield start, encoded
-        if checksum.value != self.checksums[block]:
-            raise ValueError(f"the rows of block {block} have another checksum")
-        self.verified.add(block)
-
-    def _read_encoded(self, span: slice) -> Iterator[Part]:
-        """Yield encoded rows part by part; a part is overwritten by the next one."""
-        count = span.stop - span.start
-        if not count:  # Without rows, such as without sampled labels, nothing is read.
-            yield 0, self._empty(0)
-            return
-        if self.offset is None:
-            require_unchanged(self.path, self.stamp, stamp_of(self.path))
-            with open_hdf5(self.path) as file:
-                yield 0, file[self.name][span]
-            return
-        size = max(1, _PART_BYTES // self.row_bytes)
-        memory = self._empty(min(size, count))
-        # Bypass HDF5, whose calls would take longer than reading the bytes.
-        with self.path.open("rb", buffering=0) as file:
-            # In a new file under this name, other bytes would be at the offset.
-            require_unchanged(self.path, self.stamp, stamp_of(file.fileno()))
-            file.seek(self.offset + span.start * self.row_bytes)
-            for start in range(0, count, size):
-                part = memory[: count - start]
-                if not read_into(raw_bytes(part), file):  # It was truncated after the check.
-                    raise _changed_error(self.path)
-                yield start, part
-
-    def _empty(self, count: int) -> np.ndarray:
-        return np.empty((count, self.width), self.dtype)
+_AUDIT_FIELDS = ("gradient", "deviation", "left_out", "update")
+STEP_DATASETS = {
+    *("blocks", "curvature/offset"),
+    *(f"steps/{name}" for name in ("index", "epoch", "optimizer", "loss", "offset")),
+    *(f"steps/{name}" for name in GROUP_FIELDS),
+    *(f"audits/{name}" for name in ("step", *_AUDIT_FIELDS)),
+    *(f"preconditioners/{name}" for name in ("step", "rows", "columns")),
+}
+VISIT_DATASETS = {
+    *(f"visits/{name}" for name in ("sample_id", "weight", "scale", *OPTIONAL_FACTS)),
+    "curvature/scale",
+}
+# Segments of older versions lack these columns of visits.
+_NEW_FACTS = {"trace_ratio", "losses", "errors", "margins"}
+# Segments of older versions lack these columns of groups; zero means unknown.
+_NEW_GROUP_FIELDS = {"share", "decoupled", "descent", "owner"}
+# Small enough to stay in a processor's cache between the disk and the first product.
+_BLOCK_BYTES = 2**20
+# Memory of the Python objects that hold the visits of a segment, about.
+_OBJECT_BYTES = 2**13
 
 
 class StepColumns:
     """The steps of a segment, without their visits.
 
     Args:
-        path: Path of the segment.
-        stamp: Stamp of the file when the run was opened.
-        has_checksums: Whether the file has a checksum for each block of rows.
+        datasets: The ``STEP_DATASETS`` of the segment.
+        sketch: The rows of its visits.
+        curvature_rows: The rows of its sampled labels.
     """
 
-    def __init__(self, path: Path, stamp: Stamp, has_checksums: bool) -> None:
-        with open_hdf5(path) as file:
-            steps = file["steps"]
-            self._index = steps["index"][:].tolist()
-            self._epoch = steps["epoch"][:].tolist()
-            self._optimizer, self._loss = _strings(steps, "optimizer"), _strings(steps, "loss")
-            self._groups = np.stack([_group_values(steps, name) for name in GROUP_FIELDS], -1)
-            self.audits = _read_audits(file["audits"])
-            self.preconditioners = _read_preconditioners(file["preconditioners"])
-            self.offset: list[int] = steps["offset"][:].tolist()
-            self.curvature_offset: list[int] = file["curvature/offset"][:].tolist()
-            blocks = file["blocks"][:].T.tolist() if has_checksums else None
-            ends, sketch, curvature = blocks or (None, None, None)
-            self.sketch = StoredRows.of(path, file["visits"], stamp, sketch)
-            self.curvature_rows = StoredRows.of(path, file["curvature"], stamp, curvature)
-            n_visits, n_curvature = len(file["visits/sketch"]), len(file["curvature/sketch"])
-        self.blocks = _blocks(ends, len(self._index)) if ends else []
-        require_offsets(self.offset, len(self._index), n_visits)
-        require_offsets(self.curvature_offset, len(self._index), n_curvature)
-        require_lengths(
-            len(self._index), epoch=self._epoch, optimizer=self._optimizer, loss=self._loss
+    def __init__(self, datasets: Datasets, sketch: StoredRows, curvature_rows: StoredRows) -> None:
+        self._index = datasets["steps/index"].tolist()
+        self._epoch = datasets["steps/epoch"].tolist()
+        count = len(self._index)
+        self._optimizer = _words(datasets, "optimizer")
+        # Segments of older versions lack it.
+        self._loss = _words(datasets, "loss") if "steps/loss" in datasets else [""] * count
+        self._groups = np.stack([_group_values(datasets, name) for name in GROUP_FIELDS], -1)
+        self.audits = _audits(datasets)
+        self.preconditioners = _preconditioners(datasets)
+        self.offset: list[int] = datasets["steps/offset"].tolist()
+        self.curvature_offset: list[int] = datasets["curvature/offset"].tolist()
+        self.sketch, self.curvature_rows = sketch, curvature_rows
+        require_offsets(self.offset, count, sketch.count)
+        require_offsets(self.curvature_offset, count, curvature_rows.count)
+        columns = {"epoch": self._epoch, "optimizer": self._optimizer, "loss": self._loss}
+        require_lengths(count, **columns, groups=self._groups)
+        has_blocks = sketch.checksums is not None
+        self.blocks = (
+            _blocks_until(datasets["blocks"][:, 0].tolist(), count)
+            if has_blocks
+            else split(self.offset, max(1, _BLOCK_BYTES // sketch.row_bytes))
         )
-        require_lengths(len(self._index), groups=self._groups)
 
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the last preconditioner set in this segment at or before the position."""
         changes = [start for start in self.preconditioners if start <= position]
         return self.preconditioners[max(changes)] if changes else None
 
-    def facts(self, position: int, visits: dict[str, Tensor]) -> StepFacts:
-        """Return the facts of a step, given the available columns of its visits."""
+    def facts(self, position: int, visits: Mapping[str, Tensor]) -> StepFacts:
+        """Return the facts of a step, given the known columns of its visits."""
         return StepFacts(
             index=self._index[position],
             epoch=self._epoch[position],
@@ -234,65 +100,143 @@ class StepColumns:
         )
 
 
-def read_visits(group: h5py.Group) -> dict[str, np.ndarray]:
-    """Return the columns of all visits."""
-    unknown = np.full(len(group["weight"]), np.nan, dtype=np.float32)
-    missing = {name: unknown for name in _NEW_FACTS if name not in group}
-    names = ("sample_id", "weight", *OPTIONAL_FACTS)
-    return {name: group[name][:] for name in names if name not in missing} | missing
+class VisitColumns:
+    """The visits of a segment, without their rows.
+
+    Args:
+        datasets: The ``VISIT_DATASETS`` of the segment.
+        steps: Its steps.
+
+    Attributes:
+        scales: Scale of each row.
+        curvature_scales: Scale of each row of sampled labels.
+    """
+
+    def __init__(self, datasets: Datasets, steps: StepColumns) -> None:
+        self._offset = steps.offset
+        names = ["sample_id", "weight", *OPTIONAL_FACTS]
+        present = [n for n in names if n not in _NEW_FACTS or f"visits/{n}" in datasets]
+        columns = {name: datasets[f"visits/{name}"] for name in present}
+        self.scales, self.curvature_scales = datasets["visits/scale"], datasets["curvature/scale"]
+        require_lengths(self._offset[-1], **columns, scale=self.scales)
+        require_lengths(steps.curvature_offset[-1], scale=self.curvature_scales)
+        self._is_known = {
+            name: _is_known(values, self._offset)
+            for name, values in columns.items()
+            if name in OPTIONAL_FACTS
+        }
+        self._columns = {name: torch.from_numpy(values) for name, values in columns.items()}
+
+    @property
+    def sample_ids(self) -> Tensor:
+        """Sample ids of all visits."""
+        return self._columns["sample_id"]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the visits, about."""
+        columns = sum(values.nbytes for values in self._columns.values())
+        return _OBJECT_BYTES + columns + self.scales.nbytes + self.curvature_scales.nbytes
+
+    def of_step(self, position: int) -> dict[str, Tensor]:
+        """Return the columns that were recorded in a step."""
+        span = slice(self._offset[position], self._offset[position + 1])
+        return {
+            name: values[span]
+            for name, values in self._columns.items()
+            if name not in self._is_known or self._is_known[name][position]
+        }
 
 
-# Segments of older versions lack these columns; NaN means unknown.
-_NEW_FACTS = {"trace_ratio", "losses", "errors", "margins"}
-# Segments of older versions lack these columns; zero means unknown.
-_NEW_GROUP_FIELDS = {"share", "decoupled", "descent", "owner"}
+def split(offset: Sequence[int], visits_per_block: int) -> list[range]:
+    """Split steps into blocks of at most ``visits_per_block`` visits, or of one step."""
+    blocks = []
+    start = 0
+    for stop in range(1, len(offset)):
+        is_last = stop == len(offset) - 1
+        if is_last or offset[stop + 1] - offset[start] > visits_per_block:
+            blocks.append(range(start, stop))
+            start = stop
+    return blocks
 
 
-def _group_values(group: h5py.Group, name: str) -> np.ndarray:
-    is_missing = name in _NEW_GROUP_FIELDS and name not in group
-    return np.zeros(group["lr"].shape) if is_missing else group[name][:]
+def blocks_of(counts: Sequence[int], rows: np.ndarray) -> list[range]:
+    """Return the blocks of steps that are read at once, given their visits and encoded rows."""
+    visits_per_block = _BLOCK_BYTES // (rows.shape[1] * rows.dtype.itemsize)
+    return split(np.cumsum([0, *counts]).tolist(), max(1, visits_per_block))
 
 
-def _strings(group: h5py.Group, name: str) -> list[str]:
-    if name == "loss" and name not in group:  # In segments of older versions.
-        return [""] * len(group["index"])
-    words = [sys.intern(word) for word in group[name].asstr()[:].tolist()]
-    for word in set(words):
-        if not word.isprintable():
-            raise ValueError(f"{name!r} is {word[:60]!r}; expected a name")
-    return words
-
-
-def _blocks(ends: Sequence[int], n_steps: int) -> list[range]:
+def _blocks_until(ends: Sequence[int], n_steps: int) -> list[range]:
     """Return the blocks of steps that end before these steps."""
     offset = [0, *ends]
     require_offsets(offset, len(ends), n_steps)
     return [range(start, stop) for start, stop in pairwise(offset)]
 
 
-def _read_preconditioners(group: h5py.Group) -> dict[int, Preconditioner]:
-    rows, columns = torch.from_numpy(group["rows"][:]), torch.from_numpy(group["columns"][:])
-    positions = group["step"][:]
+def _is_known(values: np.ndarray, offset: Sequence[int]) -> np.ndarray:
+    """Return for every step whether the column was recorded; NaN in all visits means unknown."""
+    # Some values may be NaN in a recorded column: those of samples whose loss is not finite.
+    n_missing = np.concatenate([[0], np.isnan(values).cumsum()])
+    n_visits = np.diff(offset)
+    known: np.ndarray = (np.diff(n_missing[offset]) < n_visits) | (n_visits == 0)
+    return known
+
+
+def _group_values(datasets: Datasets, name: str) -> np.ndarray:
+    is_missing = name in _NEW_GROUP_FIELDS and f"steps/{name}" not in datasets
+    return np.zeros(datasets["steps/lr"].shape) if is_missing else datasets[f"steps/{name}"]
+
+
+def _words(datasets: Datasets, name: str) -> list[str]:
+    words = [sys.intern(word.decode()) for word in datasets[f"steps/{name}"].tolist()]
+    for word in set(words):
+        if not word.isprintable():
+            raise ValueError(f"{name!r} is {word[:60]!r}; expected a name")
+    return words
+
+
+def _preconditioners(datasets: Datasets) -> dict[int, Preconditioner]:
+    positions, *factors = (datasets[f"preconditioners/{n}"] for n in ("step", "rows", "columns"))
+    rows, columns = map(torch.from_numpy, factors)
     require_lengths(len(positions), rows=rows, columns=columns)
     return {
-        int(position): Preconditioner(rows[number], columns[number])
-        for number, position in enumerate(positions)
+        position: Preconditioner(rows[number], columns[number])
+        for number, position in enumerate(positions.tolist())
     }
 
 
-def _read_audits(group: h5py.Group) -> dict[int, Audit]:
-    names = ("gradient", "deviation", "left_out", "update")
-    gradient, deviation, left_out, update = (group[name][:] for name in names)
-    positions = group["step"][:]
-    require_lengths(
-        len(positions), gradient=gradient, deviation=deviation, left_out=left_out, update=update
-    )
+def _audits(datasets: Datasets) -> dict[int, Audit]:
+    columns = {name: datasets[f"audits/{name}"] for name in _AUDIT_FIELDS}
+    positions = datasets["audits/step"].tolist()
+    require_lengths(len(positions), **columns)
     return {
-        int(position): Audit(
-            torch.from_numpy(gradient[number]),
-            torch.from_numpy(deviation[number]),
-            float(left_out[number]),
-            float(update[number]),
+        position: Audit(
+            torch.from_numpy(columns["gradient"][number]),
+            torch.from_numpy(columns["deviation"][number]),
+            float(columns["left_out"][number]),
+            float(columns["update"][number]),
         )
         for number, position in enumerate(positions)
     }
+
+
+def require_offsets(offset: Sequence[int], n_steps: int, n_rows: int) -> None:
+    """Check that offsets divide rows among steps."""
+    is_rising = all(before <= after for before, after in pairwise(offset))
+    if len(offset) != n_steps + 1 or offset[0] != 0 or offset[-1] != n_rows or not is_rising:
+        raise ValueError(
+            f"The offsets of {n_steps} steps in {n_rows} rows do not rise from 0 to {n_rows}."
+        )
+
+
+def require_lengths(expected: int, **columns: Sized) -> None:
+    """Check that every column has the expected number of entries.
+
+    >>> require_lengths(3, weight=[1.0, 2.0])
+    Traceback (most recent call last):
+        ...
+    ValueError: `weight` has 2 entries; expected 3.
+    """
+    for name, column in columns.items():
+        if len(column) != expected:
+            raise ValueError(f"`{name}` has {len(column)} entries; expected {expected}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import h5py
+import numpy as np
 
 from tda_lightning.stores.integrity.damage import canonical_json, checksum_of_file, reading
 
@@ -201,22 +202,34 @@ def open_hdf5(path: Path, mode: Literal["r", "w"] = "r") -> h5py.File:
     return h5py.File(path, mode, locking=False, userblock_size=block)
 
 
-def require_plain(file: h5py.File) -> None:
-    """Check that a file holds all of its datasets, and no more than its size allows.
+def read_datasets(file: h5py.File, names: Set[str]) -> dict[str, np.ndarray]:
+    """Return some datasets, once every link and the size of every dataset has been checked.
 
     A file from a stranger may link to other files, or claim a size that would fill the memory.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If the file does not hold all of its datasets, or claims more than it stores.
     """
     links: list[tuple[bytes, int]] = []
     file.id.links.visit(lambda name, link: links.append((name, link.type)), info=True)
-    for name, kind in links:
+    wanted = {}
+    for link, kind in links:
+        name = link.decode()
         if kind != h5py.h5l.TYPE_HARD:
-            raise ValueError(f"{name.decode()!r} is a link to another place, which is not followed")
-        opened = h5py.h5o.open(file.id, name)
+            raise ValueError(f"{name!r} is a link to another place, which is not followed")
+        opened = h5py.h5o.open(file.id, link)
         if isinstance(opened, h5py.h5d.DatasetID):
-            require_stored(name.decode(), opened)
+            require_stored(name, opened)
+            if name in names:
+                wanted[name] = opened
+    return {name: _content(dataset) for name, dataset in wanted.items()}
+
+
+def _content(dataset: h5py.h5d.DatasetID) -> np.ndarray:
+    """Return all values of a dataset; by its high-level interface, h5py takes twice as long."""
+    values = np.zeros(dataset.shape, dataset.dtype)
+    dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    return values
 
 
 def require_stored(name: str, dataset: h5py.h5d.DatasetID) -> None:
@@ -236,11 +249,12 @@ def read_indices(file: h5py.File) -> list[int]:
     Raises:
         ValueError: If the file does not hold them, or they do not rise.
     """
-    for path in ("steps", "steps/index"):
-        if not isinstance(file.get(path, getlink=True), h5py.HardLink):
-            raise ValueError(f"{path!r} is a link to another place, which is not followed")
-    require_stored("steps/index", file["steps/index"].id)
-    indices: list[int] = file["steps/index"][:].tolist()
+    for name in (b"steps", b"steps/index"):
+        if file.id.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+            raise ValueError(f"{name.decode()!r} is a link to another place, which is not followed")
+    dataset = h5py.h5d.open(file.id, b"steps/index")
+    require_stored("steps/index", dataset)
+    indices: list[int] = _content(dataset).tolist()
     require_rising(indices)
     return indices
 
@@ -273,25 +287,3 @@ def require_rising(indices: Sequence[int]) -> None:
             raise ValueError(
                 f"Step {after} comes after step {before}; expected rising indices from 0."
             )
-
-
-def require_offsets(offset: Sequence[int], n_steps: int, n_rows: int) -> None:
-    """Check that offsets divide rows among steps."""
-    is_rising = all(before <= after for before, after in pairwise(offset))
-    if len(offset) != n_steps + 1 or offset[0] != 0 or offset[-1] != n_rows or not is_rising:
-        raise ValueError(
-            f"The offsets of {n_steps} steps in {n_rows} rows do not rise from 0 to {n_rows}."
-        )
-
-
-def require_lengths(expected: int, **columns: Sized) -> None:
-    """Check that every column has the expected number of entries.
-
-    >>> require_lengths(3, weight=[1.0, 2.0])
-    Traceback (most recent call last):
-        ...
-    ValueError: `weight` has 2 entries; expected 3.
-    """
-    for name, column in columns.items():
-        if len(column) != expected:
-            raise ValueError(f"`{name}` has {len(column)} entries; expected {expected}.")

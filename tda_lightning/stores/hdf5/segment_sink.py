@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder, write_segment
+from tda_lightning.stores.hdf5 import Segment, folder, write_segment
 from tda_lightning.stores.hdf5.background_write import BackgroundWrite
 from tda_lightning.stores.hdf5.listing import entry_of, kept_entries
 from tda_lightning.stores.hdf5.segment_file import SegmentIdentity
@@ -272,6 +272,5 @@ def _drop_from(file: Path, index: int, storage: Storage | None, identity: Segmen
     if n_earlier == 0:
         file.unlink()
     elif n_earlier < len(segment):
-        reader = OpenSegment(segment)
-        steps = [reader.step_at(position) for position in range(n_earlier)]
+        steps = [segment.step_at(position) for position in range(n_earlier)]
         write_segment(file, steps, storage, identity)

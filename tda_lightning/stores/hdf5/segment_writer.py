@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda_lightning.stores.hdf5.segment_datasets import GROUP_FIELDS
+from tda_lightning.stores.hdf5.segment_datasets import GROUP_FIELDS, blocks_of
 from tda_lightning.stores.hdf5.segment_file import SegmentIdentity, open_hdf5, write_header
-from tda_lightning.stores.hdf5.segment_reader import blocks_of
 from tda_lightning.stores.integrity.damage import checksum_of_parts
 from tda_lightning.stores.integrity.durable import atomic_write
 from tda_lightning.stores.row_formats import Storage, encode, raw_bytes, storage_for

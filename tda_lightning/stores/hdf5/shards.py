@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.stores.hdf5.folder import identity_of
-from tda_lightning.stores.hdf5.segment_reader import OpenSegment, Segment
+from tda_lightning.stores.hdf5.segment_reader import Segment
 from tda_lightning.stores.integrity.damage import StoreFileError
 from tda_lightning.stores.step import OPTIONAL_FACTS, Audit, Preconditioner, Step, StepFacts
 
+# Visits of the segments that stay in memory, in the whole run: those of a million visits or more.
+_MAX_VISIT_BYTES = 2**26
+
 
 class Shard:
-    """Steps in the segments of one process; reading keeps one segment open."""
+    """Steps in the segments of one process.
+
+    Segments stay in memory without their rows, as far as there is room: methods pass over a run
+    several times, and opening a small segment takes longer than reading its rows.
+    """
 
     def __init__(self, files: Sequence[Path] = (), run: str = "", ranks: int = 1) -> None:
         self._parts: list[tuple[int, Segment]] = []  # each with the position of its first step
-        self._open: tuple[int, OpenSegment] | None = None
+        self._current: Segment | None = None
+        self._room = _MAX_VISIT_BYTES // ranks
         for file in files:
             segment = Segment(file, identity_of(file, run, ranks))
             self._require_order(segment)
@@ -54,29 +64,38 @@ class Shard:
             self._parts.append((len(self), segment))
 
     def read(self, position: int) -> Step:
-        """Return the step at a position; read its block unless it is cached."""
-        segment, offset = self._locate(position)
-        return segment.step_at(offset)
+        """Return the step at a position; read its block unless it is in memory."""
+        number, offset = self._locate(position)
+        return self._at(number).step_at(offset)
 
     def facts_at(self, position: int) -> StepFacts:
         """Return the step at a position without its rows."""
-        segment, offset = self._locate(position)
-        return segment.facts_at(offset)
+        number, offset = self._locate(position)
+        return self._at(number).facts_at(offset)
 
     def preconditioner(self, position: int) -> Preconditioner | None:
         """Return the coordinates of a step, without reading any sketch."""
-        for start, segment in reversed(self._parts):
-            preconditioner = segment.steps.preconditioner(position - start)
+        last, _ = self._locate(position)
+        for number in range(last, -1, -1):
+            offset = position - self._parts[number][0]
+            preconditioner = self._at(number).steps.preconditioner(offset)
             if preconditioner is not None:
                 return preconditioner
         return None
 
     def audits(self) -> list[Audit]:
         """Return all audits, in order, without reading any sketch."""
-        return [audit for segment in self.segments for audit in segment.steps.audits.values()]
+        return [audit for segment in self._pass() for audit in segment.steps.audits.values()]
+
+    def visited_ids(self) -> Iterator[Int[Tensor, " n"]]:
+        """Yield the ids of the visited samples, segment by segment."""
+        return (segment.visited_ids() for segment in self._pass())
+
+    def _pass(self) -> Iterator[Segment]:
+        return map(self._at, range(len(self._parts)))
 
     def _require_order(self, segment: Segment) -> None:
-        before = self.segments[-1] if self._parts else None
+        before = self._parts[-1][1] if self._parts else None
         if before is None or not before.indices or not segment.indices:
             return
         last, first = before.indices[-1], segment.indices[0]
@@ -87,14 +106,18 @@ class Shard:
                 "copied or written by another training. Restore the files from a copy."
             )
 
-    def _locate(self, position: int) -> tuple[OpenSegment, int]:
-        """Return the open segment of a step, and the step's position in it."""
+    def _locate(self, position: int) -> tuple[int, int]:
+        """Return the number of a step's segment, and the step's position in it."""
         number = bisect.bisect_right(self._parts, position, key=itemgetter(0)) - 1
-        start, segment = self._parts[number]
-        current = self._open
-        if current is None or current[0] != number:
-            current = self._open = (number, OpenSegment(segment))
-        return current[1], position - start
+        return number, position - self._parts[number][0]
+
+    def _at(self, number: int) -> Segment:
+        """Return a segment to read from; free memory of the one before."""
+        segment, before = self._parts[number][1], self._current
+        if before is not None and before is not segment:
+            self._room -= before.leave(self._room)
+        self._current = segment
+        return segment
 
 
 class MergedShards:
@@ -113,10 +136,9 @@ class MergedShards:
     def __len__(self) -> int:
         return len(self._positions)
 
-    @property
-    def segments(self) -> Sequence[Segment]:
-        """The segments of all processes."""
-        return [segment for shard in self._shards for segment in shard.segments]
+    def visited_ids(self) -> Iterator[Int[Tensor, " n"]]:
+        """Yield the ids of the visited samples, segment by segment."""
+        return itertools.chain(*(shard.visited_ids() for shard in self._shards))
 
     def read(self, position: int) -> Step:
         """Return the step at a position, with the visits of all processes."""

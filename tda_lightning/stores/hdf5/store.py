@@ -48,8 +48,8 @@ from tda_lightning.stores.writable_store import WritableStore
 class HDF5Store(WritableStore):
     """A run in a folder.
 
-    Reading holds one block of steps in memory: at most 1 MB on disk, or one step. It also holds
-    about 30 bytes per visit of the current segment.
+    Reading holds one block of steps in memory: at most 1 MB on disk, or one step. It also holds the
+    facts of visits without their rows, up to 64 MiB, and those of the current segment.
 
     Writing buffers steps and seals them into files that never change. It seals when the buffer is
     full or old, and in :meth:`seal`. If the process is killed, every sealed step stays readable and
@@ -160,8 +160,8 @@ class HDF5Store(WritableStore):
 
     def visited_ids(self) -> Int[Tensor, " n"]:
         """Return the sorted ids of the visited samples, without reading any sketch."""
-        parts = [segment.visited_ids() for segment in self._steps.segments]
-        ids: Tensor = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *parts]))
+        none = torch.empty(0, dtype=torch.int64)
+        ids: Tensor = torch.unique(torch.cat([none, *self._steps.visited_ids()]))
         return ids
 
     def preconditioner(self, position: int = -1) -> Preconditioner | None:

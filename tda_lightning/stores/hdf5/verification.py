@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tda_lightning.stores.hdf5 import OpenSegment, Segment, folder
+from tda_lightning.stores.hdf5 import Segment, folder
 from tda_lightning.stores.hdf5.listing import require_same
 from tda_lightning.stores.hdf5.segment_file import SegmentIdentity
 from tda_lightning.stores.hdf5.snapshot_files import indices_in, read_snapshot, snapshot_file
@@ -101,9 +101,8 @@ def _verify_segment(
     """Return the state of a segment, and the index of the last step so far."""
     try:
         segment = Segment(file, identity)
-        reader = OpenSegment(segment)
         for position in range(len(segment)):
-            reader.step_at(position)
+            segment.step_at(position)
         require_same(segment, listed)
     except StoreFileError as error:
         return FileReport(file.name, "damaged", str(error)), last
@@ -111,7 +110,7 @@ def _verify_segment(
     content = f"{len(segment):,} steps, index {first:,} to {end:,}"
     if last is not None and first <= last:
         return FileReport(file.name, "damaged", f"{content}, after step {last:,}"), last
-    state: State = "good" if segment.is_verified else "unverified"
+    state: State = "good" if segment.header is not None else "unverified"
     return FileReport(file.name, state, content), end
 
 
