@@ -39,14 +39,18 @@ RUNS: dict[str, tuple[int, int, Storage]] = {
 }
 
 
-def write_run(path: Path, n: int, dimension: int, storage: Storage, megabytes: int) -> None:
-    """Write a run of random rows."""
+def write_run(
+    path: Path, n: int, dimension: int, storage: Storage, megabytes: int, per_segment: int = 2**20
+) -> None:
+    """Write a run of random rows, with at most so many steps in a segment."""
     block = Block("net", "Linear", ("net",), ("net.weight",), 1, dimension)
     projector = {"name": "Identity"}
     store = HDF5Store(path, storage=storage)
     store.begin(Recipe((block,), (), projector, dimension, train_ids=((0, 4096),)))
     generator = torch.Generator().manual_seed(0)
     for index in range(megabytes * 2**20 // (2 * n * dimension)):
+        if index and index % per_segment == 0:
+            store.seal()
         store.append(
             Step(
                 index=index,
