@@ -127,7 +127,7 @@ class DrawnSamples:
                 With ``None``, only the rows of the loss count.
         """
         tracker, self._tracker = self._tracker, None
-        if tracker is None:
+        if tracker is None or (rows_of is None and tracker.n in self._stated):
             return None
         meetings = [m for m in tracker.meetings if rows_of or not m.is_with_parameter]
         try:

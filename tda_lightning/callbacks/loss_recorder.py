@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, 
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
 from tda_lightning.gradients.capture.pausing import is_compiled
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
+from tda_lightning.gradients.graph.walk import Node, output_shape
 from tda_lightning.gradients.losses import DeferredSummary, LossFacts, find_losses_and_penalties
 from tda_lightning.gradients.losses.regression_losses import SquarePower
 from tda_lightning.recording.sample_ids import IdSource
@@ -124,12 +127,17 @@ class LossRecorder(RecordedRun, RecordingCallback):
         """Watch the loss function in the backward pass of the batch."""
         self._drawn_samples.stop()
         if self._ids is not None and len(self._ids):
+            known = self._drawn_samples.known_rows(len(self._ids))
             order = self._drawn_samples.order(loss, rows_of=None)
             self._ids = self._ids if order is None else self._ids[order]
             nodes = find_losses_and_penalties(loss)
             # Squares beside another loss are penalties.
             losses = [node for node in nodes if not isinstance(node, SquarePower)]
-            self._summary = DeferredSummary(losses or nodes, len(self._ids))
+            n = len(self._ids)
+            # With as many joined elements as samples, the terms may be either's: they are not read.
+            self._summary = DeferredSummary(
+                losses or nodes, n, lambda: n in known.stated, partial(_stated_rows, known)
+            )
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the summary of the loss for the step that will use the batch."""
@@ -222,3 +230,11 @@ class _TakenStep(WaitingStep):
             sketch=torch.zeros(len(ids), 1),
             loss=common_name(self.summaries),
         )
+
+
+def _stated_rows(known: KnownRows, node: Node) -> SampleLayout | IrregularRows | None:
+    """Return the samples of a node's rows, as far as the batch states them."""
+    shape = output_shape((node, 0))
+    axis = known.axis(shape)
+    rows = known.stated.get(shape[axis]) if shape else None
+    return None if rows is None else replace(rows, axis=axis)

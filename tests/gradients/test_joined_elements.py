@@ -9,7 +9,7 @@ from replayed import MeanOfLosses, assert_rows_are_gradients
 from torch import nn
 from torch.nn import functional
 
-from tda_lightning import GradientRecorder, Identity, attribute
+from tda_lightning import GradientRecorder, Identity, LossRecorder, attribute
 from tda_lightning.gradients.capture.tracer import Tracer
 from tda_lightning.recording.origins.joined import StatedRows
 from tda_lightning.stores import MemoryStore
@@ -233,6 +233,24 @@ def test_as_many_labelled_elements_as_samples_are_no_samples(model, batch_size):
     store = assert_rows_are_gradients(module, data, batch_size, collate_fn=PartlyLabelled())
     for step, losses in zip(store, module.seen, strict=True):
         torch.testing.assert_close(step.losses.double(), losses, equal_nan=True)
+
+
+@pytest.mark.parametrize("model", [LossesSeen, LabelledOutputs])
+@pytest.mark.parametrize("statement", [owners_of, CAN_BE_EMPTY["where samples begin"]])
+def test_loss_recorder_adds_up_the_losses_of_elements(model, statement):
+    module, data = model(), Sets(torch.arange(25).remainder(7).add(1).tolist())
+    store = MemoryStore()
+    batches = loader(data, 6, collate_fn=PartlyLabelled(statement))
+    quiet_trainer(LossRecorder(store), max_epochs=2).fit(module, batches)
+    for step, losses in zip(store, module.seen, strict=True):
+        torch.testing.assert_close(step.losses.double(), losses, equal_nan=True)
+
+
+def test_loss_recorder_leaves_open_whose_losses_as_many_elements_as_samples_have():
+    module, data, store = LossesSeen(), Shortened((2, 0, 1, 2, 0)), MemoryStore()
+    batches = loader(data, 5, shuffle=False, collate_fn=Joined())
+    quiet_trainer(LossRecorder(store), max_epochs=1).fit(module, batches)
+    assert [step.losses is None for step in store] == [False, True, True]
 
 
 @pytest.mark.parametrize(

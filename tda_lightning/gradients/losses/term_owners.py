@@ -144,7 +144,11 @@ def _by_shape(
             tracked = _tracked(owners, chain[:position])
             if tracked is not None and tracked.axis() != class_axis:
                 return tracked
-    return None
+    if n > 1 or not chain:
+        return None
+    shape = output_shape(chain[0])
+    owners = TermOwners(tuple(shape), n, prod(shape), n)  # All terms are of the only sample.
+    return None if owners.axis() in (None, class_axis) else owners
 
 
 def _edges_behind(loss_node: LossNode) -> Iterator[tuple[Any, int]]:
