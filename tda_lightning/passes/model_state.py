@@ -6,6 +6,7 @@ import copy
 import hashlib
 import random
 import warnings
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -95,7 +96,6 @@ def preserved_state(model: nn.Module, mode: Mode) -> Iterator[None]:
             _preserved_parameters,
             _preserved_attributes,
             _preserved_modes,
-            _preserved_buffers,
             preserved_metrics,
             _trainer_in_training,
             idle_optimization,
@@ -175,18 +175,33 @@ def preserved_rng(devices: Sequence[torch.device] = ()) -> Iterator[None]:
 
 @contextmanager
 def _preserved_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore counters and other attributes, and lists that a step appends its outputs to."""
+    """Restore counters, buffers and other attributes, also those that a step changes in place.
+
+    The buffers of a module are one of its dictionaries, in which a step may put another tensor.
+    """
     attributes = [vars(module) for module in model.modules()]
     originals = [dict(current) for current in attributes]
-    lists = [v for original in originals for v in original.values() if type(v) is list]
-    contents = [list(values) for values in lists]
+    values = [value for original in originals for value in original.values()]
+    containers = [(v, copy.copy(v)) for v in values if type(v) in (list, dict, deque)]
+    tensors = [*model.buffers(), *(value for value in values if type(value) is Tensor)]
+    saved = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_inference()]
     try:
         yield
     finally:
         for current, original in zip(attributes, originals, strict=True):
             current.update(original)
-        for values, content in zip(lists, contents, strict=True):
-            values[:] = content
+        for container, content in containers:
+            if list(map(id, _entries(container))) != list(map(id, _entries(content))):
+                container.clear()
+                (container.update if isinstance(container, dict) else container.extend)(content)
+        with torch.no_grad():
+            for tensor, numbers in saved:
+                if not torch.equal(tensor, numbers):
+                    tensor.copy_(numbers)
+
+
+def _entries(container: Any) -> list[Any]:
+    return [*container, *(container.values() if isinstance(container, dict) else ())]
 
 
 @contextmanager
@@ -230,17 +245,6 @@ def _preserved_parameters(model: nn.Module) -> Iterator[None]:
             if not torch.equal(parameter, saved):
                 with torch.no_grad():
                     parameter.copy_(saved)
-
-
-@contextmanager
-def _preserved_buffers(model: nn.Module) -> Iterator[None]:
-    copies = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, saved in copies:
-                buffer.copy_(saved)
 
 
 @contextmanager

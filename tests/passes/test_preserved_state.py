@@ -1,12 +1,14 @@
 """In a query, the training step meets the state of a training, and leaves none behind."""
 
+from collections import deque
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from pytorch_lightning.trainer.states import RunningStage
 
-from tda_lightning import GradientRecorder, attribute
+from tda_lightning import ContributionTracker, GradientRecorder, TracIn, attribute
 from tda_lightning.passes.model_state import preserved_rng
 from tda_lightning.passes.queries import record_queries
 from tda_lightning.stores import MemoryStore
@@ -90,6 +92,54 @@ def test_counters_and_lists_of_outputs_are_restored_after_queries():
     assert model.steps == steps == len(store)
     assert model.losses is losses
     assert all(a is b for a, b in zip(losses, contents, strict=True))
+
+
+class WithMemory(Plain):
+    """Keeps what it has seen, in all places where a module can keep it."""
+
+    def __init__(self):
+        super().__init__(mlp())
+        self.register_buffer("queue", torch.zeros(11, 3))
+        self.table, self.recent = torch.zeros(11, 3), deque(maxlen=3)
+        self.by_step, self.calls = {}, 0
+
+    def training_step(self, batch, batch_idx):
+        outputs = self.net(batch[0])
+        seen = outputs.detach()
+        self.calls += 1
+        self.table[: len(seen)] = seen
+        self.recent.append(seen.mean())
+        self.by_step[self.calls] = seen.mean()
+        memory = self.queue.mean() + self.table.mean() + sum(self.recent)
+        self.queue = torch.cat([seen, self.queue])[:11]
+        self.seen = sum(self.by_step.values())
+        return self.loss(outputs * memory, batch[1]) + 0 * self.seen
+
+    def state(self):
+        recent, by_step = list(self.recent), dict(self.by_step)
+        return [self.queue.clone(), self.table.clone(), recent, by_step, self.calls, self.seen]
+
+
+def test_memories_of_a_model_are_restored_after_queries():
+    model = WithMemory()
+    store = MemoryStore()
+    quiet_trainer(GradientRecorder(store)).fit(model, loader(vectors()))
+    before, queue = model.state(), model.queue
+    for _ in range(2):
+        attribute(store, model, vectors()[:3], method=TracIn(), progress=False)
+        torch.testing.assert_close(model.state(), before, rtol=0, atol=0)
+        assert model.queue is queue
+
+
+def test_a_model_with_memories_is_trained_alike_with_a_probe(tmp_path):
+    states = []
+    for callbacks in ([], [ContributionTracker(vectors()[:5], tmp_path / "probe.npz")]):
+        torch.manual_seed(0)
+        model = WithMemory()
+        torch.manual_seed(1)
+        quiet_trainer(*callbacks).fit(model, loader(vectors()))
+        states.append([*model.state(), *model.parameters()])
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 class OtherOutputs(Plain):
