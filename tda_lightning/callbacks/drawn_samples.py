@@ -114,7 +114,8 @@ class DrawnSamples:
             else:
                 self._are_drawn = True  # They may be others in each batch.
         stated = self._known.stated.items()
-        self._are_drawn |= any(rows is not self._stated.get(size) for size, rows in stated)
+        if any(rows is not self._stated.get(size) for size, rows in stated):
+            self._report_moves()
         regular = {n * count: layout for count, layout in self._layouts.items()}
         return KnownRows(self._known.stated, {**regular, **self._known.followed})
 
@@ -161,6 +162,17 @@ class DrawnSamples:
             "per row. Mix the samples in the loader, with the ids and weights of both, and permute "
             "outputs of the model instead of its inputs: see `Mixup and CutMix` in docs/gotchas.md."
         )
+
+    def _report_moves(self) -> None:
+        if not self._are_drawn and self._n_batches > 1:
+            rank_zero_warn(
+                f"{self._name}: `training_step`, or a hook, moves the joined elements of a batch, "
+                f"which was noticed in recorded batch {self._n_batches}. From here on, rows follow "
+                "them. If elements were moved before, rows may have the ids of other samples: "
+                "expected a step that does so from the first batch on, or never. Move them in the "
+                "loader instead."
+            )
+        self._are_drawn = True
 
     def _report_draws(self) -> None:
         if self._are_drawn:

@@ -188,6 +188,26 @@ def test_later_batches_may_have_empty_samples(statement, sizes):
         torch.testing.assert_close(step.losses.double(), losses, equal_nan=True)
 
 
+class MovedLater(Elements):
+    """Computes on the vectors in reverse from the third batch on."""
+
+    n_batches = 0
+
+    def training_step(self, batch, batch_idx):
+        self.n_batches += 1
+        if self.n_batches > 2:
+            batch = {**batch, "x": batch["x"].flip(0), "y": batch["y"].flip(0)}
+        outputs = self.head(self.first(batch["x"]) * self.shift)
+        return functional.cross_entropy(outputs, batch["y"])
+
+
+def test_elements_that_are_moved_from_some_batch_on_are_warned_of():
+    batches = loader(Sets((4, 2, 5, 3) * 6), 4, collate_fn=Joined())
+    trainer = quiet_trainer(GradientRecorder(MemoryStore()), max_epochs=1)
+    with pytest.warns(UserWarning, match="moves the joined elements.* in recorded batch 4"):
+        trainer.fit(MovedLater(), batches)
+
+
 class PartlyLabelled(Joined):
     """Only some vectors have labels: often as many as there are samples."""
 
