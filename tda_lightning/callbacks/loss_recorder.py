@@ -20,6 +20,7 @@ from tda_lightning.callbacks.checks import require_one_loader
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, sampler_pass
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
+from tda_lightning.gradients.capture.indexed_rows import picked_elements
 from tda_lightning.gradients.capture.pausing import is_compiled
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Node, output_shape
@@ -232,9 +233,19 @@ class _TakenStep(WaitingStep):
         )
 
 
+class _Inner:
+    """All nodes of a graph but its leaves."""
+
+    def __contains__(self, node: object) -> bool:
+        return bool(getattr(node, "next_functions", ()))
+
+
 def _stated_rows(known: KnownRows, node: Node) -> SampleLayout | IrregularRows | None:
-    """Return the samples of a node's rows, as far as the batch states them."""
+    """Return whose a node's rows are, if the batch states it, or they are picked from such rows."""
     shape = output_shape((node, 0))
+    if not (shape and known.stated and node.next_functions):
+        return None
     axis = known.axis(shape)
-    rows = known.stated.get(shape[axis]) if shape else None
-    return None if rows is None else replace(rows, axis=axis)
+    if (rows := known.stated.get(shape[axis])) is not None:
+        return replace(rows, axis=axis)
+    return picked_elements(node, known, _Inner())

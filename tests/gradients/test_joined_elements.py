@@ -255,7 +255,7 @@ def test_as_many_labelled_elements_as_samples_are_no_samples(model, batch_size):
         torch.testing.assert_close(step.losses.double(), losses, equal_nan=True)
 
 
-@pytest.mark.parametrize("model", [LossesSeen, LabelledOutputs])
+@pytest.mark.parametrize("model", [LossesSeen, LabelledOutputs, LabelledInputs])
 @pytest.mark.parametrize("statement", [owners_of, CAN_BE_EMPTY["where samples begin"]])
 def test_loss_recorder_adds_up_the_losses_of_elements(model, statement):
     module, data = model(), Sets(torch.arange(25).remainder(7).add(1).tolist())
@@ -264,6 +264,22 @@ def test_loss_recorder_adds_up_the_losses_of_elements(model, statement):
     quiet_trainer(LossRecorder(store), max_epochs=2).fit(module, batches)
     for step, losses in zip(store, module.seen, strict=True):
         torch.testing.assert_close(step.losses.double(), losses, equal_nan=True)
+
+
+class FirstOfEach(Elements):
+    """Has a loss of the first vector of each sample."""
+
+    def training_step(self, batch, batch_idx):
+        outputs = self.head(self.first(batch["x"]) * self.shift)[batch["where"][:-1]]
+        return functional.cross_entropy(outputs, batch["y"][batch["where"][:-1]])
+
+
+@pytest.mark.parametrize("recorder", [GradientRecorder, LossRecorder])
+def test_one_row_that_is_picked_of_each_sample_has_a_prediction(recorder):
+    batches = loader(Sets(RAGGED), 5, collate_fn=Joined(STATEMENTS["where samples begin"]))
+    store = MemoryStore()
+    quiet_trainer(recorder(store), max_epochs=1).fit(FirstOfEach(), batches)
+    assert all(step.margins is not None and step.margins.isfinite().all() for step in store)
 
 
 def test_loss_recorder_leaves_open_whose_losses_as_many_elements_as_samples_have():

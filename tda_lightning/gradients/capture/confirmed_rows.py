@@ -78,7 +78,6 @@ def _stated(
     size = shape[axis] if shape else 0
     rows = known.stated.get(size)
     if rows is None and shape and axis == 0:
-        picked = picked_elements(node, known, with_samples)
-        return (None if picked is None else IrregularRows(picked, n)), True
+        return picked_elements(node, known, with_samples), True
     is_clear = size != n and size not in known.followed
     return (rows if is_clear and isinstance(rows, IrregularRows) else None), False

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Container, Set
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows
@@ -44,9 +43,9 @@ def indexed_rows(with_samples: Set[Node], n: int) -> dict[int, IrregularRows]:
 
 
 def picked_elements(
-    node: Node, known: KnownRows, with_samples: Set[Node]
-) -> Int[Tensor, " rows"] | None:
-    """Return the samples of rows that are picked from joined elements, ``None`` if they are not.
+    node: Node, known: KnownRows, with_samples: Container[Node]
+) -> IrregularRows | None:
+    """Return whose the rows are that are picked from joined elements, ``None`` if they are not.
 
     A loss of the labelled elements only may have as many terms as there are samples.
 
@@ -63,7 +62,7 @@ def picked_elements(
         if index is not None and source[0] in with_samples:
             rows = known.stated.get(output_shape(source)[0])
             if isinstance(rows, IrregularRows) and (len(rows.of_rows),) != count:
-                return rows.of_rows[index.to(rows.of_rows.device)]
+                return IrregularRows(rows.of_rows[index.to(rows.of_rows.device)], rows.n)
         for child, number in current.next_functions:
             is_new = child in with_samples and child not in seen
             if is_new and output_shape((child, number))[:1] == count:

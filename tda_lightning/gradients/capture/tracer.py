@@ -129,8 +129,9 @@ def _known_layouts(
     if shape and (rows := known.stated.get(shape[axis])) is not None:
         return [replace(rows, axis=axis)]
     picked = picked_elements(node, known, result.with_samples) if shape and known.stated else None
-    is_in_order = picked is None or torch.equal(picked.cpu(), torch.arange(n))
-    return [] if picked is None or is_in_order else [IrregularRows(picked, n)]
+    # One row of each sample is a regular layout.
+    is_irregular = picked is not None and not torch.equal(picked.of_rows.cpu(), torch.arange(n))
+    return [picked] if picked is not None and is_irregular else []
 
 
 # Axes of a node's output that may be the samples': `(n, ...)`, `(s, n, d)` and the like.

@@ -120,11 +120,19 @@ def term_owners(loss_node: LossNode, n: int, rows_of: RowsOf | None = None) -> T
             start = TermOwners.of(known, shape, n)
             owners = _tracked(start, chain[:-1])
             if owners is not None and owners.axis() != loss_node.class_axis:
-                return owners
+                return _regular(owners)
             if _are_summed(start, chain[:-1]):
                 return None
             break
     return _by_shape(chain, n, loss_node.class_axis)
+
+
+def _regular(owners: TermOwners) -> TermOwners:
+    """Return owners without the rows if these are the samples in order, one row each."""
+    rows = owners.rows
+    if rows is None or not torch.equal(rows.cpu(), torch.arange(owners.n)):
+        return owners
+    return replace(owners, rows=None)
 
 
 def _is_picked(node: Any, n: int) -> bool:
