@@ -143,16 +143,16 @@ def test_samples_of_equal_size_do_not_settle_the_sizes_of_later_batches():
 
 
 class Shortened(Sets):
-    """Leaves samples of all batches of five but the first this many vectors."""
+    """After the first epoch, leaves samples of batches of five this many vectors."""
 
     draws = 0
 
     def __init__(self, sizes):
-        super().__init__((4,) * 13)
+        super().__init__((4,) * 25)
         self.left = sizes
 
     def __getitem__(self, index):
-        size = 4 if self.draws < 5 else self.left[self.draws % len(self) % 5]
+        size = 4 if self.draws < len(self) else self.left[self.draws % 5]
         self.draws += 1
         return self.sets[index][:size], self.labels[index][:size]
 
@@ -285,8 +285,8 @@ def test_one_row_that_is_picked_of_each_sample_has_a_prediction(recorder):
 def test_loss_recorder_leaves_open_whose_losses_as_many_elements_as_samples_have():
     module, data, store = LossesSeen(), Shortened((2, 0, 1, 2, 0)), MemoryStore()
     batches = loader(data, 5, shuffle=False, collate_fn=Joined())
-    quiet_trainer(LossRecorder(store), max_epochs=1).fit(module, batches)
-    assert [step.losses is None for step in store] == [False, True, True]
+    quiet_trainer(LossRecorder(store), max_epochs=2).fit(module, batches)
+    assert [step.losses is None for step in store] == [False] * 5 + [True] * 5
 
 
 @pytest.mark.parametrize(
@@ -306,11 +306,18 @@ def test_rows_that_batches_state_are_traced_ever_more_rarely(
 
 
 def test_labels_in_order_state_nothing_before_a_tensor_has_named_all_samples():
-    rows, elements = StatedRows(), torch.rand(5, 2)
-    assert not rows.of({"x": elements, "y": torch.tensor([0, 0, 2, 3, 3])}, 5)
-    assert rows.of({"x": torch.rand(7, 2), "y": torch.tensor([0, 0, 1, 2, 3, 3, 4])}, 5)
-    stated = rows.of({"x": elements, "y": torch.tensor([0, 0, 2, 3, 3])}, 5)
-    assert stated[5].of_rows.tolist() == [0, 0, 2, 3, 3]
+    rows, elements, labels = StatedRows(), torch.rand(5, 2), torch.tensor([0, 0, 2, 3, 3])
+    assert not rows.of({"x": elements, "y": labels}, 5)
+    for _ in range(2):
+        assert rows.of({"x": torch.rand(12, 2), "y": owners_of((3, 2, 4, 1, 2))}, 5)
+    assert rows.of({"x": elements, "y": labels}, 5)[5].of_rows.tolist() == labels.tolist()
+
+
+def test_labels_that_look_like_a_statement_by_chance_are_not_remembered():
+    rows, views = StatedRows(), torch.rand(4, 2)  # Two views of two samples, next to one another.
+    for _ in range(5):
+        assert rows.of({"x": views, "y": torch.tensor([0, 0, 1, 1])}, 2)
+    assert not rows.of({"x": views, "y": torch.tensor([1, 1, 1, 1])}, 2)
 
 
 def test_elements_of_queries_are_known_too():

@@ -9,6 +9,7 @@ sample, or the position of each element in its sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from math import exp, lgamma, log
 from typing import Any
 
 import torch
@@ -27,18 +28,22 @@ from tda_lightning.recording.origins.tracker import DataMeeting, OriginTracker
 _INTEGERS = (torch.int64, torch.int32)
 # Returns the sample of each element, `None` if a tensor of whole numbers does not state it.
 Reading = Callable[[Tensor, int], Tensor | None]
+# A tensor that looks like a statement with a smaller chance is one.
+_MAX_CHANCE = 1e-6
 
 
 class StatedRows:
     """Reads whose the joined rows of batches are, and remembers which tensors state it.
 
     At first, a statement must name every sample, and more rows than samples: labels of elements may
-    look like any other. The same tensor may state later that samples are empty.
+    look like any other. Once batches in a row have stated it so that it is no chance, the same
+    tensor may state that samples are empty.
     """
 
     def __init__(self) -> None:
-        # By the form of the batch: loaders in turns may have others.
-        self._readings: dict[object, dict[int, Reading]] = {}
+        # The chance that a tensor looked like a statement in all batches since it did not. By the
+        # form of the batch: loaders in turns may have others.
+        self._chances: dict[object, dict[tuple[int, Reading], float]] = {}
 
     def of(self, batch: Any, n: int) -> dict[int, IrregularRows]:
         """Return the samples of joined rows, by the number of rows, as far as a batch states them.
@@ -55,8 +60,8 @@ class StatedRows:
         ]
         sizes = {len(each) for each in tensors}
         form = tuple((each.ndim, each.dtype) for each in tensors)
-        readings = self._readings.get(form, {})
-        if n == 1 or not (readings or any(size > n for size in sizes)):
+        chances = self._chances.get(form, {})
+        if n == 1 or not (chances or any(size > n for size in sizes)):
             return {}  # Nothing is read from the device then.
         integers = {
             number: each.cpu()
@@ -65,20 +70,30 @@ class StatedRows:
         }
         known = {
             number: _WITH_EMPTY_SAMPLES.get(reading, reading)(integers[number], n)
-            for number, reading in readings.items()
+            for (number, reading), chance in chances.items()
+            if chance < _MAX_CHANCE
         }
         if stated := _agreed(known, sizes, n):
             return stated
+        new = self._chances[form] = {}
         for reading in (_starts, _numbers, _lengths, _positions):
             owners = {number: reading(values, n) for number, values in integers.items()}
             is_plain = reading is _starts  # Nothing else has an entry more than there are samples.
             found = _agreed(owners, {size for size in sizes if is_plain or size > n}, n)
             for number, each in owners.items():
                 if each is not None and len(each) in found:
-                    readings = self._readings.setdefault(form, {})
-                    readings.setdefault(number, reading)
+                    place = number, reading
+                    new[place] = chances.get(place, 1.0) * _chance(reading, len(each), n)
             stated = {**found, **stated}
         return stated
+
+
+def _chance(reading: Reading, m: int, n: int) -> float:
+    """Return about how likely whole numbers look like a statement of ``m`` elements by chance."""
+    if reading is not _numbers:
+        return 1 / m
+    # Of n ** m sequences, those that rise in steps of 1 from the first sample to the last.
+    return exp(lgamma(m) - lgamma(n) - lgamma(m - n + 1) - m * log(n))
 
 
 def _agreed(
