@@ -1,6 +1,7 @@
 """Memory of a recorded step is free again as soon as the step is over."""
 
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ class Garbage(pl.Callback):
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
+        # Earlier tests may leave tensors that become free only now.
+        self.earlier: dict[int, weakref.ref[Tensor]] = {}
 
     def on_train_batch_start(self, trainer: pl.Trainer, *arguments: Any) -> None:
         if trainer.global_step == 2:
             gc.collect()
+            tensors = [each for each in gc.get_objects() if type(each) is Tensor]
+            self.earlier = {id(each): weakref.ref(each) for each in tensors}
             gc.set_debug(gc.DEBUG_SAVEALL)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
@@ -31,8 +36,13 @@ class Garbage(pl.Callback):
             gc.collect()
             gc.set_debug(0)
             # Other types, such as those of compilers, are not from recording.
-            self.tensors = [thing for thing in gc.garbage if type(thing) is Tensor]
+            garbage = [thing for thing in gc.garbage if type(thing) is Tensor]
+            self.tensors = [each for each in garbage if not self._is_earlier(each)]
             gc.garbage.clear()
+
+    def _is_earlier(self, tensor: Tensor) -> bool:
+        reference = self.earlier.get(id(tensor))
+        return reference is not None and reference() is tensor
 
 
 def with_batch_norm() -> nn.Module:
