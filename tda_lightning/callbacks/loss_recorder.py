@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +19,8 @@ from tda_lightning.callbacks.checks import require_one_loader
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, sampler_pass
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
-from tda_lightning.gradients.capture.indexed_rows import picked_elements
+from tda_lightning.gradients.capture.indexed_rows import stated_rows
 from tda_lightning.gradients.capture.pausing import is_compiled
-from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
-from tda_lightning.gradients.graph.walk import Node, output_shape
 from tda_lightning.gradients.losses import DeferredSummary, LossFacts, find_losses_and_penalties
 from tda_lightning.gradients.losses.regression_losses import SquarePower
 from tda_lightning.recording.sample_ids import IdSource
@@ -137,8 +134,12 @@ class LossRecorder(RecordedRun, RecordingCallback):
             n = len(self._ids)
             # With as many joined elements as samples, the terms may be either's: they are not read.
             self._summary = DeferredSummary(
-                losses or nodes, n, lambda: n in known.stated, partial(_stated_rows, known)
+                losses or nodes,
+                n,
+                lambda: n in known.stated,
+                lambda node: stated_rows(node, known, _Inner()),
             )
+            self._summary.is_irregular = bool(known.stated)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the summary of the loss for the step that will use the batch."""
@@ -238,14 +239,3 @@ class _Inner:
 
     def __contains__(self, node: object) -> bool:
         return bool(getattr(node, "next_functions", ()))
-
-
-def _stated_rows(known: KnownRows, node: Node) -> SampleLayout | IrregularRows | None:
-    """Return whose a node's rows are, if the batch states it, or they are picked from such rows."""
-    shape = output_shape((node, 0))
-    if not (shape and known.stated and node.next_functions):
-        return None
-    axis = known.axis(shape)
-    if (rows := known.stated.get(shape[axis])) is not None:
-        return replace(rows, axis=axis)
-    return picked_elements(node, known, _Inner())

@@ -177,6 +177,8 @@ class RowRecorder:
             self._summary = DeferredSummary(
                 loss_nodes, self._n, lambda: bool(switch.pauses), self._capture.rows_of
             )
+            are_known = self.known.are_irregular
+            self._summary.is_irregular = are_known or self._capture.has_irregular_rows
         self._rows.sum_blocks(self._sums)
         is_once, lost = not self._capture.is_reentrant, self._capture.lost
         self._capture.start_backward(*self._rows.receivers(lost, coordinates, is_once))

@@ -124,6 +124,11 @@ class Capture:
             return None
         return self._layouts.rows_of(node, self._layouts.layout(node, *meeting.inputs[0]))
 
+    @property
+    def has_irregular_rows(self) -> bool:
+        """Whether rows of the last graph are in no regular order."""
+        return bool(self._layouts.irregular)
+
     def read_graph(self, loss: Tensor, n: int, known: KnownRows) -> None:
         """Find the meetings in the graph of the loss of ``n`` samples."""
         self._walk = self._plans.walk(loss, n, known)

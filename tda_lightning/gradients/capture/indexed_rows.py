@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Container, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows
+from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Node, output_shape
 from tda_lightning.gradients.nodes.rule import saved_value
 
@@ -69,6 +70,22 @@ def picked_elements(
                 seen.add(child)
                 waiting.append(child)
     return None
+
+
+def stated_rows(
+    node: Node, known: KnownRows, with_samples: Container[Node]
+) -> SampleLayout | IrregularRows | None:
+    """Return whose a node's rows are, if the batch states it, or they are picked from such rows.
+
+    The arguments are those of :func:`picked_elements`.
+    """
+    shape = output_shape((node, 0))
+    if not (shape and known.stated and node.next_functions):
+        return None
+    axis = known.axis(shape)
+    if (rows := known.stated.get(shape[axis])) is not None:
+        return replace(rows, axis=axis)
+    return picked_elements(node, known, with_samples)
 
 
 def _first_index(node: Any) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tda_lightning.gradients.graph.sample_layout import SampleLayout
 from tda_lightning.gradients.losses.loss_graph import LossFacts, LossSummary
 from tda_lightning.gradients.losses.loss_nodes import LossNode, Predictions, SoftmaxLoss
-from tda_lightning.gradients.losses.term_owners import TermOwners
+from tda_lightning.gradients.losses.term_owners import TermOwners, is_picked
 
 # Numbers of a batch that are kept at most: beyond it, an operation takes longer than its start.
 _MAX_KEPT = 2**14
@@ -41,19 +41,35 @@ class DeferredSummary(LossSummary):
 
     # Log-probabilities, their gradients and those of the outputs, each ``(n, classes)``.
     kept: Tensor | None = None
+    # Whether rows of the batch are in no regular order, so that terms may be too.
+    is_irregular = False
+
+    def add(self, node: LossNode, value_grad: Tensor, outputs_grad: Tensor) -> None:
+        """Keep the tensors of a small cross-entropy whose terms are surely those of the samples."""
+        is_in_order = not self.is_irregular and not is_picked(node, self.n)
+        if is_in_order and self._is_small(node, value_grad):
+            self._keep(node, value_grad, outputs_grad)
+        else:
+            super().add(node, value_grad, outputs_grad)
 
     def add_terms(
         self, node: LossNode, owners: TermOwners, value_grad: Tensor, outputs_grad: Tensor
     ) -> None:
         """Keep the tensors of a small cross-entropy; summarize any other loss function now."""
-        is_small = value_grad.ndim == 2 and value_grad.numel() <= _MAX_KEPT
-        is_of_classes = isinstance(node, SoftmaxLoss) and node.class_axis == 1
-        is_in_order = value_grad.shape[:1] == (self.n,) and owners.rows is None
-        if self.n_functions == 1 and is_small and is_of_classes and is_in_order:
-            # A copy, since a training may change its log-probabilities in place.
-            self.kept = torch.stack((node.node._saved_result, value_grad, outputs_grad))
+        if owners.rows is None and self._is_small(node, value_grad):
+            self._keep(node, value_grad, outputs_grad)
         else:
             super().add_terms(node, owners, value_grad, outputs_grad)
+
+    def _is_small(self, node: LossNode, value_grad: Tensor) -> bool:
+        """Return whether a loss function is a cross-entropy of few numbers, one row per sample."""
+        is_small = value_grad.ndim == 2 and value_grad.numel() <= _MAX_KEPT
+        is_of_classes = isinstance(node, SoftmaxLoss) and node.class_axis == 1
+        return self.n_functions == 1 and is_small and is_of_classes and len(value_grad) == self.n
+
+    def _keep(self, node: LossNode, value_grad: Tensor, outputs_grad: Tensor) -> None:
+        # A copy, since a training may change its log-probabilities in place.
+        self.kept = torch.stack((node.node._saved_result, value_grad, outputs_grad))
 
     def facts(self) -> LossFacts:
         """Return the facts of each sample's loss, after the backward pass."""

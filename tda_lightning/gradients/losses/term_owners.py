@@ -114,7 +114,7 @@ def term_owners(loss_node: LossNode, n: int, rows_of: RowsOf | None = None) -> T
         shape = output_shape(edge)
         known = None if rows_of is None else rows_of(edge[0])
         is_in_order = len(chain) == 1 and loss_node.n_terms(shape) == n
-        if is_in_order and not isinstance(known, IrregularRows) and not _is_picked(edge[0], n):
+        if is_in_order and not isinstance(known, IrregularRows) and not is_picked(loss_node, n):
             break  # One term per sample is in the order of the samples.
         if known is not None:
             start = TermOwners.of(known, shape, n)
@@ -135,9 +135,12 @@ def _regular(owners: TermOwners) -> TermOwners:
     return replace(owners, rows=None)
 
 
-def _is_picked(node: Any, n: int) -> bool:
-    """Return whether rows have been picked from others, not from one row of each sample."""
-    return node.name() in _PICKING and output_shape(node.next_functions[0])[:1] != (n,)
+def is_picked(loss_node: LossNode, n: int) -> bool:
+    """Return whether terms have been picked from other rows than one of each sample."""
+    node = loss_node.node.next_functions[loss_node.position][0]
+    if node is None or node.name() not in _PICKING:
+        return False
+    return output_shape(node.next_functions[0])[:1] != (n,)
 
 
 def _by_shape(
