@@ -83,7 +83,7 @@ class RecordingCallback(pl.Callback):
         if self._recorder is not None:
             sample_ids = self._ledger.name(batch, batch_idx, sampler_pass(trainer))
             if batch_idx == trainer.global_step == 0:
-                warn_of_other_loaders(trainer, batch, len(sample_ids))
+                warn_of_other_loaders(type(self).__name__, trainer, batch, len(sample_ids))
             share = 1 / trainer.accumulate_grad_batches
             self._recorder.start_batch(trainer.global_step, sample_ids, share)
             if len(sample_ids) > 1 and self._recorder.is_recording():

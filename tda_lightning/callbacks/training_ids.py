@@ -52,7 +52,7 @@ def warn_of_one_sample(ledger: SampleLedger) -> None:
         )
 
 
-def warn_of_other_loaders(trainer: Trainer, batch: Any, n_ids: int) -> None:
+def warn_of_other_loaders(name: str, trainer: Trainer, batch: Any, n_ids: int) -> None:
     """Warn if there are fewer ids than samples of all loaders in a batch."""
     if len(training_loaders(trainer)) < 2:
         return
@@ -63,7 +63,7 @@ def warn_of_other_loaders(trainer: Trainer, batch: Any, n_ids: int) -> None:
         return
     if n_ids < n_samples:
         rank_zero_warn(
-            f"GradientRecorder: `sample_ids` returned {n_ids} ids for a batch of {n_samples} "
+            f"{name}: `sample_ids` returned {n_ids} ids for a batch of {n_samples} "
             "samples from several loaders; expected one id per sample. A row may hold a sample of "
             "each loader, with the id of one. Return all ids, and pass all samples through the "
             "model in one call: see `Several loaders` in docs/gotchas.md."
