@@ -49,6 +49,7 @@ def pytest_fixture_setup(fixturedef):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
+    type_checks.begin_test()
     seed_torch()
 
 

@@ -99,3 +99,16 @@ def test_checks_can_be_disabled():
         assert nested("3")(3, 5) == "3"
     with pytest.raises(TypeError):
         spelled(3)
+
+
+def test_only_the_first_calls_of_a_test_are_checked():
+    for _ in range(type_checks.CHECKED_CALLS):
+        with pytest.raises(TypeError):
+            spelled(3)
+        with pytest.raises(TypeError):
+            nested("3")(ones(3), ones(3))
+    assert spelled(3) == 3
+    assert nested("3")(ones(3), ones(3)) == "3"
+    type_checks.begin_test()
+    with pytest.raises(TypeError):
+        spelled(3)
