@@ -220,6 +220,7 @@ def test_what_cannot_be_found_or_counted_is_stated(n, targets, loss, note):
     assert note in repr(found)
 
 
+@pytest.mark.slow
 def test_retraining_without_flagged_labels_helps_more_than_without_random_ones():
     digits = recorded_digits()
     images, labels = (torch.stack(list(column)) for column in zip(*digits.train, strict=True))

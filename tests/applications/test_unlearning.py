@@ -231,7 +231,7 @@ def test_a_replay_needs_every_step_snapshots_and_one_optimizer():
         Replay(0.0)
 
 
-@pytest.mark.parametrize("snapshots", [0, 3])
+@pytest.mark.parametrize("snapshots", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_second_order_moves_toward_a_retrained_model(snapshots):
     data = classes(23)
     model, store = trained(data, net(), sgd, epochs=15, snapshots=snapshots)

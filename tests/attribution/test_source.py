@@ -138,6 +138,7 @@ def test_clipped_steps_have_less_curvature():
         torch.testing.assert_close(direction, directions, msg=f"step {step.index}")
 
 
+@pytest.mark.slow
 def test_dead_inputs_do_not_break_the_eigenvectors():
     """Digits have pixels that are always zero; LAPACK failed for this run in single precision."""
     x, y = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)

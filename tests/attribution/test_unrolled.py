@@ -217,6 +217,7 @@ def largest_amplification(propagator, dampening):
     return max(float(direction.norm()) for _, direction in directions) / float(query.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dampening", [0.0, 0.9], ids=["heavy ball", "average"])
 def test_random_steps_with_momentum_do_not_resonate(dampening):
     assert largest_amplification(Exponential(), dampening) <= 1

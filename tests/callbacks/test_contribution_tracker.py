@@ -308,6 +308,7 @@ def test_ids_of_a_user_function_are_stored_as_they_appear(tmp_path):
     torch.testing.assert_close(tracker.scores.values, by_index.scores.values @ labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [sgd, lambda p: torch.optim.Adam(p, lr=0.01)])
 def test_a_resumed_training_continues_the_contributions(optimizer, tmp_path):
     def run(name, epochs, *callbacks, **arguments):
@@ -344,7 +345,9 @@ MID_EPOCH = {
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("optimizer", [sgd, lambda p: torch.optim.Adam(p, lr=0.01)])
-@pytest.mark.parametrize("name", MID_EPOCH)
+@pytest.mark.parametrize(
+    "name", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MID_EPOCH)[1:])]
+)
 def test_an_interruption_in_mid_epoch_does_not_change_the_table(name, optimizer, tmp_path):
     arguments, settings = MID_EPOCH[name]
 

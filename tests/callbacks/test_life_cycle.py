@@ -32,6 +32,7 @@ class Tuned(Plain):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*The .ckpt. .*|.*_try_loop.*")
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize(

@@ -18,7 +18,11 @@ def trained(*callbacks, epochs=3, **settings):
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize("epochs", [3, 50], ids=["steps of one computation", "of several"])
+@pytest.mark.parametrize(
+    "epochs",
+    [3, pytest.param(50, marks=pytest.mark.slow)],
+    ids=["steps of one computation", "of several"],
+)
 def test_losses_and_order_are_those_of_the_gradient_recorder(accumulated, epochs):
     losses, rows = MemoryStore(), MemoryStore()
     settings = {"accumulate_grad_batches": accumulated, "epochs": epochs}

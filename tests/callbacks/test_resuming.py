@@ -45,7 +45,15 @@ def assert_same_runs(run, expected):
     assert all(map(same, run, expected))
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}, {"every": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"accumulate_grad_batches": 2},
+        pytest.param({"every": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_five_interruptions_do_not_change_the_store(tmp_path, settings):
     settings = {"max_epochs": 6, **settings}
     whole = train(tmp_path / "a", tmp_path / "whole", **settings)

@@ -241,6 +241,7 @@ def test_a_process_prints_and_exits(run):
     assert "a recording of" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_gone_ends_the_process_without_a_word(run):
     reader, writer = os.pipe()
     os.close(reader)

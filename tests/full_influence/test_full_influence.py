@@ -73,7 +73,7 @@ def gap(actual, expected):
     [
         (ConjugateGradient(tolerance=1e-10), 1e-9),
         (ConjugateGradient(), 1e-5),
-        (Neumann(remainder=1e-5), 1e-5),
+        pytest.param(Neumann(remainder=1e-5), 1e-5, marks=pytest.mark.slow),
         (Neumann(), 1e-2),
         (Lanczos(rank=N * 3), 1e-9),  # the full rank of the matrix
         (Lanczos(rank=1000), 1e-9),
@@ -305,6 +305,7 @@ def test_curvature_can_be_computed_on_other_data():
     assert gap(score(model, curvature_loader=loader(part, 3)), expected) < 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [EXACT.solver, Neumann(1e-4), Lanczos(rank=N * 3)], ids=repr)
 def test_the_default_damping_is_a_fiftieth_of_the_largest_eigenvalue(solver):
     model = classifier()

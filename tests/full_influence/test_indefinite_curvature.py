@@ -58,6 +58,7 @@ def gap(actual, expected):
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver", [ConjugateGradient(1e-10), Neumann(1e-4), Lanczos(1000)], ids=repr
 )
@@ -85,6 +86,7 @@ def test_the_damping_that_a_run_suggests_compensates_for_negative_eigenvalues():
     assert float(actual.split()[-1]) > float(suggested.split()[-1])
 
 
+@pytest.mark.slow
 def test_semidefinite_curvature_gets_no_additional_damping():
     model = trained()
     largest = float(torch.linalg.eigvalsh(DenseObjective(model, *DATA[:]).gauss_newton())[-1])

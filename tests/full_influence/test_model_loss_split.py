@@ -143,6 +143,7 @@ def test_a_penalty_on_the_weights_adds_its_own_curvature():
     torch.testing.assert_close(actual, expected + 0.1 * torch.eye(len(expected)).double())
 
 
+@pytest.mark.slow
 def test_attention_can_be_differentiated_twice():
     torch.manual_seed(1)
     net = nn.Sequential(

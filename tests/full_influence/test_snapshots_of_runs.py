@@ -110,7 +110,12 @@ def test_a_slice_without_snapshots_is_refused():
 
 @pytest.mark.parametrize(
     ("optimizer", "preconditioner"),
-    [("AdamW", "none"), ("Adamax", "optimizer"), ("Rprop", "optimizer"), ("Adadelta", "optimizer")],
+    [
+        ("AdamW", "none"),
+        pytest.param("Adamax", "optimizer", marks=pytest.mark.slow),
+        pytest.param("Rprop", "optimizer", marks=pytest.mark.slow),
+        pytest.param("Adadelta", "optimizer", marks=pytest.mark.slow),
+    ],
 )
 def test_learning_rates_suggest_a_damping_only_for_gradient_steps(optimizer, preconditioner):
     model, store = trained(

@@ -81,6 +81,7 @@ def test_the_curvature_of_sampled_labels_is_inverted_exactly(draws):
     assert solver.default_damping(operator) == pytest.approx(0.02 * largest)
 
 
+@pytest.mark.slow
 def test_many_draws_are_the_gauss_newton_matrix():
     model = Plain(mlp()).double()
     exact = DenseObjective(model, *CLASSES[:]).gauss_newton()

@@ -98,6 +98,7 @@ def test_operands_project_like_dense_tensors(operand):
     torch.testing.assert_close(operand.project(matrix), dense @ matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -120,6 +121,7 @@ def test_inner_products_are_unbiased(make):
     assert abs(float(estimates.mean()) - exact) < 4 * standard_error
 
 
+@pytest.mark.slow
 def test_the_variance_of_a_count_sketch_matches_the_formula():
     """Var<Sa, Sb> = (|a|^2 |b|^2 + <a, b>^2 - 2 sum a_i^2 b_i^2) / k."""
     first, second = random_matrices(0), random_matrices(1)

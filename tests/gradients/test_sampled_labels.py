@@ -130,6 +130,7 @@ class TokenTraining(Plain):
         return functional.cross_entropy(self.net(x), y.flatten())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("time_first", [False, True], ids=["samples first", "time first"])
 def test_rows_of_flattened_sequences_average_to_the_gauss_newton_matrix(time_first):
     torch.manual_seed(0)

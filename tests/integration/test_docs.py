@@ -12,7 +12,14 @@ pytestmark = pytest.mark.xdist_group("documented code")  # the README runs once
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Pages whose blocks take half a minute.
-LONG_PAGES = {"how-to-choose.md", "report.md"}
+LONG_PAGES = {
+    "api/evaluate.md",
+    "how-to-choose.md",
+    "language-models.md",
+    "report.md",
+    "uses/labels.md",
+    "uses/unlearn.md",
+}
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 PUBLIC_PACKAGES = [
     "applications",

@@ -20,6 +20,7 @@ pytestmark = [
         reason="this torch does not support devices that are written in Python",
     ),
     pytest.mark.xdist_group("emulated device"),  # the subprocess runs once
+    pytest.mark.slow,
 ]
 
 
@@ -49,14 +50,12 @@ def test_a_device_gives_the_results_of_the_cpu(name):
     assert answer(name) == "equal", result().stderr[-3000:]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", names_in("CASES"))
 def test_a_device_without_double_precision_gives_the_results_of_the_cpu(name):
     command = ("emulated_device_cases.py", "apple")
     assert answer(name, *command) == "equal", result(*command).stderr[-3000:]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cuda", "apple"])
 @pytest.mark.parametrize("name", names_in("USES", "emulated_device_uses.py"))
 def test_runs_are_used_on_a_device_as_on_the_cpu(name, kind):
@@ -69,7 +68,6 @@ MODELS = ["peft-lora", "gpt2-padded", "llama-tied", "mamba", "bert-mlm", "t5", "
 MODELS += ["segformer", "whisper", "clip"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_the_zoo_has_the_rows_of_the_cpu(name):
     pytest.importorskip("transformers")

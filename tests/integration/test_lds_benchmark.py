@@ -43,6 +43,7 @@ def small(task: Task) -> Task:
     )
 
 
+@pytest.mark.slow
 @EVERY_TASK
 def test_retraining_on_all_samples_ends_where_lightning_ended(name, tmp_path):
     run = record(small(TASKS[name]), tmp_path / "run", {}, seed=0)
@@ -54,6 +55,7 @@ def test_retraining_on_all_samples_ends_where_lightning_ended(name, tmp_path):
         torch.testing.assert_close(weights, run.final, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 @EVERY_TASK
 def test_left_out_samples_no_longer_add_to_any_step(name, tmp_path):
     run = record(small(TASKS[name]), tmp_path / "run", {}, seed=0)

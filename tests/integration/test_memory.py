@@ -77,6 +77,7 @@ def top_only(method):
     return query
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("query", "limit"),
     [

@@ -127,6 +127,7 @@ def _logits(model, batch):
     return model.net(batch[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", OTHER_DOORS)
 def test_no_function_that_takes_a_run_and_a_model_accepts_other_weights_unnoticed(tmp_path, door):
     model = trained(tmp_path / "run")

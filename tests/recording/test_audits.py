@@ -285,6 +285,7 @@ def test_honest_models_in_mixed_precision_are_accepted_and_faulty_ones_refused(m
         assert len(names) == 3
 
 
+@pytest.mark.slow
 def test_a_compiled_function_in_the_training_step_is_refused():
     class CompilesFunction(Plain):
         @functools.cached_property

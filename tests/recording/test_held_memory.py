@@ -45,13 +45,17 @@ class Garbage(pl.Callback):
         return reference is not None and reference() is tensor
 
 
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def with_batch_norm() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 11), nn.BatchNorm1d(11), nn.ReLU(), nn.Linear(11, 3))
 
 
-@pytest.mark.parametrize("network", [mlp, with_batch_norm])
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("curvature", ["none", "fisher"])
+@pytest.mark.parametrize("network", [mlp, slow(with_batch_norm)])
+@pytest.mark.parametrize("optimizer", [slow(torch.optim.SGD), torch.optim.AdamW])
+@pytest.mark.parametrize("curvature", [slow("none"), "fisher"])
 def test_a_recorded_step_leaves_no_tensor_to_the_garbage_collector(
     tmp_path: Path, network: Any, optimizer: Any, curvature: Any
 ) -> None:

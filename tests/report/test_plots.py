@@ -38,6 +38,7 @@ def test_the_grid_has_queries_proponents_and_opponents_in_order():
 
 
 # The font has no symbols for control characters.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_the_grid_of_hostile_texts_is_drawn(tmp_path):
     texts = [*HOSTILE, "$\\frac{", "\\input{/etc/passwd}"]

@@ -102,6 +102,7 @@ def record_with_interrupt(path, steps, at):
     return count, list(store)
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_neither_loses_a_step_nor_writes_one_twice(tmp_path):
     steps = make_steps(3)
     total, recorded = record_with_interrupt(tmp_path / "0", steps, None)

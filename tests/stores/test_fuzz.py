@@ -132,7 +132,9 @@ def require_exact_or_clear(good, folder, seeds):
     assert exact < len(seeds) / 3
 
 
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 6))]
+)
 def test_random_damage_is_exact_or_one_clear_error(good, tmp_path, part):
     require_exact_or_clear(good, tmp_path, range(50 * part, 50 * part + 50))
 

@@ -107,7 +107,9 @@ def test_a_lost_segment_keeps_its_number_when_the_training_is_resumed(run):
     assert [step.index for step in HDF5Store.open(run, missing="skip")] == [0, 2, 4, 6, 12]
 
 
-@pytest.mark.parametrize("index", [0, 3, 8])
+@pytest.mark.parametrize(
+    "index", [pytest.param(0, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("action", ["resume", "clear", "append"])
 def test_a_kill_at_any_change_of_the_folder_leaves_a_whole_run(
     run, tmp_path, monkeypatch, action, index

@@ -66,7 +66,9 @@ def jaxtyped(decorated: Any = None, *, typechecker: Any) -> Any:
             decorated.__init__ = checked(decorated.__init__)
         return decorated
     if inspect.isgeneratorfunction(decorated):  # it runs after the shapes have been forgotten
-        return first_calls(decorated, original_jaxtyped(decorated, typechecker=typechecker), Calls())
+        return first_calls(
+            decorated, original_jaxtyped(decorated, typechecker=typechecker), Calls()
+        )
     return checked(decorated)
 
 

@@ -15,18 +15,19 @@ from zoo_rows import N, compare, gradients_of, reference
 from zoo_training import N_QUERY, N_TRAIN, STEPS, ask, train_and_resume
 
 FAST = ("mlp-weight-norm", "own-parameters", "simclr", "gpt2-padded", "mixtral", "mamba", "t5")
+FAST_TO_TRAIN = ("mlp-weight-norm", "own-parameters", "simclr")
 ERRORS = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
-def every_model(refused=()):
-    """Parametrize by the models; refused ones are expected to fail, most are slow."""
+def every_model(refused=(), fast=FAST):
+    """Parametrize by the models; refused ones are expected to fail, all but `fast` are slow."""
     return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=marks_of(name, refused)) for name in ZOO]
+        "name", [pytest.param(name, marks=marks_of(name, refused, fast)) for name in ZOO]
     )
 
 
-def marks_of(name, refused):
-    slow = [] if name in FAST else [pytest.mark.slow]
+def marks_of(name, refused, fast):
+    slow = [] if name in fast else [pytest.mark.slow]
     return [*slow, pytest.mark.xfail(reason=refused[name])] if name in refused else slow
 
 
@@ -80,7 +81,7 @@ def test_the_references_sum_to_the_gradient(name):
 
 
 @pytest.mark.parametrize("sampled", [0, 0.25], ids=["rows", "sampled labels"])
-@every_model(REFUSED)
+@every_model(REFUSED, FAST_TO_TRAIN)
 def test_a_resumed_training_answers(name, sampled, tmp_path):
     case = case_named(name)
     if sampled and not case.has_likelihood:
