@@ -11,10 +11,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from tda_lightning.attribution import Attributor, Averaged
 from tda_lightning.passes.model_state import warn_of_other_weights
@@ -22,11 +23,11 @@ from tda_lightning.passes.queries import identified_rows
 from tda_lightning.results.html_tables import ShownInNotebooks
 from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.results.scores import Scores
-from tda_lightning.stores.arguments import require_kind
+from tda_lightning.stores.arguments import describe, require_kind
 from tda_lightning.stores.opening import Run, open_run
 from tda_lightning.stores.precision import with_double_precision
 
-Groups = Sequence[Hashable] | Tensor
+Groups = Sequence[Hashable] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def influence_by_group(
     Raises:
         ValueError: If there is not one group per training sample and per query.
     """
-    columns, of_train = _number(train_groups, len(scores.train_ids), "train_groups")
-    rows, of_query = _number(query_groups, len(scores.query_ids), "query_groups")
+    columns, of_train = number_groups(train_groups, len(scores.train_ids), "train_groups")
+    rows, of_query = number_groups(query_groups, len(scores.query_ids), "query_groups")
     by_train = torch.zeros(len(of_query), len(columns), dtype=torch.float64)
     by_train.index_add_(1, of_train, scores.values.double())
     values = torch.zeros(len(rows), len(columns), dtype=torch.float64)
@@ -120,7 +121,7 @@ class WorstGroupLoss(Summary):
 
     def weights(self, losses: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return 1 / (size of the worst group) for its queries, and 0 for the others."""
-        names, numbers = _number(self.groups, len(losses), "groups")
+        names, numbers = number_groups(self.groups, len(losses), "groups")
         if losses.isnan().any():
             raise ValueError(
                 "The losses of some queries are unknown; expected those of all, to find the worst "
@@ -148,7 +149,7 @@ class Gap(Summary):
 
     def weights(self, losses: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return 1 / n for one group and -1 / n for the other, with their sizes n."""
-        names, numbers = _number(self.groups, len(losses), "groups")
+        names, numbers = number_groups(self.groups, len(losses), "groups")
         weights = torch.zeros_like(losses)
         for name, sign in ((self.worse, 1.0), (self.better, -1.0)):
             if name not in names:
@@ -182,8 +183,8 @@ def attribute_summary(
 
     Raises:
         FileNotFoundError: If there is no run at the path.
-        ValueError: If the method is not linear, an argument does not match the loader, or the
-            summary needs losses that are unknown.
+        ValueError: If the method is not linear, an argument does not match the loader, the loader
+            shuffles queries that have groups, or the summary needs losses that are unknown.
     """
     require_kind("summary", summary, Summary, "`MeanLoss()`")
     require_kind("method", method, Attributor, "`Averaged()`")
@@ -191,6 +192,12 @@ def attribute_summary(
         raise ValueError(
             f"`{method!r}` is not linear in the query; expected a method that is, such as "
             "`Unrolled()` or `TracIn()`, since a summary adds up queries."
+        )
+    if hasattr(summary, "groups") and isinstance(getattr(loader, "sampler", None), RandomSampler):
+        raise ValueError(
+            "`loader` shuffles, so that the groups of the summary belong to other queries; "
+            "expected one group for each query in the order of the loader. Pass a loader without "
+            "`shuffle=True`."
         )
     store = open_run(run)
     warn_of_other_weights(model, store.final_fingerprint, remedy="")
@@ -211,12 +218,25 @@ def attribute_summary(
     return method.attribute(store, row.to(device), progress=progress)
 
 
-def _number(groups: Groups, n: int, name: str) -> tuple[tuple[Hashable, ...], Int64[Tensor, " n"]]:
-    """Return the names of the groups, sorted, and the number of each entry's group."""
-    entries = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+def number_groups(
+    groups: Groups, n: int, name: str
+) -> tuple[tuple[Hashable, ...], Int64[Tensor, " n"]]:
+    """Return the names of the groups, sorted, and the number of each entry's group.
+
+    Raises:
+        ValueError: If there is not one group for each of ``n`` samples.
+    """
+    values = groups.tolist() if isinstance(groups, Tensor | np.ndarray) else groups
+    # Tensors with equal values are not equal as keys.
+    entries = [value.tolist() if hasattr(value, "tolist") else value for value in values]
     if len(entries) != n:
         raise ValueError(
             f"`{name}` has {len(entries)} entries; expected {n}, one group for each in order."
+        )
+    if any(not isinstance(entry, Hashable) for entry in entries):
+        raise ValueError(
+            f"`{name}` holds {describe(entries[0])}; expected one group for each in order: a "
+            "number or a text."
         )
     names = tuple(sorted(set(entries), key=lambda entry: (str(type(entry)), entry)))
     numbers = {entry: number for number, entry in enumerate(names)}

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tda_lightning.applications.groups import Groups, number_groups
 from tda_lightning.applications.importance import EL2N, Importance
 from tda_lightning.applications.mislabel_count import notes_on_selected
 from tda_lightning.applications.notes import Note
@@ -31,8 +31,6 @@ from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.results.tables import frame_by_sample
 from tda_lightning.stores import Store
 from tda_lightning.stores.opening import Run, open_run
-
-Labels = Sequence[int] | Int[np.ndarray, " n_all"] | Int[Tensor, " n_all"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def prune(
     keep: float = 0.5,
     *,
     importance: Importance | SampleScores = EL2N(),
-    balance: Labels | None = None,
+    balance: Groups | None = None,
 ) -> Selection:
     """Keep the training samples with the highest importance.
 
@@ -117,7 +115,7 @@ def prune(
     )
 
 
-def _top_of_each_group(scores: SampleScores, n: int, balance: Labels | None) -> Int[Tensor, " n"]:
+def _top_of_each_group(scores: SampleScores, n: int, balance: Groups | None) -> Int[Tensor, " n"]:
     if scores.values.isnan().any():
         raise ValueError("`importance` holds NaN, which has no rank; expected numbers only.")
     chosen = torch.cat(
@@ -129,7 +127,7 @@ def _top_of_each_group(scores: SampleScores, n: int, balance: Labels | None) -> 
     return chosen[scores.values[chosen].argsort(descending=True, stable=True)]
 
 
-def coreset(run: Run, keep: float = 0.1, *, balance: Labels | None = None) -> Selection:
+def coreset(run: Run, keep: float = 0.1, *, balance: Groups | None = None) -> Selection:
     """Keep a weighted subset whose gradients stand for those of all training samples.
 
     Memory: one row per sample, and the cosines of all pairs within a class.
@@ -168,7 +166,7 @@ def coreset(run: Run, keep: float = 0.1, *, balance: Labels | None = None) -> Se
 
 
 def _groups(
-    ids: Int[Tensor, " n_train"], balance: Labels | None, n: int
+    ids: Int[Tensor, " n_train"], balance: Groups | None, n: int
 ) -> list[tuple[Int[Tensor, " _"], int]]:
     """Return the positions of the samples of each class, and how many of them to keep, if any.
 
@@ -176,12 +174,14 @@ def _groups(
     """
     if balance is None:
         return [(torch.arange(len(ids)), n)]
-    labels = torch.as_tensor(balance)
-    if labels.ndim != 1 or len(labels) <= int(ids.max()) or labels.is_floating_point():
+    names, labels = number_groups(balance, len(balance), "balance")
+    has_fractions = any(isinstance(name, float) for name in names)
+    if len(labels) <= int(ids.max()) or has_fractions:
+        kind = "fractions" if has_fractions else f"{len(labels)} entries"
         raise ValueError(
-            f"`balance` has the shape {tuple(labels.shape)}; expected one whole number for every "
-            f"id up to {int(ids.max())}, since `balance[i]` is the class of sample `i`. Pass the "
-            "labels of the whole dataset."
+            f"`balance` has {kind}; expected a whole number or a name for every id up to "
+            f"{int(ids.max())}, since `balance[i]` is the class of sample `i`. Pass the labels of "
+            "the whole dataset."
         )
     classes = labels[ids]
     groups = [(classes == label).nonzero()[:, 0] for label in torch.unique(classes)]

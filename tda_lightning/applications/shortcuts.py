@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor, nn
 
+from tda_lightning.applications.groups import Groups, number_groups
 from tda_lightning.applications.predictions import of_classes
 from tda_lightning.attribution import Attributor, GradientSimilarity
 from tda_lightning.attribution.attribute import attribute
@@ -103,7 +104,7 @@ def find_shortcut(
     slice_: Any,
     attributes: Mapping[str, Bool[Tensor, " n_train"]],
     *,
-    classes: Int[Tensor, " n_train"] | None = None,
+    classes: Groups | None = None,
     reference: Any = None,
     method: Attributor = GradientSimilarity(),
     target: Target | None = None,
@@ -120,7 +121,8 @@ def find_shortcut(
         slice_: The data whose predictions are in doubt: a batch or a ``DataLoader``.
         attributes: Which training samples have each attribute, by its name, in the order of
             ``run.train_ids()``.
-        classes: Class of each training sample. Attributes are compared within classes.
+        classes: Class of each training sample, a number or a name, in the same order. Attributes
+            are compared within classes.
         reference: Data to compare with, such as the same slice without a watermark. Its mean score
             is subtracted, which removes what both have in common. Without it, the class and the
             content of the slice outweigh a weak shortcut.
@@ -143,12 +145,9 @@ def find_shortcut(
     require_kind("attributes", attributes, Mapping, '`{"watermark": mask}`')
     for name, members in attributes.items():
         require_mask(f"attributes[{name!r}]", members, (n_train,))
-    if classes is not None and classes.shape != (n_train,):
-        raise ValueError(
-            f"`classes` has the shape {tuple(classes.shape)}; expected ({n_train},), one class per "
-            "training sample."
-        )
-
+    strata = torch.zeros(n_train, dtype=torch.int64)
+    if classes is not None:
+        _, strata = number_groups(classes, n_train, "classes")
     outputs, _ = of_classes(store, outputs, labels_of)
     if target is None and reference is None:
         target = _PredictedLogit(outputs)
@@ -162,7 +161,6 @@ def find_shortcut(
     values, n_slice, name = mean_scores(slice_)
     if reference is not None:
         values = values - mean_scores(reference)[0]
-    strata = torch.zeros(n_train, dtype=torch.int64) if classes is None else classes
     chance = torch.Generator().manual_seed(seed)
     effects = [
         _test(label, members, values, strata, n_permutations, len(attributes), chance)

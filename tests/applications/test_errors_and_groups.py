@@ -120,6 +120,40 @@ def test_a_summary_is_the_weighted_sum_of_its_queries(digits):
         torch.testing.assert_close(scores.values[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "as_given",
+    [list, torch.Tensor.tolist, torch.Tensor.numpy, lambda groups: list(groups.numpy())],
+    ids=["list of tensors", "list", "array", "list of numbers of NumPy"],
+)
+def test_groups_are_the_same_in_every_form(digits, as_given):
+    """Tensors with equal values are one group, although they are not equal as keys."""
+    loader = DataLoader(digits.test, batch_size=47)
+    groups = digits.test.tensors[1] % 2
+    settings = {"method": TracIn(), "progress": False}
+    for summary in (lambda groups: Gap(groups, 1, 0), WorstGroupLoss):
+        expected, found = (
+            attribute_summary(digits.store, digits.model, loader, summary(form), **settings)
+            for form in (groups, as_given(groups))
+        )
+        torch.testing.assert_close(found.values, expected.values, rtol=0, atol=0)
+    scores = attribute(digits.store, digits.model, loader, **settings)
+    parity = scores.train_ids % 2
+    table = influence_by_group(scores, as_given(parity), as_given(groups))
+    assert table.train_groups == table.query_groups == (0, 1)
+    assert torch.equal(table.values, influence_by_group(scores, parity, groups).values)
+
+
+def test_groups_that_cannot_belong_to_the_queries_are_refused(digits):
+    loader = DataLoader(digits.test, batch_size=47)
+    shuffled = DataLoader(digits.test, batch_size=47, shuffle=True)
+    with pytest.raises(ValueError, match="`loader` shuffles"):
+        attribute_summary(digits.store, digits.model, shuffled, Gap([0] * 100, 0, 1))
+    attribute_summary(digits.store, digits.model, shuffled, progress=False)  # Needs no order.
+    summary = Gap(torch.zeros(100, 1, dtype=torch.int64), 0, 1)
+    with pytest.raises(ValueError, match=r"`groups` holds \(a int\); expected one group"):
+        attribute_summary(digits.store, digits.model, loader, summary, progress=False)
+
+
 def test_a_method_that_is_not_linear_cannot_summarize(digits):
     loader = DataLoader(digits.test, batch_size=47)
     with pytest.raises(ValueError, match="not linear"):
@@ -212,7 +246,7 @@ def test_a_class_is_no_shortcut_within_classes(digits):
         digits.model,
         digits.queries(20),
         {"is a three": labels == 3},
-        classes=labels,
+        classes=[f"digit {label}" for label in labels.tolist()],
         target=Logit(3),
         n_permutations=99,
         progress=False,

@@ -119,6 +119,8 @@ def test_balanced_pruning_keeps_the_same_share_of_each_class(trained):
         assert abs(share - 6 / N) <= 1 / float((y == label).sum())
     assert len(half) == 6
     assert half.scores.tolist() == sorted(half.scores.tolist(), reverse=True)
+    names = [f"class {label}" for label in y.tolist()]
+    assert prune(store, 6 / N, balance=names).ids.tolist() == half.ids.tolist()
 
 
 def test_a_selection_goes_straight_into_torch(trained):
@@ -180,8 +182,10 @@ def test_a_share_that_keeps_nothing_is_refused(trained, keep):
 
 def test_wrong_labels_and_scores_are_refused(trained):
     store, _, y = trained
-    with pytest.raises(ValueError, match="one whole number for every id up to 12"):
+    with pytest.raises(ValueError, match="a whole number or a name for every id up to 12"):
         prune(store, balance=y[:7])
+    with pytest.raises(ValueError, match="`balance` has fractions"):
+        prune(store, balance=y / 2)
     nan = SampleScores(torch.full((N,), torch.nan), torch.arange(N), "")
     with pytest.raises(ValueError, match="holds NaN"):
         prune(store, importance=nan)
