@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import log
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tda_lightning.attribution.attributor import provenance_of
@@ -115,6 +116,16 @@ class LossHistory(ShownInNotebooks):
         """
         is_right = (self._margins() > 0).to(self.losses)
         return self._scores(self._mean(is_right), "correctness")
+
+    def learned(self) -> Bool[Tensor, " n_train"]:
+        """Return which samples had their label predicted at the last visit.
+
+        Without margins, it is that a loss was below log 2: a probability of the label of one half.
+        """
+        is_learned = self.losses < log(2) if self.margins is None else self.margins > 0
+        result = torch.zeros(len(self.train_ids), dtype=torch.bool)
+        result[self._rows()[self._is_last()]] = is_learned[self._is_last()]
+        return result
 
     def confidence(self) -> SampleScores:
         """Return the mean probability of each sample's label over its visits.

@@ -9,11 +9,15 @@ The number of wrong labels is the size of the upper group there. At most those s
 label had less than half of the probability on average, and was not predicted at most visits: others
 are hard, such as right labels of two classes that are confused. The power is between a mean, which
 misses some, and a square root, which adds hard samples.
+
+Samples that are learned late form an upper group, too. But the model does not contradict them, so
+their losses stay below those of the untrained model, which guesses. And until most of the other
+samples are learned, it is too early to tell. The number is then unknown.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 import torch
@@ -30,6 +34,10 @@ _POWER = 0.75
 _LEAST_VISITS = 5
 # Few samples fall into two groups by chance.
 FEW = 50
+# So do the losses of one or two visits, which differ by when they came.
+_CLEAR_VISITS = 3
+# Share of the samples that are not flagged which the model must have learned.
+_LEAST_LEARNED = 0.75
 # Ends of the decisive part that are tried, at most.
 _MAX_ENDS = 40
 
@@ -43,12 +51,19 @@ class Count:
         separation: Share of the variance of the suspicions between two groups.
         decisive_visits: Number of first visits of each sample that count.
         visits: Number of visits of each sample, at most.
+        doubt: Why two groups, if there are any, may not be wrong and right labels, in a sentence.
     """
 
     number: int
     separation: float
     decisive_visits: int
     visits: int
+    doubt: str = ""
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the suspicions fall into a group of wrong labels and one of right labels."""
+        return self.separation >= LEAST_SEPARATION and not self.doubt
 
 
 def decisive_part(history: LossHistory) -> LossHistory:
@@ -83,9 +98,36 @@ def estimate_number(
         number = min(number, int((decisive.confidence().values < 0.5).sum()))
         if decisive.margins is not None:
             number = min(number, int((decisive.correctness().values < 0.5).sum()))
-        if separation < LEAST_SEPARATION:  # Of two groups there is no sign.
-            number = min(number, int((history.last().values > log(2)).sum()))
-    return Count(number, separation, decisive.max_visits(), history.max_visits())
+    doubt = _doubt(suspicion, number, history, decisive)
+    count = Count(number, separation, decisive.max_visits(), history.max_visits(), doubt)
+    if count.is_clear or history.loss != "cross-entropy":
+        return count
+    # Of two groups there is no sign.
+    return replace(count, number=min(number, int((history.last().values > log(2)).sum())))
+
+
+def _doubt(
+    suspicion: Float[Tensor, " n_train"], number: int, history: LossHistory, decisive: LossHistory
+) -> str:
+    """Return why the most suspicious samples may be learned late instead of wrong, or nothing."""
+    if history.max_visits() < _CLEAR_VISITS:
+        return (
+            f"No sample came {_CLEAR_VISITS} times: losses of fewer visits are high for samples "
+            "that came early."
+        )
+    order = suspicion.argsort(descending=True)
+    flagged = float(suspicion[order[:number]].mean())
+    untrained = float(history.losses[history.steps.argsort(stable=True)[:FEW]].nanmean())
+    if number and flagged < untrained:
+        return (
+            f"The mean loss of the flagged samples, {flagged:.3g}, is below that of the first "
+            f"batches, {untrained:.3g}: they are learned late, but not contradicted."
+        )
+    others = order[number:][suspicion[order[number:]].isfinite()]
+    learned = float(decisive.learned()[others].double().mean())
+    if learned < _LEAST_LEARNED:
+        return f"The model has learned only {learned:.0%} of the other samples."
+    return ""
 
 
 def can_count(run: Store, history: LossHistory | None) -> bool:
@@ -108,7 +150,7 @@ def _suspicious_ids(run: Store) -> Int64[Tensor, " n"]:
     decisive = decisive_part(history)
     suspicion = decisive.mean().values.nan_to_num(nan=-torch.inf)
     count = estimate_number(suspicion, history, decisive)
-    number = count.number if count.separation >= LEAST_SEPARATION else 0
+    number = count.number if count.is_clear else 0
     return history.train_ids[suspicion.topk(number).indices]
 
 

@@ -47,7 +47,7 @@ from tda_lightning.passes.batches import dataset_ids
 from tda_lightning.passes.outputs import Labels, Outputs, labels_of, outputs_of
 from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.stores import Store
-from tda_lightning.stores.arguments import require_kind
+from tda_lightning.stores.arguments import require_kind, require_whole
 from tda_lightning.stores.opening import Run, open_run
 
 
@@ -94,6 +94,8 @@ def find_mislabeled(
         ValueError: If an argument is missing or invalid, or the run holds neither losses nor rows.
     """
     store = open_run(run)
+    if number is not None:
+        require_whole("number", number, least=0)
     _require_complete(model, loader, trusted)
     history = known_losses(store)
     decisive = None if history is None else decisive_part(history)
@@ -116,7 +118,7 @@ def find_mislabeled(
         label_scores=_label_scores(suspicion, history),
         witnesses=witnesses,
         estimated_number=count.number,
-        is_clear=can_count(store, history) and count.separation >= LEAST_SEPARATION,
+        is_clear=can_count(store, history) and count.is_clear,
         flagged_number=count.number if number is None else min(number, len(suspicion)),
         labelled=labelled,
         notes=tuple(_notes(store, history, suspicion, count)),
@@ -225,6 +227,10 @@ def _notes(
             f"The scores do not fall into two groups (separation {count.separation:.3f}; with a "
             f"tenth of the labels flipped it was above {LEAST_SEPARATION}): the flagged samples "
             "may simply be hard, or the training too short."
+        )
+    elif count.doubt:
+        yield Note(
+            f"{count.doubt} Their labels may be right.", remedy="Train longer, or look at them."
         )
     if count.decisive_visits < count.visits:
         yield Note(

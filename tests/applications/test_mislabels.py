@@ -9,6 +9,7 @@ from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from recorded_digits import DigitsModel, recorded_digits
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
+from unchecked_calls import type_checks_disabled
 
 from tda_lightning import GradientRecorder, LossRecorder
 from tda_lightning.applications import Retrainings, find_mislabeled, loss_history, retrain
@@ -64,8 +65,36 @@ def store_of_late_samples():
     for step in trained:
         late = torch.where(step.sample_ids < 13, 3.0 if step.epoch < 5 else 0.0, 0.1)
         losses = late + 0.1 * torch.rand(101, generator=noise)
-        store.append(replace(step, losses=losses))
+        store.append(replace(step, losses=losses, margins=1 - losses))
     return store, model
+
+
+@pytest.mark.parametrize(
+    ("epochs", "untrained", "unlearned", "doubt"),
+    [
+        (11, 2.0, 0, ""),
+        (11, 4.0, 0, "they are learned late, but not contradicted"),
+        (11, 2.0, 33, "The model has learned only 62% of the other samples"),
+        (2, 2.0, 0, "No sample came 3 times"),
+    ],
+    ids=["contradicted", "learned late", "others unlearned", "two visits"],
+)
+def test_only_contradicted_labels_of_a_model_that_fits_the_others_are_counted(
+    epochs, untrained, unlearned, doubt
+):
+    """All samples have the loss of a guess first; later, 13 keep one of 3, the others fall."""
+    store, trained = MemoryStore(), store_of_late_samples()[0]
+    store.begin(trained.recipe)
+    for step in trained[:epochs]:
+        losses = torch.where(step.sample_ids < 13, 3.0, 0.1 + step.sample_ids / 1e4)
+        margins = torch.where(step.sample_ids < 13 + unlearned, -1.0, 1.0)
+        losses = torch.full((101,), untrained) if step.index == 0 else losses
+        store.append(replace(step, losses=losses, margins=margins))
+    found = find_mislabeled(store, progress=False)
+    assert found.is_clear == (not doubt)
+    assert doubt in " ".join(repr(found).split())
+    if not doubt:
+        assert sorted(found.ids.tolist()) == list(range(13))
 
 
 def test_memorized_labels_are_counted_by_the_visits_before():
@@ -130,6 +159,13 @@ def test_a_loader_that_misses_samples_is_refused():
         find_mislabeled(digits.store, digits.model, digits.loader(drop_last=True), progress=False)
     with pytest.raises(ValueError, match="passed without `model`"):
         find_mislabeled(digits.store, loader=digits.loader())
+
+
+@pytest.mark.parametrize("number", [-1, True, 3.5])
+def test_a_number_of_samples_to_flag_is_whole(number):
+    """A negative one would flag all but the last."""
+    with type_checks_disabled(), pytest.raises(ValueError, match=r"`number` is .* whole number"):
+        find_mislabeled(recorded_digits().store, number=number)
 
 
 def test_the_loader_of_a_regression_is_refused_with_what_needs_no_classes():
