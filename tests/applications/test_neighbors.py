@@ -55,6 +55,11 @@ def components(cosines, threshold):
     return sorted(groups)
 
 
+def test_a_similarity_is_a_cosine(trained):
+    with pytest.raises(ValueError, match=r"`similarity` is 98\.0; expected a cosine from 0 to 1"):
+        find_duplicates(trained[0], similarity=98.0)
+
+
 @pytest.mark.parametrize("threshold", [None, 0.7, 0.0])
 def test_groups_are_connected_by_similar_gradients(trained, threshold):
     store, _ = trained

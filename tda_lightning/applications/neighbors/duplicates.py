@@ -157,6 +157,11 @@ def find_duplicates(
     """
     if similarity is not None:
         require_not_negative("similarity", similarity)
+        if similarity > 1:
+            raise ValueError(
+                f"`similarity` is {similarity!r}; expected a cosine from 0 to 1, such as "
+                f"{GRADIENT_SIMILARITY}."
+            )
     store = open_run(run)
     if (model is None) != (loader is None):
         raise ValueError(
