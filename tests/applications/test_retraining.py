@@ -12,7 +12,13 @@ import pytest
 import retrained
 import torch
 from lightning_models import loader, quiet_trainer, vectors
-from torch.utils.data import Subset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Subset,
+    WeightedRandomSampler,
+)
 from unchecked_calls import type_checks_disabled
 
 from tda_lightning import GradientRecorder
@@ -178,6 +184,22 @@ def test_several_processes_give_the_same_results():
     plan = same_data(13, seeds=[0, 1, 2])
     expected = retrain(plan, **FUNCTIONS).values
     torch.testing.assert_close(retrain(plan, processes=2, **FUNCTIONS).values, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"batch_sampler": BatchSampler(RandomSampler(range(13)), 4, False)}, "`batch_sampler=`"),
+        ({"sampler": RandomSampler(range(13), replacement=True)}, "with replacement"),
+        ({"sampler": RandomSampler(range(13), num_samples=7)}, "another number of samples"),
+        ({"sampler": WeightedRandomSampler([1.0] * 13, 13)}, "`WeightedRandomSampler`"),
+    ],
+    ids=["batch sampler", "replacement", "fewer", "weights"],
+)
+def test_loaders_whose_order_would_be_another_are_refused(settings, kind):
+    data = DataLoader(vectors(n=13), **settings)
+    with pytest.raises(ValueError, match=f"`loader` returned a loader with a.*{kind}"):
+        weighted_loader(data, torch.ones(13))
 
 
 def test_unequal_weights_draw_in_proportion():

@@ -187,10 +187,9 @@ def weighted_loader(loader: DataLoader[Any], weights: Float[Tensor, " n_train"])
     Raises:
         ValueError: If the loader has another sampler, or its dataset another length.
     """
-    if not isinstance(loader, DataLoader) or type(loader.sampler) not in _SAMPLERS:
-        kind = type(getattr(loader, "sampler", loader)).__name__
+    if (kind := _other_sampler(loader)) is not None:
         raise ValueError(
-            f"`loader` returned a loader with a `{kind}`; expected a `DataLoader` with or "
+            f"`loader` returned a loader with a {kind}; expected a `DataLoader` with or "
             "without `shuffle=True`, whose samples can be replaced by a subset."
         )
     n_samples = len(loader.dataset)  # type: ignore[arg-type]
@@ -212,5 +211,21 @@ def weighted_loader(loader: DataLoader[Any], weights: Float[Tensor, " n_train"])
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         drop_last=loader.drop_last,
+        worker_init_fn=loader.worker_init_fn,
         generator=loader.generator,
     )
+
+
+def _other_sampler(loader: Any) -> str | None:
+    """Return what determines the samples of a loader, if they cannot be replaced by a subset."""
+    if not isinstance(loader, DataLoader) or type(loader.sampler) not in _SAMPLERS:
+        return f"`{type(getattr(loader, 'sampler', loader)).__name__}`"
+    # With `batch_sampler=`, the loader's own sampler is not used.
+    if loader.batch_sampler is not None and loader.batch_size is None:
+        return f"`batch_sampler=` ({type(loader.batch_sampler).__name__})"
+    sampler = loader.sampler
+    if isinstance(sampler, RandomSampler) and sampler.num_samples != len(sampler.data_source):
+        return "`RandomSampler` of another number of samples"
+    if isinstance(sampler, RandomSampler) and sampler.replacement:
+        return "`RandomSampler` with replacement"
+    return None
