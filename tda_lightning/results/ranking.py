@@ -68,9 +68,10 @@ class Ranking:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, row: int) -> SampleRanking:
+    def __getitem__(self, row: int | Tensor) -> SampleRanking:
         """Return the ranking of the query at a position."""
-        if not isinstance(row, Integral) or not -len(self) <= row < len(self):
+        is_number = isinstance(row, Tensor) and not row.ndim  # Such as the result of `argmax()`.
+        if not (is_number or isinstance(row, Integral)) or not -len(self) <= row < len(self):
             raise IndexError(
                 f"`ranking[{row!r}]` names no query; expected a position below {len(self)}. "
                 "Select samples by `ranking.ids[...]`."

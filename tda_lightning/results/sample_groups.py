@@ -47,7 +47,10 @@ def whole_ids(train_ids: object, argument: str = "train_ids") -> Int[Tensor, " k
             f"`{argument}` is a ranking for {len(train_ids)} queries; expected one list of ids. "
             "Pass those of one query, `ranking[0]`, or all of them, `ranking.ids.unique()`."
         )
-    ids = torch.as_tensor(train_ids)
+    try:
+        ids = torch.as_tensor(train_ids)
+    except (TypeError, ValueError, RuntimeError):  # Such as a set, or texts.
+        ids = torch.empty(0, 0)
     is_whole = ids.numel() == 0 or not (ids.is_floating_point() or ids.dtype == torch.bool)
     if ids.ndim != 1 or not is_whole:
         is_array = isinstance(train_ids, Tensor) or ids.ndim > 1

@@ -78,7 +78,9 @@ class Scores(SavedResult):
                 f"`scores[{', '.join(map(str, queries))}]` has two positions; expected one, of the "
                 "queries. Select training samples by their ids: `scores[0].of([17, 23])`."
             )
-        chosen = queries if isinstance(queries, slice) else torch.as_tensor(queries)
+        chosen = queries if isinstance(queries, slice) else _positions(queries)
+        if isinstance(chosen, Tensor) and not chosen.ndim:  # Such as the result of `argmax()`.
+            return self._row(int(chosen))
         tokens = None if self.tokens is None else self.tokens[chosen]
         return replace(
             self, values=self.values[chosen], query_ids=self.query_ids[chosen], tokens=tokens
@@ -252,6 +254,11 @@ class Scores(SavedResult):
     def _name_of(self, row: int) -> str:
         token = "" if self.tokens is None else f", token {int(self.tokens[row])}"
         return f"query {int(self.query_ids[row])}{token}"
+
+
+def _positions(queries: int | Sequence[int] | Tensor) -> Tensor:
+    positions = torch.as_tensor(queries)
+    return positions if positions.numel() else positions.long()
 
 
 def _describe_row(row: SampleScores) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from unchecked_calls import type_checks_disabled
 
 from tda_lightning import Scores
 from tda_lightning.results import SampleScores
@@ -68,6 +69,24 @@ def test_queries_are_selected_by_position():
         assert part.query_ids.tolist() == [21, 22]
     assert [float(each.values.sum()) for each in SCORES] == SCORES.values.sum(dim=1).tolist()
     assert (len(SCORES), SCORES.shape, len(SAMPLES)) == (5, (5, 7), 7)
+
+
+def test_a_position_may_be_a_tensor():
+    """Such as the result of `argmax`."""
+    row = SCORES[torch.tensor(1)]
+    assert torch.equal(row.values, SCORES.values[1])
+    assert row.provenance == SCORES[1].provenance
+    assert list(SCORES.proponents(3)[torch.tensor(1)]) == list(SCORES.proponents(3)[1])
+    assert SCORES[[]].shape == (0, 7)
+
+
+@pytest.mark.parametrize("ids", [{18, 20}, ["18"]], ids=["set", "texts"])
+def test_ids_in_no_list_of_numbers_are_refused(ids):
+    with (
+        type_checks_disabled(),
+        pytest.raises(ValueError, match="expected a list of whole"),
+    ):
+        SCORES.of(ids)
 
 
 def test_two_positions_and_positions_out_of_range_raise():
