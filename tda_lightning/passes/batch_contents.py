@@ -129,7 +129,8 @@ def _is_without_tensors(batch: Any) -> bool:
 def _is_list_of_samples(batch: Any) -> bool:
     """Return whether each entry is a sample.
 
-    It is a tuple such as an image and the dictionary of its objects, or a mapping with a number.
+    It is a tuple such as an image and the dictionary of its objects, or a tuple or a mapping with a
+    number.
     """
     if not isinstance(batch, list) or not batch:
         return False
@@ -137,6 +138,8 @@ def _is_list_of_samples(batch: Any) -> bool:
         return all(any(map(_is_number, sample.values())) for sample in batch)
     if not all(isinstance(sample, tuple) for sample in batch):
         return False
+    if all(any(map(_is_number, sample)) for sample in batch):
+        return True
     kinds = {tuple(map(type, sample)) for sample in batch}
     return len(kinds) == 1 and len(set(kinds.pop())) > 1
 

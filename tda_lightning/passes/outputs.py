@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tda_lightning.stores.arguments import describe
@@ -25,7 +27,8 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
     they are found under the name of the first argument of ``forward``, or under a common key, such
     as ``"x"`` or ``"input_ids"``; what else ``forward`` takes by name, such as ``attention_mask``,
     is passed too, except labels. A ``forward`` of keyword arguments only gets all of the mapping
-    but the labels. A named tuple is a mapping if its fields have such names.
+    but the labels. A named tuple is a mapping if its fields have such names, and a dataclass
+    if they have the names of arguments of ``forward``.
 
     Raises:
         ValueError: If there is no ``forward`` that takes the inputs, or the batch has none.
@@ -42,12 +45,14 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
             "into logits. Define it, or pass a function: "
             "`outputs=lambda module, batch: module.net(batch[0])`."
         ) from error
-    except (TypeError, LookupError, AttributeError) as error:  # It takes other arguments.
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (TypeError, LookupError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"`{type(module).__name__}.forward` failed on the batch's inputs, "
             f"{describe([*inputs, *others.values()])}: "
             f"{type(error).__name__}: {error}. If it takes other arguments, pass a function: "
-            "`outputs=lambda module, batch: module(batch)`."
+            "`outputs=lambda module, batch: module(batch)`, or `batch[1]` if ids come first."
         ) from error
     logits = getattr(result, "logits", result)
     if not isinstance(logits, Tensor):
@@ -60,7 +65,9 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
 
 def _arguments_of(module: nn.Module, batch: Any) -> tuple[list[Any], dict[str, Any]]:
     """Return the positional and the keyword arguments for ``forward``."""
-    batch = _fields_of(batch, (*_INPUTS, *inspect.signature(module.forward).parameters))
+    names = tuple(inspect.signature(module.forward).parameters)
+    # `forward` may take a dataclass as it is.
+    batch = _fields_of(batch, names if dataclasses.is_dataclass(batch) else (*_INPUTS, *names))
     if not isinstance(batch, Mapping):
         is_sequence = isinstance(batch, list | tuple) and len(batch) > 0
         return [batch[0] if is_sequence else batch], {}
@@ -78,7 +85,13 @@ def _arguments_of(module: nn.Module, batch: Any) -> tuple[list[Any], dict[str, A
 
 
 def _fields_of(batch: Any, names: tuple[str, ...]) -> Any:
-    """Return a named tuple as a mapping, if a field has such a name or labels come first."""
+    """Return a named tuple as a mapping, if a field has such a name or labels come first.
+
+    So is a dataclass, if a field has such a name.
+    """
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type | Mapping):
+        values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        return values if any(name in names for name in values) else batch
     fields = getattr(batch, "_fields", ())
     is_named = any(field in names for field in fields) or any(f in _LABELS for f in fields[:1])
     return batch._asdict() if is_named else batch
@@ -91,7 +104,7 @@ def _by_name(batch: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[st
 def labels_of(batch: Any) -> Tensor:
     """Return the second element of a sequence, or a mapping's ``"y"`` or ``"labels"``.
 
-    A named tuple is a mapping if a field has such a name.
+    A named tuple or a dataclass is a mapping if a field has such a name.
 
     Raises:
         ValueError: If the batch has no labels.

@@ -1,6 +1,7 @@
 """What `forward` gets of a batch: inputs first or by name, and what it takes beside them."""
 
 from collections import namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -84,3 +85,30 @@ def test_labels_that_come_first_are_no_inputs():
     assert labels_of(batch) is batch.label
     with pytest.raises(ValueError, match="no inputs in a batch with the keys"):
         outputs_of(nn.Identity(), batch)
+
+
+@dataclass
+class Samples:
+    labels: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+class TakesSamples(nn.Module):
+    def forward(self, samples):
+        return samples.input_ids * samples.attention_mask
+
+
+@pytest.mark.parametrize("module", [WithMask, OtherOrder, TakesSamples])
+def test_fields_of_a_dataclass_are_found_by_their_names(module):
+    """Unless `forward` takes it as it is."""
+    batch = Samples(torch.arange(5), X, MASK)
+    torch.testing.assert_close(outputs_of(module(), batch), EXPECTED)
+    assert labels_of(batch) is batch.labels
+
+
+def test_inputs_that_do_not_come_first_are_named():
+    """Ids in front of the inputs have another dtype than the weights."""
+    batch = (torch.arange(5)[:, None].expand(5, 3), X, torch.zeros(5))
+    with pytest.raises(ValueError, match=r"failed on the batch's inputs.*or `batch\[1\]` if ids"):
+        outputs_of(nn.Linear(3, 2), batch)

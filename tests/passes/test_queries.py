@@ -363,5 +363,8 @@ def test_a_batch_that_is_a_list_of_samples_has_as_many_as_entries():
     assert batch_size([sample(1), sample(2), sample(3)], "queries") == 3
     assert batch_size([torch.zeros(5, 7), torch.zeros(5)], "queries") == 5
     assert batch_size([{"x": torch.zeros(5), "y": 1}] * 3, "queries") == 3
+    pairs = [(torch.zeros(5), torch.tensor(1))] * 2
+    assert batch_size(pairs, "queries", torch.arange(2)) == batch_size(pairs, "queries") == 2
+    assert batch_size(pairs[:1], "queries", torch.arange(1)) == 1
     images, targets = zip(sample(1), sample(2), sample(3), strict=True)
     assert batch_size([list(images), list(targets)], "queries") == 3
