@@ -197,6 +197,9 @@ def test_a_query_without_a_token_that_counts_is_refused(trained):
     masked = [tokens, torch.full_like(labels, -100)]
     with pytest.raises(ValueError, match="No token of `query` has a gradient"):
         trace_tokens(store, model, masked, masked, target=NextToken(tokens=lambda b: b[1]))
+    two = [tokens.repeat(2, 1), labels.repeat(2, 1)]
+    with pytest.raises(ValueError, match="`query` is a batch of 2 samples; expected"):
+        trace_tokens(store, model, two, masked)
 
 
 def summed_gradients(model, value):

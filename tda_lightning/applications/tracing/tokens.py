@@ -15,6 +15,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tda_lightning.passes.batch_contents import batch_size
 from tda_lightning.passes.labelled_logits import IGNORED
 from tda_lightning.passes.model_state import warn_of_other_weights
 from tda_lightning.passes.outputs import Outputs, outputs_of
@@ -123,6 +124,8 @@ def trace_tokens(
     warn_of_other_weights(model, store.final_fingerprint, remedy="")
     sides = []
     for argument, batch in (("query", query), ("passage", passage)):
+        if (n := batch_size(batch, argument)) != 1:
+            raise ValueError(f"`{argument}` is a batch of {n} samples; expected a batch of one.")
         with warnings.catch_warnings():
             # Masked tokens are left out below.
             warnings.filterwarnings("ignore", message=r"\d+ of \d+ queries have a gradient of zero")
