@@ -70,6 +70,7 @@ def test_groups_are_connected_by_similar_gradients(trained, threshold):
     torch.testing.assert_close(found.similarities.double(), cosines.amax(dim=1), atol=1e-5, rtol=0)
     best = [float(found.similarities[group].max()) for group in found.groups]
     assert best == sorted(best, reverse=True)
+    assert ("probably no copies" in " ".join(repr(found).split())) == (len(found.ids) > 35 / 5)
 
 
 def test_the_run_finds_copies_with_the_same_label(trained):

@@ -4,6 +4,7 @@ import builtins
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from hostile_strings import HOSTILE
 from lightning_models import loader, quiet_trainer
 from reported_runs import TextClassifier, Texts, report_on_texts
 from torch.utils.data import Subset, TensorDataset
+from unchecked_calls import type_checks_disabled
 
 from tda_lightning import GradientRecorder, Identity, Unrolled, attribute
-from tda_lightning.applications import find_mislabeled
+from tda_lightning.applications import Duplicates, find_mislabeled
 from tda_lightning.attribution import Averaged
 from tda_lightning.metrics import rank_agreement
 from tda_lightning.report import Case, Finding, RemovalCurve, Shown, report
 from tda_lightning.report.findings.labels import number_set_apart
+from tda_lightning.report.findings.training_data import near_copies
 from tda_lightning.report.page.html import visible
 
 # Some reports are of a model that was not trained.
@@ -155,6 +158,16 @@ def test_the_same_text_twice_is_a_copy(tmp_path):
     text = " ".join(Parsed(path).texts)
     assert "1 training sample repeats the contents of another one." in text
     assert "In 1 group of copies the labels contradict each other" in text
+
+
+@pytest.mark.parametrize(("n_grouped", "weight"), [(4, "attention"), (5, "unknown")])
+def test_near_copies_are_unknown_where_many_samples_have_the_same_gradient(n_grouped, weight):
+    n = 20
+    group = torch.arange(n_grouped)
+    found = Duplicates((group,), torch.arange(n), torch.ones(n), None, 0.98, ())
+    evidence = SimpleNamespace(duplicates=found, train=SimpleNamespace(copies=()))
+    with type_checks_disabled():
+        assert near_copies(evidence).weight == weight
 
 
 def test_without_bokeh_charts_are_drawn_as_svg(tmp_path, monkeypatch):

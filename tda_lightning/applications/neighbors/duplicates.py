@@ -35,6 +35,8 @@ from tda_lightning.stores.arguments import require_not_negative
 from tda_lightning.stores.opening import Run, open_run
 
 GRADIENT_SIMILARITY, FEATURE_SIMILARITY = 0.98, 0.995
+# If more of the samples are in groups, different samples are probably alike to the model.
+MANY_GROUPED = 0.2
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,12 @@ def find_duplicates(
         given = None if labels is None else _labels_by_id(loader, labels, features.ids)
     threshold = threshold if similarity is None else similarity
     groups, similarities = _groups(directions, threshold)
-    notes = _notes(store, directions, is_by_features=model is not None)
+    is_by_features = model is not None
+    n_grouped, n = sum(map(len, groups)), len(directions.train_ids)
+    notes = [
+        *_notes_on_number(n_grouped, n, is_by_features),
+        *_notes(store, directions, is_by_features),
+    ]
     return Duplicates(groups, directions.train_ids, similarities, given, threshold, tuple(notes))
 
 
@@ -212,6 +219,17 @@ def _groups(
     groups = [(group_of == number).nonzero()[:, 0] for number in numbers[sizes > 1]]
     groups.sort(key=lambda group: -float(nearest[group].max()))
     return tuple(directions.train_ids[group] for group in groups), nearest.clamp(-1, 1)
+
+
+def _notes_on_number(n_grouped: int, n: int, is_by_features: bool) -> Iterator[Note]:
+    if n_grouped > MANY_GROUPED * n:
+        yield Note(
+            f"{n_grouped:,} of {n:,} samples are in groups, so most of them are probably no copies: "
+            "the model hardly tells its samples apart, as early in a training, or in a regression "
+            "with inputs that are not scaled.",
+            remedy="Look at some pairs"
+            + ("." if is_by_features else ", or pass `model` and `loader`."),
+        )
 
 
 def _notes(store: Store, directions: Directions, is_by_features: bool) -> Iterator[Note]:

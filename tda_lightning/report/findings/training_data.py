@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tda_lightning.applications.neighbors.duplicates import MANY_GROUPED
 from tda_lightning.report.evidence.gathering import Evidence
 from tda_lightning.report.findings.finding import MAX_SHOWN, Finding, Weight
 
@@ -57,7 +58,15 @@ def near_copies(evidence: Evidence) -> Finding:
         f"Of each of these {len(groups):,} groups ({limit}), one sample may be enough.",
     )
     samples = [sample for group in groups for sample in group.tolist()]
-    weight: Weight = "attention" if extra >= _MANY * len(duplicates.train_ids) else "fine"
+    n = len(duplicates.train_ids)
+    if len(duplicates.ids) > MANY_GROUPED * n:
+        text = (
+            f"{len(duplicates.ids):,} of {n:,} training samples have nearly the same gradient as "
+            f"another one ({limit}). So many are rarely copies: the model hardly tells its samples "
+            "apart. `find_duplicates` with a model and a loader compares their features instead."
+        )
+        return Finding("Near copies are unknown", (text,), "unknown", tuple(samples[:MAX_SHOWN]))
+    weight: Weight = "attention" if extra >= _MANY * n else "fine"
     return Finding("Near copies", sentences, weight, tuple(samples[:MAX_SHOWN]))
 
 
