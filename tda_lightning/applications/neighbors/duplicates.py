@@ -224,9 +224,9 @@ def _groups(
 def _notes_on_number(n_grouped: int, n: int, is_by_features: bool) -> Iterator[Note]:
     if n_grouped > MANY_GROUPED * n:
         yield Note(
-            f"{n_grouped:,} of {n:,} samples are in groups, so most of them are probably no copies: "
-            "the model hardly tells its samples apart, as early in a training, or in a regression "
-            "with inputs that are not scaled.",
+            f"{n_grouped:,} of {n:,} samples are in groups, so most are probably no copies: the "
+            "model hardly tells its samples apart, as early in a training, or in a regression with "
+            "inputs that are not scaled.",
             remedy="Look at some pairs"
             + ("." if is_by_features else ", or pass `model` and `loader`."),
         )
