@@ -38,13 +38,14 @@ from tda_lightning.applications.mislabel_count import (
 )
 from tda_lightning.applications.mislabel_results import Labelled, Mislabeled
 from tda_lightning.applications.notes import Note
-from tda_lightning.applications.predictions import of_classes, predict
+from tda_lightning.applications.predictions import of_classes, predict, warn_of_given_ids
 from tda_lightning.applications.retraining import Retrain, check_removal
 from tda_lightning.attribution import Attributor, InfluenceFunction, TracIn
 from tda_lightning.attribution.attribute import attribute, self_influence
 from tda_lightning.attribution.attributor import SelfAttributor
 from tda_lightning.passes.batches import dataset_ids
 from tda_lightning.passes.outputs import Labels, Outputs, labels_of, outputs_of
+from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.results.sample_groups import positions_of
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import require_kind, require_whole
@@ -62,6 +63,7 @@ def find_mislabeled(
     number: int | None = None,
     outputs: Outputs = outputs_of,
     labels: Labels = labels_of,
+    sample_ids: IdSource | None = None,
     retrain: Retrain | None = None,
     progress: bool = True,
 ) -> Mislabeled:
@@ -81,6 +83,8 @@ def find_mislabeled(
         number: Number of samples to flag; by default it is estimated.
         outputs: Function of (module, batch) that returns the logits.
         labels: Function of the batch that returns the labels.
+        sample_ids: Ids in the batches of the loader, as they were recorded: see
+            :class:`~tda_lightning.GradientRecorder`.
         retrain: Retrains without the flagged samples, and without random ones, to check the answer:
             ``partial(retrain, model=..., loader=..., trainer=..., measure=...)``. It takes up to 21
             trainings; see :func:`check_removal`.
@@ -110,7 +114,9 @@ def find_mislabeled(
     labelled = None
     if model is not None and loader is not None:
         outputs, labels = of_classes(store, outputs, labels)
-        named = predict(model, loader, outputs, labels, progress)
+        if sample_ids is None:
+            warn_of_given_ids(store, "loader", remedy="Pass `sample_ids=` here, too.")
+        named = predict(model, loader, outputs, labels, progress, sample_ids)
         rows = named.of(store.train_ids())
         labelled = Labelled(rows.labels, rows.predicted())
     mislabeled = Mislabeled(

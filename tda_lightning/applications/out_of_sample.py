@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.applications.predictions import of_classes, predict
+from tda_lightning.applications.predictions import of_classes, predict, warn_of_given_ids
 from tda_lightning.applications.pruning import mean_rows
 from tda_lightning.attribution import InfluenceFunction
 from tda_lightning.attribution.steps import DeviceView
@@ -102,6 +102,7 @@ def out_of_sample_probabilities(
     """
     store = open_run(run)
     InfluenceFunction().require(store)
+    warn_of_given_ids(store, "loader", remedy="Record without `sample_ids=`.")
     outputs, labels = of_classes(store, outputs, labels)
     predictions = predict(model, loader, outputs, labels, progress)
     predictions = predictions.of(predictions.ids.sort().values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from tda_lightning.passes.batches import named_batches, require_loader, transfer
 from tda_lightning.passes.labelled_logits import require_logits
 from tda_lightning.passes.model_state import preserved_state, require_model
 from tda_lightning.passes.outputs import Labels, Outputs
-from tda_lightning.recording.sample_ids import SampleLedger
+from tda_lightning.recording.sample_ids import IdSource, SampleLedger
 from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import describe, require_kind
 
@@ -87,6 +88,7 @@ def predict(
     outputs: Outputs,
     labels: Labels,
     progress: bool,
+    sample_ids: IdSource | None = None,
 ) -> Predictions:
     """Return the predictions of a classifier in evaluation mode; its state is restored.
 
@@ -100,7 +102,7 @@ def predict(
     require_loader(loader, "loader")
     require_kind("loader", loader, DataLoader, "`DataLoader(test, batch_size=50)`")
     parts = []
-    named = named_batches(SampleLedger(None), loader, "predictions", progress)
+    named = named_batches(SampleLedger(sample_ids), loader, "predictions", progress)
     with named as batches, preserved_state(model, "eval"), torch.no_grad():
         for ids, batch in batches:
             given, logits = labels(batch), outputs(model, transfer(model, batch))
@@ -113,13 +115,26 @@ def predict(
     return Predictions(ids, logits.softmax(dim=1), given)
 
 
-def given_labels(loader: DataLoader[Any], labels: Labels) -> tuple[Int64[Tensor, " n"], Tensor]:
+def given_labels(
+    loader: DataLoader[Any], labels: Labels, sample_ids: IdSource | None = None
+) -> tuple[Int64[Tensor, " n"], Tensor]:
     """Return the ids and the labels of the samples of a loader, in one pass over it."""
     require_loader(loader, "loader")
-    with named_batches(SampleLedger(None), loader, "labels", progress=False) as batches:
+    with named_batches(SampleLedger(sample_ids), loader, "labels", progress=False) as batches:
         parts = [(ids, labels(batch).cpu()) for ids, batch in batches]
     ids, given = (torch.cat(column) for column in zip(*parts, strict=True))
     return ids, given
+
+
+def warn_of_given_ids(run: Store, argument: str, *, remedy: str) -> None:
+    """Warn if the ids of a run come from its batches, and those of a loader from its sampler."""
+    if run.recipe.train_ids is None:
+        warnings.warn(
+            f"The ids of the run come from `sample_ids=`, and those of `{argument}` are indices "
+            "into its dataset; expected the same numbers, or samples are taken for others. "
+            f"{remedy}",
+            stacklevel=3,
+        )
 
 
 def _require_single_logit(logits: Float[Tensor, "n classes"]) -> None:

@@ -24,9 +24,10 @@ from tda_lightning.applications.neighbors.directions import (
     gradient_directions,
 )
 from tda_lightning.applications.notes import Note
-from tda_lightning.applications.predictions import given_labels
+from tda_lightning.applications.predictions import given_labels, warn_of_given_ids
 from tda_lightning.features import train_features
 from tda_lightning.passes.outputs import Labels, labels_of
+from tda_lightning.recording.sample_ids import IdSource
 from tda_lightning.results.html_tables import ShownInNotebooks, with_notes
 from tda_lightning.results.optional import DataFrame
 from tda_lightning.results.tables import frame_by_sample
@@ -133,6 +134,7 @@ def find_duplicates(
     similarity: float | None = None,
     layer: str | None = None,
     labels: Labels | None = labels_of,
+    sample_ids: IdSource | None = None,
     progress: bool = True,
 ) -> Duplicates:
     """Find groups of training samples that nearly coincide.
@@ -148,6 +150,8 @@ def find_duplicates(
         layer: Name of the layer whose inputs are compared; by default the last ``Linear`` that is
             called.
         labels: Function of the batch that returns the labels, or ``None`` for data without.
+        sample_ids: Ids in the batches of the loader, as they were recorded: see
+            :class:`~tda_lightning.GradientRecorder`.
         progress: Show a progress bar.
 
     Returns:
@@ -173,9 +177,13 @@ def find_duplicates(
     if model is None or loader is None:
         directions, given, threshold = gradient_directions(store), None, GRADIENT_SIMILARITY
     else:
-        features = train_features(model, loader, layer=layer, progress=progress)
+        if sample_ids is None:
+            warn_of_given_ids(store, "loader", remedy="Pass `sample_ids=` here, too.")
+        features = train_features(
+            model, loader, layer=layer, sample_ids=sample_ids, progress=progress
+        )
         directions, threshold = feature_directions(features), FEATURE_SIMILARITY
-        given = None if labels is None else _labels_by_id(loader, labels, features.ids)
+        given = None if labels is None else _labels_by_id(loader, labels, sample_ids, features.ids)
     threshold = threshold if similarity is None else similarity
     groups, similarities = _groups(directions, threshold)
     is_by_features = model is not None
@@ -188,10 +196,13 @@ def find_duplicates(
 
 
 def _labels_by_id(
-    loader: DataLoader[Any], labels: Labels, ids: Int[Tensor, " n_train"]
+    loader: DataLoader[Any],
+    labels: Labels,
+    sample_ids: IdSource | None,
+    ids: Int[Tensor, " n_train"],
 ) -> Int[Tensor, " n_train"]:
     """Return the label of each sample; labels that are no whole numbers are numbered."""
-    given_ids, given = given_labels(loader, labels)
+    given_ids, given = given_labels(loader, labels, sample_ids)
     ordered = given[given_ids.argsort()]
     assert len(ordered) == len(ids)
     is_whole = ordered.ndim == 1 and not ordered.is_floating_point()

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from tda_lightning.applications.predictions import warn_of_given_ids
 from tda_lightning.applications.unlearning.sample_passes import (
     Ids,
     ids_to_forget,
@@ -140,6 +141,7 @@ def unlearn(
     require_kind("update", update, WeightUpdate, "`SecondOrder()`")
     store = open_run(run)
     warn_of_other_weights(model, store.final_fingerprint, remedy="")
+    warn_of_given_ids(store, "train_loader", remedy="Record without `sample_ids=`.")
     train_ids = store.train_ids()
     ids = ids_to_forget(forget_ids, train_ids)
     forget, retain = _split(train_loader, ids, train_ids)
