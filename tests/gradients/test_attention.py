@@ -162,3 +162,24 @@ def test_repeated_dropout_leaves_random_state_and_weights_unchanged():
     plain, recorded = train(), train(GradientRecorder(MemoryStore()))
     for expected, actual in zip(plain, recorded, strict=True):
         assert torch.equal(actual, expected)
+
+
+class BlurredNet(nn.Module):
+    """Ends in a batch norm, through which a sample's gradient arrives at all the others too."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = AttentionNet(self_attention)
+        self.net.head = nn.Linear(E, 9)
+        self.last = nn.Sequential(nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 9), nn.BatchNorm1d(9))
+
+    def forward(self, x):
+        return self.last(self.net(x))[:, :3]
+
+
+def test_a_bias_is_recorded_where_batch_norms_hide_whose_rows_it_has():
+    store = MemoryStore()
+    torch.manual_seed(2)
+    trainer = quiet_trainer(GradientRecorder(store, projector=Identity()), max_epochs=1)
+    trainer.fit(Plain(BlurredNet().double()), loader(data()))
+    assert "net.net.attend.in_proj_bias" not in {each.name for each in store.recipe.left_out}

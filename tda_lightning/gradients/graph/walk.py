@@ -38,8 +38,8 @@ class Meeting:
 
     @property
     def takes_data(self) -> bool:
-        """Whether the operation always combines a parameter with data."""
-        return type(self.node).__name__ in TAKES_DATA
+        """Whether the operation combines a parameter with data: always, or with earlier results."""
+        return not self.is_first or type(self.node).__name__ in TAKES_DATA
 
     @property
     def shape(self) -> tuple[int, ...]:
