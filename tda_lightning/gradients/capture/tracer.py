@@ -68,6 +68,9 @@ def joined_cuts(loss: Tensor, result: Walk, n: int, known: KnownRows) -> Cuts:
     shapes = [output_shape((edge.node, edge.output_nr)) for edge, _ in exact]
     if any(shape[0] not in (2 * n, *known.followed) for shape in shapes):
         return []
+    stacks = [node for node in result.with_samples if node.name() == "StackBackward0"]
+    if {output_shape((node, 0))[:2] for node in stacks} & {shape[:2] for shape in shapes}:
+        return []  # The views are not joined, but on another axis.
     if known.followed:
         followed = KnownRows(known.followed)
         found = _cuts({loss.grad_fn}, result, n, followed, is_exact=True, is_known=True)
@@ -181,16 +184,22 @@ class Tracer:
     def first_traces(
         self, loss: Tensor, result: Walk, nodes: Set[Node], n: int
     ) -> dict[Node, Trace]:
-        """Return traces from the first place at which most nodes have rows of single samples."""
+        """Return traces from the place at which most nodes have rows of single samples.
+
+        Heads or views that are stacked, ``(views, n, d)``, may be as many as the samples. With the
+        wrong axis, all rows of a view seem to be of one sample: rows in regular order are likelier.
+        """
         best: dict[Node, Trace] = {}
-        most = -1
+        most = (-1, -1)
         for number, start in self._starts(loss, result, n) if nodes else ():
             traces = self._confirmed(self._trace(start, result, nodes, n), start, result, n)
-            n_proven = sum(is_proven(each) for each in traces.values())
-            if n_proven > most:
-                best, most = traces, n_proven
-            if 2 * n_proven >= len(traces) > 0:
-                self.start = number
+            proven = [node for node, each in traces.items() if is_proven(each)]
+            n_regular = sum(_is_regular(node, traces[node], n) for node in proven)
+            if (len(proven), n_regular) > most:
+                best, most = traces, (len(proven), n_regular)
+                if 2 * len(proven) >= len(traces) > 0:
+                    self.start = number
+            if n_regular == len(traces) > 0:
                 break
         return best
 
@@ -261,6 +270,13 @@ class Tracer:
 def is_proven(traced: Trace | None) -> bool:
     """Return whether nearly all of the gradient is in rows of single samples."""
     return traced is not None and float(traced.share) > PROVEN - traced.blurred
+
+
+def _is_regular(node: Node, traced: Trace, n: int) -> bool:
+    """Return whether the rows of a node have a regular layout."""
+    shape, axis = output_shape((node, 0)), traced.rows.axis
+    layouts = possible_layouts(shape, n, (axis,))
+    return any(traced.agrees(layout.owners(shape[axis], n)) for layout in layouts)
 
 
 def is_disproven(traced: Trace) -> bool:

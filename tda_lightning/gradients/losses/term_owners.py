@@ -227,6 +227,9 @@ def _remaining_axes(node: Any, ndim: int) -> list[int | None] | None:
     if name in _PERMUTING:
         return [axes[position] for position in _order(node, ndim)]
     dims = _dims(node, ndim)
+    if name == "StackBackward0":
+        dim = _signed(node._saved_dim, ndim + 1)
+        return [*axes[:dim], None, *axes[dim:]]
     if name == "SliceBackward0":
         return [None if axis in dims else axis for axis in axes]
     if name == "SelectBackward0" or (name in _REDUCING and dims and not node._saved_keepdim):
