@@ -138,6 +138,7 @@ class LossRecorder(RecordedRun, RecordingCallback):
                 n,
                 lambda: n in known.stated,
                 lambda node: stated_rows(node, known, _Inner()),
+                loss,
             )
             self._summary.is_irregular = bool(known.stated)
 

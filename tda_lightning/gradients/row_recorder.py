@@ -175,7 +175,7 @@ class RowRecorder:
         if self._labels != "unread":
             switch = self._capture.switch
             self._summary = DeferredSummary(
-                loss_nodes, self._n, lambda: bool(switch.pauses), self._capture.rows_of
+                loss_nodes, self._n, lambda: bool(switch.pauses), self._capture.rows_of, loss
             )
             are_known = self.known.are_irregular
             self._summary.is_irregular = are_known or self._capture.has_irregular_rows

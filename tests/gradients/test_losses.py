@@ -187,8 +187,8 @@ def test_every_token_has_the_same_weight():
     torch.testing.assert_close(weights, torch.full((N, 1, T), 1 / (N * T)).double())
 
 
-def facts_of(loss, outputs):
-    summary = LossSummary(losses_of(loss, outputs), N)
+def facts_of(loss, outputs, value=None):
+    summary = LossSummary(losses_of(loss, outputs), N, value=value)
     loss.backward(retain_graph=True)
     return summary.facts()
 
@@ -390,6 +390,26 @@ def test_a_penalty_on_activations_is_a_loss_of_samples():
     loss = functional.cross_entropy(2 * hidden, classes(N)) + 0.1 * (hidden**2).mean()
     kinds = {type(node).__name__ for node in losses_of(loss, hidden)}
     assert kinds == {"SoftmaxLoss", "SquarePower"}
+
+
+@pytest.mark.parametrize("strength", [1e-3, 10.0], ids=["minor", "major"])
+def test_squares_that_are_a_small_part_of_the_loss_do_not_describe_it(strength):
+    """As in an autoencoder with absolute errors, whose KL divergence contains squared means."""
+    hidden = draw(N, C).requires_grad_() * 1.0
+    loss = (hidden.sinh() - 1).abs().mean() + strength * (hidden**2).mean()
+    facts = facts_of(loss, hidden, loss)
+    for values in (facts.spread, facts.full_spread, facts.losses):
+        assert values.isnan().all() == (strength < 1)
+
+
+def test_a_learned_variance_is_no_square_of_a_residual():
+    outputs = draw(N, 2).requires_grad_() * 1.0
+    mean, deviation = outputs[:, 0], outputs[:, 1].exp()
+    y = draw(N, seed=3)
+    loss = -torch.distributions.Normal(mean, deviation).log_prob(y).mean()
+    facts = facts_of(loss, outputs, loss)
+    torch.testing.assert_close(facts.losses, (y - mean).detach().square())
+    torch.testing.assert_close(facts.spread, (N * deviation**2 / (y - mean).square()).detach())
 
 
 def focal_by_cross_entropy(outputs):

@@ -18,6 +18,8 @@ from tda_lightning.gradients.losses.term_owners import RowsOf, TermOwners, term_
 
 # Loss functions are near the root of the graph; the model behind them may be large.
 _MAX_SEARCHED_NODES = 500
+# The least share of a batch's loss that is known, so that it describes the samples' losses.
+_LEAST_SHARE = 0.1
 
 _KINDS: dict[str, type[LossNode]] = {
     "LogSoftmaxBackward0": SoftmaxLoss,
@@ -141,8 +143,10 @@ class LossFacts:
         terms: Number of loss terms that each sample's loss is the mean of.
         spread: Second derivative of each sample's loss with respect to the outputs of its labels,
             divided by its squared gradient there. Both are weighted as in the loss of the batch.
+            It is NaN where the loss is mostly another function of the outputs.
         full_spread: Trace of each sample's Hessian with respect to all outputs, likewise.
-        losses: Mean of each sample's terms. It is NaN if none of them has a weight.
+        losses: Mean of each sample's terms. It is NaN if none of them has a weight, and where
+            `spread` is.
         errors: Norm of the difference between predicted probabilities and label.
         margins: Logit of the label minus the highest other logit.
     """
@@ -182,6 +186,7 @@ class LossSummary:
         n: Number of samples in the batch.
         is_paused: Returns whether the current backward pass is not the batch's.
         rows_of: Returns where the samples lie in a node's output, as far as that is known.
+        value: The loss of the batch, to compare the loss functions with, if it is known.
 
     Attributes:
         name: Name of the losses, empty if they are not supported.
@@ -195,8 +200,10 @@ class LossSummary:
         n: int,
         is_paused: Callable[[], bool] = lambda: False,
         rows_of: RowsOf | None = None,
+        value: Tensor | None = None,
     ) -> None:
         self._is_paused, self._rows_of = is_paused, rows_of
+        self._value = None if value is None else value.detach()
         self.n, self.n_functions = n, len(nodes)
         self.name = " and ".join(sorted({node.name for node in nodes}))
         # Sums over terms of a sample: weights, their squares, losses, traces, squared gradients.
@@ -256,6 +263,12 @@ class LossSummary:
         if self._is_partial or not self._sums:
             return LossFacts()
         total, squares, loss, trace, square, full_trace, full_square = self._sums
+        if self._value is not None:
+            # Such as the squared means in the KL divergence of an autoencoder with another loss.
+            is_minor = loss.sum().abs() < _LEAST_SHARE * self._value.abs()
+            loss, trace, full_trace = (
+                torch.where(is_minor, torch.nan, each) for each in (loss, trace, full_trace)
+            )
         is_counted = total != 0
         # Labels that two loss functions share have two predictions.
         predictions = self._predictions[0] if len(self._predictions) == 1 else None

@@ -45,8 +45,11 @@ class SquarePower(SquaredLoss):
     """Squared error, computed as the square of a difference: ``(a - b) ** 2``."""
 
     def weights(self, grad: Tensor) -> Tensor:
-        """Return the gradient: the reduction comes after this node."""
-        return grad
+        """Return the gradient: the reduction comes after this node.
+
+        A square that lowers the loss is none, as the variance in a normal distribution's density.
+        """
+        return grad.clamp_min(0)
 
 
 class HuberLoss(SquaredLoss):
