@@ -30,7 +30,7 @@ from lds import Judged, best_of, judge, shown
 from lds_tasks import TASKS
 from lds_truths import Retrainer, Truth, options_of
 from peers_methods import Method, Settings, methods
-from peers_trained import Trained, train_once
+from peers_trained import Trained, train_models
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -104,7 +104,7 @@ def print_task(name: str, options: argparse.Namespace, folder: Path) -> None:
     """Train, retrain and print the table of one task."""
     task = TASKS[name]
     retrainer = Retrainer(task, options.subsets, options.seeds, options.cache)
-    trained = train_once(task, folder / name, options.seed, retrainer.others(MODELS))
+    trained = train_models(task, folder / name, options.seed, MODELS)
     run = trained.run
     truths = (retrainer.same_run(run.initial, run.batches), retrainer.expected())
     parameters = sum(value.numel() for value in trained.final.values())

@@ -80,7 +80,7 @@ def trak(
     """Call TRAK, by one model or by five."""
     from dattri.algorithm.trak import TRAKAttributor
 
-    task = task_of(trained, trained.others if ensemble else trained.final, "log odds")
+    task = task_of(trained, trained.ensemble if ensemble else trained.final, "log odds")
     attributor = TRAKAttributor(
         task=task,
         correct_probability_func=task.probability,

@@ -54,11 +54,14 @@ def over(name: str, values: Sequence[object], **fixed: object) -> list[Settings]
 # This library
 
 
-def from_run(trained: Trained, queries: TensorDataset, method: Attributor | None = None) -> Tensor:
-    """Query the recorded run."""
-    run = trained.run
+def from_runs(
+    models: int, trained: Trained, queries: TensorDataset, method: Attributor | None = None
+) -> Tensor:
+    """Query the recorded run, or several runs."""
+    runs = trained.runs[:models]
+    stores, learners = [run.store for run in runs], [run.learner for run in runs]
     arguments = {} if method is None else {"method": method}
-    return attribute(run.store, run.learner, queries.tensors, progress=False, **arguments).values
+    return attribute(stores, learners, queries.tensors, progress=False, **arguments).values
 
 
 def from_gradients(trained: Trained, queries: TensorDataset) -> Tensor:
@@ -170,7 +173,7 @@ def trak(
     """Featurize the training samples and score the queries, by one model or by five."""
     from trak import TRAKer
 
-    models: list[Weights] = trained.others if ensemble else [trained.final]
+    models: list[Weights] = trained.ensemble if ensemble else [trained.final]
     labels = [tuple(part) for part in (trained.train.tensors, queries.tensors)]
     with tempfile.TemporaryDirectory(dir=trained.folder) as folder:
         traker = TRAKer(
@@ -194,16 +197,18 @@ def trak(
 
 def methods() -> list[Method]:
     """Return all lines of the table."""
-    ours = partial(Method, "tda_lightning")
+    ours, from_one = partial(Method, "tda_lightning"), partial(from_runs, 1)
     regularized = over("hessian_reg", (1.0, 10.0, 100.0))
     arnoldi = [*regularized, *over("hessian_reg", (1.0, 10.0, 100.0), projection_dim=200)]
     in_single = over("use_half_precision", [False])
     dimensions = over("proj_dim", (128, 512), use_half_precision=False)
     ridges = over("lambda_reg", (1.0, 10.0, 100.0, 1e3, 1e4), use_half_precision=False)
     return [
-        ours("attribute", from_run),
-        ours("TracIn", partial(from_run, method=TracIn())),
-        ours("TRAK, one model", partial(from_run, method=TRAK())),
+        ours("attribute", from_one),
+        ours("attribute, five models", partial(from_runs, 5)),
+        ours("TracIn", partial(from_one, method=TracIn())),
+        ours("TRAK, one model", partial(from_one, method=TRAK())),
+        ours("TRAK, five models", partial(from_runs, 5, method=TRAK())),
         ours("EKFAC, without a run", from_gradients),
         Method("captum", "TracInCP", partial(captum, "TracInCP")),
         Method("captum", "TracInCPFast", partial(captum, "TracInCPFast")),

@@ -36,18 +36,21 @@ class Trained:
     """One training, as each library finds it.
 
     Attributes:
-        run: The same training with a recorder at its defaults.
+        runs: The same training with a recorder at its defaults, and more of them for ensembles.
         paths: Checkpoints, one per epoch, of weights and learning rates.
-        others: State dicts of five more trainings, for ensembles.
         folder: Where libraries may write.
         times: Seconds of the training alone, with checkpoints, and with the recorder.
     """
 
-    run: Run
+    runs: list[Run]
     paths: list[str]
-    others: list[Weights]
     folder: Path
     times: tuple[float, float, float]
+
+    @property
+    def run(self) -> Run:
+        """The recorded training."""
+        return self.runs[0]
 
     @property
     def task(self) -> Task:
@@ -63,6 +66,11 @@ class Trained:
     def final(self) -> Weights:
         """The state dict at the end of the training."""
         return self.run.learner.network.state_dict()
+
+    @property
+    def ensemble(self) -> list[Weights]:
+        """The state dicts at the end of all trainings."""
+        return [run.learner.network.state_dict() for run in self.runs]
 
     @property
     def rates(self) -> list[float]:
@@ -85,21 +93,23 @@ class Trained:
             yield (indices, *self.train[indices])
 
 
-def train_once(task: Task, folder: Path, seed: int, others: Weights) -> Trained:
-    """Train three times with the same result: alone, with checkpoints and with a recorder."""
+def train_models(task: Task, folder: Path, seed: int, models: int) -> Trained:
+    """Train several models with a recorder; the first also alone and with checkpoints."""
     folder.mkdir(parents=True)
     _, alone = timed(task, seed)
     checkpoints = Checkpoints(folder)
     plain, with_checkpoints = timed(task, seed, checkpoints)
-    store = folder / "run.tda"
-    learner, recorded = timed(task, seed, GradientRecorder(store, existing="replace"))
-    run = Run(task, learner, HDF5Store.open(store), recorded, seed)
+    runs = [recorded(task, folder / f"{number}.tda", seed + number) for number in range(models)]
     for name, value in plain.network.state_dict().items():
-        assert torch.equal(value, run.final[name]), name
-    run.require_replayable()
-    members = range(len(next(iter(others.values()))))
-    models = [{name: value[member] for name, value in others.items()} for member in members]
-    return Trained(run, checkpoints.paths, models, folder, (alone, with_checkpoints, recorded))
+        assert torch.equal(value, runs[0].final[name]), name
+    runs[0].require_replayable()
+    return Trained(runs, checkpoints.paths, folder, (alone, with_checkpoints, runs[0].seconds))
+
+
+def recorded(task: Task, store: Path, seed: int) -> Run:
+    """Train with a recorder at its defaults."""
+    learner, seconds = timed(task, seed, GradientRecorder(store, existing="replace"))
+    return Run(task, learner, HDF5Store.open(store), seconds, seed)
 
 
 def timed(task: Task, seed: int, *callbacks: pl.Callback) -> tuple[Learner, float]:
