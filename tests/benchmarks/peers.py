@@ -7,7 +7,8 @@ Tasks, truths and score are those of `lds.py`: the mean over 100 queries of Spea
 with its standard error. All libraries get the same training. Those that read checkpoints get one
 per epoch. A library that is not installed is left out:
 
-    pip install captum==0.9.0 dattri==0.3.0 kronfluence==1.0.1 traker==0.3.2
+    pip install --no-deps captum==0.9.0 dattri==0.3.0 kronfluence==1.0.1 traker==0.3.2
+    pip install accelerate einconv einops opt-einsum safetensors scipy
 
 The table has, for each method at its defaults: both scores; the seconds for the queries, from the
 checkpoints or the run; how many of 20 training samples, queried too, help themselves, which checks
@@ -38,7 +39,7 @@ TASKS_OF_PEERS = ("digits-mlp", "digits-cnn", "breast-cancer")
 MODELS = 5
 OWN_SAMPLES = 20
 MODULES = {
-    "tda_lightning": ["curvlinops"],
+    "tda_lightning": ["tda_lightning"],
     "captum": ["captum.influence"],
     "dattri": ["dattri.algorithm", "dattri.task"],
     "kronfluence": ["kronfluence.analyzer"],
@@ -129,7 +130,7 @@ def is_installed(library: str) -> bool:
         for module in MODULES[library]:
             import_module(module)
     except ModuleNotFoundError as error:
-        print(f"{library} is left out: {error}. The command is above, with `--help`.")
+        print(f"{library} is left out: {error}. To install it, see `--help`.")
         return False
     return True
 
