@@ -128,7 +128,7 @@ def methods() -> list[Line]:
     """Return name, adapter, grid and largest number of parameters of each method."""
     regularized = [{"regularization": value} for value in DAMPINGS]
     dimensions = [{"proj_dim": value} for value in (128, 256)]
-    ridges = [{"regularization": value} for value in (1e-1, 1.0, 10.0)]
+    ridges = [{"regularization": value} for value in (1e-2, 1e-1, 1.0, 10.0)]
     damped = [{"damping": value} for value in DAMPINGS]
     # The library takes square roots of the top eigenvalues; some are negative.
     arnoldi = [*({"proj_dim": value} for value in (10, 30, 50)), *regularized[2:]]

@@ -201,7 +201,7 @@ def methods() -> list[Method]:
     arnoldi = [*over("hessian_reg", [10.0]), *over("hessian_reg", [1.0, 10.0], projection_dim=200)]
     in_single = over("use_half_precision", [False])
     dimensions = over("proj_dim", (128, 512), use_half_precision=False)
-    ridges = over("lambda_reg", (10.0, 100.0, 1e3), use_half_precision=False)
+    ridges = over("lambda_reg", (10.0, 100.0, 1e3, 1e4), use_half_precision=False)
     return [
         ours("attribute", from_one),
         ours("attribute, five models", partial(from_runs, 5)),
