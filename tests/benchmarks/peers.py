@@ -82,8 +82,8 @@ def row_of(method: Method, trained: Trained, truths: Sequence[Truth]) -> list[st
             scores, own = scores_of(method, settings, trained)
         except Exception as error:
             problem = f"{type(error).__name__}: {first_line(error)}"
-            cells = cells or ["fails", "fails", "-", problem]
             print(f"    {method.name}({described(settings)}) fails: {problem}")
+            cells = cells or ["fails", "fails", "-", "-"]
             continue
         seconds = f"{time.perf_counter() - start:.1f}"
         judged = [judge(scores, truth) for truth in truths]
@@ -118,8 +118,7 @@ def print_task(name: str, options: argparse.Namespace, folder: Path) -> None:
         if not is_wanted(method, options):
             continue
         if method.largest and parameters > method.largest:
-            reason = f"left out: more than {method.largest:,} parameters"
-            print_row([method.library, method.name, *"----", reason, "-"])
+            print(f"    {method.name} is left out: more than {method.largest:,} parameters.")
         else:
             print_row([method.library, method.name, *row_of(method, trained, truths)])
 
