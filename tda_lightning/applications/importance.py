@@ -90,6 +90,7 @@ class GraNd(_MeanOverVisits):
     """Norm of the gradient of each visit's loss, in the coordinates of the run."""
 
     def _steps(self, run: Store) -> Sequence[StepFacts]:
+        run.recipe.require_rows()
         return run
 
     def _values(self, step: StepFacts) -> Float[Tensor, " n"]:

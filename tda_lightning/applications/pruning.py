@@ -217,6 +217,7 @@ def _count_of(keep: float, n_train: int) -> int:
 
 def mean_rows(run: Store) -> tuple[Int[Tensor, " n_train"], Float[Tensor, "n_train k"]]:
     """Return the ids of all training samples, and the mean gradient of each over its visits."""
+    run.recipe.require_rows()
     like = torch.empty(0, dtype=run.recipe.torch_dtype)
     totals = Totals(run.train_ids(), run.recipe.dimension, like)
     for step in map(unweighted, run):

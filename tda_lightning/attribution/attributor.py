@@ -66,11 +66,7 @@ class Attributor(ABC):
         """
         if len(run) == 0:
             raise ValueError("The run has no steps; expected at least one. Pass a longer slice.")
-        if run.recipe.projector.get("name") == "none":
-            raise ValueError(
-                "The run holds losses and no rows; expected rows to attribute with. Record with "
-                "`GradientRecorder` instead of `LossRecorder`."
-            )
+        run.recipe.require_rows()
 
     def moments(self, run: Store) -> tuple[Moment, ...]:
         """Return the weights at which queries are evaluated for this method by default.

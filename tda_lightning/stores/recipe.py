@@ -162,6 +162,14 @@ class Recipe:
         fields["left_out"] = tuple(LeftOut(**entry) for entry in data["left_out"])
         return cls(**fields)
 
+    def require_rows(self) -> None:
+        """Check that the run holds rows: those of ``LossRecorder`` have none."""
+        if self.projector.get("name") == "none":
+            raise ValueError(
+                "The run holds losses and no rows; expected rows of gradients. Record with "
+                "`GradientRecorder` instead of `LossRecorder`."
+            )
+
     def columns_of(self, layers: Sequence[str]) -> Int[Tensor, " m"]:
         """Return the columns of a row that belong to the given layers.
 
@@ -231,6 +239,7 @@ class Recipe:
 
     def require_blocks(self, blocks: Sequence[Block], model: str) -> None:
         """Check that the blocks of a model, named by its class, are the recorded ones."""
+        self.require_rows()
         differences = block_differences(self.blocks, blocks)
         if differences:
             raise ValueError(

@@ -4,8 +4,15 @@ import pytest
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 
-from tda_lightning import GradientRecorder, LossRecorder, self_influence
-from tda_lightning.applications import find_mislabeled, loss_history
+from tda_lightning import GradientRecorder, LossRecorder, record_queries, self_influence
+from tda_lightning.applications import (
+    GraNd,
+    coreset,
+    find_mislabeled,
+    loss_history,
+    prune,
+    unlearn,
+)
 from tda_lightning.stores import HDF5Store, MemoryStore
 from tda_lightning.stores.integrity.writer_lock import LOCK
 
@@ -151,6 +158,24 @@ def test_mislabels_are_found_and_attribution_is_refused():
     assert list(find_mislabeled(store).witnesses) == ["loss"]
     with pytest.raises(ValueError, match="losses and no rows"):
         self_influence(store)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda store, model, data: coreset(store, 0.5),
+        lambda store, model, data: prune(store, importance=GraNd()),
+        lambda store, model, data: record_queries(model, vectors()[:3], like=store),
+        lambda store, model, data: unlearn(model, store, data, [3]),
+    ],
+    ids=["coreset", "GraNd", "record_queries", "unlearn"],
+)
+def test_answers_from_rows_are_refused(answer):
+    """Rows without columns are all alike, so that any answer would seem to be one."""
+    store, model = MemoryStore(), Plain(mlp())
+    quiet_trainer(LossRecorder(store)).fit(model, loader(vectors()))
+    with pytest.raises(ValueError, match="holds losses and no rows"):
+        answer(store, model, loader(vectors()))
 
 
 def test_manual_optimization_is_refused():
