@@ -94,8 +94,10 @@ def _classes_last(logits: Any, labels: Any, axis: ClassAxis) -> Tensor:
     classes_last: Tensor = logits.movedim(source, -1)
     if classes_last.shape[-1] < 2:
         raise ValueError(
-            f"The model returned {describe(logits)}; expected logits of at least two classes. Pass "
-            "`outputs=`, or a function of (module, batch) as target."
+            f"The model returned {describe(logits)}; expected logits of at least two classes. Of a "
+            "single logit, pass 0 for the other class: `outputs=lambda module, batch: "
+            "nn.functional.pad(module(batch[0]), (1, 0))`, with `labels=lambda batch: "
+            "batch[1].long()`."
         )
     return classes_last
 
