@@ -230,6 +230,20 @@ def test_scores_of_the_last_layer_are_products_of_its_gradients(target):
     assert not model.net[1]._forward_hooks
 
 
+def test_scores_of_the_last_layer_do_not_depend_on_the_batches_of_padded_passages():
+    """A mean over the tokens of a batch weighs long passages more; one of them has no token."""
+    model, tokens = Bigrams(), passages().tensors[0]
+    is_padding = torch.arange(LENGTH) >= torch.arange(N)[:, None] % LENGTH + 1
+    data = TensorDataset(tokens, tokens.masked_fill(is_padding, -100))
+    expected, found = (
+        last_layer_scores(model, passes, completion(0), progress=False)
+        for passes in (DataLoader(data, 1), loader(data, 5))
+    )
+    torch.testing.assert_close(found.values, expected.values)
+    assert not found.values[0, 0]
+    assert found.values.isfinite().all()
+
+
 def test_scores_of_the_last_layer_along_a_run_are_the_highest_of_its_snapshots():
     store, model = MemoryStore(), Bigrams()
     recorder = GradientRecorder(store, snapshots=4)

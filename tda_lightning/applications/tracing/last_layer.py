@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tda_lightning.passes.batch_contents import batch_size
+from tda_lightning.passes.batch_contents import batch_size, part_of
 from tda_lightning.passes.batches import (
     columns_by_id,
     loss_of,
@@ -134,10 +134,25 @@ def _scores_now(
     ledger = SampleLedger(sample_ids)
     with named_batches(ledger, train_loader, "passages", progress) as batches:
         for batch_ids, batch in batches:
-            n = batch_size(batch, "train_loader")
-            loss = n * loss_of(model, transfer(model, batch))
-            parts.append((batch_ids, query.scores(calls.tokens(loss, n))))
+            parts.append((batch_ids, _scores_of(model, batch, query, calls)))
     return columns_by_id(parts)
+
+
+def _scores_of(
+    model: nn.Module, batch: Any, query: _Tokens, calls: _LastCall
+) -> Float[Tensor, "n_query n"]:
+    """Return the scores of the passages of a batch.
+
+    A mean over all tokens of a batch weighs passages by their numbers of tokens, unless these are
+    equal. So passages of different lengths pass one at a time.
+    """
+    n = batch_size(batch, "train_loader")
+    passages = calls.tokens(n * loss_of(model, transfer(model, batch)), n)
+    if len(torch.unique(torch.bincount(passages.owners, minlength=n))) == 1:
+        return query.scores(passages)
+    singles = (part_of(batch, n, slice(row, row + 1)) for row in range(n))
+    losses = (loss_of(model, transfer(model, single)) for single in singles)
+    return torch.cat([query.scores(calls.tokens(loss, 1)) for loss in losses], dim=1)
 
 
 @dataclass(frozen=True)
