@@ -23,7 +23,7 @@ from tda_lightning.gradients.sketching.projectors import projector_from_dict
 from tda_lightning.passes.batch_contents import batch_size, require_batches
 from tda_lightning.passes.drawn_batches import DrawnBatch
 from tda_lightning.passes.model_state import Mode, preserved_state, require_model, thawed
-from tda_lightning.passes.stand_ins import manual_losses
+from tda_lightning.passes.stand_ins import UnclearLossError, manual_losses
 from tda_lightning.recording.sample_ids import SampleLedger, require_once, root_ids
 from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores.arguments import describe
@@ -216,7 +216,7 @@ def step_errors(failure: str, batch: Any, model: nn.Module, otherwise: str = "")
     """
     try:
         yield
-    except UnsampledLossError:
+    except (UnsampledLossError, UnclearLossError):
         raise  # The batch is not to blame.
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         # The class, since the text of a `KeyError` is its key only.

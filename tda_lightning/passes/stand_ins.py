@@ -74,6 +74,10 @@ class IdleOptimizer:
         return getattr(self.wrapped, name)
 
 
+class UnclearLossError(ValueError):
+    """A step has several losses, and returned none of them."""
+
+
 class ManualLosses:
     """Stands for ``manual_backward``: collects the losses of a step instead.
 
@@ -96,17 +100,17 @@ class ManualLosses:
                 graph; many steps return a detached loss for their logs.
 
         Raises:
-            TypeError: If it is unclear which of the losses is meant.
+            UnclearLossError: If it is unclear which of the losses is meant.
         """
         losses, self._losses = self._losses, []
         has_graph = isinstance(returned, Tensor) and returned.requires_grad
         if has_graph or not losses:
             return returned
         if self._n_optimizers > 1:
-            raise TypeError(
+            raise UnclearLossError(
                 f"`training_step` has {len(losses)} losses for {self._n_optimizers} optimizers, "
                 "and returned none of them; expected the one to query. Return it, which changes "
-                "nothing in the training, or pass `target=`"
+                "nothing in the training, or pass `target=`."
             )
         return torch.stack([loss.reshape(()) for loss in losses]).sum()
 
