@@ -184,14 +184,18 @@ class Tracer:
     def first_traces(
         self, loss: Tensor, result: Walk, nodes: Set[Node], n: int
     ) -> dict[Node, Trace]:
-        """Return traces from the place at which most nodes have rows of single samples.
+        """Return traces from the first place at which most nodes have rows of single samples.
 
         Heads or views that are stacked, ``(views, n, d)``, may be as many as the samples. With the
         wrong axis, all rows of a view seem to be of one sample: rows in regular order are likelier.
         """
         best: dict[Node, Trace] = {}
         most = (-1, -1)
+        edges: Cuts = []
         for number, start in self._starts(loss, result, n) if nodes else ():
+            if start[0] is not edges and 2 * most[0] >= len(best) > 0:
+                break  # Only the layouts at the same edges are alternatives.
+            edges = start[0]
             traces = self._confirmed(self._trace(start, result, nodes, n), start, result, n)
             proven = [node for node, each in traces.items() if is_proven(each)]
             n_regular = sum(_is_regular(node, traces[node], n) for node in proven)
@@ -199,8 +203,6 @@ class Tracer:
                 best, most = traces, (len(proven), n_regular)
                 if 2 * len(proven) >= len(traces) > 0:
                     self.start = number
-            if n_regular == len(traces) > 0:
-                break
         return best
 
     def _starts(self, loss: Tensor, result: Walk, n: int) -> Iterator[tuple[int, Place]]:
