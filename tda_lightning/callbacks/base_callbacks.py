@@ -8,6 +8,7 @@ checkpoint, as `GradientRecorder` and `LossRecorder` do.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class RecordingCallback(pl.Callback):
 
     def _watch(self, trainer: Trainer, loader: object) -> None:
         """Infer sample ids from a training loader."""
-        self._ledger.watch(loader, lambda: trainer.training)
+        with self._sparing(trainer):
+            self._ledger.watch(loader, lambda: trainer.training)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect the first batch of a new pass over the data."""
@@ -81,14 +83,19 @@ class RecordingCallback(pl.Callback):
     ) -> None:
         """Determine the sample ids of the batch; record its forward pass if its step is due."""
         if self._recorder is not None:
-            sample_ids = self._ledger.name(batch, batch_idx, sampler_pass(trainer))
-            if batch_idx == trainer.global_step == 0:
-                warn_of_other_loaders(type(self).__name__, trainer, batch, len(sample_ids))
-            share = 1 / trainer.accumulate_grad_batches
-            self._recorder.start_batch(trainer.global_step, sample_ids, share)
-            if len(sample_ids) > 1 and self._recorder.is_recording():
-                is_compiled = self._recorder.rows.is_compiled
-                self._drawn_samples.start(batch, len(sample_ids), is_compiled)
+            with self._sparing(trainer):
+                self._start_batch(self._recorder, trainer, batch, batch_idx)
+
+    def _start_batch(
+        self, recorder: TrainingRecorder, trainer: Trainer, batch: Any, batch_idx: int
+    ) -> None:
+        sample_ids = self._ledger.name(batch, batch_idx, sampler_pass(trainer))
+        if batch_idx == trainer.global_step == 0:
+            warn_of_other_loaders(type(self).__name__, trainer, batch, len(sample_ids))
+        share = 1 / trainer.accumulate_grad_batches
+        recorder.start_batch(trainer.global_step, sample_ids, share)
+        if len(sample_ids) > 1 and recorder.is_recording():
+            self._drawn_samples.start(batch, len(sample_ids), recorder.rows.is_compiled)
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -102,9 +109,19 @@ class RecordingCallback(pl.Callback):
     ) -> None:
         """Prepare for the backward pass of the loss."""
         if self._recorder is not None:
-            self._show_rows(self._recorder)
-            self._recorder.start_backward(loss, loss_scale_of(trainer))
-            self._correct_order(self._recorder, loss)
+            with self._sparing(trainer):
+                self._start_backward(self._recorder, trainer, pl_module, loss)
+
+    def _start_backward(
+        self, recorder: TrainingRecorder, trainer: Trainer, model: LightningModule, loss: Tensor
+    ) -> None:
+        self._show_rows(recorder)
+        recorder.start_backward(loss, loss_scale_of(trainer))
+        self._correct_order(recorder, loss)
+
+    def _sparing(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Return what decides whether an error ends the training: here, it does."""
+        return nullcontext()
 
     def _show_rows(self, recorder: TrainingRecorder) -> None:
         """Let the recorder know whose rows the batch has, now that its forward pass is over."""
@@ -120,7 +137,8 @@ class RecordingCallback(pl.Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of the batch."""
         if self._recorder is not None:
-            self._recorder.end_backward()
+            with self._sparing(trainer):
+                self._recorder.end_backward()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

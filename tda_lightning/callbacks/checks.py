@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
@@ -144,3 +146,15 @@ def _why_unsupported(trainer: Trainer) -> str:
     if not names & (_SINGLE_PROCESS | _DATA_PARALLEL):
         return "it is not known how it combines gradients"
     return ""
+
+
+def is_from_signal_handler(error: BaseException) -> bool:
+    """Return whether an exception comes from a signal handler, which may interrupt any line."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {_code_of(handler) for handler in handlers if callable(handler)} - {None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _code_of(handler: Any) -> Any:
+    """Return the code of a function, a method or a callable object."""
+    return getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -86,8 +87,8 @@ class GradientRecorder(RecordedRun, RecordingCallback):
             resumed training, or one that is fitted further, continues the run that it began.
 
     Raises:
-        ValueError: If an argument is invalid; or before the first batch, if something cannot be
-            recorded faithfully.
+        ValueError: If an argument is invalid; or within the first 20 steps, if something cannot be
+            recorded faithfully. Later, recording stops with a warning, and the training goes on.
         FileExistsError: Before the first batch, if ``store`` holds a run or something else.
     """
 
@@ -241,23 +242,23 @@ class GradientRecorder(RecordedRun, RecordingCallback):
             if self._budgets.is_measuring:
                 self._budgets.start_forward(pl_module, self._recorder)
 
-    def on_before_backward(
-        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    def _start_backward(
+        self, recorder: TrainingRecorder, trainer: Trainer, model: LightningModule, loss: Tensor
     ) -> None:
         """Prepare for the backward pass of the loss; in the first batch, measure its time."""
-        if self._recorder is not None:
-            assert self._recipe is not None
-            self._show_rows(self._recorder)
-            self._settle_reduction(trainer, self._recorder, self._recipe, loss)
-            start_backward = self._recorder.start_backward
-            if self._budgets.is_measuring:
-                self._recipe = self._budgets.choose_stride(
-                    trainer, pl_module, self._recorder, loss, self._recipe
-                )
-                start_backward = partial(self._budgets.start_backward, self._recorder)
-            with self._ledger.checking_number():
-                start_backward(loss, loss_scale_of(trainer))
-            self._correct_order(self._recorder, loss)
+        assert self._recipe is not None
+        self._show_rows(recorder)
+        self._settle_reduction(trainer, recorder, self._recipe, loss)
+        start_backward = recorder.start_backward
+        if self._budgets.is_measuring:
+            self._recipe = self._budgets.choose_stride(trainer, model, recorder, loss, self._recipe)
+            start_backward = partial(self._budgets.start_backward, recorder)
+        with self._ledger.checking_number():
+            start_backward(loss, loss_scale_of(trainer))
+        self._correct_order(recorder, loss)
+
+    def _sparing(self, trainer: Trainer) -> AbstractContextManager[None]:
+        return self._writer.sparing(trainer, self._close)
 
     def _settle_reduction(
         self, trainer: Trainer, recorder: TrainingRecorder, recipe: Recipe, loss: Tensor

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,12 +12,16 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
+from tda_lightning.callbacks.checks import is_from_signal_handler
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, from_first_process
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.model_state import fingerprint
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner, Step
+
+# An error of the recorder ends the training within so many steps; later, hours would be lost.
+_STEPS_WITH_ERRORS = 20
 
 
 class RunWriter:
@@ -41,6 +43,7 @@ class RunWriter:
         self._states: list[Mapping[str, Any]] = []  # of the runs that a checkpoint refers to
         self._normalized: list[set[str]] = []  # Until the first step.
         self._has_warned_of_non_finite = False
+        self._first_step = 0
         self.has_failed = False
 
     def begin(
@@ -56,7 +59,7 @@ class RunWriter:
             FileExistsError: If the store holds another run, or something else.
             ValueError: If the store holds the run, but under another recipe.
         """
-        step = trainer.global_step
+        step = self._first_step = trainer.global_step
         if trainer.world_size > 1:
             self._store.join(trainer.global_rank, trainer.world_size)
         is_continued = from_first_process(trainer, lambda: self._begin_or_continue(recipe, step))
@@ -246,6 +249,24 @@ class RunWriter:
             stacklevel=2,
         )
 
+    @contextmanager
+    def sparing(self, trainer: Trainer, close: Callable[[], None]) -> Iterator[None]:
+        """Turn an error that comes late into a warning, and close the run."""
+        try:
+            yield
+        except Exception as error:
+            is_late = trainer.global_step - self._first_step >= _STEPS_WITH_ERRORS
+            # Other processes would wait for this one.
+            if not is_late or trainer.world_size > 1 or is_from_signal_handler(error):
+                raise
+            close()
+            is_first, self.has_failed = not self.has_failed, True
+            if is_first:  # The run gets no fingerprint, since it is not whole.
+                rank_zero_warn(
+                    f"{self._owner}: recording has stopped at step {trainer.global_step:,}: "
+                    f"{error} Training goes on, and the steps before stay readable."
+                )
+
     def _try(self, write: Callable[[], None]) -> bool:
         """Write, unless writing has failed before; return whether it succeeded.
 
@@ -259,7 +280,7 @@ class RunWriter:
         except ValueError:
             raise
         except Exception as error:  # A store may raise anything; it must not end the training.
-            if _is_from_signal_handler(error):
+            if is_from_signal_handler(error):
                 raise
             self.has_failed = True
             rank_zero_warn(
@@ -267,15 +288,3 @@ class RunWriter:
                 "on; recording has stopped, and all sealed steps stay readable."
             )
         return not self.has_failed
-
-
-def _is_from_signal_handler(error: BaseException) -> bool:
-    """Return whether an exception comes from a signal handler, which may interrupt any line."""
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    codes = {_code_of(handler) for handler in handlers if callable(handler)} - {None}
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
-def _code_of(handler: Any) -> Any:
-    """Return the code of a function, a method or a callable object."""
-    return getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None)

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_models import Plain, loader, mlp, quiet_trainer, vectors
 from torch.nn import functional
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from tda_lightning import GradientRecorder, HDF5Store, TracIn, Unrolled, attribute
 from tda_lightning.recording.taken_step import StepsTogether
@@ -163,3 +163,60 @@ def test_steps_that_a_lost_device_still_holds_are_named(monkeypatch):
     with pytest.warns(UserWarning, match=r"last steps are not recorded: the device is lost"):
         _, weights = trained(GradientRecorder(MemoryStore(), snapshots=0))
     assert same_weights(weights, expected)
+
+
+class FaultyIds:
+    """Returns one id too few from some step on."""
+
+    def __init__(self, step):
+        self.step, self.calls = step, 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        ids = torch.arange(len(batch[0]))
+        return ids if self.calls <= self.step else ids[:-1]
+
+
+def train_long(*callbacks):
+    torch.manual_seed(0)
+    model = Plain(mlp())
+    trainer = quiet_trainer(*callbacks, max_epochs=20)
+    trainer.fit(model, loader(vectors(15), 5))
+    return trainer.global_step, {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def test_an_error_ends_the_training_early_and_the_recording_late(tmp_path):
+    early = GradientRecorder(tmp_path / "early", sample_ids=FaultyIds(3))
+    with pytest.raises(ValueError, match="returned 4 ids for a batch"):
+        train_long(early)
+    late = GradientRecorder(tmp_path / "late", sample_ids=FaultyIds(31))
+    with pytest.warns(UserWarning, match="recording has stopped at step 31: .* 4 ids for a batch"):
+        steps, weights = train_long(late)
+    expected_steps, expected = train_long()
+    assert steps == expected_steps == 60
+    assert same_weights(weights, expected)
+    run = HDF5Store.open(tmp_path / "late")
+    assert [step.index for step in run] == [*range(31)]
+    assert run.final_fingerprint is None
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(vectors(15))
+
+
+class ChangingLoader(Plain):
+    """Trains on a stream, whose ids are unknown, after some epochs."""
+
+    def train_dataloader(self):
+        is_late = self.trainer.current_epoch >= 9
+        return loader(Stream(), 5, shuffle=False) if is_late else loader(vectors(15), 5)
+
+
+def test_a_stream_that_begins_late_ends_the_recording_only(tmp_path):
+    recorder = GradientRecorder(tmp_path / "run")
+    trainer = quiet_trainer(recorder, max_epochs=12, reload_dataloaders_every_n_epochs=1)
+    with pytest.warns(UserWarning, match="recording has stopped at step 27: .* iterable dataset"):
+        trainer.fit(ChangingLoader(mlp()))
+    assert trainer.global_step == 36
+    assert [step.index for step in HDF5Store.open(tmp_path / "run")] == [*range(27)]
