@@ -71,6 +71,12 @@ class RunWriter:
         self._states = []
         if is_continued:
             self._warn_of_missing_steps(trainer, checkpoint.get("steps", self._count))
+            if self.has_failed or checkpoint.get("has_stopped"):
+                rank_zero_warn(
+                    f"{self._owner}: recording had stopped before step {step:,}; the steps from "
+                    "there to here are not in the store, and answers do not cover them."
+                )
+        self.has_failed = False
         preconditioner = self._store.preconditioner() if self._count else None
         # All processes use the same preconditioner, even if one of them has lost steps.
         return checkpoint if is_continued else {}, trainer.strategy.broadcast(preconditioner)
@@ -175,7 +181,9 @@ class RunWriter:
 
     def state(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint, in builtins."""
-        return {} if self._run_id is None else {"run": self._run_id, "steps": self._count}
+        if self._run_id is None:
+            return {}
+        return {"run": self._run_id, "steps": self._count, "has_stopped": self.has_failed}
 
     def load_states(self, states: Iterable[Any]) -> None:
         """Read the states of runs, one of which :meth:`begin` may continue."""

@@ -177,11 +177,13 @@ class FaultyIds:
         return ids if self.calls <= self.step else ids[:-1]
 
 
-def train_long(*callbacks):
+def train_long(*callbacks, max_epochs=20, save=None, resume=None):
     torch.manual_seed(0)
     model = Plain(mlp())
-    trainer = quiet_trainer(*callbacks, max_epochs=20)
-    trainer.fit(model, loader(vectors(15), 5))
+    trainer = quiet_trainer(*callbacks, max_epochs=max_epochs)
+    trainer.fit(model, loader(vectors(15), 5), ckpt_path=resume)
+    if save is not None:
+        trainer.save_checkpoint(save)
     return trainer.global_step, {k: v.clone() for k, v in model.state_dict().items()}
 
 
@@ -198,6 +200,18 @@ def test_an_error_ends_the_training_early_and_the_recording_late(tmp_path):
     run = HDF5Store.open(tmp_path / "late")
     assert [step.index for step in run] == [*range(31)]
     assert run.final_fingerprint is None
+
+
+def test_a_run_that_is_continued_after_recording_had_stopped_says_so(tmp_path):
+    checkpoint = tmp_path / "last.ckpt"
+    stopped = GradientRecorder(tmp_path / "run", sample_ids=FaultyIds(31))
+    with pytest.warns(UserWarning, match="recording has stopped at step 31"):
+        train_long(stopped, save=checkpoint)
+    again = GradientRecorder(tmp_path / "run", sample_ids=FaultyIds(100))
+    with pytest.warns(UserWarning, match="had stopped before step 60; the steps from"):
+        train_long(again, max_epochs=22, resume=checkpoint)
+    run = HDF5Store.open(tmp_path / "run")
+    assert [step.index for step in run] == [*range(31), *range(60, 66)]
 
 
 class Stream(IterableDataset):
