@@ -16,6 +16,7 @@ from tda_lightning.cli.options import OutputFile, json_option
 from tda_lightning.cli.output import Answer, show
 from tda_lightning.results import SampleScores, Scores
 from tda_lightning.results.optional import needs
+from tda_lightning.results.tables import ranked_columns, signed_columns
 from tda_lightning.stores import HDF5Store
 from tda_lightning.stores.arguments import absolute_path
 from tda_lightning.stores.integrity.durable import atomic_write
@@ -135,15 +136,9 @@ def _score_table(scores: Scores) -> Table:
 
 
 def _top_table(scores: Scores, k: int) -> Table:
-    rankings = (scores.proponents(k), scores.opponents(k))
-    n_query = len(scores.query_ids)
-    return {
-        "query": scores.query_ids.repeat_interleave(k).repeat(2).numpy(),
-        "rank": torch.arange(k).repeat(2 * n_query).numpy(),
-        "train_id": torch.cat([ranking.ids.flatten() for ranking in rankings]).numpy(),
-        "score": torch.cat([ranking.values.flatten() for ranking in rankings]).numpy(),
-        "sign": np.repeat(["proponent", "opponent"], n_query * k),
-    }
+    sides = (scores.proponents(k), scores.opponents(k))
+    tables = (ranked_columns(scores.query_ids, s.ids, s.values, scores.tokens) for s in sides)
+    return signed_columns(*tables)
 
 
 def _sample_table(scores: SampleScores) -> Table:

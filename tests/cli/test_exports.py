@@ -60,7 +60,9 @@ def test_the_top_of_scores_are_proponents_and_opponents(scores, tmp_path):
     out = tmp_path / "top.csv"
     assert main(["export", str(tmp_path / "scores.npz"), "--out", str(out), "--top", "2"]) == 0
     rows = read_csv(out)
-    best = [row for row in rows if row["sign"] == "proponent" and row["query"] == "1"]
+    scores.to_csv(tmp_path / "python.csv", k=2)
+    assert rows == read_csv(tmp_path / "python.csv")
+    best = [row for row in rows if row["sign"] == "1" and row["query"] == "1"]
     assert [int(row["train_id"]) for row in best] == scores.proponents(2).ids[1].tolist()
     assert [int(row["rank"]) for row in best] == [0, 1]
     assert len(rows) == 2 * 3 * 2
