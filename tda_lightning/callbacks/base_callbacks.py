@@ -59,7 +59,7 @@ class RecordingCallback(pl.Callback):
 
     def _watch(self, trainer: Trainer, loader: object) -> None:
         """Infer sample ids from a training loader."""
-        with self._sparing(trainer):
+        with self._sparing(trainer) if self._has_begun else nullcontext():
             self._ledger.watch(loader, lambda: trainer.training)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -177,11 +177,12 @@ class FaultyIds:
         return ids if self.calls <= self.step else ids[:-1]
 
 
-def train_long(*callbacks, max_epochs=20, save=None, resume=None):
+def train_long(*callbacks, max_epochs=20, data=None, save=None, resume=None):
     torch.manual_seed(0)
     model = Plain(mlp())
     trainer = quiet_trainer(*callbacks, max_epochs=max_epochs)
-    trainer.fit(model, loader(vectors(15), 5), ckpt_path=resume)
+    data = loader(vectors(15), 5) if data is None else data
+    trainer.fit(model, data, ckpt_path=resume)
     if save is not None:
         trainer.save_checkpoint(save)
     return trainer.global_step, {k: v.clone() for k, v in model.state_dict().items()}
@@ -234,3 +235,13 @@ def test_a_stream_that_begins_late_ends_the_recording_only(tmp_path):
         trainer.fit(ChangingLoader(mlp()))
     assert trainer.global_step == 36
     assert [step.index for step in HDF5Store.open(tmp_path / "run")] == [*range(27)]
+
+
+def test_a_resumed_training_with_a_stream_is_refused_at_once(tmp_path):
+    checkpoint = tmp_path / "last.ckpt"
+    recorder = GradientRecorder(tmp_path / "run")
+    train_long(recorder, save=checkpoint)
+    stream = loader(Stream(), 5, shuffle=False)
+    for again in (recorder, GradientRecorder(tmp_path / "run")):
+        with pytest.raises(ValueError, match="iterable dataset, whose samples have no"):
+            train_long(again, max_epochs=22, data=stream, resume=checkpoint)
