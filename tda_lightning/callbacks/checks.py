@@ -1,4 +1,7 @@
-"""Checks: refuse trainings that cannot be recorded faithfully, before the first batch."""
+"""Checks: refuse trainings that cannot be recorded faithfully, before the first batch.
+
+The last one is for errors during training: whether one of them comes from the recorder.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,8 @@ class EnvironmentRecorder(GradientRecorder):
     def _watch(self, trainer: Trainer, loader: object) -> None:
         """Infer sample ids from a training loader."""
         with self._kept_going():
-            super()._watch(trainer, loader)
+            if not self._is_off:
+                super()._watch(trainer, loader)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the run."""
@@ -106,4 +107,5 @@ class EnvironmentRecorder(GradientRecorder):
         except Exception as error:  # Whatever it is, it must not end the training.
             self._is_off = True
             self._close()
+            self._writer.has_failed = True  # A run that is not whole gets no fingerprint.
             rank_zero_warn(f"GradientRecorder: recording has stopped: {error} Training goes on.")

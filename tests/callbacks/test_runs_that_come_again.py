@@ -178,3 +178,22 @@ def test_in_environment_mode_a_loss_recorder_at_the_same_path_takes_precedence(
 def test_the_environment_has_its_own_recorder(environment):
     kinds = [type(callback) for callback in quiet_trainer().callbacks]
     assert kinds.count(EnvironmentRecorder) == 1
+
+
+class LateStream(Plain):
+    """Trains on a stream, whose ids are unknown, from the second epoch on."""
+
+    def train_dataloader(self):
+        is_first = self.trainer.global_step == 0
+        return loader(IndexedVectors() if is_first else Stream(), batch_size=5, shuffle=False)
+
+
+@pytest.mark.usefixtures("environment")
+def test_in_environment_mode_a_run_that_is_not_whole_has_no_fingerprint(tmp_path):
+    trainer = quiet_trainer(max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    with pytest.warns(UserWarning, match="recording has stopped: .* iterable") as record:
+        trainer.fit(LateStream(mlp()))
+    assert sum("recording has stopped" in str(warning.message) for warning in record) == 1
+    run = HDF5Store.open(tmp_path / "run.tda")
+    assert (len(run), trainer.global_step) == (3, 9)
+    assert run.final_fingerprint is None
