@@ -212,5 +212,5 @@ def _timing_with(
         raise ValueError(
             "`max_overhead` cannot be kept, since the time of a batch could not be measured: "
             f"{error} Expected a loss that can be differentiated twice over one graph. "
-            "Use checkpointing with `use_reentrant=False`, or set `every_n_steps=` instead."
+            "Set `every_n_steps=` instead."
         ) from error

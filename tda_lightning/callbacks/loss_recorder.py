@@ -20,7 +20,7 @@ from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, 
 from tda_lightning.callbacks.run_location import Existing
 from tda_lightning.callbacks.training_ids import known_ids, with_new_ids
 from tda_lightning.gradients.capture.indexed_rows import stated_rows
-from tda_lightning.gradients.capture.pausing import is_compiled
+from tda_lightning.gradients.capture.plain_batches import is_compiled
 from tda_lightning.gradients.losses import DeferredSummary, LossFacts, find_losses_and_penalties
 from tda_lightning.gradients.losses.regression_losses import SquarePower
 from tda_lightning.recording.sample_ids import IdSource

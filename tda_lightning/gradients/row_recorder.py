@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tda_lightning.gradients.capture.capture import Capture
-from tda_lightning.gradients.capture.pausing import is_compiled, uncompiled
+from tda_lightning.gradients.capture.plain_batches import is_compiled, run_plainly
 from tda_lightning.gradients.gradient_layouts import squared_norm, to_dense
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Node
@@ -84,7 +84,7 @@ class RowRecorder:
         parameters = named_parameters(selection, lost)
         self._capture = Capture(model, parameters, batch_dims, self._block_of, followed)
         self.is_compiled = is_compiled(model)
-        self._eager = ExitStack()
+        self._plain = ExitStack()
         self._summary = DeferredSummary((), 0)
         self.preconditioner: Preconditioner | None = None
         self._curvature_rows: Tensor | None = None
@@ -149,13 +149,12 @@ class RowRecorder:
         """Remove the hooks."""
         self._rows.remove_hooks()
         self._capture.detach()
-        self._eager.close()
+        self._plain.close()
 
     def start(self, n: int) -> None:
         """Prepare for the forward pass of a batch of ``n`` samples."""
-        self._eager.close()
-        if self.is_compiled:
-            self._eager.enter_context(uncompiled())
+        self._plain.close()
+        self._plain.enter_context(run_plainly(self.is_compiled))
         self._n = n
         self.continue_batch()
 
@@ -210,7 +209,7 @@ class RowRecorder:
     def end_backward(self) -> BatchRows:
         """Return the recorded rows of the batch."""
         self._capture.end_backward()
-        self._eager.close()
+        self._plain.close()
         with self._capture.time_added():
             rows = self._rows.rows()
         self.preconditioner = self._rows.preconditioner or self.preconditioner

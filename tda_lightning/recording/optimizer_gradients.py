@@ -40,8 +40,7 @@ def gradients_of(
         raise ValueError(
             "The gradient of the first steps could not be computed before their backward pass, "
             f"which the coordinates of an adaptive optimizer need: {error} Expected a loss that "
-            "can be differentiated twice over one graph. Use checkpointing with "
-            "`use_reentrant=False`, or record raw rows with "
+            "can be differentiated twice over one graph. Record raw rows with "
             "`GradientRecorder(preconditioner='none')`."
         ) from error
     pairs = zip(parameters, gradients, strict=True)
@@ -62,8 +61,8 @@ def second_pass_errors() -> Iterator[None]:
     except RuntimeError as error:
         raise ValueError(
             f"The backward pass of sampled labels failed: {error} Expected a loss that can be "
-            "differentiated twice over one graph. Use checkpointing with `use_reentrant=False`, "
-            "compile modules instead of functions, or record with `curvature='none'`."
+            "differentiated twice over one graph. Compile modules instead of functions, or record "
+            "with `curvature='none'`."
         ) from error
 
 

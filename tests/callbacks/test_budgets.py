@@ -10,6 +10,7 @@ from lightning_models import IndexedVectors, Plain, loader, mlp, quiet_trainer, 
 from manual_models import Manual
 from networks import Checkpointed
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from tda_lightning import GradientRecorder, HDF5Store, Identity, TracIn, attribute, node_rule
@@ -263,12 +264,33 @@ def test_a_budget_of_time_in_manual_optimization_is_refused():
     assert store.run_id is None
 
 
+class OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.passes = 0
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.passes += 1
+        if ctx.passes > 1:
+            raise RuntimeError("this graph is gone")
+        return grad
+
+
 def test_a_graph_without_a_second_backward_pass_is_refused():
     recorder = GradientRecorder(MemoryStore(), max_overhead=0.1)
-    model = Plain(Checkpointed(True))
-    with pytest.raises(ValueError, match=r"`max_overhead` cannot be kept.*use_reentrant=False"):
+    model = Plain(mlp(), lambda outputs, y: OnceOnly.apply(functional.cross_entropy(outputs, y)))
+    with pytest.raises(ValueError, match=r"`max_overhead` cannot be kept.*this graph is gone"):
         quiet_trainer(recorder).fit(model, loader(vectors()))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_budget_of_time_holds_for_reentrant_checkpoints():
+    store = MemoryStore()
+    recorder = GradientRecorder(store, max_overhead=100.0)
+    quiet_trainer(recorder).fit(Plain(Checkpointed(True)), loader(vectors()))
+    assert len(store) > 0
 
 
 @pytest.mark.parametrize("limit", [0.0, -0.1, float("nan")])

@@ -236,7 +236,7 @@ def test_checkpointed_layers_are_recorded(use_reentrant, depth):
 
 
 def test_checkpoints_are_refused_where_torch_does_not_show_hooks(monkeypatch):
-    monkeypatch.setattr("tda_lightning.gradients.nodes.rule._SHOWS_HOOKS", False)
+    monkeypatch.setattr("tda_lightning.gradients.nodes.saved_values._SHOWS_HOOKS", False)
     with pytest.raises(ValueError, match=r"checkpoints .*torch 2\.10 on"):
         assert_rows_are_gradients(Checkpointed(False, 2).double(), data_of((D,)))
 

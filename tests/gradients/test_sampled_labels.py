@@ -304,17 +304,3 @@ def test_a_pass_without_training_can_be_stored_on_disk(tmp_path):
     again = HDF5Store.open(tmp_path / "again")
     assert len(again) == 3
     assert again[0].curvature_rows is None
-
-
-def test_sampled_labels_under_reentrant_checkpointing_are_refused():
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(7, 5), nn.Linear(5, 3)
-
-        def forward(self, x):
-            return checkpoint(self.second, self.first(x), use_reentrant=True)
-
-    recorder = GradientRecorder(MemoryStore(), curvature="fisher")
-    with pytest.raises(ValueError, match=r"sampled labels failed: .*`use_reentrant=False`"):
-        quiet_trainer(recorder).fit(Plain(Checkpointed()), loader(vectors()))

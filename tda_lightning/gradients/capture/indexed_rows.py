@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, KnownRows, SampleLayout
 from tda_lightning.gradients.graph.walk import Edge, Node, output_shape
-from tda_lightning.gradients.nodes.rule import saved_value
+from tda_lightning.gradients.nodes.saved_values import saved_value
 
 # Operations that add rows up to samples, by an index.
 _POOLING = frozenset(

@@ -33,7 +33,8 @@ from tda_lightning.gradients.graph.walk import (
     Node,
     output_shape,
 )
-from tda_lightning.gradients.nodes.rule import rule_for, saved_value
+from tda_lightning.gradients.nodes.rule import rule_for
+from tda_lightning.gradients.nodes.saved_values import saved_value
 from tda_lightning.stores.recipe import SampleAxis
 
 # Operations between the picking of rows and the use of a parameter.
@@ -196,15 +197,20 @@ class LayoutInference:
         if proven is None and meeting.takes_data:
             joined = self._joined.get(meeting.shape[0])
             proven = joined if isinstance(joined, SampleLayout) else None
-        return self._routed(meeting, evidence) or proven or self._trusted(meeting, inferred)
+        shown = self._routed(meeting, evidence) or proven
+        return shown or self._trusted(meeting, inferred, evidence)
 
-    def _trusted(self, meeting: Meeting, inferred: Layout | None) -> Layout | None:
+    def _trusted(
+        self, meeting: Meeting, inferred: Layout | None, evidence: Evidence
+    ) -> Layout | None:
         """Return the inferred layout where samples mix, so that little can be proved.
 
         The other operand may also be a constant, and the result parameter-only. That is tried
         first: it is right if later meetings are proved.
         """
         if not (meeting.takes_data and self._do_samples_mix):
+            return None
+        if isinstance(inferred, SampleLayout) and not evidence.sets_apart(inferred, self.n):
             return None
         self._has_doubts = True
         return inferred if self._is_trusting else None

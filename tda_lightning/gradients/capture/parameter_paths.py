@@ -7,8 +7,9 @@ gradients factored. Any other function of parameters is differentiated once per 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch.autograd.graph import GradientEdge
 
 from tda_lightning.gradients.gradient_layouts import to_dense
 from tda_lightning.gradients.graph.walk import Edge, output_shape
-from tda_lightning.gradients.nodes.rule import Contribution
+from tda_lightning.gradients.nodes.rule import Contribution, input_gradients
+from tda_lightning.gradients.nodes.saved_values import is_checkpointed, what_reopens
 
 # Gradients of all samples that are computed at once, in numbers.
 _MAX_NUMBERS_AT_ONCE = 2**26
@@ -216,12 +218,55 @@ def _dtype(edge: Edge) -> torch.dtype:
 
 
 def _vjp(edge: Edge, parameters: list[nn.Parameter], gradients: Tensor) -> list[Tensor]:
-    output = GradientEdge(*edge)
-    per_sample = [
-        torch.autograd.grad([output], parameters, [gradient], retain_graph=True)
-        for gradient in gradients
-    ]
+    nodes = _nodes_behind(edge[0])
+    backward = _engine_backward
+    if any(map(is_checkpointed, nodes)):  # Each pass of the engine would run the checkpoint again.
+        backward = partial(_backward_by_node, nodes)
+    per_sample = [backward(edge, parameters, gradient) for gradient in gradients]
     return [torch.stack([*map(to_dense, values)]) for values in zip(*per_sample, strict=True)]
+
+
+def _engine_backward(
+    edge: Edge, parameters: Sequence[nn.Parameter], gradient: Tensor
+) -> Sequence[Tensor]:
+    return torch.autograd.grad([GradientEdge(*edge)], parameters, [gradient], retain_graph=True)
+
+
+def _backward_by_node(
+    nodes: Sequence[Any], edge: Edge, parameters: Sequence[nn.Parameter], gradient: Tensor
+) -> Sequence[Tensor]:
+    """Call one node after the other, with what the checkpoint recomputed for the pass that runs."""
+    arrived: dict[Any, dict[int, Tensor]] = {node: {} for node in nodes}
+    arrived[edge[0]][edge[1]] = gradient
+    for node in nodes:
+        if not arrived[node] or not node.next_functions:
+            continue
+        reopen = what_reopens(node)
+        grads = [arrived[node].get(number) for number in range(len(node._input_metadata))]
+        for (child, number), value in zip(
+            node.next_functions, input_gradients(node, grads), strict=True
+        ):
+            if child is not None and value is not None:
+                metadata, sums = child._input_metadata[number], arrived[child]
+                value = value.sum_to_size(metadata.shape).to(metadata.dtype)
+                sums[number] = sums[number] + value if number in sums else value
+        reopen()
+    values = {node.variable: arrived[node] for node in nodes if hasattr(node, "variable")}
+    return [values[each].get(0, torch.zeros_like(each)) for each in parameters]
+
+
+def _nodes_behind(root: Any) -> list[Any]:
+    """Return a node and those behind it, each before its inputs."""
+    order: dict[Any, None] = {}
+    stack = [(root, False)]
+    while stack:
+        node, is_done = stack.pop()
+        if is_done:
+            order.setdefault(node)
+        elif node is not None and node not in order:
+            stack.append((node, True))
+            stack += [(child, False) for child, _ in node.next_functions]
+    return list(reversed(order))
 
 
 def leaves(edge: Edge) -> list[nn.Parameter]:

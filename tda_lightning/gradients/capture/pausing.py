@@ -4,17 +4,16 @@ The switches of one model find each other; those of other models are not affecte
 threads can record and query separate models. The state is not kept per thread: on a GPU,
 backward passes run in threads of torch. It belongs to a capture, and ends with it.
 
-The graph of a compiled model is one opaque node, so compilation pauses in recorded batches.
+Extra passes leave no trace in the buffers: an activation checkpoint runs its modules in each.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from weakref import WeakSet
 
-import torch
 from torch import nn
 
 _attached: WeakSet[PauseSwitch] = WeakSet()
@@ -70,7 +69,7 @@ class PauseSwitch:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Pause this capture and all others of its model inside the context."""
-        with _all_paused(self._others | {self}):
+        with _all_paused(self._others | {self}), _buffers_kept(self._model):
             yield
 
     @contextmanager
@@ -78,7 +77,7 @@ class PauseSwitch:
         """Pause the model's other captures inside the context, and only those."""
         before, self.pauses = self.pauses, set()
         try:
-            with _all_paused(self._others):
+            with _all_paused(self._others), _buffers_kept(self._model):
                 yield
         finally:
             self.pauses = before
@@ -116,38 +115,19 @@ def _all_paused(switches: frozenset[PauseSwitch]) -> Iterator[None]:
             switch.pauses.discard(token)
 
 
-# The open contexts. Those of several recorders do not end in reverse order, so the first one
-# switches compilation off, and the last one on again.
-_open: set[object] = set()
-_switched_off = ExitStack()
-
-
 @contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run compiled code as ordinary PyTorch inside the context; contexts may end in any order.
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the buffers back afterwards, such as the running statistics of batch norms.
 
-    Raises:
-        ValueError: If this version of torch cannot do that.
+    The tensors keep their versions: the graph of the batch may have saved them.
     """
-    if not hasattr(torch.compiler, "set_stance"):  # Until torch 2.5.
-        raise ValueError(
-            "A compiled model can be recorded from torch 2.6 on, which can switch compilation off "
-            f"for recorded steps; this is torch {torch.__version__}. Update torch, or train "
-            "without `torch.compile`."
-        )
-    token = object()
+    places = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    tensors = [tensor for _, buffers in places for tensor in buffers.values()]
+    kept = [(t.data, t.data.clone()) for t in tensors if t is not None and not t.is_inference()]
     try:
-        if not _open:
-            _switched_off.enter_context(torch.compiler.set_stance("force_eager"))
-        _open.add(token)
         yield
     finally:
-        _open.discard(token)
-        if not _open:
-            _switched_off.close()
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Return whether a model or a part of it is compiled."""
-    is_wrapped = any("_orig_mod" in name for name, _ in model.named_modules())
-    return is_wrapped or any(m._compiled_call_impl is not None for m in model.modules())
+        for place, buffers in places:
+            place.update(buffers)
+        for tensor, values in kept:
+            tensor.copy_(values)

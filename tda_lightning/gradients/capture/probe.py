@@ -29,6 +29,8 @@ from tda_lightning.stores.precision import in_double_precision
 # The share of a sample's gradient that its rows must hold, where samples meet in batch statistics
 # or in the loss.
 _LIKELY = 0.5
+# Relative error of sums in single precision.
+_ROUNDING = 1e-5
 # With fewer samples, a share of one half proves little.
 _MIN_SAMPLES_FOR_LIKELY = 4
 
@@ -62,6 +64,20 @@ class Evidence:
         """Return whether the layout can be relied on."""
         threshold = _LIKELY if n >= _MIN_SAMPLES_FOR_LIKELY else PROVEN
         return self.layout is not None and self.share > threshold
+
+    def sets_apart(self, layout: SampleLayout, n: int) -> bool:
+        """Return whether each probed sample's rows hold most of its gradient, as far as is known.
+
+        That is more than an equal share, and more than of another sample's gradient. The gradient
+        of a weight, which meets no data, looks alike for all samples.
+        """
+        known = [weights[layout.axis] for weights in self.arrived if layout.axis in weights]
+        totals = [layout.totals(weights, n) for weights in known]
+        if len(totals) < len(self.probed) or any(total is None for total in totals):
+            return True
+        shares = torch.stack([total / total.sum() for total in totals])[:, list(self.probed)]
+        own, largest = shares.diagonal(), shares.amax(dim=0)
+        return bool((own * n > 1 + _ROUNDING).all() and (own >= largest).all())
 
     @property
     def is_empty(self) -> bool:

@@ -102,7 +102,7 @@ class Walk:
     @property
     def has_batch_statistics(self) -> bool:
         """Whether some node normalizes samples by statistics of the batch."""
-        return any("BatchNorm" in type(node).__name__ for node in self.with_samples)
+        return any(map(_normalizes_by_batch, self.with_samples))
 
     def first_edges(self) -> list[GradientEdge]:
         """Return the outputs of the nodes at which a backward pass without parameters can stop."""
@@ -205,6 +205,14 @@ def _note(node: Node, functions: tuple[Edge, ...], may_check: bool, result: Walk
     elif name not in BATCH_NORMS:
         _ORDINARY.add(type(node))
     return is_checkpoint
+
+
+def _normalizes_by_batch(node: Node) -> bool:
+    """Return whether a node takes statistics of the batch; an instance norm has a batch of one."""
+    if "BatchNorm" not in type(node).__name__:
+        return False
+    shape = output_shape((node, 0))
+    return bool(getattr(node, "_saved_training", True)) and not (shape and shape[0] == 1)
 
 
 BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")

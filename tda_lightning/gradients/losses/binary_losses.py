@@ -13,9 +13,9 @@ class BernoulliLogitsLoss(ReducedLoss):
     """Binary cross-entropy of logits."""
 
     def _weight_arguments(self) -> Tensor:
-        pos_weight = self.node._saved_pos_weight
+        pos_weight = self.saved("pos_weight")
         weights = super()._weight_arguments()
-        target = self.node._saved_target
+        target = self.saved("target")
         return weights if pos_weight is None else weights * (1 + (pos_weight - 1) * target)
 
     def sample(self, generator: Generator) -> Tensor:
@@ -29,9 +29,7 @@ class BernoulliLogitsLoss(ReducedLoss):
 
     def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
         """Return the loss, the norm of the error of both classes, and the margin."""
-        return _binary(
-            self._exact_losses(), self.node._saved_self.detach(), self.node._saved_target
-        )
+        return _binary(self._exact_losses(), self.saved("self").detach(), self.saved("target"))
 
     def losses(self, value_grad: Tensor, weights: Tensor, square: Tensor) -> Tensor:
         """Return the value of each term, also for a label between the classes."""
@@ -39,11 +37,11 @@ class BernoulliLogitsLoss(ReducedLoss):
 
     def _exact_losses(self) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
-            self.node._saved_self.detach(), self.node._saved_target, reduction="none"
+            self.saved("self").detach(), self.saved("target"), reduction="none"
         )
 
     def _probabilities(self) -> Tensor:
-        p: Tensor = self.node._saved_self.detach().sigmoid()
+        p: Tensor = self.saved("self").detach().sigmoid()
         return p
 
 
@@ -61,7 +59,7 @@ class BernoulliLoss(ReducedLoss):
 
     def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
         """Return the loss, the norm of the error of both classes, and the margin."""
-        return _binary(self._exact_losses(), self._probabilities().logit(), self.node._saved_target)
+        return _binary(self._exact_losses(), self._probabilities().logit(), self.saved("target"))
 
     def losses(self, value_grad: Tensor, weights: Tensor, square: Tensor) -> Tensor:
         """Return the value of each term, also for a label between the classes."""
@@ -69,7 +67,7 @@ class BernoulliLoss(ReducedLoss):
 
     def _exact_losses(self) -> Tensor:
         return functional.binary_cross_entropy(
-            self._probabilities(), self.node._saved_target, reduction="none"
+            self._probabilities(), self.saved("target"), reduction="none"
         )
 
     def _weighted_residuals(self, grad: Tensor) -> Tensor:
@@ -77,7 +75,7 @@ class BernoulliLoss(ReducedLoss):
         return (grad * p * (1 - p)).abs()
 
     def _probabilities(self) -> Tensor:
-        p: Tensor = self.node._saved_self.detach().clamp(1e-6, 1 - 1e-6)
+        p: Tensor = self.saved("self").detach().clamp(1e-6, 1 - 1e-6)
         return p
 
 

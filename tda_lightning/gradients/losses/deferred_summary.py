@@ -69,7 +69,7 @@ class DeferredSummary(LossSummary):
 
     def _keep(self, node: LossNode, value_grad: Tensor, outputs_grad: Tensor) -> None:
         # A copy, since a training may change its log-probabilities in place.
-        self.kept = torch.stack((node.node._saved_result, value_grad, outputs_grad))
+        self.kept = torch.stack((node.saved("result"), value_grad, outputs_grad))
 
     def facts(self) -> LossFacts:
         """Return the facts of each sample's loss, after the backward pass."""

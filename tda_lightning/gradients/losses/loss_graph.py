@@ -15,6 +15,7 @@ from tda_lightning.gradients.losses.binary_losses import BernoulliLogitsLoss, Be
 from tda_lightning.gradients.losses.loss_nodes import LossNode, Predictions, SoftmaxLoss
 from tda_lightning.gradients.losses.regression_losses import HuberLoss, SquaredLoss, SquarePower
 from tda_lightning.gradients.losses.term_owners import RowsOf, TermOwners, term_owners
+from tda_lightning.gradients.nodes.saved_values import is_checkpointed, what_reopens
 
 # Loss functions are near the root of the graph; the model behind them may be large.
 _MAX_SEARCHED_NODES = 500
@@ -212,20 +213,30 @@ class LossSummary:
         # Terms without a known sample: the others would be a part of the loss only.
         self._is_partial = False
         for node in nodes:
-            node.node.register_hook(self._hook(node))
+            self._add_hooks(node)
 
-    def _hook(self, node: LossNode) -> Callable[[Any, Any], None]:
+    def _add_hooks(self, node: LossNode) -> None:
         # The hook must not hold the node, which holds the hook: a cycle would keep its tensors.
         waiting, position = [node], node.position
+        reopeners: list[Callable[[], None]] = []
+
+        def prehook(outputs: tuple[Tensor | None, ...]) -> None:
+            if waiting and not self._is_paused():
+                reopeners.append(what_reopens(waiting[0].node))
 
         def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> None:
             value_grad, outputs_grad = outputs[0], inputs[position]
             if not waiting or self._is_paused() or value_grad is None or outputs_grad is None:
                 return
+            for reopen in reopeners:
+                reopen()
+            reopeners.clear()
             with torch.no_grad():
                 self.add(waiting.pop(), value_grad, outputs_grad)
 
-        return hook
+        node.node.register_hook(hook)
+        if is_checkpointed(node.node):
+            node.node.register_prehook(prehook)
 
     def add(self, node: LossNode, value_grad: Tensor, outputs_grad: Tensor) -> None:
         """Add a loss function, with the gradients of the loss at its result and its outputs."""

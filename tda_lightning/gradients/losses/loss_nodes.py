@@ -11,6 +11,8 @@ import torch
 from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
 
+from tda_lightning.gradients.nodes.saved_values import saved_value
+
 # Vocabularies are large: at most this many probabilities are computed again at a time.
 _MAX_PROBABILITIES = 2**22
 
@@ -70,6 +72,10 @@ class LossNode(ABC):
     def __init__(self, node: Any) -> None:
         self.node = node
         self.position = 0
+
+    def saved(self, name: str) -> Any:
+        """Return a value that the node saved in the forward pass."""
+        return saved_value(self.node, name)
 
     @property
     def value(self) -> GradientEdge:
@@ -165,7 +171,7 @@ class SoftmaxLoss(LossNode):
 
     def sample(self, generator: Generator) -> Tensor:
         """Sample classes by inverting the cumulative distribution."""
-        gradient: Tensor = self.node._saved_result.detach().exp()
+        gradient: Tensor = self.saved("result").detach().exp()
         rows = gradient.movedim(self.axis, -1)
         size = max(1, _MAX_PROBABILITIES * len(rows) // max(rows.numel(), 1))
         for part in torch.split(rows, size) if rows.ndim > 1 else (rows,):
@@ -184,7 +190,7 @@ class SoftmaxLoss(LossNode):
 
     def predictions(self, value_grad: Tensor, grad: Tensor, weights: Tensor) -> Predictions:
         """Return the loss, the norm of the error over all classes, and the margin."""
-        axis, log_probabilities = self.axis, self.node._saved_result.detach()
+        axis, log_probabilities = self.axis, self.saved("result").detach()
         coefficients = value_grad / weights
         labels = coefficients.argmin(dim=axis, keepdim=True)
         others = log_probabilities.scatter(axis, labels, -torch.inf)
@@ -202,12 +208,12 @@ class SoftmaxLoss(LossNode):
 
     def _exact_losses(self, coefficients: Tensor) -> Tensor:
         # Forbidden classes have a log-probability of minus infinity, and no coefficient.
-        parts = torch.where(coefficients == 0, 0, coefficients * self.node._saved_result.detach())
+        parts = torch.where(coefficients == 0, 0, coefficients * self.saved("result").detach())
         return parts.sum(dim=self.axis, keepdim=True)
 
     def _full_trace(self, of_label: Terms, full_square: Tensor) -> Tensor:
         """Return the sum over classes of p * (1 - p)."""
-        log_p: Tensor = self.node._saved_result.detach()
+        log_p: Tensor = self.saved("result").detach()
         if log_p.numel() <= _MAX_PROBABILITIES:
             return -(log_p.exp() * log_p.expm1()).sum(dim=self.axis, keepdim=True)
         # Without copies of all probabilities, from |p - e|^2: exact for a label of one class, e.
@@ -224,14 +230,16 @@ class ReducedLoss(LossNode):
 
     def weights(self, grad: Tensor) -> Tensor:
         """Return the weight that the reduction and the loss function's arguments give each term."""
-        outputs = self.node._saved_self
+        outputs = self.saved("self")
         share = grad / outputs.numel() if self.node._saved_reduction == 1 else grad
         weights: Tensor = (share * self._weight_arguments()).expand_as(outputs)
         return weights
 
     def _weight_arguments(self) -> Tensor:
-        weight: Tensor | None = getattr(self.node, "_saved_weight", None)
-        return torch.ones((), device=self.node._saved_self.device) if weight is None else weight
+        weight: Tensor | None = (
+            self.saved("weight") if hasattr(self.node, "_saved_weight") else None
+        )
+        return torch.ones((), device=self.saved("self").device) if weight is None else weight
 
 
 def _subtract_drawn_(probabilities: Tensor, generator: Generator) -> None:

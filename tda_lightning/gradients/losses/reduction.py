@@ -17,6 +17,7 @@ from tda_lightning.gradients.losses.loss_graph import (
 )
 from tda_lightning.gradients.losses.loss_nodes import LossNode
 from tda_lightning.gradients.losses.regression_losses import SquarePower
+from tda_lightning.gradients.nodes.saved_values import saved_value
 from tda_lightning.stores.precision import in_double_precision
 
 Reduction = Literal["mean", "sum"]
@@ -61,7 +62,7 @@ def _is_of_samples(node: LossNode, n: int) -> bool:
     """Return whether a function is one of samples; squares may also be penalties on parameters."""
     if not isinstance(node, SquarePower):
         return True
-    shape: tuple[int, ...] = tuple(node.node._saved_self.shape)
+    shape: tuple[int, ...] = tuple(node.saved("self").shape)
     return len(shape) > 0 and shape[0] == n
 
 
@@ -99,7 +100,7 @@ def mixes_samples(loss: Tensor) -> bool:
     labels = defaultdict(list)
     for node in nodes:
         if node.name() in _NEGATIVE_LOG_LIKELIHOODS:
-            labels[_outputs_of(node)].append(node._saved_target)
+            labels[_outputs_of(node)].append(saved_value(node, "target"))
     if any(_are_permuted(each) for each in labels.values()):
         return True
     return any(_are_mixed(each) for node in nodes for each in _distributions(node))
@@ -150,7 +151,7 @@ def _distributions(node: Any) -> list[Tensor]:
     children = [child.name() for child, _ in node.next_functions if child is not None]
     if node.name() != "MulBackward0" or children != ["LogSoftmaxBackward0"]:
         return []
-    factors = (node._saved_self, node._saved_other)
+    factors = (saved_value(node, "self"), saved_value(node, "other"))
     return [each for each in factors if isinstance(each, Tensor) and each.ndim == 2]
 
 

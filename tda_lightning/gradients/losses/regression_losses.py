@@ -24,13 +24,13 @@ class SquaredLoss(ReducedLoss):
 
     def sample(self, generator: Generator) -> Tensor:
         """Sample signs: any residual of the right variance is valid; signs have the least noise."""
-        outputs = self.node._saved_self.detach()
+        outputs = self.saved("self").detach()
         signs = torch.where(uniform(outputs, generator) < 0.5, -1.0, 1.0).to(outputs)
         return signs * self._hessian(outputs).sqrt()
 
     def summarize(self, grad: Tensor, weights: Tensor) -> Terms:
         """Return the second derivative of each term, and its squared first derivative."""
-        hessian = self._hessian(self.node._saved_self.detach()).expand_as(grad)
+        hessian = self._hessian(self.saved("self").detach()).expand_as(grad)
         return Terms.of_one_output(hessian, (grad / weights).square())
 
     def losses(self, value_grad: Tensor, weights: Tensor, square: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class HuberLoss(SquaredLoss):
         return self._slope * (self._distance() - inside + inside.square() / (2 * self._width))
 
     def _distance(self) -> Tensor:
-        distance: Tensor = (self.node._saved_self.detach() - self.node._saved_target).abs()
+        distance: Tensor = (self.saved("self").detach() - self.saved("target")).abs()
         return distance
 
     @property

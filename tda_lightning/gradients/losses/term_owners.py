@@ -20,6 +20,7 @@ from torch import Tensor
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
 from tda_lightning.gradients.graph.walk import output_shape
 from tda_lightning.gradients.losses.loss_nodes import LossNode
+from tda_lightning.gradients.nodes.saved_values import saved_value
 
 # Where the samples lie in the output of a node, if that is known.
 RowsOf = Callable[[Any], SampleLayout | IrregularRows | None]
@@ -257,7 +258,7 @@ def _order(node: Any, ndim: int) -> list[int]:
 def _picked(owners: TermOwners, node: Any, shape: tuple[int, ...]) -> TermOwners | None:
     """Return the owners of rows that an index, or a mask, has picked."""
     indices: list[Tensor | None] = []
-    for saved in node._saved_indices:
+    for saved in saved_value(node, "indices"):
         is_mask = saved is not None and saved.dtype in (torch.bool, torch.uint8)
         indices += saved.nonzero(as_tuple=True) if is_mask else [saved]
     inside = prod(owners.shape[len(indices) :])

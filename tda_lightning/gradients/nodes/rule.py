@@ -18,11 +18,11 @@ from torch.autograd.function import BackwardCFunction
 
 from tda_lightning.gradients.factors import Dense, GradientFactors
 from tda_lightning.gradients.graph.sample_layout import IrregularRows, SampleLayout
+from tda_lightning.gradients.nodes.saved_values import saved_value, what_reopens
 
 # Per-sample gradients of a parameter-only tensor: factors of the tensor as a matrix (its first axis
 # by all others), or the gradients themselves, shape ``(n, *shape)``.
 Contribution = GradientFactors | Tensor
-_SHOWS_HOOKS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 
 
 @dataclass(slots=True)
@@ -169,8 +169,10 @@ def per_sample_vjp(call: NodeCall) -> Inexact[Tensor, "n ..."]:
     # A call computes the gradients of all inputs.
     shapes = {**call.alike, call.position: call.shape}
     results: dict[int, list[Tensor]] = {position: [] for position in shapes}
+    reopen = what_reopens(call.node)
     for sample in range(call.n):
-        input_grads = _input_gradients(call.node, [grad and grad(sample) for grad in outputs])
+        input_grads = input_gradients(call.node, [grad and grad(sample) for grad in outputs])
+        reopen()
         for position, shape in shapes.items():
             value = input_grads[position]
             if value is None:
@@ -181,7 +183,7 @@ def per_sample_vjp(call: NodeCall) -> Inexact[Tensor, "n ..."]:
     return call.shared.pop(call.position)
 
 
-def _input_gradients(node: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def input_gradients(node: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """Call a node, and return a gradient for each of its inputs in the graph."""
     is_in_python = isinstance(node, BackwardCFunction)
     results = getattr(node, "apply", node)(*grads)
@@ -210,70 +212,3 @@ def _all_but_one_zero(call: NodeCall, grad: Tensor | None) -> Callable[[int], Te
 
 
 _GENERIC = NodeRule(per_sample_vjp, every_axis)
-
-
-def saved_value(node: Any, name: str) -> Any:
-    """Return a value that a node saved in the forward pass, without consuming it.
-
-    A non-reentrant checkpoint recomputes its part of the forward pass when the first saved tensor
-    is read, and lets each tensor be read only once. The node itself still has to read it, so this
-    puts the tensor back. That needs the hook of the checkpoint, which torch shows since 2.10.
-
-    Raises:
-        ValueError: If a checkpoint saved it, and this version of torch does not show hooks.
-    """
-    raw = getattr(node, f"_raw_saved_{name}", None)
-    unpack_hook = getattr(raw, "unpack_hook", None)
-    value = getattr(node, f"_saved_{name}")
-    if raw is not None and not _SHOWS_HOOKS:
-        _require_second_reading(node, name)
-    if raw is not None and unpack_hook is not None and hasattr(raw.data, "handles"):
-        _put_back(unpack_hook, raw.data, value)
-    return value
-
-
-def saved_without_hook(node: Any, name: str) -> Tensor | None:
-    """Return a tensor that a node saved, or ``None`` if a hook unpacks it."""
-    if _SHOWS_HOOKS and getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
-        return None
-    value: Tensor = getattr(node, f"_saved_{name}")
-    if not _SHOWS_HOOKS:
-        _require_second_reading(node, name)
-    return value
-
-
-def _require_second_reading(node: Any, name: str) -> None:
-    from torch.utils.checkpoint import CheckpointError
-
-    try:
-        getattr(node, f"_saved_{name}")
-    except CheckpointError as error:
-        raise ValueError(
-            "A model with activation checkpoints (`use_reentrant=False`) can be recorded from "
-            "torch 2.10 on, where the tensors of a checkpoint can be read twice; this is torch "
-            f"{torch.__version__}. Update torch, or train without checkpoints."
-        ) from error
-
-
-def _put_back(unpack_hook: Any, holder: Any, value: Any) -> None:
-    """Let a checkpointed tensor be read once more."""
-    import torch.utils.checkpoint as checkpoint
-
-    frame = _frame_of(unpack_hook)
-    group = torch._C._current_graph_task_id()
-    handle = checkpoint._Handle()
-    holder.handles[group] = handle
-    frame.recomputed[group][handle] = value
-
-
-def _frame_of(unpack_hook: Any) -> Any:
-    """Return the checkpoint that a saved tensor belongs to, from the closure of its hook."""
-    for cell in unpack_hook.__closure__ or ():
-        content = cell.cell_contents
-        if hasattr(content, "recomputed"):
-            return content
-        if callable(content) and getattr(content, "__closure__", None):
-            frame = _frame_of(content)
-            if frame is not None:
-                return frame
-    return None

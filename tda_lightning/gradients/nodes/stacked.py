@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tda_lightning.gradients.factors.gradient_factors import coarser
 from tda_lightning.gradients.graph.walk import Edge, Meeting
-from tda_lightning.gradients.nodes.rule import saved_without_hook
+from tda_lightning.gradients.nodes.saved_values import saved_without_hook
 
 
 @dataclass(frozen=True)
