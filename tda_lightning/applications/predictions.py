@@ -68,7 +68,7 @@ def of_classes(run: Store, outputs: Outputs, labels: Labels) -> tuple[Outputs, L
         return outputs, labels
 
     def class_logits(module: nn.Module, batch: Any) -> Tensor:
-        logits = outputs(module, batch)
+        logits = torch.atleast_1d(outputs(module, batch))
         if logits.ndim > 2 or logits.numel() != len(logits):
             return logits
         return torch.stack([-logits.flatten() / 2, logits.flatten() / 2], dim=1)
@@ -111,7 +111,7 @@ def predict(
     require_batches(parts, "loader")
     ids, logits, given = (torch.cat(column) for column in zip(*parts, strict=True))
     require_logits(logits)
-    _require_single_logit(logits)
+    require_single_logit(logits)
     return Predictions(ids, logits.softmax(dim=1), given)
 
 
@@ -137,7 +137,7 @@ def warn_of_given_ids(run: Store, argument: str, *, remedy: str) -> None:
         )
 
 
-def _require_single_logit(logits: Float[Tensor, "n classes"]) -> None:
+def require_single_logit(logits: Float[Tensor, "n classes"]) -> None:
     """Check that a single output per sample was a logit, and not behind a sigmoid."""
     is_pair = logits.shape[1] == 2 and bool((logits[:, 0] == -logits[:, 1]).all())
     single = 2 * logits[:, -1]

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -310,6 +311,41 @@ def test_a_model_without_forward_is_reported_on_without_predictions(tmp_path):
     parsed = Parsed(path)
     assert "The model's answers are unknown" in " ".join(parsed.texts)
     assert not any(query["known"] for query in parsed.data()["queries"])
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)], ids=["vector", "column"])
+def test_one_logit_stands_for_two_classes(tmp_path, shape):
+    class TwoClasses(TextClassifier):
+        def forward(self, x):
+            return self.head(x)[:, 0].reshape(shape)
+
+        def training_step(self, batch, batch_idx):
+            labels = batch["label"].float().reshape(shape)
+            return torch.nn.functional.binary_cross_entropy_with_logits(self(batch["x"]), labels)
+
+    data, model = Texts(TEXTS, classes=2), TwoClasses()
+    data.labels = [float(label) for label in data.labels]
+    run, path = tmp_path / "run.tda", tmp_path / "report.html"
+    quiet_trainer(GradientRecorder(run, projector=Identity())).fit(model, loader(data))
+    queries, names = loader(data, shuffle=False), ["no", "yes"]
+    settings = {"train": data, "out": path, "class_names": names, "progress": False}
+    report(run, model, queries, **settings)
+    logits = model(data.vectors).flatten().detach()
+    for query in Parsed(path).data()["queries"]:
+        logit, label = float(logits[query["id"]]), int(data.labels[query["id"]])
+        assert (query["answer"], query["label"]) == (names[logit > 0], names[label])
+        assert query["wrong"] == ((logit > 0) != label)
+        assert query["confidence"] == pytest.approx(1 / (1 + math.exp(-abs(logit))), rel=1e-4)
+
+    def probabilities(module, batch):
+        return module(batch["x"]).sigmoid()
+
+    report(run, model, queries, outputs=probabilities, **settings)
+    assert "as behind a sigmoid; expected logits." in " ".join(Parsed(path).texts)
+    assert not any(query["known"] for query in Parsed(path).data()["queries"])
+    model.forward = lambda x: model.head(x)[:, 0].squeeze()
+    with pytest.raises(ValueError, match=r"failed on (a batch of one query|`queries`): "):
+        report(run, model, queries, **settings)
 
 
 def test_opponents_are_a_finding_only_if_an_answer_is_wrong(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
+from unchecked_calls import type_checks_disabled
 
 from tda_lightning.passes.batch_contents import part_of
 from tda_lightning.passes.query_batches import batches_in_memory
@@ -69,12 +70,26 @@ def test_pictures_are_told_from_other_arrays(value, expected):
         ({"text": "some", "label": 1}, Shown(label="bee", text="some")),
         ((torch.tensor([3, 5, 7]), 1), Shown(label="bee", text="3 5 7")),
         ((torch.tensor([0.5, 2.0]), 1.5), Shown(label="1.5", row={"column 0": 0.5, "column 1": 2})),
+        ((PICTURE, 2.0), Shown(label="cat", image=PICTURE)),
+        ((PICTURE, torch.tensor([1.0, 0, 1])), Shown(label="ant, cat", image=PICTURE)),
+        ({"x": "some", "labels": torch.tensor([0.0, 1])}, Shown(label="bee", text="some")),
         (
             (torch.ones(1, 16000), 16000, 2),
             Shown(label="cat", note="recording of 16,000 values, peak 1"),
         ),
     ],
-    ids=["picture", "picture, tensor", "text", "mapping", "tokens", "row", "recording"],
+    ids=[
+        "picture",
+        "picture, tensor",
+        "text",
+        "mapping",
+        "tokens",
+        "row",
+        "class as float",
+        "several labels",
+        "several labels by key",
+        "recording",
+    ],
 )
 def test_an_item_is_shown_by_its_parts(item, expected):
     shown = ShowItem(class_names=("ant", "bee", "cat"))(item)
@@ -84,6 +99,9 @@ def test_an_item_is_shown_by_its_parts(item, expected):
 def test_columns_have_their_names():
     row = ShowItem(column_names=("age", "size"))((torch.tensor([1.0, 2.0]), 0)).row
     assert row == {"age": 1.0, "size": 2.0}
+    names = np.array(["age", "size"])  # as those of scikit-learn
+    with type_checks_disabled():
+        assert ShowItem(names, names)((torch.tensor([1.0, 2.0]), 0)) == Shown(label="age", row=row)
     with pytest.raises(ValueError, match="`column_names` has 1 names; expected 2"):
         ShowItem(column_names=("age",))((torch.tensor([1.0, 2.0]), 0))
 
@@ -101,6 +119,7 @@ def test_labels_are_found():
     assert label_of({"input_ids": PICTURE, "labels": 3}) == 3
     assert label_of(PICTURE) is None
     assert label_of((PICTURE,)) is None
+    assert [label_of((PICTURE, y), is_class=True) for y in (1.0, 0.3, 4)] == [1, 0.3, 4]
 
 
 def test_parts_of_a_batch_are_its_samples():

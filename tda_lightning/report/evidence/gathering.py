@@ -19,13 +19,14 @@ from tda_lightning.applications import (
     find_mislabeled,
     find_shortcut,
 )
+from tda_lightning.applications.predictions import of_classes
 from tda_lightning.applications.retraining.removal import RemovalCurve
 from tda_lightning.attribution import Attributor, Averaged, InfluenceFunction, TracIn
 from tda_lightning.attribution.question import Question
 from tda_lightning.attribution.trajectory import contributions
 from tda_lightning.metrics.agreement import rank_agreement
 from tda_lightning.passes.model_state import warn_of_other_weights
-from tda_lightning.passes.outputs import Outputs
+from tda_lightning.passes.outputs import Outputs, labels_of
 from tda_lightning.passes.query_batches import batches_in_memory
 from tda_lightning.passes.targets import Loss
 from tda_lightning.report.evidence.queries import Answer, answers_to, items_of, samples_of
@@ -129,10 +130,13 @@ def gather(
     warn_of_other_weights(model, store.final_fingerprint, remedy="", stacklevel=4)
     loader, queries = queries, batches_in_memory(queries)
     ids = store.train_ids().tolist()
-    samples = training_set(train, ids, render, progress=progress)
+    has_classes = store.facts[-1].loss == "cross-entropy"
+    samples = training_set(train, ids, render, has_classes=has_classes, progress=progress)
     question = Question(method, Loss(), None, "eval", progress)
     rows = question.rows(store, model, queries).rows
-    answers, reason = answers_to(model, queries, outputs, items_of(loader, queries))
+    logits, _ = of_classes(store, outputs, labels_of)
+    items = items_of(loader, queries)
+    answers, reason = answers_to(model, queries, logits, items, has_classes=has_classes)
     _require_one_row_each(rows, answers)
     ready = method.precomputed(store, rows)  # All its readers share its curvature.
     pairs = ready.with_rows(store, rows) if isinstance(ready, Averaged) else [(ready, rows)]
@@ -151,7 +155,9 @@ def gather(
         parts=parts,
         agreement=rank_agreement(*parts[:2]) if len(parts) > 1 else None,
         influence=TracIn().self_influence(store, progress=progress),
-        suspects=_suspects(store, left_out, progress),
+        suspects=find_mislabeled(store, left_out=left_out, progress=progress)
+        if has_classes
+        else None,
         duplicates=_duplicates(store, len(ids)),
         trajectory=_trajectory(store, rows, scores, order, ready, progress),
         data_order=data_order(store),
@@ -160,11 +166,6 @@ def gather(
         shortcut=_shortcut(store, model, queries, answers, samples, attributes, outputs),
         removal=removal,
     )
-
-
-def _suspects(store: Store, left_out: InfluenceFunction, progress: bool) -> Mislabeled | None:
-    has_labels = store.facts[-1].loss == "cross-entropy"
-    return find_mislabeled(store, left_out=left_out, progress=progress) if has_labels else None
 
 
 def _duplicates(store: Store, n_train: int) -> Duplicates | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tda_lightning.applications.predictions import require_single_logit
 from tda_lightning.passes.batch_contents import batch_size, part_of
 from tda_lightning.passes.batches import loss_of, root_dataset, transfer
 from tda_lightning.passes.model_state import preserved_state
@@ -65,24 +66,33 @@ def answers_to(
     queries: Any,
     outputs: Outputs,
     items: Sequence[Any] = (),
+    *,
+    has_classes: bool,
 ) -> tuple[list[Answer], str]:
     """Pass every query through the model, one at a time; its state is restored afterwards.
 
-    ``items`` are the queries as they are shown; by default, as the batches hold them.
+    ``items`` are the queries as they are shown; by default, as the batches hold them. If the model
+    ``has_classes``, several outputs are their logits.
 
     Returns:
         The answers in the order of the queries, and why predictions are missing, if they are.
     """
-    answers, reason = [], ""
+    answers, rows, reason = [], [], ""
     with preserved_state(model, "eval"), torch.enable_grad():
         for item, single in _samples(queries):
             moved = transfer(model, single)
-            loss = float(loss_of(model, moved).detach())
+            loss = _loss(model, moved)
             values, reason = _outputs(model, moved, outputs)
-            answers.append(_answer(item, loss, values))
+            label = label_of(item, has_classes)
+            answers.append(Answer(item, label, loss, None, None))
+            rows.append(values)
+    reason = reason or _doubts_of_logits(rows)
+    if not reason:
+        pairs = zip(answers, rows, strict=True)
+        answers = [_with_prediction(answer, values) for answer, values in pairs]
     if len(items) == len(answers):
-        pairs = zip(answers, items, strict=True)
-        answers = [dataclasses.replace(answer, item=item) for answer, item in pairs]
+        shown = zip(answers, items, strict=True)
+        answers = [dataclasses.replace(answer, item=item) for answer, item in shown]
     return answers, reason
 
 
@@ -100,22 +110,45 @@ def _samples(queries: Any) -> Iterator[tuple[Any, Any]]:
             yield part_of(batch, n, row), part_of(batch, n, slice(row, row + 1))
 
 
+def _loss(model: nn.Module, single: Any) -> float:
+    try:
+        return float(loss_of(model, single).detach())
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"`training_step` failed on a batch of one query: {error} The report passes queries "
+            "one at a time; keep the axis of samples, such as by `squeeze(-1)` for `squeeze()`."
+        ) from error
+
+
 def _outputs(model: nn.Module, batch: Any, outputs: Outputs) -> tuple[Tensor | None, str]:
     try:
         with torch.no_grad():
-            return outputs(model, batch).detach().cpu()[0], ""
+            return torch.atleast_1d(outputs(model, batch).detach().cpu())[0], ""
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         return None, str(error)
 
 
-def _answer(item: Any, loss: float, values: Tensor | None) -> Answer:
-    label = label_of(item)
-    prediction: int | float | None = None
-    confidence = None
-    if values is not None and values.numel() == 1:
-        prediction = float(values)
-    elif values is not None and values.ndim == 1 and isinstance(label, int):
-        probabilities = values.double().softmax(dim=0)
-        prediction = int(probabilities.argmax())
-        confidence = float(probabilities.max())
-    return Answer(item, label, loss, prediction, confidence)
+def _doubts_of_logits(rows: Sequence[Tensor | None]) -> str:
+    """Return why these outputs are no logits of two classes, if they should be and are not."""
+    pairs = [row for row in rows if row is not None and row.shape == (2,)]
+    try:
+        if pairs:
+            require_single_logit(torch.stack(pairs))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _with_prediction(answer: Answer, values: Tensor | None) -> Answer:
+    if values is None:
+        return answer
+    if values.numel() == 1:
+        return dataclasses.replace(answer, prediction=float(values))
+    if values.ndim > 1 or not isinstance(answer.label, int):
+        return answer
+    probabilities = values.double().softmax(dim=0)
+    return dataclasses.replace(
+        answer, prediction=int(probabilities.argmax()), confidence=float(probabilities.max())
+    )

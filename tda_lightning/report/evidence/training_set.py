@@ -43,9 +43,16 @@ class TrainingSet:
 
 
 def training_set(
-    train: Any, ids: list[int], render: Callable[[Any], Shown], *, progress: bool
+    train: Any,
+    ids: list[int],
+    render: Callable[[Any], Shown],
+    *,
+    has_classes: bool,
+    progress: bool,
 ) -> TrainingSet:
     """Read the labels of the training set, and find exact copies.
+
+    If it ``has_classes``, labels such as 1.0 are classes.
 
     Raises:
         ValueError: If the ids are not indices of the dataset.
@@ -57,7 +64,7 @@ def training_set(
         if len(ids) > MAX_READ:
             break
         item = dataset[sample]
-        labels[sample] = label_of(item)
+        labels[sample] = label_of(item, has_classes)
         hashes.setdefault(content_hash(item), []).append(sample)
     copies = [group for group in hashes.values() if len(group) > 1]
     return TrainingSet(dataset, ids, labels, copies, render)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -58,16 +58,17 @@ class ShowItem:
 
     def __call__(self, item: Any) -> Shown:
         """Return how an item is shown."""
-        label = label_of(item)
-        shown = Shown(label=self.label_text(label) if label is not None else "")
+        label, several = label_of(item), _several_labels(item)
+        names = several if label is None else [label]
+        shown = Shown(label=", ".join(map(self.label_text, names)))
         for _, value in _content(item):
             shown = self._add(shown, value)
         return shown
 
     def label_text(self, label: Label) -> str:
         """Return the text of a label: the name of its class, or the number."""
-        if isinstance(label, int) and 0 <= label < len(self.class_names):
-            return str(self.class_names[label])
+        if _is_whole(label) and 0 <= label < len(self.class_names):
+            return str(self.class_names[int(label)])
         return f"{label:.4g}" if isinstance(label, float) else str(label)
 
     def _add(self, shown: Shown, value: Any) -> Shown:
@@ -78,7 +79,7 @@ class ShowItem:
         vector = _vector(value)
         if vector is None or shown.row or shown.note or shown.text:
             return shown
-        if len(vector) > MAX_COLUMNS and not self.column_names:
+        if len(vector) > MAX_COLUMNS and not len(self.column_names):
             return dataclasses.replace(shown, note=_recording_note(vector))
         if vector.dtype.kind in "iu":
             return dataclasses.replace(shown, text=_token_text(vector))
@@ -86,7 +87,7 @@ class ShowItem:
 
     def _row(self, vector: NDArray[Any]) -> dict[str, Label]:
         names = [*self.column_names, *(f"column {i}" for i in range(len(vector)))]
-        if self.column_names and len(self.column_names) != len(vector):
+        if len(self.column_names) not in (0, len(vector)):
             raise ValueError(
                 f"`column_names` has {len(self.column_names)} names; expected {len(vector)}, one "
                 "for each number of a sample."
@@ -94,14 +95,18 @@ class ShowItem:
         return {str(name): float(value) for name, value in zip(names, vector, strict=False)}
 
 
-def label_of(item: Any) -> Label | None:
-    """Return the label of an item: under a common key, or the last part that is a single value."""
+def label_of(item: Any, is_class: bool = False) -> Label | None:
+    """Return the label of an item: under a common key, or the last part that is a single value.
+
+    If it ``is_class``, a label such as 1.0 is that class.
+    """
     key: str | int | None
     if isinstance(item, Mapping):
         key = next((key for key in LABEL_KEYS if key in item), None)
     else:
         key = _label_position(item) if isinstance(item, list | tuple) else None
-    return None if key is None else _scalar(item[key])
+    label = None if key is None else _scalar(item[key])
+    return int(label) if is_class and _is_whole(label) else label
 
 
 def content_hash(item: Any) -> bytes:
@@ -119,9 +124,23 @@ def _content(item: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(key), value) for key, value in item.items() if key not in LABEL_KEYS)
     elif isinstance(item, list | tuple):
         label = _label_position(item)
+        if label is None and _several_labels(item):
+            label = len(item) - 1
         yield from ((str(i), part) for i, part in enumerate(item) if i != label)
     else:
         yield "0", item
+
+
+def _several_labels(item: Any) -> list[int]:
+    """Return the classes of an item whose label is a vector of zeros and ones."""
+    if isinstance(item, Mapping):
+        value = next((item[key] for key in LABEL_KEYS if key in item), None)
+    else:
+        value = item[-1] if isinstance(item, list | tuple) and len(item) > 1 else None
+    vector = _vector(value)
+    if vector is None or vector.dtype.kind != "f" or not np.isin(vector, (0, 1)).all():
+        return []
+    return [int(place) for place in np.flatnonzero(vector)]
 
 
 def _label_position(item: Sequence[Any]) -> int | None:
@@ -136,6 +155,10 @@ def _scalar(value: Any) -> Label | None:
     if isinstance(value, bool):
         return int(value)
     return value if isinstance(value, int | float | str) else None
+
+
+def _is_whole(label: Label | None) -> TypeGuard[int | float]:
+    return isinstance(label, int | float) and float(label).is_integer()
 
 
 def _vector(value: Any) -> NDArray[Any] | None:
