@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tda_lightning.results.html_tables import Cell, html_table
 from tda_lightning.results.npz import SavedResult
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.results.sample_scores import SampleScores
 from tda_lightning.results.scores import Scores
 
@@ -52,6 +53,12 @@ class Embedding(SavedResult):
             method=self.method,
             provenance=self.provenance,
         )
+
+    def to_pandas(self) -> DataFrame:
+        """Return a data frame with the vector of each training sample as a row."""
+        pd = import_pandas()
+        index = pd.Index(self.train_ids.numpy(), name="train_id")
+        return pd.DataFrame(self.vectors.numpy(), index=index)
 
     def _repr_html_(self) -> str:
         """Show the longest and the shortest vectors, in notebooks."""

@@ -269,5 +269,9 @@ def test_a_check_by_removal_compares_with_random_samples_of_each_seed():
     assert repr(curve).startswith(
         "RemovalCurve: change after retraining without ours, random\n  2:"
     )
+    frame = curve.to_pandas()
+    assert {name: list(frame[name]) for name in frame} == curve.changes
+    assert list(frame.index) == curve.removed
+    assert "<td>2</td>" in curve._repr_html_()
     with pytest.raises(ValueError, match="names no sample"):
         check_removal(ids[:0], 13, run, name="ours")

@@ -44,6 +44,7 @@ def test_a_saved_embedding_can_be_loaded(tmp_path):
     assert torch.equal(loaded.vectors, saved.vectors)
     assert torch.equal(loaded.train_ids, saved.train_ids)
     assert (loaded.method, loaded.provenance) == (saved.method, saved.provenance)
+    assert (loaded.to_pandas().loc[loaded.train_ids] == loaded.vectors.numpy()).all(axis=None)
     assert repr(loaded).startswith("Embedding of 11 training samples in 5 dimensions by Unrolled(")
     with pytest.raises(ValueError, match="with the class that saved it"):
         Scores.load(tmp_path / "embedding.npz")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tda_lightning.applications.retraining.plan import Plan, leave_out
 from tda_lightning.applications.retraining.results import Retrainings
+from tda_lightning.results.html_tables import ShownInNotebooks
+from tda_lightning.results.optional import DataFrame, import_pandas
 from tda_lightning.stores.arguments import require_whole
 
 # Runs a plan with the user's functions: ``partial(retrain, model=..., loader=..., ...)``.
@@ -21,7 +23,7 @@ RANDOM = "random"
 
 
 @dataclass(frozen=True, repr=False)
-class RemovalCurve:
+class RemovalCurve(ShownInNotebooks):
     """Changes of the loss of the queries after retraining without training samples.
 
     Attributes:
@@ -52,6 +54,11 @@ class RemovalCurve:
             values = ", ".join(f"{values[position]:+.3g}" for values in self.changes.values())
             lines.append(f"  {size:,}: {values}")
         return "\n".join(lines)
+
+    def to_pandas(self) -> DataFrame:
+        """Return a data frame with a row per size and a column per method."""
+        pd = import_pandas()
+        return pd.DataFrame(dict(self.changes), index=pd.Index(list(self.removed), name="removed"))
 
     @property
     def method(self) -> str | None:
