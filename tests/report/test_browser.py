@@ -96,6 +96,17 @@ def test_filters_split_the_queries(page):
     assert sum(counts) == len(HOSTILE)
 
 
+def test_filters_without_choices_are_not_shown(browser, tmp_path):
+    def unknown(module, batch):
+        raise ValueError("There are no answers.")
+
+    page = browser.open(report_on_texts(tmp_path, HOSTILE[:11], outputs=unknown))
+    is_gone = "document.querySelector('{}').offsetParent === null"
+    assert page.evaluate(is_gone.format("#query-filter"))
+    assert not page.evaluate(is_gone.format("#rank-label"))
+    browser.close(page)
+
+
 def test_the_ranking_is_sorted_by_a_click_on_a_heading(page):
     page.click("#ranking th[data-key=id] button")
     numbers = page.evaluate(READ_RANKING)

@@ -151,7 +151,7 @@ def facts_of(evidence: Evidence, run: str) -> Html:
         **provenance_of(evidence.store),
         "method": evidence.scores.method,
         "training samples": f"{len(evidence.train.ids):,}",
-        "labels read": f"{len(evidence.train.labels):,}",
+        "labels read": f"{sum(label is not None for label in evidence.train.labels.values()):,}",
         "queries": f"{len(evidence.answers):,}",
         "left out": "; ".join(entry.describe() for entry in recipe.left_out[:5]) or "nothing",
         "recorded by": ", ".join(f"{name} {number}" for name, number in recipe.versions.items()),

@@ -29,7 +29,7 @@ const flagged = new Set(data.flagged);
 const flagOf = (id) => (flagged.has(id) ? "suspicious" : unusual.has(id) ? "unusual" : "");
 
 function tile(query) {
-  const name = query.label || `${query.id}`;
+  const name = query.label || (query.image || query.text ? `${query.id}` : "");
   const mark = query.known ? (query.wrong ? "✗ " : "✓ ") : "";
   const outcome = query.known ? (query.wrong ? ", answered wrong" : ", answered right") : "";
   const excerpt = query.text ? make("span", {}, user(query.text.slice(0, 60))) : null;
@@ -241,6 +241,7 @@ if (named.length > 1 && named.length <= 200) {
   named.sort((a, b) => a[0].localeCompare(b[0], undefined, { numeric: true }));
   byId("rank-label").append(...named.map(([name, index]) => make("option", { value: index }, name)));
 } else byId("rank-label").parentElement.hidden = true;
+byId("query-filter").parentElement.hidden = !data.queries.some((query) => query.known);
 
 showQueries();
 showRanking();
