@@ -68,7 +68,8 @@ def of_classes(run: Store, outputs: Outputs, labels: Labels) -> tuple[Outputs, L
         return outputs, labels
 
     def class_logits(module: nn.Module, batch: Any) -> Tensor:
-        logits = torch.atleast_1d(outputs(module, batch))
+        logits = outputs(module, batch)
+        logits = logits[None] if logits.ndim == 0 else logits
         if logits.ndim > 2 or logits.numel() != len(logits):
             return logits
         return torch.stack([-logits.flatten() / 2, logits.flatten() / 2], dim=1)

@@ -125,7 +125,8 @@ def _loss(model: nn.Module, single: Any) -> float:
 def _outputs(model: nn.Module, batch: Any, outputs: Outputs) -> tuple[Tensor | None, str]:
     try:
         with torch.no_grad():
-            return torch.atleast_1d(outputs(model, batch).detach().cpu())[0], ""
+            values = outputs(model, batch).detach().cpu()
+        return values if values.ndim == 0 else values[0], ""
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         return None, str(error)
 
