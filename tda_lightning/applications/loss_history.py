@@ -69,15 +69,7 @@ class LossHistory(ShownInNotebooks):
 
     def first(self, visits: int) -> LossHistory:
         """Return the history of the first ``visits`` visits of each sample."""
-        is_early = self._number_of_visit() < visits
-        return replace(
-            self,
-            sample_ids=self.sample_ids[is_early],
-            steps=self.steps[is_early],
-            epochs=self.epochs[is_early],
-            losses=self.losses[is_early],
-            margins=None if self.margins is None else self.margins[is_early],
-        )
+        return self._part(self._number_of_visit() < visits)
 
     def mean(self) -> SampleScores:
         """Return each sample's mean loss over its visits: high for hard and mislabelled samples.
@@ -95,36 +87,42 @@ class LossHistory(ShownInNotebooks):
     def forgetting(self) -> SampleScores:
         """Return how often each sample was forgotten: predicted at a visit, and not at the next.
 
+        Visits without a margin do not count, such as those of samples that a step drops.
+
         Raises:
             ValueError: If the run holds no margins.
         """
-        is_learned = self._margins() > 0
+        known = self._part(~self._margins().isnan())
+        is_learned = known._margins() > 0
         is_forgotten = torch.zeros(len(is_learned), dtype=torch.bool)
-        same = self.sample_ids[1:] == self.sample_ids[:-1]
+        same = known.sample_ids[1:] == known.sample_ids[:-1]
         is_forgotten[1:] = same & is_learned[:-1] & ~is_learned[1:]
         counts = self.losses.new_zeros(len(self.train_ids))
-        counts.index_add_(0, self._rows(), is_forgotten.to(counts))
+        counts.index_add_(0, known._rows(), is_forgotten.to(counts))
         return self._scores(counts, "forgetting events")
 
     def correctness(self) -> SampleScores:
         """Return the share of each sample's visits at which its label was predicted.
 
-        Samples that stay hard have a low share. Samples without a visit are NaN.
+        Samples that stay hard have a low share. Visits without a margin do not count, such as those
+        of samples that a step drops. Samples without another visit are NaN.
 
         Raises:
             ValueError: If the run holds no margins.
         """
-        is_right = (self._margins() > 0).to(self.losses)
+        margins = self._margins()
+        is_right = (margins > 0).to(self.losses).masked_fill(margins.isnan(), torch.nan)
         return self._scores(self._mean(is_right), "correctness")
 
     def learned(self) -> Bool[Tensor, " n_train"]:
-        """Return which samples had their label predicted at the last visit.
+        """Return which samples had their label predicted at the last visit with a known loss.
 
         Without margins, it is that a loss was below log 2: a probability of the label of one half.
         """
-        is_learned = self.losses < log(2) if self.margins is None else self.margins > 0
+        known = self._part(~self.losses.isnan())
+        is_learned = known.losses < log(2) if known.margins is None else known.margins > 0
         result = torch.zeros(len(self.train_ids), dtype=torch.bool)
-        result[self._rows()[self._is_last()]] = is_learned[self._is_last()]
+        result[known._rows()[known._is_last()]] = is_learned[known._is_last()]
         return result
 
     def confidence(self) -> SampleScores:
@@ -190,6 +188,17 @@ class LossHistory(ShownInNotebooks):
                 f"  {n_unknown:,} visits have no loss: it was not finite, or without weight"
             )
         return "\n".join(lines)
+
+    def _part(self, mask: Bool[Tensor, " n_visits"]) -> LossHistory:
+        """Return the history of some visits."""
+        return replace(
+            self,
+            sample_ids=self.sample_ids[mask],
+            steps=self.steps[mask],
+            epochs=self.epochs[mask],
+            losses=self.losses[mask],
+            margins=None if self.margins is None else self.margins[mask],
+        )
 
     def _rows(self) -> Int[Tensor, " n_visits"]:
         return torch.searchsorted(self.train_ids, self.sample_ids)

@@ -129,7 +129,7 @@ def find_mislabeled(
         labelled=labelled,
         notes=tuple(_notes(store, history, suspicion, count)),
     )
-    notes_on_classes = tuple(_notes_on_classes(labelled, mislabeled.is_flagged()))
+    notes_on_classes = tuple(_notes_on_classes(labelled, history, mislabeled.is_flagged()))
     mislabeled = replace(
         mislabeled,
         is_clear=mislabeled.is_clear and (labelled is None or not notes_on_classes),
@@ -253,15 +253,16 @@ def _notes(
 
 
 def _notes_on_classes(
-    labelled: Labelled | None, is_flagged: Bool[Tensor, " n_train"]
+    labelled: Labelled | None, history: LossHistory | None, is_flagged: Bool[Tensor, " n_train"]
 ) -> Iterator[Note]:
     """Yield a note for each class most of whose samples are flagged, or one if it is unknown."""
-    if labelled is None:
+    if labelled is None and (history is None or history.loss == "cross-entropy"):
         yield Note(
             "Samples of a rare class are learned late, and may be flagged although their labels "
             "are right.",
             remedy="Pass `model` and `loader` to see whether it is so.",
         )
+    if labelled is None:
         return
     for label in torch.unique(labelled.given).tolist():
         flagged = is_flagged[labelled.given == label]

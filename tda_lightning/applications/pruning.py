@@ -95,7 +95,8 @@ def prune(
             sample with id ``i`` is ``balance[i]``. By default, classes do not count.
 
     Returns:
-        The kept samples, the most important first, all with weight 1.
+        The kept samples, the most important first, all with weight 1. Samples that were never drawn
+        come last, with a score of minus infinity.
 
     Raises:
         FileNotFoundError: If there is no run at the path.
@@ -103,28 +104,51 @@ def prune(
     """
     store = open_run(run)
     scores = importance.scores(store) if isinstance(importance, Importance) else importance
-    n = _count_of(keep, len(scores.train_ids))
-    positions = _top_of_each_group(scores, n, balance)
+    ids, values = scores.train_ids, scores.values
+    if values.isnan().any():
+        raise ValueError("`importance` holds NaN, which has no rank; expected numbers only.")
+    if isinstance(importance, Importance):
+        # Nothing is known of a sample that was never drawn: it is neither easy nor hard.
+        values = values.masked_fill(~torch.isin(ids, store.visited_ids()), -torch.inf)
+    positions = _top_of_each_group(ids, values, _count_of(keep, len(ids)), balance)
+    notes = notes_on_selected(store, ids[positions])
     return Selection(
-        ids=scores.train_ids[positions],
+        ids=ids[positions],
         weights=torch.ones(len(positions)),
-        scores=scores.values[positions],
-        n_train=len(scores.train_ids),
+        scores=values[positions],
+        n_train=len(ids),
         method=scores.method,
-        notes=notes_on_selected(store, scores.train_ids[positions]),
+        notes=(*notes, *notes_on_unseen(store, ids[positions])),
     )
 
 
-def _top_of_each_group(scores: SampleScores, n: int, balance: Groups | None) -> Int[Tensor, " n"]:
-    if scores.values.isnan().any():
-        raise ValueError("`importance` holds NaN, which has no rank; expected numbers only.")
+def _top_of_each_group(
+    ids: Int[Tensor, " n_train"],
+    values: Float[Tensor, " n_train"],
+    n: int,
+    balance: Groups | None,
+) -> Int[Tensor, " n"]:
     chosen = torch.cat(
         [
-            positions[scores.values[positions].topk(count).indices]
-            for positions, count in _groups(scores.train_ids, balance, n)
+            positions[values[positions].topk(count).indices]
+            for positions, count in _groups(ids, balance, n)
         ]
     )
-    return chosen[scores.values[chosen].argsort(descending=True, stable=True)]
+    return chosen[values[chosen].argsort(descending=True, stable=True)]
+
+
+def notes_on_unseen(run: Store, ids: Int[Tensor, " n"]) -> tuple[Note, ...]:
+    """Return a note if samples of a run were never drawn, and how many of them are selected."""
+    unseen = ~torch.isin(run.train_ids(), run.visited_ids())
+    if not unseen.any():
+        return ()
+    selected = int(torch.isin(ids, run.train_ids()[unseen]).sum())
+    return (
+        Note(
+            f"{int(unseen.sum()):,} samples were never drawn, so nothing is known of them. They "
+            f"come last: {selected:,} of them are selected.",
+        ),
+    )
 
 
 def coreset(run: Run, keep: float = 0.1, *, balance: Groups | None = None) -> Selection:
@@ -161,7 +185,7 @@ def coreset(run: Run, keep: float = 0.1, *, balance: Groups | None = None) -> Se
         scores=gains[order],
         n_train=len(ids),
         method="facility location of gradients",
-        notes=notes_on_selected(store, ids[at[order]]),
+        notes=(*notes_on_selected(store, ids[at[order]]), *notes_on_unseen(store, ids[at[order]])),
     )
 
 

@@ -16,11 +16,11 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tda_lightning.applications.mislabel_count import notes_on_selected
-from tda_lightning.applications.pruning import Selection, mean_rows
+from tda_lightning.applications.pruning import Selection, mean_rows, notes_on_unseen
 from tda_lightning.attribution import Attributor, GradientSimilarity, InfluenceFunction
 from tda_lightning.attribution.attribute import attribute
 from tda_lightning.attribution.dynamics.optimizer import Extent
@@ -86,16 +86,21 @@ def select(
         source, model, targets, method=chosen, target=target, at=at, progress=progress
     )
     values = scores.values.mean(dim=0) if reduce == "mean" else scores.values.amax(dim=0)
+    is_seen = torch.isin(scores.train_ids, source.visited_ids())
     positions = (
-        values.topk(n).indices if redundancy == 0 else _spread(source, values, n, redundancy)
+        values.masked_fill(~is_seen, -torch.inf).topk(n).indices
+        if redundancy == 0
+        else _spread(source, values, is_seen, n, redundancy)
     )
+    ids = scores.train_ids[positions]
+    labels = notes_on_selected(store, ids) if pool is None else ()
     return Selection(
-        ids=scores.train_ids[positions],
+        ids=ids,
         weights=torch.ones(n),
         scores=values[positions],
         n_train=len(values),
         method=f"{reduce} over {len(scores.values)} targets of {method!r}",
-        notes=notes_on_selected(store, scores.train_ids[positions]) if pool is None else (),
+        notes=(*labels, *notes_on_unseen(source, ids)),
     )
 
 
@@ -110,7 +115,11 @@ def _for_pool(method: Attributor, run: Store) -> Attributor:
 
 
 def _spread(
-    source: Store, values: Float[Tensor, " n_train"], n: int, redundancy: float
+    source: Store,
+    values: Float[Tensor, " n_train"],
+    is_seen: Bool[Tensor, " n_train"],
+    n: int,
+    redundancy: float,
 ) -> Int[Tensor, " n"]:
     """Return the greedy choice that penalizes similarity to the samples chosen so far."""
     _, rows = mean_rows(source)
@@ -119,7 +128,7 @@ def _spread(
     nearest = torch.zeros_like(gains)
     chosen: list[int] = []
     for _ in range(n):
-        utility = gains - redundancy * nearest
+        utility = torch.where(is_seen, gains - redundancy * nearest, -1e30)
         utility[chosen] = -torch.inf
         chosen.append(int(utility.argmax()))
         nearest = torch.maximum(nearest, units @ units[chosen[-1]])

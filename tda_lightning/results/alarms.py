@@ -123,7 +123,12 @@ def _label_errors(run: Store) -> dict[int, list[float]]:
         if step.curvature is None or step.loss == "squared error" or not is_one_label:
             return {}
         errors = 1 / (1 + step.curvature)  # one minus the probability of the label
-        for sample_id, error in zip(step.sample_ids.tolist(), errors.tolist(), strict=True):
+        # Samples that the step dropped from its loss have no margin, and a curvature of zero.
+        is_dropped = torch.zeros(len(errors), dtype=torch.bool)
+        if step.margins is not None:
+            is_dropped = step.margins.isnan() & (step.curvature == 0)
+        ids, errors = step.sample_ids[~is_dropped], errors[~is_dropped]
+        for sample_id, error in zip(ids.tolist(), errors.tolist(), strict=True):
             visits.setdefault(sample_id, []).append(error)
     return visits
 

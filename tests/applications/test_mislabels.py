@@ -254,6 +254,7 @@ def test_what_cannot_be_found_or_counted_is_stated(n, targets, loss, note):
     assert not found.is_clear
     assert "no clear group" in repr(found)
     assert note in repr(found)
+    assert ("rare class" in repr(found)) == (loss is not squares)
 
 
 @pytest.mark.slow

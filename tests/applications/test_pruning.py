@@ -18,7 +18,9 @@ from tda_lightning.applications import (
     Lowest,
     SelfInfluence,
     coreset,
+    loss_history,
     prune,
+    select,
 )
 from tda_lightning.applications.pruning import mean_rows
 from tda_lightning.results import SampleScores
@@ -225,6 +227,12 @@ def test_visits_without_weight_do_not_count():
     ]
     assert most > 0
     assert Forgetting().scores(store).values.tolist() == expected
+    history = loss_history(store)
+    assert history.forgetting().values.tolist() == counts
+    shares = [sum(each) / len(each) if each else float("nan") for each in right]
+    correctness = history.correctness().values.tolist()
+    assert correctness == pytest.approx(shares, nan_ok=True)
+    assert history.learned().tolist() == [bool(each) and each[-1] for each in right]
 
 
 def test_a_regression_has_no_label_probabilities():
@@ -235,3 +243,25 @@ def test_a_regression_has_no_label_probabilities():
     with pytest.raises(ValueError, match=r"Pass `importance=LabelLoss\(\)`"):
         prune(store)
     assert len(prune(store, importance=GraNd())) == len(prune(store, importance=LabelLoss())) == 4
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda run, model, batch: prune(run, 6 / 13, importance=Lowest(EL2N())),
+        lambda run, model, batch: prune(run, 6 / 13, importance=Forgetting()),
+        lambda run, model, batch: coreset(run, 6 / 13),
+        lambda run, model, batch: select(run, model, batch, n=6, progress=False),
+        lambda run, model, batch: select(run, model, batch, n=6, redundancy=9.0, progress=False),
+    ],
+    ids=["lowest", "forgetting", "coreset", "select", "redundancy"],
+)
+def test_samples_that_were_never_drawn_come_last(choose):
+    store, model = MemoryStore(), Plain(nn.Linear(5, 3))
+    data = TensorDataset(torch.randn(N, 5), torch.arange(N) % 3)
+    trainer = quiet_trainer(GradientRecorder(store), max_epochs=4, limit_train_batches=2)
+    trainer.fit(model, DataLoader(data, 2))
+    selection = choose(store, model, data[:3])
+    assert set(selection.ids[:4].tolist()) == {0, 1, 2, 3}
+    assert "9 samples were never drawn" in repr(selection)
+    assert "2 of them are selected" in repr(selection)

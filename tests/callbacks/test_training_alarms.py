@@ -163,3 +163,22 @@ def test_a_recorder_of_another_trainer_is_refused():
     recorder = GradientRecorder(MemoryStore())
     with pytest.raises(ValueError, match="is not among the callbacks"):
         quiet_trainer(TrainingAlarms(recorder)).fit(Plain(mlp()), loader(vectors()))
+
+
+class MostlyHardest(Plain):
+    """Drops the easiest two samples of each batch from its loss."""
+
+    def training_step(self, batch, batch_idx):
+        losses = nn.functional.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+        return losses.topk(len(losses) - 2).values.mean()
+
+
+def test_samples_that_a_step_drops_are_not_suspected():
+    store = MemoryStore()
+    torch.manual_seed(0)
+    model = MostlyHardest(nn.Linear(3, 2))
+    quiet_trainer(GradientRecorder(store), max_epochs=9).fit(model, loader(separable()))
+    curvature = torch.cat([step.curvature for step in store.facts])
+    assert (curvature == 0).sum() == 9 * 2 * -(-N // 5)
+    (alarm,) = find_alarms(store).raised
+    assert alarm.ids.tolist() == [WRONG]
