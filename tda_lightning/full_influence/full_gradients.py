@@ -34,6 +34,7 @@ from tda_lightning.results.progress import progress_bar
 from tda_lightning.stores import Store
 from tda_lightning.stores.recipe import Recipe, SampleAxis
 from tda_lightning.stores.snapshots import MAX_SNAPSHOTS, Moment, own_snapshots, position_of, spread
+from tda_lightning.stores.step import Step
 
 
 class FullGradients:
@@ -98,6 +99,17 @@ class FullGradients:
             summed = self.vectors(queries.rows, point.scale).sum(dim=0)
             total = total.to(summed) + summed
         return total / len(self._linearization_points)
+
+    def of_samples(self, data: Any) -> Float[Tensor, "n d"]:
+        """Return the gradient of each sample's loss at the model's current weights."""
+        queries = identified_rows(self._model, data, self._recipe, progress=False)
+        return self.vectors(queries.rows, None)
+
+    def recorded(self, step: Step, position: int) -> Float[Tensor, "n d"]:
+        """Return the rows of a step of a run that are not compressed, as gradients."""
+        gradients, scale = self.vectors(step.sketch, None), self._scale(position)
+        # A factor of zero is that of a parameter that has had no gradient.
+        return gradients if scale is None else torch.where(scale > 0, gradients / scale, 0.0)
 
     def as_parameters(self, displacement: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         """Return a displacement in the coordinates of the gradients as one of the parameters."""

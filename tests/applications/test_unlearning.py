@@ -12,11 +12,13 @@ from tda_lightning import GradientRecorder, Identity, KroneckerCountSketch, Unro
 from tda_lightning.applications import (
     FirstOrder,
     Replay,
+    SampledRetraining,
     SecondOrder,
     UnrolledUpdate,
     rewind_plan,
     unlearn,
 )
+from tda_lightning.applications.unlearning.sampled_retraining import inclusion_probabilities
 from tda_lightning.full_influence import EKFAC, ConjugateGradient, GaussNewton, Hessian
 from tda_lightning.stores import MemoryStore
 
@@ -191,6 +193,67 @@ def test_a_replay_of_the_whole_training_is_exact_retraining(optimizer):
         torch.testing.assert_close(result.state_dict[name], value)
         assert torch.equal(model.state_dict()[name], before[name])
     assert model.net[0].weight.grad is gradient
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [scheduled, lambda p: {"optimizer": torch.optim.AdamW(p, lr=0.01)}],
+    ids=["scheduled momentum", "adamw"],
+)
+def test_a_sampled_retraining_is_exact_with_all_samples_and_close_with_half(optimizer):
+    data = classes(23)
+    model, store = trained(data, net(), optimizer, epochs=6, snapshots=1)
+    other = retrained_without(store, net(), optimizer, data)
+    before = copy.deepcopy(model.state_dict())
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    goal = torch.cat([(after - before).detach().flatten() for before, after in pairs])
+
+    def gap(update):
+        result = unlearn(model, store, loader(data), FORGET, update=update, progress=False)
+        return float((moved(model, result) - goal).norm() / goal.norm())
+
+    # Factors of the coordinates are stored in single precision.
+    assert gap(SampledRetraining(1.0)) < 1e-4
+    gaps = [gap(SampledRetraining(0.5, seed)) for seed in range(3)]
+    assert max(gaps) < 0.5
+    assert len(set(gaps)) == 3
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_samples_to_compute_again_are_drawn_by_the_norm_of_their_gradients():
+    norms = torch.tensor([9.0, 0.0, 1.0, 2.0, 0.5], dtype=torch.float64)
+    for share in (0.2, 0.5, 0.9):
+        p = inclusion_probabilities(norms, share)
+        assert float(p.mean()) == pytest.approx(share)
+        assert float(p.max()) <= 1
+        assert p[norms.argsort()].tolist() == sorted(p.tolist())
+    assert inclusion_probabilities(norms, 1.0).tolist() == pytest.approx([1.0] * 5)
+    assert inclusion_probabilities(0 * norms, 0.4).tolist() == pytest.approx([0.4] * 5)
+
+
+def test_a_sampled_retraining_needs_a_training_that_can_be_repeated():
+    data, settings = classes(), {"update": SampledRetraining(), "progress": False}
+    model, store = trained(data, net(), sgd, snapshots=1, projector=KroneckerCountSketch(11))
+    with pytest.raises(ValueError, match=r"projector=Identity\(\)"):
+        unlearn(model, store, loader(data), FORGET, **settings)
+    model, store = trained(data, net(), sgd)
+    with pytest.raises(ValueError, match="lacks the first weights"):
+        unlearn(model, store, loader(data), FORGET, **settings)
+    with pytest.warns(UserWarning, match="not among `layers`"):
+        model, store = trained(data, net(), sgd, snapshots=1, layers=["net.0"])
+    with pytest.raises(ValueError, match=r"parameters of `net\.2`"):
+        unlearn(model, store, loader(data), FORGET, **settings)
+    with_dropout = nn.Sequential(*net(), nn.Dropout(0.5))
+    model, store = trained(data, with_dropout, sgd, snapshots=1)
+    with pytest.raises(ValueError, match=r"gradients of the first step .* without dropout"):
+        unlearn(model, store, loader(data), FORGET, **settings)
+    model, store = trained(data, net(), sgd, snapshots=1)
+    model.optimizer = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=r"weights after the last step .* same model"):
+        unlearn(model, store, loader(data), FORGET, **settings)
+    with pytest.raises(ValueError, match=r"`share` is 1\.5"):
+        SampledRetraining(1.5)
 
 
 def linear():

@@ -14,9 +14,23 @@ from torch.utils.data import DataLoader, TensorDataset
 from uses_data import N_TRAIN, Classifier, batches_of, digits, fit, retrain
 
 from tda_lightning import Identity
-from tda_lightning.applications import Replay, SecondOrder, UnrolledUpdate, unlearn
+from tda_lightning.applications import (
+    Replay,
+    SampledRetraining,
+    SecondOrder,
+    UnrolledUpdate,
+    unlearn,
+)
 
 N_FORGET = 12
+UPDATES = (
+    SecondOrder(),
+    UnrolledUpdate(),
+    Replay(),
+    Replay(0.5),
+    SampledRetraining(0.25),
+    SampledRetraining(),
+)
 RATES = (1e-5, 1e-4, 1e-3)
 Rows = Iterator[tuple[str, float]]
 
@@ -85,7 +99,7 @@ def unlearning(seed: int, setting: Setting, updates: bool = True) -> Rows:
     data, model = TensorDataset(x, y), copy.deepcopy(initial)
     run = fit(model, data, batches, projector=Identity(), curvature="fisher", snapshots=24)
     loaders = DataLoader(data, 100), DataLoader(TensorDataset(*test), 100)
-    for update in (SecondOrder(), UnrolledUpdate(), Replay(), Replay(0.5)):
+    for update in UPDATES:
         result = unlearn(
             model,
             run,
@@ -96,7 +110,8 @@ def unlearning(seed: int, setting: Setting, updates: bool = True) -> Rows:
             retrained=truth,
             progress=False,
         )
-        name = f"Replay({update.share})" if isinstance(update, Replay) else type(update).__name__
+        share = getattr(update, "share", None)
+        name = type(update).__name__ + (f"({share})" if share else "")
         for kind, key in (("forgotten", "forget"), ("test", "holdout")):
             yield f"{name}: distance, {kind}", 100 * result.distances[key]["after"]
         auc = result.membership_auc

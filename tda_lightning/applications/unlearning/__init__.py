@@ -2,6 +2,7 @@
 
 from tda_lightning.applications.unlearning.replay import Replay
 from tda_lightning.applications.unlearning.rewinding import RewindPlan, rewind_plan
+from tda_lightning.applications.unlearning.sampled_retraining import SampledRetraining
 from tda_lightning.applications.unlearning.unlearned import Unlearned, unlearn
 from tda_lightning.applications.unlearning.weight_updates import (
     FirstOrder,
@@ -14,6 +15,7 @@ __all__ = [
     "FirstOrder",
     "Replay",
     "RewindPlan",
+    "SampledRetraining",
     "SecondOrder",
     "Unlearned",
     "UnrolledUpdate",

@@ -12,10 +12,11 @@ does not depend on it. The steps, their samples and their learning rates are tho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -32,8 +33,11 @@ from tda_lightning.attribution.dynamics.optimizer import require_training
 from tda_lightning.passes.batches import loss_of, transfer
 from tda_lightning.passes.model_state import preserved_state, swapped_weights
 from tda_lightning.results.progress import progress_bar
+from tda_lightning.stores import Store
 from tda_lightning.stores.arguments import describe, require_kind
 from tda_lightning.stores.step import StepFacts
+
+StepType = TypeVar("StepType", bound=StepFacts)
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,16 @@ class Replay(WeightUpdate):
             with swapped_weights(task.model, weights):
                 displaced = self.before.displacement(replace(task, run=task.run[:n_before]))
         no_ids = torch.empty(0, dtype=torch.int64)
-        with_all = _replayed(task, weights, torch.zeros_like(displaced), steps, no_ids)
-        without = _replayed(task, weights, displaced, steps, task.forget_ids)
+        with_all, without = (
+            replayed(task, weights, move, steps, partial(_accumulate, task, without=ids))
+            for move, ids in ((torch.zeros_like(displaced), no_ids), (displaced, task.forget_ids))
+        )
         return without - with_all
 
     def _rest(self, task: ForgettingTask) -> tuple[int, list[StepFacts]]:
         """Return the snapshot to start from, and the steps from there on."""
         run = task.run
-        if run.recipe.every_n_steps != 1:
-            raise ValueError(
-                f"The run holds one of every {run.recipe.every_n_steps} steps; expected every "
-                "step, to repeat them. Record with `every_n_steps=1`, or use `SecondOrder()`."
-            )
+        require_every_step(run)
         steps = list(run.facts)
         wanted = steps[0].index + round((1 - self.share) * len(steps))
         inside = [index for index in run.snapshots() if steps[0].index <= index <= steps[-1].index]
@@ -97,14 +99,26 @@ class Replay(WeightUpdate):
         return snapshot, [step for step in steps if step.index >= snapshot]
 
 
-def _replayed(
+def require_every_step(run: Store) -> None:
+    """Check that the run holds every step of the training."""
+    if run.recipe.every_n_steps != 1:
+        raise ValueError(
+            f"The run holds one of every {run.recipe.every_n_steps} steps; expected every "
+            "step, to repeat them. Record with `every_n_steps=1`, or use `SecondOrder()`."
+        )
+
+
+def replayed(
     task: ForgettingTask,
     weights: Mapping[str, Tensor],
     displacement: Float[Tensor, " d"],
-    steps: Sequence[StepFacts],
-    forget_ids: Int[Tensor, " n_forget"],
+    steps: Sequence[StepType],
+    accumulate: Callable[[StepType], bool],
 ) -> Float[Tensor, " d"]:
-    """Return the parameters after some steps from displaced weights, without some samples."""
+    """Return the parameters after some steps from displaced weights.
+
+    ``accumulate`` sets the gradients of a step, and returns whether there are any.
+    """
     model, parameters = task.model, task.selection.all_parameters()
     with _training(model, weights):
         _move_(parameters, displacement)
@@ -112,15 +126,21 @@ def _replayed(
         _require_groups(optimizer, steps[0])
         torch.manual_seed(0)  # Dropout and augmentation are the same in both replays.
         for step in progress_bar(steps, "replay", "step", shown=task.progress):
-            ids = step.sample_ids[~torch.isin(step.sample_ids, forget_ids)]
-            if len(ids):
+            optimizer.zero_grad()
+            if accumulate(step):
                 for group, recorded in zip(optimizer.param_groups, step.groups, strict=True):
                     group["lr"] = recorded.lr
-                optimizer.zero_grad()
-                batch = batch_of(task.train_loader, ids)
-                torch.autograd.backward(loss_of(model, transfer(model, batch)))
                 optimizer.step()
         return torch.cat([parameter.detach().flatten() for parameter in parameters]).clone()
+
+
+def _accumulate(task: ForgettingTask, step: StepFacts, *, without: Int[Tensor, " n"]) -> bool:
+    """Compute the gradient of a step's batch without some samples."""
+    ids = step.sample_ids[~torch.isin(step.sample_ids, without)]
+    if len(ids):
+        batch = batch_of(task.train_loader, ids)
+        torch.autograd.backward(loss_of(task.model, transfer(task.model, batch)))
+    return bool(len(ids))
 
 
 @contextmanager

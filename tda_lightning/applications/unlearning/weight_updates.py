@@ -171,7 +171,7 @@ class UnrolledUpdate(WeightUpdate):
         Raises:
             ValueError: If the run is not a training with uncompressed rows.
         """
-        _require_uncompressed(task.run)
+        require_uncompressed(task.run)
         require_training(task.run)
         warn_of_approximations(task.run)
         width = task.run.recipe.dimension
@@ -187,7 +187,8 @@ class UnrolledUpdate(WeightUpdate):
         return gradients.as_parameters(gradients.vectors(state.weights[None], None)[0])
 
 
-def _require_uncompressed(run: Store) -> None:
+def require_uncompressed(run: Store) -> None:
+    """Check that the rows of a run are whole gradients."""
     if run.recipe.projector["name"] != "Identity":
         raise ValueError(
             f"The rows of the run were sketched by a `{run.recipe.projector['name']}`, which "
