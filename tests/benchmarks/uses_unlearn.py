@@ -179,6 +179,16 @@ def tuned(
     return model
 
 
+def on_halves(initial: Trained, x: Tensor, y: Tensor, batches: list[list[int]]) -> Trained:
+    """Train on a random half of each batch."""
+    chance = torch.Generator().manual_seed(7)
+    halves = [
+        torch.tensor(batch)[torch.randperm(len(batch), generator=chance)[: round(len(batch) / 2)]]
+        for batch in batches
+    ]
+    return retrain(copy.deepcopy(initial), x, y, [half.tolist() for half in halves])
+
+
 def baselines(seed: int, setting: Setting) -> Rows:
     """Compare with other ways to forget; the rates are chosen by the truth."""
     x, y, *test = digits(seed)
@@ -193,6 +203,7 @@ def baselines(seed: int, setting: Setting) -> Rows:
     truth = retrain(copy.deepcopy(initial), x, y, rest)
     tried = {
         "exact from a half on": [without_later(*arguments, forget)],
+        "retraining on half of each batch": [on_halves(initial, x, y, rest)],
         "along the exact derivative": [along_derivative(*arguments, forget)],
         "an epoch on the rest": [tuned(plain, x, y, forget, rate, 0.0) for rate in RATES],
         "and ascent on the forgotten": [tuned(plain, x, y, forget, rate, 0.1) for rate in RATES],

@@ -44,7 +44,7 @@ StepType = TypeVar("StepType", bound=StepFacts)
 class Replay(WeightUpdate):
     """Repeat the end of the training twice, with and without the forgotten samples.
 
-    It costs twice its share of the training, and is closest to a retrained model. The run must hold
+    It costs twice its share of the training, and needs no uncompressed rows. The run must hold
     every step, and snapshots: ``GradientRecorder(snapshots=n)``. The module must train one
     optimizer by ``training_step`` alone. Clipping is not repeated.
 
