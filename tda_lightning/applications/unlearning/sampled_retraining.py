@@ -44,10 +44,10 @@ class SampledRetraining(WeightUpdate):
     """Repeat the training without the forgotten samples, with gradients of part of each batch.
 
     It is the closest to a retrained model. The run must hold every step, uncompressed rows of all
-    parameters, and the first weights, which are among the automatic snapshots:
-    ``GradientRecorder(projector=Identity())``. The module must train one optimizer by
-    ``training_step`` alone, and have the same gradients in evaluation mode: no dropout, batch norm
-    or augmentation. Clipping is that of the recorded training.
+    parameters, and the first weights: ``GradientRecorder(projector=Identity(), snapshots=1)``. The
+    module must train one optimizer by ``training_step`` alone, and have the same gradients in
+    evaluation mode: no dropout, batch norm or augmentation. Clipping is that of the recorded
+    training.
 
     Attributes:
         share: Share of the gradients to compute at the new weights; 1 is exact.
@@ -157,7 +157,7 @@ def _require_complete(run: Store) -> None:
     if run.facts[0].index not in run.snapshots():
         raise ValueError(
             "The run lacks the first weights; expected a snapshot before its first step. Record "
-            "with `GradientRecorder(..., snapshots=n)`, or use `UnrolledUpdate()`."
+            "with `GradientRecorder(..., snapshots=1)`, or use `UnrolledUpdate()`."
         )
 
 
