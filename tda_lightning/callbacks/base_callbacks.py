@@ -243,10 +243,10 @@ class RecordedRun(pl.Callback):
     ) -> None:
         """Add the state of the run to a checkpoint; seal all steps that its weights include."""
         recorder = self._finish_steps()
-        if state := self._writer.state():
-            checkpoint.setdefault("callbacks", {})[self.state_key] = {**state, **(recorder or {})}
         if recorder is not None:
             self._writer.seal_together(trainer)
+        if state := self._writer.state():
+            checkpoint.setdefault("callbacks", {})[self.state_key] = {**state, **(recorder or {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Read the state of a run, which is continued when training starts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -32,6 +31,7 @@ from tda_lightning.callbacks.lightning_trainer import (
     loss_scale_of,
 )
 from tda_lightning.callbacks.run_location import Existing
+from tda_lightning.callbacks.stopping import StoppingRecorder
 from tda_lightning.callbacks.training_ids import known_ids, warn_of_one_sample, with_new_ids
 from tda_lightning.gradients.losses import LabelSchedule, Reduction
 from tda_lightning.gradients.parameter_selection import ParameterSelection, row_dtype, unfrozen
@@ -46,7 +46,7 @@ from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import LeftOut, Recipe
 
 
-class GradientRecorder(RecordedRun, RecordingCallback):
+class GradientRecorder(StoppingRecorder):
     """Record, per optimizer step, a sketch of each sample's contribution to the gradient.
 
     The training is unchanged: weights are bit-identical with and without the callback. After
@@ -257,9 +257,6 @@ class GradientRecorder(RecordedRun, RecordingCallback):
             start_backward(loss, loss_scale_of(trainer))
         self._correct_order(recorder, loss)
 
-    def _sparing(self, trainer: Trainer) -> AbstractContextManager[None]:
-        return self._writer.sparing(trainer, self._close)
-
     def _settle_reduction(
         self, trainer: Trainer, recorder: TrainingRecorder, recipe: Recipe, loss: Tensor
     ) -> None:
@@ -276,25 +273,6 @@ class GradientRecorder(RecordedRun, RecordingCallback):
         super().on_after_backward(trainer, pl_module)
         if self._recorder is not None and self._budgets.is_measuring:
             self._budgets.end_backward(self._recorder)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Discard the rows of a batch that led to no step; stop if the store has failed."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._writer.has_failed and trainer.world_size == 1:
-            self._close()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Seal the run and remove everything that was installed."""
-        super().on_train_end(trainer, pl_module)
-        self._writer.finish(trainer)
-
-    def _finish_steps(self) -> dict[str, Any] | None:
-        if self._recorder is None:
-            return None
-        self._recorder.finish_steps()
-        return {"lanes": self._recorder.state()}
 
     def _save(self) -> None:
         self._writer.close()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,21 +14,19 @@ from torch import Tensor
 
 from tda_lightning.callbacks.checks import is_from_signal_handler
 from tda_lightning.callbacks.lightning_trainer import LightningModule, Trainer, from_first_process
+from tda_lightning.callbacks.messages import inform
 from tda_lightning.gradients.row_recorder import RowRecorder
 from tda_lightning.passes.model_state import fingerprint
 from tda_lightning.stores import WritableStore
 from tda_lightning.stores.recipe import Recipe
 from tda_lightning.stores.step import Preconditioner, Step
 
-# An error of the recorder ends the training within so many steps; later, hours would be lost.
-_STEPS_WITH_ERRORS = 20
-
 
 class RunWriter:
     """Writes the steps of one training into a store, until ``has_failed``.
 
     ``existing`` decides about a run in the store that the training does not continue. Warnings name
-    the ``owner``, a callback.
+    the ``owner``, a callback. The training has started with its ``first_step``.
     """
 
     def __init__(
@@ -43,7 +41,8 @@ class RunWriter:
         self._states: list[Mapping[str, Any]] = []  # of the runs that a checkpoint refers to
         self._normalized: list[set[str]] = []  # Until the first step.
         self._has_warned_of_non_finite = False
-        self._first_step = 0
+        self._place = ""  # " in process 1", of several
+        self.first_step = 0
         self.has_failed = False
 
     def begin(
@@ -59,9 +58,10 @@ class RunWriter:
             FileExistsError: If the store holds another run, or something else.
             ValueError: If the store holds the run, but under another recipe.
         """
-        step = self._first_step = trainer.global_step
+        step = self.first_step = trainer.global_step
         if trainer.world_size > 1:
             self._store.join(trainer.global_rank, trainer.world_size)
+            self._place = f" in process {trainer.global_rank}"
         is_continued = from_first_process(trainer, lambda: self._begin_or_continue(recipe, step))
         if not trainer.is_global_zero:
             self._store.resume(step)
@@ -100,8 +100,8 @@ class RunWriter:
 
     def finish(self, trainer: Trainer) -> None:
         """Wait for all processes, and read their steps."""
+        self.agree(trainer, self.seal)
         if trainer.world_size > 1:
-            trainer.strategy.barrier("tda_lightning")
             self._store.refresh()
 
     def continued_recipe(self, trainer: Trainer) -> Recipe | None:
@@ -176,8 +176,27 @@ class RunWriter:
     def seal_together(self, trainer: Trainer) -> None:
         """Seal the steps of all processes; all of them must call it."""
         self.seal()
-        if trainer.world_size > 1:
-            trainer.strategy.barrier("tda_lightning")
+        self.agree(trainer, self.seal)
+
+    def agree(self, trainer: Trainer, close: Callable[[], None]) -> None:
+        """Wait for all processes, and stop if one has; all of them must call it."""
+        if trainer.world_size == 1:
+            return
+        has_failed = torch.tensor(int(self.has_failed), device=trainer.strategy.root_device)
+        have_any = bool(trainer.strategy.reduce(has_failed, reduce_op="max"))
+        if have_any and not self.has_failed:
+            close()
+            self.has_failed = True
+            inform(
+                f"{self._owner}: recording has stopped in all processes. The warning of another "
+                "one gives the reason."
+            )
+
+    def stop(self, reason: str) -> None:
+        """Write nothing from now on, and warn of the first reason."""
+        if not self.has_failed:  # The run gets no fingerprint, since it is not whole.
+            self.has_failed = True
+            warnings.warn(f"{self._owner}{self._place}: {reason}", stacklevel=2)
 
     def state(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint, in builtins."""
@@ -257,24 +276,6 @@ class RunWriter:
             stacklevel=2,
         )
 
-    @contextmanager
-    def sparing(self, trainer: Trainer, close: Callable[[], None]) -> Iterator[None]:
-        """Turn an error that comes late into a warning, and close the run."""
-        try:
-            yield
-        except Exception as error:
-            is_late = trainer.global_step - self._first_step >= _STEPS_WITH_ERRORS
-            # Other processes would wait for this one.
-            if not is_late or trainer.world_size > 1 or is_from_signal_handler(error):
-                raise
-            close()
-            is_first, self.has_failed = not self.has_failed, True
-            if is_first:  # The run gets no fingerprint, since it is not whole.
-                rank_zero_warn(
-                    f"{self._owner}: recording has stopped at step {trainer.global_step:,}: "
-                    f"{error} Training goes on, and the steps before stay readable."
-                )
-
     def _try(self, write: Callable[[], None]) -> bool:
         """Write, unless writing has failed before; return whether it succeeded.
 
@@ -290,9 +291,8 @@ class RunWriter:
         except Exception as error:  # A store may raise anything; it must not end the training.
             if is_from_signal_handler(error):
                 raise
-            self.has_failed = True
-            rank_zero_warn(
-                f"{self._owner}: the store cannot be written any more ({error}). Training goes "
-                "on; recording has stopped, and all sealed steps stay readable."
+            self.stop(
+                f"the store cannot be written any more ({error}). Training goes on; recording has "
+                "stopped, and all sealed steps stay readable."
             )
         return not self.has_failed

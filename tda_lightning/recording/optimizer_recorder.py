@@ -10,7 +10,11 @@ from torch.optim import Optimizer
 from tda_lightning.gradients.parameter_selection import ParameterSelection
 from tda_lightning.recording.manual_step_builder import ManualStepBuilder
 from tda_lightning.recording.optimizer_gradients import first_with_gradient, parameters_of
-from tda_lightning.recording.preconditioning import JointPreconditioner, OptimizerPreconditioner
+from tda_lightning.recording.preconditioning import (
+    JointPreconditioner,
+    OptimizerPreconditioner,
+    is_young,
+)
 from tda_lightning.recording.settings import RecordingSettings
 from tda_lightning.recording.step_builder import StepBuilder
 from tda_lightning.recording.taken_step import TakenStep
@@ -64,6 +68,13 @@ class OptimizerRecorder:
     def is_due(self) -> bool:
         """Return whether the next step is to be recorded."""
         return self.steps_taken % self.every_n_steps == 0
+
+    def has_exchanges_ahead(self) -> bool:
+        """Return whether several processes will exchange something, but for audits on request.
+
+        They do so in the first recorded step, and while coordinates follow from its gradient.
+        """
+        return self.builder.n_recorded_steps == 0 or is_young(self.optimizer)
 
     def _label_weight(self) -> float:
         schedule = self._labels

@@ -88,7 +88,7 @@ class StepBuilder:
         self._are_coordinates_new = False
         self._audit_every = settings.audit
         self._distributed = settings.distributed
-        self._n_recorded_steps = 0
+        self.n_recorded_steps = 0
         self._check = ConservationCheck(settings.warn)
         self._current_batch: tuple[Int[Tensor, " n"], float] | None = None
         self._share = self._loss_scale = 1.0
@@ -220,11 +220,11 @@ class StepBuilder:
         audit = finish_audit(self._rows, start) if start and self._is_audit_due() else None
         preconditioner, self._new_preconditioner = self._new_preconditioner, None
         self._discard_step()
-        self._n_recorded_steps += 1
+        self.n_recorded_steps += 1
         return TakenStep(label, batches, scale, audit, preconditioner)
 
     def _is_audit_due(self) -> bool:
-        steps, every = self._n_recorded_steps, self._audit_every
+        steps, every = self.n_recorded_steps, self._audit_every
         return steps == 0 or bool(every and steps % every == 0)
 
     def _is_check_due(self) -> bool:
@@ -241,7 +241,7 @@ class StepBuilder:
         return self.has_several_factors or self._is_spot_check()
 
     def _is_spot_check(self) -> bool:
-        return self._n_recorded_steps in _SPOT_CHECKS
+        return self.n_recorded_steps in _SPOT_CHECKS
 
     def _block_sums(self) -> Tensor:
         return self._rows.block_sums()
@@ -251,10 +251,10 @@ class StepBuilder:
         applied = self._applied() * self._scale.factor()
         sums = self._distributed.add(self._block_sums() * applied)
         start = begin_audit(self._rows, sums[:, :-1], self._parameters_by_size)
-        if self._n_recorded_steps == 0:
+        if self.n_recorded_steps == 0:
             check_complex(self._selection, self._parameters_by_size)
         if self._is_spot_check():
-            selection, number = self._selection, self._n_recorded_steps
+            selection, number = self._selection, self.n_recorded_steps
             skipped = negligible_blocks(selection.parameters) | self._lost
             skipped |= blocks_beyond(selection, self._parameters_by_size)
             self._check(selection.blocks, start, sums[:, -1], skipped, number)

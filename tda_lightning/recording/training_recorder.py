@@ -43,6 +43,7 @@ class TrainingRecorder:
     Attributes:
         batch_size: Number of samples of the current batch.
         may_wait: Whether steps may wait for later ones, to be kept together.
+        recorders: Those of the optimizers with recorded layers.
     """
 
     may_wait = True
@@ -64,7 +65,7 @@ class TrainingRecorder:
             replace(selection, parameters=part)
             for part in split_by_optimizer(selection, optimizers)
         ]
-        self._recorders = [
+        self.recorders = [
             OptimizerRecorder(optimizer, part, settings, self._joint_preconditioner)
             for optimizer, part in zip(optimizers, parts, strict=True)
             if any(part.parameters)
@@ -79,11 +80,11 @@ class TrainingRecorder:
     @property
     def rows(self) -> RowRecorder:
         """The row recorder of the first optimizer."""
-        return self._recorders[0].rows
+        return self.recorders[0].rows
 
     def attach(self, every_n_steps: int) -> None:
         """Attach all hooks, to record every n-th step of each optimizer."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.every_n_steps = every_n_steps
             recorder.rows.__enter__()
             optimizer = recorder.optimizer
@@ -95,7 +96,7 @@ class TrainingRecorder:
     def detach(self) -> None:
         """Remove all hooks."""
         self._unseen_steps.end()
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.rows.__exit__()
         for hook in self._hooks:
             hook.remove()
@@ -107,30 +108,30 @@ class TrainingRecorder:
 
     def is_recording(self) -> bool:
         """Return whether the next step of some optimizer is to be recorded."""
-        return any(recorder.is_due() for recorder in self._recorders)
+        return any(recorder.is_due() for recorder in self.recorders)
 
     def extra_backward(
         self, loss: Tensor, trained: Sequence[Parameter], label_weight: float
     ) -> None:
         """Run the recorded backward pass of a loss without any effect, to measure its time."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.rows.extra_backward(loss, trained, label_weight)
 
     def take_time(self, clock: Callable[[], float]) -> None:
         """Measure the time spent on rows with a clock, until :meth:`time_taken`."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.rows.take_time(clock)
 
     def time_taken(self) -> float:
         """Stop measuring, and return the seconds spent on rows."""
-        total = sum(recorder.rows.seconds for recorder in self._recorders)
-        for recorder in self._recorders:
+        total = sum(recorder.rows.seconds for recorder in self.recorders)
+        for recorder in self.recorders:
             recorder.rows.take_time(None)
         return total
 
     def record_every(self, every_n_steps: int) -> None:
         """Change the stride during a batch; its step is dropped unless the new stride hits it."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.every_n_steps = every_n_steps
             if not recorder.is_due():
                 recorder.builder.drop_batch()
@@ -146,7 +147,7 @@ class TrainingRecorder:
 
     def use_reduction(self, reduction: Reduction) -> None:
         """Change how losses are taken to combine their samples, from the current batch on."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.builder.reduction = reduction
 
     def start_batch(self, index: int, sample_ids: Int[Tensor, " n"], share: float) -> None:
@@ -154,14 +155,14 @@ class TrainingRecorder:
         self._backward_passes, self.batch_size = 0, len(sample_ids)
         if len(sample_ids) == 0:  # It contributes nothing, and has no sample axis to find.
             return
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.depth = 0  # A step that failed has not ended.
             if self.settings.optimization == "manual" or recorder.is_due():
                 recorder.builder.start_batch(index, sample_ids, share)
 
     def forget_gradients(self) -> None:
         """Discard the rows of gradients that are about to be zeroed."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.builder.forget_gradients()
 
     def start_backward(self, loss: Tensor, loss_scale: float) -> None:
@@ -172,13 +173,13 @@ class TrainingRecorder:
         """
         self._backward_passes += 1
         if self._backward_passes > 1 and self.settings.optimization == "automatic":
-            name = type(self._recorders[0].optimizer).__name__
+            name = type(self.recorders[0].optimizer).__name__
             raise ValueError(
                 f"The {name} evaluates the loss more than once per step, so that no single "
                 "gradient is behind a step; expected a first-order optimizer. Use one, or train "
                 "without the callback."
             )
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.builder.start_backward(loss, loss_scale)
         if not self._has_checked_rows and self.is_recording():
             self._has_checked_rows = True
@@ -186,17 +187,17 @@ class TrainingRecorder:
 
     def rows_of(self, node: Node) -> SampleLayout | IrregularRows | None:
         """Return where the samples lie in a node of the last graph, if a parameter shows it."""
-        known = (recorder.rows.rows_of(node) for recorder in self._recorders)
+        known = (recorder.rows.rows_of(node) for recorder in self.recorders)
         return next((rows for rows in known if rows is not None), None)
 
     def know(self, known: KnownRows) -> None:
         """Take whose rows the batch has, as far as its data show it."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.rows.known = known
 
     def reorder(self, order: Int[Tensor, " n"]) -> None:
         """Give the rows of the current batch the ids of other samples of it."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.builder.reorder(order)
 
     def _warn_of_joined_rows(self) -> None:
@@ -214,13 +215,13 @@ class TrainingRecorder:
 
     def end_backward(self) -> None:
         """Collect the rows of that backward pass."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.builder.end_backward()
 
     def before_step(self, index: int, epoch: int, optimizer: Optimizer) -> None:
         """Read the hyper-parameters that an optimizer is about to use."""
         self._unseen_steps.before_step(index, optimizer)
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             if recorder.optimizer is optimizer:
                 recorder.warn_of_unrecorded_parameters()
                 recorder.builder.before_step(index, epoch, optimizer)
@@ -231,13 +232,13 @@ class TrainingRecorder:
 
     def before_clipping(self, index: int, optimizer: Optimizer, bound: float) -> None:
         """Account for clipping by value that is about to change an optimizer's gradients."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             if recorder.optimizer is optimizer:
                 recorder.before_clipping(index, bound)
 
     def end_batch(self) -> None:
         """Discard the rows of a batch that led to no step."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.builder.drop_batch()
         self._unseen_steps.end_batch(self._backward_passes > 0)
 
@@ -245,7 +246,7 @@ class TrainingRecorder:
         """Return the state of each optimizer's recorder for a checkpoint, in builtins."""
         return [
             {"taken": recorder.steps_taken, **recorder.builder.state()}
-            for recorder in self._recorders
+            for recorder in self.recorders
         ]
 
     def resume(
@@ -261,15 +262,15 @@ class TrainingRecorder:
         """
         if preconditioner is not None:
             self._joint_preconditioner.load(preconditioner)
-        states = states or [{}] * len(self._recorders)
-        for recorder, state in zip(self._recorders, states, strict=True):
+        states = states or [{}] * len(self.recorders)
+        for recorder, state in zip(self.recorders, states, strict=True):
             recorder.steps_taken = state.get("taken", steps // self._n_optimizers)
             rest = {key: value for key, value in state.items() if key != "taken"}
             recorder.builder.resume(rest, preconditioner)
 
     def accept(self) -> None:
         """Warn of what would be refused in a new run, since this run was accepted earlier."""
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.builder.accept()
 
     def _after_step(self, recorder: OptimizerRecorder) -> Callable[..., None]:

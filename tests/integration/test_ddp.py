@@ -1,21 +1,16 @@
 """Two processes record the same run as one process does from the same global batches."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import ddp_training
 import pytest
 import torch
+from ddp_processes import result_of, train
 from lightning_models import Plain, mlp, vectors
 
 from tda_lightning import HDF5Store, TracIn, attribute
 from tda_lightning.passes.queries import record_queries
 
-SUPPORT = Path(__file__).parents[1] / "support"
 # One process of pytest runs all tests of this file, which share trainings.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]
 
@@ -40,20 +35,6 @@ SHARED = [
     ("existing", {"refused": True}),
     ("existing", {"existing": "replace", "trainer": {"max_epochs": 1}}),
 ]
-
-
-def train(folder, *trainings, fails=False):
-    """Train by two processes, in a folder for each name, with these settings."""
-    command = [sys.executable, "ddp_training.py", str(folder), json.dumps(trainings)]
-    environment = {key: value for key, value in os.environ.items() if key != "PL_GLOBAL_SEED"}
-    result = subprocess.run(
-        command, cwd=SUPPORT, env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert (result.returncode != 0) == fails, result.stderr[-3000:]
-
-
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -56,9 +56,31 @@ class CheckpointLog(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
+class FailingStore(HDF5Store):
+    """A store whose file system fails in process 1 before step 5."""
+
+    def append(self, step):
+        if step.index == 5 and os.environ.get("LOCAL_RANK") == "1":
+            raise ConnectionRefusedError("refused")
+        super().append(step)
+
+
+class FaultyIds:
+    """Returns one id too many in one process, from some batch on."""
+
+    def __init__(self, rank, batch):
+        self.rank, self.batch, self.calls = str(rank), batch, 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        is_faulty = self.calls > self.batch and os.environ.get("LOCAL_RANK") == self.rank
+        return torch.arange(len(batch[0]) + is_faulty)
+
+
 STORES = {
     "HDF5Store": partial(HDF5Store, storage="as computed"),
     "SlowStore": partial(SlowStore, storage="as computed"),
+    "FailingStore": FailingStore,
     "MemoryStore": lambda _: MemoryStore(),
 }
 
@@ -72,6 +94,18 @@ class ExitAt(pl.Callback):
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == self.at and trainer.global_rank == self.rank:
             os._exit(1)
+
+
+class ResetAt(pl.Callback):
+    """Reset the state of all optimizers after some steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step in self.steps:
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
 
 
 def train(folder, devices, settings):
@@ -89,11 +123,12 @@ def train(folder, devices, settings):
         recorder = GradientRecorder(
             STORES[settings.get("store", "HDF5Store")](folder / "run"),
             projector=Identity(),
-            audit=1,
+            audit=settings.get("audit", 1),
             curvature=settings.get("curvature", "none"),
             max_overhead=settings.get("max_overhead"),
             snapshots=settings.get("snapshots", 0),
             existing=settings.get("existing", "refuse"),
+            sample_ids=FaultyIds(*settings["faulty"]) if "faulty" in settings else None,
         )
         callbacks.append(recorder)
     if "checkpoint" in settings:
@@ -102,6 +137,8 @@ def train(folder, devices, settings):
                 folder, every_n_train_steps=settings["checkpoint"], save_top_k=-1, filename="{step}"
             )
         )
+    if "resets" in settings:
+        callbacks.append(ResetAt(settings["resets"]))
     if "dies" in settings:
         callbacks.append(ExitAt(1, settings["dies"]))
     checkpoints = CheckpointLog(folder / "run")
@@ -120,6 +157,8 @@ def train(folder, devices, settings):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(model, DataLoader(data, batch_size=batch, sampler=sampler), ckpt_path=resume)
+    texts = [str(warning.message) for warning in caught]
+    (folder / f"warnings-{trainer.global_rank}.json").write_text(json.dumps(texts))
     if trainer.is_global_zero:
         weights = [parameter.tolist() for parameter in model.parameters()]
         read = len(recorder.store) if settings.get("record", True) else 0
@@ -127,7 +166,7 @@ def train(folder, devices, settings):
             "weights": weights,
             "read": read,
             "seen": checkpoints.saved,
-            "warnings": [str(warning.message) for warning in caught],
+            "warnings": texts,
         }
         (folder / "result.json").write_text(json.dumps(result))
 

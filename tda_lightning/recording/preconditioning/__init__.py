@@ -6,6 +6,7 @@ from tda_lightning.recording.preconditioning.optimizer_preconditioner import (
     OptimizerPreconditioner,
     can_follow_gradients,
     has_preconditioner,
+    is_young,
 )
 from tda_lightning.recording.preconditioning.second_moments import Gradients, rank_one_factors
 
@@ -16,5 +17,6 @@ __all__ = [
     "OptimizerPreconditioner",
     "can_follow_gradients",
     "has_preconditioner",
+    "is_young",
     "rank_one_factors",
 ]

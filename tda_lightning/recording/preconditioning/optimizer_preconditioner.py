@@ -63,6 +63,15 @@ def has_preconditioner(optimizer: Optimizer) -> bool:
     return not is_plain or len(rates) > 1
 
 
+def is_young(optimizer: Optimizer) -> bool:
+    """Return whether coordinates for the optimizer follow from the gradient of the step itself.
+
+    It is adaptive, and has taken few steps, or few since its state was reset.
+    """
+    steps = (int(state["step"]) for state in optimizer.state.values() if "step" in state)
+    return isinstance(optimizer, ADAPTIVE) and all(step < _WARM_UP_STEPS for step in steps)
+
+
 class JointPreconditioner:
     """Holds the latest coordinates of every block; ones until its optimizer provides some."""
 
@@ -122,7 +131,7 @@ class OptimizerPreconditioner:
 
     def needs_gradients(self) -> bool:
         """Return whether reading them requires the gradient of the next step."""
-        return self.is_adaptive() and self._age() < _WARM_UP_STEPS
+        return is_young(self._optimizer)
 
     def read(self, gradients: Gradients) -> Preconditioner:
         """Return the coordinates of the next step, with the latest ones of other optimizers.
