@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -106,9 +107,10 @@ def _reading_result(file: Path) -> AbstractContextManager[None]:
 
 def _read_arrays(file: Path) -> dict[str, NDArray[Any]]:
     with file.open("rb") as stream:  # Given a path, NumPy leaves a damaged file open.
+        if not is_zipfile(stream):  # NumPy would advise loading a pickle, which may run any code.
+            raise TypeError("it is not an archive of arrays")
+        stream.seek(0)
         archive = np.load(stream, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise TypeError("it holds a single array")
         with archive:
             _require_stored(archive)
             return {name: archive[name] for name in archive.files}

@@ -61,7 +61,7 @@ def open_run(run: Run) -> Store:
             _require_opened(store)
         raise ValueError(
             f"The run {_describe(run)} has no step yet; expected at least one. If training is "
-            "still running, wait for its first segment; otherwise train again."
+            "still running, call `recorder.save_steps()`, or wait; otherwise train again."
         )
     return store
 

@@ -1,5 +1,6 @@
 """Scores: rankings, averages, files, data frames and their printed form."""
 
+import pickle
 import sys
 from dataclasses import replace
 
@@ -157,8 +158,15 @@ def test_files_without_scores_raise(tmp_path, content):
 
 def test_a_file_of_one_array_raises(tmp_path):
     np.save(tmp_path / "scores.npy", np.zeros(3))
-    with pytest.raises(ValueError, match=r"expected a result .* holds a single array"):
+    with pytest.raises(ValueError, match=r"expected a result .* not an archive of arrays"):
         Scores.load(tmp_path / "scores.npy")
+
+
+def test_a_pickle_raises_without_the_advice_to_load_it(tmp_path):
+    (tmp_path / "scores.npz").write_bytes(pickle.dumps({"values": 1}))
+    with pytest.raises(ValueError, match="not an archive of arrays") as caught:
+        Scores.load(tmp_path / "scores.npz")
+    assert "allow_pickle" not in str(caught.value)
 
 
 def test_a_missing_package_raises_with_its_extra(monkeypatch):
