@@ -306,3 +306,30 @@ def test_irregular_rows_are_sorted_by_sample_and_padded():
     padded = rows.samples_first(values, 4)
     assert padded[:, :, 0].tolist() == [[3, 9, 0], [0, 0, 0], [1, 5, 7], [0, 0, 0]]
     assert rows.entries_of(5, 4, 2).tolist() == [0, 2, 3]
+
+
+class Experts(nn.Module):
+    """Each sample goes to the expert of its first feature's sign; a head follows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(D, 5) for _ in range(2))
+        self.first, self.head = nn.Linear(D, D), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        first, hidden = self.first(x).tanh(), x.new_zeros(len(x), 5)
+        for number, expert in enumerate(self.experts):
+            chosen = (x[:, 0] > 0).long().eq(number).nonzero()[:, 0]
+            hidden = hidden.index_add(0, chosen, expert(first[chosen]))
+        return self.head(hidden.tanh())
+
+
+def test_a_first_batch_for_one_expert_says_nothing_about_the_others():
+    torch.manual_seed(0)
+    x, y = torch.randn(20, D).double(), torch.randint(CLASSES, (20,))
+    x[:, 0] = x[:, 0].abs() + 0.1
+    x[[3, 8, 15], 0] *= -1
+    data = torch.utils.data.TensorDataset(x, y)
+    store = assert_rows_are_gradients(Experts().double(), data)
+    assert not {3, 8, 15} & set(store[0].sample_ids.tolist())

@@ -94,6 +94,8 @@ class TracedRows:
 
 TRACED: Final = TracedRows()
 Layout = SampleLayout | RoutedRows | TracedRows
+# The parameter, the kind of node, the position of the input, and the operation that has made it.
+Kind = tuple[Any, type, int, type]
 # Earlier batches do not show where the samples lie.
 UNKNOWN: Any = object()
 
@@ -166,6 +168,19 @@ class LayoutInference:
                 return rows
         return None
 
+    def _is_open(self, meeting: Meeting, layout: Layout | None) -> bool:
+        """Return whether rows are in order although an index has picked them.
+
+        It may have picked all rows, or the rows may be of another operation behind it.
+        """
+        if not isinstance(layout, RoutedRows):
+            return False
+        owners = layout.owners(meeting.node, self.n, self._with_samples)
+        if owners is None:
+            return False
+        regular = possible_layouts(meeting.shape, self.n, (0,))
+        return any(torch.equal(each.owners(len(owners), self.n), owners) for each in regular)
+
     def _agreeing(self, meeting: Meeting, traced: Trace) -> Layout:
         """Return the first layout with the owners of traced rows, or that they are traced."""
         node, n_rows = meeting.node, meeting.shape[self._known.axis(meeting.shape)]
@@ -214,3 +229,8 @@ class LayoutInference:
             return None
         self._has_doubts = True
         return inferred if self._is_trusting else None
+
+
+def kind_of(node: Node, position: int, edge: Edge) -> Kind:
+    """Return the kind of a meeting: the same one in batch after batch."""
+    return a_parameter(edge), type(node), position, type(edge[0])

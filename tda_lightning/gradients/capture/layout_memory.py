@@ -17,9 +17,11 @@ from tda_lightning.gradients.capture.indexed_rows import indexed_rows
 from tda_lightning.gradients.capture.layout_inference import (
     TRACED,
     UNKNOWN,
+    Kind,
     Layout,
     LayoutInference,
     RoutedRows,
+    kind_of,
 )
 from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
 from tda_lightning.gradients.capture.probe import Evidence, certainty, probe
@@ -30,8 +32,6 @@ from tda_lightning.gradients.graph.walk import Edge, Meeting, Node, Walk, output
 
 # The kind of a meeting, and what its shape has to do with n.
 Key = tuple[Any, ...]
-# The parameter, the kind of node, the position of the input, and the operation that has made it.
-Kind = tuple[Any, type, int, type]
 
 # Batches in which no gradient arrives at a meeting before its inferred layout is trusted.
 _MAX_EMPTY_PROBES = 3
@@ -57,7 +57,7 @@ class LayoutMemory(LayoutInference):
     _decided: dict[Key, Layout | None] = field(default_factory=dict)
     _empty_probes: dict[Key, int] = field(default_factory=dict)
     _unreached: dict[Key, Any] = field(default_factory=dict)
-    # The last shape, batch size and layout of a kind of meeting: most batches look the same.
+    # The last shape, batch size and layout of a kind of meeting.
     _last: dict[Kind, tuple[tuple[int, ...], int, Layout | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class LayoutMemory(LayoutInference):
 
     @property
     def n_exceptions(self) -> int:
-        """Number of decisions that change what an earlier walk has found."""
+        """Number of decisions that change an earlier walk."""
         return len(self.lost) + len(self._traced)
 
     def settled(self, node: Node, inputs: Sequence[tuple[int, Edge]]) -> list[Layout | None] | None:
@@ -165,7 +165,7 @@ class LayoutMemory(LayoutInference):
             is_changed |= self._judge(meeting, position, edge, key, *found)
         self._trust_unreached()
         if is_changed and self._do_samples_mix and not self._is_trusting:
-            # Samples may seem to mix since some meetings were none: judge the others again.
+            # Samples seem to mix where meetings were none: judge the others again.
             firsts = {key for meeting, _, _, key in open_inputs if meeting.is_first}
             for _, _, _, key in open_inputs:
                 if key not in firsts or self._decided.get(key) is not None:
@@ -183,7 +183,7 @@ class LayoutMemory(LayoutInference):
         }
         if nodes:
             self.irregular = self._confirmed.rows(
-                {node: _kind_of(node, *place) for node, place in nodes.items()},
+                {node: kind_of(node, *place) for node, place in nodes.items()},
                 self._known,
                 result.with_samples,
                 self.n,
@@ -223,12 +223,15 @@ class LayoutMemory(LayoutInference):
             layout = self._agreeing(meeting, traced)
             if layout is TRACED:
                 self._set_traced(meeting.node, position, edge)
-            else:
+            elif not self._is_open(meeting, layout):
                 self._decided[key] = layout
             return False
         is_rounding = traced is not None and bool(traced.share.isnan())
         if evidence is not None and not evidence.is_empty and not is_rounding:
-            self._decided[key] = self._shown(meeting, inferred, evidence)
+            shown = self._shown(meeting, inferred, evidence)
+            if self._is_open(meeting, shown):
+                return False
+            self._decided[key] = shown
         elif traced is not None and inferred is TRACED and not is_rounding:
             self._decided[key] = None
         else:
@@ -254,31 +257,29 @@ class LayoutMemory(LayoutInference):
             if layout is TRACED:
                 self._set_traced(node, position, edge)
                 return layout
-        self._last[_kind_of(node, position, edge)] = (shape, self.n, layout)
+        self._last[kind_of(node, position, edge)] = (shape, self.n, layout)
         return layout
 
     def _key(self, node: Node, position: int, edge: Edge) -> Key:
         shape, n = output_shape((node, 0)), self.n
         fits = tuple((size == n, size % n == 0) for size in shape[:3])
-        return (*_kind_of(node, position, edge), len(shape), fits, n == 1)
+        return (*kind_of(node, position, edge), len(shape), fits, n == 1)
 
     def _set_traced(self, node: Node, position: int, edge: Edge) -> None:
-        kind = _kind_of(node, position, edge)
+        kind = kind_of(node, position, edge)
         self._traced.add(kind)
         self._last.pop(kind, None)
 
     def _last_layout(self, node: Node, position: int, edge: Edge) -> Any:
         """Return the layout in the last batch, ``UNKNOWN`` if shapes have changed since."""
-        last = self._last.get(_kind_of(node, position, edge))
+        last = self._last.get(kind_of(node, position, edge))
         if last is None or last[1] != self.n or last[0] != node._input_metadata[0].shape:
             return UNKNOWN
         return last[2]
 
     def _is_traced(self, node: Node, position: int, edge: Edge) -> bool:
         """Return whether the rows of a kind of meeting have been in no regular order."""
-        return bool(self._traced) and (
-            self.n > 1 and _kind_of(node, position, edge) in self._traced
-        )
+        return bool(self._traced) and (self.n > 1 and kind_of(node, position, edge) in self._traced)
 
     def _trust_unreached(self) -> None:
         """Trust the inferred layouts of kinds that no gradient has reached in several batches."""
@@ -293,8 +294,3 @@ class LayoutMemory(LayoutInference):
         for parameter in leaves(edge):
             if parameter in self.recorded:
                 self.lost.setdefault(parameter, reason)
-
-
-def _kind_of(node: Node, position: int, edge: Edge) -> Kind:
-    """Return the kind of a meeting: the same one in batch after batch."""
-    return a_parameter(edge), type(node), position, type(edge[0])
