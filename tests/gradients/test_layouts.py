@@ -174,3 +174,21 @@ def test_a_sample_keeps_a_row_that_is_almost_zero():
         row = store[0].sketch[sample, : weight.numel()]
         torch.testing.assert_close(row, expected.flatten(), rtol=0.05, atol=1e-9)
     assert 0 < store[0].sketch[1, : weight.numel()].norm() < 1e-4
+
+
+class Hinge(MeanOfLosses):
+    """Samples with a negative first number have no loss."""
+
+    def losses(self, batch):
+        return super().losses(batch) * (batch[0][:, 0, 0] > 0)
+
+
+def test_a_first_batch_in_which_one_sample_has_a_gradient_decides_nothing():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)
+    net = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)).double()
+    x, y = torch.randn(14, 4, 6).double(), torch.randint(3, (14,))
+    x[:, 0, 0] = x[:, 0, 0].abs()
+    x[10, 0, 0] *= -1  # One of the first two samples.
+    store = assert_rows_are_gradients(Hinge(net), TensorDataset(x, y), 2)
+    assert int((store[0].sketch.norm(dim=1) > 0).sum()) == 1

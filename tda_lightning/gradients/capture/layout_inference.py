@@ -7,7 +7,7 @@ are in no regular order, and their owners follow from the index.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -115,6 +115,7 @@ class LayoutInference:
     _do_samples_mix: bool = False
     _is_trusting: bool = False
     _has_doubts: bool = False
+    _is_of_one_sample: bool = False
     _known: KnownRows = field(default_factory=KnownRows)
     _joined: dict[int, SampleLayout | IrregularRows] = field(default_factory=dict)
 
@@ -168,21 +169,24 @@ class LayoutInference:
                 return rows
         return None
 
-    def _is_open(self, meeting: Meeting, layout: Layout | None) -> bool:
-        """Return whether rows are in order although an index has picked them.
+    def _is_open(self, meeting: Meeting, layout: Any) -> bool:
+        """Return whether a later batch has to decide: rows are in order that an index has picked.
 
         It may have picked all rows, or the rows may be of another operation behind it.
         """
         if not isinstance(layout, RoutedRows):
-            return False
+            return layout is UNKNOWN
         owners = layout.owners(meeting.node, self.n, self._with_samples)
         if owners is None:
             return False
         regular = possible_layouts(meeting.shape, self.n, (0,))
         return any(torch.equal(each.owners(len(owners), self.n), owners) for each in regular)
 
-    def _agreeing(self, meeting: Meeting, traced: Trace) -> Layout:
-        """Return the first layout with the owners of traced rows, or that they are traced."""
+    def _agreeing(self, meeting: Meeting, traced: Trace) -> Any:
+        """Return the first layout with the owners of traced rows, or that they are traced.
+
+        It is ``UNKNOWN`` if only one sample has a gradient.
+        """
         node, n_rows = meeting.node, meeting.shape[self._known.axis(meeting.shape)]
         if self._known.are_irregular and (
             n_rows != self.n or picked_elements(node, self._known, self._with_samples) is not None
@@ -199,7 +203,7 @@ class LayoutInference:
         agreeing = (
             layout for layout, owners in candidates if owners is not None and traced.agrees(owners)
         )
-        return next(agreeing, TRACED)
+        return next(agreeing, UNKNOWN if self._is_of_one_sample else TRACED)
 
     def _shown(
         self, meeting: Meeting, inferred: Layout | None, evidence: Evidence
@@ -225,10 +229,20 @@ class LayoutInference:
         """
         if not (meeting.takes_data and self._do_samples_mix):
             return None
-        if isinstance(inferred, SampleLayout) and not evidence.sets_apart(inferred, self.n):
+        may_be_constant = meeting.is_first and isinstance(inferred, SampleLayout)
+        if may_be_constant and not evidence.sets_apart(inferred, self.n):
             return None
         self._has_doubts = True
         return inferred if self._is_trusting else None
+
+
+def are_of_one_sample(traces: Iterable[Trace]) -> bool:
+    """Return whether a single sample has a gradient, which is in its rows on any axis."""
+    samples: set[int] = set()
+    for traced in traces:
+        owners = traced.rows.of_rows[traced.is_certain & (traced.squares > 0)]
+        samples.update(owners.unique().tolist())
+    return len(samples) < 2
 
 
 def kind_of(node: Node, position: int, edge: Edge) -> Kind:

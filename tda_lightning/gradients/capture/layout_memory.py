@@ -21,6 +21,7 @@ from tda_lightning.gradients.capture.layout_inference import (
     Layout,
     LayoutInference,
     RoutedRows,
+    are_of_one_sample,
     kind_of,
 )
 from tda_lightning.gradients.capture.parameter_paths import a_parameter, leaves
@@ -148,6 +149,7 @@ class LayoutMemory(LayoutInference):
         axis_of = self._known.axis
         rows = {node for node, each in axes.items() if axis_of(output_shape((node, 0))) in each}
         traces = self._tracer.first_traces(loss, result, rows, self.n)
+        self._is_of_one_sample = are_of_one_sample(traces.values())
         proven = {node for node, each in traces.items() if is_proven(each)}
         rest = {node: each for node, each in axes.items() if node not in proven}
         start, known = self._tracer.start, self._tracer.known
