@@ -229,8 +229,11 @@ class LayoutInference:
         """
         if not (meeting.takes_data and self._do_samples_mix):
             return None
-        may_be_constant = meeting.is_first and isinstance(inferred, SampleLayout)
-        if may_be_constant and not evidence.sets_apart(inferred, self.n):
+        if (
+            meeting.is_first
+            and isinstance(inferred, SampleLayout)
+            and not evidence.sets_apart(inferred, self.n)
+        ):
             return None
         self._has_doubts = True
         return inferred if self._is_trusting else None
@@ -241,7 +244,7 @@ def are_of_one_sample(traces: Iterable[Trace]) -> bool:
     samples: set[int] = set()
     for traced in traces:
         owners = traced.rows.of_rows[traced.is_certain & (traced.squares > 0)]
-        samples.update(owners.unique().tolist())
+        samples.update(torch.unique(owners).tolist())
     return len(samples) < 2
 
 
