@@ -7,6 +7,7 @@ reentrant checkpoints become others, which compute the same numbers in the same 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -28,19 +29,22 @@ class _OverlappingContexts:
         self._make = make
         self._open: set[object] = set()
         self._entered = ExitStack()
+        self._lock = threading.Lock()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         token = object()
         try:
-            if not self._open:
-                self._entered.enter_context(self._make())
-            self._open.add(token)
+            with self._lock:
+                if not self._open:
+                    self._entered.enter_context(self._make())
+                self._open.add(token)
             yield
         finally:
-            self._open.discard(token)
-            if not self._open:
-                self._entered.close()
+            with self._lock:
+                self._open.discard(token)
+                if not self._open:
+                    self._entered.close()
 
 
 @contextmanager
