@@ -180,7 +180,8 @@ class LayoutInference:
         if owners is None:
             return False
         regular = possible_layouts(meeting.shape, self.n, (0,))
-        return any(torch.equal(each.owners(len(owners), self.n), owners) for each in regular)
+        found = owners.cpu()
+        return any(torch.equal(each.owners(len(found), self.n), found) for each in regular)
 
     def _agreeing(self, meeting: Meeting, traced: Trace) -> Any:
         """Return the first layout with the owners of traced rows, or that they are traced.
@@ -244,7 +245,7 @@ def are_of_one_sample(traces: Iterable[Trace]) -> bool:
     samples: set[int] = set()
     for traced in traces:
         owners = traced.rows.of_rows[traced.is_certain & (traced.squares > 0)]
-        samples.update(torch.unique(owners).tolist())
+        samples.update(torch.unique(owners).cpu().tolist())
     return len(samples) < 2
 
 
