@@ -14,6 +14,8 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 from zoo_rows import rows_by_parameter
 
 from tda_lightning import GradientRecorder, Identity
+from tda_lightning.gradients.capture.probe import Evidence
+from tda_lightning.gradients.graph.sample_layout import SampleLayout
 from tda_lightning.stores import MemoryStore
 
 D = 6
@@ -72,3 +74,11 @@ def test_behind_a_batch_norm_rows_are_those_of_the_weight_carried_back(parametri
     ]
     found = rows_of_first_step(net, n)["net.3.parametrizations.weight.original"]
     torch.testing.assert_close(found, torch.stack(carried).flatten(1))
+
+
+def test_a_probed_sample_without_a_gradient_says_nothing_about_its_rows():
+    rows, dead = torch.tensor([0.7, 0.1, 0.1, 0.1]), torch.zeros(4)
+    evidence = Evidence(None, 0.4, probed=(2, 0), arrived=({0: dead}, {0: rows}))
+    assert evidence.sets_apart(SampleLayout(0, 1, None), 4)
+    evidence = Evidence(None, 0.4, probed=(2, 0), arrived=({0: rows}, {0: rows}))
+    assert not evidence.sets_apart(SampleLayout(0, 1, None), 4)

@@ -73,7 +73,7 @@ class Evidence:
         """
         known = [weights[layout.axis] for weights in self.arrived if layout.axis in weights]
         totals = [layout.totals(weights, n) for weights in known]
-        if len(totals) < len(self.probed) or any(total is None for total in totals):
+        if len(totals) < len(self.probed) or not all(float(total.sum()) > 0 for total in totals):
             return True
         shares = torch.stack([total / total.sum() for total in totals])[:, list(self.probed)]
         own, largest = shares.diagonal(), shares.amax(dim=0)
